@@ -1,0 +1,9 @@
+"""The one exception type for mistakes a person can mend."""
+
+
+class UserError(Exception):
+    """A bad flag, file, image, checkpoint or model.
+
+    The message names what is wrong, what was expected and what to do. The command line prints it without a
+    traceback and exits with status 2.
+    """
