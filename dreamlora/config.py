@@ -1,0 +1,360 @@
+"""What can be set: every option once, with its default, its help text and its range.
+
+The docstring under a field *is* the text of ``--help``. Names and meanings are those of diffusers' training scripts
+wherever those have the option. ``None`` means "decided later": from the model, the embedded model's preset or the length of
+the run, as the text says. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dreamlora import registry
+from dreamlora.errors import UserError
+
+EMBEDDED_MODEL = "tiny"
+
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model is trained, and how it is held in memory."""
+
+    pretrained_model_name_or_path: str = EMBEDDED_MODEL
+    """A diffusers pipeline: a folder, a hub name, or "tiny" for the embedded model."""
+    family: str | None = None
+    """Model family; by default read from the pipeline's model_index.json."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    variant: str | None = None
+    """Weight variant of the hub repository, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """An autoencoder to use instead of the pipeline's own."""
+    cache_dir: Path | None = None
+    """Where downloads from the hub are kept."""
+    allow_pickle: bool = False
+    """Accept .bin/.ckpt weights. They can run any code while they load: only for files you trust."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory: recompute activations in the backward pass."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Use xformers' attention instead of torch's own."""
+    allow_tf32: bool = False
+    """Let Ampere and newer GPUs round fp32 matrix products to TF32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the frozen weights and the forward pass; LoRA weights stay fp32. Default: accelerate's setting."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images and captions are trained on, and how they are prepared."""
+
+    instance_data_dir: Path | None = None
+    """Folder with the images to learn. Captions may lie beside them: name.txt, metadata.jsonl or metadata.csv."""
+    subject: str | None = None
+    """A built-in subject of the embedded model, drawn on demand; used when no images are given."""
+    instance_prompt: str | None = None
+    """Caption of every image that has none of its own, such as "a photo of sks dog"."""
+    dataset_name: str | None = None
+    """A Hugging Face datasets name to train on instead of a folder."""
+    dataset_config_name: str | None = None
+    """Configuration of that data set."""
+    image_column: str = "image"
+    """Its column with the images."""
+    caption_column: str | None = None
+    """Its column with the captions; --instance_prompt is used where there is none."""
+    class_data_dir: Path | None = None
+    """Folder with images of the class; missing ones are made by the base model. Default: outputs/class_images/..."""
+    class_prompt: str | None = None
+    """Prompt of the class images, such as "a photo of a dog"."""
+    with_prior_preservation: bool = False
+    """Train on class images too, so that the class keeps its look."""
+    prior_loss_weight: float = 1.0
+    """Weight of the class images' loss."""
+    num_class_images: int = 100
+    """How many class images there should be."""
+    sample_batch_size: int = 4
+    """Images made at a time, class images and samples alike."""
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
+    """Precision for making class images. Default: fp16 on a GPU, fp32 elsewhere."""
+    repeats: int = 1
+    """How often each image is seen in an epoch."""
+    max_train_samples: int | None = None
+    """Use only the first N images."""
+    resolution: int | None = None
+    """Side of the square training images in pixels. Default: the model's own."""
+    center_crop: bool = False
+    """Crop the middle instead of a random place."""
+    random_flip: bool = False
+    """Mirror images half of the time."""
+    image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
+    """Filter for resizing."""
+    crop_variants: int = 4
+    """Random crops kept in the cache for an image that is not square; each time it is seen, one is drawn."""
+    holdout: int | None = None
+    """Images kept out of training for the evaluation. Default: 20 % of them (at most 16), 1 or 2 of 6 to 11, else 0."""
+    latents_cache_dir: Path | None = None
+    """Where encoded images and prompts are kept. Default: .cache/dreamlora in the home folder."""
+    tokenizer_max_length: int | None = None
+    """Tokens kept of a prompt. Default: the tokenizer's."""
+    max_sequence_length: int = 512
+    """Tokens kept of a prompt for T5 encoders."""
+    dataloader_num_workers: int = 0
+    """Processes that read and crop images while the cache is filled."""
+    pre_compute_text_embeddings: bool = True
+    """Always so here, unless the text encoder is trained; kept so that diffusers' command lines work."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "prior_loss_weight", "holdout", "dataloader_num_workers")
+        _at_least(self, 1, "num_class_images", "sample_batch_size", "repeats", "max_train_samples", "crop_variants")
+        _at_least(self, 8, "resolution", "max_sequence_length")
+        _at_least(self, 3, "tokenizer_max_length")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter."""
+
+    rank: int = 4
+    """Rank r of the update B·A."""
+    lora_alpha: float | None = None
+    """The update is scaled by alpha / rank. Default: alpha = rank, so a scale of 1."""
+    lora_dropout: float = 0.0
+    """Probability that an input of lora_A is dropped."""
+    lora_layers: tuple[str, ...] = ()
+    """Layers of the denoiser to adapt, by the ends of their names. Default: the family's."""
+    train_text_encoder: bool = False
+    """Adapt the text encoder too."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """Start of lora_A; lora_B starts at zero. gaussian: N(0, 1/r²) as diffusers; kaiming: as PEFT."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "rank")
+        _above(self, 0, "lora_alpha")
+        _within(self, 0, 1, "lora_dropout")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimizer and its learning rate."""
+
+    optimizer: str = "adamw"
+    """Optimizer: {optimizers}."""
+    optimizer_args: tuple[str, ...] = ()
+    """Settings of the optimizer itself as name value pairs, e.g. damping 0.03. A wrong name lists the right ones."""
+    learning_rate: float | None = None
+    """Learning rate. Default: the optimizer's own."""
+    text_encoder_lr: float | None = None
+    """Learning rate of the text encoder's LoRA. Default: --learning_rate."""
+    scale_lr: bool = False
+    """Multiply the learning rate by processes x accumulation x batch size."""
+    lr_scheduler: Scheduler = "constant"
+    """Course of the learning rate over the run."""
+    lr_warmup_steps: int = 500
+    """Optimizer steps of warm-up, for the schedules that have one."""
+    lr_num_cycles: int = 1
+    """Hard resets of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Exponent of polynomial."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay, of whatever optimizer."""
+    adam_weight_decay_text_encoder: float | None = None
+    """Weight decay of the text encoder's LoRA. Default: --adam_weight_decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "optimizer", registry.check("optimizers", self.optimizer))
+        _at_least(self, 0, "learning_rate", "text_encoder_lr", "lr_warmup_steps", "max_grad_norm")
+        _at_least(self, 0, "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon")
+        _at_least(self, 1, "lr_num_cycles")
+        _within(self, 0, 1, "adam_beta1", "adam_beta2")
+        if len(self.optimizer_args) % 2:
+            raise UserError(
+                f"--optimizer_args takes pairs of a name and a value (got {' '.join(self.optimizer_args)!r})"
+            )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Length of the run, its loss, its folder and its checkpoints."""
+
+    output_dir: Path | None = None
+    """The run's folder. Default: outputs/<subject or data folder>-<optimizer>."""
+    overwrite_output_dir: bool = False
+    """Begin anew in a folder that holds a run; the old run is removed."""
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint: a folder, or "latest" of --output_dir."""
+    seed: int = 0
+    """Decides everything random; the same seed gives the same run."""
+    train_batch_size: int | None = None
+    """Images per process and forward pass. Default: 4 in all, shared by the processes."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    num_train_epochs: int = 1
+    """Passes over the images, if --max_train_steps is not given."""
+    max_train_steps: int | None = None
+    """Optimizer steps of the run."""
+    checkpointing_steps: int = 500
+    """A checkpoint every N steps, and at the end; 0 for none."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept; the oldest goes first."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the loss (arXiv 2303.09556); 5.0 is the paper's value."""
+    noise_offset: float = 0.0
+    """Adds an offset per image and channel to the noise, for darker darks and brighter brights."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the denoiser predicts. Default: what the model's scheduler says."""
+    weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
+    """How rectified-flow models draw and weight their times."""
+    logit_mean: float = 0.0
+    """Mean of logit_normal."""
+    logit_std: float = 1.0
+    """Standard deviation of logit_normal."""
+    mode_scale: float = 1.29
+    """Scale of mode."""
+    guidance_scale: float = 3.5
+    """Guidance embedding that guidance-distilled models (FLUX.1-dev) are trained with."""
+    report_to: str | None = None
+    """Trackers besides the run's own metrics.jsonl: tensorboard, wandb, comet_ml, ..., or all."""
+    logging_dir: Path = Path("logs")
+    """Folder of the trackers, inside the run's folder."""
+    push_to_hub: bool = False
+    """Upload the result to the hub."""
+    hub_token: str | None = None
+    """Token for that; by default the one stored by `hf auth login`."""
+    hub_model_id: str | None = None
+    """Repository for that. Default: the run folder's name."""
+    local_rank: int = -1
+    """Accepted and unused: accelerate sets it."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps")
+        _at_least(self, 0, "seed", "checkpointing_steps", "noise_offset")
+        _at_least(self, 1, "checkpoints_total_limit")
+        _above(self, 0, "snr_gamma", "logit_std")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The images of every step."""
+
+    sample_steps: int | None = None
+    """Draw the sample prompts every N steps, at step 0 and at the end; 0 for never. Default: a fifth of the run."""
+    sample_prompts: Path | None = None
+    """Text file with one prompt per line. Default: the training prompt, and the class prompt if there is one."""
+    validation_prompt: str | None = None
+    """One prompt more to draw."""
+    num_images_per_prompt: int = 1
+    """Images per prompt, each from a seed of its own."""
+    num_inference_steps: int | None = None
+    """Denoising steps of a sample. Default: the family's."""
+    sample_guidance_scale: float | None = None
+    """Classifier-free guidance of the samples. Default: the family's."""
+    sample_seed: int = 42
+    """Seed of the first image; the others count up from it."""
+    negative_prompt: str | None = None
+    """Negative prompt of the samples, for families that know one."""
+    num_validation_images: int | None = None
+    """diffusers' name for --num_images_per_prompt."""
+    validation_epochs: int | None = None
+    """diffusers' way to say --sample_steps, in epochs."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "sample_steps", "sample_guidance_scale", "sample_seed")
+        _at_least(self, 1, "num_images_per_prompt", "num_inference_steps", "num_validation_images", "validation_epochs")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """The deterministic loss on held-out images."""
+
+    eval_steps: int | None = None
+    """Measure every N steps, at step 0 and at the end; 0 for never. Default: a twentieth of the run, at least 25."""
+    eval_seed: int = 1234
+    """Seed of the frozen times and noises; runs that are compared must share it."""
+    eval_batch_size: int = 8
+    """Items per forward pass."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "eval_steps", "eval_seed")
+        _at_least(self, 1, "eval_batch_size")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All options of one training run."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    lora: Lora = field(default_factory=Lora)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    sample: Sample = field(default_factory=Sample)
+    eval: Eval = field(default_factory=Eval)
+
+    def __post_init__(self) -> None:
+        data = self.data
+        if data.instance_data_dir and data.dataset_name:
+            raise UserError("give either --instance_data_dir or --dataset_name, not both")
+        if data.with_prior_preservation and not data.class_prompt:
+            raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
+        for name in ("class_data_dir", "class_prompt"):
+            if getattr(data, name) and not data.with_prior_preservation and name == "class_data_dir":
+                raise UserError(f"--{name} is only used together with --with_prior_preservation")
+        if self.optim.text_encoder_lr is not None and not self.lora.train_text_encoder:
+            raise UserError("--text_encoder_lr is only used together with --train_text_encoder")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded model is trained."""
+        return self.model.pretrained_model_name_or_path == EMBEDDED_MODEL
+
+
+def as_flat_dict(config: RunConfig) -> dict[str, Any]:
+    """Every option by its flag's name, in the order of ``--help``; paths as text (for YAML)."""
+    flat: dict[str, Any] = {}
+    for group in fields(config):
+        part = getattr(config, group.name)
+        for option in fields(part):
+            value = getattr(part, option.name)
+            flat[option.name] = (
+                list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            )
+    return flat
+
+
+def _fail(part: Any, name: str, allowed: str) -> None:
+    raise UserError(f"--{name} must be {allowed} (got {getattr(part, name)})")
+
+
+def _given(part: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    return [(name, getattr(part, name)) for name in names if getattr(part, name) is not None]
+
+
+def _at_least(part: Any, lowest: float, *names: str) -> None:
+    for name, value in _given(part, names):
+        if not value >= lowest or value == float("inf"):
+            _fail(part, name, f"at least {lowest}")
+
+
+def _above(part: Any, bound: float, *names: str) -> None:
+    for name, value in _given(part, names):
+        if not bound < value < float("inf"):
+            _fail(part, name, f"above {bound}")
+
+
+def _within(part: Any, low: float, high: float, *names: str) -> None:
+    for name, value in _given(part, names):
+        if not low <= value < high:
+            _fail(part, name, f"at least {low} and below {high}")

@@ -1,0 +1,200 @@
+"""What the parts exchange: records, and the contracts that plug-ins fulfil."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+Conditioning = dict[str, Tensor]
+"""What a family's denoiser is told besides the noisy latents: tensors by name, batch first (from prompts)."""
+
+Components = dict[str, Any]
+"""Parts of a pipeline by diffusers' names: "unet"/"transformer", "vae", "text_encoder", "tokenizer", "scheduler", ..."""
+
+Role = Literal["text", "vae", "denoiser", "scheduler"]
+"""A part of a pipeline that can be loaded and freed by itself: "text" is all text encoders and their tokenizers."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a pipeline comes from.
+
+    Attributes:
+        path: folder or hub name of a diffusers pipeline.
+        model_id: how caches and reports name it; a folder's id includes what its files hold.
+    """
+
+    path: str
+    model_id: str
+    revision: str | None = None
+    variant: str | None = None
+    vae_path: str | None = None
+    cache_dir: Path | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Encoded images: the moments of the autoencoder's posterior, scaled as the denoiser wants them.
+
+    Attributes:
+        mean: ``[B, C, h, w]`` float32.
+        std: ``[B, C, h, w]`` float32; zero for autoencoders without a posterior.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one process.
+
+    Attributes:
+        latents: ``[B, C, h, w]`` float32, drawn from the posterior.
+        noise: ``[B, C, h, w]`` float32.
+        times: ``[B]``: integer time steps (diffusion) or sigmas in (0, 1) (flow).
+        conditioning: prompt embeddings, or token ids while the text encoder trains.
+        weights: ``[B]`` float32: the loss is ``sum(weights * per_sample_loss)``.
+        names: file of every sample, for error messages.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    times: Tensor
+    conditioning: Conditioning
+    weights: Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports.
+
+    Attributes:
+        step: number of the step just done, from 1.
+        loss: mean training loss over the step's micro-batches and processes.
+        grad_norm: norm of the gradients before clipping; None if clipping is off.
+        learning_rate: of the first parameter group.
+        seconds: wall time of the step.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float | None
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SampleDefaults:
+    """How a family draws samples unless told otherwise."""
+
+    num_inference_steps: int
+    guidance_scale: float
+
+
+class Objective(Protocol):
+    """A training objective: pure functions of latents ``[B, C, h, w]``, noise (same shape) and times ``[B]``."""
+
+    def draw_times(self, uniforms: Tensor) -> Tensor:
+        """Training times from numbers ``[B, 2]`` uniform in (0, 1)."""
+
+    def spread_times(self, positions: Tensor) -> Tensor:
+        """Evaluation times at positions ``[n]`` in (0, 1), uniform whatever the training density."""
+
+    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The noisy latents the denoiser sees."""
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What the denoiser should predict."""
+
+    def weight(self, times: Tensor) -> Tensor:
+        """Loss weight ``[B]`` of every sample."""
+
+
+class Family(Protocol):
+    """One architecture family (one module in ``families/``): how to load, encode, predict and save.
+
+    Plug-ins are modules: every member below is a module-level name.
+    """
+
+    PIPELINES: tuple[str, ...]
+    """``_class_name`` values in model_index.json that this family handles."""
+    DENOISER: str
+    """Component name of the denoiser: "unet" or "transformer"."""
+    TEXT_ENCODERS: tuple[str, ...]
+    """Component names of the text encoders that can be trained."""
+    LORA_LAYERS: tuple[str, ...]
+    """Default target modules in the denoiser."""
+    TEXT_LORA_LAYERS: tuple[str, ...]
+    """Target modules in the text encoders."""
+    SAMPLE_DEFAULTS: SampleDefaults
+
+    def load(self, source: ModelSource, role: Role, dtype: Any) -> Components:
+        """Load one part of the pipeline on the CPU, frozen, in eval mode.
+
+        Raises:
+            UserError: the folder or hub repository is missing, incomplete or holds pickles.
+        """
+
+    def resolution(self, source: ModelSource) -> int:
+        """The model's own image side in pixels."""
+
+    def tokenize(self, text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+        """Token ids by name, batch first."""
+
+    def encode_tokens(self, text: Components, tokens: Conditioning) -> Conditioning:
+        """Prompt embeddings as ``predict`` takes them; differentiable in the text encoders."""
+
+    def encode_images(self, vae: Components, pixels: Tensor) -> Latents:
+        """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
+
+    def objective(self, scheduler: Any, train: Any) -> Objective:
+        """The objective the model was trained with; ``train`` is ``config.Train``."""
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """The denoiser's prediction ``[B, C, h, w]`` for noisy latents at the objective's times."""
+
+    def pipeline(self, components: Components) -> Any:
+        """A stock diffusers pipeline around these (possibly training) modules."""
+
+    def call_arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
+        """Keyword arguments that give the pipeline's ``__call__`` ready prompt embeddings instead of prompts."""
+
+    def save_lora(self, folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+        """Write ``pytorch_lora_weights.safetensors`` as the stock pipeline's ``load_lora_weights`` reads it."""
+
+
+class Callback(Protocol):
+    """Something that happens at times during training; ``run`` is ``training.loop.Run``."""
+
+    def on_start(self, run: Any) -> None:
+        """Before the first step (or the first after a resume)."""
+
+    def on_step(self, run: Any, result: StepResult) -> None:
+        """After every optimizer step."""
+
+    def on_end(self, run: Any) -> None:
+        """After the last step."""
+
+
+__all__ = [
+    "Batch",
+    "Callback",
+    "Components",
+    "Conditioning",
+    "Family",
+    "Latents",
+    "ModelSource",
+    "Objective",
+    "Role",
+    "SampleDefaults",
+    "StepResult",
+]

@@ -1,0 +1,138 @@
+"""The run folder: where everything of a run lies on disk, and how it is written so that a kill leaves it readable.
+
+No torch here: reports read run folders on machines without it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from dreamlora.errors import UserError
+
+METRICS_VERSION = 1
+
+
+class RunFolder:
+    """Names and small files of one run folder; see the README for what a person finds there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.summary_file = self.path / "summary.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.eval_items_file = self.path / "eval_items.npz"
+        self.lora_file = self.path / "pytorch_lora_weights.safetensors"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.samples_file = self.samples / "samples.jsonl"
+        self.grid_file = self.path / "grid.png"
+        self.timelapse_file = self.path / "timelapse.webp"
+        self.reference_dir = self.path / "references"
+        self.report_html = self.path / "report.html"
+        self.report_md = self.path / "report.md"
+        self._started = time.monotonic()
+        self._lock: TextIO | None = None
+
+    def checkpoint_dir(self, step: int) -> Path:
+        """``checkpoints/step-000100``."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending. Unfinished ones have temporary names and are not listed."""
+        return sorted(int(folder.name[5:]) for folder in self.checkpoints.glob("step-*") if folder.name[5:].isdigit())
+
+    def sample_dir(self, step: int) -> Path:
+        """``samples/step_000100``."""
+        return self.samples / f"step_{step:06d}"
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here before."""
+        return self.config_file.exists()
+
+    def lock(self) -> None:
+        """Claim the folder for this process until it ends.
+
+        Raises:
+            UserError: another process trains into it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is training into {self.path}: wait for it, or give another --output_dir"
+            ) from None
+
+    def clear(self) -> None:
+        """Remove what an earlier run wrote here (and nothing else that lies in the folder)."""
+        for entry in vars(self).values():
+            if isinstance(entry, Path) and entry != self.path:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+    def log(self, step: int, name: str, value: float, **more: Any) -> None:
+        """Append one value to metrics.jsonl; ``more`` are fields such as ``n`` and ``evalset_id``."""
+        row = {
+            "v": METRICS_VERSION,
+            "run": self.path.name,
+            "step": step,
+            "wall_s": round(time.monotonic() - self._started, 3),
+            "name": name,
+            "value": value if math.isfinite(value) else None,
+            **more,
+        }
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; a last line cut off by a kill is left out."""
+        return list(read_jsonl(self.metrics_file))
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of later steps, which a resumed run will write again."""
+        for file in (self.metrics_file, self.samples_file):
+            if file.exists():
+                rows = [json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step]
+                write_atomically(file, "".join(rows))
+        for folder in self.samples.glob("step_*"):
+            if int(folder.name[5:]) > step:
+                shutil.rmtree(folder)
+
+
+def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl file that are whole."""
+    if not file.exists():
+        return
+    with file.open() as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return  # a kill in the middle of the last line
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary path beside ``file`` to write to; it takes the file's place at the end, or vanishes on an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp{file.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a half."""
+    with replacing(file) as temporary:
+        temporary.write_text(text)
