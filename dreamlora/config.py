@@ -1,8 +1,8 @@
 """What can be set: every option once, with its default, its help text and its range.
 
 The docstring under a field *is* the text of ``--help``. Names and meanings are those of diffusers' training scripts
-wherever those have the option. ``None`` means "decided later": from the model, the embedded model's preset or the length of
-the run, as the text says. Nothing here imports torch.
+wherever those have the option. ``None`` means "decided later": from the model, the embedded model's preset or the
+length of the run, as the text says. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class Model:
     """Let Ampere and newer GPUs round fp32 matrix products to TF32."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the frozen weights and the forward pass; LoRA weights stay fp32. Default: accelerate's setting."""
+
+    def __post_init__(self) -> None:
+        if self.family is not None:
+            _respell(self, "family", "families")
 
 
 @dataclass(frozen=True)
@@ -126,13 +130,16 @@ class Lora:
     lora_dropout: float = 0.0
     """Probability that an input of lora_A is dropped."""
     lora_layers: tuple[str, ...] = ()
-    """Layers of the denoiser to adapt, by the ends of their names. Default: the family's."""
+    """Layers of the denoiser to adapt, by the ends of their names (commas work too). Default: the family's."""
     train_text_encoder: bool = False
     """Adapt the text encoder too."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """Start of lora_A; lora_B starts at zero. gaussian: N(0, 1/r²) as diffusers; kaiming: as PEFT."""
 
     def __post_init__(self) -> None:
+        # diffusers' scripts take one text with commas
+        layers = tuple(name.strip() for part in self.lora_layers for name in part.split(",") if name.strip())
+        object.__setattr__(self, "lora_layers", layers)
         _at_least(self, 1, "rank")
         _above(self, 0, "lora_alpha")
         _within(self, 0, 1, "lora_dropout")
@@ -174,7 +181,7 @@ class Optim:
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "optimizer", registry.check("optimizers", self.optimizer))
+        _respell(self, "optimizer", "optimizers")
         _at_least(self, 0, "learning_rate", "text_encoder_lr", "lr_warmup_steps", "max_grad_norm")
         _at_least(self, 0, "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon")
         _at_least(self, 1, "lr_num_cycles")
@@ -332,6 +339,14 @@ def as_flat_dict(config: RunConfig) -> dict[str, Any]:
                 list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
             )
     return flat
+
+
+def _respell(part: Any, name: str, kind: str) -> None:
+    """Put a plug-in's name as the registry spells it."""
+    try:
+        object.__setattr__(part, name, registry.check(kind, getattr(part, name)))
+    except UserError as error:
+        raise UserError(f"--{name}: {error}") from None
 
 
 def _fail(part: Any, name: str, allowed: str) -> None:
