@@ -1,0 +1,42 @@
+"""Progress bar, metrics.jsonl and trackers."""
+
+from __future__ import annotations
+
+from tqdm.auto import tqdm
+
+from dreamlora.interfaces import StepResult
+from dreamlora.training.loop import Run
+
+
+class LogCallback:
+    """Shows and stores every step's loss, gradient norm, learning rate and speed."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_start(self, run: Run) -> None:
+        """Show the bar, also after a resume, where the run left off."""
+        main = run.accelerator.is_main_process
+        self._bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not main)
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        """One row per value."""
+        if not run.accelerator.is_main_process or self._bar is None:
+            return
+        values = {
+            "train/loss": result.loss,
+            "train/learning_rate": result.learning_rate,
+            "train/steps_per_s": 1 / result.seconds,
+        }
+        if result.grad_norm is not None:
+            values["train/grad_norm"] = result.grad_norm
+        for name, value in values.items():
+            run.folder.log(result.step, name, value)
+        run.accelerator.log(values, step=result.step)
+        self._bar.set_postfix(loss=f"{result.loss:.4f}", refresh=False)
+        self._bar.update()
+
+    def on_end(self, run: Run) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()

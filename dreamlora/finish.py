@@ -1,0 +1,120 @@
+"""What is written around the training: the config at its start; LoRA, parity check, summary and report at its end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import yaml
+
+from dreamlora import provenance
+from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.report import write_report
+from dreamlora.runfolder import RunFolder, read_jsonl, write_atomically
+from dreamlora.stages import DTYPES, Parts, Stage
+from dreamlora.training import parity, state
+from dreamlora.training.loop import Run
+
+FREE_ON_RESUME = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "latents_cache_dir"),
+    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir", "dataloader_num_workers"),
+    *("push_to_hub", "hub_token", "hub_model_id", "sample_batch_size", "num_validation_images", "validation_epochs"),
+    *("sample_prompts", "train_batch_size", "gradient_accumulation_steps", "instance_data_dir", "class_data_dir"),
+    *("pretrained_model_name_or_path", "pre_compute_text_embeddings", "num_train_epochs", "allow_pickle", "subject"),
+}
+"""Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
+model's id, the images' hashes, the global batch size)."""
+
+
+def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> None:
+    """config.yaml: what ``--config`` takes to run the same again, with what made it as a comment. No secrets."""
+    options = {name: value for name, value in as_flat_dict(config).items() if name not in ("hub_token", "local_rank")}
+    versions = ", ".join(f"{name} {number}" for name, number in provenance.versions().items())
+    head = f"# {provenance.command()}\n# {versions}\n# commit {provenance.git_commit()}, {provenance.device_name(device)}\n"
+    write_atomically(folder.config_file, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+
+def settings(stage: Stage, images: Sequence[str]) -> dict[str, Any]:
+    """What a resumed run must share with the run that wrote the checkpoint.
+
+    Args:
+        stage: with the settled config.
+        images: content hashes of all training images, in order.
+    """
+    kept = {name: value for name, value in as_flat_dict(stage.config).items() if name not in FREE_ON_RESUME}
+    train = stage.config.train
+    world = stage.accelerator.num_processes
+    kept["global batch size"] = (train.train_batch_size or 1) * train.gradient_accumulation_steps * world
+    kept["base model"] = stage.source.model_id
+    kept["training images"] = hashlib.sha256("".join(images).encode()).hexdigest()[:16]
+    if stage.config.optim.lr_scheduler.startswith("constant"):
+        del kept["max_train_steps"]  # a longer run of the same course
+    return kept
+
+
+def finish(stage: Stage, run: Run) -> None:
+    """Write the LoRA, compare it with what training showed, sum up, write the report, upload if asked to."""
+    if run.accelerator.is_main_process:
+        state.save_lora(run, run.folder.path)
+        with stage.timed("parity check"):
+            found = _parity(stage, run)
+        write_summary(stage, run, found)
+        write_report(run.folder.path)
+        if stage.config.train.push_to_hub:
+            _push_to_hub(run)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+
+
+def write_summary(stage: Stage, run: Run, found: dict[str, Any]) -> None:
+    """summary.json: what the report shows besides options and metrics."""
+    metric = _eval_rows(run.folder)
+    trained = sum(parameter.numel() for parameter in run.trainables.values())
+    summary = {
+        "parity": found,
+        "timings": stage.timings,
+        "versions": provenance.versions(),
+        "device": provenance.device_name(run.accelerator.device),
+        "processes": run.accelerator.num_processes,
+        "git_commit": provenance.git_commit(),
+        "warnings": stage.warnings,
+        "data": {source.name: len(source.store.names) for source in run.stream.sources},
+        "lora": {"parameters": trained, "pairs": len(run.trainables) // 2},
+        "eval": metric,
+        "command": provenance.command(),
+    }
+    write_atomically(run.folder.summary_file, json.dumps(summary, indent=1))
+
+
+def _eval_rows(folder: RunFolder) -> dict[str, Any]:
+    rows = [row for row in folder.metrics() if row["name"] in ("eval/loss", "eval/loss_train")]
+    if not rows:
+        return {}
+    best = min(rows, key=lambda row: row["value"])
+    return {"base": rows[0]["value"], "final": rows[-1]["value"], "best": best["value"], "best_step": best["step"]}
+
+
+def _parity(stage: Stage, run: Run) -> dict[str, Any]:
+    """Compare the last sample of the first prompt with what a fresh stock pipeline draws from the saved file."""
+    rows = [row for row in read_jsonl(run.folder.samples_file) if row["step"] == run.step]
+    if not rows:
+        return {"reason": "no samples were drawn at the last step"}
+    run.components.clear()  # the models of the training make room for the fresh pipeline
+    run.model.cpu()
+    stage.parts.free("denoiser", "vae", "text", "scheduler")
+    fresh = Parts(stage.family, stage.source, run.accelerator.device, DTYPES[run.accelerator.mixed_precision])
+    return parity.check(fresh.pipeline(), run.folder.path, {**rows[0], "negative_prompt": run.config.sample.negative_prompt}, run.folder.samples / rows[0]["file"])
+
+
+def _push_to_hub(run: Run) -> None:
+    """Upload LoRA, samples and report; checkpoints stay here."""
+    from huggingface_hub import HfApi
+
+    train = run.config.train
+    api = HfApi(token=train.hub_token)
+    name = train.hub_model_id or run.folder.path.name
+    repository = api.create_repo(name, exist_ok=True).repo_id
+    api.upload_folder(repo_id=repository, folder_path=str(run.folder.path), ignore_patterns=["checkpoints/*", ".*"])

@@ -1,0 +1,55 @@
+"""What made a run: versions, commit, device, command. For config.yaml and the report."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("dreamlora", "torch", "diffusers", "transformers", "peft", "accelerate", "tokenizers", "numpy", "Pillow")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package.lower()] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the dreamlora checkout (with "+" if it was changed since), or None for an installed package."""
+    here = Path(__file__).parent
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD", folder=here)
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", str(here), folder=here)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the kind of CPU and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def command() -> str:
+    """The command line, to be typed again."""
+    program = Path(sys.argv[0])
+    name = "dreamlora" if program.name in ("__main__.py", "dreamlora") else f"accelerate launch {program}"
+    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10)
+    return done.stdout.strip()

@@ -1,0 +1,132 @@
+"""Options left open are decided: what depends on the model, then what depends on the number of images.
+
+Afterwards no option that the run uses is ``None``, and the saved config says exactly what was done.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from dreamlora import registry
+from dreamlora.config import RunConfig
+from dreamlora.errors import UserError
+from dreamlora.interfaces import SampleDefaults
+from dreamlora.runfolder import RunFolder
+
+DEFAULT_BATCH = 4
+DEFAULT_SAMPLES = 5
+DEFAULT_EVALS = 20
+MIN_EVAL_STEPS = 25
+
+_T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
+
+
+def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world: int) -> RunConfig:
+    """Fill in what the base model and the number of processes decide.
+
+    Args:
+        config: as given.
+        resolution: the model's own, in pixels.
+        sampling: the family's defaults.
+        world: number of processes.
+    """
+    batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
+    learning_rate = config.optim.learning_rate
+    if learning_rate is None:
+        learning_rate = registry.load("optimizers", config.optim.optimizer).DEFAULT_LR
+    optim = replace(config.optim, learning_rate=learning_rate)
+    if config.lora.train_text_encoder:
+        optim = replace(
+            optim,
+            text_encoder_lr=_first(optim.text_encoder_lr, learning_rate),
+            adam_weight_decay_text_encoder=_first(optim.adam_weight_decay_text_encoder, optim.adam_weight_decay),
+        )
+    sample = replace(
+        config.sample,
+        num_inference_steps=_first(config.sample.num_inference_steps, sampling.num_inference_steps),
+        sample_guidance_scale=_first(config.sample.sample_guidance_scale, sampling.guidance_scale),
+        num_images_per_prompt=_first(config.sample.num_validation_images, config.sample.num_images_per_prompt),
+    )
+    return replace(
+        config,
+        data=replace(config.data, resolution=config.data.resolution or resolution),
+        lora=replace(config.lora, lora_alpha=_first(config.lora.lora_alpha, float(config.lora.rank))),
+        optim=optim,
+        sample=sample,
+        train=replace(config.train, train_batch_size=batch_size),
+    )
+
+
+def by_length(config: RunConfig, n_images: int, world: int) -> RunConfig:
+    """Fill in what the number of training images decides: steps, and how often to sample and to evaluate."""
+    global_batch = (config.train.train_batch_size or 1) * config.train.gradient_accumulation_steps * world
+    steps_per_epoch = math.ceil(n_images * config.data.repeats / global_batch)
+    total = config.train.max_train_steps or steps_per_epoch * config.train.num_train_epochs
+    sample_steps = config.sample.sample_steps
+    if sample_steps is None and config.sample.validation_epochs:
+        sample_steps = config.sample.validation_epochs * steps_per_epoch
+    if sample_steps is None:
+        sample_steps = math.ceil(total / DEFAULT_SAMPLES)
+    eval_steps = _first(config.eval.eval_steps, max(MIN_EVAL_STEPS, total // DEFAULT_EVALS))
+    learning_rate = config.optim.learning_rate or 0.0
+    if config.optim.scale_lr:
+        learning_rate *= global_batch
+    if config.optim.lr_scheduler != "constant" and config.optim.lr_warmup_steps >= total:
+        logger.warning(
+            "--lr_warmup_steps %d covers all %d steps: the learning rate will not reach its value",
+            config.optim.lr_warmup_steps,
+            total,
+        )
+    return replace(
+        config,
+        optim=replace(config.optim, learning_rate=learning_rate, scale_lr=False),
+        train=replace(config.train, max_train_steps=total),
+        sample=replace(config.sample, sample_steps=sample_steps),
+        eval=replace(config.eval, eval_steps=eval_steps),
+    )
+
+
+def run_folder(config: RunConfig) -> RunFolder:
+    """The folder that ``config`` asks for; without ``--output_dir`` a new one under outputs/, or the newest to resume.
+
+    Raises:
+        UserError: it holds a run and neither ``--resume_from_checkpoint`` nor ``--overwrite_output_dir`` is given.
+    """
+    resume = config.train.resume_from_checkpoint
+    if config.train.output_dir is None:
+        return _default_folder(config, new=not resume and not config.train.overwrite_output_dir)
+    folder = RunFolder(config.train.output_dir)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"--output_dir {folder.path} is a file: give a folder")
+    if folder.holds_run() and not resume and not config.train.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {folder.path} holds a run already: go on with --resume_from_checkpoint latest, replace it with "
+            "--overwrite_output_dir, or give another folder"
+        )
+    return folder
+
+
+def _default_folder(config: RunConfig, new: bool) -> RunFolder:
+    data = config.data
+    what = (
+        data.instance_data_dir.name if data.instance_data_dir else Path(data.dataset_name or data.subject or "run").name
+    )
+    path = Path("outputs") / f"{what}-{config.optim.optimizer}"
+    number = 1
+    while RunFolder(_numbered(path, number)).holds_run():
+        number += 1
+    return RunFolder(_numbered(path, number if new else max(1, number - 1)))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path if number == 1 else path.with_name(f"{path.name}-{number}")
+
+
+def _first(value: _T | None, otherwise: _T) -> _T:
+    return otherwise if value is None else value

@@ -1,0 +1,196 @@
+"""What happens: the training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from dreamlora.config import RunConfig
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
+from dreamlora.randomness import generator
+from dreamlora.runfolder import RunFolder
+from dreamlora.training.stream import Stream
+
+MAX_SKIPPED_STEPS = 20
+"""fp16 steps in a row that the gradient scaler may skip; it needs about 10 to settle, more means NaN."""
+
+
+class Predictor(nn.Module):
+    """Everything that trains, as one module, so that DDP sees one forward pass.
+
+    Args:
+        family: the plug-in.
+        denoiser: with LoRA.
+        text: the text components if a text encoder trains (batches then carry token ids), else None.
+        guidance_scale: embedded guidance, for models that have it.
+    """
+
+    def __init__(self, family: Family, denoiser: nn.Module, text: Components | None, guidance_scale: float) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.encoders = nn.ModuleDict(
+            {name: text[name] for name in family.TEXT_ENCODERS if name in text} if text else {}
+        )
+        self._family = family
+        self._text = text
+        self._guidance_scale = guidance_scale
+
+    def forward(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Prediction ``[B, C, h, w]`` for noisy latents of the same shape."""
+        if self._text is not None:
+            conditioning = self._family.encode_tokens(self._text, conditioning)
+        return self._family.predict(self.denoiser, noisy, times, conditioning, self._guidance_scale)
+
+
+@dataclass
+class Run:
+    """A run that is ready to go: what the loop works on and what callbacks see.
+
+    Attributes:
+        model: ``Predictor`` as accelerate prepared it.
+        trainables: LoRA parameters by name.
+        components: pipeline parts in memory ("unet"/"transformer", "scheduler", text parts if they train).
+        conditioning: captions to batched conditioning (or token ids, if the text encoder trains), on the CPU.
+        call_arguments: prompts to keyword arguments of the pipeline.
+        vae: gives the autoencoder, which is loaded when the first sample is drawn.
+        settings: what a resumed run must share with this one.
+        step: optimizer steps done.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    accelerator: Accelerator
+    family: Family
+    objective: Objective
+    components: Components
+    model: nn.Module
+    trainables: dict[str, nn.Parameter]
+    optimizer: Any
+    lr_scheduler: Any
+    stream: Stream
+    conditioning: Callable[[Sequence[str]], Conditioning]
+    call_arguments: Callable[[Sequence[str]], dict[str, Any]]
+    vae: Callable[[], Components]
+    total_steps: int
+    settings: dict[str, Any]
+    callbacks: list[Callback] = field(default_factory=list)
+    step: int = 0
+    skipped_steps: int = 0
+
+    def pipeline(self) -> Any:
+        """A stock pipeline around the modules that are training."""
+        return self.family.pipeline({**self.components, **self.vae()})
+
+    def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The model's prediction outside of training; nothing is synchronised between processes."""
+        return self.accelerator.unwrap_model(self.model)(noisy, times, conditioning)
+
+
+def train(run: Run) -> None:
+    """Train from ``run.step`` to ``run.total_steps``.
+
+    Raises:
+        UserError: the loss or a gradient is not finite; the update is not made, so the weights are still good.
+    """
+    for callback in run.callbacks:
+        callback.on_start(run)
+    run.model.train()
+    batch = next_batch(run, run.step, 0)
+    while run.step < run.total_steps:
+        result, batch = optimizer_step(run, batch)
+        for callback in run.callbacks:
+            callback.on_step(run, result)
+    for callback in run.callbacks:
+        callback.on_end(run)
+
+
+def optimizer_step(run: Run, batch: Batch) -> tuple[StepResult, Batch]:
+    """One optimizer step over all micro-batches; returns the next step's first batch as well.
+
+    The next batch is read while a GPU still works on this one; reading the loss afterwards is the only synchronisation.
+    """
+    started = time.perf_counter()
+    accumulation = run.config.train.gradient_accumulation_steps
+    loss = torch.zeros((), device=run.accelerator.device)
+    names: list[str] = []
+    for micro in range(accumulation):
+        last = micro == accumulation - 1
+        names += batch.names
+        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
+            micro_loss = batch_loss(run, batch, micro)
+            run.accelerator.backward(micro_loss)
+        loss += micro_loss.detach()
+        batch = next_batch(run, run.step + 1, 0) if last else next_batch(run, run.step, micro + 1)
+    if run.accelerator.num_processes > 1:
+        loss = run.accelerator.reduce(loss, "mean")
+    learning_rate = float(run.optimizer.param_groups[0]["lr"])
+    grad_norm = _update(run, loss.item(), names)
+    run.step += 1
+    return StepResult(run.step, loss.item(), grad_norm, learning_rate, time.perf_counter() - started), batch
+
+
+def batch_loss(run: Run, batch: Batch, micro: int) -> Tensor:
+    """Weighted loss of one micro-batch; summed over micro-batches it is the step's mean loss."""
+    train = run.config.train
+    # Dropout draws from torch's global stream; seeding it by position leaves no state to save for a resume.
+    torch.manual_seed(generator(train.seed, "dropout", run.step, micro, run.accelerator.process_index).initial_seed())
+    noisy = run.objective.corrupt(batch.latents, batch.noise, batch.times)
+    target = run.objective.target(batch.latents, batch.noise, batch.times)
+    prediction = run.model(noisy, batch.times, batch.conditioning)
+    error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return (batch.weights * run.objective.weight(batch.times) * error).sum()
+
+
+def next_batch(run: Run, step: int, micro: int) -> Batch:
+    """A batch of the stream on the run's device."""
+    device = run.accelerator.device
+    batch = run.stream.batch(step, micro)
+    return Batch(
+        latents=batch.latents.to(device, non_blocking=True),
+        noise=batch.noise.to(device, non_blocking=True),
+        times=batch.times.to(device, non_blocking=True),
+        conditioning={name: value.to(device, non_blocking=True) for name, value in batch.conditioning.items()},
+        weights=batch.weights.to(device, non_blocking=True),
+        names=batch.names,
+    )
+
+
+def _update(run: Run, loss: float, names: list[str]) -> float | None:
+    """Clip, step, schedule; refuses to step on anything that is not finite. Returns the gradient norm."""
+    max_norm = run.config.optim.max_grad_norm
+    parameters = list(run.trainables.values())
+    grad_norm = float(run.accelerator.clip_grad_norm_(parameters, max_norm)) if max_norm else None
+    _check_finite(run, "loss", loss, names)
+    if grad_norm is not None and run.accelerator.scaler is None:
+        _check_finite(run, "gradient norm", grad_norm, names)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if not run.optimizer.step_was_skipped:  # fp16: the scaler lowered its scale instead
+        run.lr_scheduler.step()
+        run.skipped_steps = 0
+    else:
+        run.skipped_steps += 1
+        if run.skipped_steps > MAX_SKIPPED_STEPS:
+            _check_finite(run, "gradient", float("nan"), names)
+    return grad_norm
+
+
+def _check_finite(run: Run, what: str, value: float, names: list[str]) -> None:
+    if value - value == 0.0:
+        return
+    files = sorted(set(gather_object(names)))
+    raise UserError(
+        f"the {what} is not finite at step {run.step + 1} ({value}). Images in the batch: {', '.join(files)}. "
+        f"Try a lower --learning_rate (now {run.optimizer.param_groups[0]['lr']:g}), --mixed_precision bf16 instead of "
+        f"fp16, or a smaller --max_grad_norm. The LoRA was not changed by this step; checkpoints in "
+        f"{run.folder.checkpoints} are good."
+    )

@@ -1,0 +1,114 @@
+"""All that a resume needs: LoRA weights, optimizer, schedule and step. Random state is none, see ``randomness``."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamlora.errors import UserError
+from dreamlora.runfolder import RunFolder, write_atomically
+from dreamlora.training.loop import Run
+
+STATE_FILE = "training_state.pt"
+SETTINGS_FILE = "settings.json"
+
+
+def save(run: Run) -> Path:
+    """Write ``checkpoints/step-…`` so that at any moment it is either whole or not there. Main process only."""
+    folder = run.folder.checkpoint_dir(run.step)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_lora(run, temporary)
+    scaler = run.accelerator.scaler
+    state = {
+        "step": run.step,
+        "trainables": {name: parameter.detach().cpu() for name, parameter in run.trainables.items()},
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    torch.save(state, temporary / STATE_FILE)
+    write_atomically(temporary / SETTINGS_FILE, json.dumps(run.settings, indent=1))
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())  # else a power cut could leave a renamed folder of empty files
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def save_lora(run: Run, folder: Path) -> Path:
+    """Write the LoRA as the stock pipeline loads it."""
+    model = run.accelerator.unwrap_model(run.model)
+    return run.family.save_lora(folder, model.denoiser, dict(model.encoders.items()))
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Put the run where the checkpoint left off.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to other settings; the message names the difference.
+    """
+    try:
+        saved = json.loads((folder / SETTINGS_FILE).read_text())
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(
+            f"{folder} is no checkpoint that can be read ({error}): remove it and resume from an earlier one"
+        ) from error
+    _check_settings(saved, run.settings, folder)
+    for name, parameter in run.trainables.items():
+        parameter.data.copy_(state["trainables"][name])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if run.accelerator.scaler is not None and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.step = state["step"]
+
+
+def rotate(folder: RunFolder, limit: int | None) -> None:
+    """Keep the newest ``limit`` checkpoints."""
+    steps = folder.checkpoint_steps()
+    for step in steps[: -limit or None] if limit else []:
+        shutil.rmtree(folder.checkpoint_dir(step))
+
+
+def find_checkpoint(folder: RunFolder, which: str) -> Path:
+    """The checkpoint that ``--resume_from_checkpoint`` means.
+
+    Raises:
+        UserError: there is none.
+    """
+    if which == "latest":
+        steps = folder.checkpoint_steps()
+        if not steps:
+            raise UserError(
+                f"--resume_from_checkpoint latest: no checkpoint in {folder.checkpoints}; leave the flag out to start, "
+                "with --overwrite_output_dir if the folder holds a run"
+            )
+        return folder.checkpoint_dir(steps[-1])
+    for path in (Path(which), folder.checkpoints / which):
+        if (path / STATE_FILE).exists():
+            return path
+    found = ", ".join(folder.checkpoint_dir(step).name for step in folder.checkpoint_steps()) or "none"
+    raise UserError(f"--resume_from_checkpoint {which}: no checkpoint there. In {folder.checkpoints}: {found}")
+
+
+def _check_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    different = [
+        f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"{folder} was made with other settings: {'; '.join(different)}. Give the same flags, or begin a new run "
+            "with another --output_dir"
+        )
