@@ -1,0 +1,263 @@
+"""Labelled picture grids and time lapses. Pillow alone: reports draw them on machines without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps, features
+
+from dreamlora.runfolder import RunFolder, read_jsonl, replacing
+from dreamlora.sampling.canvas import GAP, INK, LABEL, MARGIN, SMALL, TITLE, Canvas, Cell, font, wrap
+
+MAX_ROWS = 8
+MAX_COLUMNS = 8
+MAX_FRAMES = 60
+MAX_REFERENCES = 16
+CELL = 256
+"""Longest side of a cell in pixels; smaller pictures are enlarged by a whole factor as long as they fit."""
+GUTTER = 128
+LABEL_LINES = 4
+FRAME_MS = 500
+LAST_FRAME_MS = 2500
+
+Picture = Path | Image.Image | str
+"""A file, an image, or the reason why there is none."""
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One row.
+
+    Attributes:
+        label: such as "step 100"; lines may be broken with a newline.
+        images: one per column; missing ones at the end are drawn as empty cells.
+    """
+
+    label: str
+    images: Sequence[Picture]
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most ``limit`` of ``range(count)``: the first, the last, and between them ever wider steps."""
+    if count <= limit:
+        return list(range(count))
+    if limit == 1:
+        return [count - 1]
+    ratio = (count - 1) ** (1 / (limit - 2)) if limit > 2 else 1.0
+    chosen = [0]
+    for place in range(1, limit):
+        wanted = round(ratio ** (place - 1)) if limit > 2 else count - 1
+        # Strictly ascending, and enough room for those that still come.
+        chosen.append(min(max(wanted, chosen[-1] + 1), count - limit + place))
+    return chosen
+
+
+def capped(
+    rows: Sequence[GridRow], columns: Sequence[str], most: tuple[int, int] = (MAX_ROWS, MAX_COLUMNS)
+) -> tuple[list[GridRow], list[str], str]:
+    """At most so many rows (``spread``) and columns, and a note on what is left out ("" if nothing)."""
+    kept = [rows[index] for index in spread(len(rows), most[0])]
+    shown = list(columns[: most[1]])
+    if len(kept) == len(rows) and len(shown) == len(columns):
+        return kept, shown, ""
+    return kept, shown, f"Shown: {len(kept)} of {len(rows)} rows, {len(shown)} of {len(columns)} columns."
+
+
+def write_grid(
+    file: Path,
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    references: Sequence[Path] = (),
+    title: str = "",
+    note: str = "",
+) -> None:
+    """Write a labelled grid as PNG; the file is replaced at once, so a reader never sees half a picture.
+
+    Args:
+        rows: all are drawn; see ``capped``.
+        columns: labels, one per column.
+        references: pictures for the strip above the grid, as many as there is room for.
+        title: heading.
+        note: small print below.
+    """
+    picture = render(rows, columns, references, Look(title, note))
+    with replacing(Path(file)) as temporary:
+        picture.save(temporary)
+
+
+def write_timelapse(
+    file: Path, rows: Sequence[GridRow], columns: Sequence[str], title: str = "", note: str = ""
+) -> bool:
+    """Write an animated WebP, one frame per row; replaced at once like the grid.
+
+    Args:
+        rows: at most 60 become frames.
+
+    Returns:
+        False if this Pillow cannot write WebP: nothing is written then.
+    """
+    if not features.check("webp"):
+        return False
+    columns = columns[:MAX_COLUMNS]
+    cell = cell_size([row.images[: len(columns)] for row in rows])
+    frames = []
+    for index in spread(len(rows), MAX_FRAMES):
+        done = index / max(len(rows) - 1, 1)
+        frames.append(render([rows[index]], columns, (), Look(title, note, cell, progress=done)))
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    with replacing(Path(file)) as temporary:
+        frames[0].save(
+            temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=85, method=4
+        )
+    return True
+
+
+def cell_size(images: Sequence[Sequence[Picture]]) -> tuple[int, int]:
+    """Width and height of the cells in pixels, from the largest of the first pictures of every row."""
+    sizes = [_size(picture) for row in images for picture in row[:1] if not isinstance(picture, str)]
+    if not any(sizes):
+        return CELL * 3 // 4, CELL * 3 // 4
+    width, height = max((size for size in sizes if size), key=lambda size: size[0] * size[1])
+    longest = max(width, height)
+    scale = CELL / longest if longest > CELL else CELL // longest
+    return max(round(width * scale), 48), max(round(height * scale), 48)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a picture has besides its cells.
+
+    Attributes:
+        title: heading.
+        note: small print below.
+        cell: width and height of a cell in pixels; None: from the pictures.
+        progress: length of a bar below the rows, in [0, 1].
+    """
+
+    title: str = ""
+    note: str = ""
+    cell: tuple[int, int] | None = None
+    progress: float | None = None
+
+
+def render(rows: Sequence[GridRow], columns: Sequence[str], references: Sequence[Path], look: Look) -> Image.Image:
+    """The grid as a picture."""
+    size = look.cell or cell_size([row.images for row in rows])
+    width = 2 * MARGIN + GUTTER + len(columns) * (size[0] + GAP) - GAP
+    canvas = Canvas(width)
+    if look.title:
+        canvas.text(MARGIN, wrap(look.title, font(TITLE), width - 2 * MARGIN, 2), TITLE, INK)
+        canvas.skip(12)
+    _strip(canvas, references, size)
+    canvas.headings(MARGIN + GUTTER, size[0], [wrap(label, font(LABEL), size[0], LABEL_LINES) for label in columns])
+    for row in rows:
+        label = [line for part in row.label.split("\n") for line in wrap(part, font(LABEL), GUTTER - 12, 4)]
+        images = [*row.images, *[""] * (len(columns) - len(row.images))][: len(columns)]
+        canvas.row(label, GUTTER, size, [_cell(picture, size) for picture in images])
+    if look.progress is not None:
+        canvas.progress(MARGIN + GUTTER, width - MARGIN, look.progress)
+    if look.note:
+        canvas.note(wrap(look.note, font(SMALL), width - 2 * MARGIN, 3))
+    return canvas.finish()
+
+
+def grid_of_run(folder: RunFolder) -> bool:
+    """Rebuild grid.png and timelapse.webp from samples.jsonl; False if nothing was drawn yet.
+
+    Rows are steps, columns prompts (by images). A file that is missing or broken becomes a grey cell.
+    """
+    drawn = list(read_jsonl(folder.samples_file))
+    if not drawn:
+        return False
+    keys = sorted({(row["prompt_index"], row["image_index"]) for row in drawn})
+    by_step: dict[int, dict[tuple[int, int], dict]] = {}
+    for row in drawn:
+        by_step.setdefault(row["step"], {})[row["prompt_index"], row["image_index"]] = row
+    labels = {(row["prompt_index"], row["image_index"]): row for row in drawn}
+    several = any(image for _, image in keys)
+    columns = [labels[key]["prompt"] + (f" · seed {labels[key]['seed']}" if several else "") for key in keys]
+    rows = [
+        GridRow(_step_label(step), [_picture(folder, by_step[step].get(key)) for key in keys])
+        for step in sorted(by_step)
+    ]
+    shown, headings, left_out = capped(rows, columns)
+    note = f"{_settings(drawn[-1])} {left_out}".strip()
+    write_grid(folder.grid_file, shown, headings, references_of(folder), folder.path.name, note)
+    write_timelapse(folder.timelapse_file, rows, columns, folder.path.name)
+    return True
+
+
+def _step_label(step: int) -> str:
+    return f"step {step:,}" if step else "base model"
+
+
+def _settings(row: dict) -> str:
+    return (
+        f"{row['num_inference_steps']} denoising steps, guidance {row['guidance_scale']:g}, {row['scheduler']}; "
+        f"a column has the same seed in every row."
+    )
+
+
+def _picture(folder: RunFolder, row: dict | None) -> Picture:
+    if row is None:
+        return "not drawn at this step"
+    if row.get("problem") == "not finite":
+        return "not finite (NaN)"
+    return folder.samples / row["file"]
+
+
+def references_of(folder: RunFolder) -> list[Path]:
+    """The training images that a run keeps for the strip above its grid."""
+    return sorted(folder.reference_dir.glob("*.png"))
+
+
+def _size(picture: Picture) -> tuple[int, int] | None:
+    opened = _open(picture)
+    return None if isinstance(opened, str) else opened.size
+
+
+def _open(picture: Picture) -> Image.Image | str:
+    """The picture, upright and in RGB, or the reason why it cannot be shown."""
+    if isinstance(picture, str):
+        return picture or "no image"
+    try:
+        opened = Image.open(picture) if isinstance(picture, Path) else picture
+        return (ImageOps.exif_transpose(opened) or opened).convert("RGB")
+    except FileNotFoundError:
+        return "file is missing"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "file is damaged"
+
+
+def _cell(picture: Picture, size: tuple[int, int]) -> Cell:
+    opened = _open(picture)
+    return opened if isinstance(opened, str) else fit(opened, size)
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image as large as ``size`` allows, its shape kept."""
+    scale = min(size[0] / image.width, size[1] / image.height)
+    width, height = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    if (width, height) == image.size:
+        return image
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _strip(canvas: Canvas, references: Sequence[Path], size: tuple[int, int]) -> None:
+    height = min(max(size[1] * 5 // 8, 96), 160)
+    room = canvas.width - 2 * MARGIN - GUTTER
+    thumbnails: list[Image.Image] = []
+    for file in references[:MAX_REFERENCES]:
+        opened = _open(file)
+        if isinstance(opened, str):
+            continue
+        thumbnail = fit(opened, (height * 2, height))
+        if thumbnail.width > room:
+            break
+        thumbnails.append(thumbnail)
+        room -= thumbnail.width + GAP
+    if thumbnails:
+        label = wrap("training images", font(LABEL), GUTTER - 12, 3)
+        canvas.strip(label, GUTTER, height, thumbnails)

@@ -1,0 +1,269 @@
+"""Prompts x seeds -> images, from any stock pipeline, without leaving a trace in it or in what trains.
+
+Every image has a generator of its own, so it does not depend on the batch it is drawn in, nor on how many processes
+share the work; and it stays comparable from step to step, because only the weights differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dreamlora.config import Sample
+from dreamlora.errors import UserError
+from dreamlora.interfaces import SampleDefaults
+from dreamlora.sampling.schedulers import deterministic
+
+logger = logging.getLogger(__name__)
+
+Embed = Callable[[list[str]], dict[str, Any]]
+"""Prompts to keyword arguments of the pipeline: ready prompt embeddings, batch first, negative ones included."""
+
+
+@dataclass(frozen=True)
+class SampleItem:
+    """One image to draw.
+
+    Attributes:
+        prompt_index: column of the prompt, from 0.
+        image_index: number among the prompt's images, from 0.
+        prompt: the text.
+        seed: of this image alone.
+    """
+
+    prompt_index: int
+    image_index: int
+    prompt: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """File name without suffix, such as ``p00_s42``."""
+        return f"p{self.prompt_index:02d}_s{self.seed}"
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Which images are drawn, and how; the same plan gives the same noise at every step and for every optimizer.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance, or the embedded guidance of distilled models.
+        seed: of the first image; the others count up from it.
+        negative_prompt: for pipelines that embed their prompts themselves; ready embeddings contain it already.
+        batch_size: images per call of the pipeline.
+        width: in pixels; None: the pipeline's own.
+        height: in pixels; None: the pipeline's own.
+    """
+
+    prompts: tuple[str, ...]
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int = 1
+    seed: int = 42
+    negative_prompt: str | None = None
+    batch_size: int = 4
+    width: int | None = None
+    height: int | None = None
+
+    def items(self) -> list[SampleItem]:
+        """Prompt by prompt; seeds ``seed, seed + 1, ...`` in that order."""
+        count = self.num_images_per_prompt
+        return [
+            SampleItem(column, image, prompt, self.seed + column * count + image)
+            for column, prompt in enumerate(self.prompts)
+            for image in range(count)
+        ]
+
+
+def plan_of(
+    sample: Sample, defaults: SampleDefaults, prompts: Sequence[str], side: int | None, batch_size: int
+) -> SamplePlan:
+    """The plan that the options ask for.
+
+    Args:
+        defaults: of the family, for what the options leave open.
+        side: of the square images, in pixels; None: the pipeline's own.
+    """
+    steps, guidance = sample.num_inference_steps, sample.sample_guidance_scale
+    return SamplePlan(
+        prompts=tuple(prompts),
+        num_inference_steps=defaults.num_inference_steps if steps is None else steps,
+        guidance_scale=defaults.guidance_scale if guidance is None else guidance,
+        num_images_per_prompt=sample.num_validation_images or sample.num_images_per_prompt,
+        seed=sample.sample_seed,
+        negative_prompt=sample.negative_prompt,
+        batch_size=batch_size,
+        width=side,
+        height=side,
+    )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawn image.
+
+    Attributes:
+        image: RGB; what was not finite is black.
+        problem: "not finite" or "black", else None.
+    """
+
+    item: SampleItem
+    image: Image.Image
+    problem: str | None = None
+
+
+def draw(pipeline: Any, plan: SamplePlan, embed: Embed | None = None, rank: int = 0, world: int = 1) -> Iterator[Drawn]:
+    """Draw this process's share of the plan (every ``world``-th image).
+
+    Every process calls the pipeline equally often, if need be for an image that is thrown away: a sharded model would
+    wait for ever otherwise, and in the time of the slowest process it costs nothing.
+
+    Args:
+        pipeline: a stock diffusers pipeline; modules, scheduler and settings are put back after every batch.
+        embed: gives the prompt embeddings; None: the pipeline's own text encoders do.
+    """
+    items = plan.items()
+    share = items[rank::world]
+    calls = math.ceil(math.ceil(len(items) / world) / plan.batch_size)
+    for call in range(calls):
+        batch = share[call * plan.batch_size : (call + 1) * plan.batch_size]
+        drawn = draw_batch(pipeline, plan, batch or items[:1], embed)
+        yield from drawn if batch else ()
+
+
+def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], embed: Embed | None = None) -> list[Drawn]:
+    """Draw these images in one call of the pipeline.
+
+    Raises:
+        UserError: the plan has a negative prompt, but the pipeline knows none.
+    """
+    prompts = [item.prompt for item in items]
+    options = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
+    with _untouched(pipeline):
+        pixels = pipeline(
+            **(embed(prompts) if embed else _as_text(pipeline, prompts, plan.negative_prompt)),
+            generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
+            num_inference_steps=plan.num_inference_steps,
+            guidance_scale=plan.guidance_scale,
+            output_type="np",  # "pil" would turn NaN into black unseen
+            **options,
+        ).images
+    return [_drawn(item, array) for item, array in zip(items, pixels, strict=True)]
+
+
+def _as_text(pipeline: Any, prompts: list[str], negative: str | None) -> dict[str, Any]:
+    if negative is None:
+        return {"prompt": prompts}
+    if "negative_prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise UserError(f"--negative_prompt: {type(pipeline).__name__} takes no negative prompt; leave it out")
+    return {"prompt": prompts, "negative_prompt": [negative] * len(prompts)}
+
+
+def _drawn(item: SampleItem, pixels: np.ndarray) -> Drawn:
+    """Pixels ``[H, W, 3]`` in [0, 1] as a picture, with what is wrong with it."""
+    problem = None
+    if not np.isfinite(pixels).all():
+        problem = "not finite"
+        pixels = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
+    elif pixels.max() == 0:
+        problem = "black"
+    if problem:
+        logger.warning("the sample of %r (seed %d) is %s", item.prompt, item.seed, problem)
+    return Drawn(item, Image.fromarray((pixels * 255).round().astype(np.uint8)), problem)
+
+
+@contextmanager
+def _untouched(pipeline: Any) -> Iterator[None]:
+    """Draw in here; afterwards pipeline, modules and torch's global random state are as they were."""
+    scheduler, note = deterministic(pipeline.scheduler)
+    if note:
+        _say_once(note)
+    with ExitStack() as stack:
+        # Not inference mode: what a module caches under it (rotary tables, ...) would fail in the next training step.
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_forked_random_state())
+        stack.enter_context(_replaced(pipeline, "scheduler", scheduler))
+        stack.enter_context(_evaluating(_modules(pipeline)))
+        stack.enter_context(_silenced(pipeline))
+        stack.enter_context(_decoding_in_own_precision(getattr(pipeline, "vae", None)))
+        yield
+
+
+@functools.cache
+def _say_once(note: str) -> None:
+    logger.info(note)
+
+
+def _modules(pipeline: Any) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+@contextmanager
+def _forked_random_state() -> Iterator[None]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode; afterwards every submodule has the mode it had (parts of a training model may be in eval mode)."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+@contextmanager
+def _silenced(pipeline: Any) -> Iterator[None]:
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+@contextmanager
+def _decoding_in_own_precision(vae: Any) -> Iterator[None]:
+    """Keep autocast away from the autoencoder: in fp16 many overflow, and the images come out black."""
+    if vae is None:
+        yield
+        return
+    original = vae.decode
+
+    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return original(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        del vae.decode

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dreamlora.config import Sample
+from dreamlora.errors import UserError
+from dreamlora.sampling.prompts import read_prompts, sample_prompts, subject_of
+
+LISTS = Path(__file__).parents[2] / "prompts"
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "prompts.txt"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_one_per_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "\ufeff# a comment\n\n  a {} in the snow \r\na cat, {}\nünï © 漢\n")
+    assert read_prompts(file, "sks dog") == ("a sks dog in the snow", "a cat, sks dog", "ünï © 漢")
+
+
+def test_placeholder_without_subject_names_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prompts\.txt, line 3: .*a \{\} in the snow"):
+        read_prompts(write(tmp_path, "# one\na cat\na {} in the snow\n"))
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n"])
+def test_no_prompts(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"prompts\.txt holds no prompts"):
+        read_prompts(write(tmp_path, text))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.txt"):
+        read_prompts(tmp_path / "missing.txt")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match=r"image\.png"):
+        read_prompts(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("a photo of sks dog", "sks dog"),
+        ("A photo of a sks dog.", "sks dog"),
+        ("sks dog", "sks dog"),
+        ("a painting of the old bridge", "old bridge"),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_subject_of(prompt: str | None, subject: str | None) -> None:
+    assert subject_of(prompt) == subject
+
+
+def test_prompts_of_a_run(tmp_path: Path) -> None:
+    instance, general = "a photo of sks dog", "a photo of a dog"
+    assert sample_prompts(Sample(), instance, general) == (instance, general)
+    assert sample_prompts(Sample(validation_prompt=instance), instance) == (instance,), "each once"
+    file = write(tmp_path, "a {} on grass\n")
+    assert sample_prompts(Sample(sample_prompts=file, validation_prompt="x"), instance) == ("a sks dog on grass", "x")
+    with pytest.raises(UserError, match="--sample_steps 0"):
+        sample_prompts(Sample())
+
+
+@pytest.mark.parametrize("name", ["dreambooth_objects", "dreambooth_live_subjects"])
+def test_the_dreambooth_lists_are_whole(name: str) -> None:
+    prompts = read_prompts(LISTS / f"{name}.txt", "sks dog")
+    assert len(set(prompts)) == 25
+    assert all(prompt.count("sks dog") == 1 for prompt in prompts)
+    assert prompts[0] == "a sks dog in the jungle"
+    assert prompts[-1] == "a cube shaped sks dog"
+
+
+def test_the_demo_list_uses_the_embedded_model_s_words() -> None:
+    from dreamlora.tiny.world import vocabulary
+
+    words = {word for prompt in read_prompts(LISTS / "demo.txt") for word in prompt.split()}
+    assert words <= set(vocabulary())
