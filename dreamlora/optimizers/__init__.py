@@ -1,0 +1,44 @@
+"""Optimizers: one file each, found by name; and classes for any PyTorch project with LoRA layers (PEFT or not).
+
+    from dreamlora.optimizers import ScaledAdamW, lora_param_groups
+    optimizer = ScaledAdamW(lora_param_groups(model), lr=2e-4)
+
+Importing this package (or a plug-in file) does not import torch; the names below do, when first used. Nothing here
+needs PEFT, diffusers or accelerate.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dreamlora.optimizers._groups import LoraPair, check_compatibility, find_lora_pairs, lora_param_groups
+    from dreamlora.optimizers._pairs import LoraPairOptimizer
+    from dreamlora.optimizers._scaled import ScaledAdamW, ScaledGD
+
+_HOME = {
+    "LoraPair": "_groups",
+    "LoraPairOptimizer": "_pairs",
+    "ScaledAdamW": "_scaled",
+    "ScaledGD": "_scaled",
+    "check_compatibility": "_groups",
+    "find_lora_pairs": "_groups",
+    "lora_param_groups": "_groups",
+}
+
+__all__ = [
+    "LoraPair",
+    "LoraPairOptimizer",
+    "ScaledAdamW",
+    "ScaledGD",
+    "check_compatibility",
+    "find_lora_pairs",
+    "lora_param_groups",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,254 @@
+"""Finding LoRA pairs in modules and turning them into parameter groups.
+
+PEFT's layers are recognised by what they have (``lora_A``, ``lora_B``, ``scaling``), so PEFT is not imported; modules
+of other makers are recognised by parameter names.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# Names of the two factors where there is no PEFT layer: (A, B). "down"/"up" alone are also names of UNet blocks, hence
+# the check for "lora" in the owner's name.
+_NAME_PAIRS = ((".lora_A.", ".lora_B."), (".lora_down.", ".lora_up."), (".down.", ".up."))
+_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.([^.]+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one adapted layer, ``W = W0 + scaling · B A`` (convolutions flattened behind dimension 0).
+
+    Attributes:
+        name: of the adapted layer, and of the adapter if it is not "default".
+        A: ``(r, n)`` or ``(r, c, *kernel)``.
+        B: ``(m, r)`` or ``(m, r, 1, ...)``.
+        scaling: ``alpha/r`` or ``alpha/sqrt(r)``; 1 if the layer does not tell.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float = 1.0
+
+
+def pair_problem(A: Tensor, B: Tensor) -> str | None:
+    """Why ``A`` and ``B`` cannot be the two factors of a product ``B A``, or None if they can."""
+    if A.ndim < 2 or B.ndim < 2:
+        return "a factor is flat (1-D)"
+    if A.shape[0] != B.shape[1] or any(size != 1 for size in B.shape[2:]):
+        return "the shapes do not multiply (a grouped convolution?)"
+    if A.device != B.device or A.dtype != B.dtype:
+        return "the factors differ in device or dtype"
+    return None if A.is_floating_point() else "the factors are quantised"
+
+
+def find_lora_pairs(module: nn.Module, adapter_names: Collection[str] | None = None) -> list[LoraPair]:
+    """The trainable pairs of a module, in module order.
+
+    Args:
+        adapter_names: only these adapters; None is all that train.
+    """
+    if any(_is_peft_layer(layer) for layer in module.modules()):
+        candidates = list(_peft_candidates(module))
+    else:
+        candidates = list(_named_candidates(module))
+    if adapter_names is not None:
+        adapter_names = _as_set(adapter_names)
+        candidates = [(adapter, pair) for adapter, pair in candidates if adapter in adapter_names]
+    return _accept([pair for _, pair in candidates])
+
+
+def lora_param_groups(
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    lr: float | Tensor | None = None,
+    weight_decay: float | None = None,
+    adapter_names: Collection[str] | None = None,
+    loraplus_ratio: float = 1.0,
+    fallback_lr: float | Tensor | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model with LoRA layers: one of pairs, one of whatever else trains (if anything does).
+
+    Modules with their own learning rates: ``lora_param_groups(unet, lr=1e-4) + lora_param_groups(text, lr=5e-6)``.
+
+    Args:
+        model: a module or several that share all settings.
+        lr, weight_decay: of the groups; None leaves the optimizer's own default.
+        adapter_names: train only these adapters; None is all whose parameters require gradients.
+        loraplus_ratio: learning rate of the B factors divided by that of the A factors (LoRA+, arXiv 2402.12354).
+        fallback_lr: of the second group; None is ``lr``.
+
+    Returns:
+        ``{"params": [A1, B1, A2, B2, ...], "lora_pairs": True, "pair_names": [...], "scalings": [...],
+        "lr_ratio_B": ...}`` and ``{"params": [...], "lora_pairs": False}``.
+
+    Raises:
+        ValueError: there is no trainable pair.
+    """
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    adapter_names = None if adapter_names is None else _as_set(adapter_names)
+    pairs = _accept([pair for module in modules for pair in find_lora_pairs(module, adapter_names)])
+    if not pairs:
+        chosen = "" if adapter_names is None else f" of the adapters {sorted(adapter_names)}"
+        raise ValueError(
+            f"found no LoRA pair{chosen} whose factors both require gradients: add an adapter "
+            "(peft.inject_adapter_in_model, model.add_adapter) and leave it trainable before building the optimizer"
+        )
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    common = {key: value for key, value in settings.items() if value is not None}
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [factor for pair in pairs for factor in (pair.A, pair.B)],
+            "lora_pairs": True,
+            "pair_names": [pair.name for pair in pairs],
+            "scalings": [pair.scaling for pair in pairs],
+            "lr_ratio_B": float(loraplus_ratio),
+            **common,
+        }
+    ]
+    rest = _other_trainables(modules, {id(p) for p in groups[0]["params"]}, adapter_names)
+    if rest:
+        lr_of_rest: dict[str, Any] = {} if fallback_lr is None else {"lr": fallback_lr}
+        groups.append({"params": rest, "lora_pairs": False, **common, **lr_of_rest})
+    logger.info("%d LoRA pairs; %d other trainable tensors", len(pairs), len(rest))
+    return groups
+
+
+def plain_groups(param_groups: list[dict[str, Any]], default_lr: float) -> list[dict[str, Any]]:
+    """The groups for an optimizer that knows no pairs: A and B of a group apart if their learning rates differ."""
+    plain: list[dict[str, Any]] = []
+    for group in param_groups:
+        kept: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay") if key in group}
+        params, ratio = group["params"], group.get("lr_ratio_B", 1.0)
+        if ratio == 1.0:
+            plain.append({"params": list(params), **kept})
+        else:
+            plain.append({"params": params[0::2], **kept})
+            plain.append({"params": params[1::2], **kept, "lr": kept.get("lr", default_lr) * ratio})
+    return plain
+
+
+@torch.no_grad()
+def check_compatibility(model: nn.Module | Iterable[LoraPair]) -> dict[str, float]:
+    """Relative size of ``gA Aᵀ − Bᵀ gB`` per pair, from the gradients of a backward pass just done.
+
+    Both terms are ``s BᵀGAᵀ`` with ``G`` the gradient of the full weight, so the difference is rounding (below 1e-5 in
+    float32, 1e-3 in bfloat16) if and only if the factors belong together: linear, convolution, DoRA, dropout and
+    global-norm clipping included. Clipping per tensor breaks it. Pairs without gradients, or with B at zero, give 0.
+
+    Raises:
+        ValueError: no pair has gradients.
+    """
+    pairs = find_lora_pairs(model) if isinstance(model, nn.Module) else list(model)
+    errors: dict[str, float] = {}
+    for pair in pairs:
+        if pair.A.grad is None or pair.B.grad is None:
+            continue
+        A, B, gA, gB = (x.detach().cpu().double().flatten(1) for x in (pair.A, pair.B, pair.A.grad, pair.B.grad))
+        left, right = gA @ A.mT, B.mT @ gB
+        size = max(left.norm().item(), right.norm().item())
+        errors[pair.name] = (left - right).norm().item() / size if size else 0.0
+    if not errors:
+        raise ValueError("no LoRA pair has gradients: call check_compatibility after loss.backward()")
+    return errors
+
+
+def _as_set(names: Collection[str]) -> set[str]:
+    """One name alone is meant as that name, not as its letters."""
+    return {names} if isinstance(names, str) else set(names)
+
+
+def _is_peft_layer(layer: nn.Module) -> bool:
+    """A LoRA layer of PEFT; AdaLoRA's, which has a third factor ``lora_E`` between the two, is none."""
+    has_factors = hasattr(layer, "lora_A") and hasattr(layer, "lora_B") and not hasattr(layer, "lora_E")
+    return has_factors and isinstance(getattr(layer, "scaling", None), Mapping)
+
+
+def _peft_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair]]:
+    """(adapter, pair) of every PEFT LoRA layer; embeddings keep bare parameters."""
+    for name, layer in module.named_modules():
+        if not _is_peft_layer(layer):
+            continue
+        kinds: list[tuple[Any, Any]] = [(layer.lora_A, layer.lora_B)]
+        kinds.append((getattr(layer, "lora_embedding_A", {}), getattr(layer, "lora_embedding_B", {})))
+        for As, Bs in kinds:
+            for adapter in As:
+                if adapter not in Bs:
+                    continue
+                A, B = (getattr(x, "weight", x) for x in (As[adapter], Bs[adapter]))
+                label = name if adapter == "default" else f"{name}[{adapter}]"
+                yield adapter, LoraPair(label, A, B, float(layer.scaling[adapter]))
+
+
+def _named_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair]]:
+    """(adapter, pair) by parameter names, for layers that are not PEFT's."""
+    # The leading dot lets a name match that is not nested in any module.
+    parameters = {f".{name}": p for name, p in module.named_parameters(remove_duplicate=False)}
+    for name, A in parameters.items():
+        for mark_a, mark_b in _NAME_PAIRS:
+            head, found, tail = name.rpartition(mark_a)
+            # Only the last occurrence is replaced: a block may itself be called "down" or "lora_A".
+            B = parameters.get(head + mark_b + tail) if found and tail.endswith("weight") else None
+            if B is None or (mark_a == ".down." and "lora" not in head):
+                continue
+            yield _adapter_of(name) or "default", LoraPair(head[1:], A, B, _named_scaling(module, head[1:], A))
+            break
+
+
+def _named_scaling(module: nn.Module, owner: str, A: Tensor) -> float:
+    """``alpha/r`` if the module that holds the factors has an ``alpha`` (kohya, diffusers' old layers)."""
+    alpha = getattr(module.get_submodule(owner), "alpha", None)
+    return float(alpha) / A.shape[0] if isinstance(alpha, (int, float, Tensor)) else 1.0
+
+
+def _adapter_of(name: str) -> str | None:
+    """The adapter a parameter belongs to, None if it belongs to none (or the layer has no names for adapters)."""
+    found = _ADAPTER.findall(name)
+    return None if not found or found[-1] in ("weight", "bias") else found[-1]
+
+
+def _accept(candidates: list[LoraPair]) -> list[LoraPair]:
+    """The candidates that can be preconditioned; the others are reported once, by reason."""
+    unique = {(id(pair.A), id(pair.B)): pair for pair in candidates}
+    uses = Counter(id(factor) for pair in unique.values() for factor in (pair.A, pair.B))
+    accepted: list[LoraPair] = []
+    refused: Counter[str] = Counter()
+    for pair in unique.values():
+        if not (pair.A.requires_grad or pair.B.requires_grad):
+            continue
+        reason = pair_problem(pair.A, pair.B)
+        if not (pair.A.requires_grad and pair.B.requires_grad):
+            reason = "a factor is frozen"
+        elif reason is None and max(uses[id(pair.A)], uses[id(pair.B)]) > 1:
+            reason = "a factor is shared with another pair"
+        if reason is None:
+            accepted.append(pair)
+        else:
+            refused[reason] += 1
+    for reason, count in refused.items():
+        logger.warning("%d LoRA layers are trained without preconditioning: %s", count, reason)
+    return accepted
+
+
+def _other_trainables(
+    modules: Iterable[nn.Module], in_pairs: set[int], adapter_names: Collection[str] | None
+) -> list[nn.Parameter]:
+    """Parameters that train and are in no pair, those of adapters that were not chosen left out."""
+    found: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            adapter = _adapter_of(f".{name}")
+            chosen = adapter_names is None or adapter is None or adapter in adapter_names
+            if parameter.requires_grad and chosen and id(parameter) not in in_pairs:
+                found[id(parameter)] = parameter
+    return list(found.values())

@@ -1,0 +1,142 @@
+"""torch's own AdamW and SGD updates, applied to directions instead of ``p.grad``.
+
+Calling torch's functional forms (the fused kernels where there are some) keeps bias correction, weight decay and speed
+those of ``torch.optim.AdamW`` and ``torch.optim.SGD`` by construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_FUSED_DEVICES = ("cpu", "cuda")
+STEP, EXP_AVG, EXP_AVG_SQ, MOMENTUM = "step", "exp_avg", "exp_avg_sq", "momentum_buffer"
+
+
+@dataclass(frozen=True)
+class AdamWHyper:
+    """Hyper-parameters of one AdamW update, named as in ``torch.optim.AdamW``."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+@dataclass(frozen=True)
+class SGDHyper:
+    """Hyper-parameters of one SGD update; weight decay is decoupled, unlike ``torch.optim.SGD``'s."""
+
+    lr: float | Tensor
+    momentum: float
+    weight_decay: float
+    maximize: bool
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of states and arithmetic: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass
+class _Work:
+    """Tensors ready for a kernel: parameters of at least float32, directions of the same dtype and strides."""
+
+    params: list[Tensor]
+    directions: list[Tensor]
+    fused: bool
+
+    @classmethod
+    def of(cls, params: list[Tensor], directions: list[Tensor]) -> _Work:
+        low = any(p.dtype in _LOW_PRECISION for p in params)
+        work = [p.to(compute_dtype(p.dtype)) for p in params] if low else params
+        # The fused kernels walk the memory of all tensors alike: a channels_last parameter needs its direction so.
+        aligned = [
+            d if d.dtype == p.dtype and d.stride() == p.stride() else torch.empty_like(p).copy_(d)
+            for p, d in zip(work, directions, strict=True)
+        ]
+        return cls(work, aligned, all(p.device.type in _FUSED_DEVICES for p in work))
+
+    def write_back(self, params: list[Tensor]) -> None:
+        """Round low-precision parameters back; the others were updated in place."""
+        if self.params is params:
+            return
+        for p, updated in zip(params, self.params, strict=True):
+            if p is not updated:
+                p.copy_(updated)
+
+
+def adamw_(params: list[Tensor], directions: list[Tensor], states: list[dict[str, Any]], hyper: AdamWHyper) -> None:
+    """One AdamW step along ``directions`` (in place of gradients), updating ``params`` and ``states``.
+
+    Args:
+        params: parameters of any floating dtype; below float32 they are updated in float32 and rounded.
+        directions: same shapes, any strides.
+        states: per parameter; ``step``, ``exp_avg``, ``exp_avg_sq`` are made when missing.
+    """
+    if not params:
+        return
+    work = _Work.of(params, directions)
+    for p, state in zip(work.params, states, strict=True):
+        if STEP not in state:
+            state[STEP] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state[EXP_AVG], state[EXP_AVG_SQ] = torch.zeros_like(p), torch.zeros_like(p)
+    adamw(
+        work.params,
+        work.directions,
+        [state[EXP_AVG] for state in states],
+        [state[EXP_AVG_SQ] for state in states],
+        [],
+        [state[STEP] for state in states],
+        fused=work.fused,
+        amsgrad=False,
+        beta1=hyper.betas[0],
+        beta2=hyper.betas[1],
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        maximize=hyper.maximize,
+    )
+    work.write_back(params)
+
+
+def sgd_(params: list[Tensor], directions: list[Tensor], states: list[dict[str, Any]], hyper: SGDHyper) -> None:
+    """``p ← (1 − lr·wd) p;  b ← momentum·b + direction;  p ← p − lr·b``, updating ``params`` and ``states``.
+
+    Args:
+        params: parameters of any floating dtype; below float32 they are updated in float32 and rounded.
+        directions: same shapes.
+        states: per parameter; ``momentum_buffer`` is made when missing and momentum is used.
+    """
+    if not params:
+        return
+    work = _Work.of(params, directions)
+    buffers: list[Tensor | None] = [None] * len(params)
+    if hyper.momentum:
+        buffers = [
+            state[MOMENTUM] if MOMENTUM in state else state.setdefault(MOMENTUM, torch.zeros_like(p))
+            for p, state in zip(work.params, states, strict=True)
+        ]
+    lr = float(hyper.lr)
+    if hyper.weight_decay:
+        torch._foreach_mul_(work.params, 1 - lr * hyper.weight_decay)
+    sgd(
+        work.params,
+        work.directions,
+        buffers,
+        fused=work.fused,
+        weight_decay=0.0,
+        momentum=hyper.momentum,
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=hyper.maximize,
+    )
+    work.write_back(params)

@@ -1,0 +1,251 @@
+"""Base of optimizers that update the two factors of a LoRA layer together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dreamlora.optimizers import _checks
+from dreamlora.optimizers._groups import pair_problem
+from dreamlora.optimizers._kernels import STEP, AdamWHyper, adamw_, compute_dtype
+
+# Largest batch, in bytes of stacked factors. CPU: temporaries stay in the cache and the allocator reuses them (larger
+# ones are mapped anew, and their page faults cost more than the arithmetic). GPU: few large launches.
+_BATCH_BYTES = {"cpu": 2**19}
+_BATCH_BYTES_DEFAULT = 64 * 2**20
+
+Group = dict[str, Any]
+Moves = list[tuple[Tensor, Tensor]]
+"""Parameters and the directions, in the same shape, along which they move (downhill is against it)."""
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """``b`` pairs of one shape, dtype and device; ``b`` is bounded, and with it the memory of temporaries.
+
+    Attributes:
+        A: parameters ``(r, n)`` or ``(r, c, *kernel)``.
+        B: parameters ``(m, r)`` or ``(m, r, 1, ...)``.
+        scalings: ``s`` of every pair.
+    """
+
+    A: list[Tensor]
+    B: list[Tensor]
+    scalings: list[float]
+
+    def stacked_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """A ``(b, r, n)`` and B ``(b, m, r)``, in at least float32 (or ``dtype``)."""
+        return self._stack(self.A, dtype), self._stack(self.B, dtype)
+
+    def stacked_gradients(self) -> tuple[Tensor, Tensor]:
+        """gA ``(b, r, n)`` and gB ``(b, m, r)``, in at least float32; a missing gradient counts as zero."""
+        gA, gB = ([torch.zeros_like(p) if p.grad is None else p.grad for p in side] for side in (self.A, self.B))
+        return self._stack(gA), self._stack(gB)
+
+    def moves(self, dA: Tensor, dB: Tensor) -> tuple[Moves, Moves]:
+        """Stacked ``dA`` ``(b, r, n)`` and ``dB`` ``(b, m, r)`` by parameter, for those that have a gradient."""
+        return _moves_of(self.A, dA), _moves_of(self.B, dB)
+
+    @staticmethod
+    def _stack(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        stacked = (tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)).flatten(2)
+        return stacked.to(dtype or compute_dtype(stacked.dtype))
+
+
+class LoraPairOptimizer(Optimizer):
+    """An optimizer over LoRA pairs, with AdamW for whatever else trains.
+
+    It takes parameter groups, as ``lora_param_groups`` makes them: ``{"params": [A1, B1, A2, B2, ...], "lora_pairs":
+    True}`` (optional keys: "scalings", "lr_ratio_B") and ``{"params": [...], "lora_pairs": False}``. Pairs are found by
+    position in "params", so that frameworks may move or replace parameters.
+
+    A subclass gives ``update_pairs``, and in ``defaults`` at least lr, betas, eps, weight_decay and maximize (the
+    fallback AdamW uses them too). State is per parameter and at least float32, also for bfloat16 parameters.
+
+    A factor whose gradient is None is left alone, like a parameter without gradient in torch's optimizers.
+
+    Raises:
+        ValueError: no pair group; a group without "lora_pairs"; factors that do not belong together; a hyper-parameter
+            out of range; sharded or flattened parameters (FSDP, DeepSpeed ZeRO), which hide the pairs.
+    """
+
+    def __init__(self, params: list[Group], defaults: dict[str, Any]) -> None:
+        groups = [dict(group) if isinstance(group, dict) else group for group in params]
+        self._reset()
+        super().__init__(groups, {"lora_pairs": None, "lr_ratio_B": 1.0, **defaults})
+        if not any(group["lora_pairs"] for group in self.param_groups):
+            raise ValueError(
+                f"{type(self).__name__} got no group of LoRA pairs: pass lora_param_groups(model) as parameters"
+            )
+
+    def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
+        """Update these pairs of the group in place. Gradients are not to be changed."""
+        raise NotImplementedError
+
+    def validate_group(self, group: Group) -> None:
+        """Raise ValueError for hyper-parameters out of range; subclasses add their own."""
+        for name in ("lr", "eps", "weight_decay"):
+            _checks.at_least_zero(name, group[name])
+        _checks.above_zero("lr_ratio_B", group["lr_ratio_B"])
+        _checks.two_fractions("betas", group["betas"])
+        if group.get("differentiable"):
+            raise ValueError("differentiable: got True, must be False (gradients of the update are not supported)")
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, checked; see the class for its keys.
+
+        Raises:
+            ValueError: see the class.
+        """
+        if not isinstance(param_group, dict) or param_group.get("lora_pairs") is None:
+            raise ValueError(
+                f"{type(self).__name__} needs to know which parameters are LoRA pairs: pass lora_param_groups(model), "
+                'or groups with the key "lora_pairs" (True for [A1, B1, A2, B2, ...], False for other parameters)'
+            )
+        params = param_group["params"]
+        group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+        self.validate_group({**self.defaults, **group})
+        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        if group["lora_pairs"]:
+            _check_pairs(tensors, group)
+        for p in tensors:
+            _refuse_strided(p)
+        super().add_param_group(group)
+        self._batches.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments keep float32 where parameters are bfloat16 or float16 (torch would round them)."""
+        super().load_state_dict(state_dict)
+        self._batches.clear()
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for key, saved in state_dict["state"].get(i, {}).items():
+                if not isinstance(saved, Tensor) or not saved.is_floating_point():
+                    continue
+                dtype = torch.float32 if key == STEP else compute_dtype(p.dtype)
+                self.state[p][key] = saved.to(device=p.device, dtype=dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model anew and returns the loss; called once, before gradients are read.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            ValueError: parameters were replaced by sharded or flattened ones since the optimizer was made.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            if not group["params"]:
+                continue
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+            # A step inside an autocast region would otherwise multiply in half precision.
+            with torch.autocast(group["params"][0].device.type, enabled=False):
+                if group["lora_pairs"]:
+                    self.update_pairs(group, self._batches_with_gradients(index, group))
+                else:
+                    self.adamw_update(group, [(p, p.grad) for p in group["params"] if p.grad is not None])
+        return loss
+
+    def adamw_update(self, group: Group, moves: Moves) -> None:
+        """torch's AdamW along given directions instead of gradients, with the group's hyper-parameters."""
+        hyper = AdamWHyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+        adamw_([p for p, _ in moves], [d for _, d in moves], [self.state[p] for p, _ in moves], hyper)
+
+    def _batches_with_gradients(self, index: int, group: Group) -> list[PairBatch]:
+        """Batches of the pairs that have a gradient; cached while parameters keep shape, dtype and device."""
+        params = group["params"]
+        signature = [(id(p), p.shape, p.dtype, p.device) for p in params]
+        cached = self._batches.get(index)
+        if cached is None or cached[0] != signature:
+            _check_pairs(params, group)
+            cached = (signature, list(_batches(_pairs_of(group))))
+            self._batches[index] = cached
+        if all(p.grad is not None for p in params):
+            return cached[1]
+        present = [pair for pair in _pairs_of(group) if pair[0].grad is not None or pair[1].grad is not None]
+        return list(_batches(present))
+
+    def _reset(self) -> None:
+        """Forget what is derived from the parameters."""
+        self._batches: dict[int, tuple[list[Any], list[PairBatch]]] = {}
+
+
+def _moves_of(params: list[Tensor], stacked: Tensor) -> Moves:
+    directions = stacked.reshape(len(params), *params[0].shape).unbind()
+    return [(p, d) for p, d in zip(params, directions, strict=True) if p.grad is not None]
+
+
+def _pairs_of(group: Group) -> list[tuple[Tensor, Tensor, float]]:
+    params = group["params"]
+    scalings = group.get("scalings") or [1.0] * (len(params) // 2)
+    return list(zip(params[0::2], params[1::2], scalings, strict=True))
+
+
+def _batches(pairs: list[tuple[Tensor, Tensor, float]]) -> Iterator[PairBatch]:
+    """Bucket pairs by device, dtype and shape, and cut large buckets."""
+    buckets: dict[Any, list[tuple[Tensor, Tensor, float]]] = {}
+    for pair in pairs:
+        A, B, _ = pair
+        buckets.setdefault((A.device, A.dtype, A.shape, B.shape), []).append(pair)
+    for members in buckets.values():
+        A, B, _ = members[0]
+        room = _BATCH_BYTES.get(A.device.type, _BATCH_BYTES_DEFAULT)
+        size = max(1, room // (4 * (A.numel() + B.numel())))
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
+            yield PairBatch([A for A, _, _ in part], [B for _, B, _ in part], [s for _, _, s in part])
+
+
+def _check_pairs(params: list[Tensor], group: Group) -> None:
+    """Raise ValueError unless ``params`` are [A1, B1, A2, B2, ...] that can be updated as pairs."""
+    if any(hasattr(p, "device_mesh") for p in params):
+        raise ValueError(
+            "LoRA factors are sharded (DTensor): a factor must be whole to be preconditioned. Leave the LoRA "
+            "parameters out of FSDP (ignored_params), or train with DDP; they are small"
+        )
+    names = group.get("pair_names") or [f"number {i}" for i in range(len(params) // 2)]
+    flat = any(p.ndim < 2 for p in params)
+    if flat or len(params) % 2:
+        raise ValueError(
+            f"a group of LoRA pairs must be [A1, B1, A2, B2, ...], got {len(params)} tensors"
+            f"{', some of them 1-D' if flat else ''}. FSDP1 and DeepSpeed ZeRO flatten parameters, which hides the "
+            "pairs: train with DDP or with FSDP2 and the LoRA parameters ignored"
+        )
+    if len({id(p) for p in params}) < len(params):
+        raise ValueError("a parameter is in more than one LoRA pair: shared factors go to a group without pairs")
+    for key in ("scalings", "pair_names"):
+        if group.get(key) and len(group[key]) != len(params) // 2:
+            raise ValueError(f"{key}: got {len(group[key])} values for {len(params) // 2} LoRA pairs")
+    for name, A, B in zip(names, params[0::2], params[1::2], strict=True):
+        problem = pair_problem(A, B)
+        if problem:
+            raise ValueError(f"LoRA pair {name}: {problem}; got A {tuple(A.shape)} and B {tuple(B.shape)}")
+
+
+def _refuse_strided(p: Tensor) -> None:
+    """Raise ValueError for a parameter that is a view with gaps: its state would have other strides."""
+    if p.device.type != "meta" and torch.empty_like(p, device="meta").stride() != p.stride():
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is a view with gaps: make it contiguous first")
