@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -124,7 +125,8 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 def replacing(file: Path) -> Iterator[Path]:
     """A temporary path beside ``file`` to write to; it takes the file's place at the end, or vanishes on an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp{file.suffix}")
+    # process ids are not enough: containers that share a folder often have the same ones
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp{file.suffix}")
     try:
         yield temporary
         os.replace(temporary, file)

@@ -1,0 +1,225 @@
+"""Encoded images and prompts on disk, found by what went into them.
+
+An entry's name is the hash of everything that decides its content, so a changed image, option or model means another
+entry, and never a wrong one. Entries carry a digest and are checked whenever they are read. Nothing is ever deleted:
+the folder can be removed at any time between runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dreamlora.errors import UserError
+from dreamlora.runfolder import replacing
+
+logger = logging.getLogger(__name__)
+
+CACHE_FORMAT = 1
+"""Part of every key: to be raised whenever images are decoded, resized or stored differently."""
+
+Entry = dict[str, Tensor]
+KeyPart = str | int | float | bool | None
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DamagedEntry(Exception):
+    """A cache file that is not what was written."""
+
+
+def content_key(kind: str, *parts: object) -> str:
+    """SHA-256, in hexadecimal, of ``parts``: anything JSON can say without ambiguity, mappings in any order."""
+    text = json.dumps([CACHE_FORMAT, kind, *parts], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_folder(latents_cache_dir: Path | None = None) -> Path:
+    """``latents_cache_dir``, or the environment's DREAMLORA_CACHE, or ~/.cache/dreamlora."""
+    return Path(latents_cache_dir or os.environ.get("DREAMLORA_CACHE") or Path.home() / ".cache" / "dreamlora")
+
+
+class TensorCache:
+    """Named tensors by key, one safetensors file each: ``<folder>/ab/abcdef....safetensors``.
+
+    Files are written under a temporary name and then renamed. So any number of processes may share the folder: at
+    worst, two of them make the same entry.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def file(self, key: str) -> Path:
+        """Where the entry lies, or would lie."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The different ones of ``keys`` without a sound entry, in order. Reads every entry whole; warns of damage."""
+        absent = []
+        for key in dict.fromkeys(keys):
+            try:
+                self._read(key)
+            except FileNotFoundError:
+                absent.append(key)
+            except DamagedEntry as damage:
+                logger.warning("%s is damaged (%s): it is encoded again", self.file(key), damage)
+                absent.append(key)
+        return absent
+
+    def holds(self, key: str) -> bool:
+        """Whether there is a sound entry."""
+        try:
+            self._read(key)
+        except (FileNotFoundError, DamagedEntry):
+            return False
+        return True
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store an entry, replacing one that is there.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written to.
+        """
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        data = safetensors.torch.save(whole, {"sha256": _digest(key, whole)})
+        try:
+            with replacing(self.file(key)) as temporary:
+                temporary.write_bytes(data)
+        except OSError as error:
+            why = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+            raise UserError(
+                f"cannot write to the cache {self.folder}: {why}. Make room there, or choose another place with "
+                "--latents_cache_dir"
+            ) from error
+
+    def load(self, key: str) -> Entry:
+        """The entry, as fresh tensors on the CPU.
+
+        Raises:
+            UserError: it vanished or was damaged since ``missing`` found it sound.
+        """
+        try:
+            return self._read(key)
+        except (FileNotFoundError, DamagedEntry) as error:
+            raise UserError(
+                f"the cached file {self.file(key)} was removed or damaged during the run: start again, to make it anew"
+            ) from error
+
+    def _read(self, key: str) -> Entry:
+        """Raises FileNotFoundError, or DamagedEntry with the reason."""
+        try:
+            data = self.file(key).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"cannot read the cache {self.folder}: {error.strerror}. Mend its permissions, or choose another place "
+                "with --latents_cache_dir"
+            ) from error
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            tensors = safetensors.torch.load(data)
+            intact = header["__metadata__"]["sha256"] == _digest(key, tensors)
+        except Exception as error:  # a damaged header can make the parsers raise anything
+            raise DamagedEntry(str(error) or type(error).__name__) from error
+        if not intact:
+            raise DamagedEntry("its content does not match its checksum")
+        return tensors
+
+
+def _digest(key: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(key.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Recent:
+    """A cache's most recently used entries, kept in RAM up to ``limit`` bytes; small sets stay there wholly.
+
+    The same tensors are given out each time: they must not be changed in place.
+    """
+
+    def __init__(self, cache: TensorCache, limit: int = 2**30) -> None:
+        self._cache = cache
+        self._limit = limit
+        self._used = 0
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+
+    def __getitem__(self, key: str) -> Entry:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        entry = self._cache.load(key)
+        self._entries[key] = entry
+        self._used += _nbytes(entry)
+        while self._used > self._limit:
+            self._used -= _nbytes(self._entries.popitem(last=False)[1])
+        return entry
+
+
+def _nbytes(entry: Entry) -> int:
+    return sum(tensor.nbytes for tensor in entry.values())
+
+
+class LatentStore:
+    """Encoded images by index and variant, read from the cache when first asked for.
+
+    Attributes:
+        names: one per image, for error messages.
+        captions: one per image.
+        content_hashes: one per image: its identity, whatever its name.
+    """
+
+    def __init__(
+        self, names: list[str], captions: list[str], content_hashes: list[str], keys: list[list[str]], entries: Recent
+    ) -> None:
+        self.names = names
+        self.captions = captions
+        self.content_hashes = content_hashes
+        self._keys = keys
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def count(self, index: int) -> int:
+        """How many variants (crops, mirrored or not) there are of an image."""
+        return len(self._keys[index])
+
+    def latents(self, index: int, variant: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each ``[C, h, w]`` float32; not to be changed in place.
+
+        Raises:
+            UserError: the cache file was removed or damaged during the run.
+        """
+        entry = self._entries[self._keys[index][variant]]
+        return entry["mean"], entry["std"]
+
+
+class PromptStore(Mapping[str, Entry]):
+    """Embeddings by prompt, with a batch dimension of 1, read from the cache when first asked for."""
+
+    def __init__(self, keys: Mapping[str, str], entries: Recent) -> None:
+        self._keys = keys
+        self._entries = entries
+
+    def __getitem__(self, prompt: str) -> Entry:
+        return self._entries[self._keys[prompt]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)

@@ -1,0 +1,229 @@
+"""Fill the cache: every crop and every prompt is encoded once, before training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dreamlora.data.cache import Entry, KeyPart, LatentStore, PromptStore, Recent, TensorCache, content_key
+from dreamlora.data.images import ImageRecord, decode
+from dreamlora.data.transforms import Preparation, Variant, crop, to_tensor, variants
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Conditioning, Latents
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How the cache is filled.
+
+    Attributes:
+        cache: where entries are kept.
+        key_parts: whatever else decides what the encoder makes: model, revision, autoencoder, dtype, for prompts also
+            the number of tokens.
+        rank: of this process among those that share the cache folder.
+        world: number of these processes. Each makes its share of the entries; the caller waits for all of them before
+            it reads from a store.
+        workers: processes that read and crop images; 0 for none besides this one.
+        batch_size: images or prompts per call of the encoder. Above 1 it is faster on some GPUs, but then the last bits
+            of an entry depend on what happened to be in its batch, so on what the cache held before.
+        ram_bytes: bound of what a store keeps in RAM.
+        progress: show a bar (in the process of rank 0).
+    """
+
+    cache: TensorCache
+    key_parts: Mapping[str, KeyPart]
+    rank: int = 0
+    world: int = 1
+    workers: int = 0
+    batch_size: int = 1
+    ram_bytes: int = 2**30
+    progress: bool = True
+
+    def bar(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        """``items`` with a progress bar; silent if there are none."""
+        return tqdm(items, desc=f"encoding {what}s", unit=what, total=total, disable=self.silent or total == 0)
+
+    @property
+    def silent(self) -> bool:
+        """Whether this process shows no bars."""
+        return not self.progress or self.rank != 0
+
+
+def encode_dataset(
+    records: Sequence[ImageRecord], how: Preparation, encode: Callable[[Tensor], Latents], filling: Filling
+) -> LatentStore:
+    """Encode all variants of all images that the cache lacks.
+
+    Args:
+        records: the images.
+        how: resolution, crops and mirroring.
+        encode: takes pixels ``[B, 3, R, R]`` float32 in [-1, 1] on the CPU. Not called if nothing is missing, so it may
+            load the autoencoder when first called.
+        filling: where and how.
+
+    Raises:
+        UserError: an image is broken or changes meanwhile, its latents are not finite, or the cache cannot be written.
+    """
+    plans = [_plan(record, how, filling.key_parts) for record in records]
+    jobs = _jobs(records, plans, how, filling)
+    crops = DataLoader(
+        _Crops(jobs, filling.cache),
+        batch_size=None,
+        num_workers=min(filling.workers, len(jobs)),
+        collate_fn=_as_is,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    with torch.no_grad():
+        for batch in _batches(filling.bar(crops, "image", len(jobs)), filling.batch_size):
+            _store(batch, encode, filling.cache)
+    return LatentStore(
+        names=[record.name for record in records],
+        captions=[record.caption for record in records],
+        content_hashes=[record.content_hash() for record in records],
+        keys=[[key for key, _ in plan] for plan in plans],
+        entries=Recent(filling.cache, filling.ram_bytes),
+    )
+
+
+def encode_prompts(
+    prompts: Iterable[str], encode: Callable[[list[str]], Conditioning], filling: Filling
+) -> PromptStore:
+    """Encode all different prompts that the cache lacks.
+
+    Args:
+        prompts: may repeat.
+        encode: gives tensors with one row per prompt; kept in their dtype. Not called if nothing is missing.
+        filling: where and how.
+
+    Returns:
+        A mapping from prompt to embeddings, each tensor with a batch dimension of 1.
+
+    Raises:
+        UserError: embeddings are not finite, or the cache cannot be written.
+    """
+    keys = {prompt: content_key("prompt", prompt, filling.key_parts) for prompt in prompts}
+    by_key = {key: prompt for prompt, key in keys.items()}
+    share = list(by_key)[filling.rank :: filling.world]
+    missing = filling.cache.missing(share)
+    with torch.no_grad():
+        for batch in _batches(([key] for key in filling.bar(missing, "prompt", len(missing))), filling.batch_size):
+            texts = [by_key[key] for key in batch]
+            rows = {name: tensor.detach().cpu() for name, tensor in encode(texts).items()}
+            for row, (key, text) in enumerate(zip(batch, texts, strict=True)):
+                entry = {name: tensor[row : row + 1] for name, tensor in rows.items()}
+                _refuse_non_finite(entry, f"the text encoder gave numbers that are not finite for the prompt {text!r}")
+                filling.cache.put(key, entry)
+    return PromptStore(keys, Recent(filling.cache, filling.ram_bytes))
+
+
+Plan = list[tuple[str, Variant]]
+"""The cache key of every variant of one image."""
+
+
+def _plan(record: ImageRecord, how: Preparation, key_parts: Mapping[str, KeyPart]) -> Plan:
+    facts = record.facts
+    return [
+        (content_key("latents", facts.content_hash, variant, how.resolution, how.interpolation, key_parts), variant)
+        for variant in variants(facts.size, facts.content_hash, how)
+    ]
+
+
+class _Job(NamedTuple):
+    """The variants of one image that are to be encoded."""
+
+    record: ImageRecord
+    how: Preparation
+    wanted: dict[str, Variant]
+
+
+def _jobs(records: Sequence[ImageRecord], plans: list[Plan], how: Preparation, filling: Filling) -> list[_Job]:
+    """This process's share of the work. Shared out before looking what is missing: that changes while others work."""
+    seen: set[str] = set()
+    jobs = []
+    share = range(filling.rank, len(records), filling.world)
+    for index in tqdm(share, desc="checking the cache", unit="image", delay=3, leave=False, disable=filling.silent):
+        plan = {key: variant for key, variant in plans[index] if key not in seen}
+        seen.update(plan)
+        missing = filling.cache.missing(plan)
+        if missing:
+            jobs.append(_Job(records[index], how, {key: plan[key] for key in missing}))
+    return jobs
+
+
+class _Crop(NamedTuple):
+    key: str
+    where: str
+    pixels: np.ndarray
+
+
+class _Crops(Dataset):
+    """The crops of every job, or the error that prevents them.
+
+    Arrays, not tensors: DataLoader sends tensors through shared memory, which containers keep small. The error is a
+    value, because DataLoader would wrap its message in a traceback.
+    """
+
+    def __init__(self, jobs: list[_Job], cache: TensorCache) -> None:
+        self._jobs = jobs
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __getitem__(self, index: int) -> list[_Crop] | UserError:
+        record, how, wanted = self._jobs[index]
+        wanted = {key: variant for key, variant in wanted.items() if not self._cache.holds(key)}  # another run's work
+        if not wanted:
+            return []
+        try:
+            data = record.load()
+            if hashlib.sha256(data).hexdigest() != record.content_hash():
+                raise UserError(f"the image {record.where} changed while it was being read: start again")
+            image = decode(data, record.where)
+        except UserError as error:
+            return error
+        return [_Crop(key, record.where, crop(image, variant, how)) for key, variant in wanted.items()]
+
+
+def _as_is(crops: Any) -> Any:
+    return crops
+
+
+def _batches(groups: Iterable[list[Any] | UserError], size: int) -> Iterator[list[Any]]:
+    """The members of all groups, ``size`` at a time; raises a group that is an error."""
+    waiting: list[Any] = []
+    for group in groups:
+        if isinstance(group, UserError):
+            raise group
+        waiting += group
+        while len(waiting) >= size:
+            yield waiting[:size]
+            del waiting[:size]
+    if waiting:
+        yield waiting
+
+
+def _store(batch: list[_Crop], encode: Callable[[Tensor], Latents], cache: TensorCache) -> None:
+    latents = encode(torch.stack([to_tensor(crop.pixels) for crop in batch]))
+    means, stds = latents.mean.float().cpu(), latents.std.float().cpu()
+    for (key, where, _), mean, std in zip(batch, means, stds, strict=True):
+        entry = {"mean": mean, "std": std}
+        _refuse_non_finite(
+            entry,
+            f"the autoencoder gave numbers that are not finite for the image {where}: its weights may be damaged, or "
+            "unfit for their precision; try another --pretrained_vae_model_name_or_path",
+        )
+        cache.put(key, entry)
+
+
+def _refuse_non_finite(entry: Entry, message: str) -> None:
+    if not all(tensor.isfinite().all() for tensor in entry.values()):
+        raise UserError(message)

@@ -1,0 +1,239 @@
+"""Folders, captions, Hugging Face data sets and the hold-out."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dreamlora.config import Data
+from dreamlora.data.dataset import load_images, split_holdout
+from dreamlora.data.folder import load_folder
+from dreamlora.data.images import ImageRecord
+from dreamlora.errors import UserError
+
+
+def save(folder: Path, *names: str) -> None:
+    """Small images, all different."""
+    for number, name in enumerate(names):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, len(list(folder.iterdir())), 0)).save(file)
+
+
+def captions(folder: Path, prompt: str | None = None, column: str | None = None) -> dict[str, str]:
+    return {record.name: record.caption for record in load_folder(folder, prompt, column).records}
+
+
+def test_natural_order_and_skipped_files(tmp_path):
+    save(tmp_path, "img10.png", "img2.PNG", "IMG1.jpg", "z.jpeg", ".hidden.png", "deeper/x.png")
+    for name in ("img2.txt", "img10.caption", ".DS_Store", "notes.pdf", "movie.mov"):
+        (tmp_path / name).write_text("")
+    images = load_folder(tmp_path, "p")
+    assert [record.name for record in images.records] == ["IMG1.jpg", "img2.PNG", "img10.png", "z.jpeg"]
+    assert images.skipped == ("movie.mov", "notes.pdf")
+
+
+def test_precedence_of_captions(tmp_path):
+    save(tmp_path, "a.png", "b.png", "c.png", "d.png", "e.png")
+    rows = [{"file_name": f"{name}.png", "text": f"{name} row"} for name in "abc"] + [
+        {"file_name": "d.png", "text": ""}
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "a.txt").write_text("\ufeffa,\n file \n", encoding="utf-8")
+    (tmp_path / "a.caption").write_text("not this")
+    (tmp_path / "b.txt").write_text("  \n")
+    (tmp_path / "c.TXT").write_text("c file")
+    assert captions(tmp_path, " for  all ") == {
+        "a.png": "a, file",
+        "b.png": "b row",
+        "c.png": "c file",
+        "d.png": "for all",
+        "e.png": "for all",
+    }
+    with pytest.raises(UserError, match=r"d\.png has no caption.*2 of 5.*--instance_prompt"):
+        load_folder(tmp_path)
+
+
+def test_csv_and_caption_column(tmp_path):
+    save(tmp_path, "a.png", "sub/b.png")
+    (tmp_path / "metadata.csv").write_text('\ufefffile_name,caption,long\na.png,"x, y",l1\nsub/b.png,z,l2\n', "utf-8")
+    assert captions(tmp_path) == {"a.png": "x, y", "sub/b.png": "z"}
+    assert captions(tmp_path, column="long") == {"a.png": "l1", "sub/b.png": "l2"}
+    with pytest.raises(UserError, match=r"no column 'short'.*file_name, caption, long"):
+        captions(tmp_path, column="short")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"file_name": "gone.png", "text": "x"}', r"metadata\.jsonl, line 1: there is no file .*gone\.png"),
+        ('{"text": "x"}', "line 1: no file_name"),
+        ('\n{"file_name"', "line 2: not JSON"),
+        ("[1]", "line 1: expected"),
+        ('{"file_name": "a.png", "text": "x"}\n' * 2, "line 2: a.png was named before"),
+    ],
+)
+def test_bad_metadata(tmp_path, text, message):
+    save(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_folder(tmp_path, "p")
+
+
+def test_two_metadata_files(tmp_path):
+    save(tmp_path, "a.png")
+    for name in ("metadata.jsonl", "metadata.csv"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="keep one"):
+        load_folder(tmp_path, "p")
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(UserError, match=r"--class_data_dir .*gone: there is no such folder"):
+        load_folder(tmp_path / "gone", "p", flag="--class_data_dir")
+    with pytest.raises(UserError, match="holds no images"):
+        load_folder(tmp_path, "p")
+    save(tmp_path, "deep/er/a.png")
+    with pytest.raises(UserError, match=r"only in sub-folders.*give .*deep/er$"):
+        load_folder(tmp_path, "p")
+    with pytest.raises(UserError, match="is a file"):
+        load_folder(tmp_path / "deep/er/a.png", "p")
+
+
+def test_bad_caption_and_format(tmp_path):
+    save(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+        load_folder(tmp_path, "p")
+    (tmp_path / "b.heic").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot read b\.heic \(1 such files\): convert"):
+        load_folder(tmp_path, "p")
+
+
+def test_load_images(tmp_path):
+    save(tmp_path, "a.png", "b.png", "c.png")
+    data = Data(instance_data_dir=tmp_path, instance_prompt="p", max_train_samples=2)
+    assert [record.name for record in load_images(data).records] == ["a.png", "b.png"]
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"b\.png: its content is no known image format"):
+        load_images(data)
+    with pytest.raises(UserError, match="nothing to train on"):
+        load_images(Data())
+
+
+# --- Hugging Face datasets ---
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    datasets = pytest.importorskip("datasets")
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(3)]
+    columns = {"image": images, "text": ["one", " two\n", ""], "title": [["t0", "u0"], ["t1"], ["t2"]], "n": [1, 2, 3]}
+    folder = tmp_path_factory.mktemp("hub") / "saved"
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(str(folder))
+    return folder
+
+
+def test_dataset_columns(saved):
+    def read(**options) -> list[str]:
+        return [record.caption for record in load_images(Data(dataset_name=str(saved), **options)).records]
+
+    assert read(instance_prompt="p") == ["p", "p", "p"]
+    assert read(instance_prompt="p", caption_column="text") == ["one", "two", "p"]
+    assert read(caption_column="title", max_train_samples=2) == ["t0", "t1"]
+    assert read(max_train_samples=2) == ["one", "two"]
+    with pytest.raises(UserError, match=r"row 2 of .* has no caption"):
+        read()
+    with pytest.raises(UserError, match=r"no column 'img'.*image, text, title, n"):
+        read(image_column="img")
+    with pytest.raises(UserError, match=r"no column 'words'.*image, text, title, n"):
+        read(caption_column="words")
+    with pytest.raises(UserError, match=r"column 'n' of .* holds no images"):
+        read(image_column="n")
+
+
+def test_dataset_images(saved):
+    records = load_images(Data(dataset_name=str(saved), instance_prompt="p")).records
+    assert [record.open().getpixel((0, 0)) for record in records] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+    assert len({record.content_hash() for record in records}) == 3
+
+
+def test_local_files_of_any_builder(tmp_path):
+    """An image folder with metadata, in a split that is not "train"."""
+    pytest.importorskip("datasets")
+    save(tmp_path / "data" / "test", "a.png", "b.png")
+    rows = [{"file_name": "b.png", "text": "bee"}, {"file_name": "a.png", "text": "ay"}]
+    (tmp_path / "data" / "test" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = load_images(Data(dataset_name=str(tmp_path / "data")), cache_dir=tmp_path / "cache").records
+    found = {record.caption: record.content_hash() for record in records}
+    with_prompt = load_folder(tmp_path / "data" / "test").records
+    assert found == {record.caption: record.content_hash() for record in with_prompt} and set(found) == {"ay", "bee"}
+
+
+def test_missing_dataset_and_package(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="cannot load --dataset_name"):
+        load_images(Data(dataset_name=str(tmp_path / "gone"), instance_prompt="p"))
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name == "datasets":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"pip install .dreamlora\[datasets\]"):
+        load_images(Data(dataset_name="x"))
+
+
+# --- hold-out ---
+
+
+def pictures(count: int) -> list[ImageRecord]:
+    return [ImageRecord.from_image(f"{i}", "c", Image.new("RGB", (2, 2), (i % 256, i // 256, 7))) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "count, held", [(1, 0), (5, 0), (6, 1), (9, 1), (10, 2), (11, 2), (12, 2), (20, 4), (80, 16), (300, 16)]
+)
+def test_default_holdout(count, held):
+    train, held_out = split_holdout(pictures(count), None)
+    assert (len(train), len(held_out)) == (count - held, held)
+
+
+def test_explicit_holdout():
+    records = pictures(4)
+    assert split_holdout(records, 0) == (records, [])
+    assert len(split_holdout(records, 3)[1]) == 3
+    assert split_holdout([], 0) == ([], [])
+    with pytest.raises(UserError, match=r"--holdout 4 leaves nothing.*4 different"):
+        split_holdout(records, 4)
+    with pytest.raises(UserError, match="leaves nothing"):
+        split_holdout(records[:1] * 5, 1)
+
+
+def test_holdout_does_not_depend_on_order_or_names():
+    records = pictures(30)
+    held = {record.content_hash() for record in split_holdout(records, None)[1]}
+    renamed = [ImageRecord(f"z{r.name}", r.caption, r.read, r.where) for r in reversed(records)]
+    assert {record.content_hash() for record in split_holdout(renamed, None)[1]} == held
+
+
+def test_a_new_image_changes_little():
+    records = pictures(60)
+    for count in range(6, 60):
+        before = {record.name for record in split_holdout(records[:count], None)[1]}
+        after = {record.name for record in split_holdout(records[: count + 1], None)[1]}
+        assert len(before ^ after) <= 2
+
+
+def test_copies_stay_on_one_side():
+    records = pictures(10)
+    train, held_out = split_holdout(records * 3, None)
+    assert len(held_out) == 6 and len(train) == 24
+    assert not {r.content_hash() for r in train} & {r.content_hash() for r in held_out}

@@ -1,0 +1,193 @@
+"""Every kind of image file becomes the same upright RGB picture."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from dreamlora.data.images import ImageRecord, decode, upright_size
+from dreamlora.errors import UserError
+
+WIDTH, HEIGHT = 48, 32
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Red left half, blue right half, a green band on top: no symmetry."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[:, : WIDTH // 2] = (200, 0, 0)
+    pixels[:, WIDTH // 2 :] = (0, 0, 200)
+    pixels[:8] = (0, 200, 0)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def distance(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean())
+
+
+LOSSLESS = ["PNG", "BMP", "TIFF", "GIF"]
+LOSSY = ["JPEG", "WEBP", *(["AVIF"] if features.check("avif") else [])]
+
+
+@pytest.mark.parametrize("kind", LOSSLESS + LOSSY)
+def test_formats(picture, kind):
+    image = decode(encoded(picture, kind), "x")
+    assert image.mode == "RGB" and image.size == (WIDTH, HEIGHT)
+    assert distance(image, picture) <= (0 if kind in LOSSLESS else 6)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(picture, kind, orientation):
+    """The stored picture is the upright one turned the other way; decoding turns it back, once."""
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = picture.transpose(undo[orientation]) if orientation > 1 else picture
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, kind, exif=exif)
+    image = decode(data, "x")
+    assert image.size == (WIDTH, HEIGHT) == upright_size(data, "x")
+    assert distance(image, picture) < 6
+
+
+def test_damaged_exif_is_ignored(picture):
+    data = encoded(picture, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert decode(data, "x").size == upright_size(data, "x") == (WIDTH, HEIGHT)
+
+
+def test_transparency_becomes_white(picture):
+    rgba = picture.convert("RGBA")
+    alpha = Image.new("L", rgba.size, 255)
+    alpha.paste(0, (0, 0, 10, HEIGHT))
+    alpha.paste(128, (10, 8, 20, HEIGHT))
+    rgba.putalpha(alpha)
+    for kind in ("PNG", "TIFF"):
+        image = decode(encoded(rgba, kind), "x")
+        assert image.getpixel((5, 20)) == (255, 255, 255)
+        assert image.getpixel((15, 20)) == pytest.approx((227, 127, 127), abs=1)
+        assert image.getpixel((30, 20)) == (0, 0, 200)
+
+
+def test_grey_with_alpha():
+    image = Image.new("LA", (4, 4), (40, 0))
+    image.putpixel((0, 0), (40, 255))
+    decoded = decode(encoded(image, "PNG"), "x")
+    assert decoded.getpixel((0, 0)) == (40, 40, 40) and decoded.getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_palette_with_transparency(kind):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50] + [0] * 750)
+    image.putpixel((0, 0), 0)
+    decoded = decode(encoded(image, kind, transparency=0), "x")
+    assert decoded.getpixel((0, 0)) == (255, 255, 255) and decoded.getpixel((3, 3)) == (200, 100, 50)
+
+
+def test_transparent_colour_of_rgb_png():
+    image = Image.new("RGB", (4, 4), (1, 2, 3))
+    image.putpixel((0, 0), (9, 9, 9))
+    decoded = decode(encoded(image, "PNG", transparency=(1, 2, 3)), "x")
+    assert decoded.getpixel((0, 0)) == (9, 9, 9) and decoded.getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey(picture, mode):
+    grey = picture.convert(mode)
+    assert distance(decode(encoded(grey, "PNG"), "x"), grey.convert("RGB")) == 0
+
+
+def test_cmyk():
+    decoded = decode(encoded(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=95), "x")
+    assert decoded.getpixel((8, 8)) == pytest.approx((0, 255, 255), abs=4)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_is_scaled_not_clipped(kind):
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    decoded = np.asarray(decode(encoded(Image.fromarray(values), kind), "x"))
+    assert np.array_equal(decoded[..., 0].ravel(), np.arange(256))
+    assert (decoded[..., 0] == decoded[..., 2]).all()
+
+
+def test_float_tiff():
+    values = np.linspace(0, 1, 256).astype(np.float32).reshape(16, 16)
+    decoded = np.asarray(decode(encoded(Image.fromarray(values), "TIFF"), "x"))
+    assert np.array_equal(decoded[..., 1].ravel(), np.arange(256))
+    values[0, 0] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        decode(encoded(Image.fromarray(values), "TIFF"), "x")
+
+
+def test_first_frame_of_an_animation(picture):
+    frames = [Image.new("RGB", picture.size, "black")]
+    data = encoded(picture, "GIF", save_all=True, append_images=frames)
+    assert distance(decode(data, "x"), picture) == 0
+
+
+def test_photo_with_a_second_picture(picture):
+    """Phones write such JPEG files (MPO)."""
+    data = encoded(picture, "MPO", save_all=True, append_images=[Image.new("RGB", picture.size)])
+    assert distance(decode(data, "x"), picture) < 6
+
+
+def test_large_photo():
+    data = encoded(Image.linear_gradient("L").resize((4000, 3000)).convert("RGB"), "JPEG")
+    assert upright_size(data, "x") == decode(data, "x").size == (4000, 3000)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_truncated_file_is_named(kind):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    data = encoded(noise, kind)
+    with pytest.raises(UserError, match=r"photos/a\.xyz.*take it out"):
+        decode(data[: len(data) // 2], "photos/a.xyz")
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_no_image(data):
+    with pytest.raises(UserError, match="no known image format"):
+        decode(data, "x")
+    with pytest.raises(UserError, match="no known image format"):
+        upright_size(data, "x")
+
+
+def test_too_many_pixels(monkeypatch, picture):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match="too many pixels"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decode(encoded(picture, "PNG"), "x")
+
+
+def test_record_in_memory(picture):
+    record = ImageRecord.from_image("a", "a picture", picture)
+    again = ImageRecord.from_image("b", "another caption", picture.convert("RGBA"))
+    assert distance(record.open(), picture) == 0
+    assert record.content_hash() == again.content_hash()
+    picture.putpixel((0, 0), (1, 2, 3))
+    assert ImageRecord.from_image("a", "a picture", picture).content_hash() != record.content_hash()
+
+
+def test_unreadable_file(tmp_path: Path):
+    file = tmp_path / "gone.png"
+    with pytest.raises(UserError, match=r"gone\.png: No such file"):
+        ImageRecord("gone.png", "c", file.read_bytes, str(file)).open()
