@@ -134,6 +134,8 @@ class Family(Protocol):
     TEXT_LORA_LAYERS: tuple[str, ...]
     """Target modules in the text encoders."""
     SAMPLE_DEFAULTS: SampleDefaults
+    PROMPT_LENGTH: str
+    """The option of ``config.Data`` that limits this family's prompts: its value is ``tokenize``'s ``max_length``."""
 
     def load(self, source: ModelSource, role: Role, dtype: Any) -> Components:
         """Load one part of the pipeline on the CPU, frozen, in eval mode.

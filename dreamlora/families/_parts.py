@@ -1,0 +1,93 @@
+"""What several families share: token ids, latents' moments, bare modules, and LoRA files in the stock format."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from dreamlora.interfaces import Latents
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"
+
+log = logging.getLogger(__name__)
+
+
+def bare(module: nn.Module) -> Any:
+    """The model inside the wrappers of DDP and torch.compile; for its config and dtype, not for calling it."""
+    while True:
+        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str], max_length: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` ``[B, max_length]``, padded or cut; warns when a prompt is cut."""
+    batch = tokenizer(list(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    for prompt, length in zip(prompts, map(len, tokenizer(list(prompts)).input_ids), strict=True):
+        if length > max_length:
+            log.warning("only the first %d of %d tokens are used of the prompt %r", max_length, length, prompt)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def encode_images(vae: Any, pixels: Tensor) -> Latents:
+    """Moments of the posterior of ``(z - shift_factor) * scaling_factor``, the factors being the autoencoder's."""
+    encoded = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype))
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    if not hasattr(encoded, "latent_dist"):  # AutoencoderTiny has no posterior
+        mean = (encoded.latents.float() - shift) * scale
+        return Latents(mean=mean, std=torch.zeros_like(mean))
+    posterior = encoded.latent_dist
+    return Latents(mean=(posterior.mean.float() - shift) * scale, std=posterior.std.float() * scale)
+
+
+def save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module]) -> Path:
+    """Write the adapters of modules (by component name; those without one are skipped) with the stock pipeline class.
+
+    Keys are PEFT's own, in the precision they have; the metadata keeps alpha and rsLoRA, which the keys do not tell.
+    """
+    arguments: dict[str, Any] = {}
+    for name, module in modules.items():
+        model = bare(module)
+        if ADAPTER in getattr(model, "peft_config", {}):
+            arguments[f"{name}_lora_layers"] = _state(model)
+            arguments[f"{name}_lora_adapter_metadata"] = _metadata(model.peft_config[ADAPTER])
+    pipeline_class.save_lora_weights(folder, weight_name=LORA_FILE, **arguments)
+    return folder / LORA_FILE
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    # without the last argument PEFT asks the hub about the base model's vocabulary
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    # transformers 5 dropped CLIP's inner "text_model", but older versions and other programs look for it in files;
+    # diffusers' loader takes both
+    flat_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
+    prefix = "text_model." if flat_clip else ""
+    return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _metadata(config: LoraConfig) -> dict[str, Any]:
+    """The adapter's settings without those at their default, which other versions of PEFT may not know.
+
+    Dropout is left out too: loaded into a pipeline it would stay active, as nothing calls ``eval`` there.
+    Sets are sorted, so that equal adapters give equal files.
+    """
+    given, default = config.to_dict(), LoraConfig().to_dict()
+    keep = {name for name, value in given.items() if value != default.get(name)} | {"r", "lora_alpha"}
+    keep -= {
+        "lora_dropout",
+        "base_model_name_or_path",
+        "inference_mode",
+        "init_lora_weights",
+        "auto_mapping",
+        "peft_version",
+    }
+    return {name: sorted(given[name]) if isinstance(given[name], set) else given[name] for name in sorted(keep)}

@@ -1,0 +1,156 @@
+"""FLUX.1: transformer over packed latents, CLIP (pooled) and T5 text encoders, rectified flow, guidance embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from torch import Tensor, nn
+
+from dreamlora.errors import UserError
+from dreamlora.families import _loading, _parts
+from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
+from dreamlora.objectives import RectifiedFlow
+
+PIPELINES: tuple[str, ...] = ("FluxPipeline",)
+DENOISER: str = "transformer"
+TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
+LORA_LAYERS: tuple[str, ...] = (
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=28, guidance_scale=3.5)
+PROMPT_LENGTH: str = "max_sequence_length"
+
+LONGEST_PROMPT = 512
+"""T5 tokens that FluxPipeline takes at most."""
+
+_PARTS: dict[Role, tuple[str, ...]] = {
+    "text": ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
+    "vae": ("vae",),
+    "denoiser": ("transformer",),
+    "scheduler": ("scheduler",),
+}
+
+
+def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+    """One part of the pipeline on the CPU, frozen, in eval mode.
+
+    Raises:
+        UserError: the folder or hub repository is missing, incomplete or holds pickles.
+    """
+    return _loading.load_components(source, _PARTS[role], dtype)
+
+
+def resolution(source: ModelSource) -> int:
+    """FluxPipeline's default side: 128 latents, 1024 pixels with FLUX.1's autoencoder."""
+    levels = len(_loading.read_config(source, "vae")["block_out_channels"])
+    return 128 * 2 ** (levels - 1)
+
+
+def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+    """``input_ids`` ``[B, 77]`` for CLIP and ``input_ids_2`` ``[B, L]`` for T5; ``max_length`` is T5's.
+
+    Raises:
+        UserError: more than 512 tokens are asked for.
+    """
+    length = LONGEST_PROMPT if max_length is None else max_length
+    if length > LONGEST_PROMPT:
+        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
+    clip = _parts.token_ids(text["tokenizer"], prompts, text["tokenizer"].model_max_length)
+    t5 = _parts.token_ids(text["tokenizer_2"], prompts, length)
+    return {"input_ids": clip["input_ids"], "input_ids_2": t5["input_ids"]}
+
+
+def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
+    """``prompt_embeds`` ``[B, L, D]`` (T5) and ``pooled_prompt_embeds`` ``[B, P]`` (CLIP), as FluxPipeline has them."""
+    clip, t5 = text["text_encoder"], text["text_encoder_2"]
+    pooled = clip(tokens["input_ids"].to(_parts.bare(clip).device), output_hidden_states=False).pooler_output
+    embeds = t5(tokens["input_ids_2"].to(_parts.bare(t5).device), output_hidden_states=False)[0]
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def encode_images(vae: Components, pixels: Tensor) -> Latents:
+    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
+    return _parts.encode_images(vae["vae"], pixels)
+
+
+def objective(scheduler: Any, train: Any) -> RectifiedFlow:
+    """Rectified flow over the training sigmas of a fresh scheduler: one that has sampled holds others.
+
+    Raises:
+        UserError: options of diffusion models are given.
+    """
+    for option in ("prediction_type", "snr_gamma"):
+        if getattr(train, option) is not None:
+            raise UserError(
+                f"--{option} is for diffusion models; this one is a rectified flow (see --weighting_scheme)"
+            )
+    return RectifiedFlow(
+        sigmas=FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas,
+        weighting_scheme=train.weighting_scheme,
+        logit_mean=train.logit_mean,
+        logit_std=train.logit_std,
+        mode_scale=train.mode_scale,
+    )
+
+
+def predict(
+    denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+) -> Tensor:
+    """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is FLUX.1-dev's guidance embedding.
+
+    Raises:
+        UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
+    """
+    model = _parts.bare(denoiser)
+    batch, channels, height, width = noisy.shape
+    if height % 2 or width % 2:
+        raise UserError(f"FLUX needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})")
+    place = {"device": noisy.device, "dtype": model.dtype}
+    prompt = conditioning["prompt_embeds"].to(model.dtype)
+    guidance = torch.full((batch,), guidance_scale, device=noisy.device) if model.config.guidance_embeds else None
+    packed = denoiser(
+        hidden_states=FluxPipeline._pack_latents(noisy.to(model.dtype).contiguous(), batch, channels, height, width),
+        timestep=times.to(model.dtype),
+        guidance=guidance,
+        pooled_projections=conditioning["pooled_prompt_embeds"].to(model.dtype),
+        encoder_hidden_states=prompt,
+        txt_ids=torch.zeros(prompt.shape[1], 3, **place),
+        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **place),
+        return_dict=False,
+    )[0]
+    # the helper divides by the factor again: any even one gives the latents' own size
+    return FluxPipeline._unpack_latents(packed, height * 8, width * 8, vae_scale_factor=8)
+
+
+def pipeline(components: Components) -> FluxPipeline:
+    """A stock pipeline around these parts; parts not given are None."""
+    return FluxPipeline(**{name: components.get(name) for role in _PARTS.values() for name in role})
+
+
+def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
+    """Prompt embeddings for the pipeline's call; it heeds ``negative`` only with a true_cfg_scale above 1."""
+    arguments = dict(conditioning)
+    if negative is not None:
+        arguments |= {f"negative_{name}": value for name, value in negative.items()}
+    return arguments
+
+
+def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` as FluxPipeline.load_lora_weights reads it."""
+    return _parts.save_lora(FluxPipeline, folder, {DENOISER: denoiser, **text})

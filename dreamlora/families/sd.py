@@ -1,0 +1,118 @@
+"""Stable Diffusion 1.x and 2.x: UNet, one CLIP text encoder, noise or velocity prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from dreamlora.errors import UserError
+from dreamlora.families import _loading, _parts
+from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
+from dreamlora.objectives import Diffusion
+
+PIPELINES: tuple[str, ...] = ("StableDiffusionPipeline",)
+DENOISER: str = "unet"
+TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
+LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
+TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
+PROMPT_LENGTH: str = "tokenizer_max_length"
+
+_PARTS: dict[Role, tuple[str, ...]] = {
+    "text": ("tokenizer", "text_encoder"),
+    "vae": ("vae",),
+    "denoiser": ("unet",),
+    "scheduler": ("scheduler",),
+}
+
+
+def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+    """One part of the pipeline on the CPU, frozen, in eval mode.
+
+    Raises:
+        UserError: the folder or hub repository is missing, incomplete or holds pickles.
+    """
+    return _loading.load_components(source, _PARTS[role], dtype)
+
+
+def resolution(source: ModelSource) -> int:
+    """The side the UNet was made for, in pixels (512 for SD 1.x, 768 for SD 2.x)."""
+    side = _loading.read_config(source, "unet")["sample_size"]
+    levels = len(_loading.read_config(source, "vae")["block_out_channels"])
+    return int(side if isinstance(side, int) else side[0]) * 2 ** (levels - 1)
+
+
+def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+    """``input_ids`` and ``attention_mask`` ``[B, L]``.
+
+    Raises:
+        UserError: more tokens are asked for than the text encoder has positions.
+    """
+    longest = text["tokenizer"].model_max_length
+    if max_length is not None and max_length > longest:
+        raise UserError(
+            f"--tokenizer_max_length must be at most {longest}, the text encoder's limit (got {max_length})"
+        )
+    return _parts.token_ids(text["tokenizer"], prompts, max_length or longest)
+
+
+def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
+    """``prompt_embeds`` ``[B, L, D]``: the last hidden states, as StableDiffusionPipeline.encode_prompt gives them."""
+    encoder = text["text_encoder"]
+    config, device = _parts.bare(encoder).config, _parts.bare(encoder).device
+    mask = tokens["attention_mask"].to(device) if getattr(config, "use_attention_mask", False) else None
+    return {"prompt_embeds": encoder(tokens["input_ids"].to(device), attention_mask=mask)[0]}
+
+
+def encode_images(vae: Components, pixels: Tensor) -> Latents:
+    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
+    return _parts.encode_images(vae["vae"], pixels)
+
+
+def objective(scheduler: Any, train: Any) -> Diffusion:
+    """Diffusion over the scheduler's ᾱ; DDPM's class computes it, whatever sampler the pipeline comes with.
+
+    Raises:
+        UserError: the scheduler's prediction_type is neither epsilon nor v_prediction.
+    """
+    return Diffusion(
+        alphas_cumprod=DDPMScheduler.from_config(scheduler.config).alphas_cumprod,
+        prediction_type=train.prediction_type or scheduler.config.prediction_type,
+        snr_gamma=train.snr_gamma,
+    )
+
+
+def predict(
+    denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+) -> Tensor:
+    """ε or v ``[B, 4, h, w]``; ``guidance_scale`` is not used (no guidance embedding)."""
+    dtype = _parts.bare(denoiser).dtype
+    return denoiser(noisy.to(dtype), times, encoder_hidden_states=conditioning["prompt_embeds"].to(dtype)).sample
+
+
+def pipeline(components: Components) -> StableDiffusionPipeline:
+    """A stock pipeline around these parts, without safety checker; parts not given are None."""
+    names = [name for role in _PARTS.values() for name in role]
+    return StableDiffusionPipeline(
+        **{name: components.get(name) for name in names},
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
+    """Prompt embeddings for the pipeline's call; ``negative`` is needed wherever its guidance_scale is above 1."""
+    arguments = {"prompt_embeds": conditioning["prompt_embeds"]}
+    if negative is not None:
+        arguments["negative_prompt_embeds"] = negative["prompt_embeds"]
+    return arguments
+
+
+def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` as StableDiffusionPipeline.load_lora_weights reads it."""
+    return _parts.save_lora(StableDiffusionPipeline, folder, {DENOISER: denoiser, **text})

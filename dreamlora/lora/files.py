@@ -1,0 +1,134 @@
+"""LoRA files: checked before use, and applied to a stock pipeline by diffusers' own loader."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+from safetensors import SafetensorError, safe_open
+
+from dreamlora.errors import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
+_FACTOR = re.compile(r"(?P<layer>.+?)[._](?P<factor>lora_A|lora_B|lora(?:_linear_layer)?[._](?:down|up))\b")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file that was opened and looks right.
+
+    Attributes:
+        path: the file itself.
+        format: "diffusers" (PEFT's names included) or "kohya".
+        shapes: shape of every tensor by key.
+        metadata: the file's header.
+    """
+
+    path: Path
+    format: Literal["diffusers", "kohya"]
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Look into a LoRA: a file, or a folder with ``pytorch_lora_weights.safetensors`` (or one other) in it.
+
+    Only the header is read, never a pickle.
+
+    Raises:
+        UserError: nothing there, not safetensors, or not a LoRA.
+    """
+    file = _find(Path(path))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no iterator
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
+    kohya = bool(shapes) and all(key.startswith(_KOHYA) for key in shapes)
+    if not kohya and not any("lora" in key for key in shapes):
+        example = next(iter(shapes), "no tensors at all")
+        raise UserError(f"{file} is not a LoRA: no lora_A/lora_B or lora_down/lora_up in its names (it has {example})")
+    return LoraFile(file, "kohya" if kohya else "diffusers", shapes, metadata)
+
+
+def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
+    """Load a LoRA into a stock pipeline as the adapter "dreamlora", with its effect multiplied by ``scale``.
+
+    Raises:
+        UserError: see :func:`read_lora`; or it was made for another model.
+    """
+    lora = read_lora(path)
+    try:
+        state = type(pipeline).lora_state_dict(str(lora.path), use_safetensors=True)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{lora.path}: diffusers cannot read this {lora.format} file: {error}") from error
+    _check_fit(pipeline, lora, state[0] if isinstance(state, tuple) else state)
+    pipeline.load_lora_weights(str(lora.path), adapter_name="dreamlora", use_safetensors=True)
+    pipeline.set_adapters(["dreamlora"], [scale])
+    return lora
+
+
+def _find(path: Path) -> Path:
+    if path.is_dir():
+        found = [path / LORA_FILE] if (path / LORA_FILE).is_file() else sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "no *.safetensors"
+            raise UserError(f"{path}: expected {LORA_FILE}, found {names}; name the file itself")
+        return found[0]
+    if not path.is_file():
+        raise UserError(f"no such LoRA file or folder: {path}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: LoRAs are read as .safetensors only, as pickles can run any code while they load")
+    return path
+
+
+def _check_fit(pipeline: Any, lora: LoraFile, state: dict[str, torch.Tensor]) -> None:
+    """Refuse names and sizes that the pipeline does not have; the loader would skip such names silently."""
+    wrong = [problem for key, value in _peft_names(state).items() if (problem := _problem(pipeline, key, value))]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{lora.path} does not fit this {type(pipeline).__name__}: {wrong[0]}{more}. "
+            "Was it trained on another model?"
+        )
+
+
+def _peft_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Text encoder keys under PEFT's names, through the two steps the loader takes; the others as they are."""
+    text: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        component, _, name = key.partition(".")
+        if component.startswith("text_encoder"):
+            text.setdefault(component, {})[name] = value
+    renamed = {key: value for key, value in state.items() if not key.startswith("text_encoder")}
+    for component, tensors in text.items():
+        peft = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
+        renamed |= {f"{component}.{name}": value for name, value in peft.items()}
+    return renamed
+
+
+def _problem(pipeline: Any, key: str, value: torch.Tensor) -> str | None:
+    component, _, name = key.partition(".")
+    module, parts = getattr(pipeline, component, None), _FACTOR.match(name)
+    if not isinstance(module, torch.nn.Module):
+        return f"{key} is for a {component!r}, which is not loaded"
+    if parts is None:
+        return None
+    layer_name = parts["layer"].replace(".processor", "")
+    if not hasattr(module, "text_model"):
+        layer_name = layer_name.removeprefix("text_model.")
+    try:
+        layer = module.get_submodule(layer_name)
+    except AttributeError:
+        return f"{key} names no layer of the {component}"
+    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+    axis = 1 if parts["factor"].endswith(("A", "down")) else 0
+    if weight is None or value.dim() < 2 or value.shape[axis] == weight.shape[axis]:
+        return None
+    return f"{key} is {tuple(value.shape)}, but the layer's weight is {tuple(weight.shape)}"

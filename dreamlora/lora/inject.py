@@ -1,0 +1,97 @@
+"""LoRA adapters put into a model by PEFT, started from the seed and the parameter's name alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from dreamlora import randomness
+from dreamlora.config import Lora
+from dreamlora.errors import UserError
+
+ADAPTER = "default"
+EVERY_LINEAR = "all-linear"
+EVERY_LAYER = "all"
+
+
+def add_lora(module: Any, lora: Lora, layers: Sequence[str], *, seed: int) -> None:
+    """Add a trainable LoRA, always fp32, to a diffusers or transformers model; freeze the rest.
+
+    Args:
+        module: the model; it must have ``add_adapter``.
+        lora: rank, alpha, dropout and start; a rank above a layer's size is kept, as PEFT keeps it.
+        layers: ends of layer names; or "all-linear", or "all": every Linear (and Conv2d) inside the numbered blocks, so
+            not conv_in, conv_out and the embeddings of times and pooled prompts.
+        seed: with a parameter's name it decides the start, so that neither order nor earlier draws matter.
+
+    Raises:
+        UserError: a name that no Linear or Conv2d ends in.
+    """
+    targets = target_layers(module, layers)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.rank if lora.lora_alpha is None else lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+        target_modules=targets,
+    )
+    try:
+        module.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise UserError(f"--lora_layers {' '.join(layers)}: PEFT cannot adapt these layers: {error}") from error
+    for name, parameter in trainable_parameters(module).items():
+        parameter.data = _start(name, parameter, lora, seed).to(parameter.device)
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name: lora_A and lora_B of every adapted layer."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def target_layers(module: nn.Module, layers: Sequence[str]) -> list[str]:
+    """What PEFT is told: ``layers`` once each of them fits something, or full names for "all" and "all-linear".
+
+    Raises:
+        UserError: a name fits nothing; the message gives names that exist.
+    """
+    adaptable = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not {EVERY_LAYER, EVERY_LINEAR}.isdisjoint(layers):
+        wanted = nn.Linear | nn.Conv2d if EVERY_LAYER in layers else nn.Linear
+        return [name for name in adaptable if _in_block(name) and isinstance(module.get_submodule(name), wanted)]
+    for layer in layers:
+        if not any(name == layer or name.endswith("." + layer) for name in adaptable):
+            raise UserError(
+                f"--lora_layers: no Linear or Conv2d of {type(module).__name__} has a name that ends in {layer!r}. "
+                f'There are {_examples(adaptable)}; or give "{EVERY_LINEAR}" or "{EVERY_LAYER}".'
+            )
+    return list(layers)
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _examples(names: Sequence[str]) -> str:
+    """The commonest last parts of names; a number is no name, so it takes the part before it along."""
+    counts: dict[str, int] = {}
+    for name in filter(_in_block, names):
+        parts = name.split(".")
+        end = ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+        counts[end] = counts.get(end, 0) + 1
+    return ", ".join(sorted(counts, key=lambda end: (-counts[end], end))[:12])
+
+
+def _start(name: str, parameter: nn.Parameter, lora: Lora, seed: int) -> torch.Tensor:
+    """lora_A: N(0, 1/r²), or uniform within ±1/sqrt(fan_in) (PEFT's kaiming); lora_B: zero."""
+    values = torch.zeros(parameter.shape, dtype=torch.float32)
+    if "lora_A" not in name:
+        return values
+    generator = randomness.generator(seed, "lora", name)
+    if lora.init == "gaussian":
+        return nn.init.normal_(values, std=1 / lora.rank, generator=generator)
+    return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)

@@ -1,0 +1,31 @@
+"""Fixtures of all tests: one thread, no network, and the small models, made once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tinymodels
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small StableDiffusionPipeline; not to be written to."""
+    return tinymodels.save_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small FluxPipeline; not to be written to."""
+    return tinymodels.save_flux(tmp_path_factory.mktemp("models") / "flux")
