@@ -115,11 +115,12 @@ def write_timelapse(
 
 
 def cell_size(images: Sequence[Sequence[Picture]]) -> tuple[int, int]:
-    """Width and height of the cells in pixels, from the largest of the first pictures of every row."""
-    sizes = [_size(picture) for row in images for picture in row[:1] if not isinstance(picture, str)]
-    if not any(sizes):
+    """Width and height of the cells in pixels, from the largest among the first whole pictures of the rows."""
+    firsts = [next(filter(None, map(_size, row)), None) for row in images]
+    sizes = [size for size in firsts if size]
+    if not sizes:
         return CELL * 3 // 4, CELL * 3 // 4
-    width, height = max((size for size in sizes if size), key=lambda size: size[0] * size[1])
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
     longest = max(width, height)
     scale = CELL / longest if longest > CELL else CELL // longest
     return max(round(width * scale), 48), max(round(height * scale), 48)

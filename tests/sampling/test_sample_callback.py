@@ -1,0 +1,151 @@
+"""The callback, with a run that is just what it looks at."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from dreamlora.callbacks.sample import SampleCallback
+from dreamlora.interfaces import StepResult
+from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.sampling.sampler import SamplePlan
+
+PLAN = SamplePlan(("a photo of sks dog", "a dog"), 2, 3.0)
+
+
+class FakeRun:
+    """The real small pipeline; everything else is what callbacks see of ``training.loop.Run``."""
+
+    def __init__(self, folder: Path, pipeline: Any, step: int = 0) -> None:
+        self.folder = RunFolder(folder)
+        self.accelerator = Accelerator(cpu=True)
+        self.step = step
+        self.total_steps = 5
+        self.drawn = 0
+        self._pipeline = pipeline
+
+    def pipeline(self) -> Any:
+        return self._pipeline
+
+    def call_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        self.drawn += len(prompts)
+        embeds, negative = self._pipeline.encode_prompt(prompts, "cpu", 1, True)
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return list(read_jsonl(self.folder.samples_file))
+
+
+@pytest.fixture(scope="module")
+def pipeline(sd_folder: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(sd_folder)
+
+
+def go(callback: SampleCallback, run: FakeRun, until: int) -> None:
+    """What the loop does."""
+    callback.on_start(run)  # type: ignore[arg-type]
+    while run.step < until:
+        run.step += 1
+        callback.on_step(run, StepResult(run.step, 1.0, None, 1e-3, 0.1))  # type: ignore[arg-type]
+    callback.on_end(run)  # type: ignore[arg-type]
+
+
+def test_draws_at_the_start_every_n_steps_and_at_the_end(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    run = FakeRun(tmp_path, pipeline)
+    state = torch.get_rng_state()
+    go(SampleCallback(PLAN, 2), run, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [(row["step"], row["prompt_index"]) for row in run.rows()] == [(s, p) for s in (0, 2, 4, 5) for p in (0, 1)]
+    first = run.rows()[0]
+    assert first["file"] == "step_000000/p00_s42.png"
+    data = (run.folder.samples / first["file"]).read_bytes()
+    assert first["sha256"] == hashlib.sha256(data).hexdigest()
+    assert {key: first[key] for key in first if key not in ("sha256", "file")} == {
+        "step": 0,
+        "prompt_index": 0,
+        "image_index": 0,
+        "prompt": "a photo of sks dog",
+        "seed": 42,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "lora_scale": 1.0,
+        "scheduler": "DDIMScheduler",
+    }
+    with Image.open(run.folder.timelapse_file) as film:
+        assert film.n_frames == 4
+    assert run.folder.grid_file.exists()
+    assert not [file for file in tmp_path.rglob("*") if file.name.startswith(".")]
+
+
+def test_the_same_weights_give_the_same_images_at_every_step(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    run = FakeRun(tmp_path, pipeline)
+    go(SampleCallback(PLAN, 5), run, 5)
+    hashes = [(row["prompt_index"], row["sha256"]) for row in run.rows()]
+    assert hashes[:2] == hashes[2:]
+
+
+def test_a_resumed_run_draws_what_is_missing_and_gets_the_same_files(
+    tmp_path: Path, pipeline: StableDiffusionPipeline
+) -> None:
+    whole = FakeRun(tmp_path / "whole", pipeline)
+    go(SampleCallback(PLAN, 2), whole, 5)
+    killed = FakeRun(tmp_path / "killed", pipeline)
+    go(SampleCallback(PLAN, 2), killed, 4)
+    killed.folder.forget_after(2)
+    (killed.folder.sample_dir(2) / "p01_s43.png").unlink()
+    resumed = FakeRun(tmp_path / "killed", pipeline, step=2)
+    go(SampleCallback(PLAN, 2), resumed, 5)
+    assert resumed.drawn == 6, "step 2 again, 4 and 5"
+    assert resumed.rows() == whole.rows()
+    again = FakeRun(tmp_path / "killed", pipeline, step=5)
+    go(SampleCallback(PLAN, 2), again, 5)
+    assert again.drawn == 0
+
+
+def test_another_plan_is_drawn_anew(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    run = FakeRun(tmp_path, pipeline)
+    go(SampleCallback(PLAN, 5), run, 0)
+    other = SamplePlan(PLAN.prompts, 1, 3.0)
+    go(SampleCallback(other, 5), run, 0)
+    assert [row["num_inference_steps"] for row in run.rows()] == [1, 1]
+
+
+def test_never(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    run = FakeRun(tmp_path, pipeline)
+    go(SampleCallback(PLAN, 0, [tmp_path / "photo.jpg"]), run, 5)
+    assert run.drawn == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_keeps_small_copies_of_the_training_images(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    Image.new("RGB", (800, 400), "red").save(tmp_path / "photo.jpg")
+    run = FakeRun(tmp_path / "run", pipeline)
+    references = [tmp_path / "photo.jpg", tmp_path / "gone.jpg", Image.new("RGBA", (64, 64))]
+    go(SampleCallback(PLAN, 5, references), run, 0)
+    assert [file.name for file in sorted(run.folder.reference_dir.iterdir())] == ["00.png", "02.png"]
+    with Image.open(run.folder.reference_dir / "00.png") as image:
+        assert (image.size, image.mode) == ((256, 128), "RGB")
+
+
+def test_images_go_to_trackers_that_take_them(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    logged: list[Any] = []
+    run = FakeRun(tmp_path, pipeline)
+    run.accelerator.trackers = [
+        SimpleNamespace(log_images=lambda values, step: logged.append((step, values))),
+        SimpleNamespace(),
+    ]
+    go(SampleCallback(PLAN, 5), run, 0)
+    run.accelerator.trackers = []
+    assert [(step, list(values)) for step, values in logged] == [
+        (0, ["samples/p00_s42"]),
+        (0, ["samples/p01_s43"]),
+    ]
+    assert logged[0][1]["samples/p00_s42"].shape == (1, 16, 16, 3)

@@ -1,0 +1,117 @@
+"""Class images: only the missing ones, the same ones whoever makes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from dreamlora.errors import UserError
+from dreamlora.sampling.sampler import SamplePlan
+from dreamlora.training.prior import ensure_class_images
+
+PLAN = SamplePlan(("a photo of a dog",), 2, 1.0, num_images_per_prompt=5, seed=100, batch_size=2)
+
+
+class FakePipeline:
+    """Draws a plain image whose shade is the first number of the image's generator."""
+
+    def __init__(self, fail_after: int | None = None, value: float | None = None) -> None:
+        self.scheduler = DDIMScheduler()
+        self.components: dict[str, Any] = {}
+        self.batches: list[int] = []
+        self._fail_after = fail_after
+        self._value = value
+
+    def set_progress_bar_config(self, **config: Any) -> None: ...
+
+    def __call__(self, prompt: list[str], generator: list[torch.Generator], **options: Any) -> Any:
+        if len(self.batches) == self._fail_after:
+            raise KeyboardInterrupt
+        self.batches.append(len(prompt))
+        shades = [torch.rand((), generator=one).item() if self._value is None else self._value for one in generator]
+        return SimpleNamespace(images=np.stack([np.full((4, 4, 3), shade, dtype=np.float32) for shade in shades]))
+
+
+def never() -> Any:
+    raise AssertionError("nothing is missing: no pipeline should be loaded")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_makes_all_then_nothing(tmp_path: Path) -> None:
+    pipeline = FakePipeline()
+    assert ensure_class_images(tmp_path / "class", PLAN, lambda: pipeline) == 5
+    assert pipeline.batches == [2, 2, 1]
+    names = [name[:6] for name in contents(tmp_path / "class")]
+    assert names == ["00000-", "00001-", "00002-", "00003-", "00004-"]
+    assert len(set(contents(tmp_path / "class").values())) == 5, "five seeds, five images"
+    assert ensure_class_images(tmp_path / "class", PLAN, never) == 0
+
+
+def test_goes_on_after_a_kill_with_the_same_images(tmp_path: Path) -> None:
+    ensure_class_images(tmp_path / "whole", PLAN, FakePipeline)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_class_images(tmp_path / "killed", PLAN, lambda: FakePipeline(fail_after=1))
+    assert len(contents(tmp_path / "killed")) == 2
+    assert ensure_class_images(tmp_path / "killed", PLAN, FakePipeline) == 3
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_partial_files_never_count(tmp_path: Path) -> None:
+    ensure_class_images(tmp_path, PLAN, FakePipeline)
+    whole = contents(tmp_path)
+    third = sorted(tmp_path.iterdir())[2]
+    third.rename(third.with_name(f".{third.name}.17.tmp.png"))
+    empty = sorted(tmp_path.glob("*.png"))[-1]
+    empty.write_bytes(b"")
+    assert ensure_class_images(tmp_path, PLAN, FakePipeline) == 2
+    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith(".")} == whole
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_processes_share_the_work(tmp_path: Path, world: int) -> None:
+    ensure_class_images(tmp_path / "one", PLAN, FakePipeline)
+    made = [ensure_class_images(tmp_path / "many", PLAN, FakePipeline, rank=rank, world=world) for rank in range(world)]
+    assert sum(made) == 5 and max(made) - min(made) <= 1
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_images_of_a_person_count(tmp_path: Path) -> None:
+    for name in ("my dog.JPG", "0-abc.png", ".hidden.png", "notes.txt"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
+    assert ensure_class_images(tmp_path, PLAN, FakePipeline) == 3
+    assert ensure_class_images(tmp_path, PLAN, never) == 0
+
+
+def test_more_images_join(tmp_path: Path) -> None:
+    ensure_class_images(tmp_path, PLAN, FakePipeline)
+    more = SamplePlan(PLAN.prompts, 2, 1.0, num_images_per_prompt=7, seed=100, batch_size=4)
+    assert ensure_class_images(tmp_path, more, FakePipeline) == 2
+    fewer = SamplePlan(PLAN.prompts, 2, 1.0, num_images_per_prompt=3, seed=100)
+    assert ensure_class_images(tmp_path, fewer, never) == 0
+
+
+@pytest.mark.parametrize("changes", [{"prompts": ("a photo of a cat",)}, {"width": 64, "height": 64}])
+def test_images_of_another_kind_are_not_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+    ensure_class_images(tmp_path, PLAN, FakePipeline)
+    other = SamplePlan(**{**vars(PLAN), **changes})
+    with pytest.raises(UserError, match=r"another --class_data_dir"):
+        ensure_class_images(tmp_path, other, never)
+    with pytest.raises(UserError, match=r"another model"):
+        ensure_class_images(tmp_path, PLAN, never, model_id="another")
+
+
+@pytest.mark.parametrize(("value", "problem"), [(float("nan"), "not finite"), (0.0, "black")])
+def test_broken_images_are_refused(tmp_path: Path, value: float, problem: str) -> None:
+    with pytest.raises(UserError, match=rf"{problem}.*--prior_generation_precision"):
+        ensure_class_images(tmp_path, PLAN, lambda: FakePipeline(value=value))
+    assert not contents(tmp_path)
