@@ -1,0 +1,210 @@
+"""What a run folder tells, whether the run ended, was killed or is still going."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dreamlora.config import EMBEDDED_MODEL, RunConfig, as_flat_dict
+from dreamlora.errors import UserError
+from dreamlora.runfolder import RunFolder, read_jsonl
+
+HELD_OUT_LOSS = "eval/loss"
+TRAINING_IMAGES_LOSS = "eval/loss_train"
+LEARNING_RATE = "train/learning_rate"
+
+_SECRETS = re.compile(r"(--?hub[_-]token[= ]+)('[^']*'|\S+)")
+_LINE = 90
+_OVERFITTED = 1.01
+"""The last evaluation counts as worse than the best from this ratio on; below it, the two are the same for a reader."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the run; values that were not finite are left out."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.steps)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The deterministic loss at its notable moments.
+
+    Attributes:
+        held_out: whether its images were kept out of training.
+        base: before the first step; None if that was not measured.
+    """
+
+    held_out: bool
+    base: float | None
+    final: float
+    final_step: int
+    best: float
+    best_step: int
+
+    @property
+    def change(self) -> float | None:
+        """From base to final, as a fraction of the base."""
+        return None if not self.base else self.final / self.base - 1
+
+    @property
+    def past_best(self) -> bool:
+        """Whether the run ended noticeably worse than it once was."""
+        return self.final > self.best * _OVERFITTED
+
+
+class Facts:
+    """All that the report shows, read from the run folder; everything but config.yaml may be missing.
+
+    Raises:
+        UserError: the folder holds no run, or its config or summary cannot be read.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        if not folder.holds_run():
+            raise UserError(f"there is no run in {folder.path}: config.yaml is missing")
+        self.folder = folder
+        self.name = folder.path.resolve().name
+        self.config: dict[str, Any] = _mapping(folder.config_file.read_text(), folder.config_file)
+        summary = folder.summary_file.read_text() if folder.summary_file.exists() else ""
+        self.finished = bool(summary)
+        self.summary: dict[str, Any] = _mapping(summary, folder.summary_file)
+        self.curves, self._not_finite = _curves(folder)
+
+    def curve(self, name: str) -> Curve:
+        """A metric's curve; empty if it was not logged."""
+        return self.curves.get(name, Curve((), ()))
+
+    @property
+    def steps(self) -> int:
+        """The last step that was logged."""
+        return max((curve.steps[-1] for curve in self.curves.values() if curve), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps the run was to have."""
+        return self.config.get("max_train_steps")
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """The held-out loss, or the loss on training images where none were held out."""
+        name = HELD_OUT_LOSS if self.curve(HELD_OUT_LOSS) else TRAINING_IMAGES_LOSS
+        curve = self.curve(name)
+        if not curve:
+            return None
+        base = curve.values[0] if curve.steps[0] == 0 else None
+        best = int(np.argmin(curve.values))
+        final, step = curve.values[-1], curve.steps[-1]
+        return Evaluation(name == HELD_OUT_LOSS, base, final, step, curve.values[best], curve.steps[best])
+
+    @cached_property
+    def improved_images(self) -> tuple[int, int] | None:
+        """How many of the evaluation's images ended with a lower loss than they began with, and of how many."""
+        if not self.folder.eval_items_file.exists():
+            return None
+        with np.load(self.folder.eval_items_file) as saved:
+            if not {"items", "image"} <= set(saved.files) or len(saved["items"]) < 2:
+                return None
+            fall = saved["items"][0] - saved["items"][-1]
+            falls = [fall[saved["image"] == image].mean() for image in np.unique(saved["image"])]
+        return int(sum(fall > 0 for fall in falls)), len(falls)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before believing the numbers."""
+        found = [str(text) for text in self.summary.get("warnings") or []]
+        if not self.finished:
+            of = f" of {self.total_steps}" if self.total_steps else ""
+            found.append(f"The run has not ended (or was stopped): this is its state at step {self.steps}{of}.")
+        evaluation = self.evaluation
+        if evaluation and not evaluation.held_out and not any("held" in text for text in found):
+            found.append("No images were held out, so overfitting cannot be seen: the loss is that of training images.")
+        if evaluation is None:
+            found.append("No evaluation was logged: there is no number that tells whether the training helped.")
+        for name, count in self._not_finite.items():
+            found.append(f"{count} values of {name} were not finite (NaN or infinite).")
+        return found
+
+    @property
+    def options(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+        """Option, value and default: of those that differ from their default, and of the others."""
+        changed: list[tuple[str, str, str]] = []
+        unchanged: list[tuple[str, str, str]] = []
+        defaults = as_flat_dict(RunConfig())
+        for name, value in self.config.items():
+            default = defaults.get(name)
+            told = "(hidden)" if name == "hub_token" and value else shown(value)
+            row = (name, told, "automatic" if default in (None, []) else shown(default))
+            (unchanged if value == default else changed).append(row)
+        return changed, unchanged
+
+    @property
+    def command(self) -> str | None:
+        """The command line that made the run, without secrets; long ones with a line for every flag."""
+        command = _SECRETS.sub(r"\1***", str(self.summary.get("command") or ""))
+        if len(command) > _LINE:
+            words = [shlex.quote(word) for word in shlex.split(command)]
+            command = " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in words)
+        return command.replace("'***'", "***") or None
+
+    @property
+    def model(self) -> str:
+        """The base model's name."""
+        name = str(self.config.get("pretrained_model_name_or_path", "?"))
+        return "the embedded model" if name == EMBEDDED_MODEL else name
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts that were drawn, in the order of the grid's columns."""
+        return list(
+            dict.fromkeys(str(row["prompt"]) for row in read_jsonl(self.folder.samples_file) if "prompt" in row)
+        )
+
+    @property
+    def speed(self) -> float | None:
+        """Median optimizer steps per second."""
+        curve = self.curve("train/steps_per_s")
+        return float(np.median(curve.values)) if curve else None
+
+
+def shown(value: Any) -> str:
+    """An option's value as a person would write it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return ("off", "on")[value]
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _mapping(text: str, file: Any) -> dict[str, Any]:
+    try:
+        content = json.loads(text) if str(file).endswith(".json") and text else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _curves(folder: RunFolder) -> tuple[dict[str, Curve], dict[str, int]]:
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    not_finite: dict[str, int] = defaultdict(int)
+    for row in folder.metrics():
+        if row.get("value") is None:
+            not_finite[row["name"]] += 1
+        else:
+            points[row["name"]][int(row["step"])] = float(row["value"])
+    curves = {name: Curve(tuple(sorted(p)), tuple(p[step] for step in sorted(p))) for name, p in points.items()}
+    return curves, dict(not_finite)

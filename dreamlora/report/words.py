@@ -1,0 +1,121 @@
+"""Numbers of a run in sentences; the HTML and the Markdown report share them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dreamlora.report.facts import Facts
+
+_SAME_DB, _CLOSE_DB = 40.0, 30.0
+
+
+def headline(facts: Facts) -> str:
+    """What came out, in one or two sentences."""
+    evaluation = facts.evaluation
+    if evaluation is None:
+        return f"{facts.steps} steps were trained; no evaluation was logged."
+    count = (facts.summary.get("data") or {}).get("held_out")
+    if not evaluation.held_out:
+        where = "the training images"
+    else:
+        where = f"{count} held-out image{'s' if count != 1 else ''}" if count else "the held-out images"
+    if evaluation.base is None or evaluation.final_step == 0:
+        return f"The loss on {where} is {number(evaluation.final)} at step {evaluation.final_step}."
+    change = evaluation.change or 0.0
+    verb = "fell" if change < -0.005 else "rose" if change > 0.005 else "hardly changed:"
+    text = f"The loss on {where} {verb} from {number(evaluation.base)} (base model) to {number(evaluation.final)}"
+    text += f" ({change:+.1%})".replace("-", "−") if abs(change) > 0.005 else ""
+    text += "." if facts.finished else " so far."
+    if evaluation.past_best:
+        where_best = "before the first step" if evaluation.best_step == 0 else f"at step {evaluation.best_step}"
+        return f"{text} It was best {where_best}, with {number(evaluation.best)}: later steps made it worse."
+    return text
+
+
+def spread(facts: Facts) -> str | None:
+    """How many of the evaluated images follow the mean."""
+    if facts.improved_images is None or facts.evaluation is None or facts.evaluation.base is None:
+        return None
+    better, total = facts.improved_images
+    kind = "held-out" if facts.evaluation.held_out else "training"
+    return f"The loss is lower than the base model's on {better} of the {total} {kind} images."
+
+
+def parity(facts: Facts) -> tuple[str, str]:
+    """Whether the saved file does what training showed: "good", "fair", "bad" or "unknown", and why."""
+    check: dict[str, Any] = facts.summary.get("parity") or {}
+    if "psnr_db" not in check:
+        reason = check.get("reason") or (
+            "it is made at the end of a run" if not facts.finished else "no result was saved"
+        )
+        return "unknown", f"Not checked: {reason}."
+    decibels, largest, mean = (float(check.get(key) or 0) for key in ("psnr_db", "max_abs", "mean_abs"))
+    apart = f"largest difference {largest:g} of 255, mean {mean:.3g}, PSNR {decibels:.0f} dB"
+    if largest == 0:
+        return (
+            "good",
+            "The saved LoRA, loaded into a stock diffusers pipeline, draws exactly the image seen in training.",
+        )
+    if decibels >= _SAME_DB:
+        text = "The saved LoRA, loaded into a stock diffusers pipeline, draws the image seen in training"
+        return "good", f"{text} but for rounding ({apart})."
+    if decibels >= _CLOSE_DB:
+        return (
+            "fair",
+            f"The saved LoRA in a stock diffusers pipeline draws nearly the image seen in training ({apart}).",
+        )
+    return "bad", f"The saved LoRA in a stock diffusers pipeline does not draw the image seen in training ({apart})."
+
+
+def setup(facts: Facts) -> str:
+    """What was trained, in one line."""
+    config = facts.config
+    parts = [f"LoRA of rank {config.get('rank', '?')} on {facts.model}", str(config.get("optimizer", "?"))]
+    if config.get("learning_rate") is not None:
+        parts.append(f"learning rate {config['learning_rate']:g}")
+    of = "" if facts.total_steps in (None, facts.steps) else f" of {facts.total_steps}"
+    parts.append(f"{facts.steps}{of} steps")
+    if facts.summary.get("device"):
+        parts.append(str(facts.summary["device"]))
+    return " · ".join(parts)
+
+
+def numbers(facts: Facts) -> list[tuple[str, str]]:
+    """The few figures at the top: label and value."""
+    data, lora = facts.summary.get("data") or {}, facts.summary.get("lora") or {}
+    timings = seconds_of(facts)
+    found: list[tuple[str, str]] = []
+    if "train" in data:
+        kinds = (("held_out", "held out"), ("class", "class"))
+        more = "".join(f" + {data[key]} {kind}" for key, kind in kinds if data.get(key))
+        found.append(("images", f"{data['train']}{more}"))
+    if lora.get("parameters"):
+        found.append(("LoRA parameters", f"{lora['parameters']:,}".replace(",", "\u202f")))
+    if facts.evaluation:
+        found.append(("best step", str(facts.evaluation.best_step)))
+    if facts.speed:
+        found.append(("steps per second", f"{facts.speed:.3g}"))
+    if timings:
+        found.append(("total time", duration(sum(value for _, value in timings))))
+    return found
+
+
+def seconds_of(facts: Facts) -> list[tuple[str, float]]:
+    """Stages and their seconds, in the order they ran."""
+    return [(str(stage), float(value)) for stage, value in (facts.summary.get("timings") or {}).items()]
+
+
+def duration(seconds: float) -> str:
+    """``75`` as "1 min 15 s"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def number(value: float) -> str:
+    """A loss with four significant digits."""
+    return f"{value:#.4g}"

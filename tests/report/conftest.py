@@ -1,0 +1,93 @@
+"""A run folder as training leaves it, made up."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.runfolder import RunFolder
+
+PROMPTS = ["a photo of sks creature", "a photo of sks creature on grass", "a <script>alert(1)</script> | creature"]
+SUMMARY: dict[str, Any] = {
+    "parity": {"prompt": PROMPTS[0], "seed": 42, "step": 300, "max_abs": 1.0, "mean_abs": 0.002, "psnr_db": 72.4},
+    "timings": {"text encoder": 1.2, "images": 3.4, "class images": 21.0, "training": 64.5, "samples": 19.8},
+    "versions": {"python": "3.11.2", "torch": "2.13.0", "diffusers": "0.40.0", "peft": "0.20.0"},
+    "device": "x86_64 CPU, 2 threads",
+    "git_commit": "0123456789ab",
+    "warnings": [],
+    "data": {"train": 20, "held_out": 5, "class": 64},
+    "lora": {"parameters": 1234567, "pairs": 96},
+    "eval": {"base": 0.5, "final": 0.4, "best": 0.39, "best_step": 250},
+    "command": "accelerate launch train_scripts/dreambooth_lora.py --optimizer scaled_adamw "
+    "--instance_prompt 'a photo of sks creature' --hub_token hf_secret",
+}
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., RunFolder]:
+    def make(name: str = "eval/loss", steps: int = 300, summary: dict[str, Any] | None = SUMMARY) -> RunFolder:
+        folder = RunFolder(tmp_path / "creature-scaled_adamw")
+        folder.path.mkdir(exist_ok=True)
+        base = RunConfig()
+        config = replace(
+            base,
+            lora=replace(base.lora, rank=8, lora_layers=("all",)),
+            optim=replace(base.optim, optimizer="scaled_adamw", learning_rate=1e-2),
+            train=replace(base.train, max_train_steps=300, hub_token="hf_secret"),
+        )
+        folder.config_file.write_text(yaml.safe_dump(as_flat_dict(config), sort_keys=False))
+        write_metrics(folder, name, steps)
+        draw_pictures(folder)
+        if summary is not None:
+            folder.summary_file.write_text(json.dumps(summary))
+        return folder
+
+    return make
+
+
+def write_metrics(folder: RunFolder, name: str, steps: int) -> None:
+    rng = random.Random(0)
+    rows: list[tuple[int, str, float]] = []
+    for step in range(steps + 1):
+        if step:
+            rows.append((step, "train/loss", 0.3 + 0.2 * math.exp(-step / 80) + rng.gauss(0, 0.12) ** 2 * 6))
+            rows.append((step, "train/learning_rate", 1e-2))
+            rows.append((step, "train/grad_norm", 0.4 + abs(rng.gauss(0, 0.2))))
+            rows.append((step, "train/steps_per_s", 4.6 + rng.gauss(0, 0.1)))
+        if step % 25 == 0:
+            rows.append((step, name, 0.39 + 0.11 * math.exp(-step / 60) + max(0, step - 200) * 5e-5))
+    lines = [json.dumps({"v": 1, "step": step, "name": name, "value": value}) + "\n" for step, name, value in rows]
+    folder.metrics_file.write_text("".join(lines))
+    items = np.linspace(0.6, 0.3, 40)
+    np.savez(folder.eval_items_file, steps=[0, 300], items=[items, items - 0.1], image=np.repeat(range(5), 8))
+
+
+def draw_pictures(folder: RunFolder) -> None:
+    rows, side = 7, 64
+    grid = Image.new("RGB", (3 * side, rows * side), "#888")
+    pen = ImageDraw.Draw(grid)
+    for row in range(rows):
+        for column in range(3):
+            left, top = column * side, row * side
+            pen.rectangle((left, top, left + 62, top + 62), fill=("#7fb069", "#cfe3f5", "#30365a")[column])
+            pen.ellipse((left + 16, top + 16, left + 46, top + 46), fill=(250, 200 - 20 * row, 60 + 20 * row))
+    grid.save(folder.grid_file)
+    frames = [grid.crop((0, side * row, grid.width, side * row + side)) for row in range(rows)]
+    frames[0].save(folder.timelapse_file, save_all=True, append_images=frames[1:], duration=200)
+    folder.reference_dir.mkdir(exist_ok=True)
+    for number, frame in enumerate(frames[:5]):
+        frame.crop((0, 0, side, side)).save(folder.reference_dir / f"{number}.png")
+    folder.samples.mkdir(exist_ok=True)
+    rows_of_samples = [{"step": step, "prompt": prompt, "seed": 42} for step in (0, 300) for prompt in PROMPTS]
+    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows_of_samples))
