@@ -111,6 +111,7 @@ class SampleCallback:
             "guidance_scale": plan.guidance_scale,
             "lora_scale": 1.0,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            **({"negative_prompt": plan.negative_prompt} if plan.negative_prompt else {}),
             **({"problem": drawn.problem} if drawn.problem else {}),
         }
 
@@ -137,6 +138,8 @@ class SampleCallback:
         if folder.exists():
             return
         for number, source in enumerate(self._references[:MAX_REFERENCES]):
+            if isinstance(source, Path) and not source.is_file():  # an image of a hub data set
+                continue
             try:
                 image = Image.open(source) if isinstance(source, Path) else source
                 small = (ImageOps.exif_transpose(image) or image).convert("RGB")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +75,13 @@ def ensure_class_images(
 
 
 def fingerprint(plan: SamplePlan, model_id: str) -> str:
-    """Eight hex digits of what makes class images exchangeable: model, prompt, size, steps and guidance.
+    """Eight hex digits of what class images must have in common: model, prompts and size.
 
-    Seed, number and batch size are not part of it: more images of the same kind may join.
+    Not of seed, denoising steps and guidance: images made with others may join, so that a run with other options for
+    its samples does not need class images of its own.
     """
-    kind = {name: value for name, value in asdict(plan).items() if name not in _INDIFFERENT}
-    return hashlib.sha256(json.dumps([model_id, kind], sort_keys=True).encode()).hexdigest()[:8]
-
-
-_INDIFFERENT = ("seed", "num_images_per_prompt", "batch_size")
+    kind = [model_id, plan.prompts, plan.negative_prompt, plan.width, plan.height]
+    return hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:8]
 
 
 def _name(index: int, mark: str) -> str:
@@ -102,8 +99,8 @@ def _missing(folder: Path, plan: SamplePlan, mark: str) -> list[SampleItem]:
         match = _OURS.fullmatch(file.name)
         if match and match[2] != mark:
             raise UserError(
-                f"{folder} holds class images made with another model, prompt, size or number of denoising steps "
-                f"({file.name}): give another --class_data_dir, or empty it"
+                f"{folder} holds class images made with another model, prompt or size ({file.name}): "
+                f"give another --class_data_dir, or empty it"
             )
         given += not match and not file.name.startswith(".") and file.suffix.lower() in FORMATS
     wanted = plan.items()[: max(plan.num_images_per_prompt - given, 0)]

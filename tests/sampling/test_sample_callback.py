@@ -118,6 +118,12 @@ def test_another_plan_is_drawn_anew(tmp_path: Path, pipeline: StableDiffusionPip
     assert [row["num_inference_steps"] for row in run.rows()] == [1, 1]
 
 
+def test_the_negative_prompt_is_noted(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    run = FakeRun(tmp_path, pipeline)
+    go(SampleCallback(SamplePlan(("a dog",), 1, 3.0, negative_prompt="blurry"), 5), run, 0)
+    assert run.rows()[0]["negative_prompt"] == "blurry"
+
+
 def test_never(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
     run = FakeRun(tmp_path, pipeline)
     go(SampleCallback(PLAN, 0, [tmp_path / "photo.jpg"]), run, 5)

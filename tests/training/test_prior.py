@@ -77,7 +77,7 @@ def test_partial_files_never_count(tmp_path: Path) -> None:
     assert {name: data for name, data in contents(tmp_path).items() if not name.startswith(".")} == whole
 
 
-@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("world", [3, 8])
 def test_processes_share_the_work(tmp_path: Path, world: int) -> None:
     ensure_class_images(tmp_path / "one", PLAN, FakePipeline)
     made = [ensure_class_images(tmp_path / "many", PLAN, FakePipeline, rank=rank, world=world) for rank in range(world)]
@@ -94,8 +94,8 @@ def test_images_of_a_person_count(tmp_path: Path) -> None:
 
 def test_more_images_join(tmp_path: Path) -> None:
     ensure_class_images(tmp_path, PLAN, FakePipeline)
-    more = SamplePlan(PLAN.prompts, 2, 1.0, num_images_per_prompt=7, seed=100, batch_size=4)
-    assert ensure_class_images(tmp_path, more, FakePipeline) == 2
+    more = SamplePlan(PLAN.prompts, 9, 7.5, num_images_per_prompt=7, seed=100, batch_size=4)
+    assert ensure_class_images(tmp_path, more, FakePipeline) == 2, "other denoising steps and guidance do no harm"
     fewer = SamplePlan(PLAN.prompts, 2, 1.0, num_images_per_prompt=3, seed=100)
     assert ensure_class_images(tmp_path, fewer, never) == 0
 
