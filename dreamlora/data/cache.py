@@ -90,7 +90,10 @@ class TensorCache:
         Raises:
             UserError: the disk is full or the folder cannot be written to.
         """
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # copies, because safetensors refuses tensors that share memory
+        whole = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
         data = safetensors.torch.save(whole, {"sha256": _digest(key, whole)})
         try:
             with replacing(self.file(key)) as temporary:

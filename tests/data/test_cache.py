@@ -338,7 +338,8 @@ def test_ram_is_bounded(tmp_path):
 
 def test_entries_of_any_shape(tmp_path):
     cache = TensorCache(tmp_path)
-    tensors = {"scalar": torch.tensor(3), "none": torch.zeros(0, 4), "strided": torch.arange(6).view(2, 3).T}
+    base = torch.arange(6).view(2, 3)
+    tensors = {"scalar": torch.tensor(3), "none": torch.zeros(0, 4), "plain": base, "same": base, "strided": base.T}
     cache.put("ab" * 32, tensors)
     loaded = cache.load("ab" * 32)
     assert set(loaded) == set(tensors) and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
