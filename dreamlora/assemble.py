@@ -38,7 +38,6 @@ from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import sample_prompts
 from dreamlora.sampling.sampler import SamplePlan
 from dreamlora.stages import DTYPES, Encode, Parts, Stage, encode_images, encode_texts, pipeline_inputs, tokenized
-from dreamlora.tiny.subjects import write_instance_images
 from dreamlora.training import loop, prior, state
 from dreamlora.training.loop import Predictor, Run
 from dreamlora.training.stream import Layout, Source, Stream
@@ -80,12 +79,14 @@ def train(config: RunConfig, options: Any) -> RunFolder:
     folder = _claim_folder(stage)
     pictures = _read_pictures(stage, folder)
     stage.config = settle.by_length(stage.config, len(pictures.train), stage.accelerator.num_processes)
-    checkpoint = stage.config.train.resume_from_checkpoint
-    resume_from = state.find_checkpoint(folder, checkpoint) if checkpoint else None
+    settings = finish.settings(stage, [record.content_hash() for record in pictures.train])
+    which = stage.config.train.resume_from_checkpoint
+    checkpoint = state.open_checkpoint(folder, which, settings) if which else None
     pictures = _with_class_images(stage, folder, pictures)
     run = _build(stage, folder, pictures, options)
-    if resume_from:
-        state.restore(run, resume_from)
+    run.settings = settings
+    if checkpoint:
+        state.restore(run, checkpoint)
     stage.accelerator.wait_for_everyone()
     if stage.accelerator.is_main_process:
         folder.forget_after(run.step)
@@ -172,6 +173,8 @@ def _draw_subject(stage: Stage, folder: RunFolder) -> Path:
         raise UserError("nothing to train on: give --instance_data_dir, or --dataset_name, or --subject")
     images = folder.path / "instance_images"
     if stage.accelerator.is_main_process:
+        from dreamlora.tiny.subjects import write_instance_images
+
         write_instance_images(images, subject, SUBJECT_IMAGES)
     stage.accelerator.wait_for_everyone()
     return images
@@ -253,7 +256,6 @@ def _build(stage: Stage, folder: RunFolder, pictures: Pictures, options: Any) ->
         call_arguments=pipeline_inputs(stage, encode, text),
         vae=lambda: stage.parts.get("vae"),
         total_steps=config.train.max_train_steps or 0,
-        settings=finish.settings(stage, [record.content_hash() for record in pictures.train + pictures.classes]),
     )
     run.callbacks = _callbacks(stage, run, pictures, eval_store)
     return run

@@ -81,7 +81,7 @@ class Run:
     call_arguments: Callable[[Sequence[str]], dict[str, Any]]
     vae: Callable[[], Components]
     total_steps: int
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     skipped_steps: int = 0

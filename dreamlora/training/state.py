@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from dreamlora.training.loop import Run
 
 STATE_FILE = "training_state.pt"
 SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that fits the run: all that ``restore`` needs."""
+
+    state: dict[str, Any]
 
 
 def save(run: Run) -> Path:
@@ -50,27 +58,16 @@ def save_lora(run: Run, folder: Path) -> Path:
     return run.family.save_lora(folder, model.denoiser, dict(model.encoders.items()))
 
 
-def restore(run: Run, folder: Path) -> None:
-    """Put the run where the checkpoint left off.
-
-    Raises:
-        UserError: the checkpoint is damaged or belongs to other settings; the message names the difference.
-    """
-    try:
-        saved = json.loads((folder / SETTINGS_FILE).read_text())
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(
-            f"{folder} is no checkpoint that can be read ({error}): remove it and resume from an earlier one"
-        ) from error
-    _check_settings(saved, run.settings, folder)
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Put the run where the checkpoint left off."""
+    saved = checkpoint.state
     for name, parameter in run.trainables.items():
-        parameter.data.copy_(state["trainables"][name])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if run.accelerator.scaler is not None and state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.step = state["step"]
+        parameter.data.copy_(saved["trainables"][name])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    if run.accelerator.scaler is not None and saved["scaler"]:
+        run.accelerator.scaler.load_state_dict(saved["scaler"])
+    run.step = saved["step"]
 
 
 def rotate(folder: RunFolder, limit: int | None) -> None:
@@ -80,14 +77,31 @@ def rotate(folder: RunFolder, limit: int | None) -> None:
         shutil.rmtree(folder.checkpoint_dir(step))
 
 
-def find_checkpoint(folder: RunFolder, which: str) -> Path:
-    """The checkpoint that ``--resume_from_checkpoint`` means.
+def open_checkpoint(folder: RunFolder, which: str, settings: dict[str, Any]) -> Checkpoint:
+    """Read the checkpoint that ``--resume_from_checkpoint`` means.
+
+    Args:
+        folder: of the run.
+        which: "latest", a path, or the name of a folder in checkpoints/.
+        settings: of the run that wants to go on.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; it is damaged; or it belongs to other settings (the message names the difference).
     """
+    path = _find(folder, which)
+    try:
+        saved = json.loads((path / SETTINGS_FILE).read_text())
+        _check_settings(saved, settings, path)
+        return Checkpoint(torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(
+            f"{path} is no checkpoint that can be read ({error}): remove it and resume from an earlier one"
+        ) from error
+
+
+def _find(folder: RunFolder, which: str) -> Path:
+    steps = folder.checkpoint_steps()
     if which == "latest":
-        steps = folder.checkpoint_steps()
         if not steps:
             raise UserError(
                 f"--resume_from_checkpoint latest: no checkpoint in {folder.checkpoints}; leave the flag out to start, "
@@ -97,7 +111,7 @@ def find_checkpoint(folder: RunFolder, which: str) -> Path:
     for path in (Path(which), folder.checkpoints / which):
         if (path / STATE_FILE).exists():
             return path
-    found = ", ".join(folder.checkpoint_dir(step).name for step in folder.checkpoint_steps()) or "none"
+    found = ", ".join(folder.checkpoint_dir(step).name for step in steps) or "none"
     raise UserError(f"--resume_from_checkpoint {which}: no checkpoint there. In {folder.checkpoints}: {found}")
 
 

@@ -1,0 +1,51 @@
+"""Small complete runs on random models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dreamlora import cli
+from dreamlora.runfolder import RunFolder
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures that are not square."""
+    folder = tmp_path_factory.mktemp("photos")
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 20, 24, 3), dtype=np.uint8)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all runs; that they share it is part of what is tested."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def flags(photos: Path, cache: Path, sd_folder: Path, tmp_path: Path) -> list[str]:
+    """A run of six steps with everything switched on; flags given later win."""
+    text = (
+        f"--pretrained_model_name_or_path {sd_folder} --instance_data_dir {photos} --resolution 16 --max_train_steps 6 "
+        f"--num_inference_steps 2 --eval_steps 3 --sample_steps 3 --checkpointing_steps 2 --rank 2 "
+        f"--latents_cache_dir {cache} --output_dir {tmp_path / 'run'}"
+    )
+    return [*text.split(), "--instance_prompt", "a photo of sks dog", "--learning_rate", "1e-2"]
+
+
+@pytest.fixture
+def train(flags: list[str]) -> Callable[..., RunFolder]:
+    """Run with more flags, as the command line does."""
+
+    def start(*more: str) -> RunFolder:
+        from dreamlora import assemble
+
+        return assemble.train(*cli.parse_run([*flags, *more]))
+
+    return start

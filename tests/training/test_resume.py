@@ -1,0 +1,127 @@
+"""A resumed run ends with exactly what the uninterrupted one has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dreamlora.errors import UserError
+from dreamlora.runfolder import RunFolder
+
+from tests.training.test_run import same, values, weights
+
+Train = Callable[..., RunFolder]
+HARD = "--optimizer scaled_adamw --lora_dropout 0.2 --lr_scheduler cosine --lr_warmup_steps 2 --random_flip".split()
+
+
+def pictures(run: RunFolder) -> dict[str, bytes]:
+    return {str(file.relative_to(run.samples)): file.read_bytes() for file in run.samples.rglob("*.png")}
+
+
+def assert_equal_runs(first: RunFolder, second: RunFolder) -> None:
+    assert same(weights(first), weights(second))
+    assert values(first) == values(second)
+    assert pictures(first) == pictures(second)
+    assert first.grid_file.read_bytes() == second.grid_file.read_bytes()
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C when the step's update was made, before anything of it was written."""
+    from dreamlora.training import loop
+
+    original = loop.optimizer_step
+
+    def stop(run, batch):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return original(run, batch)
+
+    monkeypatch.setattr(loop, "optimizer_step", stop)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_resumed_equals_uninterrupted(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    whole = train(*HARD, "--output_dir", str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, step)
+        train(*HARD)
+    resumed = train(*HARD, "--resume_from_checkpoint", "latest")
+    assert_equal_runs(whole, resumed)
+
+
+def test_killed_while_a_checkpoint_is_written(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreamlora.training import state
+
+    whole = train("--output_dir", str(tmp_path / "whole"))
+
+    def half(payload, file):
+        Path(file).write_bytes(b"half a file")
+        if "000004" in str(file):
+            raise KeyboardInterrupt
+        original(payload, file)
+
+    original = torch.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(state.torch, "save", half)
+        train()
+    run = RunFolder(tmp_path / "run")
+    assert run.checkpoint_steps() == [2]
+    assert_equal_runs(whole, train("--resume_from_checkpoint", "latest"))
+
+
+def test_sigkill_at_any_moment(flags: list[str], train: Train, tmp_path: Path) -> None:
+    """Three times killed at arbitrary moments, then left alone."""
+    whole = train("--output_dir", str(tmp_path / "whole"))
+    run = RunFolder(tmp_path / "run")
+    command = [sys.executable, "-m", "dreamlora", "dreambooth", *flags]
+    for attempt, reached in enumerate((1, 3, 5)):
+        more = ["--resume_from_checkpoint", "latest"] if run.checkpoint_steps() else ["--overwrite_output_dir"]
+        process = subprocess.Popen(
+            [*command, *more], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if any(row["step"] >= reached for row in run.metrics() if row["name"] == "train/loss"):
+                break
+            time.sleep(0.002 * (attempt + 1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    if run.checkpoint_steps():
+        assert_equal_runs(whole, train("--resume_from_checkpoint", "latest"))
+
+
+def test_other_settings_are_refused_by_name(train: Train, photos: Path) -> None:
+    train("--max_train_steps", "2")
+    with pytest.raises(UserError, match=r"rank: 2 then, 4 now"):
+        train("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--rank", "4")
+    with pytest.raises(UserError, match=r"global batch size: 4 then, 2 now"):
+        train("--resume_from_checkpoint", "latest", "--train_batch_size", "2")
+    with pytest.raises(UserError, match="base model"):
+        train("--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", "tiny")
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(train: Train, tmp_path: Path) -> None:
+    whole = train("--output_dir", str(tmp_path / "whole"), "--checkpointing_steps", "2")
+    train("--max_train_steps", "4")
+    assert same(weights(whole), weights(train("--resume_from_checkpoint", "latest")))
+
+
+def test_checkpoints_rotate(train: Train) -> None:
+    assert train("--checkpoints_total_limit", "2").checkpoint_steps() == [4, 6]
+
+
+def test_a_missing_or_damaged_checkpoint_is_named(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint in"):
+        train("--resume_from_checkpoint", "latest")
+    run = train("--overwrite_output_dir")
+    (run.checkpoint_dir(6) / "training_state.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"step-000006 is no checkpoint that can be read"):
+        train("--resume_from_checkpoint", "latest")
+    assert same(weights(run), weights(train("--resume_from_checkpoint", "step-000004")))

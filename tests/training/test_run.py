@@ -1,0 +1,149 @@
+"""Complete runs: what they leave behind, and what must not change them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dreamlora.errors import UserError
+from dreamlora.runfolder import RunFolder
+from PIL import Image
+from safetensors.torch import load_file
+
+Train = Callable[..., RunFolder]
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(folder.lora_file)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def values(folder: RunFolder) -> list[tuple]:
+    return [(row["step"], row["name"], row["value"]) for row in folder.metrics() if row["name"] != "train/steps_per_s"]
+
+
+def test_a_run_leaves_everything_the_readme_promises(train: Train) -> None:
+    run = train()
+    assert run.checkpoint_steps() == [2, 4, 6]
+    for file in (run.config_file, run.grid_file, run.timelapse_file, run.report_html, run.report_md, run.summary_file):
+        assert file.stat().st_size > 0
+    assert sorted(folder.name for folder in run.samples.iterdir() if folder.is_dir()) == [
+        "step_000000",
+        "step_000003",
+        "step_000006",
+    ]
+    losses = {row["step"]: row["value"] for row in run.metrics() if row["name"] == "eval/loss"}
+    assert list(losses) == [0, 3, 6]
+    assert losses[6] < losses[0]
+    summary = json.loads(run.summary_file.read_text())
+    assert summary["parity"]["max_abs"] <= 1
+    assert summary["data"] == {"instance": 7}
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--train_text_encoder --optimizer scaled_adamw --lora_layers all --lora_alpha 1",
+        "--with_prior_preservation --class_prompt dog --num_class_images 3 --optimizer scaled_gd --random_flip "
+        "--gradient_accumulation_steps 2 --mixed_precision bf16 --noise_offset 0.1 --lr_scheduler cosine "
+        "--lr_warmup_steps 1 --gradient_checkpointing",
+    ],
+)
+def test_every_family_trains_with_every_switch(
+    family: str, more: str, train: Train, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(f"{family}_folder")
+    run = train(*more.split(), "--pretrained_model_name_or_path", str(model), "--max_train_steps", "2")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights(run).values())
+    assert any("text_encoder" in name for name in weights(run)) == ("--train_text_encoder" in more)
+    assert json.loads(run.summary_file.read_text())["parity"]["psnr_db"] > 30
+
+
+def test_sampling_evaluating_and_saving_change_nothing(train: Train, tmp_path: Path) -> None:
+    busy = train("--lora_dropout", "0.2")
+    quiet = train(
+        *f"--lora_dropout 0.2 --output_dir {tmp_path / 'quiet'} --sample_steps 0 --eval_steps 0".split(),
+        *"--checkpointing_steps 0".split(),
+    )
+    assert same(weights(busy), weights(quiet))
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(train: Train, tmp_path: Path) -> None:
+    # SGD: Adam makes entries whose gradient is all rounding move by as much as the others
+    sgd = "--optimizer sgd --learning_rate 0.1 --max_train_steps 3".split()
+    whole = weights(train(*sgd, "--train_batch_size", "4"))
+    split = weights(
+        train(*sgd, *f"--train_batch_size 2 --gradient_accumulation_steps 2 --output_dir {tmp_path / 'split'}".split())
+    )
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, split[name], atol=1e-7), name
+
+
+def test_another_seed_gives_another_lora(train: Train, tmp_path: Path) -> None:
+    assert not same(weights(train()), weights(train("--seed", "1", "--output_dir", str(tmp_path / "other"))))
+
+
+def test_config_yaml_runs_the_same_again(train: Train, tmp_path: Path) -> None:
+    first = train()
+    again = train("--config", str(first.config_file), "--output_dir", str(tmp_path / "again"))
+    assert same(weights(first), weights(again))
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unless_told_to(train: Train) -> None:
+    train("--max_train_steps", "1")
+    with pytest.raises(UserError, match="holds a run already.*--resume_from_checkpoint latest.*--overwrite_output_dir"):
+        train("--max_train_steps", "1")
+    train("--max_train_steps", "1", "--overwrite_output_dir")
+
+
+def test_files_of_the_user_in_the_output_folder_stay(train: Train, tmp_path: Path) -> None:
+    mine = tmp_path / "run" / "samples" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    train("--max_train_steps", "1")
+    assert mine.read_text() == "precious"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_to_do(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dreamlora.training import loop
+
+    original = loop.batch_loss
+    monkeypatch.setattr(
+        loop, "batch_loss", lambda run, batch, micro: original(run, batch, micro) * (float("nan") if run.step == 4 else 1)
+    )
+    with pytest.raises(UserError, match=r"loss is not finite at step 5 .*[0-7]\.png.*--learning_rate") as caught:
+        train()
+    assert "step-000004" in str(caught.value) or "checkpoints" in str(caught.value)
+
+
+def test_a_broken_image_stops_the_run_before_any_model_is_loaded(
+    train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for file in photos.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "9.png").write_bytes((photos / "0.png").read_bytes()[:200])
+    from dreamlora import stages
+
+    monkeypatch.setattr(stages.Parts, "get", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=r"9\.png"):
+        train("--instance_data_dir", str(folder))
+
+
+def test_the_grid_is_a_picture_with_a_row_per_step(train: Train) -> None:
+    run = train("--num_images_per_prompt", "2")
+    with Image.open(run.grid_file) as grid:
+        grid.load()
+        assert min(grid.size) > 100
+    with Image.open(run.timelapse_file) as film:
+        assert film.n_frames == 3
