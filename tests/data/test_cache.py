@@ -303,6 +303,21 @@ def test_two_runs_at_once(folder, tmp_path):
     assert [f.read_bytes() for f in entries(shared)] == [f.read_bytes() for f in entries(alone)]
 
 
+def test_entries_that_another_run_made_meanwhile_are_not_made_again(folder, filling):
+    made = len(variants((40, 20), "", HOW)) + len(variants((20, 30), "", HOW)) + 1
+    inner, outer = Encoder(), Encoder()
+    records = load_folder(folder, "p").records
+
+    def overtaken(pixels: Tensor) -> Latents:
+        if outer.calls == 0:
+            encode_dataset(records, HOW, inner, filling)
+        return outer(pixels)
+
+    encode_dataset(records, HOW, overtaken, filling)
+    assert inner.images == len(entries(filling)) <= made
+    assert outer.images <= 4  # the crops of the image it had begun
+
+
 def test_prompts(filling):
     encoder = TextEncoder()
     table = encode_prompts(["a cat", "a dog", "b", "a cat", "é"], encoder, filling)
