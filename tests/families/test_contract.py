@@ -11,12 +11,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 
 from dreamlora import registry
 from dreamlora.config import Lora, Model, Train
 from dreamlora.families import _loading
 from dreamlora.interfaces import Components, Family, ModelSource
+from dreamlora.lora.files import apply_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from tests import tinymodels
 
@@ -208,6 +210,29 @@ def test_saved_lora_gives_equal_images_in_a_stock_pipeline(case, parts, tmp_path
     assert (found - base).abs().max() > 1e-3
 
 
+def test_rslora_keeps_its_scale_in_a_stock_pipeline(case, parts, tmp_path):
+    """Its alpha / sqrt(rank) is not to be seen in the tensors."""
+    config = LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=list(case.family.LORA_LAYERS))
+    parts[case.family.DENOISER].add_adapter(config)
+    for parameter in trainable_parameters(parts[case.family.DENOISER]).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    expected = call(case.family.pipeline(parts), {"prompt": PROMPTS})
+    stock = fresh_stock(case)
+    stock.load_lora_weights(case.family.save_lora(tmp_path, parts[case.family.DENOISER], {}).parent)
+    torch.testing.assert_close(call(stock, {"prompt": PROMPTS}), expected, rtol=0, atol=1e-5)
+
+
+def test_applied_file_acts_in_full_and_not_at_all_at_scale_zero(case, parts, tmp_path):
+    encoders = trained(case, parts, lora=Lora(rank=3, lora_alpha=7.5), text=True)
+    file = case.family.save_lora(tmp_path, parts[case.family.DENOISER], encoders)
+    base, full, none = fresh_stock(case), fresh_stock(case), fresh_stock(case)
+    apply_lora(full, file, 1.0)
+    apply_lora(none, tmp_path, 0.0)
+    expected = call(case.family.pipeline(parts), {"prompt": PROMPTS})
+    torch.testing.assert_close(call(full, {"prompt": PROMPTS}), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(call(none, {"prompt": PROMPTS}), call(base, {"prompt": PROMPTS}), rtol=0, atol=1e-6)
+
+
 def test_equal_adapters_give_equal_files(case, parts, tmp_path):
     encoders = trained(case, parts, lora=Lora(rank=2), text=True)
     files = [case.family.save_lora(tmp_path / str(i), parts[case.family.DENOISER], encoders) for i in range(2)]
@@ -270,8 +295,3 @@ def test_long_prompts_are_cut_as_the_pipeline_cuts_them_and_reported(case, parts
     assert tokens["input_ids"].shape == (2, tinymodels.CLIP_LENGTH)
     assert tokens["input_ids"][0, -1] == parts["tokenizer"].eos_token_id
     assert sum("first 16 of" in record.message for record in caplog.records) == 1
-
-
-def test_repository_paths_of_the_contract(case):
-    assert case.source.path == str(case.folder)
-    assert Path(case.source.path).is_dir()
