@@ -97,19 +97,33 @@ def parse_run(argv: Sequence[str], name: str = "dreamlora dreambooth") -> tuple[
 
 
 def embedded_preset(given: Mapping[str, Values]) -> dict[str, Any]:
-    """What is set for the embedded model unless the user says otherwise; nothing for other models."""
+    """What is set for the embedded model unless the user says otherwise; nothing for other models.
+
+    Raises:
+        UserError: there is no such built-in subject.
+    """
     if _last(given, "pretrained_model_name_or_path", EMBEDDED_MODEL) != EMBEDDED_MODEL:
         return {}
     preset: dict[str, Any] = yaml.safe_load((_TINY / "preset.yaml").read_text())
     by_optimizer = preset.pop("by_optimizer", {})
     optimizer = _last(given, "optimizer", "adamw").lower().replace("-", "_")  # a wrong name is found later
     preset |= by_optimizer.get(optimizer, {})
+    if given.get("subject"):
+        preset |= _subject_prompts(_last(given, "subject", ""))
     if preset.get("sample_prompts"):
         preset["sample_prompts"] = str(_TINY / preset["sample_prompts"])
     for entry, flags in _PRESET_YIELDS.items():
         if any(given.get(flag) is not None for flag in flags):
             preset.pop(entry, None)
     return preset
+
+
+def _subject_prompts(subject: str) -> dict[str, str]:
+    from dreamlora.tiny import subjects
+
+    if subject not in subjects.SUBJECTS:
+        raise UserError(f"--subject takes one of {', '.join(subjects.SUBJECTS)} (got {subject!r})")
+    return {"instance_prompt": subjects.instance_prompt(subject), "class_prompt": subjects.class_prompt(subject)}
 
 
 def method_options(kind: str, name: str, args: Sequence[str], base: Mapping[str, Any]) -> Any:

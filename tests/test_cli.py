@@ -316,6 +316,12 @@ def test_flags_and_files_win_over_the_preset(run_yaml: Any) -> None:
     assert cli.parse_run(["--num_train_epochs", "3"])[0].train.max_train_steps is None
 
 
+def test_prompts_follow_the_built_in_subject() -> None:
+    data = cli.parse_run(["--subject", "bannerfish", "--class_prompt", "a fish"])[0].data
+    assert (data.instance_prompt, data.class_prompt) == ("a photo of sks fish", "a fish")
+    assert "--subject takes one of checkerling, bannerfish" in message("--subject", "dog")
+
+
 # Help
 
 

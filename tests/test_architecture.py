@@ -1,0 +1,122 @@
+"""The house rules that a program can check: sizes, what starts without torch, where tests lie. Layers: lint-imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreamlora import registry
+
+ROOT = Path(__file__).parents[1]
+MAX_FUNCTION, MAX_FILE, MAX_SCRIPT = 100, 400, 60
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXCEPTIONS: dict[str, str] = PYPROJECT["tool"]["dreamlora"]["size-exceptions"]
+SOURCES = sorted((ROOT / "dreamlora").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+TORCH_FREE = [
+    "dreamlora.__main__",
+    "dreamlora.sample_command",
+    "dreamlora.runfolder",
+    "dreamlora.report.page",
+    "dreamlora.tiny",
+    *(f"dreamlora.optimizers.{name}" for name in registry.names("optimizers")),
+]
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchmetrics", "matplotlib")
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def functions_of(tree: ast.AST) -> list[Any]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=name_of)
+def test_files_and_functions_stay_small(file: Path) -> None:
+    text = file.read_text()
+    lines = len(text.splitlines())
+    assert lines <= MAX_FILE or name_of(file) in EXCEPTIONS, f"{lines} lines: split it, or give a reason in pyproject"
+    for function in functions_of(ast.parse(text)):
+        length = function.end_lineno - function.lineno + 1
+        allowed = length <= MAX_FUNCTION or f"{name_of(file)}:{function.name}" in EXCEPTIONS
+        assert allowed, f"{function.name} has {length} lines: split it, or give a reason in pyproject"
+
+
+def test_nine_of_ten_functions_are_short() -> None:
+    found = [function for file in SOURCES for function in functions_of(ast.parse(file.read_text()))]
+    lengths = sorted(function.end_lineno - function.lineno + 1 for function in found)
+    assert lengths[int(0.9 * len(lengths))] <= 45
+
+
+def test_exceptions_are_still_needed_and_have_a_reason() -> None:
+    for entry, reason in EXCEPTIONS.items():
+        file, _, function = entry.partition(":")
+        text = (ROOT / file).read_text()
+        assert len(reason) > 10, f"{entry}: why?"
+        if function:
+            (found,) = (node for node in functions_of(ast.parse(text)) if node.name == function)
+            assert found.end_lineno - found.lineno + 1 > MAX_FUNCTION, f"{entry} is small now"
+        else:
+            assert len(text.splitlines()) > MAX_FILE, f"{entry} is small now"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "train_scripts").glob("*.py")), ids=name_of)
+def test_scripts_are_thin(file: Path) -> None:
+    assert len(file.read_text().splitlines()) < MAX_SCRIPT
+
+
+def test_what_must_start_fast_loads_nothing_heavy() -> None:
+    code = "import sys, importlib\nfor name in sys.argv[1].split(): importlib.import_module(name)\n"
+    code += "print(*(name for name in sys.argv[2].split() if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, " ".join(TORCH_FREE), " ".join(HEAVY)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=name_of)
+def test_importing_reads_and_writes_nothing(file: Path) -> None:
+    """No call at module level that opens files or starts processes (constants made of paths are fine)."""
+    forbidden = {"open", "read_text", "write_text", "read_bytes", "mkdir", "run", "Popen", "from_pretrained", "load"}
+    for statement in ast.parse(file.read_text()).body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Call):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                assert called not in forbidden, f"line {node.lineno} calls {called} on import"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=name_of)
+def test_every_module_says_what_it_is(file: Path) -> None:
+    text = file.read_text()
+    assert not text.strip() or ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("file", TESTS, ids=name_of)
+def test_tests_lie_where_their_subject_lies(file: Path) -> None:
+    """tests/a/test_b.py tests dreamlora/a/b.py, a module of dreamlora/a whose name has b, or dreamlora/a as a whole."""
+    folder = ROOT / "dreamlora" / file.parent.relative_to(ROOT / "tests")
+    assert folder.is_dir(), f"there is no {name_of(folder)}"
+    subject = file.stem.removeprefix("test_")
+    if folder == ROOT / "dreamlora" and subject != "architecture":
+        assert any((folder / name).exists() for name in (subject, f"{subject}.py")), f"nothing is called {subject}"
+
+
+@pytest.mark.parametrize("kind", ["optimizers", "families"])
+def test_plugins_do_not_import_each_other(kind: str) -> None:
+    names = registry.names(kind)
+    for name in names:
+        for node in ast.walk(ast.parse((ROOT / "dreamlora" / kind / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+                others = {f"dreamlora.{kind}.{other}" for other in names if other != name}
+                assert not imported & others, f"{name} imports {imported & others}"
