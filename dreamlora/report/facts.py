@@ -110,16 +110,13 @@ class Facts:
         return Evaluation(name == HELD_OUT_LOSS, base, final, step, curve.values[best], curve.steps[best])
 
     @cached_property
-    def improved_images(self) -> tuple[int, int] | None:
-        """How many of the evaluation's images ended with a lower loss than they began with, and of how many."""
+    def fall_by_image(self) -> tuple[float, ...]:
+        """By how much the loss of every evaluated image fell from the first measurement to the last; empty if unknown."""
         if not self.folder.eval_items_file.exists():
-            return None
+            return ()
         with np.load(self.folder.eval_items_file) as saved:
-            if not {"items", "image"} <= set(saved.files) or len(saved["items"]) < 2:
-                return None
-            fall = saved["items"][0] - saved["items"][-1]
-            falls = [fall[saved["image"] == image].mean() for image in np.unique(saved["image"])]
-        return int(sum(fall > 0 for fall in falls)), len(falls)
+            items, images = saved["items"], saved["image"]
+        return tuple(float((items[0] - items[-1])[images == image].mean()) for image in np.unique(images))
 
     @property
     def warnings(self) -> list[str]:

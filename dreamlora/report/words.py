@@ -14,7 +14,7 @@ def headline(facts: Facts) -> str:
     evaluation = facts.evaluation
     if evaluation is None:
         return f"{facts.steps} steps were trained; no evaluation was logged."
-    count = (facts.summary.get("data") or {}).get("held_out")
+    count = len(facts.fall_by_image)
     if not evaluation.held_out:
         where = "the training images"
     else:
@@ -34,11 +34,12 @@ def headline(facts: Facts) -> str:
 
 def spread(facts: Facts) -> str | None:
     """How many of the evaluated images follow the mean."""
-    if facts.improved_images is None or facts.evaluation is None or facts.evaluation.base is None:
+    falls = facts.fall_by_image
+    if not falls or facts.evaluation is None or facts.evaluation.base is None or facts.evaluation.final_step == 0:
         return None
-    better, total = facts.improved_images
+    better = sum(fall > 0 for fall in falls)
     kind = "held-out" if facts.evaluation.held_out else "training"
-    return f"The loss is lower than the base model's on {better} of the {total} {kind} images."
+    return f"The loss is lower than the base model's on {better} of the {len(falls)} {kind} images."
 
 
 def parity(facts: Facts) -> tuple[str, str]:
@@ -85,10 +86,12 @@ def numbers(facts: Facts) -> list[tuple[str, str]]:
     data, lora = facts.summary.get("data") or {}, facts.summary.get("lora") or {}
     timings = seconds_of(facts)
     found: list[tuple[str, str]] = []
-    if "train" in data:
-        kinds = (("held_out", "held out"), ("class", "class"))
-        more = "".join(f" + {data[key]} {kind}" for key, kind in kinds if data.get(key))
-        found.append(("images", f"{data['train']}{more}"))
+    if data.get("instance"):
+        held_out = len(facts.fall_by_image) if facts.evaluation and facts.evaluation.held_out else 0
+        kinds = ((held_out, "held out"), (data.get("class"), "class"))
+        found.append(
+            ("images", str(data["instance"]) + "".join(f" + {count} {kind}" for count, kind in kinds if count))
+        )
     if lora.get("parameters"):
         found.append(("LoRA parameters", f"{lora['parameters']:,}".replace(",", "\u202f")))
     if facts.evaluation:

@@ -26,7 +26,7 @@ SUMMARY: dict[str, Any] = {
     "device": "x86_64 CPU, 2 threads",
     "git_commit": "0123456789ab",
     "warnings": [],
-    "data": {"train": 20, "held_out": 5, "class": 64},
+    "data": {"instance": 20, "class": 64},
     "lora": {"parameters": 1234567, "pairs": 96},
     "eval": {"base": 0.5, "final": 0.4, "best": 0.39, "best_step": 250},
     "command": "accelerate launch train_scripts/dreambooth_lora.py --optimizer scaled_adamw "

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dreamlora.errors import UserError
@@ -46,8 +47,11 @@ def test_values_that_are_not_finite_are_counted(make_run: Callable[..., RunFolde
     assert "1 values of train/loss were not finite (NaN or infinite)." in Facts(folder).warnings
 
 
-def test_images_that_improved_are_counted_per_image(make_run: Callable[..., RunFolder]) -> None:
-    assert Facts(make_run()).improved_images == (5, 5)
+def test_the_change_of_every_image_is_the_mean_over_its_items(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run()
+    assert Facts(folder).fall_by_image == pytest.approx([0.1] * 5)
+    np.savez(folder.eval_items_file, steps=[0, 9], items=[[1.0, 2.0, 3.0], [0.5, 2.5, 4.0]], image=[0, 0, 1])
+    assert Facts(folder).fall_by_image == pytest.approx([0.0, -1.0])
 
 
 def test_options_are_split_by_default_and_secrets_hidden(make_run: Callable[..., RunFolder]) -> None:
