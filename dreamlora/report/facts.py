@@ -111,7 +111,7 @@ class Facts:
 
     @cached_property
     def fall_by_image(self) -> tuple[float, ...]:
-        """By how much the loss of every evaluated image fell from the first measurement to the last; empty if unknown."""
+        """How far the loss of every evaluated image fell from first to last measurement; empty if unknown."""
         if not self.folder.eval_items_file.exists():
             return ()
         with np.load(self.folder.eval_items_file) as saved:
