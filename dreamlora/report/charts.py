@@ -19,6 +19,8 @@ _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _BLUE, _ORANGE = "#3b82f6", "#f08c2e"
 _SMOOTHING = 0.06
 """Width of the training loss' smoothing window as a share of the run."""
+_LEAST_SPAN = 0.05
+"""The evaluation's axis spans at least this share of the loss, so that a change of nothing looks like nothing."""
 
 
 def evaluation_chart(facts: Facts) -> str:
@@ -54,7 +56,9 @@ def evaluation_chart(facts: Facts) -> str:
             va="top",
             color=_INK,
         )
-        axes.margins(y=0.18)
+        low, high = min(curve.values), max(curve.values)
+        span = max(1.36 * (high - low), _LEAST_SPAN * high)
+        axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
         axes.set_ylabel(f"loss on {images} images")
 
     label = (
@@ -116,6 +120,7 @@ def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     style: Any = {
         "svg.hashsalt": name,
@@ -132,6 +137,7 @@ def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
         axes.patch.set_alpha(0)
         draw(axes)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tidy(axes)
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -35,7 +35,7 @@ def headline(facts: Facts) -> str:
 def spread(facts: Facts) -> str | None:
     """How many of the evaluated images follow the mean."""
     falls = facts.fall_by_image
-    if not falls or facts.evaluation is None or facts.evaluation.base is None or facts.evaluation.final_step == 0:
+    if len(falls) < 2 or facts.evaluation is None or facts.evaluation.base is None or facts.evaluation.final_step == 0:
         return None
     better = sum(fall > 0 for fall in falls)
     kind = "held-out" if facts.evaluation.held_out else "training"
