@@ -16,7 +16,7 @@ from dreamlora.optimizers._kernels import STEP, AdamWHyper, adamw_, compute_dtyp
 
 # Largest batch, in bytes of stacked factors. CPU: temporaries stay in the cache and the allocator reuses them (larger
 # ones are mapped anew, and their page faults cost more than the arithmetic). GPU: few large launches.
-_BATCH_BYTES = {"cpu": 2**19}
+_BATCH_BYTES = {"cpu": 2**20}
 _BATCH_BYTES_DEFAULT = 64 * 2**20
 
 Group = dict[str, Any]
