@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
-from torch import nn
 
 from dreamlora import finish, registry, settle
 from dreamlora.callbacks.checkpoint import CheckpointCallback
@@ -36,7 +35,7 @@ from dreamlora.metrics.eval_loss import build_eval_set
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import sample_prompts
-from dreamlora.sampling.sampler import SamplePlan
+from dreamlora.sampling.sampler import SamplePlan, plan_of
 from dreamlora.stages import DTYPES, Encode, Parts, Stage, encode_images, encode_texts, pipeline_inputs, tokenized
 from dreamlora.training import loop, prior, state
 from dreamlora.training.loop import Predictor, Run
@@ -44,6 +43,8 @@ from dreamlora.training.stream import Layout, Source, Stream
 
 SUBJECT_IMAGES = 40
 """Images drawn of a built-in subject; a fifth of them is held out."""
+CLASS_SEED = 0
+"""Of the first class image; not the run's seed, so that runs with other seeds share the class images."""
 MOST_EVAL_IMAGES = 16
 """As many as are held out at most; more would cost time in every measurement."""
 
@@ -77,6 +78,15 @@ def train(config: RunConfig, options: Any) -> RunFolder:
     """
     stage = _start(config)
     folder = _claim_folder(stage)
+    try:
+        _train_in(stage, folder, options)
+    finally:
+        folder.release()
+    return folder
+
+
+def _train_in(stage: Stage, folder: RunFolder, options: Any) -> None:
+    """All stages of a run, in order."""
     pictures = _read_pictures(stage, folder)
     stage.config = settle.by_length(stage.config, len(pictures.train), stage.accelerator.num_processes)
     settings = finish.settings(stage, [record.content_hash() for record in pictures.train])
@@ -95,7 +105,6 @@ def train(config: RunConfig, options: Any) -> RunFolder:
     with stage.timed("training"):
         loop.train(run)
     finish.finish(stage, run)
-    return folder
 
 
 def _start(config: RunConfig) -> Stage:
@@ -114,7 +123,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
     tracker = config.train.report_to
     known = [str(kind) for kind in get_available_trackers()]
     if tracker not in (None, "all", *known):
-        raise UserError(f"--report_to {tracker}: not installed, or not a tracker. Installed: {', '.join(known) or 'none'}")
+        raise UserError(f"--report_to {tracker}: no tracker that is installed. Installed: {', '.join(known) or 'none'}")
     try:
         return Accelerator(
             mixed_precision=config.model.mixed_precision,
@@ -182,21 +191,13 @@ def _draw_subject(stage: Stage, folder: RunFolder) -> Path:
 
 def _with_class_images(stage: Stage, folder: RunFolder, pictures: Pictures) -> Pictures:
     """Class images for prior preservation, made by the base model where they are missing."""
-    data, sample = stage.config.data, stage.config.sample
+    data = stage.config.data
     if not data.with_prior_preservation or data.class_prompt is None:
         return pictures
     images = data.class_data_dir or _class_folder(stage, folder.path.parent)
     precision = data.prior_generation_precision or ("fp16" if stage.accelerator.device.type == "cuda" else "fp32")
-    plan = SamplePlan(
-        prompts=(data.class_prompt,),
-        num_inference_steps=sample.num_inference_steps or 0,
-        guidance_scale=sample.sample_guidance_scale or 0.0,
-        num_images_per_prompt=data.num_class_images,
-        seed=stage.config.train.seed,
-        batch_size=data.sample_batch_size,
-        width=data.resolution,
-        height=data.resolution,
-    )
+    plan = _plan(stage, (data.class_prompt,))
+    plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
     base = Parts(stage.family, stage.source, stage.accelerator.device, DTYPES[precision])
     rank, world = stage.accelerator.process_index, stage.accelerator.num_processes
     with stage.timed("class images"):
@@ -204,6 +205,11 @@ def _with_class_images(stage: Stage, folder: RunFolder, pictures: Pictures) -> P
         stage.accelerator.wait_for_everyone()
     records = load_folder(images, data.class_prompt, flag="--class_data_dir").records
     return replace(pictures, classes=records[: data.num_class_images])
+
+
+def _plan(stage: Stage, prompts: tuple[str, ...]) -> SamplePlan:
+    data = stage.config.data
+    return plan_of(stage.config.sample, stage.family.SAMPLE_DEFAULTS, prompts, data.resolution, data.sample_batch_size)
 
 
 def _class_folder(stage: Stage, outputs: Path) -> Path:
@@ -293,7 +299,7 @@ def _with_lora(stage: Stage, components: Components, text: Components | None) ->
     return Predictor(family, denoiser, text, config.train.guidance_scale)
 
 
-def _optimizer(stage: Stage, model: nn.Module, options: Any) -> tuple[Any, Any]:
+def _optimizer(stage: Stage, model: Predictor, options: Any) -> tuple[Any, Any]:
     """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
     optim = stage.config.optim
     groups = lora_param_groups(model.denoiser, lr=optim.learning_rate, weight_decay=optim.adam_weight_decay)
@@ -351,16 +357,7 @@ def _callbacks(stage: Stage, run: Run, pictures: Pictures, eval_store: LatentSto
         )
         callbacks.append(EvaluateCallback(items, config.eval.eval_steps, name))
     if config.sample.sample_steps:
-        plan = SamplePlan(
-            prompts=pictures.prompts,
-            num_inference_steps=config.sample.num_inference_steps or 0,
-            guidance_scale=config.sample.sample_guidance_scale or 0.0,
-            num_images_per_prompt=config.sample.num_images_per_prompt,
-            seed=config.sample.sample_seed,
-            batch_size=config.data.sample_batch_size,
-            width=config.data.resolution,
-            height=config.data.resolution,
-        )
+        plan = _plan(stage, pictures.prompts)
         references = [Path(record.where) for record in pictures.train]
         callbacks.append(SampleCallback(plan, config.sample.sample_steps, references))
     if config.train.checkpointing_steps:

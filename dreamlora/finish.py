@@ -33,7 +33,8 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     """config.yaml: what ``--config`` takes to run the same again, with what made it as a comment. No secrets."""
     options = {name: value for name, value in as_flat_dict(config).items() if name not in ("hub_token", "local_rank")}
     versions = ", ".join(f"{name} {number}" for name, number in provenance.versions().items())
-    head = f"# {provenance.command()}\n# {versions}\n# commit {provenance.git_commit()}, {provenance.device_name(device)}\n"
+    made_by = f"commit {provenance.git_commit()}, {provenance.device_name(device)}"
+    head = "".join(f"# {line}\n" for line in (provenance.command(), versions, made_by))
     write_atomically(folder.config_file, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
 
@@ -106,7 +107,8 @@ def _parity(stage: Stage, run: Run) -> dict[str, Any]:
     run.model.cpu()
     stage.parts.free("denoiser", "vae", "text", "scheduler")
     fresh = Parts(stage.family, stage.source, run.accelerator.device, DTYPES[run.accelerator.mixed_precision])
-    return parity.check(fresh.pipeline(), run.folder.path, {**rows[0], "negative_prompt": run.config.sample.negative_prompt}, run.folder.samples / rows[0]["file"])
+    sample = {**rows[0], "negative_prompt": run.config.sample.negative_prompt}
+    return parity.check(fresh.pipeline(), run.folder.path, sample, run.folder.samples / sample["file"])
 
 
 def _push_to_hub(run: Run) -> None:

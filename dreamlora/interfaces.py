@@ -13,7 +13,7 @@ Conditioning = dict[str, Tensor]
 """What a family's denoiser is told besides the noisy latents: tensors by name, batch first (from prompts)."""
 
 Components = dict[str, Any]
-"""Parts of a pipeline by diffusers' names: "unet"/"transformer", "vae", "text_encoder", "tokenizer", "scheduler", ..."""
+"""Parts of a pipeline by diffusers' names: "unet" or "transformer", "vae", "text_encoder", "tokenizer", "scheduler"."""
 
 Role = Literal["text", "vae", "denoiser", "scheduler"]
 """A part of a pipeline that can be loaded and freed by itself: "text" is all text encoders and their tokenizers."""

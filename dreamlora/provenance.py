@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -44,10 +45,18 @@ def device_name(device: torch.device) -> str:
 
 
 def command() -> str:
-    """The command line, to be typed again."""
+    """The command line, to be typed again; without the hub token, since it is written to files that people share."""
     program = Path(sys.argv[0])
-    name = "dreamlora" if program.name in ("__main__.py", "dreamlora") else f"accelerate launch {program}"
-    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+    name = "dreamlora" if program.name in ("__main__.py", "dreamlora") else f"accelerate launch {_relative(program)}"
+    words = [shlex.quote(word) for word in sys.argv[1:]]
+    return _TOKEN.sub(r"\1...", " ".join([name, *words]))
+
+
+_TOKEN = re.compile(r"(--?hub[_-]token[= ])\S+")
+
+
+def _relative(path: Path) -> Path:
+    return path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path
 
 
 def _git(*arguments: str, folder: Path) -> str:

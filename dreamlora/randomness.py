@@ -1,8 +1,8 @@
 """Every random draw is a pure function of (seed, purpose, position): nothing has to be saved or kept in step.
 
-Training noise, times, order and crops are drawn per *sample position* in the run, not per process or per call. So a resumed
-run draws what the uninterrupted one draws, one process with batch 4 draws what two with batch 2 draw, and evaluating or
-sampling cannot disturb training, because no stream is shared.
+Training noise, times, order and crops are drawn per *sample position* in the run, not per process or per call. So a
+resumed run draws what the uninterrupted one draws, one process with batch 4 draws what two with batch 2 draw, and
+evaluating or sampling cannot disturb training, because no stream is shared.
 """
 
 from __future__ import annotations

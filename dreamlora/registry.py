@@ -1,7 +1,7 @@
 """Plug-ins by file: the folder is the kind, the file name is the name.
 
-A new optimizer (family, ...) is one new file; there is no list to update. Files that begin with an underscore are support
-code of that folder, not plug-ins.
+A new optimizer (family, ...) is one new file; there is no list to update. Files that begin with an underscore are
+support code of that folder, not plug-ins.
 """
 
 from __future__ import annotations

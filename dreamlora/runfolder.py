@@ -74,6 +74,12 @@ class RunFolder:
                 f"another process is training into {self.path}: wait for it, or give another --output_dir"
             ) from None
 
+    def release(self) -> None:
+        """Give the folder free again, if this process holds it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def clear(self) -> None:
         """Remove what an earlier run wrote here (and nothing else that lies in the folder)."""
         for entry in vars(self).values():
@@ -129,7 +135,7 @@ def replacing(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp{file.suffix}")
     try:
         yield temporary
-        os.replace(temporary, file)
+        temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -106,8 +106,8 @@ def run_folder(config: RunConfig) -> RunFolder:
         raise UserError(f"--output_dir {folder.path} is a file: give a folder")
     if folder.holds_run() and not resume and not config.train.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {folder.path} holds a run already: go on with --resume_from_checkpoint latest, replace it with "
-            "--overwrite_output_dir, or give another folder"
+            f"--output_dir {folder.path} holds a run already: go on with --resume_from_checkpoint latest, replace it "
+            "with --overwrite_output_dir, or give another folder"
         )
     return folder
 

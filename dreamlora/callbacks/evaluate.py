@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
 from dreamlora.interfaces import Conditioning, StepResult
-from dreamlora.metrics.eval_loss import EvalSet, evaluate_loss
+from dreamlora.metrics.eval_loss import EvalSet, Subject, evaluate_loss
 from dreamlora.runfolder import replacing
 from dreamlora.training.loop import Run
 
@@ -69,18 +71,15 @@ class EvaluateCallback:
     def _losses(self, run: Run) -> list[float]:
         accelerator = run.accelerator
 
-        def conditioning(captions: list[str]) -> Conditioning:
+        def conditioning(captions: Sequence[str]) -> Conditioning:
             return {name: value.to(accelerator.device) for name, value in run.conditioning(captions).items()}
 
         run.model.eval()
         with accelerator.autocast():
             mine = evaluate_loss(
-                run.predict,
-                run.objective,
+                Subject(run.predict, run.objective, conditioning, accelerator.device),
                 self._items,
-                conditioning,
                 batch_size=run.config.eval.eval_batch_size,
-                device=accelerator.device,
                 rank=accelerator.process_index,
                 world=accelerator.num_processes,
             )

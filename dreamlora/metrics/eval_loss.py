@@ -1,7 +1,7 @@
 """Deterministic evaluation loss: the training objective on frozen items (image, time, noise).
 
-The loss of a training step is mostly the noise of its random times. Measured on the same items at every step, and in every
-run, differences between checkpoints and optimizers of a fraction of a percent become visible.
+The loss of a training step is mostly the noise of its random times. Measured on the same items at every step, and in
+every run, differences between checkpoints and optimizers of a fraction of a percent become visible.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def build_eval_set(
 ) -> EvalSet:
     """Spread about 64 items evenly over images and times.
 
-    Times are midpoints of equal bins, shifted from image to image (a Latin design), so that together the images cover the
-    whole schedule.
+    Times are midpoints of equal bins, shifted from image to image (a Latin design), so that together the images cover
+    the whole schedule.
 
     Args:
         latents: ``[images, C, h, w]`` means of the posterior.
@@ -80,27 +80,33 @@ def build_eval_set(
     return EvalSet(latents, tuple(captions), image, times, position, keys, digest.hexdigest()[:16])
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        predict: the model in eval mode.
+        objective: of its training.
+        conditioning: captions to batched conditioning on ``device``.
+        device: of the model.
+    """
+
+    predict: Predict
+    objective: Objective
+    conditioning: Callable[[Sequence[str]], Conditioning]
+    device: torch.device
+
+
 @torch.no_grad()
 def evaluate_loss(
-    predict: Predict,
-    objective: Objective,
-    items: EvalSet,
-    conditioning: Callable[[Sequence[str]], Conditioning],
-    *,
-    batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    world: int = 1,
+    model: Subject, items: EvalSet, *, batch_size: int, rank: int = 0, world: int = 1
 ) -> dict[int, float]:
     """Mean squared error of every item, unweighted, in float32.
 
     Args:
-        predict: the model in eval mode.
-        objective: of the training.
+        model: what is measured.
         items: what to measure on.
-        conditioning: captions to batched conditioning on ``device``.
         batch_size: items per forward pass; does not change the values beyond rounding.
-        device: of the model.
         rank: this process evaluates items ``rank, rank + world, ...``.
         world: number of processes.
 
@@ -112,12 +118,12 @@ def evaluate_loss(
     for start in range(0, len(mine), batch_size):
         chunk = list(mine[start : start + batch_size])
         image = items.image[chunk]
-        latents = items.latents[image].to(device)
-        noise = items.noise(chunk).to(device)
-        times = items.times[chunk].to(device)
-        noisy = objective.corrupt(latents, noise, times)
-        prediction = predict(noisy, times, conditioning([items.captions[i] for i in image.tolist()]))
-        target = objective.target(latents, noise, times)
+        latents = items.latents[image].to(model.device)
+        noise = items.noise(chunk).to(model.device)
+        times = items.times[chunk].to(model.device)
+        noisy = model.objective.corrupt(latents, noise, times)
+        prediction = model.predict(noisy, times, model.conditioning([items.captions[i] for i in image.tolist()]))
+        target = model.objective.target(latents, noise, times)
         error = (prediction.float() - target.float()).square().flatten(1).mean(1)
         losses.update(zip(chunk, error.tolist(), strict=True))
     return losses

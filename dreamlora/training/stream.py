@@ -1,9 +1,9 @@
 """Sample position -> training batch.
 
-The run sees one endless sequence of samples, numbered from 0; each passage through the images is in a new random order, and
-nothing is dropped at its end. Optimizer step ``s`` takes the positions ``[s·G, (s+1)·G)``, G the global batch size, however
-they are divided over processes and micro-batches. What a sample looks like (crop, latent, noise, time) is a pure function
-of its position, see ``randomness``.
+The run sees one endless sequence of samples, numbered from 0; each passage through the images is in a new random order,
+and nothing is dropped at its end. Optimizer step ``s`` takes the positions ``[s·G, (s+1)·G)``, G the global batch size,
+however they are divided over processes and micro-batches. What a sample looks like (crop, latent, noise, time) is a
+pure function of its position, see ``randomness``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Stream:
     """Batches of a run by step and micro-batch.
 
     Args:
-        sources: instance images and, with prior preservation, class images; every micro-batch holds ``batch_size`` of each.
+        sources: instance images and, with prior preservation, class images; ``batch_size`` of each per micro-batch.
         objective: draws the times.
         conditioning: what the denoiser (or the text encoder that trains) gets for a caption.
         layout: division over processes and micro-batches.

@@ -1,7 +1,8 @@
 """The evaluation loss: frozen, spread, split and equal to a direct computation."""
 
 import torch
-from dreamlora.metrics.eval_loss import build_eval_set, evaluate_loss
+
+from dreamlora.metrics.eval_loss import Subject, build_eval_set, evaluate_loss
 
 
 class LinearPath:
@@ -35,8 +36,8 @@ def predict(noisy, times, condition):
 
 
 def losses(items, **more):
-    settings = {"batch_size": 8, "device": torch.device("cpu"), **more}
-    return evaluate_loss(predict, LinearPath(), items, conditioning, **settings)
+    model = Subject(predict, LinearPath(), conditioning, torch.device("cpu"))
+    return evaluate_loss(model, items, **{"batch_size": 8, **more})
 
 
 def test_every_item_is_the_mean_squared_error_of_its_image_time_and_noise():

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from dreamlora import cli
 from dreamlora.runfolder import RunFolder
-from PIL import Image
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +45,11 @@ def train(flags: list[str]) -> Callable[..., RunFolder]:
     """Run with more flags, as the command line does."""
 
     def start(*more: str) -> RunFolder:
+        from accelerate.state import AcceleratorState
+
         from dreamlora import assemble
 
+        AcceleratorState._reset_state(reset_partial_state=True)  # precision and processes are fixed once per process
         return assemble.train(*cli.parse_run([*flags, *more]))
 
     return start

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
-
 from tests.training.test_run import same, values, weights
 
 Train = Callable[..., RunFolder]
-HARD = "--optimizer scaled_adamw --lora_dropout 0.2 --lr_scheduler cosine --lr_warmup_steps 2 --random_flip".split()
+HARD = ["--optimizer", "scaled_adamw", "--lora_dropout", "0.2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]
 
 
 def pictures(run: RunFolder) -> dict[str, bytes]:
@@ -48,7 +48,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize("step", [3, 5])
 def test_resumed_equals_uninterrupted(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    whole = train(*HARD, "--output_dir", str(tmp_path / "whole"))
+    whole = train(*HARD, "--output_dir", str(tmp_path / "whole" / "run"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, step)
         train(*HARD)
@@ -59,7 +59,7 @@ def test_resumed_equals_uninterrupted(train: Train, tmp_path: Path, monkeypatch:
 def test_killed_while_a_checkpoint_is_written(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dreamlora.training import state
 
-    whole = train("--output_dir", str(tmp_path / "whole"))
+    whole = train("--output_dir", str(tmp_path / "whole" / "run"))
 
     def half(payload, file):
         Path(file).write_bytes(b"half a file")
@@ -78,7 +78,7 @@ def test_killed_while_a_checkpoint_is_written(train: Train, tmp_path: Path, monk
 
 def test_sigkill_at_any_moment(flags: list[str], train: Train, tmp_path: Path) -> None:
     """Three times killed at arbitrary moments, then left alone."""
-    whole = train("--output_dir", str(tmp_path / "whole"))
+    whole = train("--output_dir", str(tmp_path / "whole" / "run"))
     run = RunFolder(tmp_path / "run")
     command = [sys.executable, "-m", "dreamlora", "dreambooth", *flags]
     for attempt, reached in enumerate((1, 3, 5)):
@@ -97,18 +97,18 @@ def test_sigkill_at_any_moment(flags: list[str], train: Train, tmp_path: Path) -
         assert_equal_runs(whole, train("--resume_from_checkpoint", "latest"))
 
 
-def test_other_settings_are_refused_by_name(train: Train, photos: Path) -> None:
+def test_other_settings_are_refused_by_name(train: Train, flux_folder: Path) -> None:
     train("--max_train_steps", "2")
     with pytest.raises(UserError, match=r"rank: 2 then, 4 now"):
         train("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--rank", "4")
     with pytest.raises(UserError, match=r"global batch size: 4 then, 2 now"):
         train("--resume_from_checkpoint", "latest", "--train_batch_size", "2")
     with pytest.raises(UserError, match="base model"):
-        train("--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", "tiny")
+        train("--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", str(flux_folder))
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(train: Train, tmp_path: Path) -> None:
-    whole = train("--output_dir", str(tmp_path / "whole"), "--checkpointing_steps", "2")
+    whole = train("--output_dir", str(tmp_path / "whole" / "run"), "--checkpointing_steps", "2")
     train("--max_train_steps", "4")
     assert same(weights(whole), weights(train("--resume_from_checkpoint", "latest")))
 

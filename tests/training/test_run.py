@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dreamlora.errors import UserError
-from dreamlora.runfolder import RunFolder
 from PIL import Image
 from safetensors.torch import load_file
+
+from dreamlora.errors import UserError
+from dreamlora.runfolder import RunFolder
 
 Train = Callable[..., RunFolder]
 
@@ -68,16 +69,14 @@ def test_every_family_trains_with_every_switch(
 
 def test_sampling_evaluating_and_saving_change_nothing(train: Train, tmp_path: Path) -> None:
     busy = train("--lora_dropout", "0.2")
-    quiet = train(
-        *f"--lora_dropout 0.2 --output_dir {tmp_path / 'quiet'} --sample_steps 0 --eval_steps 0".split(),
-        *"--checkpointing_steps 0".split(),
-    )
+    nothing = [word for event in ("sample", "eval", "checkpointing") for word in (f"--{event}_steps", "0")]
+    quiet = train("--lora_dropout", "0.2", "--output_dir", str(tmp_path / "quiet"), *nothing)
     assert same(weights(busy), weights(quiet))
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(train: Train, tmp_path: Path) -> None:
     # SGD: Adam makes entries whose gradient is all rounding move by as much as the others
-    sgd = "--optimizer sgd --learning_rate 0.1 --max_train_steps 3".split()
+    sgd = ["--optimizer", "sgd", "--learning_rate", "0.1", "--max_train_steps", "3"]
     whole = weights(train(*sgd, "--train_batch_size", "4"))
     split = weights(
         train(*sgd, *f"--train_batch_size 2 --gradient_accumulation_steps 2 --output_dir {tmp_path / 'split'}".split())
@@ -98,7 +97,7 @@ def test_config_yaml_runs_the_same_again(train: Train, tmp_path: Path) -> None:
 
 def test_a_folder_with_a_run_is_not_overwritten_unless_told_to(train: Train) -> None:
     train("--max_train_steps", "1")
-    with pytest.raises(UserError, match="holds a run already.*--resume_from_checkpoint latest.*--overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"holds a run.*--resume_from_checkpoint latest.*--overwrite_output_dir"):
         train("--max_train_steps", "1")
     train("--max_train_steps", "1", "--overwrite_output_dir")
 
@@ -118,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_to_do(
 
     original = loop.batch_loss
     monkeypatch.setattr(
-        loop, "batch_loss", lambda run, batch, micro: original(run, batch, micro) * (float("nan") if run.step == 4 else 1)
+        loop, "batch_loss", lambda run, *batch: original(run, *batch) * (float("nan") if run.step == 4 else 1)
     )
     with pytest.raises(UserError, match=r"loss is not finite at step 5 .*[0-7]\.png.*--learning_rate") as caught:
         train()

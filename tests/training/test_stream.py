@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from dreamlora.training.stream import Layout, Source, Stream
 
 
