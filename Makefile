@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 .PHONY: demo test check clean
 
 demo: $(READY)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train_scripts/dreambooth_lora.py --config prompts/demo.yaml
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		train_scripts/dreambooth_lora.py --optimizer scaled_adamw --output_dir outputs/demo --overwrite_output_dir
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

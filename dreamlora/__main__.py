@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def dispatch(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status."""
+    # Their warnings (no torchvision, adapters without a text encoder, ...) are not about anything the user did.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     return cli.run(dispatch, sys.argv[1:] if argv is None else argv)
 
 

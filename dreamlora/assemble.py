@@ -89,7 +89,7 @@ def _train_in(stage: Stage, folder: RunFolder, options: Any) -> None:
     """All stages of a run, in order."""
     pictures = _read_pictures(stage, folder)
     stage.config = settle.by_length(stage.config, len(pictures.train), stage.accelerator.num_processes)
-    settings = finish.settings(stage, [record.content_hash() for record in pictures.train])
+    settings = finish.settings(stage, [record.content_hash() for record in pictures.train], options)
     which = stage.config.train.resume_from_checkpoint
     checkpoint = state.open_checkpoint(folder, which, settings) if which else None
     pictures = _with_class_images(stage, folder, pictures)
@@ -110,6 +110,8 @@ def _train_in(stage: Stage, folder: RunFolder, options: Any) -> None:
 def _start(config: RunConfig) -> Stage:
     """Accelerator, model source and family; the options that depend on them."""
     accelerator = _accelerator(config)
+    if config.train.push_to_hub:
+        finish.check_hub(config)
     torch.backends.cuda.matmul.allow_tf32 = config.model.allow_tf32
     source = resolve_source(config.model)
     family = family_of(source, config.model.family)

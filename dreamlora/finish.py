@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from dreamlora import provenance
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.errors import UserError
 from dreamlora.report import write_report
 from dreamlora.runfolder import RunFolder, read_jsonl, write_atomically
 from dreamlora.stages import DTYPES, Parts, Stage
@@ -24,6 +27,7 @@ FREE_ON_RESUME = {
     *("push_to_hub", "hub_token", "hub_model_id", "sample_batch_size", "num_validation_images", "validation_epochs"),
     *("sample_prompts", "train_batch_size", "gradient_accumulation_steps", "instance_data_dir", "class_data_dir"),
     *("pretrained_model_name_or_path", "pre_compute_text_embeddings", "num_train_epochs", "allow_pickle", "subject"),
+    *("sample_steps", "eval_steps", "eval_batch_size", "optimizer_args"),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
 model's id, the images' hashes, the global batch size)."""
@@ -38,17 +42,19 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     write_atomically(folder.config_file, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
 
-def settings(stage: Stage, images: Sequence[str]) -> dict[str, Any]:
+def settings(stage: Stage, images: Sequence[str], options: Any) -> dict[str, Any]:
     """What a resumed run must share with the run that wrote the checkpoint.
 
     Args:
         stage: with the settled config.
         images: content hashes of all training images, in order.
+        options: of the optimizer.
     """
     kept = {name: value for name, value in as_flat_dict(stage.config).items() if name not in FREE_ON_RESUME}
     train = stage.config.train
     world = stage.accelerator.num_processes
     kept["global batch size"] = (train.train_batch_size or 1) * train.gradient_accumulation_steps * world
+    kept["optimizer settings"] = str(options)
     kept["base model"] = stage.source.model_id
     kept["training images"] = hashlib.sha256("".join(images).encode()).hexdigest()[:16]
     if stage.config.optim.lr_scheduler.startswith("constant"):
@@ -111,10 +117,20 @@ def _parity(stage: Stage, run: Run) -> dict[str, Any]:
     return parity.check(fresh.pipeline(), run.folder.path, sample, run.folder.samples / sample["file"])
 
 
+def check_hub(config: RunConfig) -> None:
+    """Whether an upload will be possible, asked before training.
+
+    Raises:
+        UserError: the hub cannot be reached, or does not know the token.
+    """
+    try:
+        HfApi(token=config.train.hub_token).whoami()
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise UserError(f"--push_to_hub: {error}. Log in with `hf auth login`, or give --hub_token") from error
+
+
 def _push_to_hub(run: Run) -> None:
     """Upload LoRA, samples and report; checkpoints stay here."""
-    from huggingface_hub import HfApi
-
     train = run.config.train
     api = HfApi(token=train.hub_token)
     name = train.hub_model_id or run.folder.path.name

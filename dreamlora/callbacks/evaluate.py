@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from dreamlora.interfaces import Conditioning, StepResult
-from dreamlora.metrics.eval_loss import EvalSet, Subject, evaluate_loss
+from dreamlora.metrics.eval_loss import EvalSet, Measured, evaluate_loss
 from dreamlora.runfolder import replacing
 from dreamlora.training.loop import Run
 
@@ -77,7 +77,7 @@ class EvaluateCallback:
         run.model.eval()
         with accelerator.autocast():
             mine = evaluate_loss(
-                Subject(run.predict, run.objective, conditioning, accelerator.device),
+                Measured(run.predict, run.objective, conditioning, accelerator.device),
                 self._items,
                 batch_size=run.config.eval.eval_batch_size,
                 rank=accelerator.process_index,

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar
 
 from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, Model
@@ -115,6 +116,7 @@ def load_components(source: ModelSource, names: Sequence[str], dtype: torch.dtyp
         UserError: a part is missing, incomplete, of an unknown class, or only there as a pickle.
     """
     index = read_model_index(source)
+    disable_progress_bar()  # one bar per part, for what takes a second; downloads keep theirs
     return {name: _load(source, name, index, dtype) for name in names}
 
 

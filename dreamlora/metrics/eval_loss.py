@@ -81,7 +81,7 @@ def build_eval_set(
 
 
 @dataclass(frozen=True)
-class Subject:
+class Measured:
     """What is measured.
 
     Attributes:
@@ -99,7 +99,7 @@ class Subject:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: Subject, items: EvalSet, *, batch_size: int, rank: int = 0, world: int = 1
+    model: Measured, items: EvalSet, *, batch_size: int, rank: int = 0, world: int = 1
 ) -> dict[int, float]:
     """Mean squared error of every item, unweighted, in float32.
 

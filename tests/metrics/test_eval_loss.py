@@ -2,7 +2,7 @@
 
 import torch
 
-from dreamlora.metrics.eval_loss import Subject, build_eval_set, evaluate_loss
+from dreamlora.metrics.eval_loss import Measured, build_eval_set, evaluate_loss
 
 
 class LinearPath:
@@ -36,7 +36,7 @@ def predict(noisy, times, condition):
 
 
 def losses(items, **more):
-    model = Subject(predict, LinearPath(), conditioning, torch.device("cpu"))
+    model = Measured(predict, LinearPath(), conditioning, torch.device("cpu"))
     return evaluate_loss(model, items, **{"batch_size": 8, **more})
 
 
