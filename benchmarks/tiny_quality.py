@@ -1,0 +1,334 @@
+"""How good is the embedded model? Held-out captions, reconstruction, retrieval; writes JSON and a contact sheet.
+
+    python benchmarks/tiny_quality.py
+    python benchmarks/tiny_quality.py --captions 64 --output somewhere/      # a quick look
+
+Colour and background are read from pixels; the kind is read by a small classifier that this script trains on rendered
+pictures (not by the embedded CLIP). Every judge is also applied to real renders of the same captions and to their
+autoencoder reconstructions, which bound what the samples can reach.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import PIL
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from dreamlora.tiny import clip_path, pipeline_path, scenery, subjects, world
+
+STEPS, GUIDANCE = 20, 3.0
+TARGETS = {
+    "colour": 0.97,
+    "background": 0.99,
+    "class": 0.90,
+    "pair_colours": 0.80,
+    "psnr_held_out": 28.0,
+    "psnr_subjects": 24.0,
+    "clip_retrieval_at_1": 0.90,
+}
+KIND_NAMES, BACKGROUND_NAMES = tuple(world.KINDS), tuple(world.BACKGROUNDS)
+COLOUR_NAMES = tuple(world.COLOURS)
+CLASSIFIER_PICTURES, CLASSIFIER_BATCH = 40_000, 64
+COLOUR_REACH = 75.0  # RGB distance up to which a pixel counts as a palette colour
+FRAME = 4  # width of the frame that the background is read from, pixels
+
+
+def to_array(images: Sequence[Image.Image]) -> np.ndarray:
+    """(n, 64, 64, 3) float32, 0 to 255."""
+    return np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """(n, 3, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+# ---- judges ---------------------------------------------------------------------------------------------------------
+
+
+def build_classifier() -> nn.Sequential:
+    """A small convolutional network: (n, 3, 64, 64) -> scores of the kinds."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, len(KIND_NAMES)))
+
+
+def train_classifier(pictures: int, seed: int = 0) -> nn.Sequential:
+    """Train on freshly rendered single things, noise and blur added so that it judges shape and not sharpness."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = build_classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.01)
+    steps = pictures // CLASSIFIER_BATCH
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        scenes = [world.sample_scene(rng) for _ in range(CLASSIFIER_BATCH)]
+        pixels = to_tensor(to_array([world.render(scene, rng) for scene in scenes]))
+        pixels = pixels + rng.uniform(0, 0.15) * torch.randn_like(pixels)
+        if rng.random() < 0.3:
+            pixels = F.avg_pool2d(pixels, 3, 1, 1)
+        labels = torch.tensor([KIND_NAMES.index(scene.things[0].kind) for scene in scenes])
+        F.cross_entropy(model(pixels), labels).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def kinds_of(model: nn.Module, pictures: np.ndarray) -> list[str]:
+    """The kind that the classifier sees in each picture."""
+    return [KIND_NAMES[i] for i in model(to_tensor(pictures)).argmax(1).tolist()]
+
+
+class PixelJudge:
+    """Reads backgrounds and colours from pixels, by comparison with renders."""
+
+    def __init__(self, seed: int = 1, examples: int = 24) -> None:
+        rng = random.Random(seed)
+        renders = {
+            name: to_array([scenery.paint(name, rng).reduce(scenery.SCALE) for _ in range(examples)])
+            for name in BACKGROUND_NAMES
+        }
+        self._frames = np.stack([self._frame(renders[name]).mean(0) for name in BACKGROUND_NAMES])
+        self._labels = {name: self._palette(renders[name]) for name in BACKGROUND_NAMES}
+
+    def background(self, picture: np.ndarray) -> str:
+        """The background whose typical frame is nearest."""
+        distance = np.abs(self._frame(picture[None]) - self._frames).mean((1, 2))
+        return BACKGROUND_NAMES[int(distance.argmin())]
+
+    def colour(self, picture: np.ndarray, background: str, part: Callable = lambda mask: mask) -> str:
+        """The palette colour with the most pixels beyond what the background itself holds, within `part`."""
+        weight = part(_centre_weight())
+        present = (self._palette(picture[None])[0] * weight[..., None]).sum((0, 1))
+        expected = (self._labels[background] * weight[..., None]).sum((1, 2)).mean(0)
+        return COLOUR_NAMES[int((present - expected).argmax())]
+
+    @staticmethod
+    def _frame(pictures: np.ndarray) -> np.ndarray:
+        """Mean colours of 16 stretches of the picture's frame: (n, 16, 3)."""
+        edges = (
+            pictures[:, :FRAME].mean(1),
+            pictures[:, -FRAME:].mean(1),
+            pictures[:, :, :FRAME].mean(2),
+            pictures[:, :, -FRAME:].mean(2),
+        )
+        return np.concatenate([edge.reshape(len(pictures), 4, 16, 3).mean(2) for edge in edges], 1)
+
+    @staticmethod
+    def _palette(pictures: np.ndarray) -> np.ndarray:
+        """One-hot nearest palette colour of each pixel, all zero if none is near: (n, 64, 64, colours)."""
+        palette = np.array([world.COLOURS[name] for name in COLOUR_NAMES], np.float32)
+        distance = np.linalg.norm(pictures[..., None, :] - palette, axis=-1)
+        one_hot = np.eye(len(palette), dtype=np.float32)[distance.argmin(-1)]
+        return one_hot * (distance.min(-1) < COLOUR_REACH)[..., None]
+
+
+def _centre_weight() -> np.ndarray:
+    """(64, 64): 1 within reach of any single thing, 0 in the frame."""
+    weight = np.zeros((world.SIZE, world.SIZE), np.float32)
+    weight[8:-8, 8:-8] = 1
+    return weight
+
+
+def half(relation: str, first: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """Restrict a weight to where a pair's first or second thing stands."""
+
+    def part(weight: np.ndarray) -> np.ndarray:
+        kept = np.zeros_like(weight)
+        index: list[slice] = [slice(10, -10), slice(10, -10)]
+        index[1 if relation == "next to" else 0] = slice(6, 30) if first else slice(34, 58)
+        kept[tuple(index)] = 1
+        return kept
+
+    return part
+
+
+# ---- measurements ---------------------------------------------------------------------------------------------------
+
+
+def judge_singles(judge: PixelJudge, classifier: nn.Module, pictures: np.ndarray, scenes: list[world.Scene]) -> dict:
+    """Share of pictures whose colour, background and kind are the caption's."""
+    kinds = kinds_of(classifier, pictures)
+    colours = [judge.colour(p, s.background) == s.things[0].colour for p, s in zip(pictures, scenes, strict=True)]
+    backgrounds = [judge.background(p) == s.background for p, s in zip(pictures, scenes, strict=True)]
+    classes = [kind == scene.things[0].kind for kind, scene in zip(kinds, scenes, strict=True)]
+    by_kind = {
+        name: round(float(np.mean(right)), 3)
+        for name in KIND_NAMES
+        if (right := [ok for ok, scene in zip(classes, scenes, strict=True) if scene.things[0].kind == name])
+    }
+    scores = {"colour": colours, "background": backgrounds, "class": classes}
+    return {name: round(float(np.mean(right)), 4) for name, right in scores.items()} | {"class_by_kind": by_kind}
+
+
+def judge_pairs(judge: PixelJudge, pictures: np.ndarray, scenes: list[world.Scene]) -> float:
+    """Share of pictures in which both things have their caption's colours, each on its side."""
+    right = []
+    for picture, scene in zip(pictures, scenes, strict=True):
+        seen = [judge.colour(picture, scene.background, half(scene.relation, first)) for first in (True, False)]
+        right.append(seen == [thing.colour for thing in scene.things])
+    return round(float(np.mean(right)), 4)
+
+
+def sample(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, batch: int = 32) -> np.ndarray:
+    """One picture per caption: (n, 64, 64, 3)."""
+    images: list[Image.Image] = []
+    for start in range(0, len(captions), batch):
+        generators = [
+            torch.Generator().manual_seed(seed + start + i) for i in range(len(captions[start : start + batch]))
+        ]
+        images += pipeline(
+            captions[start : start + batch], num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators
+        ).images
+    return to_array(images)
+
+
+@torch.no_grad()
+def reconstruct(pipeline: StableDiffusionPipeline, pictures: np.ndarray, batch: int = 32) -> np.ndarray:
+    """The autoencoder's version of the pictures, 0 to 255."""
+    outputs = []
+    for start in range(0, len(pictures), batch):
+        pixels = to_tensor(pictures[start : start + batch])
+        outputs.append(pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1))
+    return ((torch.cat(outputs).permute(0, 2, 3, 1) + 1) * 127.5).numpy()
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean peak signal-to-noise ratio, dB."""
+    errors = np.square(first - second).mean((1, 2, 3))
+    return round(float((10 * np.log10(255**2 / errors)).mean()), 2)
+
+
+@torch.no_grad()
+def clip_retrieval(pictures: np.ndarray, captions: list[str], group: int = 64) -> float:
+    """How often a picture's own caption is the most similar of `group` captions (equal captions count as own)."""
+    model, words = CLIPModel.from_pretrained(clip_path()).eval(), CLIPTokenizer.from_pretrained(clip_path())
+    hits = []
+    for start in range(0, len(captions) - group + 1, group):
+        texts = captions[start : start + group]
+        tokens = words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        scores = model(input_ids=tokens, pixel_values=to_tensor(pictures[start : start + group])).logits_per_image
+        hits += [texts[best] == text for best, text in zip(scores.argmax(1).tolist(), texts, strict=True)]
+    return round(float(np.mean(hits)), 4)
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(path: Path, pictures: np.ndarray, captions: list[str], columns: int = 8, zoom: int = 2) -> None:
+    """Samples with their captions below, as PNG."""
+    tile, text_height = world.SIZE * zoom, 34
+    rows = -(-len(captions) // columns)
+    sheet = Image.new("RGB", (columns * (tile + 4), rows * (tile + text_height)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = i % columns * (tile + 4), i // columns * (tile + text_height)
+        image = Image.fromarray(picture.round().astype(np.uint8))
+        sheet.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+        for row, line in enumerate(_wrap(caption.removeprefix("a photo of "), 22)[:3]):
+            draw.text((x + 2, y + tile + 1 + 11 * row), line, fill=(0, 0, 0))
+    sheet.save(path)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def machine() -> dict:
+    """What ran this: no names, no paths."""
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> dict:
+    """All figures; the contact sheets go to `folder`."""
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_path())
+    pipeline.set_progress_bar_config(disable=True)
+    judge, classifier = PixelJudge(), train_classifier(classifier_pictures)
+    rng = random.Random(2026)
+    singles = [world.sample_scene(rng, held_out=True) for _ in range(count)]
+    doubles = [world.sample_pair(rng, held_out=True) for _ in range(pairs)]
+    captions, pair_captions = ([world.describe(scene) for scene in scenes] for scenes in (singles, doubles))
+    real, real_pairs = (to_array([world.render(scene, rng) for scene in scenes]) for scenes in (singles, doubles))
+    figures = [subjects.render(name, i, "holdout")[0] for name in subjects.SUBJECTS for i in range(32)]
+    decoded = reconstruct(pipeline, real)
+    start = time.perf_counter()
+    made = sample(pipeline, captions, seed=0)
+    seconds = time.perf_counter() - start
+    made_pairs = sample(pipeline, pair_captions, seed=10_000)
+    contact_sheet(folder / "tiny_quality_samples.png", made[:64], captions[:64])
+    contact_sheet(folder / "tiny_quality_pairs.png", made_pairs[:32], pair_captions[:32])
+    scores = judge_singles(judge, classifier, made, singles)
+    figures_array = to_array(figures)
+    results = {name: scores[name] for name in ("colour", "background", "class")}
+    results |= {
+        "pair_colours": judge_pairs(judge, made_pairs, doubles),
+        "psnr_held_out": psnr(real, decoded),
+        "psnr_subjects": psnr(figures_array, reconstruct(pipeline, figures_array)),
+        "clip_retrieval_at_1": clip_retrieval(real, captions),
+    }
+    bounds = {
+        "real": judge_singles(judge, classifier, real, singles),
+        "reconstructed": judge_singles(judge, classifier, decoded, singles),
+        "real_pair_colours": judge_pairs(judge, real_pairs, doubles),
+    }
+    extra = {"class_by_kind": scores["class_by_kind"], "seconds_per_sample": round(seconds / count, 3)}
+    return {"results": results, **extra, "bounds": bounds}
+
+
+def main() -> None:
+    """Parse the flags, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--classifier_pictures", type=int, default=CLASSIFIER_PICTURES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    measured = measure(options.captions, options.pairs, options.classifier_pictures, options.output)
+    passed = {name: measured["results"][name] >= target for name, target in TARGETS.items()}
+    settings = {"captions": options.captions, "pairs": options.pairs, "ddim_steps": STEPS, "guidance": GUIDANCE}
+    command = " ".join(["python", "benchmarks/tiny_quality.py", *sys.argv[1:]])
+    report = {"command": command, "settings": settings, **measured, "targets": TARGETS, "passed": passed}
+    report["machine"] = machine()
+    (options.output / "tiny_quality.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps({"results": measured["results"], "passed": passed}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
