@@ -4,8 +4,8 @@
     python -m dreamlora.tiny.pretrain --folder pretrain --stage autoencoder --minutes 20 --threads 2
     ...
 
-The stages, in order: render, autoencoder, latents, unet, clip, export (`--stage all` runs them all). A training stage
-ends its learning-rate decay after `--minutes` of wall time, checkpoints into `--folder` and resumes from there.
+The stages, in order: render, autoencoder, latents, refine, unet, clip, export (`--stage all` runs them all). A training
+stage ends its learning-rate decay after `--minutes` of wall time, checkpoints into `--folder` and resumes from there.
 Every stage uses a GPU if there is one.
 """
 
@@ -18,9 +18,9 @@ import torch
 from dreamlora.tiny import clip_path, pipeline_path
 from dreamlora.tiny.pretraining import autoencoder, clip, data, denoiser, export
 
-TRAINERS = {"autoencoder": autoencoder.train, "unet": denoiser.train, "clip": clip.train}
-MINUTES = {"autoencoder": 20.0, "unet": 75.0, "clip": 20.0}  # on one core of a 2026 server
-STAGES = ("render", "autoencoder", "latents", "unet", "clip", "export")
+TRAINERS = {"autoencoder": autoencoder.train, "refine": autoencoder.refine, "unet": denoiser.train, "clip": clip.train}
+MINUTES = {"autoencoder": 20.0, "refine": 20.0, "unet": 75.0, "clip": 20.0}  # on one core of a 2026 server
+STAGES = ("render", "autoencoder", "latents", "refine", "unet", "clip", "export")
 
 
 def run_stage(stage: str, options: argparse.Namespace, device: torch.device) -> None:

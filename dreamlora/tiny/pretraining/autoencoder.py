@@ -13,6 +13,9 @@ CHANNELS = (32, 32, 32)  # equal widths and few layers beat the usual pyramid at
 BATCH = 32
 ABSTRACT_SHARE = 0.5
 MUON_LR, ADAMW_LR = 3e-3, 1.5e-3
+REFINE_LR = 2e-3
+ANCHOR = 1.0  # weight of the latents' drift (variance 1) in the `refine` stage
+REFINE_NOISE = 0.05  # of standardised latents
 LATENT_NOISE = 0.1  # standard deviation; makes neighbouring latents decode alike, which the denoiser needs
 
 
@@ -42,12 +45,18 @@ def decode(model: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return model.decoder(model.post_quant_conv(latents))
 
 
-def loss_of(model: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """L1 + 2 MSE + 0.3 gradient difference + a pull of the latents to zero."""
-    latents = encode(model, pixels)
-    error = decode(model, latents + LATENT_NOISE * torch.randn_like(latents)) - pixels
+def reconstruction_loss(output: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """L1 + 2 MSE + 0.3 gradient difference."""
+    error = output - pixels
     gradients = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + 2 * error.square().mean() + 0.3 * gradients + 1e-3 * latents.square().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.3 * gradients
+
+
+def loss_of(model: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """The reconstruction loss and a pull of the latents to zero."""
+    latents = encode(model, pixels)
+    output = decode(model, latents + LATENT_NOISE * torch.randn_like(latents))
+    return reconstruction_loss(output, pixels) + 1e-3 * latents.square().mean()
 
 
 @torch.no_grad()
@@ -77,6 +86,33 @@ def _batch(captioned: np.ndarray, abstract: np.ndarray, rng: np.random.Generator
         abstract[rng.integers(len(abstract), size=count)],
     ]
     return data.to_tensor(np.concatenate(parts))
+
+
+def refine(folder: Path, minutes: float, device: torch.device) -> None:
+    """Stage `refine`: train on, but hold the latents of captioned pictures where the denoiser was trained on them.
+
+    It can run beside or after the `unet` stage: uncaptioned pictures may move freely, so unseen subjects reconstruct
+    better while latents.pt stays valid. Checkpoints (and resumes) as refined.pt, a standardised autoencoder.
+    """
+    captioned, abstract = (data.load_pictures(folder, name) for name in ("captioned", "abstract"))
+    anchors = torch.load(folder / "latents.pt", weights_only=True, mmap=True)
+    torch.manual_seed(0)
+    start = load_standardised(folder).train().requires_grad_(True)
+    run = Run(start, Recipe("refined", minutes, REFINE_LR, REFINE_LR / 2), folder, device)
+    rng = np.random.default_rng(run.step)
+    test, half = data.held_out_pictures(128)[0].to(device), BATCH // 2
+    while run.unfinished:
+        named, unnamed = rng.integers(len(captioned), size=half), rng.integers(len(abstract), size=BATCH - half)
+        pixels = data.to_tensor(np.concatenate([captioned[named], abstract[unnamed]])).to(device)
+        latents = encode(run.model, pixels)
+        drift = (latents[:half] - anchors[named].to(device).float()).square().mean()
+        noisy = latents + REFINE_NOISE * torch.randn_like(latents)
+        loss = reconstruction_loss(decode(run.model, noisy), pixels) + ANCHOR * drift
+
+        def report(drift: torch.Tensor = drift) -> str:
+            return f"drift {drift.item():.4f} psnr {psnr(run.average.module, test):.2f} dB"
+
+        run.update(loss, report)
 
 
 @torch.no_grad()

@@ -26,9 +26,10 @@ def load_average(module: nn.Module, folder: Path, name: str) -> nn.Module:
 def build_pipeline(folder: Path) -> StableDiffusionPipeline:
     """The text-to-image pipeline from the checkpoints in `folder`, float32."""
     words = tokenizer.build()
+    refined = (folder / "refined.pt").exists()
     trained = load_average(denoiser.Denoiser(words), folder, "unet")
     pipeline = StableDiffusionPipeline(
-        vae=autoencoder.load_standardised(folder),
+        vae=load_average(autoencoder.build(), folder, "refined") if refined else autoencoder.load_standardised(folder),
         text_encoder=trained.text_encoder,
         tokenizer=words,
         unet=trained.unet,
