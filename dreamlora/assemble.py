@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 
 from dreamlora import finish, registry, settle
@@ -46,7 +46,7 @@ SUBJECT_IMAGES = 40
 CLASS_SEED = 0
 """Of the first class image; not the run's seed, so that runs with other seeds share the class images."""
 MOST_EVAL_IMAGES = 16
-"""As many as are held out at most; more would cost time in every measurement."""
+"""Training images measured on where none is held out; more would cost time in every measurement."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def _train_in(stage: Stage, folder: RunFolder, options: Any) -> None:
     """All stages of a run, in order."""
     pictures = _read_pictures(stage, folder)
     stage.config = settle.by_length(stage.config, len(pictures.train), stage.accelerator.num_processes)
-    settings = finish.settings(stage, [record.content_hash() for record in pictures.train], options)
+    images = [f"{record.content_hash()} {record.caption}" for record in pictures.train]
+    settings = finish.settings(stage, images, options)
     which = stage.config.train.resume_from_checkpoint
     checkpoint = state.open_checkpoint(folder, which, settings) if which else None
     pictures = _with_class_images(stage, folder, pictures)
@@ -116,6 +117,9 @@ def _start(config: RunConfig) -> Stage:
     source = resolve_source(config.model)
     family = family_of(source, config.model.family)
     config = settle.by_model(config, family.resolution(source), family.SAMPLE_DEFAULTS, accelerator.num_processes)
+    config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
+    if (config.data.resolution or 0) % family.SIDE_MULTIPLE:
+        raise UserError(f"--resolution must be a multiple of {family.SIDE_MULTIPLE} (got {config.data.resolution})")
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     return Stage(config, accelerator, family, source, parts)
 
@@ -129,6 +133,8 @@ def _accelerator(config: RunConfig) -> Accelerator:
     try:
         return Accelerator(
             mixed_precision=config.model.mixed_precision,
+            # The loop weighs its micro-batches itself; a number from accelerate's own settings would divide twice.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=tracker,
             project_config=ProjectConfiguration(logging_dir=str(config.train.logging_dir)),
         )
@@ -182,7 +188,7 @@ def _draw_subject(stage: Stage, folder: RunFolder) -> Path:
     subject = stage.config.data.subject
     if subject is None:
         raise UserError("nothing to train on: give --instance_data_dir, or --dataset_name, or --subject")
-    images = folder.path / "instance_images"
+    images = folder.instance_images
     if stage.accelerator.is_main_process:
         from dreamlora.tiny.subjects import write_instance_images
 
@@ -197,7 +203,7 @@ def _with_class_images(stage: Stage, folder: RunFolder, pictures: Pictures) -> P
     if not data.with_prior_preservation or data.class_prompt is None:
         return pictures
     images = data.class_data_dir or _class_folder(stage, folder.path.parent)
-    precision = data.prior_generation_precision or ("fp16" if stage.accelerator.device.type == "cuda" else "fp32")
+    precision = data.prior_generation_precision or stage.accelerator.mixed_precision
     plan = _plan(stage, (data.class_prompt,))
     plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
     base = Parts(stage.family, stage.source, stage.accelerator.device, DTYPES[precision])
@@ -230,7 +236,8 @@ def _build(stage: Stage, folder: RunFolder, pictures: Pictures, options: Any) ->
     with stage.timed("encoding images"):
         store = encode_images(stage, pictures.train, how)
         class_store = encode_images(stage, pictures.classes, how) if pictures.classes else None
-        eval_store = encode_images(stage, (pictures.held_out or pictures.train)[:MOST_EVAL_IMAGES], how.fixed())
+        measured = pictures.held_out or pictures.train[:MOST_EVAL_IMAGES]
+        eval_store = encode_images(stage, measured, how.fixed())
     stage.parts.free("vae")
     components: Components = {**stage.parts.get("denoiser"), **stage.parts.get("scheduler"), **(text or {})}
     model = _with_lora(stage, components, text)

@@ -16,9 +16,7 @@ from dreamlora.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
 
-Scheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
-]
+Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Data:
     sample_batch_size: int = 4
     """Images made at a time, class images and samples alike."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision for making class images. Default: fp16 on a GPU, fp32 elsewhere."""
+    """Precision for making class images. Default: --mixed_precision."""
     repeats: int = 1
     """How often each image is seen in an epoch."""
     max_train_samples: int | None = None
@@ -171,8 +169,8 @@ class Optim:
     """Decay of the first moment."""
     adam_beta2: float = 0.999
     """Decay of the second moment."""
-    adam_weight_decay: float = 1e-2
-    """Decoupled weight decay, of whatever optimizer."""
+    adam_weight_decay: float | None = None
+    """Weight decay, of whatever optimizer. Default: the optimizer's own, 0.01 for Adam-like ones and else 0."""
     adam_weight_decay_text_encoder: float | None = None
     """Weight decay of the text encoder's LoRA. Default: --adam_weight_decay."""
     adam_epsilon: float = 1e-8
@@ -316,9 +314,8 @@ class RunConfig:
             raise UserError("give either --instance_data_dir or --dataset_name, not both")
         if data.with_prior_preservation and not data.class_prompt:
             raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
-        for name in ("class_data_dir", "class_prompt"):
-            if getattr(data, name) and not data.with_prior_preservation and name == "class_data_dir":
-                raise UserError(f"--{name} is only used together with --with_prior_preservation")
+        if data.class_data_dir and not data.with_prior_preservation:
+            raise UserError("--class_data_dir is only used together with --with_prior_preservation")
         if self.optim.text_encoder_lr is not None and not self.lora.train_text_encoder:
             raise UserError("--text_encoder_lr is only used together with --train_text_encoder")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -25,17 +26,25 @@ FREE_ON_RESUME = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "latents_cache_dir"),
     *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir", "dataloader_num_workers"),
     *("push_to_hub", "hub_token", "hub_model_id", "sample_batch_size", "num_validation_images", "validation_epochs"),
-    *("sample_prompts", "train_batch_size", "gradient_accumulation_steps", "instance_data_dir", "class_data_dir"),
+    *("sample_prompts", "train_batch_size", "gradient_accumulation_steps", "instance_data_dir", "validation_prompt"),
     *("pretrained_model_name_or_path", "pre_compute_text_embeddings", "num_train_epochs", "allow_pickle", "subject"),
-    *("sample_steps", "eval_steps", "eval_batch_size", "optimizer_args"),
+    *("sample_steps", "sample_seed", "num_images_per_prompt", "negative_prompt", "eval_steps", "eval_batch_size"),
+    *("optimizer_args", "prior_generation_precision"),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
 model's id, the images' hashes, the global batch size)."""
 
 
+UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "samples/*"]
+
+
 def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> None:
-    """config.yaml: what ``--config`` takes to run the same again, with what made it as a comment. No secrets."""
-    options = {name: value for name, value in as_flat_dict(config).items() if name not in ("hub_token", "local_rank")}
+    """config.yaml: what ``--config`` takes to run the same again, with what made it as a comment.
+
+    Without secrets, and without what is about this run's folder: the other run gets one of its own.
+    """
+    left_out = ("hub_token", "local_rank", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+    options = {name: value for name, value in as_flat_dict(config).items() if name not in left_out}
     versions = ", ".join(f"{name} {number}" for name, number in provenance.versions().items())
     made_by = f"commit {provenance.git_commit()}, {provenance.device_name(device)}"
     head = "".join(f"# {line}\n" for line in (provenance.command(), versions, made_by))
@@ -47,7 +56,7 @@ def settings(stage: Stage, images: Sequence[str], options: Any) -> dict[str, Any
 
     Args:
         stage: with the settled config.
-        images: content hashes of all training images, in order.
+        images: content hashes and captions of all training images, in order.
         options: of the optimizer.
     """
     kept = {name: value for name, value in as_flat_dict(stage.config).items() if name not in FREE_ON_RESUME}
@@ -114,7 +123,10 @@ def _parity(stage: Stage, run: Run) -> dict[str, Any]:
     stage.parts.free("denoiser", "vae", "text", "scheduler")
     fresh = Parts(stage.family, stage.source, run.accelerator.device, DTYPES[run.accelerator.mixed_precision])
     sample = {**rows[0], "negative_prompt": run.config.sample.negative_prompt}
-    return parity.check(fresh.pipeline(), run.folder.path, sample, run.folder.samples / sample["file"])
+    try:
+        return parity.check(fresh.pipeline(), run.folder.path, sample, run.folder.samples / sample["file"])
+    except (UserError, OSError, RuntimeError, ValueError) as error:  # out of memory, ...: the report is still written
+        return {"reason": f"the check could not be made: {error}"}
 
 
 def check_hub(config: RunConfig) -> None:
@@ -130,9 +142,17 @@ def check_hub(config: RunConfig) -> None:
 
 
 def _push_to_hub(run: Run) -> None:
-    """Upload LoRA, samples and report; checkpoints stay here."""
+    """Upload LoRA, samples and a model card. Checkpoints, config and report stay here: they show photos and paths."""
     train = run.config.train
     api = HfApi(token=train.hub_token)
     name = train.hub_model_id or run.folder.path.name
+    card = load_or_create_model_card(
+        repo_id_or_path=name,
+        from_training=True,
+        base_model=run.config.model.pretrained_model_name_or_path,
+        prompt=run.config.data.instance_prompt,
+        model_description=f"A LoRA of rank {run.config.lora.rank}, trained by dreamlora.",
+    )
+    populate_model_card(card, tags=["lora", "text-to-image", "diffusers"]).save(run.folder.path / "README.md")
     repository = api.create_repo(name, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repository, folder_path=str(run.folder.path), ignore_patterns=["checkpoints/*", ".*"])
+    api.upload_folder(repo_id=repository, folder_path=str(run.folder.path), allow_patterns=UPLOADED)

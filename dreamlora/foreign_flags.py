@@ -29,7 +29,7 @@ ELSEWHERE: dict[str, str] = {
     "aspect_ratio_buckets": "there are no buckets; images that are not square are cropped (see --crop_variants)",
     "use_aspect_ratio_buckets": "there are no buckets; images that are not square are cropped (see --crop_variants)",
     "remote_text_encoder": "the text encoder always runs here; it is freed before the denoiser is loaded",
-    "fsdp_text_encoder": "configure FSDP with `accelerate config`",
+    "fsdp_text_encoder": "sharding (FSDP) is not supported yet; several GPUs work with DDP",
     "caption_dropout": "captions are not dropped",
     # train_text_to_image_lora.py
     "train_data_dir": "use --instance_data_dir; captions lie beside the images (name.txt or metadata.jsonl)",

@@ -127,6 +127,8 @@ class Family(Protocol):
     """``_class_name`` values in model_index.json that this family handles."""
     DENOISER: str
     """Component name of the denoiser: "unet" or "transformer"."""
+    SIDE_MULTIPLE: int
+    """Sides of images, in pixels, must be multiples of this."""
     TEXT_ENCODERS: tuple[str, ...]
     """Component names of the text encoders that can be trained."""
     LORA_LAYERS: tuple[str, ...]

@@ -37,6 +37,7 @@ class RunFolder:
         self.samples_file = self.samples / "samples.jsonl"
         self.grid_file = self.path / "grid.png"
         self.timelapse_file = self.path / "timelapse.webp"
+        self.instance_images = self.path / "instance_images"
         self.reference_dir = self.path / "references"
         self.report_html = self.path / "report.html"
         self.report_md = self.path / "report.md"
@@ -110,9 +111,18 @@ class RunFolder:
             if file.exists():
                 rows = [json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step]
                 write_atomically(file, "".join(rows))
-        for folder in self.samples.glob("step_*"):
+        for folder in self.samples.glob("step_" + "[0-9]" * 6):
             if int(folder.name[5:]) > step:
                 shutil.rmtree(folder)
+
+    def adopt(self, other: RunFolder) -> None:
+        """Take over what another run measured and drew, to go on from one of its checkpoints."""
+        for name in ("metrics_file", "eval_items_file", "samples", "reference_dir"):
+            theirs, ours = getattr(other, name), getattr(self, name)
+            if theirs.is_dir():
+                shutil.copytree(theirs, ours, dirs_exist_ok=True)
+            elif theirs.exists():
+                shutil.copy2(theirs, ours)
 
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:

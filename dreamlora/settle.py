@@ -21,6 +21,7 @@ DEFAULT_BATCH = 4
 DEFAULT_SAMPLES = 5
 DEFAULT_EVALS = 20
 MIN_EVAL_STEPS = 25
+RATES = ("learning_rate", "text_encoder_lr")
 
 _T = TypeVar("_T")
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world: int) -> RunConfig:
-    """Fill in what the base model and the number of processes decide.
+    """Fill in what the base model, the optimizer and the number of processes decide.
 
     Args:
         config: as given.
@@ -37,15 +38,15 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         world: number of processes.
     """
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
-    learning_rate = config.optim.learning_rate
-    if learning_rate is None:
-        learning_rate = registry.load("optimizers", config.optim.optimizer).DEFAULT_LR
-    optim = replace(config.optim, learning_rate=learning_rate)
+    method = registry.load("optimizers", config.optim.optimizer)
+    learning_rate = _first(config.optim.learning_rate, method.DEFAULT_LR)
+    weight_decay = _first(config.optim.adam_weight_decay, method.DEFAULT_WEIGHT_DECAY)
+    optim = replace(config.optim, learning_rate=learning_rate, adam_weight_decay=weight_decay)
     if config.lora.train_text_encoder:
         optim = replace(
             optim,
             text_encoder_lr=_first(optim.text_encoder_lr, learning_rate),
-            adam_weight_decay_text_encoder=_first(optim.adam_weight_decay_text_encoder, optim.adam_weight_decay),
+            adam_weight_decay_text_encoder=_first(optim.adam_weight_decay_text_encoder, weight_decay),
         )
     sample = replace(
         config.sample,
@@ -74,9 +75,9 @@ def by_length(config: RunConfig, n_images: int, world: int) -> RunConfig:
     if sample_steps is None:
         sample_steps = math.ceil(total / DEFAULT_SAMPLES)
     eval_steps = _first(config.eval.eval_steps, max(MIN_EVAL_STEPS, total // DEFAULT_EVALS))
-    learning_rate = config.optim.learning_rate or 0.0
+    optim = replace(config.optim, scale_lr=False)
     if config.optim.scale_lr:
-        learning_rate *= global_batch
+        optim = replace(optim, **{name: rate * global_batch for name in RATES if (rate := getattr(optim, name))})
     if config.optim.lr_scheduler != "constant" and config.optim.lr_warmup_steps >= total:
         logger.warning(
             "--lr_warmup_steps %d covers all %d steps: the learning rate will not reach its value",
@@ -85,7 +86,7 @@ def by_length(config: RunConfig, n_images: int, world: int) -> RunConfig:
         )
     return replace(
         config,
-        optim=replace(config.optim, learning_rate=learning_rate, scale_lr=False),
+        optim=optim,
         train=replace(config.train, max_train_steps=total),
         sample=replace(config.sample, sample_steps=sample_steps),
         eval=replace(config.eval, eval_steps=eval_steps),
@@ -114,10 +115,10 @@ def run_folder(config: RunConfig) -> RunFolder:
 
 def _default_folder(config: RunConfig, new: bool) -> RunFolder:
     data = config.data
-    what = (
-        data.instance_data_dir.name if data.instance_data_dir else Path(data.dataset_name or data.subject or "run").name
-    )
-    path = Path("outputs") / f"{what}-{config.optim.optimizer}"
+    name = Path(data.dataset_name or data.subject or "run").name
+    if data.instance_data_dir:
+        name = data.instance_data_dir.resolve().name
+    path = Path("outputs") / f"{name}-{config.optim.optimizer}"
     number = 1
     while RunFolder(_numbered(path, number)).holds_run():
         number += 1

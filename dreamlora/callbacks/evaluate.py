@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from dreamlora.interfaces import Conditioning, StepResult
 from dreamlora.metrics.eval_loss import EvalSet, Measured, evaluate_loss
@@ -34,12 +34,14 @@ class EvaluateCallback:
     def on_start(self, run: Run) -> None:
         """Measure the base model, or take up the earlier measurements of a resumed run."""
         file = run.folder.eval_items_file
-        if run.step and file.exists():
+        # The main process decides: others may not see its disk.
+        known = broadcast_object_list([bool(run.step and file.exists())])[0]
+        if not known:
+            self._measure(run)
+        elif run.accelerator.is_main_process:
             with np.load(file) as saved:
                 rows = zip(saved["steps"].tolist(), saved["items"].tolist(), strict=True)
                 self._rows = {step: items for step, items in rows if step <= run.step}
-        else:
-            self._measure(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:
         """Measure if it is time."""

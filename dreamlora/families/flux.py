@@ -17,6 +17,7 @@ from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("FluxPipeline",)
 DENOISER: str = "transformer"
+SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
 LORA_LAYERS: tuple[str, ...] = (
     "attn.to_k",

@@ -16,6 +16,7 @@ from dreamlora.objectives import Diffusion
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionPipeline",)
 DENOISER: str = "unet"
+SIDE_MULTIPLE: int = 8
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
 LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 DEFAULT_LR: float = 1e-4
+DEFAULT_WEIGHT_DECAY: float = 1e-2
 
 
 @dataclass(frozen=True)

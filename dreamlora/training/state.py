@@ -80,6 +80,8 @@ def rotate(folder: RunFolder, limit: int | None) -> None:
 def open_checkpoint(folder: RunFolder, which: str, settings: dict[str, Any]) -> Checkpoint:
     """Read the checkpoint that ``--resume_from_checkpoint`` means.
 
+    A checkpoint of another run folder brings that run's measurements and samples along.
+
     Args:
         folder: of the run.
         which: "latest", a path, or the name of a folder in checkpoints/.
@@ -89,6 +91,9 @@ def open_checkpoint(folder: RunFolder, which: str, settings: dict[str, Any]) -> 
         UserError: there is none; it is damaged; or it belongs to other settings (the message names the difference).
     """
     path = _find(folder, which)
+    other = RunFolder(path.parent.parent)
+    if other.path.resolve() != folder.path.resolve() and other.holds_run() and not folder.holds_run():
+        folder.adopt(other)
     try:
         saved = json.loads((path / SETTINGS_FILE).read_text())
         _check_settings(saved, settings, path)

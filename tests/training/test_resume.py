@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,3 +126,21 @@ def test_a_missing_or_damaged_checkpoint_is_named(train: Train, tmp_path: Path) 
     with pytest.raises(UserError, match=r"step-000006 is no checkpoint that can be read"):
         train("--resume_from_checkpoint", "latest")
     assert same(weights(run), weights(train("--resume_from_checkpoint", "step-000004")))
+
+
+def test_a_checkpoint_of_another_folder_brings_its_history_along(train: Train, tmp_path: Path) -> None:
+    whole = train("--output_dir", str(tmp_path / "whole" / "run"))
+    resumed = train(
+        "--output_dir", str(tmp_path / "copy" / "run"), "--resume_from_checkpoint", str(whole.checkpoint_dir(4))
+    )
+    assert_equal_runs(whole, resumed)
+
+
+def test_another_caption_is_another_data_set(train: Train, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    train("--max_train_steps", "2", "--instance_data_dir", str(folder))
+    (folder / "0.txt").write_text("a photo of something else")
+    (folder / "1.txt").write_text("a photo of something else")
+    with pytest.raises(UserError, match="training images"):
+        train("--resume_from_checkpoint", "latest", "--instance_data_dir", str(folder))

@@ -102,6 +102,47 @@ def test_a_folder_with_a_run_is_not_overwritten_unless_told_to(train: Train) -> 
     train("--max_train_steps", "1", "--overwrite_output_dir")
 
 
+def test_config_yaml_does_not_point_at_its_own_folder(train: Train) -> None:
+    text = train("--max_train_steps", "1", "--overwrite_output_dir", "--hub_token", "secret").config_file.read_text()
+    options = text[text.index("pretrained_model_name_or_path:") :]
+    assert "output_dir" not in options
+    assert "resume" not in options
+    assert "secret" not in text
+
+
+def test_a_parity_check_that_fails_does_not_lose_the_report(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreamlora.training import parity
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(parity, "check", out_of_memory)
+    run = train("--max_train_steps", "1")
+    assert "out of memory" in json.loads(run.summary_file.read_text())["parity"]["reason"]
+    assert run.report_html.exists()
+
+
+def test_accumulation_set_by_accelerate_does_not_divide_twice(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sgd = ["--optimizer", "sgd", "--max_train_steps", "2"]
+    first = weights(train(*sgd))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert same(first, weights(train(*sgd, "--output_dir", str(tmp_path / "b"))))
+
+
+@pytest.mark.parametrize(("family", "side"), [("sd", 20), ("flux", 24)])
+def test_a_size_the_family_cannot_do_is_refused_first(
+    family: str, side: int, train: Train, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dreamlora import stages
+
+    monkeypatch.setattr(stages.Parts, "get", lambda *_: pytest.fail("a model was loaded"))
+    model = request.getfixturevalue(f"{family}_folder")
+    with pytest.raises(UserError, match="--resolution must be a multiple of"):
+        train("--pretrained_model_name_or_path", str(model), "--resolution", str(side))
+
+
 def test_files_of_the_user_in_the_output_folder_stay(train: Train, tmp_path: Path) -> None:
     mine = tmp_path / "run" / "samples" / "mine.txt"
     mine.parent.mkdir(parents=True)

@@ -1,0 +1,108 @@
+"""What the documents say can be followed: links lead somewhere, flags exist, commands parse. Torch-free."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dreamlora import __main__, cli, foreign_flags, options, sample_command
+from dreamlora.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    file
+    for pattern in ("*.md", "docs/*.md", "prompts/*.md", "outputs/README.md", "benchmarks/*.md")
+    for file in ROOT.glob(pattern)
+)
+AWAITED = {"docs/images/demo_grid.png"}
+"""Made by a run, and linked before it is there."""
+
+OURS = {
+    name
+    for config in (RunConfig, sample_command.SampleConfig, __main__.ReportConfig)
+    for name in options.options_of(config)
+}
+OTHER_PROGRAMS = {
+    "accelerate": {"cpu", "dynamo_backend", "multi_gpu", "num_machines", "num_processes"},
+    "ours, but no options of a run": {"config", "help"},
+}
+SCRIPTS = {
+    "dreamlora.tiny.pretrain": ROOT / "dreamlora" / "tiny" / "pretrain.py",
+    "benchmarks": ROOT / "benchmarks",
+}
+"""Programs with flags of their own; they are looked for in the source."""
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def anchors_of(file: Path) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    prose = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def script_flags() -> set[str]:
+    files = [file for place in SCRIPTS.values() for file in ([place] if place.is_file() else place.glob("*.py"))]
+    return {flag for file in files for flag in re.findall(r'"--(\w+)"', file.read_text())}
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every command in indented or fenced blocks, without variables before it."""
+    lines = text.replace("\\\n", " ").splitlines()
+    blocks = [line.strip() for line in lines if re.match(r"\s{4,}(\w+=\S+ )*(accelerate launch|dreamlora) ", line)]
+    return [[word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)] for line in blocks]
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{name_of(file)}-{number}")
+    for file in DOCUMENTS
+    for number, words in enumerate(commands_of(file.read_text()))
+]
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(file: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (file.parent / path).resolve() if path else file
+        assert linked.is_relative_to(ROOT), f"{target} leaves the repository"
+        assert linked.exists() or name_of(linked) in AWAITED, f"{target}: no such file"
+        assert not anchor or anchor in anchors_of(linked), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
+def test_flags_exist(file: Path) -> None:
+    foreign = {*foreign_flags.ELSEWHERE, *foreign_flags.UNNEEDED, *script_flags()}.union(*OTHER_PROGRAMS.values())
+    for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", file.read_text()):
+        assert flag.removeprefix("no_") in OURS | foreign, f"--{flag} is no option"
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "prompts").symlink_to(ROOT / "prompts")
+    monkeypatch.chdir(tmp_path)
+    script = next((number for number, word in enumerate(words) if word.startswith("train_scripts/")), None)
+    if script is not None:
+        assert (ROOT / words[script]).exists()
+        words = ["dreamlora", "dreambooth", *words[script + 1 :]]
+    program, command, *flags = ["run" if re.search(r"<\w+>", word) else word for word in words if word != "..."]
+    assert program == "dreamlora" and command in __main__.COMMANDS
+    if command == "dreambooth":
+        cli.parse_run(flags)
+    elif command == "sample":
+        cli.parse(sample_command.SampleConfig, flags, cli.Program(positional="lora"))
+    else:
+        cli.parse(__main__.ReportConfig, flags, cli.Program(positional="run"))
+
+
+def test_the_commands_are_found() -> None:
+    assert len(COMMANDS) >= 6
