@@ -37,7 +37,6 @@ def add_lora(module: Any, lora: Lora, layers: Sequence[str], *, seed: int) -> No
         r=lora.rank,
         lora_alpha=lora.rank if lora.lora_alpha is None else lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         target_modules=targets,
     )
     try:
