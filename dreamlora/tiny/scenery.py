@@ -42,14 +42,20 @@ LOOKS_LIKE: dict[str, tuple[str, ...]] = {name: (name,) for name in PLAIN} | {
 
 def mix(first: RGB, second: RGB, share: float) -> RGB:
     """`first` with `share` of `second`."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    return red, green, blue
+
+
+def shifted(colour: RGB, shift: int) -> RGB:
+    """`colour` made lighter or darker in all channels alike, which changes the shade and not the hue."""
+    red, green, blue = (max(0, min(255, channel + shift)) for channel in colour)
+    return red, green, blue
 
 
 def paint(name: str, rng: random.Random) -> Image.Image:
     """A CANVAS x CANVAS RGB picture of the background called `name`."""
     if name in PLAIN:
-        shift = rng.randint(-8, 8)
-        return Image.new("RGB", (CANVAS, CANVAS), tuple(max(0, min(255, c + shift)) for c in PLAIN[name]))
+        return Image.new("RGB", (CANVAS, CANVAS), shifted(PLAIN[name], rng.randint(-8, 8)))
     image = Image.new("RGB", (CANVAS, CANVAS))
     _SCENES[name](ImageDraw.Draw(image), rng)
     return image
@@ -61,7 +67,9 @@ def _bands(draw: ImageDraw.ImageDraw, *bands: tuple[float, RGB]) -> None:
         draw.rectangle((0, top * SCALE, CANVAS, CANVAS), fill=colour)
 
 
-def _specks(draw: ImageDraw.ImageDraw, rng: random.Random, count: int, radius: float, colour: RGB, bottom=64) -> None:
+def _specks(
+    draw: ImageDraw.ImageDraw, rng: random.Random, count: int, radius: float, colour: RGB, bottom: float = 64
+) -> None:
     """Round specks anywhere above `bottom`; lengths in pixels of the finished picture."""
     size = radius * SCALE
     for _ in range(count):

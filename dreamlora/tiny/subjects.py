@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreamlora.tiny import scenery, world
 from dreamlora.tiny.scenery import BACKGROUNDS, CANVAS, RGB
-from dreamlora.tiny.shapes import Layer, Placed, box, disc
+from dreamlora.tiny.shapes import Layer, Placed, Polygon, box, disc
 
 RARE_TOKEN = "sks"  # stands for the subject in instance prompts
 SPLITS = ("train", "holdout")
@@ -36,13 +36,13 @@ class View:
     caption: str
 
 
-def _fill(image: Image.Image, to_canvas: Placed, colour: RGB, *polygons, outline: RGB | None = None) -> None:
+def _fill(image: Image.Image, to_canvas: Placed, colour: RGB, *polygons: Polygon, outline: RGB | None = None) -> None:
     """Fill polygons with one colour, outlined as one silhouette if `outline` is given."""
     paints = {"body": colour, "dark": outline or colour}
     world.draw_layer(image, Layer("body", polygons), to_canvas, paints, outline=outline is not None)
 
 
-def _texture(image: Image.Image, to_canvas: Placed, colour: RGB, mask: Image.Image, *polygons) -> None:
+def _texture(image: Image.Image, to_canvas: Placed, colour: RGB, mask: Image.Image, *polygons: Polygon) -> None:
     """Paint `colour` where `mask` is set, inside the polygons."""
     inside = Image.new("L", image.size)
     world.draw_layer(inside, Layer("body", polygons), to_canvas, {"body": 255}, outline=False)
@@ -166,9 +166,9 @@ def render(subject: str, index: int, split: str = "train", seed: int = 0) -> tup
     rng = random.Random(zlib.crc32(f"{subject}|{split}|{seed}|{index}".encode()))
     radius, tilt = rng.uniform(*RADIUS), rng.uniform(-TILT, TILT)
     slack = world.SIZE / 2 - radius * 1.1 - 1
-    centre = tuple(world.SIZE / 2 + rng.uniform(-slack, slack) for _ in range(2))
+    x, y = (world.SIZE / 2 + rng.uniform(-slack, slack) for _ in range(2))
     image = scenery.paint(background, rng)
-    _FIGURES[subject][1](image, Placed(centre, radius, tilt), tilt)
+    _FIGURES[subject][1](image, Placed((x, y), radius, tilt), tilt)
     caption = f"a photo of {RARE_TOKEN} {word} {BACKGROUNDS[background]}"
     return image.reduce(scenery.SCALE), View(subject, background, caption)
 

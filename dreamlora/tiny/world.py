@@ -8,13 +8,14 @@ Pillow. One in ten (kind, colour, background) triples is never drawn for trainin
 import math
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
 from dreamlora.tiny import scenery
-from dreamlora.tiny.scenery import BACKGROUNDS, CANVAS, RGB, SCALE, mix
+from dreamlora.tiny.scenery import BACKGROUNDS, CANVAS, RGB, SCALE, mix, shifted
 from dreamlora.tiny.shapes import KINDS, Layer, Placed, disc
 
 SIZE = 64  # width and height of a finished picture, pixels
@@ -118,7 +119,7 @@ def describe(scene: Scene, rng: random.Random | None = None, drop: float = 0.2, 
     return f"{text} {BACKGROUNDS[scene.background]}" if kept() else text
 
 
-def _noun_phrase(thing: Thing, rng: random.Random | None, rare: float, kept) -> str:
+def _noun_phrase(thing: Thing, rng: random.Random | None, rare: float, kept: Callable[[], bool]) -> str:
     words = []
     if thing.size != "medium" and kept():
         words.append(thing.size)
@@ -168,8 +169,7 @@ def draw_thing(
     image: Image.Image, thing: Thing, centre: tuple[float, float], radius: float, rng: random.Random
 ) -> None:
     """Draw one thing on a CANVAS-sized picture; `centre` and `radius` in pixels of the finished picture."""
-    shift = rng.randint(-8, 8)  # one shift for all channels: it changes the shade, not the hue
-    shade = tuple(max(0, min(255, channel + shift)) for channel in COLOURS[thing.colour])
+    shade = shifted(COLOURS[thing.colour], rng.randint(-8, 8))
     accent = accent_of(shade)
     paints: dict[str, RGB] = {
         "body": shade,

@@ -21,10 +21,10 @@ def _render_chunk(seed: int, abstract: bool) -> tuple[np.ndarray, list[world.Sce
     pictures = np.empty((CHUNK, world.SIZE, world.SIZE, 3), np.uint8)
     for i in range(CHUNK):
         if abstract:
-            pictures[i] = world.abstract(rng)
+            pictures[i] = np.asarray(world.abstract(rng))
             continue
         scenes.append(world.sample_pair(rng) if rng.random() < PAIR_SHARE else world.sample_scene(rng))
-        pictures[i] = world.render(scenes[-1], rng)
+        pictures[i] = np.asarray(world.render(scenes[-1], rng))
     return pictures, scenes
 
 

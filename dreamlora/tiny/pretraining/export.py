@@ -58,7 +58,7 @@ def export_clip(folder: Path, target: Path) -> None:
     model = load_average(clip.build(words), folder, "clip")
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fresh = Path(scratch) / "clip"
-        model.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+        model.half().save_pretrained(fresh, safe_serialization=True)  # type: ignore[operator]
         words.save_pretrained(fresh)
         CLIPImageProcessorPil(
             size={"shortest_edge": world.SIZE},

@@ -40,8 +40,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; closures are not supported."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -58,7 +58,8 @@ class MuonAndAdamW:
     """Muon on the hidden matrices and convolutions of some modules, AdamW on everything else."""
 
     def __init__(self, modules: Iterable[nn.Module], muon_lr: float, adamw_lr: float) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in (pair for module in modules for pair in module.named_parameters()):
             hidden = parameter.ndim > 1 and not any(part in name for part in FIRST_AND_LAST)
             (matrices if hidden else others).append(parameter)
@@ -176,7 +177,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint: under a temporary name first, so that a killed run leaves the previous one whole."""
         self._saved = self.budget.spent
-        state = {"model": self.model.state_dict(), "average": self.average.module.state_dict()}
+        state: dict[str, object] = {"model": self.model.state_dict(), "average": self.average.module.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "spent": self._saved}
         temporary = self.path.with_suffix(".tmp")
         torch.save(state, temporary)
