@@ -15,7 +15,8 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -44,7 +45,7 @@ TARGETS = {
 KIND_NAMES, BACKGROUND_NAMES = tuple(world.KINDS), tuple(world.BACKGROUNDS)
 COLOUR_NAMES = tuple(world.COLOURS)
 CLASSIFIER_PICTURES, CLASSIFIER_BATCH = 40_000, 64
-COLOUR_REACH = 75.0  # RGB distance up to which a pixel counts as a palette colour
+COLOUR_REACH = 60.0  # RGB distance up to which a pixel counts as a palette colour
 FRAME = 4  # width of the frame that the background is read from, pixels
 
 
@@ -101,64 +102,73 @@ class PixelJudge:
     """Reads backgrounds and colours from pixels, by comparison with renders."""
 
     def __init__(self, seed: int = 1, examples: int = 24) -> None:
-        rng = random.Random(seed)
-        renders = {
-            name: to_array([scenery.paint(name, rng).reduce(scenery.SCALE) for _ in range(examples)])
-            for name in BACKGROUND_NAMES
-        }
-        self._frames = np.stack([self._frame(renders[name]).mean(0) for name in BACKGROUND_NAMES])
-        self._labels = {name: self._palette(renders[name]) for name in BACKGROUND_NAMES}
+        self._rng = random.Random(seed)
+        self._frames = np.stack([self._typical_frame(name, examples) for name in BACKGROUND_NAMES])
+        self._labels = _palette_table()
+
+    def _typical_frame(self, name: str, examples: int) -> np.ndarray:
+        pictures = [scenery.paint(name, self._rng).reduce(scenery.SCALE) for _ in range(examples)]
+        return _frame(to_array(pictures)).mean(0)
 
     def background(self, picture: np.ndarray) -> str:
         """The background whose typical frame is nearest."""
-        distance = np.abs(self._frame(picture[None]) - self._frames).mean((1, 2))
-        return BACKGROUND_NAMES[int(distance.argmin())]
+        return BACKGROUND_NAMES[int(np.abs(_frame(picture[None]) - self._frames).mean((1, 2)).argmin())]
 
-    def colour(self, picture: np.ndarray, background: str, part: Callable = lambda mask: mask) -> str:
-        """The palette colour with the most pixels beyond what the background itself holds, within `part`."""
-        weight = part(_centre_weight())
-        present = (self._palette(picture[None])[0] * weight[..., None]).sum((0, 1))
-        expected = (self._labels[background] * weight[..., None]).sum((1, 2)).mean(0)
-        return COLOUR_NAMES[int((present - expected).argmax())]
+    def colour(self, picture: np.ndarray, scene: world.Scene, which: int = 0, renders: int = 4) -> str:
+        """The colour whose renders add the most similar palette colours to the background (cosine of the counts).
 
-    @staticmethod
-    def _frame(pictures: np.ndarray) -> np.ndarray:
-        """Mean colours of 16 stretches of the picture's frame: (n, 16, 3)."""
-        edges = (
-            pictures[:, :FRAME].mean(1),
-            pictures[:, -FRAME:].mean(1),
-            pictures[:, :, :FRAME].mean(2),
-            pictures[:, :, -FRAME:].mean(2),
-        )
-        return np.concatenate([edge.reshape(len(pictures), 4, 16, 3).mean(2) for edge in edges], 1)
+        Only the colour of thing number `which` is in question, and only
+        its part of the picture is looked at; colours that would not stand out are no candidates.
+        """
+        region = _region(scene, which)
+        seen = self._counts(picture[region])
+        bare = [scenery.paint(scene.background, self._rng).reduce(scenery.SCALE) for _ in range(renders)]
+        empty = self._mean_counts(bare, region)
+        clear = np.array([name not in scenery.LOOKS_LIKE[scene.background] for name in COLOUR_NAMES])
+        likeness: dict[str, float] = {}
+        for name in COLOUR_NAMES:
+            things = list(scene.things)
+            things[which] = replace(things[which], colour=name)
+            if not world.visible(things[which], scene.background):
+                continue
+            candidate = replace(scene, things=tuple(things))
+            full = self._mean_counts([world.render(candidate, self._rng) for _ in range(renders)], region)
+            added = (full - empty) * clear
+            likeness[name] = float(added @ (seen - empty)) / float(np.linalg.norm(added) + 1e-6)
+        return max(likeness, key=lambda name: likeness[name])
 
-    @staticmethod
-    def _palette(pictures: np.ndarray) -> np.ndarray:
-        """One-hot nearest palette colour of each pixel, all zero if none is near: (n, 64, 64, colours)."""
-        palette = np.array([world.COLOURS[name] for name in COLOUR_NAMES], np.float32)
-        distance = np.linalg.norm(pictures[..., None, :] - palette, axis=-1)
-        one_hot = np.eye(len(palette), dtype=np.float32)[distance.argmin(-1)]
-        return one_hot * (distance.min(-1) < COLOUR_REACH)[..., None]
+    def _mean_counts(self, images: Sequence[Image.Image], region: tuple[slice, slice]) -> np.ndarray:
+        return np.mean([self._counts(np.asarray(image)[region]) for image in images], 0)
 
-
-def _centre_weight() -> np.ndarray:
-    """(64, 64): 1 within reach of any single thing, 0 in the frame."""
-    weight = np.zeros((world.SIZE, world.SIZE), np.float32)
-    weight[8:-8, 8:-8] = 1
-    return weight
+    def _counts(self, pixels: np.ndarray) -> np.ndarray:
+        """How many pixels are nearest to each palette colour (those near none are left out): (colours,)."""
+        red, green, blue = (pixels.reshape(-1, 3).clip(0, 255).astype(int) >> 3).T
+        return np.bincount(self._labels[red, green, blue], minlength=len(COLOUR_NAMES) + 1)[:-1]
 
 
-def half(relation: str, first: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """Restrict a weight to where a pair's first or second thing stands."""
+def _palette_table() -> np.ndarray:
+    """Nearest palette colour of each 5-bit RGB colour, or len(COLOUR_NAMES) where none is near: (32, 32, 32)."""
+    levels = np.arange(4, 256, 8, dtype=np.float32)
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1)
+    palette = np.array([world.COLOURS[name] for name in COLOUR_NAMES], np.float32)
+    distance = np.linalg.norm(grid[..., None, :] - palette, axis=-1)
+    return np.where(distance.min(-1) < COLOUR_REACH, distance.argmin(-1), len(COLOUR_NAMES))
 
-    def part(weight: np.ndarray) -> np.ndarray:
-        kept = np.zeros_like(weight)
-        index: list[slice] = [slice(10, -10), slice(10, -10)]
-        index[1 if relation == "next to" else 0] = slice(6, 30) if first else slice(34, 58)
-        kept[tuple(index)] = 1
-        return kept
 
-    return part
+def _frame(pictures: np.ndarray) -> np.ndarray:
+    """Mean colours of 16 stretches of the pictures' frames: (n, 16, 3)."""
+    top, bottom = pictures[:, :FRAME].mean(1), pictures[:, -FRAME:].mean(1)
+    left, right = pictures[:, :, :FRAME].mean(2), pictures[:, :, -FRAME:].mean(2)
+    edges = [edge.reshape(len(pictures), 4, 16, 3).mean(2) for edge in (top, bottom, left, right)]
+    return np.concatenate(edges, 1)
+
+
+def _region(scene: world.Scene, which: int) -> tuple[slice, slice]:
+    """Rows and columns in which the thing can stand."""
+    if scene.relation is None:
+        return slice(6, 58), slice(6, 58)
+    along, across = (slice(2, 32), slice(32, 62))[which], slice(12, 52)
+    return (across, along) if scene.relation == "next to" else (along, across)
 
 
 # ---- measurements ---------------------------------------------------------------------------------------------------
@@ -167,7 +177,7 @@ def half(relation: str, first: bool) -> Callable[[np.ndarray], np.ndarray]:
 def judge_singles(judge: PixelJudge, classifier: nn.Module, pictures: np.ndarray, scenes: list[world.Scene]) -> dict:
     """Share of pictures whose colour, background and kind are the caption's."""
     kinds = kinds_of(classifier, pictures)
-    colours = [judge.colour(p, s.background) == s.things[0].colour for p, s in zip(pictures, scenes, strict=True)]
+    colours = [judge.colour(p, s) == s.things[0].colour for p, s in zip(pictures, scenes, strict=True)]
     backgrounds = [judge.background(p) == s.background for p, s in zip(pictures, scenes, strict=True)]
     classes = [kind == scene.things[0].kind for kind, scene in zip(kinds, scenes, strict=True)]
     by_kind = {
@@ -183,7 +193,7 @@ def judge_pairs(judge: PixelJudge, pictures: np.ndarray, scenes: list[world.Scen
     """Share of pictures in which both things have their caption's colours, each on its side."""
     right = []
     for picture, scene in zip(pictures, scenes, strict=True):
-        seen = [judge.colour(picture, scene.background, half(scene.relation, first)) for first in (True, False)]
+        seen = [judge.colour(picture, scene, which) for which in (0, 1)]
         right.append(seen == [thing.colour for thing in scene.things])
     return round(float(np.mean(right)), 4)
 

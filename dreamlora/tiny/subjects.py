@@ -21,6 +21,7 @@ RARE_TOKEN = "sks"  # stands for the subject in instance prompts
 SPLITS = ("train", "holdout")
 RADIUS = (18.0, 25.0)  # smallest and largest, pixels
 TILT = 10.0  # degrees either way
+OUTLINE = 0.7  # width, pixels: thinner than the world's, because the subjects have more and smaller parts
 INSTANCE_IMAGES = 16  # default number of training images
 
 INK: RGB = (15, 15, 20)
@@ -39,13 +40,13 @@ class View:
 def _fill(image: Image.Image, to_canvas: Placed, colour: RGB, *polygons: Polygon, outline: RGB | None = None) -> None:
     """Fill polygons with one colour, outlined as one silhouette if `outline` is given."""
     paints = {"body": colour, "dark": outline or colour}
-    world.draw_layer(image, Layer("body", polygons), to_canvas, paints, outline=outline is not None)
+    world.draw_layer(image, Layer("body", polygons), to_canvas, paints, outline=OUTLINE if outline else 0)
 
 
 def _texture(image: Image.Image, to_canvas: Placed, colour: RGB, mask: Image.Image, *polygons: Polygon) -> None:
     """Paint `colour` where `mask` is set, inside the polygons."""
     inside = Image.new("L", image.size)
-    world.draw_layer(inside, Layer("body", polygons), to_canvas, {"body": 255}, outline=False)
+    world.draw_layer(inside, Layer("body", polygons), to_canvas, {"body": 255}, outline=0)
     image.paste(colour, (0, 0), Image.composite(mask, Image.new("L", image.size), inside))
 
 
@@ -65,7 +66,7 @@ def _checkerling(image: Image.Image, to_canvas: Placed, tilt: float) -> None:
     _fill(image, to_canvas, orange, *legs, *horns, outline=(130, 60, 0))
     ball = disc(0, 0.08, 0.74)
     _fill(image, to_canvas, yellow, ball, outline=(70, 20, 100))
-    cell = to_canvas.scale / scenery.SCALE * 0.37
+    cell = to_canvas.scale / scenery.SCALE * 0.42
     _texture(image, to_canvas, purple, _moved(world.checks(cell, -tilt), to_canvas), ball)
     _fill(image, to_canvas, WHITE, disc(0, -0.02, 0.36), outline=INK)
     _fill(image, to_canvas, INK, disc(0, 0.0, 0.17))
@@ -82,7 +83,7 @@ def _bannerfish(image: Image.Image, to_canvas: Placed, tilt: float) -> None:
     _fill(image, to_canvas, WHITE, body, outline=navy)
     for left, right, colour in ((-0.75, -0.3, green), (-0.06, 0.18, navy), (0.4, 0.7, green)):
         stripe = Image.new("L", image.size)
-        world.draw_layer(stripe, Layer("body", (box(left, -1, right, 1),)), to_canvas, {"body": 255}, outline=False)
+        world.draw_layer(stripe, Layer("body", (box(left, -1, right, 1),)), to_canvas, {"body": 255}, outline=0)
         _texture(image, to_canvas, colour, stripe, body)
     _fill(image, to_canvas, WHITE, disc(-0.42, -0.1, 0.17), outline=INK)
     _fill(image, to_canvas, INK, disc(-0.44, -0.1, 0.08))
@@ -95,7 +96,7 @@ def _twinhouse(image: Image.Image, to_canvas: Placed, tilt: float) -> None:
     _fill(image, to_canvas, red, ((0.03, -1.1), (0.5, -0.92), (0.03, -0.74)))
     body = box(-0.78, -0.2, 0.78, 0.92)
     _fill(image, to_canvas, pink, body, outline=(60, 10, 40))
-    cell = to_canvas.scale / scenery.SCALE * 0.39
+    cell = to_canvas.scale / scenery.SCALE * 0.45
     _texture(image, to_canvas, (40, 20, 45), _moved(world.checks(cell, -tilt), to_canvas), body)
     roofs = (((-0.95, -0.15), (-0.5, -1.0), (-0.06, -0.15)), ((0.06, -0.15), (0.5, -1.0), (0.95, -0.15)))
     _fill(image, to_canvas, turquoise, *roofs, outline=(0, 80, 80))

@@ -187,7 +187,7 @@ def draw_thing(
         if layer.paint == "body" and thing.pattern != "plain":
             texture = pattern_texture(thing.pattern, accent, rng)
             mask = Image.new("L", image.size)
-            draw_layer(mask, layer, Placed(centre, radius * 0.97, tilt), {"body": 255}, outline=False)
+            draw_layer(mask, layer, Placed(centre, radius * 0.97, tilt), {"body": 255}, outline=0)
             image.paste(accent, (0, 0), Image.composite(texture, Image.new("L", image.size), mask))
 
 
@@ -225,11 +225,11 @@ def _pattern_sheet(pattern: str) -> Image.Image:
     return sheet
 
 
-def draw_layer(image: Image.Image, layer: Layer, to_canvas: Placed, paints: dict, outline: bool = True) -> None:
-    """Draw the polygons of a layer as one silhouette: all outlines first, then all fills."""
+def draw_layer(image: Image.Image, layer: Layer, to_canvas: Placed, paints: dict, outline: float = OUTLINE) -> None:
+    """Draw the polygons of a layer as one silhouette: all outlines (`outline` pixels wide) first, then all fills."""
     draw = ImageDraw.Draw(image)
     polygons = [to_canvas(points) for points in layer.polygons]
-    width = round(2 * OUTLINE * SCALE)
+    width = round(2 * outline * SCALE)
     stroke = 0 if layer.stroke is None else round(layer.stroke * to_canvas.scale)
     if outline and layer.outlined:
         for points in polygons:
