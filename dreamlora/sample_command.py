@@ -31,17 +31,17 @@ class SampleConfig:
     num_images_per_prompt: int = 1
     """Images per prompt, each from a seed of its own."""
     num_inference_steps: int | None = None
-    """Denoising steps. Default: the family's."""
+    """Denoising steps. Default: the run's, or the family's."""
     sample_guidance_scale: float | None = None
-    """Classifier-free guidance. Default: the family's."""
+    """Classifier-free guidance. Default: the run's, or the family's."""
     sample_seed: int = 42
     """Seed of the first image of a row; the others count up from it."""
     negative_prompt: str | None = None
-    """Negative prompt, for families that know one."""
+    """Negative prompt, for families that know one. Default: the run's."""
     sample_batch_size: int = 4
     """Images made at a time."""
     resolution: int | None = None
-    """Side of the images in pixels. Default: the model's own."""
+    """Side of the images in pixels. Default: the run's, or the model's own."""
     output_dir: Path | None = None
     """Where grid.png and the images go. Default: outputs/sample-<name of the first LoRA>."""
     pretrained_model_name_or_path: str | None = None

@@ -50,7 +50,7 @@ def sample_loras(config: SampleConfig) -> Path:
     family = family_of(source, model.family)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = Parts(family, source, device, _dtype(config, device)).pipeline()
-    plan = _plan(config, family, prompts)
+    plan = _plan(config, settings, family, prompts)
     output = config.output_dir or Path("outputs") / f"sample-{Path(config.lora[0]).resolve().stem}"
     drawn = [record for number, row in enumerate(rows) for record in _draw_row(pipeline, plan, row, number, output)]
     write_atomically(output / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in drawn))
@@ -181,15 +181,21 @@ def _prompts(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...]:
     return sample_prompts(trained, settings.get("instance_prompt"), settings.get("class_prompt"))
 
 
-def _plan(config: SampleConfig, family: Family, prompts: tuple[str, ...]) -> SamplePlan:
+def _plan(config: SampleConfig, settings: dict[str, Any], family: Family, prompts: tuple[str, ...]) -> SamplePlan:
+    """What was not given is as the run drew it, so that the images can be compared with the run's own."""
+
+    def given(name: str) -> Any:
+        value = getattr(config, name)
+        return settings.get(name) if value is None else value
+
     sample = Sample(
         num_images_per_prompt=config.num_images_per_prompt,
-        num_inference_steps=config.num_inference_steps,
-        sample_guidance_scale=config.sample_guidance_scale,
+        num_inference_steps=given("num_inference_steps"),
+        sample_guidance_scale=given("sample_guidance_scale"),
         sample_seed=config.sample_seed,
-        negative_prompt=config.negative_prompt,
+        negative_prompt=given("negative_prompt"),
     )
-    return plan_of(sample, family.SAMPLE_DEFAULTS, prompts, config.resolution, config.sample_batch_size)
+    return plan_of(sample, family.SAMPLE_DEFAULTS, prompts, given("resolution"), config.sample_batch_size)
 
 
 def _dtype(config: SampleConfig, device: torch.device) -> torch.dtype:

@@ -70,6 +70,15 @@ def test_scale_zero_is_the_base_model(tmp_path: Path, run: RunFolder) -> None:
     assert [row["sha256"] for row in rows[:2]] == [row["sha256"] for row in rows[2:]]
 
 
+def test_what_is_not_given_is_as_the_run_drew_it(tmp_path: Path, run: RunFolder) -> None:
+    before = run.config_file.read_text()
+    run.config_file.write_text(before + "sample_guidance_scale: 2.5\nresolution: 16\n")
+    rows = sample(tmp_path / "out", run.path, "--prompts", "a cat")
+    given = sample(tmp_path / "given", run.path, "--prompts", "a cat", "--sample_guidance_scale", 4)
+    run.config_file.write_text(before)
+    assert [rows[0]["guidance_scale"], given[0]["guidance_scale"]] == [2.5, 4.0]
+
+
 def test_a_file_needs_model_and_prompts(tmp_path: Path, run: RunFolder, sd_folder: Path) -> None:
     file = tmp_path / "dog.safetensors"
     file.write_bytes(run.lora_file.read_bytes())
