@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +94,15 @@ def test_pickles_are_refused_unless_allowed(folder):
     assert torch.equal(unet.conv_in.bias, tensors["conv_in.bias"])
 
 
+def test_pickles_of_the_hub_are_refused_too(folder, monkeypatch):
+    """There no folder can be looked through beforehand: the library itself must be told."""
+    monkeypatch.setattr(_loading, "_refuse_pickles", lambda *_: None)
+    torch.save(load_file(folder / WEIGHTS), folder / "unet/diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"cannot load 'unet'.*--allow_pickle"):
+        sd.load(source(folder), "denoiser", torch.float32)
+
+
 def test_incomplete_folder(folder):
     shutil.rmtree(folder / "vae")
     with pytest.raises(UserError, match="incomplete: no folder 'vae'"):
@@ -149,9 +159,10 @@ def test_old_attention_names_of_autoencoders_still_load(folder):
 
 def test_class_of_an_unknown_library_is_not_imported(folder):
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["antigravity", "UNet"]}))
-    with pytest.raises(UserError, match="needs the class UNet of antigravity"):
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["this", "UNet"]}))
+    with pytest.raises(UserError, match="needs the class UNet of this"):
         sd.load(source(folder), "denoiser", torch.float32)
+    assert "this" not in sys.modules
     (folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
     with pytest.raises(UserError, match="has no 'unet'"):
         sd.load(source(folder), "denoiser", torch.float32)
