@@ -240,6 +240,8 @@ def _build(stage: Stage, folder: RunFolder, pictures: Pictures, options: Any) ->
         eval_store = encode_images(stage, measured, how.fixed())
     stage.parts.free("vae")
     components: Components = {**stage.parts.get("denoiser"), **stage.parts.get("scheduler"), **(text or {})}
+    if config.train.prediction_type:  # samples must be drawn as the model is trained
+        components["scheduler"].register_to_config(prediction_type=config.train.prediction_type)
     model = _with_lora(stage, components, text)
     trainables = trainable_parameters(model)
     model = accelerator.prepare(model)
