@@ -15,7 +15,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +46,7 @@ KIND_NAMES, BACKGROUND_NAMES = tuple(world.KINDS), tuple(world.BACKGROUNDS)
 COLOUR_NAMES = tuple(world.COLOURS)
 CLASSIFIER_PICTURES, CLASSIFIER_BATCH = 40_000, 64
 COLOUR_REACH = 60.0  # RGB distance up to which a pixel counts as a palette colour
+EXAMPLES = 16  # renders of each background to compare with
 FRAME = 4  # width of the frame that the background is read from, pixels
 
 
@@ -101,14 +102,16 @@ def kinds_of(model: nn.Module, pictures: np.ndarray) -> list[str]:
 class PixelJudge:
     """Reads backgrounds and colours from pixels, by comparison with renders."""
 
-    def __init__(self, seed: int = 1, examples: int = 24) -> None:
+    def __init__(self, through: Callable[[np.ndarray], np.ndarray] | None = None, seed: int = 1) -> None:
+        """`through` is what the judged pictures went through (the autoencoder), or None for renders."""
         self._rng = random.Random(seed)
-        self._frames = np.stack([self._typical_frame(name, examples) for name in BACKGROUND_NAMES])
         self._labels = _palette_table()
+        self._bare = {name: to_array([self._paint(name) for _ in range(EXAMPLES)]) for name in BACKGROUND_NAMES}
+        self._seen = self._bare if through is None else {name: through(bare) for name, bare in self._bare.items()}
+        self._frames = np.stack([_frame(self._bare[name]).mean(0) for name in BACKGROUND_NAMES])
 
-    def _typical_frame(self, name: str, examples: int) -> np.ndarray:
-        pictures = [scenery.paint(name, self._rng).reduce(scenery.SCALE) for _ in range(examples)]
-        return _frame(to_array(pictures)).mean(0)
+    def _paint(self, background: str) -> Image.Image:
+        return scenery.paint(background, self._rng).reduce(scenery.SCALE)
 
     def background(self, picture: np.ndarray) -> str:
         """The background whose typical frame is nearest."""
@@ -122,8 +125,8 @@ class PixelJudge:
         """
         region = _region(scene, which)
         seen = self._counts(picture[region])
-        bare = [scenery.paint(scene.background, self._rng).reduce(scenery.SCALE) for _ in range(renders)]
-        empty = self._mean_counts(bare, region)
+        seen = seen - self._mean_counts(self._seen[scene.background], region)
+        empty = self._mean_counts(self._bare[scene.background], region)
         clear = np.array([name not in scenery.LOOKS_LIKE[scene.background] for name in COLOUR_NAMES])
         likeness: dict[str, float] = {}
         for name in COLOUR_NAMES:
@@ -132,13 +135,13 @@ class PixelJudge:
             if not world.visible(things[which], scene.background):
                 continue
             candidate = replace(scene, things=tuple(things))
-            full = self._mean_counts([world.render(candidate, self._rng) for _ in range(renders)], region)
+            full = self._mean_counts(to_array([world.render(candidate, self._rng) for _ in range(renders)]), region)
             added = (full - empty) * clear
-            likeness[name] = float(added @ (seen - empty)) / float(np.linalg.norm(added) + 1e-6)
+            likeness[name] = float(added @ seen) / float(np.linalg.norm(added) + 1e-6)
         return max(likeness, key=lambda name: likeness[name])
 
-    def _mean_counts(self, images: Sequence[Image.Image], region: tuple[slice, slice]) -> np.ndarray:
-        return np.mean([self._counts(np.asarray(image)[region]) for image in images], 0)
+    def _mean_counts(self, pictures: np.ndarray, region: tuple[slice, slice]) -> np.ndarray:
+        return np.mean([self._counts(picture[region]) for picture in pictures], 0)
 
     def _counts(self, pixels: np.ndarray) -> np.ndarray:
         """How many pixels are nearest to each palette colour (those near none are left out): (colours,)."""
@@ -288,6 +291,7 @@ def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> d
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_path())
     pipeline.set_progress_bar_config(disable=True)
     judge, classifier = PixelJudge(), train_classifier(classifier_pictures)
+    decoded_judge = PixelJudge(lambda pictures: reconstruct(pipeline, pictures))
     rng = random.Random(2026)
     singles = [world.sample_scene(rng, held_out=True) for _ in range(count)]
     doubles = [world.sample_pair(rng, held_out=True) for _ in range(pairs)]
@@ -301,18 +305,18 @@ def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> d
     made_pairs = sample(pipeline, pair_captions, seed=10_000)
     contact_sheet(folder / "tiny_quality_samples.png", made[:64], captions[:64])
     contact_sheet(folder / "tiny_quality_pairs.png", made_pairs[:32], pair_captions[:32])
-    scores = judge_singles(judge, classifier, made, singles)
+    scores = judge_singles(decoded_judge, classifier, made, singles)
     figures_array = to_array(figures)
     results = {name: scores[name] for name in ("colour", "background", "class")}
     results |= {
-        "pair_colours": judge_pairs(judge, made_pairs, doubles),
+        "pair_colours": judge_pairs(decoded_judge, made_pairs, doubles),
         "psnr_held_out": psnr(real, decoded),
         "psnr_subjects": psnr(figures_array, reconstruct(pipeline, figures_array)),
         "clip_retrieval_at_1": clip_retrieval(real, captions),
     }
     bounds = {
         "real": judge_singles(judge, classifier, real, singles),
-        "reconstructed": judge_singles(judge, classifier, decoded, singles),
+        "reconstructed": judge_singles(decoded_judge, classifier, decoded, singles),
         "real_pair_colours": judge_pairs(judge, real_pairs, doubles),
     }
     extra = {"class_by_kind": scores["class_by_kind"], "seconds_per_sample": round(seconds / count, 3)}
