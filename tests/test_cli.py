@@ -209,7 +209,7 @@ def test_mistakes_in_a_file_name_the_file_and_the_key(text: str, told: str, run_
         ("--optimizer adamv", ["--optimizer: unknown name 'adamv'", "choose one of adamw", "Did you mean 'adamw'?"]),
         ("--use_8bit_adam", ["--use_8bit_adam is not offered", "there are: adamw"]),
         ("--validation_images a.png", ["--validation_images is not offered", "DeepFloyd IF"]),
-        ("--text_encoder_lr 1e-3", ["only used together with --train_text_encoder"]),
+        ("--no_train_text_encoder --text_encoder_lr 1e-3", ["only used together with --train_text_encoder"]),
         ("--config a b", ["--config takes one YAML file (got 2 words)"]),
         ("--config no/such.yaml", ["--config: cannot read no/such.yaml: No such file"]),
         ("--instance_data_dir no/such", ["--instance_data_dir: there is no no/such"]),
