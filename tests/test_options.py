@@ -41,6 +41,7 @@ def test_help_is_the_docstring_under_the_field() -> None:
         ("pair", "2 values, each a number", "FLOAT FLOAT", "0.9,0.999"),
         ("names", "any number of values, each a text", "TEXT ...", ""),
     ],
+    ids=["needed", "mode", "switch", "pair", "names"],  # MISSING's own text differs from process to process
 )
 def test_options_in_words(name: str, takes: str, metavar: str, default: str) -> None:
     option = OPTIONS[name]
