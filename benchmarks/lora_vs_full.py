@@ -3,9 +3,10 @@
     python benchmarks/lora_vs_full.py --optimizer scaled_adamw
 
 The embedded model learns its default subject, as `dreamlora dreambooth` does it (same preset, images, class images and
-stream of samples), once with LoRA and, for every one of --full_learning_rates, once with all parameters of the UNet in
-AdamW. The gain is the fall of eval/loss. LoRA counts with its last value, full fine-tuning with its best over all steps
-and rates, which favours full fine-tuning. Flags not listed go to the run: --max_train_steps 100, --seed 1, ...
+stream of samples), once with LoRA and, for every one of --full_learning_rates, once with AdamW on all parameters of the
+UNet, and of the text encoder too if the LoRA trains that (unless --denoiser_only). The gain is the fall of eval/loss.
+LoRA counts with its last value, full fine-tuning with its best over all steps and rates, which favours the latter.
+Flags not listed go to the run: --max_train_steps 100, --seed 1, ...
 """
 
 from __future__ import annotations
@@ -94,27 +95,40 @@ def build(argv: list[str]) -> Run:
     return assemble._build(stage, folder, pictures, options)
 
 
-def all_parameters(learning_rate: float) -> Callable[[Run], None]:
-    """What turns a LoRA run into full fine-tuning of the denoiser with AdamW."""
+def all_parameters(learning_rate: float, denoiser_only: bool) -> Callable[[Run], None]:
+    """What turns a LoRA run into full fine-tuning with AdamW of all that the LoRA adapts.
+
+    The adapters stay in their layers, frozen: lora_B is zero, so they add nothing.
+
+    Args:
+        denoiser_only: leave a text encoder as it is, though the LoRA adapts it.
+    """
 
     def change(run: Run) -> None:
-        denoiser = run.components[run.family.DENOISER]
-        denoiser.unload_lora()
-        denoiser.requires_grad_(True)
-        run.trainables = dict(denoiser.named_parameters())
+        model = run.accelerator.unwrap_model(run.model)
+        model.requires_grad_(False)
+        chosen = model.denoiser if denoiser_only else model
+        run.trainables = {name: p for name, p in chosen.named_parameters() if "lora_" not in name}
+        for parameter in run.trainables.values():
+            parameter.requires_grad_(True)
         optim = run.config.optim
         optimizer = torch.optim.AdamW(
             run.trainables.values(), learning_rate, weight_decay=optim.adam_weight_decay, fused=True
         )
         run.lr_scheduler = get_scheduler(
-            optim.lr_scheduler, optimizer, optim.lr_warmup_steps, run.total_steps, optim.lr_num_cycles, optim.lr_power
+            optim.lr_scheduler,
+            optimizer,
+            num_warmup_steps=optim.lr_warmup_steps,
+            num_training_steps=run.total_steps,
+            num_cycles=optim.lr_num_cycles,
+            power=optim.lr_power,
         )
         run.optimizer = run.accelerator.prepare(optimizer)
 
     return change
 
 
-def summary(lora: dict[str, Any], full: dict[float, dict[str, Any]], threads: int) -> dict[str, Any]:
+def summary(lora: dict[str, Any], full: dict[float, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """The result as it is written."""
     curves = {rate: found["losses"] for rate, found in full.items()}
     best_rate = min(curves, key=lambda rate: min(curves[rate].values()))
@@ -131,6 +145,7 @@ def summary(lora: dict[str, Any], full: dict[float, dict[str, Any]], threads: in
             "optimizer": config.optim.optimizer,
             "learning_rate": config.optim.learning_rate,
             "rank": config.lora.rank,
+            "text_encoder": config.lora.train_text_encoder,
             "final": lora["losses"][max(lora["losses"])],
             "best": min(lora["losses"].values()),
             "losses": lora["losses"],
@@ -141,13 +156,14 @@ def summary(lora: dict[str, Any], full: dict[float, dict[str, Any]], threads: in
             "best_learning_rate": best_rate,
             "best_step": best_step,
             "losses": curves,
+            "text_encoder": config.lora.train_text_encoder and not options.denoiser_only,
             "parameters": full[best_rate]["parameters"],
             "seconds": {rate: found["seconds"] for rate, found in full.items()},
         },
         "steps": config.train.max_train_steps,
         "subject": config.data.subject,
         "seed": config.train.seed,
-        "machine": _machine.describe(threads),
+        "machine": _machine.describe(options.threads),
     }
 
 
@@ -156,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", default="scaled_adamw", help="of the LoRA run")
     parser.add_argument("--full_learning_rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
+    parser.add_argument("--denoiser_only", action="store_true", help="full fine-tuning leaves the text encoder alone")
     parser.add_argument("--class_data_dir", help="class images from an earlier run, to save the time of making them")
     parser.add_argument("--threads", type=int, default=_machine.usable_cores())
     parser.add_argument("--results", type=Path, default=_machine.RESULTS, help="folder of lora_vs_full.json")
@@ -168,9 +185,9 @@ def main() -> None:
         print(f"LoRA: {_course(lora)}")
         full = {}
         for rate in options.full_learning_rates:
-            full[rate] = train(flags, Path(scratch) / f"full-{rate:g}", all_parameters(rate))
+            full[rate] = train(flags, Path(scratch) / f"full-{rate:g}", all_parameters(rate, options.denoiser_only))
             print(f"full fine-tuning, learning rate {rate:g}: {_course(full[rate])}")
-    result = summary(lora, full, options.threads)
+    result = summary(lora, full, options)
     print(f"LoRA reaches {result['ratio']:.1%} of full fine-tuning's gain (wanted: {TARGET:.0%})")
     print(f"wrote {_machine.write('lora_vs_full', result, options.results)}")
 
