@@ -78,5 +78,5 @@ def test_the_dreambooth_lists_are_whole(name: str) -> None:
 def test_the_demo_list_uses_the_embedded_model_s_words() -> None:
     from dreamlora.tiny.world import vocabulary
 
-    words = {word for prompt in read_prompts(LISTS / "demo.txt") for word in prompt.split()}
+    words = {word for prompt in read_prompts(LISTS / "demo.txt", "sks creature") for word in prompt.split()}
     assert words <= set(vocabulary())
