@@ -17,8 +17,13 @@ def generator(*key: int | str) -> torch.Generator:
 
     CPU, whatever the device that trains: the same numbers then come out on every machine.
     """
+    return torch.Generator("cpu").manual_seed(seed_of(*key))
+
+
+def seed_of(*key: int | str) -> int:
+    """The seed that ``generator`` gives for ``key``, below 2^63."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def permutation(length: int, *key: int | str) -> list[int]:
