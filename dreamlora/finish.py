@@ -18,7 +18,7 @@ from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.errors import UserError
 from dreamlora.report import write_report
 from dreamlora.runfolder import RunFolder, read_jsonl, write_atomically
-from dreamlora.stages import DTYPES, Parts, Stage
+from dreamlora.stages import DTYPES, Parts, Stage, give_back_memory
 from dreamlora.training import parity, state
 from dreamlora.training.loop import Run
 
@@ -78,6 +78,7 @@ def finish(stage: Stage, run: Run) -> None:
         with stage.timed("parity check"):
             found = _parity(stage, run)
         write_summary(stage, run, found)
+        give_back_memory()  # the charts' library would come on top of what training has used
         write_report(run.folder.path)
         if stage.config.train.push_to_hub:
             _push_to_hub(run)

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -89,17 +89,18 @@ class RunFolder:
 
     def log(self, step: int, name: str, value: float, **more: Any) -> None:
         """Append one value to metrics.jsonl; ``more`` are fields such as ``n`` and ``evalset_id``."""
-        row = {
-            "v": METRICS_VERSION,
-            "run": self.path.name,
-            "step": step,
-            "wall_s": round(time.monotonic() - self._started, 3),
-            "name": name,
-            "value": value if math.isfinite(value) else None,
-            **more,
-        }
+        self.log_all(step, {name: value}, **more)
+
+    def log_all(self, step: int, values: Mapping[str, float], **more: Any) -> None:
+        """Append values of one step to metrics.jsonl, by name, in one write."""
+        common = {"v": METRICS_VERSION, "run": self.path.name, "step": step}
+        common["wall_s"] = round(time.monotonic() - self._started, 3)
+        rows = [
+            {**common, "name": name, "value": value if math.isfinite(value) else None, **more}
+            for name, value in values.items()
+        ]
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a last line cut off by a kill is left out."""

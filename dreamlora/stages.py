@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +63,19 @@ class Parts:
         for role in roles:
             self._loaded.pop(role, None)
         gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory()
 
     def pipeline(self) -> Any:
         """The whole base pipeline."""
         return self.family.pipeline({name: part for role in ROLES for name, part in self.get(role).items()})
+
+
+def give_back_memory() -> None:
+    """Return what has been freed to the device and the system; torch and the C library keep it otherwise."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass
@@ -87,7 +95,7 @@ class Stage:
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the seconds of a block to the timings."""
         started = time.perf_counter()

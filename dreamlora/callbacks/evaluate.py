@@ -66,8 +66,7 @@ class EvaluateCallback:
                 evalset_id=np.array(self._items.id),
             )
         values = self._values(np.array(losses))
-        for name, value in values.items():
-            run.folder.log(run.step, name, value, n=len(losses), evalset_id=self._items.id)
+        run.folder.log_all(run.step, values, n=len(losses), evalset_id=self._items.id)
         run.accelerator.log(values, step=run.step)
 
     def _losses(self, run: Run) -> list[float]:

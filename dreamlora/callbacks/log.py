@@ -30,8 +30,7 @@ class LogCallback:
         }
         if result.grad_norm is not None:
             values["train/grad_norm"] = result.grad_norm
-        for name, value in values.items():
-            run.folder.log(result.step, name, value)
+        run.folder.log_all(result.step, values)
         run.accelerator.log(values, step=result.step)
         self._bar.set_postfix(loss=f"{result.loss:.4f}", refresh=False)
         self._bar.update()

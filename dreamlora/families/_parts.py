@@ -21,12 +21,20 @@ log = logging.getLogger(__name__)
 
 
 def bare(module: nn.Module) -> Any:
-    """The model inside the wrappers of DDP and torch.compile; for its config and dtype, not for calling it."""
+    """The model inside the wrappers of DDP and torch.compile; for its config, not for calling it."""
     while True:
         inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
         if not isinstance(inner, nn.Module):
             return module
         module = inner
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Precision of the model's own weights, by its first parameter (a LoRA layer's base comes before its factors).
+
+    diffusers' ``dtype`` looks at every layer for hooks, which takes 2 % of a small model's step.
+    """
+    return next(parameter.dtype for parameter in bare(module).parameters() if parameter.is_floating_point())
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], max_length: int) -> dict[str, Tensor]:

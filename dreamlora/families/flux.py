@@ -118,18 +118,22 @@ def predict(
     Raises:
         UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
     """
-    model = _parts.bare(denoiser)
+    dtype = _parts.dtype_of(denoiser)
     batch, channels, height, width = noisy.shape
     if height % 2 or width % 2:
         raise UserError(f"FLUX needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})")
-    place = {"device": noisy.device, "dtype": model.dtype}
-    prompt = conditioning["prompt_embeds"].to(model.dtype)
-    guidance = torch.full((batch,), guidance_scale, device=noisy.device) if model.config.guidance_embeds else None
+    place: dict[str, Any] = {"device": noisy.device, "dtype": dtype}
+    prompt = conditioning["prompt_embeds"].to(dtype)
+    guidance = (
+        torch.full((batch,), guidance_scale, device=noisy.device)
+        if _parts.bare(denoiser).config.guidance_embeds
+        else None
+    )
     packed = denoiser(
-        hidden_states=FluxPipeline._pack_latents(noisy.to(model.dtype).contiguous(), batch, channels, height, width),
-        timestep=times.to(model.dtype),
+        hidden_states=FluxPipeline._pack_latents(noisy.to(dtype).contiguous(), batch, channels, height, width),
+        timestep=times.to(dtype),
         guidance=guidance,
-        pooled_projections=conditioning["pooled_prompt_embeds"].to(model.dtype),
+        pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
         encoder_hidden_states=prompt,
         txt_ids=torch.zeros(prompt.shape[1], 3, **place),
         img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **place),

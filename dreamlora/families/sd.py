@@ -91,7 +91,7 @@ def predict(
     denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
 ) -> Tensor:
     """ε or v ``[B, 4, h, w]``; ``guidance_scale`` is not used (no guidance embedding)."""
-    dtype = _parts.bare(denoiser).dtype
+    dtype = _parts.dtype_of(denoiser)
     return denoiser(noisy.to(dtype), times, encoder_hidden_states=conditioning["prompt_embeds"].to(dtype)).sample
 
 
