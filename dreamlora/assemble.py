@@ -36,7 +36,17 @@ from dreamlora.optimizers import lora_param_groups
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import sample_prompts
 from dreamlora.sampling.sampler import SamplePlan, plan_of
-from dreamlora.stages import DTYPES, Encode, Parts, Stage, encode_images, encode_texts, pipeline_inputs, tokenized
+from dreamlora.stages import (
+    DTYPES,
+    ROLES,
+    Encode,
+    Parts,
+    Stage,
+    encode_images,
+    encode_texts,
+    pipeline_inputs,
+    tokenized,
+)
 from dreamlora.training import loop, prior, state
 from dreamlora.training.loop import Predictor, Run
 from dreamlora.training.stream import Layout, Source, Stream
@@ -210,6 +220,7 @@ def _with_class_images(stage: Stage, folder: RunFolder, pictures: Pictures) -> P
     rank, world = stage.accelerator.process_index, stage.accelerator.num_processes
     with stage.timed("class images"):
         prior.ensure_class_images(images, plan, base.pipeline, stage.source.model_id, rank, world)
+        base.free(*ROLES)
         stage.accelerator.wait_for_everyone()
     records = load_folder(images, data.class_prompt, flag="--class_data_dir").records
     return replace(pictures, classes=records[: data.num_class_images])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import re
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from dreamlora.data.images import FORMATS
@@ -38,7 +36,8 @@ def ensure_class_images(
     Args:
         folder: of the class images.
         plan: one prompt, and as ``num_images_per_prompt`` how many images there should be.
-        make_pipeline: loads the base model's pipeline on its device; called only if this process has work.
+        make_pipeline: loads the base model's pipeline on its device; called only if this process has work. The
+            caller frees it.
         model_id: of the base model; part of the file names, like the plan.
 
     Returns:
@@ -57,20 +56,14 @@ def ensure_class_images(
     if not missing:
         return 0
     pipeline = make_pipeline()
-    try:
-        with tqdm(total=len(missing), desc="class images", unit="image", disable=rank != 0) as bar:
-            for batch in _batches(missing, plan.batch_size):
-                for drawn in draw_batch(pipeline, plan, batch):
-                    if drawn.problem:
-                        raise _broken(drawn.problem, plan.prompts[0])
-                    with replacing(folder / _name(drawn.item.seed - plan.seed, mark)) as temporary:
-                        drawn.image.save(temporary)
-                bar.update(len(batch))
-    finally:
-        del pipeline
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    with tqdm(total=len(missing), desc="class images", unit="image", disable=rank != 0) as bar:
+        for batch in _batches(missing, plan.batch_size):
+            for drawn in draw_batch(pipeline, plan, batch):
+                if drawn.problem:
+                    raise _broken(drawn.problem, plan.prompts[0])
+                with replacing(folder / _name(drawn.item.seed - plan.seed, mark)) as temporary:
+                    drawn.image.save(temporary)
+            bar.update(len(batch))
     return len(missing)
 
 
