@@ -5,7 +5,8 @@ Notation: ``A`` is ``(..., r, n)``, ``B`` is ``(..., m, r)``, ``K`` is a Gram ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,6 @@ class Inverse(NamedTuple):
 
     P: Tensor
     failed: Tensor
-
-
-DampedInverse = Callable[[Tensor, float], Inverse]
-"""``(K, damping) -> Inverse``."""
 
 
 def gram_rows(A: Tensor) -> Tensor:
@@ -51,26 +48,8 @@ def spd_inverse(M: Tensor) -> Inverse:
 
     An explicit inverse: at r <= 64 forming it and multiplying is 2-3 times cheaper than solving against wide factors.
     """
-    L, info = torch.linalg.cholesky_ex(M)
-    failed = info != 0
-    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    L = torch.where(failed[..., None, None], identity, L)
-    L_inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
+    _, L_inverse, failed = _factor(M)
     return Inverse(L_inverse.mT @ L_inverse, failed)
-
-
-def normalised_inverse(K: Tensor, damping: float) -> Inverse:
-    """``(K/τ + δI)⁻¹`` with ``τ = tr(K)/r``; the identity where ``τ`` is zero.
-
-    Its eigenvalues lie in ``[1/(r + δ), 1/δ]``, so it changes a gradient's direction and keeps its magnitude.
-    ``K -> cK`` changes nothing. For methods that normalise their step (Adam).
-
-    Args:
-        K: Gram matrices ``(..., r, r)``.
-        damping: ``δ >= 0``, a fraction of the mean eigenvalue.
-    """
-    P, failed, _ = _relative(K, damping)
-    return Inverse(P, failed)
 
 
 def natural_inverse(K: Tensor, damping: float) -> Inverse:
@@ -82,7 +61,8 @@ def natural_inverse(K: Tensor, damping: float) -> Inverse:
         K: Gram matrices ``(..., r, r)``.
         damping: ``δ >= 0``, a fraction of the mean eigenvalue.
     """
-    P, failed, tau = _relative(K, damping)
+    M, tau = relative(K, damping)
+    P, failed = spd_inverse(M)
     return Inverse(P / tau, failed)
 
 
@@ -96,50 +76,160 @@ def absolute_inverse(K: Tensor, damping: float) -> Inverse:
     return spd_inverse(K + damping * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device))
 
 
-def _relative(K: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(K/τ + δI)⁻¹``, where it failed, and ``τ`` (1 in place of zero)."""
+def relative(K: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """``K/τ + δI`` with ``τ = tr(K)/r`` ``(..., 1, 1)``; where ``τ`` is zero, the identity and 1.
+
+    The eigenvalues lie in ``[δ, r + δ]``, so the inverse changes a gradient's direction and keeps its magnitude.
+    ``K -> cK`` changes nothing. For methods that normalise their step (Adam).
+
+    Args:
+        K: Gram matrices ``(..., r, r)``.
+        damping: ``δ >= 0``, a fraction of the mean eigenvalue.
+    """
     tau = mean_eigenvalue(K)
     zero = tau <= TAU_MIN
     tau = torch.where(zero, 1.0, tau)
     identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    normalised = torch.where(zero, identity, K / tau + damping * identity)
-    P, failed = spd_inverse(normalised)
-    return P, failed, tau
+    return torch.where(zero, identity, K / tau + damping * identity), tau
 
 
-def common_rank_inverse(
-    grams: list[Tensor], inverse: DampedInverse, damping: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Inverses of Gram batches of many layers with one factorisation per rank, device and dtype.
+_ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-8}
+
+
+_ROUNDING_LOW = 1e-4
+
+
+_ROUNDING_SINGLE_GRAM = 1e-6
+
+
+_POLAR_FLOOR = {torch.float64: 1e-7}
+
+
+_POLAR_FLOOR_LOW = 1e-5
+
+
+def gram_dtype(device: torch.device) -> torch.dtype:
+    """Precision of ``r × r`` matrices: float64, as Gram matrices square the condition number (MPS has none)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def rounding_level(dtype: torch.dtype, gram: torch.dtype) -> float:
+    """Relative damping below which a Gram matrix of factors of ``dtype``, computed in ``gram``, says nothing."""
+    level = _ROUNDING.get(dtype, _ROUNDING_LOW)
+    return level if gram == torch.float64 else max(level, _ROUNDING_SINGLE_GRAM)
+
+
+def orthonormal_coordinates(K: Tensor, damping: float) -> Inverse:
+    """``E`` with ``E K Eᵀ = I``: for ``K = BᵀB`` the columns of ``B Eᵀ`` are an orthonormal basis of B's columns.
+
+    ``E`` is the inverse Cholesky factor of ``K + δτI``; a direction with eigenvalue ``λ`` is so only ``λ/(λ + δτ)``
+    long, which for ``δ`` at the rounding level is a pseudo-inverse. A zero ``K`` gives zero.
 
     Args:
-        grams: ``(b_i, r_i, r_i)``.
+        K: Gram matrices ``(..., r, r)``.
+        damping: ``δ > 0``, a fraction of the mean eigenvalue.
 
     Returns:
-        inverses ``(b_i, r_i, r_i)`` in the order given, and the number of failures ``()`` of every factorisation.
+        ``P``: ``E``, lower triangular; zero where ``failed``.
     """
-    alike: dict[object, list[int]] = {}
-    for i, K in enumerate(grams):
-        alike.setdefault((K.shape[-1], K.device, K.dtype), []).append(i)
-    inverses, failures = list(grams), []
-    for members in alike.values():
-        P, failed = inverse(torch.cat([grams[i] for i in members]), damping)
-        failures.append(failed.sum())
-        for i, part in zip(members, P.split([grams[i].shape[0] for i in members]), strict=True):
-            inverses[i] = part
-    return inverses, failures
+    tau = mean_eigenvalue(K)
+    zero = tau <= TAU_MIN
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    _, E, failed = _factor(torch.where(zero, identity, K / torch.where(zero, 1.0, tau) + damping * identity))
+    dead = zero | failed[..., None, None]
+    return Inverse(torch.where(dead, 0.0, E * torch.where(zero, 1.0, tau).rsqrt()), failed)
+
+
+def range_projection(E: Tensor, K: Tensor) -> Tensor:
+    """``(E K Eᵀ)⁴``: the identity where ``orthonormal_coordinates`` damped nothing, and as good as zero below ``δτ``.
+
+    The power makes up for ``E``, which is ``1/sqrt(δτ)`` large just where ``K`` is mere rounding.
+    """
+    F = E @ K @ E.mT
+    F = F @ F
+    return F @ F
+
+
+def inverse_root(V: Tensor, eps: Tensor | float, dtype: torch.dtype) -> Inverse:
+    """``(V^½ + εI)⁻¹`` of positive semi-definite ``V`` ``(..., r, r)`` without eigenvalues.
+
+    With Cholesky ``V = L Lᵀ`` and polar decomposition ``Lᵀ = U H``: ``H = V^½`` and ``V^-½ = L⁻ᵀU``. All steps are
+    matrix products and Cholesky factors, which run batched and need no synchronisation on a GPU.
+
+    Directions whose root is below 1e-7 of the largest (float64; 1e-5 for others) count as rounding and are damped.
+
+    Args:
+        V: in float64 where the device has it.
+        eps: ``ε >= 0``, broadcast to ``(..., 1, 1)``.
+        dtype: precision of the data that ``V`` was made of.
+    """
+    tau = mean_eigenvalue(V)
+    zero = tau <= TAU_MIN
+    identity = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
+    scale = torch.where(zero, 1.0, tau)
+    W = torch.where(zero, identity, V / scale + 4 * torch.finfo(V.dtype).eps * identity)
+    L, L_inverse, failed = _factor(W)
+    U = polar_factor(L.mT / math.sqrt(V.shape[-1]), _POLAR_FLOOR.get(dtype, _POLAR_FLOOR_LOW))
+    root = symmetric(L_inverse.mT @ U) * scale.rsqrt()
+    damped = root @ spd_inverse(identity + eps * root).P
+    # A zero V has the root 1/eps; what it multiplies is zero, so it may as well be zero (eps may be too).
+    return Inverse(torch.where(zero | failed[..., None, None], 0.0, symmetric(damped)), failed)
+
+
+def polar_factor(X: Tensor, floor: float) -> Tensor:
+    """The orthogonal factor ``U`` of ``X = U H`` by scaled Newton-Schulz iterations (Chen and Chow 2014).
+
+    Args:
+        X: square ``(..., r, r)``, of spectral norm at most 1.
+        floor: singular values from here to 1 become 1 up to rounding; smaller ones keep an order below.
+    """
+    identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    for a in _polar_schedule(floor, torch.finfo(X.dtype).eps):
+        X = X @ torch.add(1.5 * a * identity, X.mT @ X, alpha=-0.5 * a**3)
+    return X
+
+
+@cache
+def _polar_schedule(floor: float, precision: float) -> tuple[float, ...]:
+    """Scales of ``σ -> ½ aσ (3 − a²σ²)``, each the one that raises the smallest of ``[l, 1]`` most."""
+    scales: list[float] = []
+    low = floor
+    while 1 - low > precision:
+        a = math.sqrt(3 / (1 + low + low * low))
+        low = min(1.0, 0.5 * a * low * (3 - a * a * low * low))
+        scales.append(a)
+    return (*scales, 1.0)
+
+
+def symmetric(M: Tensor) -> Tensor:
+    """``½(M + Mᵀ)``."""
+    return 0.5 * (M + M.mT)
+
+
+def _factor(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``L`` and ``L⁻¹`` of ``M = L Lᵀ`` ``(..., r, r)``, the identity where there is none; and where that is."""
+    L, info = torch.linalg.cholesky_ex(M)
+    failed = info != 0
+    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    L = torch.where(failed[..., None, None], identity, L)
+    return L, torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False), failed
 
 
 __all__ = [
     "TAU_MIN",
-    "DampedInverse",
     "Inverse",
     "absolute_inverse",
-    "common_rank_inverse",
     "gram_columns",
+    "gram_dtype",
     "gram_rows",
+    "inverse_root",
     "mean_eigenvalue",
     "natural_inverse",
-    "normalised_inverse",
+    "orthonormal_coordinates",
+    "polar_factor",
+    "range_projection",
+    "relative",
+    "rounding_level",
     "spd_inverse",
+    "symmetric",
 ]

@@ -20,7 +20,6 @@ def test_grams_are_those_of_the_rows_of_A_and_the_columns_of_B():
 @pytest.mark.parametrize(
     ("inverse", "expected"),
     [
-        (linalg.normalised_inverse, [1 / (4 / 3 + 0.5), 1 / (2 / 3 + 0.5)]),
         (linalg.natural_inverse, [1 / (4 + 1.5), 1 / (2 + 1.5)]),
         (linalg.absolute_inverse, [1 / 4.5, 1 / 2.5]),
     ],
@@ -31,10 +30,16 @@ def test_closed_form_on_a_diagonal(inverse, expected):
     assert not failed.any()
 
 
-@pytest.mark.parametrize(("inverse", "power"), [(linalg.normalised_inverse, 0), (linalg.natural_inverse, -1)])
-def test_what_a_scaled_gram_does(inverse, power):
+def test_relative_divides_by_the_mean_eigenvalue_and_adds_a_share_of_it():
+    M, tau = linalg.relative(torch.diag(torch.tensor([4.0, 2.0]))[None], 0.5)
+    torch.testing.assert_close(M[0], torch.diag(torch.tensor([4 / 3 + 0.5, 2 / 3 + 0.5])))
+    assert tau.tolist() == [[[3.0]]]
+
+
+def test_what_a_scaled_gram_does():
     K = spd(3, 4)
-    torch.testing.assert_close(inverse(7.0 * K, 0.1).P, 7.0**power * inverse(K, 0.1).P)
+    torch.testing.assert_close(linalg.natural_inverse(7.0 * K, 0.1).P, linalg.natural_inverse(K, 0.1).P / 7.0)
+    torch.testing.assert_close(linalg.relative(7.0 * K, 0.1)[0], linalg.relative(K, 0.1)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -43,10 +48,9 @@ def test_spd_inverse_is_the_inverse(dtype):
     torch.testing.assert_close(linalg.spd_inverse(M).P, torch.linalg.inv(M), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("inverse", [linalg.normalised_inverse, linalg.natural_inverse])
-def test_zero_gram_gives_the_identity_and_counts_as_no_failure(inverse):
+def test_zero_gram_gives_the_identity_and_counts_as_no_failure():
     K = torch.stack([torch.zeros(3, 3), torch.eye(3)])
-    P, failed = inverse(K, 0.1)
+    P, failed = linalg.natural_inverse(K, 0.1)
     assert torch.equal(P[0], torch.eye(3))
     assert not failed.any()
 
@@ -60,9 +64,54 @@ def test_an_item_that_fails_becomes_the_identity_and_leaves_the_others_alone(bad
     torch.testing.assert_close(P[1], linalg.spd_inverse(good[None]).P[0])
 
 
-def test_common_rank_inverse_keeps_order_and_equals_one_at_a_time():
-    grams = [spd(2, 4, 1), spd(3, 2, 2), spd(1, 4, 3), spd(2, 2, 4)]
-    inverses, failures = linalg.common_rank_inverse(grams, linalg.normalised_inverse, 0.1)
-    assert [int(n) for n in failures] == [0, 0]  # one factorisation per rank
-    for K, P in zip(grams, inverses, strict=True):
-        torch.testing.assert_close(P, linalg.normalised_inverse(K, 0.1).P)
+def root_inverse(V: torch.Tensor, eps: float) -> torch.Tensor:
+    e, Q = torch.linalg.eigh(V)
+    return Q @ torch.diag_embed(1 / (e.clamp(min=0).sqrt() + eps)) @ Q.mT
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 10.0])
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e6])
+def test_inverse_root_without_eigenvalues(eps, scale):
+    V = scale * spd(5, 6)
+    found, failed = linalg.inverse_root(V, eps, torch.float64)
+    torch.testing.assert_close(found, root_inverse(V, eps), rtol=1e-9, atol=1e-9 * float(found.abs().max()))
+    assert not failed.any()
+
+
+def test_inverse_root_reaches_five_digits_of_the_root_and_damps_below():
+    Q = torch.linalg.qr(spd(1, 4)).Q
+    V = Q @ torch.diag(torch.tensor([1.0, 1e-4, 1e-8, 1e-24], dtype=torch.float64)) @ Q.mT
+    found, _ = linalg.inverse_root(V, 0.0, torch.float32)
+    sizes = (Q.mT @ found @ Q).diagonal(dim1=-2, dim2=-1)[0]
+    torch.testing.assert_close(sizes[:3], torch.tensor([1.0, 1e2, 1e4], dtype=torch.float64), rtol=1e-3, atol=0)
+    assert sizes[3] < 1e7  # 1e12 if it were taken at its word
+
+
+def test_inverse_root_of_zero_and_of_what_is_not_finite():
+    V = torch.stack([torch.zeros(3, 3), torch.full((3, 3), float("nan")), torch.eye(3)]).double()
+    found, failed = linalg.inverse_root(V, 0.0, torch.float64)
+    assert failed.tolist() == [False, True, False]
+    assert found[:2].abs().max() == 0
+    torch.testing.assert_close(found[2], torch.eye(3, dtype=torch.float64))
+
+
+def test_polar_factor_is_that_of_the_singular_vectors():
+    X = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(X)
+    X = U @ torch.diag_embed(S / S[:, :1]) @ Vh
+    torch.testing.assert_close(linalg.polar_factor(X, 1e-7), U @ Vh, rtol=0, atol=1e-11)
+
+
+def test_orthonormal_coordinates():
+    B = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    B[1, :, 3] = B[1, :, 0]  # three directions only
+    B[2] = 0
+    K = B.mT @ B
+    E, failed = linalg.orthonormal_coordinates(K, 1e-14)
+    basis = B @ (linalg.range_projection(E, K) @ E).mT
+    torch.testing.assert_close(basis[0].mT @ basis[0], torch.eye(4, dtype=torch.float64))
+    lengths = torch.linalg.svdvals(basis[1])
+    torch.testing.assert_close(lengths[:3], torch.ones(3, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert lengths[3] < 1e-2 and basis[2].abs().max() == 0 and not failed.any()
+    bad, failed = linalg.orthonormal_coordinates(torch.full((1, 2, 2), float("nan"), dtype=torch.float64), 1e-14)
+    assert failed.all() and bad.abs().max() == 0

@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dreamlora.optimizers._groups import LoraPair, check_compatibility, find_lora_pairs, lora_param_groups
+    from dreamlora.optimizers._muon import LoRAMuon
     from dreamlora.optimizers._pairs import LoraPairOptimizer
+    from dreamlora.optimizers._rite import LoRARITE
     from dreamlora.optimizers._scaled import ScaledAdamW, ScaledGD
 
 _HOME = {
+    "LoRAMuon": "_muon",
+    "LoRARITE": "_rite",
     "LoraPair": "_groups",
     "LoraPairOptimizer": "_pairs",
     "ScaledAdamW": "_scaled",
@@ -28,6 +32,8 @@ _HOME = {
 }
 
 __all__ = [
+    "LoRAMuon",
+    "LoRARITE",
     "LoraPair",
     "LoraPairOptimizer",
     "ScaledAdamW",

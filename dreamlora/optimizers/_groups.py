@@ -138,6 +138,40 @@ def plain_groups(param_groups: list[dict[str, Any]], default_lr: float) -> list[
     return plain
 
 
+def with_fallback_lr(param_groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    """The groups with another learning rate where there are no pairs, for methods whose rate AdamW cannot use."""
+    return [group if group.get("lora_pairs") else {**group, "lr": lr} for group in param_groups]
+
+
+class NamedParameters:
+    """Parameter groups in place of a model, for libraries that find LoRA pairs by name.
+
+    Attributes:
+        pairs: how many there are.
+        convolutions: how many of them have factors that are no matrices.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self._named: dict[str, nn.Parameter] = {}
+        self.pairs = self.convolutions = 0
+        for group in param_groups:
+            for i, p in enumerate(group["params"]):
+                factor = f"lora_{'AB'[i % 2]}" if group.get("lora_pairs") else "other"
+                number = i // 2 if group.get("lora_pairs") else i
+                self._named[f"group{len(self._named) - i}.{number}.{factor}.weight"] = p
+            if group.get("lora_pairs"):
+                self.pairs += len(group["params"]) // 2
+                self.convolutions += sum(p.ndim != 2 for p in group["params"][0::2])
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of a module."""
+        return iter(self._named.items())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of a module."""
+        return iter(self._named.values())
+
+
 @torch.no_grad()
 def check_compatibility(model: nn.Module | Iterable[LoraPair]) -> dict[str, float]:
     """Relative size of ``gA Aᵀ − Bᵀ gB`` per pair, from the gradients of a backward pass just done.

@@ -84,10 +84,7 @@ def adamw_(params: list[Tensor], directions: list[Tensor], states: list[dict[str
     if not params:
         return
     work = _Work.of(params, directions)
-    for p, state in zip(work.params, states, strict=True):
-        if STEP not in state:
-            state[STEP] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state[EXP_AVG], state[EXP_AVG_SQ] = torch.zeros_like(p), torch.zeros_like(p)
+    _start_moments(work.params, states)
     adamw(
         work.params,
         work.directions,
@@ -105,6 +102,59 @@ def adamw_(params: list[Tensor], directions: list[Tensor], states: list[dict[str
         maximize=hyper.maximize,
     )
     work.write_back(params)
+
+
+def published_adamw_(
+    params: list[Tensor], directions: list[Tensor], states: list[dict[str, Any]], hyper: AdamWHyper
+) -> None:
+    """One step of the AdamW in the code of arXiv 2402.02347, with ``adamw_``'s arguments and states.
+
+    ``p ← p − η √(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``, then ``p ← p − η·wd·p``: unlike in torch, ``ε`` is not divided by the
+    bias correction, and the weight decays after the update.
+    """
+    if not params:
+        return
+    work = _Work.of(params, directions)
+    _start_moments(work.params, states)
+    first, second = hyper.betas
+    signed = torch._foreach_neg(work.directions) if hyper.maximize else work.directions
+    steps, means, squares = ([state[key] for state in states] for key in (STEP, EXP_AVG, EXP_AVG_SQ))
+    torch._foreach_add_(steps, 1)
+    torch._foreach_lerp_(means, signed, 1 - first)
+    torch._foreach_mul_(squares, second)
+    torch._foreach_addcmul_(squares, signed, signed, 1 - second)
+    divisors = torch._foreach_sqrt(squares)
+    torch._foreach_add_(divisors, hyper.eps)
+    # β₂ᵗ is close to 1, and its difference from 1 counts.
+    t = torch.stack(steps).to(torch.float32 if steps[0].device.type == "mps" else torch.float64)
+    rates = ((1 - second**t).sqrt() / (1 - first**t) * hyper.lr).unbind()
+    moves = torch._foreach_div(means, divisors)
+    torch._foreach_mul_(moves, list(rates))
+    torch._foreach_sub_(work.params, moves)
+    torch._foreach_mul_(work.params, 1 - as_number(hyper.lr) * hyper.weight_decay)
+    work.write_back(params)
+
+
+def move_(params: list[Tensor], moves: list[Tensor], shrink: float | Tensor) -> None:
+    """``p ← shrink · p + move``; below float32 in float32, then rounded."""
+    if not params:
+        return
+    work = _Work.of(params, moves)
+    torch._foreach_mul_(work.params, shrink)
+    torch._foreach_add_(work.params, work.directions)
+    work.write_back(params)
+
+
+def as_number(lr: float | Tensor) -> float | Tensor:
+    """A tensor on the CPU as a number; one on a GPU is left there, as reading it would wait for the GPU."""
+    return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else lr
+
+
+def _start_moments(params: list[Tensor], states: list[dict[str, Any]]) -> None:
+    for p, state in zip(params, states, strict=True):
+        if STEP not in state:
+            state[STEP] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state[EXP_AVG], state[EXP_AVG_SQ] = torch.zeros_like(p), torch.zeros_like(p)
 
 
 def sgd_(params: list[Tensor], directions: list[Tensor], states: list[dict[str, Any]], hyper: SGDHyper) -> None:

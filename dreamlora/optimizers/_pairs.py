@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
@@ -11,12 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dreamlora.optimizers import _checks
+from dreamlora.optimizers._clipping import clip_lora_grad_norm_
 from dreamlora.optimizers._groups import pair_problem
 from dreamlora.optimizers._kernels import STEP, AdamWHyper, adamw_, compute_dtype
 
-# Largest batch, in bytes of stacked factors. CPU: temporaries stay in the cache and the allocator reuses them (larger
-# ones are mapped anew, and their page faults cost more than the arithmetic). GPU: few large launches.
-_BATCH_BYTES = {"cpu": 2**20}
+# Largest batch, in bytes of stacked factors. CPU: the allocator reuses temporaries of this size (much larger ones are
+# mapped anew, and their page faults cost more than the arithmetic), and they are few. GPU: few large launches.
+_BATCH_BYTES = {"cpu": 2**22}
 _BATCH_BYTES_DEFAULT = 64 * 2**20
 
 Group = dict[str, Any]
@@ -26,12 +28,12 @@ Moves = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class PairBatch:
-    """``b`` pairs of one shape, dtype and device; ``b`` is bounded, and with it the memory of temporaries.
+    """``b`` pairs of one shape, dtype, device and scaling; ``b`` is bounded, and with it the memory of temporaries.
 
     Attributes:
         A: parameters ``(r, n)`` or ``(r, c, *kernel)``.
         B: parameters ``(m, r)`` or ``(m, r, 1, ...)``.
-        scalings: ``s`` of every pair.
+        scalings: ``s`` of every pair, all alike.
     """
 
     A: list[Tensor]
@@ -39,22 +41,23 @@ class PairBatch:
     scalings: list[float]
 
     def stacked_factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """A ``(b, r, n)`` and B ``(b, m, r)``, in at least float32 (or ``dtype``)."""
-        return self._stack(self.A, dtype), self._stack(self.B, dtype)
+        """A ``(b, r, n)`` and B ``(b, m, r)``, in at least float32 (or ``dtype``); a single pair may not be copied."""
+        return stack(self.A, dtype), stack(self.B, dtype)
 
     def stacked_gradients(self) -> tuple[Tensor, Tensor]:
         """gA ``(b, r, n)`` and gB ``(b, m, r)``, in at least float32; a missing gradient counts as zero."""
         gA, gB = ([torch.zeros_like(p) if p.grad is None else p.grad for p in side] for side in (self.A, self.B))
-        return self._stack(gA), self._stack(gB)
+        return stack(gA), stack(gB)
 
     def moves(self, dA: Tensor, dB: Tensor) -> tuple[Moves, Moves]:
         """Stacked ``dA`` ``(b, r, n)`` and ``dB`` ``(b, m, r)`` by parameter, for those that have a gradient."""
-        return _moves_of(self.A, dA), _moves_of(self.B, dB)
+        return moves_of(self.A, dA), moves_of(self.B, dB)
 
-    @staticmethod
-    def _stack(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-        stacked = (tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)).flatten(2)
-        return stacked.to(dtype or compute_dtype(stacked.dtype))
+
+def stack(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """Tensors of one shape ``(k, ...)`` as ``(b, k, l)``, in at least float32 (or ``dtype``)."""
+    stacked = (tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)).flatten(2)
+    return stacked.to(dtype or compute_dtype(stacked.dtype))
 
 
 class LoraPairOptimizer(Optimizer):
@@ -64,8 +67,9 @@ class LoraPairOptimizer(Optimizer):
     True}`` (optional keys: "scalings", "lr_ratio_B") and ``{"params": [...], "lora_pairs": False}``. Pairs are found by
     position in "params", so that frameworks may move or replace parameters.
 
-    A subclass gives ``update_pairs``, and in ``defaults`` at least lr, betas, eps, weight_decay and maximize (the
-    fallback AdamW uses them too). State is per parameter and at least float32, also for bfloat16 parameters.
+    A subclass gives ``update_pairs`` (or ``update_all_pairs``), and in ``defaults`` at least lr, betas, eps,
+    weight_decay and maximize (the fallback AdamW uses them too). State is per parameter and at least float32, also for
+    bfloat16 parameters.
 
     A factor whose gradient is None is left alone, like a parameter without gradient in torch's optimizers.
 
@@ -83,6 +87,11 @@ class LoraPairOptimizer(Optimizer):
                 f"{type(self).__name__} got no group of LoRA pairs: pass lora_param_groups(model) as parameters"
             )
 
+    def update_all_pairs(self, work: list[tuple[Group, list[PairBatch]]]) -> None:
+        """Update the pairs of all groups in place; for methods in which groups share something, such as a norm."""
+        for group, batches in work:
+            self.update_pairs(group, batches)
+
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
         """Update these pairs of the group in place. Gradients are not to be changed."""
         raise NotImplementedError
@@ -93,6 +102,8 @@ class LoraPairOptimizer(Optimizer):
             _checks.at_least_zero(name, group[name])
         _checks.above_zero("lr_ratio_B", group["lr_ratio_B"])
         _checks.two_fractions("betas", group["betas"])
+        if group.get("scale_correction") and not all(group.get("scalings") or [1.0]):
+            raise ValueError("scale_correction: got True with a scaling (alpha/r) of 0, must be all other than 0")
         if group.get("differentiable"):
             raise ValueError("differentiable: got True, must be False (gradients of the update are not supported)")
 
@@ -128,8 +139,11 @@ class LoraPairOptimizer(Optimizer):
             for key, saved in state_dict["state"].get(i, {}).items():
                 if not isinstance(saved, Tensor) or not saved.is_floating_point():
                     continue
-                dtype = torch.float32 if key == STEP else compute_dtype(p.dtype)
-                self.state[p][key] = saved.to(device=p.device, dtype=dtype)
+                self.state[p][key] = saved.to(device=p.device, dtype=self.state_dtype(key, p))
+
+    def state_dtype(self, key: str, p: Tensor) -> torch.dtype:
+        """The precision in which ``state[p][key]`` is kept."""
+        return torch.float32 if key == STEP else compute_dtype(p.dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -156,18 +170,42 @@ class LoraPairOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
-            if not group["params"]:
-                continue
-            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+        groups = [(index, group) for index, group in enumerate(self.param_groups) if group["params"]]
+        if any(p.grad is not None and p.grad.is_sparse for _, group in groups for p in group["params"]):
+            raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+        pairs = [(group, self._batches_with_gradients(index, group)) for index, group in groups if group["lora_pairs"]]
+        with contextlib.ExitStack() as stack:
             # A step inside an autocast region would otherwise multiply in half precision.
-            with torch.autocast(group["params"][0].device.type, enabled=False):
-                if group["lora_pairs"]:
-                    self.update_pairs(group, self._batches_with_gradients(index, group))
-                else:
+            for device in sorted({p.device.type for _, group in groups for p in group["params"]}):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            self.update_all_pairs(pairs)
+            for _, group in groups:
+                if not group["lora_pairs"]:
                     self.adamw_update(group, [(p, p.grad) for p in group["params"] if p.grad is not None])
         return loss
+
+    def clip_lora_grad_norm_(self, max_norm: float, damping: float = 1e-6) -> Tensor:
+        """Clip the gradients of all LoRA pairs together, in place, by a norm that does not see the factorisation.
+
+        ``√Σ(⟨gA, (BᵀB)⁻¹gA⟩ + ⟨gB, gB(AAᵀ)⁻¹⟩)``: the size of the part of the full weight's gradient that the factors
+        can follow. ``torch.nn.utils.clip_grad_norm_`` takes the norm of ``gA`` and ``gB`` themselves, which changes
+        when the same product is split otherwise. Parameters outside of pairs are left alone.
+
+        Args:
+            max_norm: > 0; in units of the full weight's gradient times ``alpha/r``.
+            damping: relative, of the inverses.
+
+        Returns:
+            The norm before clipping ``()``; on the device of the first pair, without waiting for it.
+
+        Raises:
+            ValueError: ``max_norm`` or ``damping`` is out of range.
+        """
+        _checks.above_zero("max_norm", max_norm)
+        _checks.at_least_zero("damping", damping)
+        groups = [(i, g) for i, g in enumerate(self.param_groups) if g["lora_pairs"] and g["params"]]
+        batches = [batch for i, group in groups for batch in self._batches_with_gradients(i, group)]
+        return clip_lora_grad_norm_(batches, max_norm, damping)
 
     def adamw_update(self, group: Group, moves: Moves) -> None:
         """torch's AdamW along given directions instead of gradients, with the group's hyper-parameters."""
@@ -193,7 +231,8 @@ class LoraPairOptimizer(Optimizer):
         self._batches: dict[int, tuple[list[Any], list[PairBatch]]] = {}
 
 
-def _moves_of(params: list[Tensor], stacked: Tensor) -> Moves:
+def moves_of(params: list[Tensor], stacked: Tensor) -> Moves:
+    """Parts of ``stacked`` ``(b, k, l)`` by parameter and in its shape, for those that have a gradient."""
     directions = stacked.reshape(len(params), *params[0].shape).unbind()
     return [(p, d) for p, d in zip(params, directions, strict=True) if p.grad is not None]
 
@@ -205,11 +244,11 @@ def _pairs_of(group: Group) -> list[tuple[Tensor, Tensor, float]]:
 
 
 def _batches(pairs: list[tuple[Tensor, Tensor, float]]) -> Iterator[PairBatch]:
-    """Bucket pairs by device, dtype and shape, and cut large buckets."""
+    """Bucket pairs by device, dtype, shape and scaling, and cut large buckets."""
     buckets: dict[Any, list[tuple[Tensor, Tensor, float]]] = {}
     for pair in pairs:
-        A, B, _ = pair
-        buckets.setdefault((A.device, A.dtype, A.shape, B.shape), []).append(pair)
+        A, B, s = pair
+        buckets.setdefault((A.device, A.dtype, A.shape, B.shape, s), []).append(pair)
     for members in buckets.values():
         A, B, _ = members[0]
         room = _BATCH_BYTES.get(A.device.type, _BATCH_BYTES_DEFAULT)

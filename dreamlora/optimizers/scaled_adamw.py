@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dreamlora.optimizers import _checks
+from dreamlora.optimizers._scaled_options import ScaledOptions, check_adamw
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -16,38 +18,27 @@ DEFAULT_WEIGHT_DECAY: float = 1e-2
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ScaledOptions):
     """Knobs of Scaled AdamW.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or two exclude each other.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    damping: float = 0.1
-    """Added to the Gram matrices before inversion; with relative damping a fraction of their mean eigenvalue."""
-    damping_mode: Literal["relative", "absolute"] = "relative"
-    """relative: no constant to tune per model; absolute: as published, to reproduce papers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _checks.two_fractions("betas", self.betas)
         _checks.at_least_zero("eps", self.eps)
-        _checks.at_least_zero("damping", self.damping)
-        _checks.one_of("damping_mode", self.damping_mode, ("relative", "absolute"))
+        check_adamw(vars(self))
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     """Scaled AdamW over the groups of ``lora_param_groups``."""
     from dreamlora.optimizers._scaled import ScaledAdamW
 
-    return ScaledAdamW(
-        param_groups,
-        DEFAULT_LR,
-        betas=options.betas,
-        eps=options.eps,
-        damping=options.damping,
-        damping_mode=options.damping_mode,
-    )
+    return ScaledAdamW(param_groups, DEFAULT_LR, **dataclasses.asdict(options))

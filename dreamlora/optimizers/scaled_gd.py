@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dreamlora.optimizers import _checks
+from dreamlora.optimizers._scaled_options import ScaledOptions, check_gd
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -16,19 +18,17 @@ DEFAULT_WEIGHT_DECAY: float = 0.0
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ScaledOptions):
     """Knobs of Scaled GD.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or two exclude each other.
     """
 
-    momentum: float = 0.0
-    """Share of the previous preconditioned step that is kept."""
     damping: float = 1e-2
     """Added to the Gram matrices before inversion; with relative damping a fraction of their mean eigenvalue."""
-    damping_mode: Literal["relative", "absolute"] = "relative"
-    """relative: no constant to tune per model; absolute: as published, to reproduce papers."""
+    momentum: float = 0.0
+    """Share of the previous scaled step that is kept."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Moments of the AdamW that trains what is not in a LoRA pair."""
     eps: float = 1e-8
@@ -37,9 +37,8 @@ class Options:
     """Learning rate of the AdamW that trains what is not in a LoRA pair; --learning_rate is in units of SGD."""
 
     def __post_init__(self) -> None:
-        _checks.fraction("momentum", self.momentum)
-        _checks.at_least_zero("damping", self.damping)
-        _checks.one_of("damping_mode", self.damping_mode, ("relative", "absolute"))
+        super().__post_init__()
+        check_gd(vars(self))
         _checks.two_fractions("betas", self.betas)
         _checks.at_least_zero("eps", self.eps)
         _checks.at_least_zero("fallback_lr", self.fallback_lr)
@@ -49,13 +48,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     """Scaled GD over the groups of ``lora_param_groups``; groups without pairs get ``fallback_lr``."""
     from dreamlora.optimizers._scaled import ScaledGD
 
-    groups = [g if g.get("lora_pairs") else {**g, "lr": options.fallback_lr} for g in param_groups]
-    return ScaledGD(
-        groups,
-        DEFAULT_LR,
-        momentum=options.momentum,
-        damping=options.damping,
-        damping_mode=options.damping_mode,
-        betas=options.betas,
-        eps=options.eps,
-    )
+    settings = dataclasses.asdict(options)
+    fallback_lr = settings.pop("fallback_lr")
+    groups = [g if g.get("lora_pairs") else {**g, "lr": fallback_lr} for g in param_groups]
+    return ScaledGD(groups, DEFAULT_LR, **settings)

@@ -11,10 +11,15 @@ import torch
 from lora_problems import descend, make_pairs, pair_group, quadratic_gradients, targets
 from torch import nn
 
-from dreamlora.optimizers import ScaledAdamW, ScaledGD
+from dreamlora.optimizers import LoRAMuon, LoRARITE, ScaledAdamW, ScaledGD
 
-KINDS = [(ScaledAdamW, {"lr": 0.01}), (ScaledGD, {"lr": 0.1, "momentum": 0.9})]
-kinds = pytest.mark.parametrize(("cls", "settings"), KINDS, ids=["adamw", "gd"])
+KINDS = [
+    (ScaledAdamW, {"lr": 0.01}),
+    (ScaledGD, {"lr": 0.1, "momentum": 0.9}),
+    (LoRARITE, {"lr": 0.01, "clip_unmagnified_grad": 0.0}),
+    (LoRAMuon, {"lr": 0.05}),
+]
+kinds = pytest.mark.parametrize(("cls", "settings"), KINDS, ids=["adamw", "gd", "rite", "muon"])
 
 
 def values(pairs) -> list[torch.Tensor]:
@@ -231,6 +236,10 @@ def test_autocast_does_not_reach_the_step():
         (ScaledAdamW, "damping_mode", "none"),
         (ScaledGD, "momentum", 1.0),
         (ScaledGD, "damping", float("inf")),
+        (LoRARITE, "clip_unmagnified_grad", -1.0),
+        (LoRARITE, "update_skipping", float("nan")),
+        (LoRAMuon, "momentum", 1.0),
+        (LoRAMuon, "damping", -1.0),
     ],
 )
 def test_values_out_of_range_are_named(cls, name, value):

@@ -1,0 +1,65 @@
+"""LoRA-Muon: steps of one size in every direction of the product (arXiv 2606.12921)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dreamlora.optimizers import _checks
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+# The spectral norm of the change of BA per step.
+DEFAULT_LR: float = 1e-2
+DEFAULT_WEIGHT_DECAY: float = 0.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Knobs of LoRA-Muon.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    momentum: float = 0.7
+    """Share of the running mean of gradients that is kept (published: 0.95)."""
+    damping: float = 0.0
+    """Added to the Gram matrices, a fraction of their mean eigenvalue: shortens steps in weak directions."""
+    rank_power: float = 0.25
+    """Steps shrink with the rank to the power of minus this, as the best rate does; 0 (published) is not at all."""
+    scale_correction: bool = True
+    """Divide steps by alpha/rank, so that the learning rate does not depend on alpha."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Moments of the AdamW that trains what is not in a LoRA pair."""
+    eps: float = 1e-8
+    """eps of the AdamW that trains what is not in a LoRA pair."""
+    trust: float = 0.1
+    """By how much of its length a step may change a direction of A; 0 (published) is without bound."""
+    fallback_lr: float = 1e-4
+    """Learning rate of the AdamW that trains what is not in a LoRA pair."""
+
+    def __post_init__(self) -> None:
+        _checks.fraction("momentum", self.momentum)
+        _checks.two_fractions("betas", self.betas)
+        for name in ("damping", "rank_power", "trust", "eps", "fallback_lr"):
+            _checks.at_least_zero(name, getattr(self, name))
+
+
+def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
+    """LoRA-Muon over the groups of ``lora_param_groups``; groups without pairs get ``fallback_lr``."""
+    from dreamlora.optimizers._groups import with_fallback_lr
+    from dreamlora.optimizers._muon import LoRAMuon
+
+    return LoRAMuon(
+        with_fallback_lr(param_groups, options.fallback_lr),
+        DEFAULT_LR,
+        momentum=options.momentum,
+        damping=options.damping,
+        rank_power=options.rank_power,
+        scale_correction=options.scale_correction,
+        trust=options.trust,
+        betas=options.betas,
+        eps=options.eps,
+    )
