@@ -1,33 +1,31 @@
-"""LoRA adapters put into a model by PEFT, started from the seed and the parameter's name alone."""
+"""LoRA adapters put into a model by PEFT."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import nn
 
-from dreamlora import randomness
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
+from dreamlora.offset import ADAPTER
 
-ADAPTER = "default"
 EVERY_LINEAR = "all-linear"
 EVERY_LAYER = "all"
 
 
-def add_lora(module: Any, lora: Lora, layers: Sequence[str], *, seed: int) -> None:
+def add_lora(module: Any, lora: Lora, layers: Sequence[str]) -> None:
     """Add a trainable LoRA, always fp32, to a diffusers or transformers model; freeze the rest.
+
+    lora_B is zero, lora_A as PEFT draws it; how a run starts is up to ``training.start``.
 
     Args:
         module: the model; it must have ``add_adapter``.
-        lora: rank, alpha, dropout and start; a rank above a layer's size is kept, as PEFT keeps it.
+        lora: rank, alpha and dropout; a rank above a layer's size is kept, as PEFT keeps it.
         layers: ends of layer names; or "all-linear", or "all": every Linear (and Conv2d) inside the numbered blocks, so
             not conv_in, conv_out and the embeddings of times and pooled prompts.
-        seed: with a parameter's name it decides the start, so that neither order nor earlier draws matter.
 
     Raises:
         UserError: a name that no Linear or Conv2d ends in.
@@ -43,8 +41,8 @@ def add_lora(module: Any, lora: Lora, layers: Sequence[str], *, seed: int) -> No
         module.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         raise UserError(f"--lora_layers {' '.join(layers)}: PEFT cannot adapt these layers: {error}") from error
-    for name, parameter in trainable_parameters(module).items():
-        parameter.data = _start(name, parameter, lora, seed).to(parameter.device)
+    for parameter in trainable_parameters(module).values():
+        parameter.data = parameter.data.float()
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -83,14 +81,3 @@ def _examples(names: Sequence[str]) -> str:
         end = ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
         counts[end] = counts.get(end, 0) + 1
     return ", ".join(sorted(counts, key=lambda end: (-counts[end], end))[:12])
-
-
-def _start(name: str, parameter: nn.Parameter, lora: Lora, seed: int) -> torch.Tensor:
-    """lora_A: N(0, 1/r²), or uniform within ±1/sqrt(fan_in) (PEFT's kaiming); lora_B: zero."""
-    values = torch.zeros(parameter.shape, dtype=torch.float32)
-    if "lora_A" not in name:
-        return values
-    generator = randomness.generator(seed, "lora", name)
-    if lora.init == "gaussian":
-        return nn.init.normal_(values, std=1 / lora.rank, generator=generator)
-    return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)

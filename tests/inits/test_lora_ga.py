@@ -1,0 +1,122 @@
+"""LoRA-GA: the gradients it sees, the step it prepares, and that it is neither the loss' scale nor the processes'."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dreamlora.errors import UserError
+from dreamlora.inits._gradients import Plan, mean_gradient_svd
+from tests.inits.problems import BATCH, BATCHES, RANK, SCALE, loss_of, probe_of, problem
+
+EVERYTHING = {"draws": BATCH * BATCHES}
+WIDE = 100.0  # oversampling with which the sketch is as wide as every layer here
+
+
+def best(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vt[:rank]
+
+
+@pytest.mark.parametrize("iterations", [0, 1])
+def test_the_decomposed_gradient_is_autograds(iterations):
+    """Convolution, a layer that is used twice, and the mean over several batches."""
+    made = problem()
+    found = mean_gradient_svd(made.targets, made.probe, Plan(BATCH * BATCHES, iterations, WIDE))
+    for (U, V), gradient in zip(found, made.mean_gradients(), strict=True):
+        core = U.mT @ gradient @ V
+        torch.testing.assert_close(core, core.diagonal().diag(), rtol=1e-3, atol=1e-4 * core.abs().max().item())
+        torch.testing.assert_close(core.diagonal(), torch.linalg.svdvals(gradient), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("iterations", "share"), [(0, 0.9), (2, 0.999)])
+def test_a_narrow_sketch_finds_nearly_all_of_the_leading_part(iterations, share):
+    made = problem(rank=1)
+    found = mean_gradient_svd(made.targets, made.probe, Plan(BATCH * BATCHES, iterations, 2.0))
+    for (U, V), gradient in zip(found, made.mean_gradients(), strict=True):
+        assert U.shape[1] == 4
+        kept = (U[:, :2].mT @ gradient @ V[:, :2]).norm()
+        assert kept >= share * best(gradient, 2).norm()
+
+
+def test_the_first_step_is_the_best_approximation_of_the_full_gradient():
+    made = problem()
+    made.start("lora_ga", gamma=4.0, oversampling=WIDE, **EVERYTHING)
+    total = sum(loss_of(made.net, batch) for batch in made.batches) / BATCHES
+    total.backward()
+    rate = 1e-3
+    with torch.no_grad():
+        for target in made.targets:
+            target.down.sub_(rate * target.down.grad)
+            target.up.sub_(rate * target.up.grad)
+    for change, gradient in zip(made.change(), made.mean_gradients(), strict=True):
+        expected = -rate * SCALE**2 * gradient.shape[0] ** 0.5 / 4.0 * best(gradient, 2 * RANK)
+        torch.testing.assert_close(change, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+
+
+def test_the_factors_are_scaled_alike_and_use_other_directions():
+    for start in problem().start("lora_ga", gamma=9.0, **EVERYTHING):
+        size = start.B.shape[0] ** 0.25 / 3.0
+        torch.testing.assert_close(start.A @ start.A.mT, size**2 * torch.eye(RANK), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(start.B.mT @ start.B, size**2 * torch.eye(RANK), rtol=1e-4, atol=1e-5)
+
+
+def test_the_scale_of_the_loss_does_not_matter():
+    plain, made = problem(), problem()
+    made.probe = replace(made.probe, loss=lambda number: 1e-3 * loss_of(made.net, made.batches[number]))
+    for one, other in zip(plain.start("lora_ga", **EVERYTHING), made.start("lora_ga", **EVERYTHING), strict=True):
+        torch.testing.assert_close(one.B @ one.A, other.B @ other.A, rtol=1e-3, atol=1e-4)
+
+
+def test_processes_share_the_draws():
+    """Two processes one after another: each is told the other's sums of the same pass."""
+    whole = problem()
+    expected = [s.B @ s.A for s in whole.start("lora_ga", attach=False, **EVERYTHING)]
+    made = problem()
+    made.probe = probe_of(made.net, made.batches)
+    sums: list[torch.Tensor] = []
+    from dreamlora.inits import _gradients
+
+    def both(targets, probe, plan, factors, *, transposed=False):
+        sums.clear()
+        original(targets, probe_of(made.net, made.batches, 0, 2, keep), plan, factors, transposed=transposed)
+        mine = iter(list(sums))
+        second = probe_of(made.net, made.batches, 1, 2, lambda value: value + next(mine))
+        return original(targets, second, plan, factors, transposed=transposed)
+
+    def keep(value):
+        sums.append(value)
+        return value
+
+    original = _gradients._gradient_times
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_gradients, "_gradient_times", both)
+        found = made.start("lora_ga", attach=False, **EVERYTHING)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.B @ one.A, other, rtol=1e-3, atol=1e-4)
+
+
+def test_each_process_computes_its_own_batches_alone():
+    seen = {0: [], 1: []}
+    for rank, numbers in seen.items():
+        made = problem()
+        probe = probe_of(made.net, made.batches, rank, 2)
+        made.probe = replace(probe, loss=lambda n, numbers=numbers, inner=probe.loss: numbers.append(n) or inner(n))
+        made.start("lora_ga", iterations=0, **EVERYTHING)
+    assert seen == {0: [0, 2] * 2, 1: [1, 3] * 2}
+
+
+def test_hooks_and_gradients_are_gone_afterwards():
+    made = problem()
+    made.start("lora_ga", **EVERYTHING)
+    assert not any(module._forward_hooks for module in made.net.modules())
+    assert all(parameter.grad is None for parameter in made.net.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_an_error():
+    made = problem()
+    made.batches[1].fill_(float("nan"))
+    with pytest.raises(UserError, match=r"--init lora_ga: the gradient of conv is not finite"):
+        made.start("lora_ga", **EVERYTHING)
