@@ -1,8 +1,11 @@
 """The evaluation loss: frozen, spread, split and equal to a direct computation."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from dreamlora.metrics.eval_loss import Measured, build_eval_set, evaluate_loss
+from dreamlora.metrics._eval_loss import EvalSet, Measured, build_eval_set, build_final_set, evaluate_loss
 
 
 class LinearPath:
@@ -86,3 +89,33 @@ def test_measuring_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     losses(make_set())
     assert torch.equal(before, torch.get_rng_state())
+
+
+def make_final(curve, n_items=256, seed=1):
+    names = [f"id{i}" for i in range(len(curve.captions))]
+    return build_final_set(curve, names, LinearPath(), seed=seed, n_items=n_items)
+
+
+@pytest.mark.parametrize(("images", "times"), [(8, 16), (16, 8), (1, 128), (3, 43)])
+def test_the_final_set_has_two_noises_at_every_time_and_at_least_256_items(images, times):
+    curve = make_set(images)
+    final = make_final(curve)
+    assert len(final.times) == images * times * 2 >= 256
+    expected = (torch.arange(images * times) + 0.5) / (images * times)
+    assert torch.allclose(torch.sort(final.position).values, expected.repeat_interleave(2))
+    assert len({*final.noise_keys, *curve.noise_keys}) == len(final.times) + len(curve.times), "no noise twice"
+    pair = final.noise([0, 1])
+    assert final.position[0] == final.position[1] and not torch.equal(pair[0], pair[1])
+    assert final.id != curve.id and make_final(curve).id == final.id != make_final(curve, seed=2).id
+
+
+def test_a_small_final_set_still_covers_the_schedule():
+    assert len(make_final(make_set(4), n_items=10).times) == 4 * 8 * 2
+
+
+def test_a_stored_set_gives_the_same_losses(tmp_path: Path):
+    for items in (make_set(), make_final(make_set())):
+        items.save(tmp_path / "set.json")
+        again = EvalSet.load(tmp_path / "set.json")
+        assert (again.id, again.captions, again.model_id) == (items.id, items.captions, "m")
+        assert losses(again) == losses(items)

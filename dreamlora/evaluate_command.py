@@ -1,0 +1,63 @@
+"""``dreamlora evaluate``: the flags. Torch is imported only after they are known to be right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dreamlora import cli, registry
+from dreamlora.config import Encoders
+from dreamlora.errors import UserError
+from dreamlora.sample_command import SampleConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(SampleConfig):
+    """Measure LoRAs, checkpoints and scales, or folders of images. Images are drawn where they are not there yet."""
+
+    lora: tuple[Path, ...]
+    """LoRA files, folders with one, run folders, or folders of images; the flag's name may be left out."""
+    metrics: tuple[str, ...] = ()
+    """What is measured: {metrics}. Default: all but fid, which needs thousands of images."""
+    references: Path | None = None
+    """Folder of real images that were not trained on. Default: those that the first run held out."""
+    training_images: Path | None = None
+    """Folder of the images that were trained on, for the metric copy. Default: those of the first run."""
+    class_prompt: str | None = None
+    """What the subject is one of, such as "a photo of a dog". CLIP scores take it in the place of the subject.
+    Default: the run's, else the subject without its first word."""
+    num_images_per_prompt: int = 4
+    """Images per prompt, each from a seed of its own."""
+    output_dir: Path | None = None
+    """Where metrics.json and the images go. Default: outputs/evaluate-<name of the first LoRA>."""
+    latents_cache_dir: Path | None = None
+    """Where embeddings are kept. Default: .cache/dreamlora in the home folder."""
+    encoders: Encoders = field(default_factory=Encoders)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            names = tuple(dict.fromkeys(registry.check("metrics", name) for name in self.metrics))
+        except UserError as error:
+            raise UserError(f"--metrics: {error}") from None
+        object.__setattr__(self, "metrics", names)
+        for name in ("references", "training_images"):
+            folder = getattr(self, name)
+            if folder is not None and not folder.is_dir():
+                raise UserError(f"--{name}: there is no folder {folder} (looked from {Path.cwd()})")
+        for path in self.lora:
+            if not path.exists():
+                raise UserError(f"--lora: there is no {path} (looked from {Path.cwd()})")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure what the command line asks for; print the table and where metrics.json is.
+
+    Raises:
+        UserError: a flag, file or model is wrong.
+    """
+    config = cli.parse(EvaluateConfig, argv, cli.Program("dreamlora evaluate", positional="lora"))
+    from dreamlora.evaluate_loras import evaluate_loras
+
+    evaluate_loras(config)

@@ -1,0 +1,21 @@
+"""CLIP-I: do the images look like the real ones, in CLIP's eyes?"""
+
+from __future__ import annotations
+
+from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
+from dreamlora.metrics._similarity import ImageSimilarity, compare_with_references
+
+NAME = "img/clip_i"
+ENCODER: EncoderRole = "clip"
+NEEDS: frozenset[Need] = frozenset({"references"})
+HIGHER_IS_BETTER = True
+SELECTS = True
+
+
+def compute(inputs: MetricInputs) -> Reading:
+    """:func:`~dreamlora.metrics._similarity.image_similarity` of the images of the subject."""
+    return compare_with_references(NAME, inputs)
+
+
+class ClipI(ImageSimilarity):
+    """CLIP-I as a metric: ``update(generated=..., references=...)`` with vectors of a CLIP encoder."""

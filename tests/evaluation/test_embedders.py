@@ -1,0 +1,40 @@
+"""Which model serves which metric."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreamlora.config import Encoders
+from dreamlora.data.cache import TensorCache
+from dreamlora.errors import UserError
+from dreamlora.evaluation.embedders import Embedders, Place
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(torch.device("cpu"), TensorCache(tmp_path))
+
+
+def test_the_embedded_clip_serves_the_embedded_model_for_everything(place: Place) -> None:
+    embedders = Embedders(Encoders(), True, place)
+    clip = embedders("clip")
+    assert clip.encoder.id.startswith("tiny@")
+    assert embedders("dino") is clip and embedders("features") is clip
+    embedders.free()
+    assert embedders("clip") is not clip
+
+
+def test_options_win_and_errors_name_their_flag(place: Place, encoder_folders: dict[str, Path]) -> None:
+    embedders = Embedders(Encoders(dino_model=str(encoder_folders["dinov2"])), True, place)
+    assert embedders("dino").encoder.id.startswith("dinov2@")
+    assert embedders("features") is embedders("dino") and embedders("clip").encoder.id.startswith("tiny@")
+    others = Embedders(Encoders(inception_weights=Path("no/such.pth")), False, place)
+    with pytest.raises(UserError, match=r"--clip_model: .*openai/clip-vit-base-patch32"):
+        others("clip")
+    with pytest.raises(UserError, match=r"--dino_model: .*facebook/dino-vits16"):
+        others("dino")
+    with pytest.raises(UserError, match=r"no file no/such.pth: --inception_weights takes weights-inception-2015"):
+        others("features")

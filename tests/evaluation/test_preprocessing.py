@@ -1,0 +1,81 @@
+"""Pixels are those of transformers' own processors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from dreamlora.errors import UserError
+from dreamlora.evaluation.preprocessing import DINO, as_image, read_preprocessing
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
+def test_pixels_are_those_of_transformers(
+    name: str, encoder_folders: dict[str, Path], pictures: list[Image.Image]
+) -> None:
+    folder = encoder_folders[name]
+    theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    ours = read_preprocessing(folder / "preprocessor_config.json", keeps_proportions=True)
+    for picture in pictures:
+        expected = theirs(picture, return_tensors="pt").pixel_values
+        torch.testing.assert_close(ours([picture]), expected, atol=1e-5, rtol=0)
+
+
+def test_dino_keeps_the_proportions(pictures: list[Image.Image]) -> None:
+    wide = pictures[1]
+    pixels = DINO([wide])[0]
+    resized = wide.resize((int(256 * wide.width / wide.height), 256), Image.Resampling.BICUBIC)
+    left = (resized.width - 224) // 2
+    cut = np.asarray(resized)[16:240, left : left + 224] / 255
+    expected = (cut - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(pixels.permute(1, 2, 0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("keeps", "resize"), [(True, 224), (False, (224, 224))])
+def test_an_old_size_is_one_number(keeps: bool, resize: object, tmp_path: Path) -> None:
+    old = {"size": 224, "crop_size": 224, "do_center_crop": keeps, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "a.json").write_text(json.dumps(old))
+    assert read_preprocessing(tmp_path / "a.json", keeps).resize == resize
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"size": {"longest_edge": 5}},
+        {"do_resize": False},
+        {"crop_size": 40, "do_center_crop": True},
+        {"crop_size": {"height": 3, "width": 5}, "do_center_crop": True},
+        {"image_mean": [0.5]},
+    ],
+    ids=["longest edge", "no resize", "crop beyond", "crop no square", "grey"],
+)
+def test_what_would_be_done_otherwise_is_refused(more: dict[str, object], tmp_path: Path) -> None:
+    good = {"size": {"shortest_edge": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "a.json").write_text(json.dumps(good | more))
+    with pytest.raises(UserError, match=r"a\.json: this way to prepare images is not supported"):
+        read_preprocessing(tmp_path / "a.json", True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((4, 4, 3), dtype=np.float32),
+        torch.zeros(4, 4, 3),
+        np.zeros((3, 4, 4), dtype=np.uint8),
+        np.zeros((4, 4), dtype=np.uint8),
+    ],
+    ids=["float array", "tensor", "channels first", "grey"],
+)
+def test_floats_and_other_shapes_are_refused(wrong: object) -> None:
+    with pytest.raises(TypeError, match="expected PIL images or uint8 HWC arrays"):
+        as_image(wrong)  # type: ignore[arg-type]
+
+
+def test_arrays_are_images(pictures: list[Image.Image]) -> None:
+    assert torch.equal(DINO([np.asarray(pictures[0])]), DINO([pictures[0]]))
