@@ -1,22 +1,30 @@
-"""Curves as inline SVG: the same run gives the same bytes, and the text takes the page's colour (light or dark)."""
+"""The curves of one run."""
 
 from __future__ import annotations
 
-import html
-import io
-import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamlora.report.facts import HELD_OUT_LOSS, LEARNING_RATE, TRAINING_IMAGES_LOSS, Curve, Facts
+from dreamlora.report import words
+from dreamlora.report.facts import (
+    CHANGE_NORM,
+    HELD_OUT_LOSS,
+    LEARNING_RATE,
+    TRAINING_IMAGES_LOSS,
+    UPDATE_RMS,
+    Curve,
+    Facts,
+    ImageMetric,
+)
+from dreamlora.report.svg import INK, by_step, chart, level, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
 _BLUE, _ORANGE = "#3b82f6", "#f08c2e"
+_GROUPS = (_BLUE, _ORANGE, "#2fa36b", "#a06cd5", "#d64f7a", "#7a8699")
+"""Colours of layer groups; a seventh begins anew with dashes."""
 _SMOOTHING = 0.06
 """Width of the training loss' smoothing window as a share of the run."""
 _LEAST_SPAN = 0.05
@@ -24,47 +32,41 @@ _LEAST_SPAN = 0.05
 
 
 def evaluation_chart(facts: Facts) -> str:
-    """The deterministic loss: base model as a dashed line, best step marked. Empty without an evaluation."""
+    """The deterministic loss: base model as a dashed line, best checkpoint marked. Empty without an evaluation."""
     evaluation = facts.evaluation
     if evaluation is None:
         return ""
     curve = facts.curve(HELD_OUT_LOSS if evaluation.held_out else TRAINING_IMAGES_LOSS)
     images = "held-out" if evaluation.held_out else "training"
+    values = dict(zip(curve.steps, curve.values, strict=True))
+    best_step = facts.selection.get("step")
+    best_step = best_step if best_step in values else evaluation.best_step
+    best = values[best_step]
 
     def draw(axes: Axes) -> None:
         if evaluation.base is not None:
-            axes.axhline(evaluation.base, color=_INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                "base model",
-                (1, evaluation.base),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, -4),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                color=_INK,
-                alpha=0.8,
-            )
+            level(axes, evaluation.base, "base model")
         axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=2, marker="o", markersize=3.5)
-        axes.plot([evaluation.best_step], [evaluation.best], marker="o", markersize=9, color="none", mec=_ORANGE, mew=2)
+        axes.plot([best_step], [best], marker="o", markersize=9, color="none", mec=_ORANGE, mew=2)
         axes.annotate(
-            f"best {evaluation.best:.3g}",
-            (evaluation.best_step, evaluation.best),
+            f"best {best:.3g}",
+            (best_step, best),
             xytext=(0, -9),
             textcoords="offset points",
-            ha="center" if evaluation.best_step < 0.85 * curve.steps[-1] else "right",
+            ha="center" if best_step < 0.85 * curve.steps[-1] else "right",
             va="top",
-            color=_INK,
+            color=INK,
         )
         low, high = min(curve.values), max(curve.values)
         span = max(1.36 * (high - low), _LEAST_SPAN * high)
         axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
         axes.set_ylabel(f"loss on {images} images")
+        by_step(axes)
 
     label = (
         f"Evaluation loss by step: {curve.values[0]:.4g} at step {curve.steps[0]}, {curve.values[-1]:.4g} at the end"
     )
-    return _svg("evaluation", label, draw)
+    return chart("evaluation", label, draw).inline
 
 
 def training_chart(facts: Facts) -> str:
@@ -74,14 +76,15 @@ def training_chart(facts: Facts) -> str:
         return ""
 
     def draw(axes: Axes) -> None:
-        axes.plot(curve.steps, curve.values, color=_INK, alpha=0.22, linewidth=0.8)
+        axes.plot(curve.steps, curve.values, color=INK, alpha=0.22, linewidth=0.8)
         axes.plot(curve.steps, smoothed(curve), color=_ORANGE, linewidth=2)
         high = float(np.quantile(curve.values, 0.99))
         if 0 < high < max(curve.values) / 2:  # one spike must not flatten the rest
             axes.set_ylim(0, high * 1.3)
         axes.set_ylabel("training loss")
+        by_step(axes)
 
-    return _svg("training", f"Training loss by step, {len(curve.steps)} values, and its running mean", draw)
+    return chart("training", f"Training loss by step, {len(curve.steps)} values, and its running mean", draw).inline
 
 
 def rate_chart(facts: Facts) -> str:
@@ -92,7 +95,7 @@ def rate_chart(facts: Facts) -> str:
 
     def draw(axes: Axes) -> None:
         if norm:
-            axes.plot(norm.steps, norm.values, color=_INK, alpha=0.22, linewidth=0.8)
+            axes.plot(norm.steps, norm.values, color=INK, alpha=0.22, linewidth=0.8)
             axes.plot(norm.steps, smoothed(norm), color=_ORANGE, linewidth=2)
             axes.set_ylim(bottom=0)
             axes.set_ylabel("gradient norm (orange)")
@@ -101,9 +104,70 @@ def rate_chart(facts: Facts) -> str:
             right.plot(rate.steps, rate.values, color=_BLUE, linewidth=2)
             right.set_ylim(0, max(rate.values) * 1.15 or 1)
             right.set_ylabel("learning rate (blue)")
-            _tidy(right)
+            tidy(right)
+        by_step(axes)
 
-    return _svg("rate", "Learning rate and gradient norm by step", draw)
+    return chart("rate", "Learning rate and gradient norm by step", draw).inline
+
+
+def change_chart(facts: Facts) -> str:
+    """``‖ΔW‖`` by layer group. Empty if it was not logged."""
+    label = "Norm of the change of the weights by step and layer group"
+    return _groups_chart("change", label, facts.groups(CHANGE_NORM), "‖ΔW‖", log=False)
+
+
+def update_chart(facts: Facts) -> str:
+    """Root mean square of one step's change of the weights by layer group. Empty if it was not logged."""
+    label = "Root mean square of one step's change of the weights by layer group"
+    return _groups_chart("update", label, facts.groups(UPDATE_RMS), "RMS change in one step", log=True)
+
+
+def _groups_chart(name: str, label: str, groups: dict[str, Curve], ylabel: str, *, log: bool) -> str:
+    if not groups:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        for number, (group, curve) in enumerate(groups.items()):
+            style: Any = "-" if number < len(_GROUPS) else (0, (4, 2))
+            colour = _GROUPS[number % len(_GROUPS)]
+            marker = "o" if len(curve.steps) == 1 else None
+            axes.plot(curve.steps, curve.values, color=colour, linewidth=2, linestyle=style, marker=marker, label=group)
+        if log and all(value > 0 for curve in groups.values() for value in curve.values):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        if len(groups) > 1:
+            axes.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2)
+        axes.set_ylabel(ylabel)
+        by_step(axes)
+
+    return chart(name, label, draw).inline
+
+
+def image_charts(facts: Facts) -> list[tuple[str, str]]:
+    """Caption and curve of every image metric that was measured at least twice: step by step, selection marked."""
+    found = []
+    for metric in facts.image_metrics:
+        caption = words.IMAGE_METRICS.get(metric.name)
+        if caption and len(metric.curve.steps) > 1:
+            found.append((caption, _image_chart(metric, facts.selection.get("step"))))
+    return found
+
+
+def _image_chart(metric: ImageMetric, best_step: int | None) -> str:
+    curve, name = metric.curve, metric.name.removeprefix("img/")
+
+    def draw(axes: Axes) -> None:
+        if curve.steps[0] == 0:
+            axes.axhline(curve.values[0], color=INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))
+        if best_step is not None:
+            axes.axvline(best_step, color=_ORANGE, linewidth=1.5, alpha=0.8)
+        axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=2, marker="o", markersize=3.5)
+        axes.set_ylabel(f"{name} (n = {metric.n})")
+        by_step(axes)
+
+    label = f"{name} by step: {curve.values[0]:.3g} at step {curve.steps[0]}, {curve.values[-1]:.3g} at the end"
+    return chart(f"image-{name}", label, draw).inline
 
 
 def smoothed(curve: Curve) -> np.ndarray:
@@ -114,52 +178,3 @@ def smoothed(curve: Curve) -> np.ndarray:
     at = np.arange(len(values))
     low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
-
-
-def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    style: Any = {
-        "svg.hashsalt": name,
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "path.simplify": True,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
-        FigureCanvasSVG(figure)
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        draw(axes)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _tidy(axes)
-        target = io.StringIO()
-        figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inline(target.getvalue(), label)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.set_xmargin(0.02)
-    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set(color=_INK, alpha=0.4)
-    axes.tick_params(colors=_INK, length=0)
-    for text in (axes.xaxis.label, axes.yaxis.label):
-        text.set_color(_INK)
-
-
-def _inline(svg: str, label: str) -> str:
-    """The SVG as an element of a page: as wide as its place, with a text for those who cannot see it."""
-    body = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    body = re.sub(r"<style[^>]*>.*?</style>", "", body, count=1, flags=re.DOTALL)  # it would reach the whole page
-    body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", body, count=1)
-    body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # figure_1, axes_1, ... would be there once per chart
-    body = body.replace("'sans-serif'", "sans-serif")
-    return body.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).strip()

@@ -13,13 +13,21 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dreamlora.config import EMBEDDED_MODEL, RunConfig, as_flat_dict
+from dreamlora.config import EMBEDDED_MODEL, as_flat_dict
 from dreamlora.errors import UserError
+from dreamlora.item_losses import Difference, ItemLosses
+from dreamlora.programs import program_of
 from dreamlora.runfolder import RunFolder, read_jsonl
 
 HELD_OUT_LOSS = "eval/loss"
 TRAINING_IMAGES_LOSS = "eval/loss_train"
+FINAL_LOSS = "eval/final_loss"
+GAP = "eval/gap"
 LEARNING_RATE = "train/learning_rate"
+CHANGE_NORM = "lora/dw_norm"
+STABLE_RANK = "lora/stable_rank"
+BALANCE = "lora/balance"
+UPDATE_RMS = "opt/update_rms"
 
 _SECRETS = re.compile(r"(--?hub[_-]token[= ]+)('[^']*'|\S+)")
 _LINE = 90
@@ -65,6 +73,25 @@ class Evaluation:
         return self.final > self.best * _OVERFITTED
 
 
+@dataclass(frozen=True)
+class ImageMetric:
+    """A metric of drawn images over the run.
+
+    Attributes:
+        name: such as "img/clip_t".
+        curve: its values.
+        n: generated images that went in.
+        n_other: images on the other side; None if there is no such side.
+        encoder_id: what they were seen by.
+    """
+
+    name: str
+    curve: Curve
+    n: int
+    n_other: int | None
+    encoder_id: str
+
+
 class Facts:
     """All that the report shows, read from the run folder; everything but config.yaml may be missing.
 
@@ -73,8 +100,7 @@ class Facts:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        if not folder.holds_run():
-            raise UserError(f"there is no run in {folder.path}: config.yaml is missing")
+        require_run(folder)
         self.folder = folder
         self.name = folder.path.resolve().name
         self.config: dict[str, Any] = _mapping(folder.config_file.read_text(), folder.config_file)
@@ -86,6 +112,11 @@ class Facts:
     def curve(self, name: str) -> Curve:
         """A metric's curve; empty if it was not logged."""
         return self.curves.get(name, Curve((), ()))
+
+    def groups(self, name: str) -> dict[str, Curve]:
+        """The curves of a metric's layer groups; that of all layers, under "", if there are no groups."""
+        found = {key[len(name) + 1 :]: curve for key, curve in self.curves.items() if key.startswith(f"{name}/")}
+        return found or ({"": self.curve(name)} if self.curve(name) else {})
 
     @property
     def steps(self) -> int:
@@ -108,6 +139,30 @@ class Facts:
         best = int(np.argmin(curve.values))
         final, step = curve.values[-1], curve.steps[-1]
         return Evaluation(name == HELD_OUT_LOSS, base, final, step, curve.values[best], curve.steps[best])
+
+    @cached_property
+    def selection(self) -> dict[str, Any]:
+        """What best/selection.json says; empty if no checkpoint was selected."""
+        return self.folder.selection()
+
+    @cached_property
+    def image_metrics(self) -> list[ImageMetric]:
+        """The metrics of drawn images, in the order they were logged."""
+        rows = {row["name"]: row for row in self.folder.metrics() if row.get("encoder_id")}
+        return [
+            ImageMetric(name, self.curve(name), row["n"], row.get("n_other"), row["encoder_id"])
+            for name, row in rows.items()
+            if self.curve(name)
+        ]
+
+    @cached_property
+    def best_against_last(self) -> Difference | None:
+        """The best checkpoint against the last step on the larger set; None if they are one, or not measured."""
+        best, last = self.selection.get("step"), self.steps
+        if best in (None, last) or not self.folder.final_items_file.exists():
+            return None
+        losses = ItemLosses.load(self.folder.final_items_file)
+        return losses.difference(best, last) if best in losses and last in losses else None
 
     @cached_property
     def fall_by_image(self) -> tuple[float, ...]:
@@ -139,7 +194,7 @@ class Facts:
         """Option, value and default: of those that differ from their default, and of the others."""
         changed: list[tuple[str, str, str]] = []
         unchanged: list[tuple[str, str, str]] = []
-        defaults = as_flat_dict(RunConfig())
+        defaults = as_flat_dict(program_of(self.config)())
         for name, value in self.config.items():
             default = defaults.get(name)
             told = "(hidden)" if name == "hub_token" and value else shown(value)
@@ -150,11 +205,7 @@ class Facts:
     @property
     def command(self) -> str | None:
         """The command line that made the run, without secrets; long ones with a line for every flag."""
-        command = _SECRETS.sub(r"\1***", str(self.summary.get("command") or ""))
-        if len(command) > _LINE:
-            words = [shlex.quote(word) for word in shlex.split(command)]
-            command = " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in words)
-        return command.replace("'***'", "***") or None
+        return told_command(self.summary.get("command"))
 
     @property
     def model(self) -> str:
@@ -174,6 +225,30 @@ class Facts:
         """Median optimizer steps per second."""
         curve = self.curve("train/steps_per_s")
         return float(np.median(curve.values)) if curve else None
+
+
+def require_run(folder: RunFolder) -> None:
+    """Nothing, if there is a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not folder.holds_run():
+        raise UserError(f"there is no run in {folder.path}: config.yaml is missing")
+
+
+def hidden(command: str) -> str:
+    """A command line without secrets."""
+    return _SECRETS.sub(r"\1***", command)
+
+
+def told_command(command: str | None) -> str | None:
+    """A command line without secrets; a long one with a line for every flag."""
+    text = hidden(str(command or ""))
+    if len(text) > _LINE:
+        words = [shlex.quote(word) for word in shlex.split(text)]
+        text = " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in words)
+    return text.replace("'***'", "***") or None
 
 
 def shown(value: Any) -> str:

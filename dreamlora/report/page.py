@@ -1,18 +1,18 @@
-"""The report's two files from their templates."""
+"""The report of one run: its two files from their templates."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from dreamlora import __version__
 from dreamlora.report import charts, pictures, words
-from dreamlora.report.facts import Facts
-from dreamlora.runfolder import RunFolder, write_atomically
+from dreamlora.report.document import PAGE, TEXT, Document, filled
+from dreamlora.report.facts import Facts, require_run
+from dreamlora.runfolder import RunFolder
 
 _FILES = (
     ("pytorch_lora_weights.safetensors", "the LoRA, as diffusers, ComfyUI and others load it"),
+    ("best", "the best checkpoint's LoRA, and why it is the best"),
     ("config.yaml", "every option of the run"),
     ("metrics.jsonl", "every number, one per line"),
     ("grid.png", "the grid in full size"),
@@ -22,27 +22,22 @@ _FILES = (
 )
 
 
-def write_report(run: RunFolder | Path | str) -> Path:
-    """Write report.html and report.md of a run, finished or not; the path of the former.
+def run_document(run: RunFolder | Path | str) -> Document:
+    """The report of a run, finished or not.
 
     Raises:
         UserError: the folder holds no run.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
-    content = _content(Facts(folder))
-    environment = Environment(
-        loader=PackageLoader("dreamlora.report"),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["md"] = _markdown
-    for file, template in ((folder.report_md, "report.md.j2"), (folder.report_html, "report.html.j2")):
-        write_atomically(file, environment.get_template(template).render(content))
-    return folder.report_html
+    require_run(folder)
+    sources = (folder.metrics_file, folder.summary_file, folder.config_file, folder.eval_items_file)
+    pictures_ = (folder.samples_file, folder.grid_file, folder.timelapse_file)
+
+    def render() -> dict[str, str]:
+        content = _content(Facts(folder))
+        return {TEXT: filled("report.md.j2", content), PAGE: filled("report.html.j2", content)}
+
+    return Document(folder.path, sources + pictures_, tuple(name for name, _ in _FILES), render)
 
 
 def _content(facts: Facts) -> dict[str, Any]:
@@ -55,6 +50,11 @@ def _content(facts: Facts) -> dict[str, Any]:
         "spread": words.spread(facts),
         "setup": words.setup(facts),
         "numbers": words.numbers(facts),
+        "ended_early": facts.summary.get("ended_early"),
+        "best": words.best(facts),
+        "final_table": words.final_table(facts),
+        "image_table": words.image_table(facts),
+        "image_charts": charts.image_charts(facts),
         "parity": words.parity(facts),
         "changed": facts.options[0],
         "unchanged": facts.options[1],
@@ -67,10 +67,7 @@ def _content(facts: Facts) -> dict[str, Any]:
         "evaluation_chart": charts.evaluation_chart(facts),
         "training_chart": charts.training_chart(facts),
         "rate_chart": charts.rate_chart(facts),
-        "program": f"dreamlora {__version__}",
+        "health": words.health(facts),
+        "change_chart": charts.change_chart(facts),
+        "update_chart": charts.update_chart(facts),
     }
-
-
-def _markdown(value: Any) -> str:
-    """Text that Markdown leaves as it is, also in a table."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(str(value).split()))

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from dreamlora.report.facts import Facts
+from dreamlora.report.facts import BALANCE, CHANGE_NORM, FINAL_LOSS, GAP, STABLE_RANK, Facts
+from dreamlora.selection import told
+
+IMAGE_METRICS = {
+    "img/clip_t": "CLIP-T: does the image show its prompt? Higher is better",
+    "img/clip_i": "CLIP-I: likeness to the held-out images. Higher is better",
+    "img/dino": "DINO: is it this very subject? Likeness to the held-out images; higher is better",
+    "img/div": "Diversity of the images of one prompt. Higher is better",
+    "img/copy": "Copies: above 0, images are closer to a training image than real ones are",
+    "img/drift": "Drift of the images of prompts without the subject. Lower is better",
+    "img/kid": "KID: distance of generated and held-out images as sets. Lower is better; about 0: no difference",
+    "img/cmmd": "CMMD: distance of generated and held-out images as sets. Lower is better; about 0: no difference",
+    "img/fd": "FID, the Fréchet distance. Far too large on few images: it selects nothing",
+}
+"""What the main value of every image metric says."""
 
 _SAME_DB, _CLOSE_DB = 40.0, 30.0
 
@@ -42,6 +56,49 @@ def spread(facts: Facts) -> str | None:
     return f"The loss is lower than the base model's on {better} of the {len(falls)} {kind} images."
 
 
+def best(facts: Facts) -> str | None:
+    """Which checkpoint is the best, and why."""
+    found = facts.selection
+    if not found:
+        return None
+    text = str(found["reason"])
+    apart = facts.best_against_last
+    if apart is None:
+        return text
+    direction = "below" if apart.mean < 0 else "above"
+    return f"{text} On the {apart.n} items of the larger set it is {told(apart)} {direction} the last step."
+
+
+def final_table(facts: Facts) -> list[tuple[str, str, str, str]]:
+    """The larger set in rows: what was measured, its loss, against the base model, and the gap; empty if it was not."""
+    curve, gap = facts.curve(FINAL_LOSS), facts.curve(GAP)
+    if len(curve.steps) < 2:
+        return []
+    losses, gaps = (dict(zip(one.steps, one.values, strict=True)) for one in (curve, gap))
+    best_step, last = facts.selection.get("step"), max(losses)
+    names = {0: "base model", last: f"last step, {last}"}
+    if best_step == last:
+        names[last] = f"best and last step, {last}"
+    elif best_step in losses:
+        names[best_step] = f"best step, {best_step}"
+    rows = []
+    for step in sorted(names.keys() & losses.keys()):
+        change = f"{losses[step] / losses[0] - 1:+.1%}".replace("-", "−") if step and losses.get(0) else "–"
+        rows.append((names[step], number(losses[step]), change, signed(gaps[step]) if step in gaps else "–"))
+    return rows
+
+
+def image_table(facts: Facts) -> list[tuple[str, str, str, str, str]]:
+    """Image metrics in rows: name, base model, last value, number of images, encoder; empty if there are none."""
+    rows = []
+    for metric in facts.image_metrics:
+        first, last = metric.curve.values[0], metric.curve.values[-1]
+        base = signed(first) if metric.curve.steps[0] == 0 else "–"
+        count = str(metric.n) if metric.n_other is None else f"{metric.n} and {metric.n_other}"
+        rows.append((metric.name.removeprefix("img/"), base, signed(last), count, metric.encoder_id))
+    return rows
+
+
 def parity(facts: Facts) -> tuple[str, str]:
     """Whether the saved file does what training showed: "good", "fair", "bad" or "unknown", and why."""
     check: dict[str, Any] = facts.summary.get("parity") or {}
@@ -66,6 +123,25 @@ def parity(facts: Facts) -> tuple[str, str]:
             f"The saved LoRA in a stock diffusers pipeline draws nearly the image seen in training ({apart}).",
         )
     return "bad", f"The saved LoRA in a stock diffusers pipeline does not draw the image seen in training ({apart})."
+
+
+def health(facts: Facts) -> str | None:
+    """What became of the LoRA's factors, in two or three sentences; None if it was not logged."""
+    change, rank, balance = (facts.curve(name) for name in (CHANGE_NORM, STABLE_RANK, BALANCE))
+    if not change:
+        return None
+    text = f"The LoRA has moved the weights by ‖ΔW‖ = {change.values[-1]:.3g}"
+    shares = {name: curve.values[-1] ** 2 for name, curve in facts.groups(CHANGE_NORM).items() if name}
+    whole = sum(shares.values())
+    if whole > 0:
+        most = max(shares, key=lambda name: shares[name])
+        text += f", {shares[most] / whole:.0%} of it (of the square) in {most}"
+    text += "."
+    if rank:
+        text += f" Stable rank per layer: {rank.values[-1]:.2g} (near 1: one direction does nearly everything)."
+    if balance:
+        text += f" Balance of A and B: {balance.values[-1]:.2f} (1: equal Gram matrices, 0: one factor is zero)."
+    return text
 
 
 def setup(facts: Facts) -> str:
@@ -95,7 +171,7 @@ def numbers(facts: Facts) -> list[tuple[str, str]]:
     if lora.get("parameters"):
         found.append(("LoRA parameters", f"{lora['parameters']:,}".replace(",", "\u202f")))
     if facts.evaluation:
-        found.append(("best step", str(facts.evaluation.best_step)))
+        found.append(("best step", str(facts.selection.get("step", facts.evaluation.best_step))))
     if facts.speed:
         found.append(("steps per second", f"{facts.speed:.3g}"))
     if timings:
@@ -122,3 +198,8 @@ def duration(seconds: float) -> str:
 def number(value: float) -> str:
     """A loss with four significant digits."""
     return f"{value:#.4g}"
+
+
+def signed(value: float) -> str:
+    """A number that may be negative, with three significant digits."""
+    return f"{value:.3g}".replace("-", "−")

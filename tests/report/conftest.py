@@ -37,23 +37,37 @@ SUMMARY: dict[str, Any] = {
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., RunFolder]:
     def make(name: str = "eval/loss", steps: int = 300, summary: dict[str, Any] | None = SUMMARY) -> RunFolder:
-        folder = RunFolder(tmp_path / "creature-scaled_adamw")
-        folder.path.mkdir(exist_ok=True)
-        base = RunConfig()
-        config = replace(
-            base,
-            lora=replace(base.lora, rank=8, lora_layers=("all",)),
-            optim=replace(base.optim, optimizer="scaled_adamw", learning_rate=1e-2),
-            train=replace(base.train, max_train_steps=300, hub_token="hf_secret"),
-        )
-        folder.config_file.write_text(yaml.safe_dump(as_flat_dict(config), sort_keys=False))
-        write_metrics(folder, name, steps)
-        draw_pictures(folder)
-        if summary is not None:
-            folder.summary_file.write_text(json.dumps(summary))
-        return folder
+        return write_run(tmp_path / "creature-scaled_adamw", name, steps, summary)
 
     return make
+
+
+@pytest.fixture
+def make_comparison(tmp_path: Path) -> Callable[..., Path]:
+    def make(**changes: Any) -> Path:
+        return write_comparison(tmp_path / "adamw-vs-scaled_adamw", **changes)
+
+    return make
+
+
+def write_run(
+    path: Path, name: str = "eval/loss", steps: int = 300, summary: dict[str, Any] | None = SUMMARY
+) -> RunFolder:
+    folder = RunFolder(path)
+    folder.path.mkdir(exist_ok=True)
+    base = RunConfig()
+    config = replace(
+        base,
+        lora=replace(base.lora, rank=8, lora_layers=("all",)),
+        optim=replace(base.optim, optimizer="scaled_adamw", learning_rate=1e-2),
+        train=replace(base.train, max_train_steps=300, hub_token="hf_secret"),
+    )
+    folder.config_file.write_text(yaml.safe_dump(as_flat_dict(config), sort_keys=False))
+    write_metrics(folder, name, steps)
+    draw_pictures(folder)
+    if summary is not None:
+        folder.summary_file.write_text(json.dumps(summary))
+    return folder
 
 
 def write_metrics(folder: RunFolder, name: str, steps: int) -> None:
@@ -66,6 +80,13 @@ def write_metrics(folder: RunFolder, name: str, steps: int) -> None:
             rows.append((step, "train/grad_norm", 0.4 + abs(rng.gauss(0, 0.2))))
             rows.append((step, "train/steps_per_s", 4.6 + rng.gauss(0, 0.1)))
         if step % 25 == 0:
+            size = 2 * math.sqrt(step / 300)
+            for group, share in (("", 1.0), ("/down_blocks", 0.5), ("/mid_block", 0.3), ("/up_blocks", 0.81)):
+                rows.append((step, f"lora/dw_norm{group}", size * share))
+                if step:
+                    rows.append((step, f"lora/stable_rank{group}", 1.5 + size))
+                    rows.append((step, f"opt/update_rms{group}", 1e-4 * share))
+                rows.append((step, f"lora/balance{group}", 0.1 * size))
             rows.append((step, name, 0.39 + 0.11 * math.exp(-step / 60) + max(0, step - 200) * 5e-5))
     lines = [json.dumps({"v": 1, "step": step, "name": name, "value": value}) + "\n" for step, name, value in rows]
     folder.metrics_file.write_text("".join(lines))
@@ -91,3 +112,30 @@ def draw_pictures(folder: RunFolder) -> None:
     folder.samples.mkdir(exist_ok=True)
     rows_of_samples = [{"step": step, "prompt": prompt, "seed": 42} for step in (0, 300) for prompt in PROMPTS]
     folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows_of_samples))
+
+
+def write_comparison(folder: Path, **changes: Any) -> Path:
+    """The example of a compare.json with other values for some of its fields, and with its samples."""
+    content = {**compare_example(), **changes}
+    draw_cells(folder, content)
+    (folder / "compare.json").write_text(json.dumps(content))
+    return folder
+
+
+def compare_example() -> dict[str, Any]:
+    example: dict[str, Any] = json.loads((Path(__file__).parent / "compare_example.json").read_text())
+    return example
+
+
+def draw_cells(folder: Path, content: dict[str, Any]) -> None:
+    """The samples that a compare.json names: circles that grow with the steps, in a colour for every method."""
+    folder.mkdir(exist_ok=True)
+    for method, colour in zip(content["methods"], ("#d0d0d0", "#ffd23f", "#ee4266", "#3bceac"), strict=False):
+        samples = method["samples"] or {"cells": [], "references": []}
+        files = [(cell["file"], cell["step"], cell["prompt_index"]) for cell in samples["cells"] if cell["file"]]
+        for name, step, prompt in (*files, *((name, 0, 0) for name in samples["references"])):
+            image = Image.new("RGB", (64, 64), ("#7fb069", "#30365a")[prompt % 2])
+            size = 6 + step // 8
+            ImageDraw.Draw(image).ellipse((32 - size, 32 - size, 32 + size, 32 + size), fill=colour)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            image.save(folder / name)

@@ -12,7 +12,7 @@ from dreamlora.report import charts
 from dreamlora.report.facts import Curve, Facts
 from dreamlora.runfolder import RunFolder
 
-CHARTS = [charts.evaluation_chart, charts.training_chart, charts.rate_chart]
+CHARTS = [charts.evaluation_chart, charts.training_chart, charts.rate_chart, charts.change_chart, charts.update_chart]
 
 
 @pytest.mark.parametrize("chart", CHARTS)
@@ -40,6 +40,15 @@ def test_ids_of_different_charts_do_not_clash(make_run: Callable[..., RunFolder]
         for chart in (charts.evaluation_chart, charts.training_chart)
     ]
     assert not ids[0] & ids[1]
+
+
+def test_groups_are_lines_with_names_and_one_group_needs_none(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run()
+    assert all(f">{group}</text>" in charts.change_chart(Facts(folder)) for group in ("down_blocks", "up_blocks"))
+    rows = [row for row in folder.metrics_file.read_text().splitlines() if "_blocks" not in row and "_block" not in row]
+    folder.metrics_file.write_text("\n".join(rows))
+    assert ">down_blocks<" not in charts.change_chart(Facts(folder))
+    assert charts.change_chart(Facts(folder))
 
 
 def test_smoothing_is_the_mean_of_the_window_around_each_step() -> None:

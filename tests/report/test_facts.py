@@ -43,7 +43,7 @@ def test_a_killed_run_says_how_far_it_came(make_run: Callable[..., RunFolder]) -
 
 def test_values_that_are_not_finite_are_counted(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    folder.log(301, "train/loss", float("nan"))
+    folder.log_all(301, {"train/loss": float("nan")})
     assert "1 values of train/loss were not finite (NaN or infinite)." in Facts(folder).warnings
 
 

@@ -12,7 +12,7 @@ from dreamlora.__main__ import main
 from dreamlora.report import write_report
 from dreamlora.runfolder import RunFolder
 
-VOID = {"meta", "link", "img", "source", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "source", "br", "hr", "input", "wbr"}
 
 
 class Checker(HTMLParser):
@@ -70,7 +70,8 @@ def test_both_files_tell_the_facts(make_run: Callable[..., RunFolder]) -> None:
         assert "draws the image seen in training but for rounding" in text
         assert "scaled_adamw" in text and "1 min 50 s" in text
         assert "hf_secret" not in text
-    assert html.count('<svg role="img"') == 3
+        assert "moved the weights by ‖ΔW‖ = 2, 66% of it (of the square) in up_blocks. Stable rank" in text
+    assert html.count('<svg role="img"') == 5
 
 
 def test_texts_from_outside_are_escaped(make_run: Callable[..., RunFolder]) -> None:

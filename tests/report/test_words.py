@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
-from dreamlora.report import words
+from dreamlora.item_losses import ItemLosses
+from dreamlora.report import charts, words
 from dreamlora.report.facts import Facts
 from dreamlora.runfolder import RunFolder
 
@@ -14,7 +18,7 @@ from dreamlora.runfolder import RunFolder
 def headline_of(folder: RunFolder, values: list[float], name: str = "eval/loss") -> str:
     folder.metrics_file.unlink()
     for step, value in enumerate(values):
-        folder.log(100 * step, name, value)
+        folder.log_all(100 * step, {name: value})
     return words.headline(Facts(folder))
 
 
@@ -39,6 +43,15 @@ def test_an_unfinished_run_is_told_as_such(make_run: Callable[..., RunFolder]) -
     assert headline_of(make_run(summary=None), [0.5, 0.4]).endswith("(−20.0%) so far.")
 
 
+def test_health_says_only_what_was_logged(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run()
+    assert "Balance of A and B: 0.20 (1: equal" in (words.health(Facts(folder)) or "")
+    folder.metrics_file.write_text('{"v": 1, "step": 0, "name": "lora/dw_norm", "value": 0.0}\n')
+    assert words.health(Facts(folder)) == "The LoRA has moved the weights by ‖ΔW‖ = 0."
+    folder.metrics_file.write_text("")
+    assert words.health(Facts(folder)) is None
+
+
 @pytest.mark.parametrize(
     ("parity", "verdict", "told"),
     [
@@ -60,3 +73,56 @@ def test_parity(parity: dict | None, verdict: str, told: str, make_run: Callable
 )
 def test_duration(seconds: float, text: str) -> None:
     assert words.duration(seconds) == text
+
+
+def with_best(folder: RunFolder, step: int) -> RunFolder:
+    """The run with a selected step and the larger set measured on base, best and last."""
+    folder.best.mkdir()
+    folder.selection_file.write_text(json.dumps({"step": step, "reason": f"Best: step {step}, because."}))
+    losses = ItemLosses("id", np.arange(4), np.linspace(0.1, 0.9, 4))
+    for at, loss in {0: 0.5, step: 0.375, 300: 0.4}.items():
+        losses.put(at, [loss - at / 1e4, loss + at / 1e4, loss, loss])
+        folder.log_all(at, {"eval/final_loss": loss, "eval/gap": 0.01 + at / 1e4}, n=4)
+    losses.save(folder.final_items_file)
+    return folder
+
+
+def test_the_best_checkpoint_is_compared_with_the_last_on_the_larger_set(make_run: Callable[..., RunFolder]) -> None:
+    facts = Facts(with_best(make_run(), 225))
+    size = "0.025 (8.2 paired standard errors)"
+    assert (
+        words.best(facts)
+        == f"Best: step 225, because. On the 4 items of the larger set it is {size} below the last step."
+    )
+    assert words.final_table(facts) == [
+        ("base model", "0.5000", "–", "0.01"),
+        ("best step, 225", "0.3750", "−25.0%", "0.0325"),
+        ("last step, 300", "0.4000", "−20.0%", "0.04"),
+    ]
+    assert ("best step", "225") in words.numbers(facts)
+
+
+def test_where_the_last_step_is_the_best(make_run: Callable[..., RunFolder]) -> None:
+    facts = Facts(with_best(make_run(), 300))
+    assert words.best(facts) == "Best: step 300, because."
+    assert [row[0] for row in words.final_table(facts)] == ["base model", "best and last step, 300"]
+
+
+def test_without_a_selection_there_is_nothing_to_say(make_run: Callable[..., RunFolder]) -> None:
+    facts = Facts(make_run())
+    assert words.best(facts) is None and words.final_table(facts) == [] and words.image_table(facts) == []
+
+
+def test_image_metrics_are_told_with_encoder_and_number(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run()
+    for step, value in ((0, 0.25), (150, 0.3), (300, -0.125)):
+        more: dict[str, Any] = {"n": 7, "encoder_id": "tiny@1"}
+        folder.log_all(step, {"img/clip_t": value}, **more)
+        folder.log_all(step, {"img/kid": value / 10}, n_other=8, **more)
+        folder.log_all(step, {"img/clip_t_change": value}, n=7, se=0.1)
+    assert words.image_table(Facts(folder)) == [
+        ("clip_t", "0.25", "−0.125", "7", "tiny@1"),
+        ("kid", "0.025", "−0.0125", "7 and 8", "tiny@1"),
+    ]
+    captions = [caption for caption, _ in charts.image_charts(Facts(folder))]
+    assert captions == [words.IMAGE_METRICS["img/clip_t"], words.IMAGE_METRICS["img/kid"]]

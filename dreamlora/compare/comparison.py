@@ -1,0 +1,210 @@
+"""Run folders become compare.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamlora.compare import numbers, words
+from dreamlora.compare.methods import Group, differing_options, group, labelled, shared_options
+from dreamlora.compare.records import Record, model_of, read_record, subject_of
+from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
+from dreamlora.errors import UserError
+from dreamlora.runfolder import write_atomically
+
+COMPARE_FILE = "compare.json"
+BASELINE = "adamw"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the program that makes the runs knows, and run folders alone do not tell.
+
+    Attributes:
+        baseline: label of the method that the others are compared with; None: AdamW if it is there, else the first.
+        headline_seeds: seeds kept for the headline; None: those that occur at one learning rate alone.
+        added: (label, learning rate) of rates that were added because the best lay at an edge.
+        missing: runs that are still to come.
+        command: that makes the comparison.
+    """
+
+    baseline: str | None = None
+    headline_seeds: Collection[int] | None = None
+    added: Collection[tuple[str, float]] = field(default_factory=tuple)
+    missing: int = 0
+    command: str | None = None
+
+
+def compare_runs(folders: Sequence[Path], root: Path, plan: Plan = Plan()) -> Comparison:
+    """Compare runs.
+
+    Args:
+        folders: of the runs.
+        root: folder that compare.json will lie in; files are told relative to it.
+        plan: what is known besides.
+
+    Raises:
+        UserError: a folder holds no run, or the runs cannot be compared: other evaluation sets, other losses, no
+            evaluation of the base model, no seed in common, nothing that has ended.
+    """
+    records, dropped = _ended([read_record(folder, numbers.relative(folder, root)) for folder in folders])
+    _check_pairable(records)
+    methods = labelled(records)
+    baseline_label = _baseline(plan.baseline, list(methods))
+    options = differing_options(methods)
+    groups = [
+        replace(group(label, runs, plan.headline_seeds), options=options[label]) for label, runs in methods.items()
+    ]
+    groups.sort(key=lambda one: one.label != baseline_label)  # stable: the baseline first, then as given
+    baseline = groups[0]
+    _check_common_seeds(groups, plan)
+    against = numbers.Against(
+        baseline=baseline,
+        target=numbers.target_of(baseline),
+        best=min((one.best.score for one in groups if one.best), default=math.nan),
+        base=float(np.median([record.base for record in records])),
+        root=root,
+        added=plan.added,
+    )
+    return _comparison(groups, against, plan, dropped)
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> Path:
+    """Write compare.json: strict JSON, the same bytes for the same runs."""
+    file = folder / COMPARE_FILE
+    write_atomically(file, json.dumps(comparison, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    return file
+
+
+def _comparison(
+    groups: Sequence[Group], against: numbers.Against, plan: Plan, dropped: Sequence[Dropped]
+) -> Comparison:
+    baseline = groups[0]
+    records = [record for one in groups for record in one.records]
+    one = records[0]
+    methods = [numbers.method(one, against) for one in groups]
+    found = [(method["delta"]["sentence"], method["delta"]["word"]) for method in methods if method["delta"]]
+    held_out = one.metric == "eval/loss"
+    task = _task(records)
+    headline = {record.id for one in groups for record in one.headline.values()}
+    return Comparison(
+        schema_version=SCHEMA_VERSION,
+        name=against.root.resolve().name,
+        complete=plan.missing == 0,
+        metric=one.metric,
+        held_out=held_out,
+        sentence=words.headline_sentence(found, baseline.label, plan.missing == 0),
+        task=task,
+        baseline=baseline.label,
+        base_loss=numbers.number(against.base),
+        target=numbers.number(against.target),
+        fresh_seeds=all(one.fresh for one in groups),
+        budget=words.budget(groups, baseline, one.metric, task["data"], task["model"]),
+        warnings=words.warnings(groups, held_out, {one.label: dict(one.options) for one in groups}),
+        methods=methods,
+        same_lr=numbers.same_rates(groups, baseline),
+        runs=[
+            numbers.run_row(record, one.label, record.id in headline, against)
+            for one in groups
+            for record in one.records
+        ],
+        dropped=[*dropped, *(row for one in groups for row in one.dropped)],
+        command=plan.command,
+    )
+
+
+def _ended(records: Sequence[Record]) -> tuple[list[Record], list[Dropped]]:
+    """Runs that finished or diverged with a base-model evaluation; why the others are left out."""
+    kept, dropped = [], []
+    for record in records:
+        if record.ended == "failed":
+            dropped.append(Dropped(run=record.id, reason=f"it failed: {record.message}"))
+        elif record.ended == "unfinished" or not record.losses:
+            dropped.append(Dropped(run=record.id, reason="it has not ended"))
+        else:
+            kept.append(record)
+    if not kept:
+        first = f" ({dropped[0]['run']}: {dropped[0]['reason']})" if dropped else ""
+        raise UserError(f"there is no run to compare that has ended{first}: finish the runs first")
+    return kept, dropped
+
+
+def _check_pairable(records: Sequence[Record]) -> None:
+    first = records[0]
+    for record in records:
+        if record.metric != first.metric:
+            raise UserError(
+                f"cannot compare {record.metric} (run {record.id}) with {first.metric} (run {first.id}): one run held "
+                "images out, the other did not; give both the same images and the same --holdout"
+            )
+        if record.evalset_id != first.evalset_id:
+            raise UserError(
+                f"cannot pair runs: evalset {first.evalset_id} (run {first.id}) != {record.evalset_id} (run "
+                f"{record.id}): other images, captions, base model or --eval_seed. Train one of them again with those "
+                "of the other"
+            )
+    _check_image_metrics(records)
+
+
+def _check_image_metrics(records: Sequence[Record]) -> None:
+    """Image metrics of different encoders, and Fréchet or kernel distances of different numbers of images."""
+    seen: dict[str, tuple[Any, str]] = {}
+    for record in records:
+        for name, values in record.images.items():
+            for value in values:
+                about = (value.encoder_id, value.images if name in ("img/fd", "img/kid", "img/cmmd") else None)
+                known, run = seen.setdefault(name, (about, record.id))
+                if known != about:
+                    raise UserError(
+                        f"cannot compare {name}: run {run} has encoder {known[0]}"
+                        + (f" and n={known[1]}" if known[1] is not None else "")
+                        + f", run {record.id} has encoder {about[0]}"
+                        + (f" and n={about[1]}" if about[1] is not None else "")
+                        + "; evaluate both with the same encoder and number of images"
+                    )
+
+
+def _check_common_seeds(groups: Sequence[Group], plan: Plan) -> None:
+    baseline, others = groups[0], groups[1:]
+    if plan.missing or not others or not baseline.headline:
+        return
+    compared = [one for one in others if one.headline]
+    if compared and not any(one.headline.keys() & baseline.headline.keys() for one in compared):
+        theirs = ", ".join(map(str, sorted(baseline.headline)))
+        ours = ", ".join(map(str, sorted(compared[0].headline)))
+        raise UserError(
+            f"cannot pair runs: {baseline.label} has seeds {theirs}, {compared[0].label} has {ours}. Train both with "
+            "the same seeds"
+        )
+
+
+def _baseline(asked: str | None, labels: Sequence[str]) -> str:
+    if asked is None:
+        return BASELINE if BASELINE in labels else labels[0]
+    if asked not in labels:
+        raise UserError(f"--baseline {asked}: no such method among the runs; there are {', '.join(labels)}")
+    return asked
+
+
+def _task(records: Sequence[Record]) -> Task:
+    one = next((record for record in records if record.summary), records[0])
+    config: Mapping[str, Any] = one.config
+    return Task(
+        model=model_of(config),
+        data=subject_of(config),
+        instance_prompt=config.get("instance_prompt"),
+        steps=config.get("max_train_steps"),
+        evalset_id=one.evalset_id,
+        eval_items=one.eval_items,
+        eval_images=one.eval_images,
+        options=shared_options(records),
+        device=one.summary.get("device"),
+        git_commit=one.summary.get("git_commit"),
+        versions=dict(one.summary.get("versions") or {}),
+    )

@@ -1,0 +1,356 @@
+"""From a group of runs to the numbers of compare.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamlora.compare import stats
+from dreamlora.compare.methods import Group, Rates
+from dreamlora.compare.records import OCTILES, ImageValue, Record
+from dreamlora.compare.schema import (
+    Band,
+    Basin,
+    Cell,
+    Delta,
+    ImageMetric,
+    Interval,
+    Method,
+    Number,
+    Octile,
+    Pair,
+    RatePoint,
+    RunRow,
+    SameRate,
+    Samples,
+    Spread,
+    ToTarget,
+)
+from dreamlora.compare.words import delta_sentence
+from dreamlora.runfolder import read_jsonl
+
+TOLERANCES = (0.02, 0.05, 0.10, 0.25)
+NO_EDGE_TEXT = "LR grid edge"
+NOT_TUNED_TEXT = "not tuned: LR effect and optimizer effect cannot be separated"
+
+
+@dataclass(frozen=True)
+class Against:
+    """What the numbers of a method refer to.
+
+    Attributes:
+        baseline: the baseline's runs.
+        target: loss to reach.
+        best: the lowest median loss of any method at any rate.
+        base: loss of the base model.
+        root: folder that files are told relative to.
+        added: (label, rate) of the rates that were added to the grid.
+    """
+
+    baseline: Group
+    target: float
+    best: float
+    base: float
+    root: Path
+    added: Collection[tuple[str, float]] = ()
+
+
+def number(value: float) -> Number:
+    """A number as compare.json has it."""
+    value = float(value)
+    if math.isnan(value):
+        return None
+    return "inf" if math.isinf(value) else value
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Median and range of the values that are not NaN; inf counts."""
+    known = [float(value) for value in values if not math.isnan(value)]
+    if not known:
+        return Spread(median=None, min=None, max=None, n=0)
+    middle = np.sort(known)[(len(known) - 1) // 2 : len(known) // 2 + 1]  # np.median makes NaN of two infs
+    median = float(middle[0]) if middle[0] == middle[-1] else float(middle.mean())
+    return Spread(median=number(median), min=number(min(known)), max=number(max(known)), n=len(known))
+
+
+def interval(found: stats.TInterval) -> Interval:
+    """As compare.json has it."""
+    return Interval(mean=number(found.mean), low=number(found.low), high=number(found.high), n=found.n)
+
+
+def target_of(baseline: Group) -> float:
+    """Median over the baseline's headline seeds of their best loss, times 1.01; NaN without such runs."""
+    best = [record.best for record in baseline.sound.values()]
+    return float(np.median(best)) * 1.01 if best else math.nan
+
+
+def method(group: Group, against: Against) -> Method:
+    """All numbers of one method."""
+    is_baseline = group.label == against.baseline.label
+    config = group.records[0].config
+    args = [str(word) for word in config.get("optimizer_args") or ()]
+    sound = list(group.sound.values())
+    final = spread(record.final for record in sound)
+    base = float(np.median([record.base for record in sound])) if sound else math.nan
+    every = list(group.headline.values())
+    return Method(
+        label=group.label,
+        optimizer=str(config.get("optimizer", "?")),
+        optimizer_args=dict(zip(args[::2], args[1::2], strict=False)),
+        options=dict(group.options),
+        is_baseline=is_baseline,
+        tuned=group.tuned,
+        rates=[_rate_point(rate, (group.label, rate.lr) in against.added) for rate in group.rates],
+        best_lr=group.best.lr if group.best else None,
+        at_grid_edge=group.edge,
+        suggested_lrs=group.suggested,
+        n_runs=len(group.records),
+        n_diverged=sum(record.status == "diverged" for record in group.records),
+        tuning_seeds=[record.seed for record in group.rates[0].records] if group.rates else [],
+        headline_seeds=sorted(group.headline),
+        headline_diverged=len(every) - len(sound),
+        final=final,
+        vs_base_pct=number(100 * (float(final["median"]) / base - 1)) if isinstance(final["median"], float) else None,
+        delta=None if is_baseline else delta(group, against.baseline),
+        steps_to_target=_to_target(group, against, lambda record: record.steps),
+        seconds_to_target=_to_target(group, against, lambda record: record.seconds),
+        seconds_per_step=spread(record.seconds_per_step for record in every),
+        peak_memory_gib=spread(float(record.summary.get("peak_memory_gib") or math.nan) for record in every),
+        log_auc=spread(record.log_auc for record in sound),
+        lr_basin=[basin(group.rates, against.best, tolerance) for tolerance in TOLERANCES],
+        octiles=[] if is_baseline else octiles(group, against.baseline),
+        images=image_metrics(sound),
+        curve=band(sound),
+        samples=samples(every, against.root),
+    )
+
+
+def delta(group: Group, baseline: Group) -> Delta:
+    """The paired difference at the end, with its verdict."""
+    ours, theirs = group.sound, baseline.sound
+    seeds = sorted(ours.keys() & theirs.keys())
+    found = stats.paired_delta([ours[seed].final for seed in seeds], [theirs[seed].final for seed in seeds])
+    word, suffixes = stats.verdict(found.pct), list(_suffixes(group, baseline))
+    if theirs and not ours and group.records:
+        word = "worse"  # nothing to compare is a finding, if it is because every run diverged
+    return Delta(
+        pct=interval(found.pct),
+        wins=found.wins,
+        pairs=[Pair(seed=seed, pct=number(pct)) for seed, pct in zip(seeds, found.each, strict=True)],
+        word=word,
+        suffixes=suffixes,
+        verdict="; ".join([word, *suffixes]),
+        sentence=delta_sentence(group.label, baseline.label, found, word),
+    )
+
+
+def _suffixes(group: Group, baseline: Group) -> Iterable[str]:
+    if not group.tuned or not baseline.tuned:
+        yield NOT_TUNED_TEXT
+    edges = [label for label, edge in ((group.label, group.edge), (baseline.label, baseline.edge)) if edge]
+    if edges:
+        yield f"{NO_EDGE_TEXT} ({' and '.join(edges)})"
+    for which in (group, baseline):
+        lost = len(which.headline) - len(which.sound)
+        if lost:
+            yield f"{lost} of {len(which.headline)} seeds of {which.label} diverged"
+    if group.records and group.best is None:
+        yield f"{group.label} diverged at every learning rate"
+    if group.headline and baseline.headline and not group.headline.keys() & baseline.headline.keys():
+        yield "no common seeds"
+
+
+def basin(rates: Sequence[Rates], best: float, tolerance: float) -> Basin:
+    """See ``stats.lr_basin``."""
+    found = stats.lr_basin([rate.lr for rate in rates], [rate.score for rate in rates], best, tolerance)
+    return Basin(
+        tolerance=tolerance,
+        low=number(found.low),
+        high=number(found.high),
+        decades=number(found.decades),
+        censored_low=found.censored_low,
+        censored_high=found.censored_high,
+    )
+
+
+def octiles(group: Group, baseline: Group) -> list[Octile]:
+    """The paired difference on each eighth of the timesteps."""
+    ours, theirs = group.sound, baseline.sound
+    seeds = [seed for seed in sorted(ours.keys() & theirs.keys()) if ours[seed].octiles and theirs[seed].octiles]
+    found = []
+    for k in range(OCTILES):
+        pairs = [(ours[seed].octiles[k], theirs[seed].octiles[k]) for seed in seeds]
+        pairs = [pair for pair in pairs if not math.isnan(sum(pair))]
+        if pairs:
+            pct = stats.paired_delta([pair[0] for pair in pairs], [pair[1] for pair in pairs]).pct
+            found.append(Octile(octile=k, pct=interval(pct)))
+    return found
+
+
+def band(records: Sequence[Record]) -> Band:
+    """Median, range and interval of the loss at the steps that all runs measured."""
+    steps = sorted(set.intersection(*(set(record.steps) for record in records))) if records else []
+    curves = [dict(zip(record.steps, record.losses, strict=True)) for record in records]
+    at = [[curve[step] for curve in curves] for step in steps]
+    intervals = [stats.t_interval(values) for values in at]
+    return Band(
+        steps=steps,
+        median=[number(float(np.median(values))) for values in at],
+        mean=[number(found.mean) for found in intervals],
+        low=[number(found.low) for found in intervals],
+        high=[number(found.high) for found in intervals],
+        min=[number(min(values)) for values in at],
+        max=[number(max(values)) for values in at],
+    )
+
+
+def same_rates(groups: Sequence[Group], baseline: Group) -> list[SameRate]:
+    """Every method against the baseline at the rates that both tried, over the tuning seeds they share."""
+    theirs = {rate.lr: rate for rate in baseline.rates}
+    rows = []
+    for group in groups:
+        for rate in group.rates if group is not baseline else ():
+            if rate.lr in theirs:
+                rows.append(_same_rate(group.label, rate, theirs[rate.lr]))
+    return rows
+
+
+def _same_rate(label: str, ours: Rates, theirs: Rates) -> SameRate:
+    sound = {record.seed: record.final for record in theirs.records if record.status == "finished"}
+    pairs = [(record.final, sound[record.seed]) for record in ours.records if record.seed in sound]
+    pairs = [pair for pair in pairs if math.isfinite(pair[0])]
+    pct = stats.paired_delta([pair[0] for pair in pairs], [pair[1] for pair in pairs]).pct
+    return SameRate(
+        method=label,
+        lr=ours.lr,
+        pct=interval(pct),
+        method_diverged=ours.n_diverged,
+        baseline_diverged=theirs.n_diverged,
+    )
+
+
+def _rate_point(rate: Rates, added: bool) -> RatePoint:
+    sound = [record for record in rate.records if record.status == "finished"]
+    return RatePoint(
+        lr=rate.lr,
+        score=number(rate.score),
+        final=spread(record.final for record in sound),
+        n_diverged=rate.n_diverged,
+        n_runs=len(rate.records),
+        added=added,
+        dw_norm=spread(record.dw_norm for record in sound),
+        update_rms=spread(record.scalars.get("opt/update_rms", math.nan) for record in sound),
+        runs=[record.id for record in rate.records],
+    )
+
+
+def _to_target(group: Group, against: Against, along: Callable[[Record], Sequence[float]]) -> ToTarget:
+    def values(of: Group) -> list[float]:
+        return [record.to_target(against.target, along(record)) for record in of.headline.values()]
+
+    ours = spread(values(group))
+    mine, theirs = ours["median"], spread(values(against.baseline))["median"]
+    speedup = theirs / mine if isinstance(mine, float) and isinstance(theirs, float) and mine > 0 else math.nan
+    reached = sum(math.isfinite(value) for value in values(group))
+    return ToTarget(spread=ours, reached=reached, speedup=number(speedup))
+
+
+def image_metrics(records: Sequence[Record]) -> list[ImageMetric]:
+    """Every img/ metric that all runs logged, at the last step and at the step with the lowest loss."""
+    rows: list[ImageMetric] = []
+    names = sorted(set.intersection(*(set(record.images) for record in records))) if records else []
+    for name in names:
+        last = [record.images[name][-1] for record in records if record.images[name]]
+        at_best = [value for record in records for value in record.images[name] if value.step == record.best_step]
+        for at, values in (("final", last), ("best", at_best)):
+            if len(values) == len(records):
+                rows.append(_image_metric(name, at, values))
+    return rows
+
+
+def _image_metric(name: str, at: str, values: Sequence[ImageValue]) -> ImageMetric:
+    encoders = {value.encoder_id for value in values}
+    counts = {value.images for value in values}
+    return ImageMetric(
+        name=name,
+        at="final" if at == "final" else "best",
+        value=interval(stats.t_interval([value.value for value in values])),
+        encoder_id=encoders.pop() if len(encoders) == 1 else None,
+        images=counts.pop() if len(counts) == 1 else None,
+    )
+
+
+def samples(records: Sequence[Record], root: Path) -> Samples | None:
+    """The images of the first run that drew some."""
+    for record in records:
+        rows = list(read_jsonl(record.folder.samples_file))
+        if rows:
+            return _samples(record, rows, root)
+    return None
+
+
+def _samples(record: Record, rows: Sequence[Mapping[str, Any]], root: Path) -> Samples:
+    steps = sorted({int(row["step"]) for row in rows})
+    curve = dict(zip(record.steps, record.losses, strict=True))
+    cells = []
+    for row in rows:
+        file = record.folder.samples / row["file"]
+        cells.append(
+            Cell(
+                step=int(row["step"]),
+                prompt_index=int(row["prompt_index"]),
+                image_index=int(row["image_index"]),
+                prompt=str(row["prompt"]),
+                seed=int(row["seed"]),
+                file=relative(file, root) if file.exists() else None,
+            )
+        )
+    return Samples(
+        run=record.id,
+        lr=record.lr,
+        training_seed=record.seed,
+        steps=steps,
+        prompts=list(dict.fromkeys(cell["prompt"] for cell in cells)),
+        losses={str(step): number(curve[step]) for step in steps if step in curve},
+        cells=cells,
+        references=[relative(file, root) for file in sorted(record.folder.reference_dir.glob("*.png"))],
+    )
+
+
+def run_row(record: Record, label: str, headline: bool, against: Against) -> RunRow:
+    """One line of the table of runs."""
+    report = record.folder.report_html
+    return RunRow(
+        id=record.id,
+        method=label,
+        lr=record.lr,
+        seed=record.seed,
+        role="headline" if headline else "tuning",
+        status=record.status,
+        message=record.message,
+        base=number(record.base),
+        final=number(record.final),
+        best=number(record.best),
+        best_step=record.best_step,
+        steps_to_target=number(record.to_target(against.target, record.steps)),
+        seconds_to_target=number(record.to_target(against.target, record.seconds)),
+        seconds_per_step=number(record.seconds_per_step),
+        log_auc=number(record.log_auc),
+        dw_norm=number(record.dw_norm),
+        steps=list(record.steps),
+        losses=[number(loss) for loss in record.losses],
+        seconds=[number(round(value, 3)) for value in record.seconds],
+        report=relative(report, against.root) if report.exists() else None,
+        command=record.command,
+    )
+
+
+def relative(path: Path, root: Path) -> str:
+    """As seen from ``root`` where it lies in it (links survive a move), else as it is."""
+    path, root = path.resolve(), root.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

@@ -1,0 +1,272 @@
+"""One run folder as the statistics need it: its curve, its final items, what it was made with. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from dreamlora.compare.schema import Status
+from dreamlora.compare.stats import log_auc, steps_to_target
+from dreamlora.config import EMBEDDED_MODEL
+from dreamlora.errors import UserError
+from dreamlora.runfolder import RunFolder, read_jsonl
+
+METRICS = ("eval/loss", "eval/loss_train")
+OCTILES = 8
+
+
+@dataclass(frozen=True)
+class ImageValue:
+    """One value of an image metric."""
+
+    step: int
+    value: float
+    encoder_id: str | None
+    images: int | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one run tells.
+
+    Attributes:
+        id: how the run is named in compare.json.
+        config: its config.yaml.
+        method: the method's label if the comparison program made the run, else None.
+        metric: which of ``METRICS`` it logged; empty if none.
+        steps, losses: the evaluation's curve; a loss that was not finite is NaN.
+        seconds: of training at each of ``steps``, without evaluations and samples.
+        octiles: mean loss of the last evaluation in each eighth of the timesteps.
+        images: image metrics by name.
+        scalars: last value of every other metric.
+    """
+
+    id: str
+    folder: RunFolder
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    method: str | None
+    ended: Status
+    message: str
+    metric: str
+    evalset_id: str
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    seconds: tuple[float, ...]
+    octiles: tuple[float, ...]
+    eval_images: int
+    eval_items: int
+    images: Mapping[str, Sequence[ImageValue]] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str | None:
+        """The command line that made it."""
+        return self.summary.get("command")
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return int(self.config.get("seed", 0))
+
+    @property
+    def lr(self) -> float:
+        """Learning rate, to six digits: rates that differ by rounding are the same."""
+        return float(f"{float(self.config['learning_rate']):.6g}")
+
+    @property
+    def base(self) -> float:
+        """Loss of the base model."""
+        return self.losses[0]
+
+    @property
+    def final(self) -> float:
+        """Loss at the end; inf if the run diverged."""
+        return math.inf if self.status == "diverged" else self.losses[-1]
+
+    @cached_property
+    def status(self) -> Status:
+        """How it ended. Divergence goes by value too: a loss that is not finite, or above the base model's."""
+        if self.ended == "finished" and not self.losses[-1] <= self.losses[0]:
+            return "diverged"
+        return self.ended
+
+    @property
+    def best(self) -> float:
+        """The lowest loss of the curve."""
+        return min((loss for loss in self.losses if math.isfinite(loss)), default=math.nan)
+
+    @property
+    def best_step(self) -> int | None:
+        """The first step with it."""
+        return next((step for step, loss in zip(self.steps, self.losses, strict=True) if loss == self.best), None)
+
+    @property
+    def log_auc(self) -> float:
+        """See ``stats.log_auc``; NaN for a diverged run."""
+        return math.nan if self.status == "diverged" else log_auc(self.losses[1:], self.base)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the run; NaN if no speeds were logged."""
+        return self.seconds[-1] / self.steps[-1] if self.steps and self.steps[-1] and self.seconds else math.nan
+
+    def to_target(self, target: float, along: Sequence[float]) -> float:
+        """Where on ``along`` (its steps or seconds) the curve reaches ``target``; inf for a diverged run."""
+        if self.status == "diverged":
+            return math.inf
+        return steps_to_target(along, self.losses, target) if len(along) else math.nan
+
+    @cached_property
+    def dw_norm(self) -> float:
+        """Frobenius norm of all weight changes together: as logged (lora/dw_norm), else from the saved LoRA."""
+        if "lora/dw_norm" in self.scalars:
+            return self.scalars["lora/dw_norm"]
+        scale = float(self.config.get("lora_alpha") or 0) / float(self.config.get("rank") or 1)
+        return lora_norm(self.folder.lora_file, scale) if self.folder.lora_file.exists() and scale else math.nan
+
+
+def read_record(path: Path, name: str) -> Record:
+    """Read a run folder.
+
+    Args:
+        path: of the run.
+        name: its id in the comparison.
+
+    Raises:
+        UserError: there is no run, its config cannot be read, or it has not measured the base model.
+    """
+    folder = RunFolder(path)
+    if not folder.holds_run():
+        raise UserError(f"there is no run in {path}: config.yaml is missing")
+    try:
+        config = yaml.safe_load(folder.config_file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read {folder.config_file}: {error}") from None
+    outcome, summary = read_json(folder.outcome_file), read_json(folder.summary_file)
+    values, more = _metrics(folder)
+    metric = next((candidate for candidate in METRICS if candidate in values), "")
+    curve = values.get(metric, {})
+    ended: Status = outcome.get("status") or ("finished" if summary else "unfinished")
+    if ended == "finished" and 0 not in curve:
+        raise UserError(
+            f"{name}: no base-model evaluation (no eval/loss at step 0 in metrics.jsonl). Train again with "
+            "--eval_steps above 0"
+        )
+    steps = tuple(sorted(curve))
+    items = _items(folder)
+    return Record(
+        id=name,
+        folder=folder,
+        config=config if isinstance(config, dict) else {},
+        summary=summary,
+        method=outcome.get("method"),
+        ended=ended,
+        message=str(outcome.get("message", "")),
+        metric=metric,
+        evalset_id=str(more.get(metric, [{}])[0].get("evalset_id", "")),
+        steps=steps,
+        losses=tuple(curve[step] for step in steps),
+        seconds=_seconds(values.get("train/steps_per_s", {}), steps),
+        octiles=items.octiles,
+        eval_images=items.images,
+        eval_items=items.count,
+        images={name: _image_values(rows) for name, rows in more.items() if name.startswith("img/")},
+        scalars={name: points[max(points)] for name, points in values.items() if points},
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if the file is missing or cut off."""
+    try:
+        content = json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def subject_of(config: Mapping[str, Any]) -> str:
+    """What is learned, for a person: a folder's name, a data set or a built-in subject."""
+    if config.get("instance_data_dir"):
+        return Path(config["instance_data_dir"]).name
+    return str(config.get("dataset_name") or config.get("subject") or "?")
+
+
+def model_of(config: Mapping[str, Any]) -> str:
+    """The base model's name, for a person."""
+    name = str(config.get("pretrained_model_name_or_path", "?"))
+    return "the embedded model" if name == EMBEDDED_MODEL else name
+
+
+def lora_norm(file: Path, scale: float) -> float:
+    """sqrt(sum over layers of ||scale · B · A||_F^2), without forming the products; NaN if the file cannot be read.
+
+    ||B A||_F^2 = tr((B^T B)(A A^T)): two small r x r Grams. Kernels of convolutions count as ``[r, in * k * k]``.
+    """
+    total = 0.0
+    try:
+        with safe_open(file, framework="np") as opened:
+            for key in (key for key in opened.keys() if ".lora_A." in key):  # noqa: SIM118 - no iterator
+                down, up = opened.get_tensor(key), opened.get_tensor(key.replace(".lora_A.", ".lora_B."))
+                a = down.reshape(len(down), -1).astype(np.float64)
+                b = up.reshape(len(up), -1).astype(np.float64)
+                total += float(np.sum((b.T @ b) * (a @ a.T)))
+    except (SafetensorError, OSError):
+        return math.nan
+    return abs(scale) * math.sqrt(total) if total else math.nan
+
+
+def _metrics(folder: RunFolder) -> tuple[dict[str, dict[int, float]], dict[str, list[dict[str, Any]]]]:
+    """Values by name and step; rows of evaluations with all their fields."""
+    values: dict[str, dict[int, float]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jsonl(folder.metrics_file):
+        value = math.nan if row.get("value") is None else float(row["value"])
+        values.setdefault(row["name"], {})[int(row["step"])] = value
+        if row["name"] in METRICS or row["name"].startswith("img/"):
+            rows.setdefault(row["name"], []).append(row)
+    return values, rows
+
+
+def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, ...]:
+    """Seconds of training up to each of ``steps``: the sum of what every step took, whatever came between them."""
+    known = [step for step in sorted(speeds) if speeds[step] > 0]
+    if not known or not steps:
+        return ()
+    passed = np.cumsum([1 / speeds[step] for step in known])
+    return tuple(float(value) for value in np.interp(steps, [0, *known], [0.0, *passed]))
+
+
+def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
+    return [
+        ImageValue(int(row["step"]), float(row["value"]), row.get("encoder_id"), row.get("n"))
+        for row in rows
+        if row.get("value") is not None
+    ]
+
+
+@dataclass(frozen=True)
+class _Items:
+    octiles: tuple[float, ...] = ()
+    images: int = 0
+    count: int = 0
+
+
+def _items(folder: RunFolder) -> _Items:
+    """The last row of eval_items.npz, by eighths of the schedule."""
+    if not folder.eval_items_file.exists():
+        return _Items()
+    with np.load(folder.eval_items_file) as saved:
+        last, position, image = saved["items"][-1].astype(float), saved["position"], saved["image"]
+    bins = np.minimum((position * OCTILES).astype(int), OCTILES - 1)
+    means = tuple(float(last[bins == k].mean()) if (bins == k).any() else math.nan for k in range(OCTILES))
+    return _Items(means, len(np.unique(image)), len(last))

@@ -1,0 +1,339 @@
+"""The fields of compare.json, schema version 1: what the statistics write and the report reads.
+
+Numbers are JSON numbers; infinity is written as the text "inf" (a target that was never reached), and what could not be
+computed as null. Losses are those of ``metric``, on one frozen evaluation set. Percentages are signed changes against
+the baseline: negative is better, since a loss is compared. Folders and files are relative to the folder of compare.json
+where they lie in it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+SCHEMA_VERSION = 1
+
+Number = float | Literal["inf"] | None
+"""A number, "inf", or null for "not computed"."""
+Word = Literal["better", "worse", "equivalent", "inconclusive", "insufficient seeds"]
+Status = Literal["finished", "diverged", "failed", "unfinished", "planned"]
+Edge = Literal["low", "high"]
+
+
+class Spread(TypedDict):
+    """A number over seeds. ``n`` counts the values that went in; those of diverged runs do not, unless they are inf."""
+
+    median: Number
+    min: Number
+    max: Number
+    n: int
+
+
+class Interval(TypedDict):
+    """A mean over seeds with its 95 % Student-t interval; ``low`` and ``high`` are null below three seeds."""
+
+    mean: Number
+    low: Number
+    high: Number
+    n: int
+
+
+class Pair(TypedDict):
+    """One seed of a method against the same seed of the baseline."""
+
+    seed: int
+    pct: Number
+
+
+class Delta(TypedDict):
+    """Final loss against the baseline, both at their own best learning rate, paired by seed.
+
+    The mean is that of log ratios, told as a percentage, so that swapping the two methods swaps the sign and no more.
+
+    Attributes:
+        wins: pairs in which the method has the lower loss, of ``pct["n"]``.
+        word: the verdict.
+        suffixes: what qualifies it, such as "LR grid edge", "not tuned", "2 of 5 seeds diverged".
+        verdict: word and suffixes in one text.
+        sentence: the whole finding, such as "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], 5 of 5 seeds".
+    """
+
+    pct: Interval
+    wins: int
+    pairs: list[Pair]
+    word: Word
+    suffixes: list[str]
+    verdict: str
+    sentence: str
+
+
+class ToTarget(TypedDict):
+    """Steps (or seconds of training) until the loss first is at the target; "inf" for runs that never were.
+
+    Attributes:
+        reached: runs that reached it, of ``spread["n"]``.
+        speedup: the baseline's median over this method's median; above 1 is faster.
+    """
+
+    spread: Spread
+    reached: int
+    speedup: Number
+
+
+class Basin(TypedDict):
+    """Learning rates whose loss lies within ``tolerance`` of the best median over all methods.
+
+    Attributes:
+        tolerance: 0.05 stands for 5 %.
+        low, high: the ends, interpolated between the rates that were tried; null if no rate is good enough.
+        decades: log10(high / low).
+        censored_low, censored_high: the basin goes on beyond the lowest (highest) rate that was tried.
+    """
+
+    tolerance: float
+    low: Number
+    high: Number
+    decades: Number
+    censored_low: bool
+    censored_high: bool
+
+
+class RatePoint(TypedDict):
+    """One learning rate of a method, over its tuning seeds.
+
+    Attributes:
+        final: of the runs that did not diverge.
+        score: median with diverged runs as inf: what the best rate is chosen by.
+        added: whether the rate was added because the best lay at an edge of the grid.
+        dw_norm: Frobenius norm of all weight changes B·A·scale together, of the final LoRA.
+        update_rms: root mean square of the optimizer's last update, where the runs logged it.
+        runs: ids.
+    """
+
+    lr: float
+    score: Number
+    final: Spread
+    n_diverged: int
+    n_runs: int
+    added: bool
+    dw_norm: Spread
+    update_rms: Spread
+    runs: list[str]
+
+
+class Band(TypedDict):
+    """The loss by step over the headline runs that did not diverge; the lists are of the same length."""
+
+    steps: list[int]
+    median: list[Number]
+    mean: list[Number]
+    low: list[Number]
+    high: list[Number]
+    min: list[Number]
+    max: list[Number]
+
+
+class Octile(TypedDict):
+    """The delta on one eighth of the timesteps: 0 is the least noisy eighth, 7 the noisiest."""
+
+    octile: int
+    pct: Interval
+
+
+class ImageMetric(TypedDict):
+    """An image metric (img/clip_t, img/dino, ...) of a method's headline runs.
+
+    Attributes:
+        at: the last step, or the step with the lowest loss.
+        images: how many images one value is of.
+    """
+
+    name: str
+    at: Literal["final", "best"]
+    value: Interval
+    encoder_id: str | None
+    images: int | None
+
+
+class Cell(TypedDict):
+    """One sample image. ``file`` is relative to the folder of compare.json; null if it was not drawn."""
+
+    step: int
+    prompt_index: int
+    image_index: int
+    prompt: str
+    seed: int
+    file: str | None
+
+
+class Samples(TypedDict):
+    """Sample images of one headline run of a method, with the same prompts and seeds for every method.
+
+    Attributes:
+        run: its id.
+        losses: loss by step (the step as text), where it was measured at a step that was drawn.
+    """
+
+    run: str
+    lr: float
+    training_seed: int
+    steps: list[int]
+    prompts: list[str]
+    losses: dict[str, Number]
+    cells: list[Cell]
+    references: list[str]
+
+
+class Method(TypedDict):
+    """An optimizer with its settings: all that compare.json tells about it.
+
+    Attributes:
+        label: as on the command line: "adamw", "scaled_adamw:variant=split", "adamw+init=lora_ga".
+        optimizer_args: settings of the optimizer itself.
+        options: flags that this method has besides those that all share.
+        tuned: whether more than one learning rate was tried.
+        rates: ascending.
+        best_lr: the lowest ``score``; null if every run diverged.
+        at_grid_edge: the best rate is the lowest ("low") or the highest ("high") that was tried.
+        suggested_lrs: rates to try next, if it is.
+        n_diverged: of all runs, tuning and headline.
+        headline_seeds: seeds of the runs at ``best_lr`` that the comparison is made of.
+        headline_diverged: how many of those diverged; they are left out of the means.
+        final: loss at the end of the headline runs.
+        vs_base_pct: its median against the base model without LoRA.
+        delta: null for the baseline.
+        log_auc: mean over evaluations of ln(loss / base loss): lower is earlier and deeper.
+        peak_memory_gib: of the device, while training; null on CPUs.
+    """
+
+    label: str
+    optimizer: str
+    optimizer_args: dict[str, str]
+    options: dict[str, str]
+    is_baseline: bool
+    tuned: bool
+    rates: list[RatePoint]
+    best_lr: float | None
+    at_grid_edge: Edge | None
+    suggested_lrs: list[float]
+    n_runs: int
+    n_diverged: int
+    tuning_seeds: list[int]
+    headline_seeds: list[int]
+    headline_diverged: int
+    final: Spread
+    vs_base_pct: Number
+    delta: Delta | None
+    steps_to_target: ToTarget
+    seconds_to_target: ToTarget
+    seconds_per_step: Spread
+    peak_memory_gib: Spread
+    log_auc: Spread
+    lr_basin: list[Basin]
+    octiles: list[Octile]
+    images: list[ImageMetric]
+    curve: Band
+    samples: Samples | None
+
+
+class RunRow(TypedDict):
+    """One run.
+
+    Attributes:
+        id: its folder, relative to compare.json's where it lies in it.
+        status: "diverged" is a loss that is not finite or above the base model's.
+        message: why it failed; empty otherwise.
+        seconds: of training at each of ``steps``, without evaluations and samples.
+    """
+
+    id: str
+    method: str
+    lr: float
+    seed: int
+    role: Literal["tuning", "headline"]
+    status: Status
+    message: str
+    base: Number
+    final: Number
+    best: Number
+    best_step: int | None
+    steps_to_target: Number
+    seconds_to_target: Number
+    seconds_per_step: Number
+    log_auc: Number
+    dw_norm: Number
+    steps: list[int]
+    losses: list[Number]
+    seconds: list[Number]
+    report: str | None
+    command: str | None
+
+
+class SameRate(TypedDict):
+    """A method against the baseline at one learning rate that both tried: instructive, but no fair comparison."""
+
+    method: str
+    lr: float
+    pct: Interval
+    method_diverged: int
+    baseline_diverged: int
+
+
+class Dropped(TypedDict):
+    """A run that is left out, and why."""
+
+    run: str
+    reason: str
+
+
+class Task(TypedDict):
+    """What all runs have in common."""
+
+    model: str
+    data: str
+    instance_prompt: str | None
+    steps: int | None
+    evalset_id: str
+    eval_items: int
+    eval_images: int
+    options: dict[str, str]
+    device: str | None
+    git_commit: str | None
+    versions: dict[str, str]
+
+
+class Comparison(TypedDict):
+    """compare.json.
+
+    Attributes:
+        complete: whether all planned runs have ended.
+        metric: "eval/loss", or "eval/loss_train" where no image was held out.
+        held_out: false: overfitting cannot be seen.
+        sentence: the verdict in one sentence, for the top of the page.
+        base_loss: of the base model, before any training.
+        target: median over the baseline's headline seeds of their best loss, times 1.01.
+        fresh_seeds: whether the headline runs have seeds that no learning rate was chosen by.
+        budget: fixed text: how many runs, what was selected on what, and what one comparison cannot show.
+        warnings: what a reader must know before believing the numbers.
+        methods: the baseline first, then as given.
+        prompts: of the samples.
+        command: that makes this comparison again; null if it was made of runs that existed.
+    """
+
+    schema_version: int
+    name: str
+    complete: bool
+    metric: str
+    held_out: bool
+    sentence: str
+    task: Task
+    baseline: str
+    base_loss: Number
+    target: Number
+    fresh_seeds: bool
+    budget: list[str]
+    warnings: list[str]
+    methods: list[Method]
+    same_lr: list[SameRate]
+    runs: list[RunRow]
+    dropped: list[Dropped]
+    command: str | None

@@ -1,0 +1,125 @@
+"""What a comparison says in words: findings, the budget, what to be careful about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from dreamlora.compare.methods import Group
+from dreamlora.compare.schema import Comparison, Edge, Number, Spread, Word
+from dreamlora.compare.stats import EQUIVALENT_PCT, MIN_SEEDS, PairedDelta
+
+EDGES: Mapping[Edge, str] = {"low": "lowest", "high": "highest"}
+
+
+def table(comparison: Comparison) -> str:
+    """The main numbers for a terminal, a line per method."""
+    rows = [("method", "learning rate", f"final {comparison['metric']}", "to baseline", "steps to target", "verdict")]
+    for method in comparison["methods"]:
+        delta, final = method["delta"], method["final"]
+        rows.append(
+            (
+                method["label"],
+                "–" if method["best_lr"] is None else f"{method['best_lr']:g}",
+                f"{_short(final['median'], '.4f')} [{_short(final['min'], '.4f')}, {_short(final['max'], '.4f')}]",
+                "baseline" if delta is None else f"{_short(delta['pct']['mean'], '+.2f')} %",
+                _steps(method["steps_to_target"]["spread"]),
+                "" if delta is None else delta["verdict"],
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _steps(spread: Spread) -> str:
+    return "not reached" if spread["median"] == "inf" else _short(spread["median"], ".0f")
+
+
+def _short(value: Number, form: str) -> str:
+    return "–" if value is None else value if isinstance(value, str) else format(value, form)
+
+
+def delta_sentence(label: str, baseline: str, found: PairedDelta, word: Word) -> str:
+    """One finding: "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], better in 5 of 5 seeds"."""
+    pct = found.pct
+    if not pct.n:
+        return f"{label}: no pair of finished runs with {baseline}"
+    size, below = abs(pct.mean), pct.mean < 0
+    text = f"{label}: {_percent(size)} {'lower' if below else 'higher'} loss than {baseline}"
+    if not math.isnan(pct.low):
+        ends = sorted((-pct.low, -pct.high) if below else (pct.low, pct.high))
+        text += f" [{_percent(ends[0], unit='')}, {_percent(ends[1])}]"
+    lower = f"lower in {found.wins} of {pct.n} seeds"
+    return f"{text}, {lower}: {word}"
+
+
+def headline_sentence(sentences: Sequence[tuple[str, Word]], baseline: str, complete: bool) -> str:
+    """The verdict for the top of the page."""
+    lead = "" if complete else "Not complete yet. "
+    if not sentences:
+        return f"{lead}There is nothing to compare {baseline} with."
+    return lead + ". ".join(sentence for sentence, _ in sentences) + "."
+
+
+def budget(groups: Sequence[Group], baseline: Group, metric: str, subject: str, model: str) -> list[str]:
+    """The fixed text of every report: the tuning budget, what was selected on what, what this cannot show."""
+    lines = []
+    for group in groups:
+        rates = ", ".join(f"{rate.lr:g}" for rate in group.rates)
+        seeds = len(group.rates[0].records) if group.rates else 0
+        lines.append(
+            f"{group.label}: {len(group.records)} runs; {len(group.rates)} learning rates ({rates}) "
+            f"× {seeds} tuning seed{'s' if seeds != 1 else ''}, {len(group.headline)} headline runs at "
+            + (f"{group.best.lr:g}." if group.best else "none (every rate diverged).")
+        )
+    fresh = all(group.fresh for group in groups)
+    lines += [
+        f"Each method's learning rate was selected by the lowest median of its final {metric}; "
+        + (
+            "the numbers compared come from runs with other seeds."
+            if fresh
+            else "the numbers compared come from the same runs, which flatters the method with more learning rates."
+        ),
+        f"Verdicts compare final {metric} with {baseline.label}, paired by seed (same LoRA start, images, noise and "
+        f"times), with a 95 % Student-t interval over seeds: better or worse if it excludes 0, equivalent if it lies "
+        f"within ±{EQUIVALENT_PCT:g} %, else inconclusive; below {MIN_SEEDS} seeds there is no verdict.",
+        f"One subject ({subject}), one base model ({model}): other subjects and models can give other answers.",
+    ]
+    return lines
+
+
+def warnings(groups: Sequence[Group], held_out: bool, options: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    found = []
+    if not held_out:
+        found.append("No held-out images: the loss is that of training images, and overfitting cannot be seen.")
+    counts = {len(group.rates) for group in groups}
+    if len(counts) > 1 and not all(group.fresh for group in groups):
+        found.append(
+            "The methods had different numbers of learning rates, and no fresh seeds: the one with more is favoured."
+        )
+    for group in groups:
+        if not group.tuned:
+            found.append(
+                f"{group.label} was run at one learning rate: the effects of rate and method cannot be told apart."
+            )
+        if group.edge:
+            tries = " ".join(f"{lr:g}" for lr in group.suggested)
+            found.append(
+                f"{group.label}: the best learning rate is the {EDGES[group.edge]} tried; "
+                f"a better one may lie beyond. Try --learning_rates {tries} as well."
+            )
+        diverged = sum(record.status == "diverged" for record in group.records)
+        if diverged:
+            found.append(
+                f"{group.label}: {diverged} of {len(group.records)} runs diverged; they count as the worst when the "
+                "learning rate is chosen, and are left out of the means."
+            )
+    for name in next(iter(options.values()), {}):
+        values = ", ".join(f"{label}: {own[name]}" for label, own in options.items())
+        found.append(f"Besides the optimizer and its learning rate, the methods differ in {name} ({values}).")
+    return found
+
+
+def _percent(value: float, unit: str = " %") -> str:
+    return f"{value:.2g}{unit}" if abs(value) < 9.95 else f"{value:.0f}{unit}"

@@ -1,0 +1,209 @@
+"""compare.json as the report needs it: checked, with numbers as numbers, and told in words."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dreamlora.errors import UserError
+from dreamlora.report.facts import hidden, told_command
+from dreamlora.report.words import number
+
+FILE = "compare.json"
+SCHEMA_VERSION = 1
+MINUS = "\N{MINUS SIGN}"
+NONE = "–"
+"""Stands where there is no number."""
+
+_NEEDED = ("name", "sentence", "methods", "runs", "baseline", "task", "warnings")
+_FEW_SEEDS = 3
+
+
+class Comparison:
+    """A comparison of optimizers, as compare.json tells it.
+
+    Args:
+        folder: holds compare.json.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / FILE
+        self.raw: dict[str, Any] = _read(self.file)
+        self.methods: list[dict[str, Any]] = self.raw["methods"]
+        self.runs: list[dict[str, Any]] = self.raw["runs"]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.raw.get(key)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Names of the methods, the baseline first."""
+        return [method["label"] for method in self.methods]
+
+    @property
+    def baseline(self) -> str:
+        """Name of the method that the others are compared with."""
+        return str(self.raw["baseline"])
+
+    @cached_property
+    def findings(self) -> list[str]:
+        """One sentence for each method that was compared, the lowest loss first; the first is the headline."""
+        deltas = [method["delta"] for method in self.methods if method["delta"]]
+        if len(deltas) < 2:
+            return [str(self.raw["sentence"])]
+        deltas.sort(key=lambda delta: math.inf if (mean := value_of(delta["pct"]["mean"])) is None else mean)
+        return [delta["sentence"].rstrip(".") + "." for delta in deltas]
+
+    @property
+    def setup(self) -> str:
+        """What was compared, in one line."""
+        task = self.raw["task"]
+        parts = [str(task.get("model") or ""), str(task.get("data") or "")]
+        parts += [f"{task['steps']} steps"] if task.get("steps") else []
+        parts += [f"{len(self.runs)} runs", str(task.get("device") or "")]
+        return " · ".join(part for part in parts if part)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before believing the numbers."""
+        found = [str(text) for text in self.raw["warnings"]]
+        if not self.raw.get("complete", True):
+            ended = sum(run["status"] in ("finished", "diverged", "failed") for run in self.runs)
+            found.insert(0, f"Not complete: {ended} runs have ended, others are to come. The numbers will change.")
+        found += [f"Left out: {dropped['run']} ({dropped['reason']})." for dropped in self.raw.get("dropped") or []]
+        return found
+
+    @property
+    def command(self) -> str | None:
+        """The command line that makes the comparison again."""
+        return told_command(self.raw.get("command"))
+
+    @property
+    def commands(self) -> list[tuple[str, str]]:
+        """Every run's id and command line, where it is known."""
+        told = ((run["id"], told_command(run.get("command"))) for run in self.runs)
+        return [(name, command) for name, command in told if command]
+
+
+def without_secrets(raw: dict[str, Any]) -> dict[str, Any]:
+    """compare.json as it may be shown to others."""
+    runs = [{**run, "command": run.get("command") and hidden(run["command"])} for run in raw["runs"]]
+    return {**raw, "runs": runs, "command": raw.get("command") and hidden(raw["command"])}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of a method besides its numbers.
+
+    Attributes:
+        tone: "good", "bad" or "fair": how it is coloured. Words and signs say the same.
+        word: such as "better".
+        cautions: what the number depends on, such as "LR grid edge".
+    """
+
+    tone: str
+    word: str
+    cautions: tuple[str, ...]
+
+
+def verdict(method: dict[str, Any]) -> Verdict:
+    """The verdict on a method, with the cautions that belong beside it."""
+    delta = method["delta"]
+    suffixes = tuple(delta["suffixes"]) if delta else ()
+    word = "baseline" if method["is_baseline"] else delta["word"] if delta else "not compared"
+    tone = {"better": "good", "worse": "bad"}.get(word, "fair")
+    cautions = tuple(dict.fromkeys((*suffixes, *(() if suffixes else _own_cautions(method)))))
+    return Verdict(tone, word, cautions)
+
+
+def _own_cautions(method: dict[str, Any]) -> tuple[str, ...]:
+    """For a baseline, which has no delta that would carry them."""
+    diverged, seeds = method["headline_diverged"], len(method["headline_seeds"])
+    found = [] if method["tuned"] else ["not tuned"]
+    found += ["LR grid edge"] if method["at_grid_edge"] else []
+    found += [f"{diverged} of {seeds} seeds diverged"] if diverged else []
+    return (*found, *(["few seeds"] if seeds < _FEW_SEEDS else []))
+
+
+def value_of(number_: Any) -> float | None:
+    """A number of compare.json: "inf" is infinity, null and NaN are None."""
+    if number_ is None or (isinstance(number_, float) and math.isnan(number_)):
+        return None
+    return float(number_)
+
+
+def loss(value: Any) -> str:
+    """A loss with four significant digits."""
+    found = value_of(value)
+    return NONE if found is None else "∞" if math.isinf(found) else number(found)
+
+
+def percent(value: Any) -> str:
+    """A signed percentage with two or three digits."""
+    found = value_of(value)
+    if found is None:
+        return NONE
+    if math.isinf(found):
+        return "∞"
+    digits = 2 if abs(found) < 1 else 1 if abs(found) < 100 else 0
+    return f"{found:+.{digits}f}\u202f%".replace("-", MINUS)
+
+
+def amount(value: Any) -> str:
+    """A number with three significant digits, whole from 100 on."""
+    found = value_of(value)
+    if found is None:
+        return NONE
+    if math.isinf(found):
+        return "never"
+    return (f"{found:.0f}" if abs(found) >= 100 else f"{found:.3g}").replace("-", MINUS)
+
+
+def rate(value: Any) -> str:
+    """A learning rate."""
+    found = value_of(value)
+    return NONE if found is None else f"{found:.3g}".replace("-0", "-")
+
+
+def interval(found: dict[str, Any], write: Any = percent) -> str:
+    """``−2.1 % [−3.0, −1.2]``, without brackets where there is no interval."""
+    if value_of(found["low"]) is None:
+        return str(write(found["mean"]))
+    return f"{write(found['mean'])} [{_bare(write(found['low']))}, {_bare(write(found['high']))}]"
+
+
+def spread(found: dict[str, Any], write: Any = loss) -> str:
+    """``0.4012 [0.3990, 0.4100]``: median, smallest and largest."""
+    if value_of(found["median"]) is None:
+        return NONE
+    if found["n"] < 2 or found["min"] == found["max"]:
+        return str(write(found["median"]))
+    return f"{write(found['median'])} [{write(found['min'])}, {write(found['max'])}]"
+
+
+def _bare(text: str) -> str:
+    return text.removesuffix("\u202f%")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(), parse_constant=lambda name: None)  # NaN is no JSON
+    except FileNotFoundError:
+        raise UserError(f"there is no comparison in {file.parent}: {FILE} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{file} has schema_version {version}; this dreamlora reads {SCHEMA_VERSION}: compare anew")
+    missing = [key for key in _NEEDED if key not in content]
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}: compare anew")
+    return content

@@ -1,0 +1,225 @@
+"""The charts of a comparison. Methods differ in colour, marker and line, so that colours alone tell nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dreamlora.report.comparison import Comparison, value_of
+from dreamlora.report.svg import INK, WIDTH, Chart, by_step, chart, legend, level
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#6c7686", "#3b82f6", "#d9731a", "#2a9d5c", "#c94fb3", "#7c5cd6", "#1b98a8", "#e0453b")
+"""By method, the baseline first; each has a contrast of 3 or more on the light and on the dark page."""
+_MARKERS = "osD^vPX*"
+_LINES: tuple[Any, ...] = ("-", "-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
+_EQUIVALENT = 1.0
+_BASIN = 0.05
+_LEAST_SPAN = 0.02
+_TALL = (WIDTH, 3.0)
+Found = dict[str, Any]
+
+
+def colour(number: int) -> str:
+    """Of a method, by its place in the comparison."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def all_of(comparison: Comparison) -> dict[str, Chart]:
+    """The charts by name, without those that would be empty."""
+    makers = (deltas, curves, ends, rates, octiles)
+    return {found.name: found for make in makers if (found := make(comparison)) is not None}
+
+
+def deltas(comparison: Comparison) -> Chart | None:
+    """Each method's difference from the baseline with its interval; grey is "within 1 %"."""
+    compared = [
+        (number, method)
+        for number, method in enumerate(comparison.methods)
+        if method["delta"] and value_of(method["delta"]["pct"]["mean"]) is not None
+    ]
+    if not compared:
+        return None
+
+    def draw(axes: Axes) -> None:
+        axes.axvspan(-_EQUIVALENT, _EQUIVALENT, color=INK, alpha=0.08, linewidth=0)
+        axes.axvline(0, color=INK, alpha=0.5, linewidth=1)
+        for height, (number, method) in enumerate(compared):
+            axes.text(0, height - 0.27, method["label"], transform=axes.get_yaxis_transform(), va="center", color=INK)
+            _interval(axes, method["delta"]["pct"], (height, number))
+            for pair in method["delta"]["pairs"]:
+                if (found := value_of(pair["pct"])) is not None:
+                    axes.plot([found], [height + 0.22], marker="|", markersize=6, color=colour(number), alpha=0.7)
+        axes.set_yticks([])
+        axes.set_ylim(len(compared) - 0.4, -0.7)
+        axes.set_xlabel(f"final loss against {comparison.baseline}, % (left is better)")
+
+    label = "; ".join(method["delta"]["sentence"] for _, method in compared)
+    return chart("delta", label, draw, (WIDTH, 0.75 + 0.6 * len(compared)))
+
+
+def _interval(axes: Axes, pct: Found, place: tuple[float, int]) -> None:
+    """A horizontal interval at a height, in a method's colour."""
+    height, number = place
+    mean, low, high = (value_of(pct[key]) for key in ("mean", "low", "high"))
+    if low is not None and high is not None:
+        axes.plot([low, high], [height, height], color=colour(number), linewidth=2.5, solid_capstyle="butt")
+    if mean is not None:
+        axes.plot([mean], [height], marker=_marker(number), markersize=8, color=colour(number))
+
+
+def curves(comparison: Comparison) -> Chart | None:
+    """Loss by step of all methods at their own best learning rates."""
+    return _curves(comparison, "curves", 0.0)
+
+
+def ends(comparison: Comparison) -> Chart | None:
+    """The second half of the curves, enlarged."""
+    steps = max((method["curve"]["steps"][-1] for method in comparison.methods if method["curve"]["steps"]), default=0)
+    return _curves(comparison, "curves_end", steps / 2)
+
+
+def _curves(comparison: Comparison, name: str, begin: float) -> Chart | None:
+    bands = [(number, found) for number, m in enumerate(comparison.methods) if (found := _band(m["curve"], begin))]
+    if not bands:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, (steps, middle, low, high) in bands:
+            if low:
+                axes.fill_between(steps, low, high, color=colour(number), alpha=0.16, linewidth=0)
+            axes.plot(steps, middle, label=comparison.labels[number], **_style(number))
+        base, target = value_of(comparison["base_loss"]), value_of(comparison["target"])
+        if base is not None and not begin:
+            level(axes, base, "base model")
+        low_end, high_end = axes.get_ylim()
+        if target is not None and begin and low_end < target < high_end:
+            level(axes, target, "target", "above right")
+        if high_end - low_end < _LEAST_SPAN * high_end:  # a difference of nothing is to look like nothing
+            middle_of = (low_end + high_end) / 2
+            axes.set_ylim(middle_of * (1 - _LEAST_SPAN / 2), middle_of * (1 + _LEAST_SPAN / 2))
+        axes.set_ylabel("loss on held-out images" if comparison["held_out"] else "loss on training images")
+        by_step(axes)
+        legend(axes)
+
+    ended = ", ".join(f"{comparison.labels[number]} {found[1][-1]:.4g}" for number, found in bands)
+    return chart(name, f"Loss by step from step {bands[0][1][0][0]}; at the end: {ended}", draw, _TALL)
+
+
+def _band(curve: Found, begin: float) -> tuple[list[float], list[float], list[float], list[float]] | None:
+    """Steps, mean (or median) and interval (or range) from a step on; without an interval if there is one seed."""
+    middle, low, high = ("mean", "low", "high")
+    if not any(value_of(value) is not None for value in curve[low]):
+        middle, low, high = ("median", "min", "max")
+    rows = []
+    for step, *values in zip(curve["steps"], curve[middle], curve[low], curve[high], strict=True):
+        found = [value_of(value) for value in values]
+        if step >= begin and found[0] is not None:
+            rows.append((step, found[0], *(found[0] if value is None else value for value in found[1:])))
+    if not rows:
+        return None
+    steps, means, lows, highs = (list(column) for column in zip(*rows, strict=True))
+    return (steps, means, lows, highs) if lows != highs else (steps, means, [], [])
+
+
+def rates(comparison: Comparison) -> Chart | None:
+    """Final loss by learning rate: the basins."""
+    points = [_finite(method) for method in comparison.methods]
+    medians = [median for found in points for _, median, _, _ in found]
+    if not medians or len({lr for found in points for lr, *_ in found}) < 2:
+        return None
+    best = min(medians)
+    base = value_of(comparison["base_loss"])
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        axes.axhspan(best, best * (1 + _BASIN), color=INK, alpha=0.08, linewidth=0)
+        for number, found in enumerate(points):
+            if not found:
+                continue
+            lrs, middle, low, high = (np.array(column) for column in zip(*found, strict=True))
+            axes.vlines(lrs, low, high, color=colour(number), alpha=0.5, linewidth=1.5)
+            axes.plot(lrs, middle, label=comparison.labels[number], marker=_marker(number), **_style(number))
+        if base is not None:
+            level(axes, base, "base model", "above left")
+        _bests(axes, comparison, points)
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the crosses
+        _diverged(axes, comparison)
+        axes.set_ylabel("final loss")
+        axes.set_xlabel("learning rate (grey: within 5 %; ×: diverged)")
+        legend(axes)
+
+    told = ", ".join(
+        f"{method['label']} best at {method['best_lr']:.3g}" for method in comparison.methods if method["best_lr"]
+    )
+    return chart("rates", f"Final loss by learning rate: {told}", draw, _TALL)
+
+
+def _finite(method: Found) -> list[tuple[float, float, float, float]]:
+    """Learning rate, median, least and greatest final loss, of rates where a run did not diverge."""
+    found = []
+    for point in method["rates"]:
+        median, low, high = (value_of(point["final"][key]) for key in ("median", "min", "max"))
+        if median is not None and low is not None and high is not None and np.isfinite(high):
+            found.append((float(point["lr"]), median, low, high))
+    return found
+
+
+def _bests(axes: Axes, comparison: Comparison, points: Sequence[Sequence[tuple[float, ...]]]) -> None:
+    """A ring round each method's best rate."""
+    for number, (method, found) in enumerate(zip(comparison.methods, points, strict=True)):
+        for lr, median, *_ in found:
+            if lr == method["best_lr"]:
+                axes.plot([lr], [median], marker="o", markersize=12, color="none", mec=colour(number), mew=1.8)
+
+
+def _diverged(axes: Axes, comparison: Comparison) -> None:
+    """Crosses on top where runs diverged, a row for each method."""
+    from matplotlib.transforms import blended_transform_factory
+
+    place = blended_transform_factory(axes.transData, axes.transAxes)
+    for number, method in enumerate(comparison.methods):
+        lrs = [point["lr"] for point in method["rates"] if point["n_diverged"]]
+        height = 0.98 - 0.04 * number
+        axes.plot(
+            lrs, [height] * len(lrs), "x", color=colour(number), markersize=5, mew=1.6, transform=place, clip_on=False
+        )
+
+
+def octiles(comparison: Comparison) -> Chart | None:
+    """Difference from the baseline by noise level."""
+    found = [(number, method["octiles"]) for number, method in enumerate(comparison.methods) if method["octiles"]]
+    if not found:
+        return None
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color=INK, alpha=0.5, linewidth=1)
+        for place, (number, rows) in enumerate(found):
+            shift = (place - (len(found) - 1) / 2) * 0.14
+            known = [row for row in rows if value_of(row["pct"]["mean"]) is not None]
+            at = [row["octile"] + 1 + shift for row in known]
+            for position, row in zip(at, known, strict=True):
+                low, high = value_of(row["pct"]["low"]), value_of(row["pct"]["high"])
+                if low is not None and high is not None:
+                    axes.vlines([position], low, high, color=colour(number), linewidth=1.5)
+            means = [row["pct"]["mean"] for row in known]
+            axes.plot(at, means, label=comparison.labels[number], marker=_marker(number), **_style(number))
+        axes.set_xticks(range(1, 9))
+        axes.set_xlabel("eighth of the timesteps (8: most noise)")
+        axes.set_ylabel(f"loss against {comparison.baseline}, %")
+        legend(axes)
+
+    return chart("octiles", f"Loss against {comparison.baseline} by eighths of the timesteps", draw, _TALL)
+
+
+def _style(number: int) -> Found:
+    return {"color": colour(number), "linewidth": 2, "linestyle": _LINES[number % len(_LINES)], "markersize": 5}
+
+
+def _marker(number: int) -> str:
+    return _MARKERS[number % len(_MARKERS)]

@@ -1,0 +1,49 @@
+"""The report of a comparison: its files from compare.json and the sample images that it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dreamlora.report import comparison_charts, comparison_tables
+from dreamlora.report.comparison import FILE, Comparison, without_secrets
+from dreamlora.report.comparison_samples import gallery
+from dreamlora.report.document import PAGE, TEXT, Document, filled
+
+_PLOTS = "plots"
+
+
+def comparison_document(folder: Path) -> Document:
+    """The report of a folder that holds compare.json.
+
+    Raises:
+        UserError: it holds none.
+    """
+    comparison = Comparison(folder)
+
+    def render() -> dict[str, str]:
+        return _files(Comparison(folder))
+
+    linked = {Path(run["report"]).parts[0] for run in comparison.runs if run["report"]}
+    return Document(folder, (comparison.file,), (FILE, _PLOTS, *sorted(linked)), render)
+
+
+def _files(comparison: Comparison) -> dict[str, str]:
+    charts = comparison_charts.all_of(comparison)
+    content = {
+        "comparison": comparison,
+        "charts": charts,
+        "tables": comparison_tables.all_of(comparison),
+        "colours": [comparison_charts.colour(number) for number in range(len(comparison.methods))],
+        "gallery": gallery(comparison),
+        "plots": _PLOTS,
+        "data": embedded_json(without_secrets(comparison.raw)),
+    }
+    files = {f"{_PLOTS}/{name}.svg": chart.file for name, chart in charts.items()}
+    return {**files, TEXT: filled("comparison.md.j2", content), PAGE: filled("comparison.html.j2", content)}
+
+
+def embedded_json(content: Any) -> str:
+    """JSON that may stand inside a script element: without "<", no text can end the element or begin a comment."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,116 @@
+"""The sample images of a comparison: for every prompt, steps × methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dreamlora.report import pictures
+from dreamlora.report.comparison import Comparison, loss, rate, value_of
+from dreamlora.report.pictures import Picture
+from dreamlora.sampling.grid import MAX_COLUMNS, MAX_ROWS, spread
+
+_PIXELS = 192
+_REFERENCE_PIXELS = 128
+_REFERENCES = 8
+Found = dict[str, Any]
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One method's image of a prompt at a step.
+
+    Attributes:
+        method: its number.
+        picture: None if there is none.
+        reason: why there is none.
+        loss: at that step; empty if it was not measured there.
+    """
+
+    method: int
+    picture: Picture | None
+    reason: str
+    loss: str
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """All images of one prompt and seed: a row of shots, one per method, for every step of the gallery."""
+
+    prompt: str
+    seed: int
+    rows: tuple[tuple[Shot, ...], ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Everything that is shown.
+
+    Attributes:
+        steps: ascending; 0 is the base model.
+        runs: by method, which run the images are of.
+        left_out: what there was no room for; empty if nothing.
+    """
+
+    steps: tuple[int, ...]
+    views: tuple[PromptView, ...]
+    runs: tuple[tuple[int, str], ...]
+    references: tuple[Picture, ...]
+    left_out: str
+
+
+def gallery(comparison: Comparison) -> Gallery | None:
+    """The images that compare.json names, made small; None if it names none."""
+    drawn = [(number, method["samples"]) for number, method in enumerate(comparison.methods) if method["samples"]]
+    cells = [cell for _, samples in drawn for cell in samples["cells"]]
+    if not cells:
+        return None
+    steps = sorted({cell["step"] for cell in cells})
+    keys = sorted({_key(cell) for cell in cells})
+    shown = [steps[index] for index in spread(len(steps), MAX_ROWS)]
+    texts = {_key(cell): (str(cell["prompt"]), int(cell["seed"])) for cell in cells}
+    views = []
+    for key in keys[:MAX_COLUMNS]:
+        rows = tuple(tuple(_shot(comparison, number, step, key) for number, _ in drawn) for step in shown)
+        views.append(PromptView(*texts[key], rows))
+    return Gallery(
+        steps=tuple(shown),
+        views=tuple(views),
+        runs=tuple((number, _run(samples)) for number, samples in drawn),
+        references=_references(comparison, drawn[0][1]),
+        left_out=_left_out((len(shown), len(steps)), (len(views), len(keys))),
+    )
+
+
+def _key(cell: Found) -> Key:
+    return cell["prompt_index"], cell["image_index"]
+
+
+def _run(samples: Found) -> str:
+    return f"learning rate {rate(samples['lr'])}, training seed {samples['training_seed']}"
+
+
+def _shot(comparison: Comparison, number: int, step: int, key: Key) -> Shot:
+    samples = comparison.methods[number]["samples"]
+    measured = samples["losses"].get(str(step))
+    told = loss(measured) if value_of(measured) is not None else ""
+    cell = next((cell for cell in samples["cells"] if cell["step"] == step and _key(cell) == key), None)
+    if cell is None or not cell["file"]:
+        return Shot(number, None, "not drawn", told)
+    picture = pictures.embedded(comparison.folder / cell["file"], _PIXELS)
+    return Shot(number, picture, "" if picture else "file is missing", told)
+
+
+def _references(comparison: Comparison, samples: Found) -> tuple[Picture, ...]:
+    files = [comparison.folder / name for name in samples["references"][:_REFERENCES]]
+    return tuple(found for file in files if (found := pictures.embedded(file, _REFERENCE_PIXELS)))
+
+
+def _left_out(steps: tuple[int, int], prompts: tuple[int, int]) -> str:
+    parts = [
+        f"{shown} of {all_} {noun}"
+        for (shown, all_), noun in ((steps, "steps"), (prompts, "images per step"))
+        if shown < all_
+    ]
+    return f"Shown: {' and '.join(parts)}." if parts else ""

@@ -1,0 +1,296 @@
+"""The tables of a comparison; the HTML and the Markdown report share them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dreamlora.report.comparison import (
+    NONE,
+    Comparison,
+    amount,
+    interval,
+    loss,
+    percent,
+    rate,
+    spread,
+    value_of,
+    verdict,
+)
+from dreamlora.report.words import duration
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell.
+
+    Attributes:
+        text: as it is read.
+        key: what the column is sorted by; None goes last.
+        tone: "good", "bad" or "".
+        notes: cautions that belong to this number.
+        method: number of the method whose name this is, or None.
+        link: relative to the page.
+    """
+
+    text: str
+    key: float | str | None = None
+    tone: str = ""
+    notes: tuple[str, ...] = ()
+    method: int | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column's heading; numbers stand on the right."""
+
+    text: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings; the first entry of a row names it."""
+
+    name: str
+    caption: str
+    heads: tuple[Head, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+
+
+def results(comparison: Comparison) -> Table:
+    """What came out: loss and verdict of every method at its own best learning rate."""
+    heads = [Head("method", False), Head("verdict", False), Head(f"loss against {comparison.baseline} [95\u00a0%]")]
+    heads += [Head("seeds won"), Head("final loss [min, max]"), Head("against base model"), Head("best learning rate")]
+    return Table(
+        "results",
+        "Every method at its own best learning rate. A negative percentage is a lower loss, which is better.",
+        tuple(heads),
+        tuple(_result(comparison, method) for method in comparison.methods),
+    )
+
+
+def _result(comparison: Comparison, method: Found) -> tuple[Entry, ...]:
+    delta, said = method["delta"], verdict(method)
+    edge = (f"at the {'lower' if method['at_grid_edge'] == 'low' else 'upper'} edge of the grid",)
+    suggested = ", ".join(map(rate, method.get("suggested_lrs") or []))
+    tried = (f"try {suggested}",) if suggested else ()
+    return (
+        _name(comparison, method),
+        Entry(said.word, said.word, {"good": "good", "bad": "bad"}.get(said.tone, ""), said.cautions),
+        Entry(interval(delta["pct"]), _key(delta["pct"]["mean"])) if delta else Entry(NONE),
+        _wins(delta),
+        Entry(spread(method["final"]), _key(method["final"]["median"]), notes=_of_seeds(method)),
+        _entry(method["vs_base_pct"], percent),
+        Entry(
+            rate(method["best_lr"]), _key(method["best_lr"]), notes=(*edge, *tried) if method["at_grid_edge"] else ()
+        ),
+    )
+
+
+def _wins(delta: Found | None) -> Entry:
+    if delta is None or not delta["pct"]["n"]:
+        return Entry(NONE)
+    return Entry(f"{delta['wins']} of {delta['pct']['n']}", delta["wins"])
+
+
+def _of_seeds(method: Found) -> tuple[str, ...]:
+    seeds, diverged = len(method["headline_seeds"]), method["headline_diverged"]
+    return (f"{seeds - diverged} of {seeds} seeds: the others diverged",) if diverged else ()
+
+
+def speed(comparison: Comparison) -> Table:
+    """How fast each method is, in steps and in seconds."""
+    target = loss(comparison["target"])
+    heads = [Head("method", False), Head("steps to target [min, max]"), Head("reached"), Head("speed-up in steps")]
+    heads += [Head("seconds to target"), Head("speed-up in seconds"), Head("seconds per step"), Head("memory")]
+    heads += [Head("log AUC")]
+    return Table(
+        "speed",
+        f"Target: a loss of {target}, 1 % above the median of {comparison.baseline}’s best. "
+        "Speed-up: its median over this method’s; above 1 is faster. Log AUC: mean of ln(loss / base loss); lower is "
+        "earlier and deeper.",
+        tuple(heads),
+        tuple(_speed(comparison, method) for method in comparison.methods),
+    )
+
+
+def _speed(comparison: Comparison, method: Found) -> tuple[Entry, ...]:
+    steps, seconds = method["steps_to_target"], method["seconds_to_target"]
+    memory = value_of(method["peak_memory_gib"]["median"])
+    return (
+        _name(comparison, method),
+        Entry(spread(steps["spread"], amount), _key(steps["spread"]["median"])),
+        Entry(f"{steps['reached']} of {steps['spread']['n']}", steps["reached"]),
+        _entry(steps["speedup"], _times),
+        Entry(spread(seconds["spread"], amount), _key(seconds["spread"]["median"])),
+        _entry(seconds["speedup"], _times),
+        Entry(spread(method["seconds_per_step"], amount), _key(method["seconds_per_step"]["median"])),
+        Entry(NONE if memory is None else f"{memory:.3g}\u202fGiB", memory),
+        Entry(spread(method["log_auc"], amount), _key(method["log_auc"]["median"])),
+    )
+
+
+def basins(comparison: Comparison) -> Table:
+    """How wide the range of good learning rates is, in decades, by tolerance."""
+    tolerances = sorted({basin["tolerance"] for method in comparison.methods for basin in method["lr_basin"]})
+    heads = [Head("method", False), *(Head(f"within {100 * tolerance:g} %") for tolerance in tolerances)]
+    rows = []
+    for method in comparison.methods:
+        found = {basin["tolerance"]: basin for basin in method["lr_basin"]}
+        rows.append((_name(comparison, method), *(_basin(found.get(tolerance)) for tolerance in tolerances)))
+    caption = (
+        "Decades of learning rates whose median loss lies within so much of the best of all methods; ≥ where the "
+        "range goes on beyond the rates that were tried."
+    )
+    return Table("basins", caption, tuple(heads), tuple(rows))
+
+
+def _basin(basin: Found | None) -> Entry:
+    decades = value_of(basin["decades"]) if basin else None
+    if not basin or decades is None or value_of(basin["low"]) is None:
+        return Entry("none", 0.0 if basin else None)
+    censored = basin["censored_low"] or basin["censored_high"]
+    ends = f"{rate(basin['low'])} … {rate(basin['high'])}"
+    return Entry(f"{'≥ ' if censored else ''}{decades:.2f} ({ends})", decades)
+
+
+def rates(comparison: Comparison) -> Table:
+    """Every learning rate that was tried."""
+    same = {(row["method"], row["lr"]): row for row in comparison["same_lr"] or []}
+    heads = [Head("method", False), Head("learning rate"), Head("final loss [min, max]"), Head("diverged")]
+    heads += [Head(f"against {comparison.baseline} at this rate"), Head("‖ΔW‖"), Head("update RMS")]
+    rows = [
+        _rate(comparison, method, point, same.get((method["label"], point["lr"])))
+        for method in comparison.methods
+        for point in method["rates"]
+    ]
+    caption = (
+        "Tuning runs. The same rate means another step length to another optimizer, so the differences at one rate "
+        "are no verdict: ‖ΔW‖, the norm of all that was learned, and the root mean square of an update tell why."
+    )
+    return Table("rates", caption, tuple(heads), tuple(rows))
+
+
+def _rate(comparison: Comparison, method: Found, point: Found, same: Found | None) -> tuple[Entry, ...]:
+    notes: tuple[str, ...] = ("best",) if point["lr"] == method["best_lr"] else ()
+    notes += ("added",) if point["added"] else ()
+    diverged = point["n_diverged"]
+    compared = Entry(interval(same["pct"]), _key(same["pct"]["mean"])) if same else Entry(NONE)
+    return (
+        _name(comparison, method),
+        Entry(rate(point["lr"]), point["lr"], notes=notes),
+        Entry(spread(point["final"]), _key(point["final"]["median"])),
+        Entry(f"{diverged} of {point['n_runs']}", diverged, "bad" if diverged else ""),
+        compared,
+        Entry(spread(point["dw_norm"], amount), _key(point["dw_norm"]["median"])),
+        Entry(spread(point["update_rms"], amount), _key(point["update_rms"]["median"])),
+    )
+
+
+def octiles(comparison: Comparison) -> Table | None:
+    """The difference by noise level; None if it was not computed."""
+    others = [method for method in comparison.methods if method["octiles"]]
+    numbers = sorted({octile["octile"] for method in others for octile in method["octiles"]})
+    if not numbers:
+        return None
+    rows = []
+    for method in others:
+        found = {octile["octile"]: octile["pct"] for octile in method["octiles"]}
+        cells = [Entry(interval(found[n]), _key(found[n]["mean"])) if n in found else Entry(NONE) for n in numbers]
+        rows.append((_name(comparison, method), *cells))
+    caption = f"Loss against {comparison.baseline} by eighths of the timesteps: 1 is the least noisy, 8 the noisiest."
+    return Table("octiles", caption, (Head("method", False), *(Head(str(n + 1)) for n in numbers)), tuple(rows))
+
+
+def images(comparison: Comparison) -> Table | None:
+    """The image metrics; None if none were computed."""
+    columns: dict[tuple[str, str], Found] = {}
+    for method in comparison.methods:
+        for found in method["images"]:
+            columns.setdefault((found["name"], found["at"]), found)
+    if not columns:
+        return None
+    rows = []
+    for method in comparison.methods:
+        mine = {(found["name"], found["at"]): found["value"] for found in method["images"]}
+        cells = [
+            Entry(interval(mine[key], amount), _key(mine[key]["mean"])) if key in mine else Entry("not computed")
+            for key in columns
+        ]
+        rows.append((_name(comparison, method), *cells))
+    heads = [Head(f"{name.removeprefix('img/')}, {'last' if at == 'final' else 'best'} step") for name, at in columns]
+    made = {(found["encoder_id"] or "no encoder", found["images"]) for found in columns.values()}
+    by = "; ".join(sorted(f"{encoder}" + (f", {count} images" if count else "") for encoder, count in made))
+    caption = f"Image metrics over the seeds [95\u00a0%], by {by}. They describe; the verdict is by the loss."
+    return Table("images", caption, (Head("method", False), *heads), tuple(rows))
+
+
+def runs(comparison: Comparison) -> Table:
+    """Every run."""
+    heads = [Head("method", False), Head("learning rate"), Head("seed"), Head("part", False), Head("state", False)]
+    heads += [Head("final loss"), Head("best loss"), Head("best step"), Head("steps to target"), Head("time")]
+    heads += [Head("folder", False)]
+    rows = tuple(_run(comparison, run) for run in comparison.runs)
+    return Table("runs", f"{len(rows)} runs.", tuple(heads), rows)
+
+
+def _run(comparison: Comparison, run: Found) -> tuple[Entry, ...]:
+    bad = run["status"] in ("diverged", "failed")
+    seconds = value_of(run["seconds"][-1]) if run["seconds"] else None
+    number = comparison.labels.index(run["method"]) if run["method"] in comparison.labels else None
+    message = (run["message"],) if run["message"] else ()
+    best_step = run["best_step"]
+    return (
+        Entry(run["method"], run["method"], method=number),
+        _entry(run["lr"], rate),
+        Entry(str(run["seed"]), run["seed"]),
+        Entry(run["role"], run["role"]),
+        Entry(run["status"], run["status"], "bad" if bad else "", message),
+        _entry(run["final"], loss),
+        _entry(run["best"], loss),
+        Entry(NONE if best_step is None else str(best_step), best_step),
+        _entry(run["steps_to_target"], amount),
+        Entry(NONE if seconds is None else duration(seconds), seconds),
+        Entry(run["id"], run["id"], link=run["report"]),
+    )
+
+
+def _name(comparison: Comparison, method: Found) -> Entry:
+    label = method["label"]
+    return Entry(label, label, method=comparison.labels.index(label))
+
+
+def _entry(value: Any, write: Callable[[Any], str]) -> Entry:
+    return Entry(write(value), _key(value))
+
+
+def _key(value: Any) -> float | None:
+    """For sorting; infinity becomes a number that the page's script can read."""
+    found = value_of(value)
+    if found is None or math.isfinite(found):
+        return found
+    return math.copysign(1e308, found)
+
+
+def _times(value: Any) -> str:
+    found = value_of(value)
+    return NONE if found is None or math.isinf(found) else f"{found:.2f}\u202f×"
+
+
+def all_of(comparison: Comparison) -> dict[str, Table]:
+    """The tables by name, without those that would be empty."""
+    makers: Sequence[Callable[[Comparison], Table | None]] = (results, speed, basins, rates, octiles, images, runs)
+    return {table.name: _without_gaps(table) for make in makers if (table := make(comparison)) is not None}
+
+
+def _without_gaps(table: Table) -> Table:
+    """Without columns that hold nothing, such as the memory of runs on CPUs."""
+    kept = [n for n in range(len(table.heads)) if n == 0 or any(row[n].text != NONE for row in table.rows)]
+    rows = tuple(tuple(row[n] for n in kept) for row in table.rows)
+    return Table(table.name, table.caption, tuple(table.heads[n] for n in kept), rows)

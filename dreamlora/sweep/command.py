@@ -1,0 +1,196 @@
+"""``dreamlora compare``: make the runs that are missing, compare them, write the report. No torch in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from dreamlora import compare
+from dreamlora.compare.comparison import Plan
+from dreamlora.compare.methods import Group, group
+from dreamlora.compare.records import Record, read_record
+from dreamlora.compare.schema import Comparison
+from dreamlora.compare.words import EDGES, table
+from dreamlora.config import EMBEDDED_MODEL
+from dreamlora.errors import UserError
+from dreamlora.report import write_compare_report
+from dreamlora.runfolder import RunFolder
+from dreamlora.sweep import plan
+from dreamlora.sweep.config import PROGRAM, CompareConfig, parse
+from dreamlora.sweep.plan import Entry, Job, Sweep
+from dreamlora.sweep.pool import Ended, Pool, seats
+
+COMPARISON = Path("outputs") / "comparison"
+LOGS = "logs"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compare as the command line says and print the verdict and where the report is.
+
+    Raises:
+        UserError: a flag is wrong, runs cannot be compared, or no run could be made.
+    """
+    config, training = parse(argv)
+    command = shlex.join([*PROGRAM.split(), *argv])
+    if config.runs:
+        root, found = _existing(config, command)
+    else:
+        sweep = plan.sweep_of(config, training)
+        root, found = sweep.root, Sweeper(sweep, config.workers, command).run()
+    sys.stdout.write(f"\n{table(found)}\n\n{found['sentence']}\n{write_compare_report(root)}\n")
+
+
+def _existing(config: CompareConfig, command: str) -> tuple[Path, Comparison]:
+    """Compare runs that exist; a folder that is none stands for the runs in it."""
+    root = config.output_dir or COMPARISON
+    folders: list[Path] = []
+    for path in config.runs:
+        inside = [path] if RunFolder(path).holds_run() else sorted(file.parent for file in path.rglob("config.yaml"))
+        if not inside:
+            raise UserError(f"--runs: there is no run in {path} (no config.yaml)")
+        folders += inside
+    found = compare.compare_runs(list(dict.fromkeys(folders)), root, Plan(baseline=config.baseline, command=command))
+    compare.write_comparison(found, root)
+    return root, found
+
+
+class Sweeper:
+    """Makes the runs of a comparison in their order: tuning, rates beyond an edge, headline.
+
+    Args:
+        sweep: what is wanted.
+        workers: see ``pool.seats``.
+        command: the command line, for the report.
+    """
+
+    def __init__(self, sweep: Sweep, workers: int | None, command: str) -> None:
+        self._sweep = sweep
+        self._workers = workers
+        self._command = command
+        self._grids = {entry.label: sweep.grid(entry) for entry in sweep.entries}
+        self._jobs: dict[Path, Job] = {}
+        self._failure = ""
+
+    def run(self) -> Comparison:
+        """Make what is missing and compare. After Ctrl-C, or a kill, the next call goes on.
+
+        Raises:
+            UserError: another process works on this comparison, its runs were made with other flags, or no run could
+                be made.
+        """
+        lock = RunFolder(self._sweep.root)
+        lock.lock()
+        try:
+            plan.check_settings(self._sweep)
+            self._make_all()
+            return self._compare()
+        except KeyboardInterrupt:
+            with contextlib.suppress(UserError):  # nothing to show yet
+                self._compare()
+            sys.stderr.write("the same command goes on from here\n")
+            raise
+        finally:
+            lock.release()
+
+    def _make_all(self) -> None:
+        """Tune, extend the grids where the best lies at an edge, then make the runs that are compared."""
+        sweep = self._sweep
+        embedded = sweep.settings["pretrained_model_name_or_path"] == EMBEDDED_MODEL
+        total = len(self._tuning()) + len(sweep.entries) * len(sweep.headline_seeds)
+        with (
+            Pool(seats(self._workers, embedded), sweep.root / LOGS) as pool,
+            tqdm(total=total, desc="runs", unit="run", smoothing=0) as bar,
+        ):
+            self._make(pool, bar, self._tuning())
+            for _ in range(0 if sweep.rates else sweep.effort.rounds):
+                self._extend(bar)
+                self._make(pool, bar, self._tuning())
+            self._make(pool, bar, self._headline(bar))
+
+    def _tuning(self) -> list[Job]:
+        """Seed by seed, so that a comparison that is stopped early has seen all rates."""
+        jobs = [job for entry in self._sweep.entries for job in self._sweep.tuning(entry, self._grids[entry.label])]
+        return sorted(jobs, key=lambda job: self._sweep.seeds.index(job.seed))
+
+    def _extend(self, bar: tqdm) -> None:
+        """Add rates where the best lies at an edge."""
+        before = len(self._tuning())
+        for entry in self._sweep.entries:
+            state = self._state(entry)
+            if state is not None and state.edge is not None:
+                rates = plan.extended(self._grids[entry.label], state.edge, self._sweep.effort.extension)
+                self._grids[entry.label] = sorted([*self._grids[entry.label], *rates])
+                told = " ".join(f"{lr:g}" for lr in rates)
+                bar.write(f"{entry.label}: the best learning rate is the {EDGES[state.edge]} tried: {told} as well")
+        bar.total = (bar.total or 0) + len(self._tuning()) - before
+
+    def _headline(self, bar: tqdm) -> list[Job]:
+        """Seed by seed, so that a comparison that is stopped early has pairs."""
+        jobs: list[Job] = []
+        for entry in self._sweep.entries:
+            state = self._state(entry)
+            if state is None or state.best is None:
+                bar.write(f"{entry.label}: no learning rate worked")
+                continue
+            bar.write(f"{entry.label}: best learning rate {state.best.lr:g}")
+            jobs += self._sweep.headline(entry, state.best.lr)
+        return sorted(jobs, key=lambda job: job.seed)
+
+    def _make(self, pool: Pool, bar: tqdm, jobs: Sequence[Job]) -> None:
+        """Make those of the jobs that are new and not done."""
+        new = [job for job in jobs if job.folder not in self._jobs]
+        missing = [job for job in new if not job.done]
+        self._jobs |= {job.folder: job for job in new}
+        bar.update(len(new) - len(missing))
+
+        def show(ended: Ended) -> None:
+            if ended.status == "failed":
+                self._failure = self._failure or ended.message
+            bar.write(_line(ended))
+            bar.update()
+
+        pool.run(missing, show)
+
+    def _state(self, entry: Entry) -> Group | None:
+        """What is known of a method by now."""
+        jobs = [job for job in self._jobs.values() if job.method == entry.label and job.done]
+        records = [self._record(job) for job in jobs]
+        return group(entry.label, records, self._sweep.headline_seeds) if records else None
+
+    def _record(self, job: Job) -> Record:
+        return read_record(job.folder, job.folder.relative_to(self._sweep.root).as_posix())
+
+    def _compare(self) -> Comparison:
+        """Compare what there is, and write it down."""
+        sweep = self._sweep
+        there = [job.folder for job in self._jobs.values() if RunFolder(job.folder).holds_run()]
+        if self._failure and not any(job.done for job in self._jobs.values()):
+            raise UserError(f"no run could be made; the first one ended with: {self._failure}")
+        known = {(entry.label, lr) for entry in sweep.entries for lr in sweep.grid(entry)}
+        all_rates = {(label, lr) for label, grid in self._grids.items() for lr in grid}
+        details = Plan(
+            baseline=sweep.baseline,
+            headline_seeds=sweep.headline_seeds,
+            added=all_rates - known,
+            missing=sum(not job.done for job in self._jobs.values()),
+            command=self._command,
+        )
+        found = compare.compare_runs(there, sweep.root, details)
+        compare.write_comparison(found, sweep.root)
+        return found
+
+
+def _line(ended: Ended) -> str:
+    """What is said of a run that ended."""
+    job = ended.job
+    text = f"{job.method}  lr {job.lr:g}  seed {job.seed}: "
+    if ended.status != "finished":
+        return text + f"{ended.status} after {ended.seconds:.0f} s. {ended.message}"
+    record = read_record(job.folder, job.folder.name)
+    change = 100 * (record.losses[-1] / record.base - 1)
+    return text + f"{record.metric} {record.losses[-1]:.4g} ({change:+.1f} % to the base model), {ended.seconds:.0f} s"

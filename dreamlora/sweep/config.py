@@ -1,0 +1,104 @@
+"""``dreamlora compare``: the flags, and what they mean for the training flags that stand beside them. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreamlora import cli
+from dreamlora.errors import UserError
+from dreamlora.options import options_of
+
+PROGRAM = "dreamlora compare"
+
+DECIDED_HERE = {
+    "optimizer": "give --optimizers",
+    "optimizer_args": "give them with the optimizer: --optimizers scaled_adamw:variant=split",
+    "learning_rate": "give --learning_rates",
+    "seed": "give --seeds",
+    "resume_from_checkpoint": "the same command goes on where it was stopped",
+    "overwrite_output_dir": "give another --output_dir, or remove the old one",
+    "push_to_hub": "upload the run that you choose afterwards",
+    "hub_token": "nothing is uploaded",
+    "hub_model_id": "nothing is uploaded",
+}
+"""Training flags that a comparison sets itself, and what to give instead."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which optimizer is better, each at its own best learning rate? Flags of dreamlora dreambooth may stand beside."""
+
+    optimizers: tuple[str, ...] = ()
+    """Methods: an optimizer, its settings after a colon, other training flags after a plus, such as adamw
+    scaled_adamw:variant=split adamw+rank=16."""
+    learning_rates: tuple[float, ...] = ()
+    """Rates for all of them. Default: 7 (--quick: 3), a factor of sqrt(10) apart, around each one's usual rate; more
+    where the best lies at the edge."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that choose the learning rate. Default: 0 1 2 (--quick: 0)."""
+    headline_seeds: int | None = None
+    """How many other seeds are then run at the best rate; 0: none. Default: 5 (--quick: 3)."""
+    quick: bool = False
+    """Fewer rates and seeds: a first look, with wide intervals."""
+    runs: tuple[Path, ...] = ()
+    """Compare these run folders (or folders of run folders) instead of training."""
+    baseline: str | None = None
+    """The method that the others are compared with. Default: adamw if it is there, else the first."""
+    output_dir: Path | None = None
+    """Where runs and report go. Default: outputs/<names of the methods>, with --runs outputs/comparison."""
+    workers: int | None = None
+    """Processes that train at the same time. Default: one per GPU; without one, one per core for the embedded model
+    and else one."""
+
+    def __post_init__(self) -> None:
+        if bool(self.optimizers) == bool(self.runs):
+            raise UserError("give either --optimizers, to train, or --runs, to compare runs that exist")
+        if any(not 0 < lr < float("inf") for lr in self.learning_rates):
+            raise UserError(f"--learning_rates must be above 0 (got {' '.join(map(str, self.learning_rates))})")
+        if any(seed < 0 for seed in self.seeds):
+            raise UserError(f"--seeds must be at least 0 (got {' '.join(map(str, self.seeds))})")
+        for name in ("learning_rates", "seeds", "optimizers"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"--{name} has a value twice: {' '.join(map(str, values))}")
+        for name, lowest in (("headline_seeds", 0), ("workers", 1)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"--{name} must be at least {lowest} (got {value})")
+
+
+def parse(argv: Sequence[str]) -> tuple[CompareConfig, list[str]]:
+    """The comparison's own options, and the words that are training flags (checked later, method by method).
+
+    Raises:
+        UserError: a flag of the comparison is wrong, or a training flag is one that the comparison decides.
+    """
+    own = options_of(CompareConfig)
+    mine: list[str] = []
+    training: list[str] = []
+    taker = mine
+    for word in argv:
+        if word.startswith("-") and not word[1:2].isdigit():
+            name = _flag(word)
+            taker = mine if name in own or name.removeprefix("no_") in own or word in ("-h", "--help") else training
+            if name in DECIDED_HERE:
+                raise UserError(f"--{name} is decided by the comparison: {DECIDED_HERE[name]}")
+        taker.append(word)
+    config = cli.parse(CompareConfig, mine, cli.Program(PROGRAM))
+    if config.runs and training:
+        raise UserError(f"{training[0]} trains nothing: with --runs the runs exist already. Leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("start dreamlora compare with plain python: it starts a process per GPU itself")
+    return config, training
+
+
+def flags_in(words: Sequence[str]) -> set[str]:
+    """The names of all flags among the words of a command line."""
+    return {_flag(word) for word in words if word.startswith("--")}
+
+
+def _flag(word: str) -> str:
+    return word.lstrip("-").partition("=")[0].replace("-", "_")

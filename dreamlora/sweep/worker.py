@@ -1,0 +1,102 @@
+"""A process that makes one run after the other: ``python -m dreamlora.sweep.worker``.
+
+Jobs come as lines of JSON on standard input, outcomes go back as lines on standard output; what the training says goes
+to standard error. The imports of torch and its relatives are paid once for all runs. When the input ends, so does the
+process, whatever it is doing: whoever started it has gone.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import IO, Any
+
+from dreamlora import cli
+from dreamlora.errors import DivergedError, UserError
+from dreamlora.runfolder import RunFolder, write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Work until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=(sys.stdin, jobs), daemon=True).start()
+    importlib.import_module("dreamlora.assemble")  # seconds, which can pass before the first job comes
+    while True:
+        job = jobs.get()
+        outcome = make_run(job["argv"], Path(job["folder"]), job["method"])
+        answers.write(json.dumps(outcome) + "\n")
+        answers.flush()
+
+
+def make_run(argv: list[str], path: Path, method: str) -> dict[str, str]:
+    """Train into ``path``, or go on there, and write down how it ended (outcome.json).
+
+    Args:
+        argv: flags of ``dreamlora dreambooth``, without the folder.
+        path: of the run.
+        method: its label, for the report.
+
+    Returns:
+        status: "finished"; "diverged", if the loss was not finite; "failed", whatever else went wrong.
+        message: what went wrong, in one paragraph.
+    """
+    folder = RunFolder(path)
+    folder.outcome_file.unlink(missing_ok=True)
+    flags = [*argv, "--output_dir", str(path)]
+    sys.argv = ["dreamlora", "dreambooth", *flags]  # what the run's report calls its command
+    if folder.holds_run():
+        flags += ["--resume_from_checkpoint", "latest"] if folder.checkpoint_steps() else ["--overwrite_output_dir"]
+    try:
+        _train(flags)
+        status, message = "finished", ""
+    except DivergedError as error:
+        status, message = "diverged", str(error)
+    except UserError as error:
+        status, message = "failed", str(error)
+    except Exception as error:  # a run that breaks must not take the other runs with it
+        logger.error("%s", traceback.format_exc())
+        status, message = "failed", f"{type(error).__name__}: {error}"
+    write_outcome(folder, method, status, message)
+    return {"status": status, "message": message}
+
+
+def write_outcome(folder: RunFolder, method: str, status: str, message: str) -> None:
+    """outcome.json: that the run ended, and how."""
+    outcome = {"status": status, "message": message, "method": method}
+    write_atomically(folder.outcome_file, json.dumps(outcome, indent=1))
+
+
+def _train(flags: list[str]) -> None:
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from dreamlora import assemble
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the precision of the run before
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    assemble.train(*cli.parse_run(flags))
+
+
+def _listen(source: IO[str], jobs: queue.Queue[dict[str, Any]]) -> None:
+    for line in source:
+        jobs.put(json.loads(line))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

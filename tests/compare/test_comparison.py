@@ -1,0 +1,312 @@
+"""Run folders to compare.json: choosing, pairing, refusing, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from dreamlora import compare
+from dreamlora.compare.records import lora_norm, read_record
+from dreamlora.compare.schema import Comparison
+from dreamlora.compare.words import table
+from dreamlora.errors import UserError
+from tests.compare.synthetic import BASE, Curve, make_comparison, make_run
+
+RATES = (2e-4, 2e-3, 2e-2)
+NOTHING_KNOWN = compare.Plan()
+
+
+def compared(root: Path, plan: compare.Plan = NOTHING_KNOWN) -> Comparison:
+    return compare.compare_runs(sorted(file.parent for file in root.rglob("config.yaml")), root, plan)
+
+
+def by_label(comparison: Any) -> dict[str, Any]:
+    return {method["label"]: method for method in comparison["methods"]}
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The synthetic comparison of three methods, read back from the file."""
+    root = tmp_path_factory.mktemp("comparison")
+    plan = make_comparison(root)
+    return json.loads(compare.write_comparison(compared(root, plan), root).read_text(), parse_constant=pytest.fail)
+
+
+def test_each_method_is_judged_at_its_own_best_rate(example: dict[str, Any]) -> None:
+    methods = by_label(example)
+    assert [method["label"] for method in example["methods"]] == ["adamw", "scaled_adamw:variant=split", "sgd"]
+    assert methods["adamw"]["best_lr"] == 2e-3
+    assert methods["scaled_adamw:variant=split"]["best_lr"] == 6.32e-3
+    assert methods["scaled_adamw:variant=split"]["optimizer_args"] == {"variant": "split"}
+    delta = methods["scaled_adamw:variant=split"]["delta"]
+    assert delta["pct"]["mean"] == pytest.approx(100 * (0.445 / 0.46 - 1), abs=0.5)
+    assert (delta["word"], delta["wins"], delta["suffixes"]) == ("better", 5, [])
+    assert methods["adamw"]["delta"] is None and example["baseline"] == "adamw"
+
+
+def test_the_numbers_are_of_fresh_seeds(example: dict[str, Any]) -> None:
+    assert example["fresh_seeds"] and example["complete"]
+    for method in example["methods"]:
+        assert method["tuning_seeds"] == [0, 1, 2]
+        assert method["headline_seeds"] == [3, 4, 5, 6, 7]
+    roles = {run["id"]: run["role"] for run in example["runs"]}
+    assert roles["runs/adamw/lr2.00e-03/seed3"] == "headline" and roles["runs/adamw/lr2.00e-03/seed0"] == "tuning"
+
+
+def test_divergence_goes_by_value(example: dict[str, Any]) -> None:
+    """The synthetic runs finished, with a loss above the base model's."""
+    adamw = by_label(example)["adamw"]
+    assert adamw["n_diverged"] == 3 and adamw["rates"][-1]["score"] == "inf"
+    assert adamw["rates"][-1]["final"]["n"] == 0
+    (row,) = (run for run in example["runs"] if run["id"] == "runs/adamw/lr2.00e-02/seed1")
+    assert (row["status"], row["final"], row["steps_to_target"]) == ("diverged", "inf", "inf")
+    assert row["log_auc"] is None
+
+
+def test_the_edge_of_the_grid_is_told(example: dict[str, Any]) -> None:
+    sgd = by_label(example)["sgd"]
+    assert sgd["at_grid_edge"] == "high" and sgd["suggested_lrs"] == [63.3, 200.0]
+    assert sgd["delta"]["verdict"] == "worse; LR grid edge (sgd)"
+    assert any("Try --learning_rates 63.3 200" in text for text in example["warnings"])
+
+
+def test_target_and_steps_to_it(example: dict[str, Any]) -> None:
+    """The target is 1 % above the baseline's median best; the worse method never gets there."""
+    methods = by_label(example)
+    assert example["target"] == pytest.approx(1.01 * methods["adamw"]["final"]["median"], rel=1e-6)
+    sgd = methods["sgd"]["steps_to_target"]
+    assert (sgd["spread"]["median"], sgd["reached"], sgd["speedup"]) == ("inf", 0, None)
+    fast = methods["scaled_adamw:variant=split"]
+    assert fast["steps_to_target"]["reached"] == 5 and fast["steps_to_target"]["speedup"] > 1
+    seconds, steps = fast["seconds_to_target"]["spread"]["median"], fast["steps_to_target"]["spread"]["median"]
+    assert seconds == pytest.approx(steps / 8.0)  # 8 steps per second were logged
+
+
+def test_curves_bands_and_octiles(example: dict[str, Any]) -> None:
+    method = by_label(example)["scaled_adamw:variant=split"]
+    band = method["curve"]
+    assert band["steps"][0] == 0 and band["mean"][0] == pytest.approx(BASE)
+    assert all(low <= mean <= high for low, mean, high in zip(band["low"], band["mean"], band["high"], strict=True))
+    assert [row["octile"] for row in method["octiles"]] == list(range(8))
+    assert method["octiles"][3]["pct"]["mean"] == pytest.approx(method["delta"]["pct"]["mean"], rel=1e-4)
+
+
+def test_same_rate_table_has_the_rates_that_both_tried(example: dict[str, Any]) -> None:
+    rows = [row for row in example["same_lr"] if row["method"].startswith("scaled")]
+    assert [row["lr"] for row in rows] == [0.000632, 0.002, 0.00632, 0.02]
+    assert rows[-1]["baseline_diverged"] == 3 and rows[-1]["pct"]["n"] == 0
+    assert not [row for row in example["same_lr"] if row["method"] == "sgd"]
+
+
+def test_image_metrics_and_samples(example: dict[str, Any]) -> None:
+    adamw = by_label(example)["adamw"]
+    assert {(row["name"], row["at"]) for row in adamw["images"]} == {
+        (name, at) for name in ("img/clip_t", "img/dino") for at in ("final", "best")
+    }
+    assert adamw["images"][0]["encoder_id"] == "tiny-clip" and adamw["images"][0]["value"]["n"] == 5
+    samples = adamw["samples"]
+    assert samples["steps"] == [0, 75, 150] and samples["training_seed"] == 3
+    assert samples["cells"][0]["file"] == "runs/adamw/lr2.00e-03/seed3/samples/step_000000/p00_s42.png"
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    plan = make_comparison(tmp_path)
+    first = compare.write_comparison(compared(tmp_path, plan), tmp_path).read_bytes()
+    assert compare.write_comparison(compared(tmp_path, plan), tmp_path).read_bytes() == first
+
+
+def test_words_name_budget_and_limits(example: dict[str, Any]) -> None:
+    budget = " ".join(example["budget"])
+    assert "adamw: 20 runs; 5 learning rates" in budget and "One subject (checkerling)" in budget
+    assert "come from runs with other seeds" in budget
+    assert example["sentence"].startswith("scaled_adamw:variant=split: 3")
+    assert "not reached" in table(example)  # type: ignore[arg-type]
+
+
+def test_existing_runs_of_the_same_seeds_are_not_called_fresh(tmp_path: Path) -> None:
+    for method, best in (("adamw", 0.46), ("scaled_adamw", 0.45)):
+        for lr in RATES:
+            for seed in (0, 1, 2):
+                make_run(tmp_path, method, lr, seed, Curve(best=best))
+    found = compared(tmp_path)
+    assert not found["fresh_seeds"]
+    assert by_label(found)["scaled_adamw"]["headline_seeds"] == [0, 1, 2]
+    assert any("flatters" in line for line in found["budget"])
+
+
+def test_fresh_seeds_are_recognised(tmp_path: Path) -> None:
+    for lr in RATES:
+        make_run(tmp_path, "adamw", lr, 0)
+    for seed in (1, 2, 3):
+        make_run(tmp_path, "adamw", 2e-3, seed)
+    found = compared(tmp_path)
+    assert found["fresh_seeds"] and found["methods"][0]["headline_seeds"] == [1, 2, 3]
+
+
+def test_one_rate_is_not_tuned(tmp_path: Path) -> None:
+    for method in ("adamw", "sgd"):
+        for seed in (0, 1, 2):
+            make_run(tmp_path, method, 2e-3, seed)
+    delta = by_label(compared(tmp_path))["sgd"]["delta"]
+    assert delta["suffixes"] == ["not tuned: LR effect and optimizer effect cannot be separated"]
+
+
+def test_two_seeds_are_insufficient(tmp_path: Path) -> None:
+    for method, best in (("adamw", 0.46), ("sgd", 0.40)):
+        for seed in (0, 1):
+            make_run(tmp_path, method, 2e-3, seed, Curve(best=best))
+    delta = by_label(compared(tmp_path))["sgd"]["delta"]
+    assert delta["word"] == "insufficient seeds" and delta["pct"]["low"] is None
+
+
+def test_a_method_that_always_diverges_is_worse(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        for lr in RATES:
+            make_run(tmp_path, "adamw", lr, seed)
+            make_run(tmp_path, "sgd", lr, seed, Curve(diverges_at=0))
+    sgd = by_label(compared(tmp_path))["sgd"]
+    assert sgd["best_lr"] is None and sgd["delta"]["word"] == "worse"
+    assert "sgd diverged at every learning rate" in sgd["delta"]["verdict"]
+
+
+def test_diverged_seeds_are_left_out_and_counted(tmp_path: Path) -> None:
+    for lr in RATES:
+        for method in ("adamw", "sgd"):
+            make_run(tmp_path, method, lr, 0)
+    for seed in (1, 2, 3, 4):
+        make_run(tmp_path, "adamw", 2e-3, seed)
+        make_run(tmp_path, "sgd", 2e-3, seed, Curve(best=0.4, diverges_at=0 if seed == 4 else math.inf))
+    delta = by_label(compared(tmp_path))["sgd"]["delta"]
+    assert delta["pct"]["n"] == 3 and delta["verdict"] == "better; 1 of 4 seeds of sgd diverged"
+
+
+def test_options_make_methods_of_one_optimizer(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        make_run(tmp_path / "a", "adamw", 2e-3, seed)
+        make_run(tmp_path / "b", "adamw", 2e-3, seed, rank=16)
+    for file in tmp_path.rglob("outcome.json"):
+        file.unlink()  # runs that the comparison program has not made
+    found = compared(tmp_path)
+    assert [method["label"] for method in found["methods"]] == ["adamw", "adamw+rank=16"]
+    assert found["methods"][1]["options"] == {"rank": "16"}
+    assert any("differ in rank (adamw: 4, adamw+rank=16: 16)" in text for text in found["warnings"])
+
+
+def test_what_is_measured_makes_no_method(tmp_path: Path) -> None:
+    """Runs that choose a rate draw and keep less than those that are compared."""
+    for seed, options in ((0, {"save_best": False, "eval_metrics": []}), (1, {"eval_metrics": ["dino"]})):
+        for method in ("adamw", "sgd"):
+            make_run(tmp_path, method, 2e-3, seed, **options)
+    assert not any("differ in" in text for text in compared(tmp_path)["warnings"])
+
+
+def test_rates_are_judged_by_the_seeds_they_share(tmp_path: Path) -> None:
+    for lr, seeds in ((2e-4, (0, 1)), (2e-3, (0, 1)), (2e-2, (0,))):
+        for seed in seeds:
+            make_run(tmp_path, "adamw", lr, seed, Curve(best_lr=2e-4))
+    found = compared(tmp_path)
+    assert found["methods"][0]["tuning_seeds"] == [0]
+    assert [row["run"] for row in found["dropped"]] == ["runs/adamw/lr2.00e-03/seed1"]
+
+
+def test_runs_that_have_not_ended_are_dropped(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0)
+    make_run(tmp_path, "adamw", 2e-3, 1, ended=False)
+    assert compared(tmp_path)["dropped"] == [{"run": "runs/adamw/lr2.00e-03/seed1", "reason": "it has not ended"}]
+
+
+# What is refused
+
+
+def refusal(root: Path, plan: compare.Plan = NOTHING_KNOWN) -> str:
+    with pytest.raises(UserError) as error:
+        compared(root, plan)
+    return str(error.value)
+
+
+def test_foreign_evaluation_sets_are_refused(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0, evalset="a1b2")
+    make_run(tmp_path, "sgd", 2e-3, 0, evalset="c3d4")
+    text = refusal(tmp_path)
+    assert "cannot pair runs: evalset a1b2 (run runs/adamw/lr2.00e-03/seed0) != c3d4 (run runs/sgd" in text
+
+
+def test_a_run_without_base_evaluation_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0, steps=(25, 50))
+    assert "no base-model evaluation" in refusal(tmp_path)
+
+
+def test_no_common_seed_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0)
+    make_run(tmp_path, "sgd", 2e-3, 1)
+    assert "adamw has seeds 0, sgd has 1" in refusal(tmp_path)
+
+
+def test_no_seed_common_to_the_rates_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0)
+    make_run(tmp_path, "adamw", 2e-2, 1)
+    assert "no seed was run at all of its learning rates (0.002, 0.02)" in refusal(tmp_path)
+
+
+def test_nothing_that_has_ended_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0, ended=False)
+    assert "no run to compare that has ended" in refusal(tmp_path)
+
+
+def test_other_encoders_are_refused(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0, pictures=True)
+    other = make_run(tmp_path, "sgd", 2e-3, 0, pictures=True)
+    other.metrics_file.write_text(other.metrics_file.read_text().replace("tiny-clip", "dino"))
+    assert "cannot compare img/clip_t: run runs/adamw/lr2.00e-03/seed0 has encoder tiny-clip" in refusal(tmp_path)
+
+
+def test_an_unknown_baseline_lists_the_methods(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0)
+    assert "--baseline sgd: no such method" in refusal(tmp_path, compare.Plan(baseline="sgd"))
+
+
+def test_a_broken_config_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path, "adamw", 2e-3, 0).config_file.write_text("rank: [")
+    assert "cannot read" in refusal(tmp_path)
+
+
+# Parts
+
+
+def test_lora_norm_is_that_of_the_product(tmp_path: Path) -> None:
+    """Linear layers and a convolution, against the explicit products."""
+    rng = np.random.default_rng(0)
+    shapes = {"unet.a": ((3, 7), (5, 3)), "unet.conv": ((3, 4, 3, 3), (6, 3, 1, 1))}
+    tensors, total = {}, 0.0
+    for name, (down, up) in shapes.items():
+        a, b = rng.normal(size=down).astype(np.float32), rng.normal(size=up).astype(np.float32)
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        total += float(np.linalg.norm(2 * b.reshape(len(b), -1) @ a.reshape(len(a), -1)) ** 2)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert lora_norm(tmp_path / "lora.safetensors", 2.0) == pytest.approx(math.sqrt(total), rel=1e-6)
+
+
+def test_seconds_count_training_alone(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "adamw", 2e-3, 0)
+    rows = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    for row in rows:
+        if row["name"] == "train/steps_per_s":
+            row["value"] = 2.0 if row["step"] <= 50 else 4.0
+    folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = read_record(folder.path, "run")
+    assert record.seconds[record.steps.index(50)] == pytest.approx(25)
+    assert record.seconds[-1] == pytest.approx(25 + 25)
+
+
+def test_rates_that_differ_by_rounding_are_the_same(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "adamw", 2e-3, 0)
+    config = yaml.safe_load(folder.config_file.read_text())
+    folder.config_file.write_text(yaml.safe_dump({**config, "learning_rate": 0.0020000000001}))
+    assert read_record(folder.path, "run").lr == 2e-3

@@ -1,0 +1,269 @@
+"""A comparison's report: what compare.json says, nothing else, with warnings where the numbers stand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from conftest import compare_example, write_comparison
+from test_page import checked
+
+from dreamlora.__main__ import main
+from dreamlora.errors import UserError
+from dreamlora.report import comparison_charts, comparison_tables, document_of, svg, write_compare_report
+from dreamlora.report.comparison import Comparison, amount, interval, loss, percent, rate, spread
+from dreamlora.report.comparison_page import embedded_json
+from dreamlora.report.comparison_samples import gallery
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example with its report."""
+    folder = write_comparison(tmp_path_factory.mktemp("written") / "adamw-vs-scaled_adamw")
+    write_compare_report(folder)
+    return folder
+
+
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts take most of a report's time; not every test is about them."""
+    monkeypatch.setattr(comparison_charts, "all_of", lambda comparison: {})
+
+
+CHARTS = ("delta", "curves", "curves_end", "rates", "octiles")
+
+
+def data_of(html: str) -> Any:
+    found = re.search(r'<script type="application/json" id="compare-json">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def method(label: str, **changes: Any) -> list[dict[str, Any]]:
+    """The example's methods, with one changed."""
+    methods = compare_example()["methods"]
+    assert label in [found["label"] for found in methods]
+    return [{**found, **changes} if found["label"] == label else found for found in methods]
+
+
+def texts(table: comparison_tables.Table) -> dict[str, list[str]]:
+    """A table's rows, notes behind the text, by the row's first entry."""
+    return {row[0].text: [" ".join((entry.text, *entry.notes)) for entry in row[1:]] for row in table.rows}
+
+
+def test_the_page_is_well_formed_and_needs_no_network(written: Path) -> None:
+    html = (written / "report.html").read_text()
+    found = checked(html)
+    assert all(address.startswith(("data:", "#")) or address == "compare.json" for address in found.addresses)
+    assert len(found.ids) == len(set(found.ids))
+    assert not found.images_without_text
+    assert not re.search(r"https?://(?!www\.w3\.org)|url\((?!#)|@import", html.partition('id="compare-json"')[0])
+    assert html.count('<svg role="img"') == 5 == len(list((written / "plots").glob("*.svg")))
+
+
+def test_the_verdict_comes_first_and_warnings_stand_by_their_numbers(make_comparison: Callable[..., Path]) -> None:
+    comparison = Comparison(make_comparison())
+    assert comparison.findings[0].startswith("scaled_adamw:variant=split: 3.6 % lower loss than adamw")
+    assert comparison.findings[1].startswith("sgd: 8.5 % higher")
+    rows = texts(comparison_tables.results(comparison))
+    assert rows["scaled_adamw:variant=split"][:3] == ["better", "−3.6\u202f% [−4.0, −3.2]", "5 of 5"]
+    assert rows["adamw"][:3] == ["baseline", "–", "–"]
+    assert rows["sgd"][0] == "worse LR grid edge (sgd)"
+    assert rows["sgd"][-1] == "20 at the upper edge of the grid try 63.3, 200"
+
+
+def test_a_method_that_was_not_tuned_or_diverged_says_so(make_comparison: Callable[..., Path]) -> None:
+    changes = {"tuned": False, "headline_seeds": [3, 4], "headline_diverged": 1}
+    rows = texts(comparison_tables.results(Comparison(make_comparison(methods=method("adamw", **changes)))))
+    assert rows["adamw"][0] == "baseline not tuned 1 of 2 seeds diverged few seeds"
+    assert "1 of 2 seeds: the others diverged" in rows["adamw"][3]
+
+
+def test_below_three_seeds_there_is_no_interval(make_comparison: Callable[..., Path]) -> None:
+    methods = method("sgd")
+    methods[2]["delta"] |= {"pct": {"mean": 1.5, "low": None, "high": None, "n": 2}, "word": "insufficient seeds"}
+    curve = methods[2]["curve"]
+    curve |= {key: [None] * len(curve["steps"]) for key in ("low", "high")}
+    curve["median"] = [0.4321] * len(curve["steps"])
+    folder = make_comparison(methods=methods)
+    assert texts(comparison_tables.results(Comparison(folder)))["sgd"][:2] == [
+        "insufficient seeds LR grid edge (sgd)",
+        "+1.5\u202f%",
+    ]
+    html = write_compare_report(folder).read_text()
+    assert "insufficient seeds" in html
+    assert re.search(r"at the end: adamw 0\.46\d*, scaled_adamw:variant=split 0\.44\d*, sgd 0\.4321", html)
+
+
+def test_tables_tell_speed_basins_and_what_diverged(make_comparison: Callable[..., Path]) -> None:
+    tables = comparison_tables.all_of(Comparison(make_comparison()))
+    assert list(tables) == ["results", "speed", "basins", "rates", "octiles", "images", "runs"]
+    assert texts(tables["speed"])["sgd"][:3] == ["never", "0 of 5", "–"]
+    assert texts(tables["speed"])["scaled_adamw:variant=split"][2] == "1.83\u202f×"
+    assert texts(tables["basins"])["sgd"] == ["none", "none", "none", "≥ 1.00 (2 … 20)"]
+    rates = [[" ".join((entry.text, *entry.notes)) for entry in row] for row in tables["rates"].rows]
+    assert ["sgd", "0.2", "–", "3 of 3"] in [row[:4] for row in rates]
+    assert ["adamw", "0.002 best"] in [row[:2] for row in rates]
+    assert len(tables["runs"].rows) == 60
+    assert "memory" not in [head.text for head in tables["speed"].heads]  # the runs were on a CPU
+
+
+def test_numbers_sort_as_numbers_and_never_comes_last(written: Path) -> None:
+    speed = comparison_tables.speed(Comparison(written))
+    keys = [row[1].key for row in speed.rows]
+    assert keys[1] < keys[0] < keys[2] == 1e308
+    html = (written / "report.html").read_text()
+    assert 'data-key="1e+308"' in html and "inf" not in re.findall(r'data-key="([^"]*)"', html)
+
+
+def test_without_images_and_samples_their_sections_are_left_out(make_comparison: Callable[..., Path]) -> None:
+    methods = [{**found, "images": [], "octiles": [], "samples": None} for found in compare_example()["methods"]]
+    folder = make_comparison(methods=methods, command=None)
+    html = write_compare_report(folder).read_text()
+    checked(html)
+    assert "<img" not in html and 'id="samples"' not in html and 'id="image-metrics"' not in html
+    assert not (folder / "plots" / "octiles.svg").exists()
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_missing_samples_become_cells_with_a_reason(make_comparison: Callable[..., Path]) -> None:
+    methods = compare_example()["methods"]
+    methods[1]["samples"]["cells"][1]["file"] = None
+    del methods[1]["samples"]["cells"][2]
+    folder = make_comparison(methods=methods)
+    (folder / methods[2]["samples"]["cells"][0]["file"]).unlink()
+    found = gallery(Comparison(folder))
+    assert found is not None and found.steps == (0, 75, 150) and len(found.views) == 2
+    reasons = [[[shot.reason for shot in row] for row in view.rows] for view in found.views]
+    assert reasons[0] == [["", "", "file is missing"], ["", "not drawn", ""], ["", "", ""]]
+    assert reasons[1] == [["", "not drawn", ""], ["", "", ""], ["", "", ""]]
+    assert found.views[0].rows[2][0].loss == "0.4608"
+    html = write_compare_report(folder).read_text()
+    assert html.count('<div class="missing">') == 3
+
+
+def test_many_steps_are_thinned_out_and_that_is_said(make_comparison: Callable[..., Path]) -> None:
+    methods = compare_example()["methods"]
+    cells = methods[0]["samples"]["cells"]
+    methods[0]["samples"]["cells"] = [{**cell, "step": step} for step in range(0, 200, 10) for cell in cells[:2]]
+    found = gallery(Comparison(make_comparison(methods=methods)))
+    assert found is not None and len(found.steps) == 8 and found.steps[0] == 0 and found.steps[-1] == 190
+    assert found.left_out == "Shown: 8 of 21 steps."
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_texts_from_outside_are_escaped_and_the_json_is_whole(make_comparison: Callable[..., Path]) -> None:
+    methods = compare_example()["methods"]
+    evil = "</script><script>alert(1)</script><!-- *x* | y"
+    for found in methods:
+        for cell in found["samples"]["cells"]:
+            cell["prompt"] = evil
+    folder = make_comparison(methods=methods, name=evil, warnings=[f"{evil} --flag"])
+    html = write_compare_report(folder).read_text()
+    checked(html)
+    assert html.count("<script") == 2 and html.count("</script>") == 2 and "<!-- *x*" not in html
+    assert "&lt;/script&gt;" in html and '<code class="flag">--flag</code>' in html
+    assert data_of(html)["methods"][0]["samples"]["cells"][0]["prompt"] == evil
+    assert data_of(html) == json.loads((folder / "compare.json").read_text())
+    assert r"\</script\>\<script\>alert(1)" in (folder / "report.md").read_text()
+
+
+def test_embedded_json_has_no_way_out() -> None:
+    assert embedded_json({"a": "</script>"}) == '{"a":"\\u003c/script>"}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        embedded_json(float("nan"))
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_secrets_of_commands_are_hidden_everywhere(make_comparison: Callable[..., Path]) -> None:
+    runs = compare_example()["runs"]
+    runs[0]["command"] += " --hub_token hf_secret"
+    folder = make_comparison(command="dreamlora compare --hub_token=hf_secret", runs=runs)
+    html = write_compare_report(folder).read_text()
+    assert "hf_secret" not in html + (folder / "report.md").read_text()
+    assert "dreamlora compare --hub_token=***" in html
+
+
+def test_the_report_of_the_same_comparison_is_the_same(written: Path) -> None:
+    files = {name: (written / name).read_text() for name in ("report.html", "report.md")}
+    plots = {f"plots/{name}.svg": (written / "plots" / f"{name}.svg").read_text() for name in CHARTS}
+    assert document_of(written).render() == {**files, **plots}
+
+
+def test_charts_are_whole_inside_and_outside_the_page(written: Path) -> None:
+    charts = comparison_charts.all_of(Comparison(written))
+    assert tuple(charts) == CHARTS
+    for chart in charts.values():
+        inline, file = ElementTree.fromstring(chart.inline), ElementTree.fromstring(chart.file)
+        assert inline.get("role") == file.get("role") == "img" and inline.get("aria-label") == chart.label
+        assert "currentColor" in chart.inline and "#010203" not in chart.inline + chart.file
+        assert file.get("width") and not inline.get("width")
+        assert file[0].get("fill") == "#ffffff" and "currentColor" not in chart.file
+    assert "scaled_adamw:variant=split: 3.6 % lower loss" in charts["delta"].label
+    assert "adamw 0.46" in charts["curves"].label
+    assert "sgd best at 20" in charts["rates"].label
+
+
+def test_a_comparison_that_goes_on_says_how_far_it_is(make_comparison: Callable[..., Path]) -> None:
+    runs = compare_example()["runs"]
+    for run in runs[:20]:
+        run["status"] = "planned"
+    dropped = [{"run": "runs/x", "reason": "another evaluation set"}]
+    warnings = Comparison(make_comparison(complete=False, runs=runs, dropped=dropped)).warnings
+    assert warnings[0] == "Not complete: 40 runs have ended, others are to come. The numbers will change."
+    assert warnings[-1] == "Left out: runs/x (another evaluation set)."
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, r"there is no comparison in .*: compare\.json is missing"),
+        ("{", r"cannot read .*compare\.json"),
+        ("[]", "has schema_version None; this dreamlora reads 1"),
+        ('{"schema_version": 2}', "has schema_version 2; this dreamlora reads 1"),
+        ('{"schema_version": 1, "name": "x"}', "lacks sentence, methods, runs, baseline, task, warnings"),
+    ],
+)
+def test_what_is_no_comparison_is_refused(text: str | None, problem: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "compare.json").write_text(text)
+    with pytest.raises(UserError, match=problem):
+        write_compare_report(tmp_path)
+
+
+def test_the_command_knows_comparisons(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(written)]) == 0
+    assert capsys.readouterr().out.strip() == str(written / "report.html")
+    text = (written / "report.md").read_text().replace("\\", "")
+    assert "3.6 % lower loss than adamw" in text and "](plots/rates.svg)" in text
+    assert "| sgd | worse ⚠ LR grid edge (sgd) |" in text
+
+
+def test_how_numbers_are_written() -> None:
+    assert [percent(value) for value in (0.123, -3.0, 250, None, "inf")] == [
+        *("+0.12\u202f%", "−3.0\u202f%", "+250\u202f%", "–", "∞")
+    ]
+    assert [rate(value) for value in (1e-5, 3.16e-3, 20.0, None)] == ["1e-5", "0.00316", "20", "–"]
+    assert [amount(value) for value in (-0.1394, 1234.5, "inf", None)] == ["−0.139", "1234", "never", "–"]
+    assert [loss(value) for value in (0.46022, "inf", None)] == ["0.4602", "∞", "–"]
+    assert spread({"median": 1.0, "min": 0.5, "max": "inf", "n": 3}) == "1.000 [0.5000, ∞]"
+    assert interval({"mean": -2.0, "low": None, "high": None, "n": 2}) == "−2.0\u202f%"
+
+
+def test_many_names_make_a_chart_higher_instead_of_squeezing_the_lines() -> None:
+    def height(names: int) -> float:
+        def draw(axes: Any) -> None:
+            for number in range(names):
+                axes.plot([0, 1], [0, number], label=f"scaled_adamw:variant=split {number}")
+            svg.legend(axes)
+
+        box = re.search(r'viewBox="0 0 [0-9.]+ ([0-9.]+)"', svg.chart("x", "x", draw).drawn)
+        assert box is not None
+        return float(box[1])
+
+    assert height(8) - height(2) == pytest.approx(6 * 0.21 * 72)

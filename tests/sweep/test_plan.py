@@ -1,0 +1,150 @@
+"""What a command line asks for: methods, grids, seeds, folders, flags of every run. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+
+from dreamlora import cli
+from dreamlora.errors import UserError
+from dreamlora.sweep import plan
+from dreamlora.sweep.config import parse
+
+
+def sweep(*argv: str) -> plan.Sweep:
+    return plan.sweep_of(*parse(argv))
+
+
+def message(*argv: str) -> str:
+    with pytest.raises(UserError) as error:
+        sweep(*argv)
+    return str(error.value)
+
+
+def test_defaults_are_seven_rates_three_seeds_and_five_fresh_ones() -> None:
+    found = sweep("--optimizers", "adamw", "scaled_adamw")
+    grid = found.grid(found.entries[0])
+    assert len(grid) == 7 and grid[3] == 2e-3  # the embedded model's preset
+    ratios = [high / low for low, high in itertools.pairwise(grid)]
+    assert ratios == pytest.approx([math.sqrt(10)] * 6, rel=2e-3)
+    assert (found.seeds, found.headline_seeds) == ((0, 1, 2), (3, 4, 5, 6, 7))
+    assert found.root == Path("outputs/adamw-vs-scaled_adamw")
+
+
+def test_grids_share_their_rates() -> None:
+    """scaled_adamw's own rate is 6e-3: the lattice through 2e-3 has 6.32e-3."""
+    found = sweep("--optimizers", "adamw", "scaled_adamw")
+    adamw, scaled = (found.grid(entry) for entry in found.entries)
+    assert scaled[3] == 6.32e-3
+    assert set(adamw) & set(scaled) == set(adamw[1:])
+
+
+def test_quick_is_smaller_and_flags_win_over_it() -> None:
+    found = sweep("--optimizers", "adamw", "--quick")
+    assert (len(found.grid(found.entries[0])), found.seeds, found.headline_seeds) == (3, (0,), (1, 2, 3))
+    more = sweep("--optimizers", "adamw", "--quick", "--seeds", "4", "9", "--headline_seeds", "2")
+    assert (more.seeds, more.headline_seeds) == ((4, 9), (10, 11))
+
+
+def test_given_rates_are_for_all() -> None:
+    found = sweep("--optimizers", "adamw", "sgd", "--learning_rates", "1e-2", "1e-3")
+    assert [found.grid(entry) for entry in found.entries] == [[1e-3, 1e-2]] * 2
+
+
+def test_other_models_start_from_the_optimizers_own_rate() -> None:
+    found = sweep("--optimizers", "adamw", "--pretrained_model_name_or_path", "some/model")
+    assert found.grid(found.entries[0])[3] == 1e-4
+
+
+def test_methods_carry_settings_and_flags() -> None:
+    found = sweep(
+        "--optimizers",
+        "adamw",
+        "ScaledAdamW:betas=0.8,0.9,damping=0.2+rank=16+lora_layers=to_q,to_k".lower().replace(
+            "scaledadamw", "scaled-adamw"
+        ),
+    )
+    entry = found.entries[1]
+    assert entry.label == "scaled_adamw:betas=0.8,0.9,damping=0.2+rank=16+lora_layers=to_q,to_k"
+    config, options = cli.parse_run(found.headline(entry, 1e-3)[0].argv)
+    assert (config.optim.optimizer, config.lora.rank, config.lora.lora_layers) == ("scaled_adamw", 16, ("to_q", "to_k"))
+    assert (options.betas, options.damping) == ((0.8, 0.9), 0.2)
+
+
+def test_every_run_has_a_command_line_and_a_folder_of_its_own() -> None:
+    found = sweep("--optimizers", "adamw", "adamw+rank=2", "--max_train_steps", "9")
+    jobs = [job for entry in found.entries for job in found.tuning(entry, [1e-3, 1e-2])]
+    assert len({job.folder for job in jobs}) == len(jobs) == 12
+    config, _ = cli.parse_run(jobs[-1].argv)
+    assert (config.optim.learning_rate, config.train.seed, config.train.max_train_steps) == (1e-2, 2, 9)
+    assert jobs[-1].folder == found.runs / "adamw+rank=2" / "lr1.00e-02" / "seed2"
+
+
+def test_tuning_draws_nothing_and_nothing_is_checkpointed() -> None:
+    found = sweep("--optimizers", "adamw", "--sample_steps", "5")
+    (entry,) = found.entries
+    tuning, _ = cli.parse_run(found.tuning(entry, [1e-3])[0].argv)
+    headline, _ = cli.parse_run(found.headline(entry, 1e-3)[0].argv)
+    assert (tuning.sample.sample_steps, headline.sample.sample_steps) == (0, 5)
+    assert (tuning.eval.save_best, headline.eval.save_best) == (False, True)
+    assert tuning.train.checkpointing_steps == headline.train.checkpointing_steps == headline.eval.final_eval_items == 0
+    kept = sweep("--optimizers", "adamw", "--checkpointing_steps", "50")
+    assert cli.parse_run(kept.headline(kept.entries[0], 1e-3)[0].argv)[0].train.checkpointing_steps == 50
+
+
+def test_class_images_are_shared() -> None:
+    found = sweep("--optimizers", "adamw", "sgd", "--output_dir", "out")
+    places = {cli.parse_run(found.headline(entry, 1.0)[0].argv)[0].data.class_data_dir for entry in found.entries}
+    assert places == {Path("out/class_images")}
+    without = sweep("--optimizers", "adamw", "--no_with_prior_preservation")
+    assert cli.parse_run(without.headline(without.entries[0], 1.0)[0].argv)[0].data.class_data_dir is None
+
+
+def test_grids_grow_at_the_edge() -> None:
+    assert plan.extended([1e-3, 3.16e-3, 1e-2], "high", 2) == [0.0316, 0.1]
+    assert plan.extended([1e-3, 3.16e-3, 1e-2], "low", 1) == [0.000316]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "give either --optimizers, to train, or --runs"),
+        (["--optimizers", "adamw", "--runs", "x"], "give either --optimizers"),
+        (["--optimizers", "adam"], "Did you mean 'adamw'?"),
+        (["--optimizers", "adamw", "adamw"], "--optimizers has a value twice"),
+        (["--optimizers", "adamw", "AdamW"], "--optimizers has a method twice: adamw adamw"),
+        (["--optimizers", "adamw:eps"], "settings are written name=value"),
+        (["--optimizers", "adamw:epz=1"], "adamw has no setting 'epz'"),
+        (["--optimizers", "adamw+rnk=3"], "unknown flag --rnk. Did you mean --rank?"),
+        (["--optimizers", "adamw+seed=3"], "seed cannot differ between methods"),
+        (["--optimizers", "adamw", "--max_train_step", "3"], "Did you mean --max_train_steps?"),
+        (["--optimizers", "adamw", "--learning_rate", "1"], "give --learning_rates"),
+        (["--optimizers", "adamw", "--seed", "1"], "give --seeds"),
+        (["--optimizers", "adamw", "--optimizer=sgd"], "give --optimizers"),
+        (["--optimizers", "adamw", "--learning_rates", "0"], "--learning_rates must be above 0"),
+        (["--optimizers", "adamw", "--seeds", "1", "1"], "--seeds has a value twice"),
+        (["--optimizers", "adamw", "--workers", "0"], "--workers must be at least 1"),
+        (["--optimizers", "adamw", "--baseline", "sgd"], "--baseline must be one of --optimizers"),
+        (["--optimizers", "adamw", "--eval_steps", "0"], "--eval_steps 0 leaves nothing to compare"),
+        (["--runs", "x", "--rank", "4"], "--rank trains nothing"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value) or "nothing",
+)
+def test_mistakes_are_told_before_anything_runs(argv: list[str], expected: str) -> None:
+    assert expected in message(*argv)
+
+
+def test_a_launcher_with_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "plain python" in message("--optimizers", "adamw")
+
+
+def test_a_folder_of_other_flags_is_refused(tmp_path: Path) -> None:
+    out = ["--output_dir", str(tmp_path)]
+    plan.check_settings(sweep("--optimizers", "adamw", "--rank", "4", *out))
+    plan.check_settings(sweep("--optimizers", "adamw", "sgd", "--rank", "4", "--sample_steps", "7", *out))
+    with pytest.raises(UserError, match=r"made with other flags \(rank: 4 then, 2 now\)"):
+        plan.check_settings(sweep("--optimizers", "adamw", "--rank", "2", *out))
