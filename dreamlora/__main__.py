@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreamlora import __version__, cli
+from dreamlora.config import RunConfig
 from dreamlora.errors import UserError
+from dreamlora.programs import TextToImageConfig
+
+if TYPE_CHECKING:
+    from dreamlora.report.document import Document
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write report.html and report.md of a run, finished or not: dreamlora report outputs/<run>."""
+    """Write the report of a run, finished or not, or of a comparison: dreamlora report outputs/<run>."""
 
     run: Path
-    """The run's folder; the flag's name may be left out."""
+    """The run's folder, or a comparison's; the flag's name may be left out."""
+    live: bool = False
+    """Serve the report on this machine instead, following the run until Ctrl-C; nothing is written."""
+    port: int | None = None
+    """Port of --live on 127.0.0.1. Default: a free one."""
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not self.live:
+            raise UserError("--port is for --live: give both, or neither")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise UserError(f"--port takes a number from 1 to 65535 (got {self.port})")
 
 
 def dreambooth(argv: Sequence[str]) -> None:
-    """Train a LoRA."""
-    config, optimizer_options = cli.parse_run(argv)
+    """Train a LoRA on images of one subject."""
+    _train(argv, RunConfig)
+
+
+def text_to_image(argv: Sequence[str]) -> None:
+    """Train a LoRA on captioned images."""
+    _train(argv, TextToImageConfig)
+
+
+def _train(argv: Sequence[str], config_class: type[RunConfig]) -> None:
+    config, optimizer_options = cli.parse_run(argv, config_class)
     from dreamlora import assemble
 
     folder = assemble.train(config, optimizer_options)
@@ -36,20 +62,53 @@ def sample(argv: Sequence[str]) -> None:
     sample_command.main(argv)
 
 
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure trained LoRAs, or folders of images."""
+    from dreamlora import evaluate_command
+
+    evaluate_command.main(argv)
+
+
 def report(argv: Sequence[str]) -> None:
-    """Write report.html and report.md of a run folder anew."""
+    """Write report.html and report.md of a run or comparison anew, or show them live."""
     config = cli.parse(ReportConfig, argv, cli.Program("dreamlora report", positional="run"))
-    from dreamlora.report import write_report
+    from dreamlora.report import document_of
 
-    print(write_report(config.run))
+    document = document_of(config.run)
+    if config.live:
+        _serve(document, config.port or 0)
+    else:
+        print(document.write())
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"dreambooth": dreambooth, "sample": sample, "report": report}
+def _serve(document: Document, port: int) -> None:
+    from dreamlora.report.live import LivePage, LiveServer
+
+    with LiveServer(LivePage(document), port) as server, contextlib.suppress(KeyboardInterrupt):
+        print(f"{server.url} follows {document.folder} (Ctrl-C ends it)", flush=True)
+        server.serve()
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Train with several optimizers and say which is better, and how sure that is."""
+    from dreamlora.sweep import command
+
+    command.main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "dreambooth": dreambooth,
+    "text-to-image": text_to_image,
+    "sample": sample,
+    "evaluate": evaluate,
+    "report": report,
+    "compare": compare,
+}
 
 
 def usage() -> str:
     """The text of ``dreamlora --help``."""
-    lines = [f"  {name:<12}{(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<15}{(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
     return (
         "usage: dreamlora COMMAND [FLAGS]\n\nFine-tune text-to-image diffusion models with LoRA.\n\ncommands:\n"
         + "\n".join(lines)

@@ -5,9 +5,8 @@ At no time are more models in memory than the stage needs: text encoder, then au
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
-from pathlib import Path
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,29 +15,19 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 
-from dreamlora import finish, registry, settle
-from dreamlora.callbacks.checkpoint import CheckpointCallback
-from dreamlora.callbacks.evaluate import EvaluateCallback
-from dreamlora.callbacks.log import LogCallback
-from dreamlora.callbacks.sample import SampleCallback
+from dreamlora import cli, finish, occasions, registry, settle
 from dreamlora.config import RunConfig, as_flat_dict
-from dreamlora.data.cache import LatentStore
-from dreamlora.data.dataset import load_images, split_holdout
-from dreamlora.data.folder import load_folder
-from dreamlora.data.images import ImageRecord
-from dreamlora.data.transforms import Preparation
+from dreamlora.data.captions import CaptionPlan
+from dreamlora.data.transforms import Preparation, bucket_numbers
 from dreamlora.errors import UserError
 from dreamlora.families._loading import family_of, resolve_source
-from dreamlora.interfaces import Callback, Components
+from dreamlora.interfaces import Components
 from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.metrics.eval_loss import build_eval_set
 from dreamlora.optimizers import lora_param_groups
+from dreamlora.pictures import Pictures, read_pictures, with_class_images
 from dreamlora.runfolder import RunFolder
-from dreamlora.sampling.prompts import sample_prompts
-from dreamlora.sampling.sampler import SamplePlan, plan_of
 from dreamlora.stages import (
     DTYPES,
-    ROLES,
     Encode,
     Parts,
     Stage,
@@ -47,33 +36,9 @@ from dreamlora.stages import (
     pipeline_inputs,
     tokenized,
 )
-from dreamlora.training import loop, prior, state
+from dreamlora.training import loop, start, state
 from dreamlora.training.loop import Predictor, Run
 from dreamlora.training.stream import Layout, Source, Stream
-
-SUBJECT_IMAGES = 40
-"""Images drawn of a built-in subject; a fifth of them is held out."""
-CLASS_SEED = 0
-"""Of the first class image; not the run's seed, so that runs with other seeds share the class images."""
-MOST_EVAL_IMAGES = 16
-"""Training images measured on where none is held out; more would cost time in every measurement."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The images and prompts of a run.
-
-    Attributes:
-        train: to learn.
-        held_out: to measure on; empty if there are too few images.
-        classes: for prior preservation.
-        prompts: of the samples; empty if none are drawn.
-    """
-
-    train: list[ImageRecord]
-    held_out: list[ImageRecord]
-    classes: list[ImageRecord]
-    prompts: tuple[str, ...]
 
 
 def train(config: RunConfig, options: Any) -> RunFolder:
@@ -95,19 +60,19 @@ def train(config: RunConfig, options: Any) -> RunFolder:
     return folder
 
 
+def prepare(config: RunConfig, options: Any) -> Run:
+    """A run that is ready for ``loop.train``, for those who want no more than the loop: its folder stays locked.
+
+    Raises:
+        UserError: as ``train``.
+    """
+    stage = _start(config)
+    return _prepare(stage, _claim_folder(stage), options)
+
+
 def _train_in(stage: Stage, folder: RunFolder, options: Any) -> None:
     """All stages of a run, in order."""
-    pictures = _read_pictures(stage, folder)
-    stage.config = settle.by_length(stage.config, len(pictures.train), stage.accelerator.num_processes)
-    images = [f"{record.content_hash()} {record.caption}" for record in pictures.train]
-    settings = finish.settings(stage, images, options)
-    which = stage.config.train.resume_from_checkpoint
-    checkpoint = state.open_checkpoint(folder, which, settings) if which else None
-    pictures = _with_class_images(stage, folder, pictures)
-    run = _build(stage, folder, pictures, options)
-    run.settings = settings
-    if checkpoint:
-        state.restore(run, checkpoint)
+    run = _prepare(stage, folder, options)
     stage.accelerator.wait_for_everyone()
     if stage.accelerator.is_main_process:
         folder.forget_after(run.step)
@@ -116,6 +81,26 @@ def _train_in(stage: Stage, folder: RunFolder, options: Any) -> None:
     with stage.timed("training"):
         loop.train(run)
     finish.finish(stage, run)
+
+
+def _prepare(stage: Stage, folder: RunFolder, options: Any) -> Run:
+    """All before the first step; a resumed run is where its checkpoint left it."""
+    pictures = read_pictures(stage, folder)
+    stage.config = settle.by_length(stage.config, len(pictures.train), stage.accelerator.num_processes)
+    images = (f"{record.content_hash()} {record.caption}" for record in pictures.train)
+    settings = finish.settings(stage, images, options)
+    which = stage.config.train.resume_from_checkpoint
+    checkpoint = state.open_checkpoint(folder, which, settings) if which else None
+    pictures = with_class_images(stage, folder, pictures)
+    run = _build(stage, folder, pictures, options)
+    run.settings = settings
+    if checkpoint:
+        state.restore(run, checkpoint)
+    else:
+        lora = stage.config.lora
+        with stage.timed("starting the LoRA"):
+            start.initialise(run, cli.method_options("inits", lora.init, lora.init_args, {}))
+    return run
 
 
 def _start(config: RunConfig) -> Stage:
@@ -130,6 +115,7 @@ def _start(config: RunConfig) -> Stage:
     config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
     if (config.data.resolution or 0) % family.SIDE_MULTIPLE:
         raise UserError(f"--resolution must be a multiple of {family.SIDE_MULTIPLE} (got {config.data.resolution})")
+    config = replace(config, data=settle.bucket_step(config.data, family.SIDE_MULTIPLE))
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     return Stage(config, accelerator, family, source, parts)
 
@@ -173,72 +159,6 @@ def _claim_folder(stage: Stage) -> RunFolder:
     return folder
 
 
-def _read_pictures(stage: Stage, folder: RunFolder) -> Pictures:
-    """Images to learn and to measure on, and the prompts to draw; a file that is no image stops the run here."""
-    data, main = stage.config.data, stage.accelerator.is_main_process
-    if not data.instance_data_dir and not data.dataset_name:
-        images_dir = _draw_subject(stage, folder)
-        data = replace(data, instance_data_dir=images_dir)
-    found = load_images(data, stage.config.model.cache_dir, progress=main)
-    if found.skipped:
-        names = ", ".join(found.skipped[:3]) + (", ..." if len(found.skipped) > 3 else "")
-        stage.warn(f"{len(found.skipped)} files in {data.instance_data_dir} are no images and were skipped: {names}")
-    training, held_out = split_holdout(found.records, data.holdout)
-    if not held_out and stage.config.eval.eval_steps != 0:
-        stage.warn(
-            "no image could be held out: the evaluation loss is that of training images and cannot see overfitting"
-        )
-    sample = stage.config.sample
-    prompts = sample_prompts(sample, data.instance_prompt, data.class_prompt) if sample.sample_steps != 0 else ()
-    return Pictures(training, held_out, [], prompts)
-
-
-def _draw_subject(stage: Stage, folder: RunFolder) -> Path:
-    """Images of a built-in subject of the embedded model, as files, so that they go the way of a person's photos."""
-    subject = stage.config.data.subject
-    if subject is None:
-        raise UserError("nothing to train on: give --instance_data_dir, or --dataset_name, or --subject")
-    images = folder.instance_images
-    if stage.accelerator.is_main_process:
-        from dreamlora.tiny.subjects import write_instance_images
-
-        write_instance_images(images, subject, SUBJECT_IMAGES)
-    stage.accelerator.wait_for_everyone()
-    return images
-
-
-def _with_class_images(stage: Stage, folder: RunFolder, pictures: Pictures) -> Pictures:
-    """Class images for prior preservation, made by the base model where they are missing."""
-    data = stage.config.data
-    if not data.with_prior_preservation or data.class_prompt is None:
-        return pictures
-    images = data.class_data_dir or _class_folder(stage, folder.path.parent)
-    precision = data.prior_generation_precision or stage.accelerator.mixed_precision
-    plan = _plan(stage, (data.class_prompt,))
-    plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
-    base = Parts(stage.family, stage.source, stage.accelerator.device, DTYPES[precision])
-    rank, world = stage.accelerator.process_index, stage.accelerator.num_processes
-    with stage.timed("class images"):
-        prior.ensure_class_images(images, plan, base.pipeline, stage.source.model_id, rank, world)
-        base.free(*ROLES)
-        stage.accelerator.wait_for_everyone()
-    records = load_folder(images, data.class_prompt, flag="--class_data_dir").records
-    return replace(pictures, classes=records[: data.num_class_images])
-
-
-def _plan(stage: Stage, prompts: tuple[str, ...]) -> SamplePlan:
-    data = stage.config.data
-    return plan_of(stage.config.sample, stage.family.SAMPLE_DEFAULTS, prompts, data.resolution, data.sample_batch_size)
-
-
-def _class_folder(stage: Stage, outputs: Path) -> Path:
-    """``outputs/class_images/<prompt>-<hash>``: other prompts, models and sizes have folders of their own."""
-    prompt = stage.config.data.class_prompt or ""
-    kind = f"{prompt}/{stage.source.model_id}/{stage.config.data.resolution}"
-    slug = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:40]
-    return outputs / "class_images" / f"{slug}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"
-
-
 def _build(stage: Stage, folder: RunFolder, pictures: Pictures, options: Any) -> Run:
     """Encode everything once, then load the denoiser, inject the LoRA and put the run together."""
     config, accelerator = stage.config, stage.accelerator
@@ -247,8 +167,7 @@ def _build(stage: Stage, folder: RunFolder, pictures: Pictures, options: Any) ->
     with stage.timed("encoding images"):
         store = encode_images(stage, pictures.train, how)
         class_store = encode_images(stage, pictures.classes, how) if pictures.classes else None
-        measured = pictures.held_out or pictures.train[:MOST_EVAL_IMAGES]
-        eval_store = encode_images(stage, measured, how.fixed())
+        material = occasions.eval_material(stage, pictures, how.fixed())
     stage.parts.free("vae")
     components: Components = {**stage.parts.get("denoiser"), **stage.parts.get("scheduler"), **(text or {})}
     if config.train.prediction_type:  # samples must be drawn as the model is trained
@@ -258,7 +177,8 @@ def _build(stage: Stage, folder: RunFolder, pictures: Pictures, options: Any) ->
     model = accelerator.prepare(model)
     optimizer, lr_scheduler = _optimizer(stage, accelerator.unwrap_model(model), options)
     objective = stage.family.objective(components["scheduler"], config.train)
-    sources = [Source("instance", store, 1.0)]
+    caption = CaptionPlan.of(config.data, config.train.seed).draw
+    sources = [Source("instance", store, 1.0, caption, bucket_numbers(pictures.train, how.sizes))]
     if class_store:
         sources.append(Source("class", class_store, config.data.prior_loss_weight))
     run = Run(
@@ -285,7 +205,7 @@ def _build(stage: Stage, folder: RunFolder, pictures: Pictures, options: Any) ->
         vae=lambda: stage.parts.get("vae"),
         total_steps=config.train.max_train_steps or 0,
     )
-    run.callbacks = _callbacks(stage, run, pictures, eval_store)
+    run.callbacks = occasions.callbacks(stage, run, pictures, material)
     return run
 
 
@@ -294,21 +214,28 @@ def _conditioning(stage: Stage, pictures: Pictures) -> tuple[Encode, Components 
     if stage.config.lora.train_text_encoder:
         text = stage.parts.get("text")
         return tokenized(stage, text), text
-    captions = [record.caption for record in (*pictures.train, *pictures.held_out, *pictures.classes)]
-    prompts = dict.fromkeys([*captions, *pictures.prompts, stage.config.sample.negative_prompt or ""])
+    plan = CaptionPlan.of(stage.config.data, stage.config.train.seed)
+    measured = pictures.held_out or pictures.train[: occasions.MOST_EVAL_IMAGES]
+    if stage.config.eval.final_eval_items:
+        measured = [*measured, *pictures.train[: occasions.MOST_EVAL_IMAGES]]
+    prompts = itertools.chain(
+        ("", stage.config.sample.negative_prompt or "", *pictures.prompts, *pictures.eval_prompts),
+        (text for record in pictures.train for text in plan.texts(record.caption)),
+        (record.caption for record in itertools.chain(measured, pictures.classes)),
+    )
     with stage.timed("encoding prompts"):
         return encode_texts(stage, prompts), None
 
 
 def _with_lora(stage: Stage, components: Components, text: Components | None) -> Predictor:
-    """The denoiser (and the text encoders that train) with fresh adapters, as one module."""
+    """The denoiser (and the text encoders that train) with adapters, as one module."""
     config, family = stage.config, stage.family
     denoiser = components[family.DENOISER]
     layers = config.lora.lora_layers or family.LORA_LAYERS
-    add_lora(denoiser, config.lora, layers, seed=config.train.seed)
+    add_lora(denoiser, config.lora, layers)
     encoders = [text[name] for name in family.TEXT_ENCODERS] if text else []
-    for number, encoder in enumerate(encoders):
-        add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS, seed=config.train.seed + number + 1)
+    for encoder in encoders:
+        add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS)
     if config.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         for encoder in encoders:
@@ -360,28 +287,3 @@ def _layout(stage: Stage) -> Layout:
         rank=stage.accelerator.process_index,
         world=stage.accelerator.num_processes,
     )
-
-
-def _callbacks(stage: Stage, run: Run, pictures: Pictures, eval_store: LatentStore) -> list[Callback]:
-    """Logging first, checkpoints last: a checkpoint promises that all else of its step is on disk."""
-    config = stage.config
-    callbacks: list[Callback] = [LogCallback()]
-    if config.eval.eval_steps:
-        name = "eval/loss" if pictures.held_out else "eval/loss_train"
-        latents = torch.stack([eval_store.latents(index, 0)[0] for index in range(len(eval_store))])
-        items = build_eval_set(
-            latents,
-            eval_store.captions,
-            eval_store.content_hashes,
-            run.objective,
-            seed=config.eval.eval_seed,
-            model_id=stage.source.model_id,
-        )
-        callbacks.append(EvaluateCallback(items, config.eval.eval_steps, name))
-    if config.sample.sample_steps:
-        plan = _plan(stage, pictures.prompts)
-        references = [Path(record.where) for record in pictures.train]
-        callbacks.append(SampleCallback(plan, config.sample.sample_steps, references))
-    if config.train.checkpointing_steps:
-        callbacks.append(CheckpointCallback())
-    return callbacks

@@ -17,8 +17,8 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 
-from dreamlora import foreign_flags, registry
-from dreamlora.config import EMBEDDED_MODEL, RunConfig
+from dreamlora import foreign_flags, presets, registry
+from dreamlora.config import RunConfig
 from dreamlora.errors import UserError
 from dreamlora.options import Option, options_of, subgroups_of
 
@@ -27,13 +27,6 @@ Values = list[str] | bool | None
 """What is given for one flag: words; on or off for switches; None for "the default, whatever the preset says"."""
 
 _FLAG = re.compile(r"--?[A-Za-z]")
-_TINY = Path(__file__).parent / "tiny"
-_PRESET_YIELDS = {
-    "subject": ("instance_data_dir", "dataset_name"),
-    "max_train_steps": ("num_train_epochs",),
-    "sample_steps": ("validation_epochs",),
-}
-"""Entries of the preset that make way when one of these flags is given."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +58,10 @@ def parse(config_class: type[Config], argv: Sequence[str], program: Program = Pr
     options = options_of(config_class)
     if {"-h", "--help"} & set(argv):
         _tyro(config_class, ["--help"], program)
-    given = _from_argv(argv, options, program)
+    given = _from_argv(argv, config_class, program)
     files = given.pop("config", None)
     for file in reversed(files if isinstance(files, list) else []):
-        given = {**_from_yaml(Path(file), config_class, options), **given}
+        given = {**_from_yaml(Path(file), config_class), **given}
     preset = program.preset(given)
     given = {**{key: _words(options[key], value, "the preset") for key, value in preset.items()}, **given}
     for name, option in options.items():
@@ -77,53 +70,37 @@ def parse(config_class: type[Config], argv: Sequence[str], program: Program = Pr
     return _tyro(config_class, [word for name, values in given.items() for word in _as_flag(name, values)], program)
 
 
-def parse_run(argv: Sequence[str], name: str = "dreamlora dreambooth") -> tuple[RunConfig, Any]:
+def parse_run(argv: Sequence[str], config_class: type[RunConfig] = RunConfig, name: str = "") -> tuple[RunConfig, Any]:
     """The training options and the optimizer's own (its ``Options``); nothing is loaded and no torch is imported.
+
+    Args:
+        argv: the words after the command's name.
+        config_class: of the program, see ``programs``.
+        name: as the help has it, if it is not the command that the class names.
 
     Raises:
         UserError: a flag, value, combination or optimizer setting is wrong, or a named input does not exist.
     """
-    config = parse(RunConfig, argv, Program(name, preset=embedded_preset))
+
+    def preset(given: Mapping[str, Values]) -> dict[str, Any]:
+        return presets.embedded(given, config_class.PRESET)
+
+    config = parse(config_class, argv, Program(name or f"dreamlora {config_class.COMMAND}", preset=preset))
     for flag, path in (
         ("instance_data_dir", config.data.instance_data_dir),
+        ("train_data_dir", config.data.train_data_dir),
         ("sample_prompts", config.sample.sample_prompts),
+        ("eval_prompts", config.eval.eval_prompts),
+        ("inception_weights", config.encoders.inception_weights),
         ("cache_dir", config.model.cache_dir and config.model.cache_dir.parent),
     ):
         if path is not None and not path.exists():
             raise UserError(f"--{flag}: there is no {path} (looked from {Path.cwd()})")
     optim = config.optim
+    registry.check_needs("optimizers", optim.optimizer)
     common = {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_epsilon}
+    method_options("inits", config.lora.init, config.lora.init_args, {})  # wrong ones should stop the run now
     return config, method_options("optimizers", optim.optimizer, optim.optimizer_args, common)
-
-
-def embedded_preset(given: Mapping[str, Values]) -> dict[str, Any]:
-    """What is set for the embedded model unless the user says otherwise; nothing for other models.
-
-    Raises:
-        UserError: there is no such built-in subject.
-    """
-    if _last(given, "pretrained_model_name_or_path", EMBEDDED_MODEL) != EMBEDDED_MODEL:
-        return {}
-    preset: dict[str, Any] = yaml.safe_load((_TINY / "preset.yaml").read_text())
-    by_optimizer = preset.pop("by_optimizer", {})
-    optimizer = _last(given, "optimizer", "adamw").lower().replace("-", "_")  # a wrong name is found later
-    preset |= by_optimizer.get(optimizer, {})
-    if given.get("subject"):
-        preset |= _subject_prompts(_last(given, "subject", ""))
-    if preset.get("sample_prompts"):
-        preset["sample_prompts"] = str(_TINY / preset["sample_prompts"])
-    for entry, flags in _PRESET_YIELDS.items():
-        if any(given.get(flag) is not None for flag in flags):
-            preset.pop(entry, None)
-    return preset
-
-
-def _subject_prompts(subject: str) -> dict[str, str]:
-    from dreamlora.tiny import subjects
-
-    if subject not in subjects.SUBJECTS:
-        raise UserError(f"--subject takes one of {', '.join(subjects.SUBJECTS)} (got {subject!r})")
-    return {"instance_prompt": subjects.instance_prompt(subject), "class_prompt": subjects.class_prompt(subject)}
 
 
 def method_options(kind: str, name: str, args: Sequence[str], base: Mapping[str, Any]) -> Any:
@@ -131,7 +108,7 @@ def method_options(kind: str, name: str, args: Sequence[str], base: Mapping[str,
 
     Args:
         args: ``name, value, name, value, ...``; values of several numbers are separated by commas.
-        base: values for those of its fields that have these names; ``args`` win.
+        base: values for those of its fields that have these names, None for its own default; ``args`` win.
 
     Raises:
         UserError: a wrong name (the message lists the right ones with their help) or a bad value.
@@ -146,9 +123,17 @@ def method_options(kind: str, name: str, args: Sequence[str], base: Mapping[str,
         given[spelled] = _words(options[spelled], value, flag)
     try:
         values = vars(_tyro(method, [word for key, words in given.items() for word in _as_flag(key, words)], Program()))
-        return method(**{**values, **{key: base[key] for key in base if key in options and key not in given}})
+        common = {key: _where_given(base[key], values[key]) for key in base if key in options and key not in given}
+        return method(**{**values, **common})
     except ValueError as error:
         raise UserError(f"{flag} of {name}: {error}") from None
+
+
+def _where_given(value: Any, default: Any) -> Any:
+    """``value``, or ``default`` where it is None; pairs of values one by one."""
+    if isinstance(value, tuple):
+        return tuple(_where_given(part, other) for part, other in zip(value, default, strict=True))
+    return default if value is None else value
 
 
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
@@ -177,11 +162,12 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-def _from_argv(argv: Sequence[str], options: Mapping[str, Option], program: Program) -> dict[str, Values]:
+def _from_argv(argv: Sequence[str], config_class: type, program: Program) -> dict[str, Values]:
     """What the command line gives, by flag; "config" holds the files of --config."""
+    options = options_of(config_class)
     given: dict[str, Values] = {}
     files: list[str] = []
-    for name, words in _split(argv, program):
+    for name, words in _split(argv, program, options):
         if name == "config":
             if len(words) != 1:
                 raise UserError(f"--config takes one YAML file (got {len(words)} words)")
@@ -193,29 +179,39 @@ def _from_argv(argv: Sequence[str], options: Mapping[str, Option], program: Prog
                 raise UserError(f"--{name} takes no value (got {' '.join(words)!r})")
             given[name.removeprefix("no_")] = False
         elif not _unneeded(name, options):
-            raise UserError(_unknown(f"flag --{name}", name, options) + f"\nAll flags: {program.name} --help")
+            unknown = _unknown(f"flag --{name}", name, options, config_class)
+            raise UserError(unknown + f"\nAll flags: {program.name} --help")
     return {**given, "config": files}
 
 
-def _split(argv: Sequence[str], program: Program) -> Iterator[tuple[str, list[str]]]:
-    """``--a-b x y --c=z`` as ``("a_b", ["x", "y"]), ("c", ["z"])``."""
+def _split(argv: Sequence[str], program: Program, options: Mapping[str, Option]) -> Iterator[tuple[str, list[str]]]:
+    """``--a-b x y --c=z`` as ``("a_b", ["x", "y"]), ("c", ["z"])``.
+
+    Words after a switch belong to the positional flag, unless that has its own already.
+    """
     name, words = program.positional, list[str]()
+    switches = {option for option in options if options[option].switch} if program.positional else set()
     for word in argv:
         if not _FLAG.match(word):
             if name is None:
                 raise UserError(f"{word!r} belongs to no flag; see {program.name} --help")
+            if name in switches and not words:
+                yield name, words
+                name = program.positional
             words.append(word)
             continue
         if name is not None and (words or name != program.positional):
             yield name, words
+            switches = set() if name == program.positional else switches
         flag, equals, value = word.partition("=")
         name, words = flag.lstrip("-").replace("-", "_"), [value] if equals else []
     if name is not None and (words or name != program.positional):
         yield name, words
 
 
-def _from_yaml(file: Path, config_class: type, options: Mapping[str, Option]) -> dict[str, Values]:
+def _from_yaml(file: Path, config_class: type) -> dict[str, Values]:
     """The entries of a --config file, whether in groups or flat."""
+    options = options_of(config_class)
     try:
         entries = yaml.safe_load(file.read_text())
     except OSError as error:
@@ -233,22 +229,25 @@ def _from_yaml(file: Path, config_class: type, options: Mapping[str, Option]) ->
         name = str(key).replace("-", "_")
         if name in options:
             given[name] = _words(options[name], value, str(file))
-        elif not _unneeded(name, options):
-            raise UserError(_unknown(f"key {key!r} in {file}", name, options))
+        elif not _unneeded(name, options) and value is not None:
+            raise UserError(_unknown(f"key {key!r} in {file}", name, options, config_class))
     return given
 
 
 def _unneeded(name: str, options: Mapping[str, Option]) -> bool:
     """Whether a flag of diffusers can be passed over; says so."""
-    if "instance_data_dir" not in options or name not in foreign_flags.UNNEEDED:
+    if "dataset_name" not in options or name not in foreign_flags.UNNEEDED:
         return False
     sys.stderr.write(f"note: --{name} is not needed: {foreign_flags.UNNEEDED[name]}\n")
     return True
 
 
-def _unknown(what: str, name: str, options: Mapping[str, Option]) -> str:
+def _unknown(what: str, name: str, options: Mapping[str, Option], config_class: type) -> str:
     """The message for a flag or key that is no option."""
-    if "instance_data_dir" in options and name in foreign_flags.ELSEWHERE:
+    of_others: Mapping[str, str] = getattr(config_class, "NOT_OFFERED", {})
+    if name in of_others:
+        return f"{what} is not offered: {of_others[name]}"
+    if "dataset_name" in options and name in foreign_flags.ELSEWHERE:
         return f"{what} is not offered: {_filled(foreign_flags.ELSEWHERE[name])}"
     return f"unknown {what}{_hint(name, options, '--')}"
 
@@ -333,20 +332,17 @@ def _as_flag(name: str, values: Values) -> list[str]:
     return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
 
 
-def _last(given: Mapping[str, Values], name: str, default: str) -> str:
-    values = given.get(name)
-    return values[-1] if isinstance(values, list) and values else default
-
-
 def _filled(text: str) -> str:
-    return text.replace("{optimizers}", ", ".join(registry.names("optimizers")))
+    for kind in ("optimizers", "inits", "metrics"):
+        text = text.replace(f"{{{kind}}}", ", ".join(registry.names(kind)))
+    return text
 
 
 def _tyro(config_class: type[Any], args: list[str], program: Program) -> Any:
     """Parse with tyro. Mistakes were found before, so that its own messages are only a safety net."""
     import tyro
 
-    mirror = _mirror(config_class, top=True)
+    mirror = _mirror(config_class, options_of(config_class), top=True)
     parsed: Any = tyro.cli(
         mirror,
         args=args,
@@ -360,13 +356,18 @@ def _tyro(config_class: type[Any], args: list[str], program: Program) -> Any:
     return config_class(**values, **parts)
 
 
-def _mirror(config_class: type[Any], top: bool = False) -> type:
-    """The dataclass again, without its checks (so that they run once, at the end) and with tidy help for tyro."""
+def _mirror(config_class: type[Any], offered: Mapping[str, Option], top: bool = False) -> type:
+    """The dataclass again for tyro, with the options that are ``offered`` and with tidy help.
+
+    It is without the dataclass's checks, so that they run once, at the end.
+    """
     import tyro
 
     groups = subgroups_of(config_class)
     members: list[Any] = []
     for name, option in options_of(config_class, deep=False).items():
+        if name not in offered:
+            continue
         hint = "(required)" if option.default is MISSING else f"(default: {option.shown_default})"
         if option.default is None or option.default == () or "Default:" in option.help or option.default is False:
             hint = ""
@@ -378,7 +379,7 @@ def _mirror(config_class: type[Any], top: bool = False) -> type:
         default = field() if option.default is MISSING else field(default=option.default)
         members.append((name, Annotated[option.annotation, argument], default))
     for name, group in groups.items():
-        mirrored = _mirror(group)
+        mirrored = _mirror(group, offered)
         members.append((name, mirrored, field(default_factory=mirrored)))
     if top and "config" not in options_of(config_class):
         text = "YAML file with flags, in groups or flat; flags on the command line win. May be given several times."

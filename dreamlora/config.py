@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from dreamlora import registry
 from dreamlora.errors import UserError
+from dreamlora.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.ranges import above as _above
+from dreamlora.ranges import at_least as _at_least
+from dreamlora.ranges import pairs as _pairs
+from dreamlora.ranges import respell as _respell
+from dreamlora.ranges import within as _within
 
 EMBEDDED_MODEL = "tiny"
 
@@ -55,6 +60,10 @@ class Model:
 class Data:
     """Which images and captions are trained on, and how they are prepared."""
 
+    train_data_dir: Path | None = None
+    """Folder with captioned images: captions lie beside them as name.txt, or in metadata.jsonl or metadata.csv."""
+    style: str | None = None
+    """A built-in style of the embedded model, drawn with captions on demand; used when no images are given."""
     instance_data_dir: Path | None = None
     """Folder with the images to learn. Captions may lie beside them: name.txt, metadata.jsonl or metadata.csv."""
     subject: str | None = None
@@ -65,10 +74,20 @@ class Data:
     """A Hugging Face datasets name to train on instead of a folder."""
     dataset_config_name: str | None = None
     """Configuration of that data set."""
+    streaming: bool = False
+    """Fetch only the rows of --dataset_name that are used (see --max_train_samples), not the whole data set."""
     image_column: str = "image"
     """Its column with the images."""
     caption_column: str | None = None
-    """Its column with the captions; --instance_prompt is used where there is none."""
+    """Its column with the captions; by default text or caption."""
+    caption_dropout: float = 0.0
+    """Probability that an image is seen without its caption, which keeps classifier-free guidance working."""
+    shuffle_tags: bool = False
+    """Put the tags of a caption, which commas separate, into another order each time its image is seen."""
+    keep_tags: int = 0
+    """The first N tags stay where they are."""
+    caption_variants: int = 4
+    """Random orders of the tags kept in the cache for each caption; each time an image is seen, one is drawn."""
     class_data_dir: Path | None = None
     """Folder with images of the class; missing ones are made by the base model. Default: outputs/class_images/..."""
     class_prompt: str | None = None
@@ -95,8 +114,12 @@ class Data:
     """Mirror images half of the time."""
     image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
     """Filter for resizing."""
+    buckets: bool = False
+    """Train images at the size with the nearest aspect ratio and the area of the square, instead of squares."""
+    bucket_step: int | None = None
+    """Sides of these sizes are multiples of it. Default: 64, or an eighth of --resolution if that is less."""
     crop_variants: int = 4
-    """Random crops kept in the cache for an image that is not square; each time it is seen, one is drawn."""
+    """Random crops kept in the cache for an image that must be cropped; each time it is seen, one is drawn."""
     holdout: int | None = None
     """Images kept out of training for the evaluation. Default: 20 % of them (at most 16), 1 or 2 of 6 to 11, else 0."""
     latents_cache_dir: Path | None = None
@@ -111,10 +134,20 @@ class Data:
     """Always so here, unless the text encoder is trained; kept so that diffusers' command lines work."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "prior_loss_weight", "holdout", "dataloader_num_workers")
+        _at_least(self, 0, "prior_loss_weight", "holdout", "dataloader_num_workers", "keep_tags")
         _at_least(self, 1, "num_class_images", "sample_batch_size", "repeats", "max_train_samples", "crop_variants")
+        _at_least(self, 1, "caption_variants", "bucket_step")
+        _within(self, 0, 1, "caption_dropout")
         _at_least(self, 8, "resolution", "max_sequence_length")
         _at_least(self, 3, "tokenizer_max_length")
+        if self.train_data_dir and self.dataset_name:
+            raise UserError("give either --train_data_dir or --dataset_name, not both")
+        if self.streaming and not self.dataset_name:
+            raise UserError("--streaming is only used together with --dataset_name")
+        if self.keep_tags and not self.shuffle_tags:
+            raise UserError("--keep_tags is only used together with --shuffle_tags")
+        if self.bucket_step and not self.buckets:
+            raise UserError("--bucket_step is only used together with --buckets")
 
 
 @dataclass(frozen=True)
@@ -131,13 +164,17 @@ class Lora:
     """Layers of the denoiser to adapt, by the ends of their names (commas work too). Default: the family's."""
     train_text_encoder: bool = False
     """Adapt the text encoder too."""
-    init: Literal["gaussian", "kaiming"] = "gaussian"
-    """Start of lora_A; lora_B starts at zero. gaussian: N(0, 1/r²) as diffusers; kaiming: as PEFT."""
+    init: str = "gaussian"
+    """Start of the adapter, which never changes what the model does at first: {inits}."""
+    init_args: tuple[str, ...] = ()
+    """Settings of the start itself as name value pairs, e.g. gamma 64. A wrong name lists the right ones."""
 
     def __post_init__(self) -> None:
         # diffusers' scripts take one text with commas
         layers = tuple(name.strip() for part in self.lora_layers for name in part.split(",") if name.strip())
         object.__setattr__(self, "lora_layers", layers)
+        _respell(self, "init", "inits")
+        _pairs(self, "init_args")
         _at_least(self, 1, "rank")
         _above(self, 0, "lora_alpha")
         _within(self, 0, 1, "lora_dropout")
@@ -165,16 +202,16 @@ class Optim:
     """Hard resets of cosine_with_restarts."""
     lr_power: float = 1.0
     """Exponent of polynomial."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
-    adam_beta2: float = 0.999
-    """Decay of the second moment."""
+    adam_beta1: float | None = None
+    """Decay of the first moment. Default: the optimizer's own, mostly 0.9."""
+    adam_beta2: float | None = None
+    """Decay of the second moment. Default: the optimizer's own, mostly 0.999."""
     adam_weight_decay: float | None = None
     """Weight decay, of whatever optimizer. Default: the optimizer's own, 0.01 for Adam-like ones and else 0."""
     adam_weight_decay_text_encoder: float | None = None
     """Weight decay of the text encoder's LoRA. Default: --adam_weight_decay."""
-    adam_epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    adam_epsilon: float | None = None
+    """Added to the root of the second moment. Default: the optimizer's own, mostly 1e-8."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
 
@@ -184,10 +221,7 @@ class Optim:
         _at_least(self, 0, "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon")
         _at_least(self, 1, "lr_num_cycles")
         _within(self, 0, 1, "adam_beta1", "adam_beta2")
-        if len(self.optimizer_args) % 2:
-            raise UserError(
-                f"--optimizer_args takes pairs of a name and a value (got {' '.join(self.optimizer_args)!r})"
-            )
+        _pairs(self, "optimizer_args")
 
 
 @dataclass(frozen=True)
@@ -251,54 +285,21 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The images of every step."""
-
-    sample_steps: int | None = None
-    """Draw the sample prompts every N steps, at step 0 and at the end; 0 for never. Default: a fifth of the run."""
-    sample_prompts: Path | None = None
-    """Text file with one prompt per line. Default: the training prompt, and the class prompt if there is one."""
-    validation_prompt: str | None = None
-    """One prompt more to draw."""
-    num_images_per_prompt: int = 1
-    """Images per prompt, each from a seed of its own."""
-    num_inference_steps: int | None = None
-    """Denoising steps of a sample. Default: the family's."""
-    sample_guidance_scale: float | None = None
-    """Classifier-free guidance of the samples. Default: the family's."""
-    sample_seed: int = 42
-    """Seed of the first image; the others count up from it."""
-    negative_prompt: str | None = None
-    """Negative prompt of the samples, for families that know one."""
-    num_validation_images: int | None = None
-    """diffusers' name for --num_images_per_prompt."""
-    validation_epochs: int | None = None
-    """diffusers' way to say --sample_steps, in epochs."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "sample_steps", "sample_guidance_scale", "sample_seed")
-        _at_least(self, 1, "num_images_per_prompt", "num_inference_steps", "num_validation_images", "validation_epochs")
-
-
-@dataclass(frozen=True)
-class Eval:
-    """The deterministic loss on held-out images."""
-
-    eval_steps: int | None = None
-    """Measure every N steps, at step 0 and at the end; 0 for never. Default: a twentieth of the run, at least 25."""
-    eval_seed: int = 1234
-    """Seed of the frozen times and noises; runs that are compared must share it."""
-    eval_batch_size: int = 8
-    """Items per forward pass."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "eval_steps", "eval_seed")
-        _at_least(self, 1, "eval_batch_size")
-
-
-@dataclass(frozen=True)
 class RunConfig:
-    """All options of one training run."""
+    """All options of one training run; as they stand, those of DreamBooth (see ``programs`` for others).
+
+    Attributes:
+        COMMAND: the program's name.
+        PRESET: file in ``tiny/`` with what is set for the embedded model.
+        NOT_OFFERED: options that belong to another program, with what to do here instead.
+    """
+
+    COMMAND: ClassVar[str] = "dreambooth"
+    PRESET: ClassVar[str] = "preset.yaml"
+    NOT_OFFERED: ClassVar[dict[str, str]] = {
+        "train_data_dir": "use --instance_data_dir, or train on captions with dreamlora text-to-image",
+        "style": "dreamlora text-to-image has built-in styles; here there is --subject",
+    }
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -307,6 +308,7 @@ class RunConfig:
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
+    encoders: Encoders = field(default_factory=Encoders)
 
     def __post_init__(self) -> None:
         data = self.data
@@ -318,6 +320,21 @@ class RunConfig:
             raise UserError("--class_data_dir is only used together with --with_prior_preservation")
         if self.optim.text_encoder_lr is not None and not self.lora.train_text_encoder:
             raise UserError("--text_encoder_lr is only used together with --train_text_encoder")
+        own = [flag for flag in IMAGES_FOR_METRICS if getattr(self.eval, flag) is not None]
+        if own and not self.eval.eval_metrics:
+            raise UserError(f"--{own[0]} is only used together with --eval_metrics")
+        if self.eval.eval_metrics and self.sample.sample_steps == 0 and not own:
+            raise UserError(
+                "--eval_metrics: with --sample_steps 0 there are no images to measure: give --eval_metrics_steps too"
+            )
+
+    @property
+    def draws_for_metrics(self) -> bool:
+        """Whether the metrics have images of their own, which are drawn besides the samples."""
+        own = self.eval
+        if own.eval_prompts is not None or own.eval_num_images is not None:
+            return True
+        return own.eval_metrics_steps not in (None, self.sample.sample_steps)
 
     @property
     def embedded(self) -> bool:
@@ -326,47 +343,13 @@ class RunConfig:
 
 
 def as_flat_dict(config: RunConfig) -> dict[str, Any]:
-    """Every option by its flag's name, in the order of ``--help``; paths as text (for YAML)."""
+    """Every option that its program offers, by flag, in the order of ``--help``; paths as text (for YAML)."""
     flat: dict[str, Any] = {}
     for group in fields(config):
         part = getattr(config, group.name)
-        for option in fields(part):
+        for option in (option for option in fields(part) if option.name not in config.NOT_OFFERED):
             value = getattr(part, option.name)
             flat[option.name] = (
                 list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
             )
     return flat
-
-
-def _respell(part: Any, name: str, kind: str) -> None:
-    """Put a plug-in's name as the registry spells it."""
-    try:
-        object.__setattr__(part, name, registry.check(kind, getattr(part, name)))
-    except UserError as error:
-        raise UserError(f"--{name}: {error}") from None
-
-
-def _fail(part: Any, name: str, allowed: str) -> None:
-    raise UserError(f"--{name} must be {allowed} (got {getattr(part, name)})")
-
-
-def _given(part: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
-    return [(name, getattr(part, name)) for name in names if getattr(part, name) is not None]
-
-
-def _at_least(part: Any, lowest: float, *names: str) -> None:
-    for name, value in _given(part, names):
-        if not value >= lowest or value == float("inf"):
-            _fail(part, name, f"at least {lowest}")
-
-
-def _above(part: Any, bound: float, *names: str) -> None:
-    for name, value in _given(part, names):
-        if not bound < value < float("inf"):
-            _fail(part, name, f"above {bound}")
-
-
-def _within(part: Any, low: float, high: float, *names: str) -> None:
-    for name, value in _given(part, names):
-        if not low <= value < high:
-            _fail(part, name, f"at least {low} and below {high}")

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message names what is wrong, what was expected and what to do. The command line prints it without a
     traceback and exits with status 2.
     """
+
+
+class DivergedError(UserError):
+    """The loss or a gradient is not finite. A comparison of optimizers records it and goes on."""

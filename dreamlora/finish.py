@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,13 +29,17 @@ FREE_ON_RESUME = {
     *("sample_prompts", "train_batch_size", "gradient_accumulation_steps", "instance_data_dir", "validation_prompt"),
     *("pretrained_model_name_or_path", "pre_compute_text_embeddings", "num_train_epochs", "allow_pickle", "subject"),
     *("sample_steps", "sample_seed", "num_images_per_prompt", "negative_prompt", "eval_steps", "eval_batch_size"),
-    *("optimizer_args", "prior_generation_precision"),
+    *("optimizer_args", "prior_generation_precision", "final_eval_items", "save_best", "early_stopping"),
+    *("eval_metrics", "eval_metrics_steps", "eval_prompts", "eval_num_images"),
+    *("clip_model", "dino_model", "inception_weights"),
+    *("train_data_dir", "style", "streaming"),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
 model's id, the images' hashes, the global batch size)."""
 
 
-UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "samples/*"]
+FINAL_METRICS = ("eval/final_loss", "eval/final_loss_rel", "eval/gap")
+UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "samples/*", "best/*"]
 
 
 def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> None:
@@ -51,7 +55,7 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     write_atomically(folder.config_file, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
 
-def settings(stage: Stage, images: Sequence[str], options: Any) -> dict[str, Any]:
+def settings(stage: Stage, images: Iterable[str], options: Any) -> dict[str, Any]:
     """What a resumed run must share with the run that wrote the checkpoint.
 
     Args:
@@ -65,7 +69,10 @@ def settings(stage: Stage, images: Sequence[str], options: Any) -> dict[str, Any
     kept["global batch size"] = (train.train_batch_size or 1) * train.gradient_accumulation_steps * world
     kept["optimizer settings"] = str(options)
     kept["base model"] = stage.source.model_id
-    kept["training images"] = hashlib.sha256("".join(images).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(image.encode())
+    kept["training images"] = digest.hexdigest()[:16]
     if stage.config.optim.lr_scheduler.startswith("constant"):
         del kept["max_train_steps"]  # a longer run of the same course
     return kept
@@ -95,15 +102,24 @@ def write_summary(stage: Stage, run: Run, found: dict[str, Any]) -> None:
         "timings": stage.timings,
         "versions": provenance.versions(),
         "device": provenance.device_name(run.accelerator.device),
+        "peak_memory_gib": _peak_memory(run.accelerator.device),
         "processes": run.accelerator.num_processes,
         "git_commit": provenance.git_commit(),
         "warnings": stage.warnings,
         "data": {source.name: len(source.store.names) for source in run.stream.sources},
         "lora": {"parameters": trained, "pairs": len(run.trainables) // 2},
         "eval": metric,
+        "best": run.folder.selection(),
+        "final_eval": _final_rows(run.folder),
+        "ended_early": run.ended_early,
         "command": provenance.command(),
     }
     write_atomically(run.folder.summary_file, json.dumps(summary, indent=1))
+
+
+def _peak_memory(device: torch.device) -> float | None:
+    """GiB that this process has had allocated on its GPU at most; None on other devices, which do not count."""
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if device.type == "cuda" else None
 
 
 def _eval_rows(folder: RunFolder) -> dict[str, Any]:
@@ -112,6 +128,15 @@ def _eval_rows(folder: RunFolder) -> dict[str, Any]:
         return {}
     best = min(rows, key=lambda row: row["value"])
     return {"base": rows[0]["value"], "final": rows[-1]["value"], "best": best["value"], "best_step": best["step"]}
+
+
+def _final_rows(folder: RunFolder) -> dict[str, dict[str, float]]:
+    """What was measured on the larger set, by step: value by metric."""
+    found: dict[str, dict[str, float]] = {}
+    for row in folder.metrics():
+        if row["name"] in FINAL_METRICS:
+            found.setdefault(str(row["step"]), {})[row["name"]] = row["value"]
+    return found
 
 
 def _parity(stage: Stage, run: Run) -> dict[str, Any]:

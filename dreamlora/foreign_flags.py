@@ -1,13 +1,14 @@
 """Flags of diffusers' training scripts (and a few of other trainers) that have no option here, and what to do instead.
 
-Together with the options of ``config.py`` this covers every flag of ``train_dreambooth_lora.py``.
+Together with the options of ``config.py`` this covers every flag of ``train_dreambooth_lora.py`` and
+``train_text_to_image_lora.py``.
 """
 
 from __future__ import annotations
 
 ELSEWHERE: dict[str, str] = {
     # train_dreambooth_lora.py
-    "use_8bit_adam": "choose the optimizer with --optimizer instead; there are: {optimizers}",
+    "use_8bit_adam": "use --optimizer adamw8bit",
     "tokenizer_name": "the tokenizer is always the pipeline's own (folder tokenizer/)",
     "text_encoder_use_attention_mask": "only DeepFloyd IF needs it, which is not supported",
     "validation_images": "only DeepFloyd IF's upscaler needs them, which is not supported",
@@ -15,10 +16,10 @@ ELSEWHERE: dict[str, str] = {
     # its SDXL and Flux relatives
     "do_edm_style_training": "EDM training is not supported; models train with the objective of their own scheduler",
     "output_kohya_format": "kohya's file format is not written; ComfyUI and others also read the diffusers format",
-    "prodigy_beta3": "Prodigy is not among the optimizers: {optimizers}",
-    "prodigy_decouple": "Prodigy is not among the optimizers: {optimizers}",
-    "prodigy_use_bias_correction": "Prodigy is not among the optimizers: {optimizers}",
-    "prodigy_safeguard_warmup": "Prodigy is not among the optimizers: {optimizers}",
+    "prodigy_beta3": "use --optimizer_args beta3 and its value",
+    "prodigy_decouple": "use --optimizer_args decouple true (the default) or false",
+    "prodigy_use_bias_correction": "use --optimizer_args use_bias_correction true (the default) or false",
+    "prodigy_safeguard_warmup": "use --optimizer_args safeguard_warmup true (the default) or false",
     "use_dora": "DoRA is not supported: its magnitudes are no part of the pair B·A that the optimizers here work on",
     "enable_npu_flash_attention": "NPU attention is not supported",
     "bnb_quantization_config_path": "quantised base models are not supported; --mixed_precision bf16 halves the memory",
@@ -26,16 +27,18 @@ ELSEWHERE: dict[str, str] = {
     "text_encoder_out_layers": "the layers are fixed by the model family",
     "skip_final_inference": "use --sample_steps 0 for no samples at all",
     "final_validation_prompt": "use --validation_prompt; it is drawn at the end as well",
-    "aspect_ratio_buckets": "there are no buckets; images that are not square are cropped (see --crop_variants)",
-    "use_aspect_ratio_buckets": "there are no buckets; images that are not square are cropped (see --crop_variants)",
+    "aspect_ratio_buckets": "use --buckets; the sizes follow from --resolution and --bucket_step",
+    "use_aspect_ratio_buckets": "use --buckets",
     "remote_text_encoder": "the text encoder always runs here; it is freed before the denoiser is loaded",
     "fsdp_text_encoder": "sharding (FSDP) is not supported yet; several GPUs work with DDP",
-    "caption_dropout": "captions are not dropped",
-    # train_text_to_image_lora.py
-    "train_data_dir": "use --instance_data_dir; captions lie beside the images (name.txt or metadata.jsonl)",
     # other trainers, and what people type first
     "lr": "use --learning_rate",
     "unet_lr": "use --learning_rate",
+    "optimizer_type": "use --optimizer; there are: {optimizers}",
+    "loraplus_lr_ratio": "use --optimizer lora_plus --optimizer_args ratio and its value",
+    "loraplus_unet_lr_ratio": "use --optimizer lora_plus --optimizer_args ratio and its value",
+    "loraplus_text_encoder_lr_ratio": "use --optimizer lora_plus --optimizer_args ratio and its value",
+    "optimizer_schedulefree_wrapper": "use --optimizer schedulefree_adamw",
     "steps": "use --max_train_steps",
     "epochs": "use --num_train_epochs",
     "batch_size": "use --train_batch_size",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from PIL.Image import Image
 from torch import Tensor, nn
 
 Conditioning = dict[str, Tensor]
@@ -176,6 +178,105 @@ class Family(Protocol):
         """Write ``pytorch_lora_weights.safetensors`` as the stock pipeline's ``load_lora_weights`` reads it."""
 
 
+EncoderRole = Literal["clip", "dino", "features"]
+"""What an encoder is for: "clip" embeds texts too, "dino" tells subjects apart, "features" are compared as a set."""
+
+Need = Literal["prompts", "references", "training", "base"]
+"""What a metric needs besides generated images: the fields of :class:`MetricInputs` with these names."""
+
+
+class Encoder(Protocol):
+    """Turns images, and texts if it can, into vectors.
+
+    Attributes:
+        id: model, revision or content, preprocessing and pooling; values of different ids must not be compared.
+        dim: length of a vector.
+    """
+
+    id: str
+    dim: int
+
+    def images(self, images: Sequence[Image | np.ndarray]) -> Tensor:
+        """Vectors ``[n, dim]`` float32 on the CPU, not normalised.
+
+        Args:
+            images: PIL images, or uint8 arrays ``[H, W, 3]``.
+
+        Raises:
+            TypeError: floats; whether they lie in [0, 1] or [0, 255] would be a guess.
+        """
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Vectors ``[n, dim]`` float32 on the CPU, not normalised; prompts that are too long are cut, and warned of.
+
+        Raises:
+            UserError: the encoder knows no texts.
+        """
+
+
+@dataclass(frozen=True)
+class MetricInputs:
+    """Vectors that image metrics are computed from, all by one encoder, ``[n, d]`` float32 on the CPU.
+
+    Attributes:
+        generated: one row per generated image.
+        groups: ``[n]`` int64, number of the prompt of every generated image.
+        with_subject: ``[n]`` bool, whether the prompt of a generated image names what was learned; images of other
+            prompts are not compared with references and training images. All True where nothing is known.
+        prompts: ``[n, d]``, the text every generated image is scored against (without the rare token).
+        references: ``[r, d]``, real images that were not trained on.
+        training: ``[m, d]``, the images that were trained on.
+        base: ``[n, d]``, the base model's images of the same prompts and seeds.
+    """
+
+    generated: Tensor
+    groups: Tensor
+    with_subject: Tensor
+    prompts: Tensor | None = None
+    references: Tensor | None = None
+    training: Tensor | None = None
+    base: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a metric says.
+
+    Attributes:
+        values: by name, such as "img/clip_t"; finite.
+        n: generated images that went in.
+        n_other: images on the other side (references, training or base images); None if there is no such side.
+    """
+
+    values: Mapping[str, float]
+    n: int
+    n_other: int | None = None
+
+
+class ImageMetric(Protocol):
+    """A metric over generated images (one module in ``metrics/``); every member is a module-level name.
+
+    Besides, every plug-in has a pure function of tensors and a ``torchmetrics.Metric`` around it.
+    """
+
+    NAME: str
+    """Of its main value, such as "img/clip_t"."""
+    ENCODER: EncoderRole
+    """Which encoder its vectors are from."""
+    NEEDS: frozenset[Need]
+    """What must be there; where it is not, the metric is left out."""
+    HIGHER_IS_BETTER: bool
+    SELECTS: bool
+    """Whether it may have a say in which checkpoint is best, or in when to stop."""
+
+    def compute(self, inputs: MetricInputs) -> Reading:
+        """The values.
+
+        Raises:
+            ValueError: there are too few images for it; the message says how many are needed.
+        """
+
+
 class Callback(Protocol):
     """Something that happens at times during training; ``run`` is ``training.loop.Run``."""
 
@@ -194,10 +295,16 @@ __all__ = [
     "Callback",
     "Components",
     "Conditioning",
+    "Encoder",
+    "EncoderRole",
     "Family",
+    "ImageMetric",
     "Latents",
+    "MetricInputs",
     "ModelSource",
+    "Need",
     "Objective",
+    "Reading",
     "Role",
     "SampleDefaults",
     "StepResult",

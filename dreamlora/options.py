@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -90,17 +90,33 @@ class Option:
 def subgroups_of(config_class: type[Any]) -> dict[str, type]:
     """The fields of a dataclass that are dataclasses themselves."""
     hints = get_type_hints(config_class)
-    return {f.name: hints[f.name] for f in fields(config_class) if is_dataclass(hints[f.name])}
+    return {f.name: _group(f, hints[f.name]) for f in fields(config_class) if is_dataclass(hints[f.name])}
+
+
+def _group(declared: Field[Any], annotation: Any) -> type:
+    """The class of a group: that of its default, which may be more special than the annotation."""
+    factory = declared.default_factory
+    return factory if isinstance(factory, type) and issubclass(factory, annotation) else annotation
+
+
+def _texts(config_class: type[Any]) -> dict[str, str]:
+    """Help by field, those of base classes included."""
+    texts: dict[str, str] = {}
+    for base in reversed([base for base in config_class.__mro__ if is_dataclass(base)]):
+        texts |= _docstrings(inspect.getfile(base)).get(base.__name__, {})
+    return texts
 
 
 def options_of(config_class: type[Any], deep: bool = True) -> dict[str, Option]:
     """Every option by name, in the order of declaration; with ``deep`` those of its groups too.
 
+    A class may have a mapping ``NOT_OFFERED``: options of these names are left out.
+
     Raises:
         TypeError: two groups declare the same name.
     """
     hints, groups = get_type_hints(config_class), subgroups_of(config_class)
-    texts = _docstrings(inspect.getfile(config_class)).get(config_class.__name__, {})
+    texts = _texts(config_class)
     options: dict[str, Option] = {}
     for declared in fields(config_class):
         if declared.name not in groups:
@@ -110,7 +126,8 @@ def options_of(config_class: type[Any], deep: bool = True) -> dict[str, Option]:
         if options.keys() & found.keys():
             raise TypeError(f"{config_class.__name__} declares {options.keys() & found.keys()} twice")
         options |= found
-    return options
+    hidden: Mapping[str, str] = getattr(config_class, "NOT_OFFERED", {})
+    return {name: option for name, option in options.items() if name not in hidden}
 
 
 def _option(declared: Field[Any], annotation: Any, text: str) -> Option:

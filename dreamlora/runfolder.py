@@ -20,6 +20,11 @@ from typing import Any, TextIO
 from dreamlora.errors import UserError
 
 METRICS_VERSION = 1
+ADOPTED = (
+    *("metrics_file", "eval_items_file", "final_items_file", "candidates"),
+    *("samples", "eval_images", "reference_dir"),
+)
+"""What a run takes over that goes on from another's checkpoint."""
 
 
 class RunFolder:
@@ -29,12 +34,23 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.summary_file = self.path / "summary.json"
+        self.outcome_file = self.path / "outcome.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.eval_items_file = self.path / "eval_items.npz"
+        self.final_items_file = self.path / "eval_final_items.npz"
+        self.evalset_file = self.path / "evalset.json"
+        self.evalset_tensors = self.path / "evalset.safetensors"
+        self.final_evalset_file = self.path / "evalset_final.json"
+        self.final_evalset_tensors = self.path / "evalset_final.safetensors"
         self.lora_file = self.path / "pytorch_lora_weights.safetensors"
+        self.best = self.path / "best"
+        self.selection_file = self.best / "selection.json"
+        self.candidates = self.path / "checkpoints" / "candidates"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.samples_file = self.samples / "samples.jsonl"
+        self.eval_images = self.path / "eval_images"
+        self.eval_images_file = self.eval_images / "samples.jsonl"
         self.grid_file = self.path / "grid.png"
         self.timelapse_file = self.path / "timelapse.webp"
         self.instance_images = self.path / "instance_images"
@@ -51,6 +67,28 @@ class RunFolder:
     def checkpoint_steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending. Unfinished ones have temporary names and are not listed."""
         return sorted(int(folder.name[5:]) for folder in self.checkpoints.glob("step-*") if folder.name[5:].isdigit())
+
+    def candidate_dir(self, step: int) -> Path:
+        """``checkpoints/candidates/step-000100``."""
+        return self.candidates / f"step-{step:06d}"
+
+    def candidate_steps(self) -> list[int]:
+        """Steps whose weights are kept because they are or may become the best, ascending."""
+        return sorted(int(folder.name[5:]) for folder in self.candidates.glob("step-*") if folder.name[5:].isdigit())
+
+    def selection(self) -> dict[str, Any]:
+        """Which checkpoint lies in best/ and why (selection.json); empty if there is none.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.selection_file.exists():
+            return {}
+        try:
+            found = json.loads(self.selection_file.read_text())
+        except ValueError as error:
+            raise UserError(f"cannot read {self.selection_file}: {error}") from None
+        return found if isinstance(found, dict) else {}
 
     def sample_dir(self, step: int) -> Path:
         """``samples/step_000100``."""
@@ -87,12 +125,8 @@ class RunFolder:
             if isinstance(entry, Path) and entry != self.path:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
-    def log(self, step: int, name: str, value: float, **more: Any) -> None:
-        """Append one value to metrics.jsonl; ``more`` are fields such as ``n`` and ``evalset_id``."""
-        self.log_all(step, {name: value}, **more)
-
     def log_all(self, step: int, values: Mapping[str, float], **more: Any) -> None:
-        """Append values of one step to metrics.jsonl, by name, in one write."""
+        """Append values of one step to metrics.jsonl; ``more`` are fields such as ``n`` and ``evalset_id``."""
         common = {"v": METRICS_VERSION, "run": self.path.name, "step": step}
         common["wall_s"] = round(time.monotonic() - self._started, 3)
         rows = [
@@ -107,18 +141,20 @@ class RunFolder:
         return list(read_jsonl(self.metrics_file))
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of later steps, which a resumed run will write again."""
-        for file in (self.metrics_file, self.samples_file):
+        """Drop what a resumed run will write again: the metrics of later steps, and those that come at the end."""
+        for file in (self.metrics_file, self.samples_file, self.eval_images_file):
             if file.exists():
-                rows = [json.dumps(row) + "\n" for row in read_jsonl(file) if row["step"] <= step]
+                known = [row for row in read_jsonl(file) if row["step"] <= step and not row.get("at_end")]
+                rows = [json.dumps(row) + "\n" for row in known]
                 write_atomically(file, "".join(rows))
-        for folder in self.samples.glob("step_" + "[0-9]" * 6):
-            if int(folder.name[5:]) > step:
-                shutil.rmtree(folder)
+        for place in (self.samples, self.eval_images):
+            for folder in place.glob("step_" + "[0-9]" * 6):
+                if int(folder.name[5:]) > step:
+                    shutil.rmtree(folder)
 
     def adopt(self, other: RunFolder) -> None:
         """Take over what another run measured and drew, to go on from one of its checkpoints."""
-        for name in ("metrics_file", "eval_items_file", "samples", "reference_dir"):
+        for name in ADOPTED:
             theirs, ours = getattr(other, name), getattr(self, name)
             if theirs.is_dir():
                 shutil.copytree(theirs, ours, dirs_exist_ok=True)
@@ -149,6 +185,21 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder: at any moment it is whole or not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    yield temporary
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())  # else a power cut could leave a renamed folder of empty files
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -22,6 +22,8 @@ class SampleConfig:
     """Every LoRA is drawn at each of these strengths."""
     checkpoints: bool = False
     """Draw all checkpoints of the run folders, not only their final LoRA."""
+    best: bool = False
+    """Draw the best checkpoint of the run folders too (see best/selection.json there)."""
     prompts: tuple[str, ...] = ()
     """Prompts, each in quotes. Default: those of the first run folder."""
     sample_prompts: Path | None = None

@@ -42,15 +42,15 @@ def sample_loras(config: SampleConfig) -> Path:
         UserError: a LoRA, prompt file or model is missing or wrong, or a LoRA does not fit the model.
     """
     rows = rows_of(config)
-    run = _first_run(config)
-    settings = _settings_of(run)
-    prompts = _prompts(config, settings)
-    model = _model(config, settings)
+    run = first_run(config)
+    settings = settings_of(run)
+    prompts = prompts_of(config, settings)
+    model = model_of(config, settings)
     source = resolve_source(model)
     family = family_of(source, model.family)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = Parts(family, source, device, _dtype(config, device)).pipeline()
-    plan = _plan(config, settings, family, prompts)
+    pipeline = Parts(family, source, device, dtype_on(config, device)).pipeline()
+    plan = plan_for(config, settings, family, prompts)
     output = config.output_dir or Path("outputs") / f"sample-{Path(config.lora[0]).resolve().stem}"
     drawn = [record for number, row in enumerate(rows) for record in _draw_row(pipeline, plan, row, number, output)]
     write_atomically(output / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in drawn))
@@ -72,24 +72,35 @@ def rows_of(config: SampleConfig) -> list[Row]:
     """
     rows = [Row("base model")]
     for path in config.lora:
-        for label, file in _files_of(path, config.checkpoints):
+        for label, file in _files_of(path, config):
             for scale in config.lora_scales:
                 rows.append(Row(label if scale == 1 else f"{label}\nscale {scale:g}", file, scale))
     return rows
 
 
-def _files_of(path: Path, checkpoints: bool) -> list[tuple[str, Path]]:
+def _files_of(path: Path, config: SampleConfig) -> list[tuple[str, Path]]:
     """LoRA files of one ``--lora`` with their labels; a final LoRA that equals the last checkpoint is left out."""
     run = RunFolder(path)
-    steps = run.checkpoint_steps() if checkpoints else []
+    steps = run.checkpoint_steps() if config.checkpoints else []
     name = path.resolve().stem if path.is_file() else path.resolve().name
     found = [(f"{name}\nstep {step:,}", read_lora(run.checkpoint_dir(step)).path) for step in steps]
+    if config.best and run.holds_run():
+        found.append(_best_of(run, name))
+    elif run.path.name == "best" and (parent := RunFolder(path.resolve().parent)).selection():
+        return [_best_of(parent, parent.path.name)]
     if steps and not run.lora_file.exists():  # a run that is not finished
         return found
     final = read_lora(path).path
-    if not found or final.read_bytes() != found[-1][1].read_bytes():
+    if not steps or final.read_bytes() != found[len(steps) - 1][1].read_bytes():
         found.append((f"{name}\nfinal" if found else name, final))
     return found
+
+
+def _best_of(run: RunFolder, name: str) -> tuple[str, Path]:
+    step = run.selection().get("step")
+    if step is None:
+        raise UserError(f"--best: no checkpoint was selected in {run.path} (there is no {run.selection_file})")
+    return f"{name}\nbest: step {step:,}", read_lora(run.best).path
 
 
 def _draw_row(pipeline: Any, plan: SamplePlan, row: Row, number: int, output: Path) -> list[dict[str, Any]]:
@@ -132,7 +143,7 @@ def _columns(plan: SamplePlan) -> list[str]:
     return [item.prompt + (f" · seed {item.seed}" if several else "") for item in plan.items()]
 
 
-def _first_run(config: SampleConfig) -> RunFolder | None:
+def first_run(config: SampleConfig) -> RunFolder | None:
     """The first ``--lora`` that is, or lies in, a run folder."""
     for path in config.lora:
         for folder in (path, *path.resolve().parents[:3]):
@@ -141,7 +152,7 @@ def _first_run(config: SampleConfig) -> RunFolder | None:
     return None
 
 
-def _settings_of(run: RunFolder | None) -> dict[str, Any]:
+def settings_of(run: RunFolder | None) -> dict[str, Any]:
     """The options that the run was trained with, by flag."""
     if run is None:
         return {}
@@ -149,7 +160,8 @@ def _settings_of(run: RunFolder | None) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _model(config: SampleConfig, settings: dict[str, Any]) -> Model:
+def model_of(config: SampleConfig, settings: dict[str, Any]) -> Model:
+    """The base model: the one given, else the run's, else the embedded one."""
     given = config.pretrained_model_name_or_path
     trained = given is None and settings.get("pretrained_model_name_or_path")
     inherited = settings if trained else {}
@@ -165,7 +177,12 @@ def _model(config: SampleConfig, settings: dict[str, Any]) -> Model:
     )
 
 
-def _prompts(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...]:
+def prompts_of(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...]:
+    """The prompts given, else the run's, with the subject in its place.
+
+    Raises:
+        UserError: there are none, or no subject for a placeholder.
+    """
     subject = config.subject or subject_of(settings.get("instance_prompt"))
     if config.prompts:
         return tuple(fill_subject(prompt, subject, "--prompts") for prompt in config.prompts)
@@ -181,7 +198,7 @@ def _prompts(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...]:
     return sample_prompts(trained, settings.get("instance_prompt"), settings.get("class_prompt"))
 
 
-def _plan(config: SampleConfig, settings: dict[str, Any], family: Family, prompts: tuple[str, ...]) -> SamplePlan:
+def plan_for(config: SampleConfig, settings: dict[str, Any], family: Family, prompts: tuple[str, ...]) -> SamplePlan:
     """What was not given is as the run drew it, so that the images can be compared with the run's own."""
 
     def given(name: str) -> Any:
@@ -198,7 +215,8 @@ def _plan(config: SampleConfig, settings: dict[str, Any], family: Family, prompt
     return plan_of(sample, family.SAMPLE_DEFAULTS, prompts, given("resolution"), config.sample_batch_size)
 
 
-def _dtype(config: SampleConfig, device: torch.device) -> torch.dtype:
+def dtype_on(config: SampleConfig, device: torch.device) -> torch.dtype:
+    """Of denoiser and text encoders: what is given, else what suits the device."""
     if config.mixed_precision:
         return DTYPES[config.mixed_precision]
     if device.type == "cpu":

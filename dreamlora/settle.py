@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from dreamlora import registry
-from dreamlora.config import RunConfig
+from dreamlora.config import Data, RunConfig
+from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
 from dreamlora.interfaces import SampleDefaults
 from dreamlora.runfolder import RunFolder
@@ -36,11 +37,24 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         resolution: the model's own, in pixels.
         sampling: the family's defaults.
         world: number of processes.
+
+    Raises:
+        UserError: the rank is none that the init can start.
     """
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
     method = registry.load("optimizers", config.optim.optimizer)
+    start = registry.load("inits", config.lora.init)
+    if config.lora.rank % start.RANK_MULTIPLE:
+        raise UserError(
+            f"--init {config.lora.init} needs a --rank that is a multiple of {start.RANK_MULTIPLE} "
+            f"(got {config.lora.rank})"
+        )
     learning_rate = _first(config.optim.learning_rate, method.DEFAULT_LR)
-    weight_decay = _first(config.optim.adam_weight_decay, method.DEFAULT_WEIGHT_DECAY)
+    # Decay pulls B A to zero; where it is counted from another start, that is no way back to the base model.
+    default_decay = 0.0 if start.OFFSET else method.DEFAULT_WEIGHT_DECAY
+    weight_decay = _first(config.optim.adam_weight_decay, default_decay)
+    if start.OFFSET and weight_decay:
+        logger.warning("--adam_weight_decay with --init %s pulls away from the base model", config.lora.init)
     optim = replace(config.optim, learning_rate=learning_rate, adam_weight_decay=weight_decay)
     if config.lora.train_text_encoder:
         optim = replace(
@@ -64,6 +78,24 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
     )
 
 
+def bucket_step(data: Data, multiple: int) -> Data:
+    """Fill in the step of the aspect-ratio buckets.
+
+    Args:
+        data: with a resolution.
+        multiple: sides of the model's images are multiples of it.
+
+    Raises:
+        UserError: the given step is not.
+    """
+    if not data.buckets:
+        return data
+    step = _first(data.bucket_step, default_step(data.resolution or 0, multiple))
+    if step % multiple:
+        raise UserError(f"--bucket_step must be a multiple of {multiple} (got {step})")
+    return replace(data, bucket_step=step)
+
+
 def by_length(config: RunConfig, n_images: int, world: int) -> RunConfig:
     """Fill in what the number of training images decides: steps, and how often to sample and to evaluate."""
     global_batch = (config.train.train_batch_size or 1) * config.train.gradient_accumulation_steps * world
@@ -75,6 +107,10 @@ def by_length(config: RunConfig, n_images: int, world: int) -> RunConfig:
     if sample_steps is None:
         sample_steps = math.ceil(total / DEFAULT_SAMPLES)
     eval_steps = _first(config.eval.eval_steps, max(MIN_EVAL_STEPS, total // DEFAULT_EVALS))
+    evaluation = replace(config.eval, eval_steps=eval_steps)
+    if evaluation.eval_metrics:
+        usual = sample_steps or math.ceil(total / DEFAULT_SAMPLES)
+        evaluation = replace(evaluation, eval_metrics_steps=_first(evaluation.eval_metrics_steps, usual))
     optim = replace(config.optim, scale_lr=False)
     if config.optim.scale_lr:
         optim = replace(optim, **{name: rate * global_batch for name in RATES if (rate := getattr(optim, name))})
@@ -89,7 +125,7 @@ def by_length(config: RunConfig, n_images: int, world: int) -> RunConfig:
         optim=optim,
         train=replace(config.train, max_train_steps=total),
         sample=replace(config.sample, sample_steps=sample_steps),
-        eval=replace(config.eval, eval_steps=eval_steps),
+        eval=evaluation,
     )
 
 
@@ -115,9 +151,9 @@ def run_folder(config: RunConfig) -> RunFolder:
 
 def _default_folder(config: RunConfig, new: bool) -> RunFolder:
     data = config.data
-    name = Path(data.dataset_name or data.subject or "run").name
-    if data.instance_data_dir:
-        name = data.instance_data_dir.resolve().name
+    name = Path(data.dataset_name or data.subject or data.style or "run").name
+    if folder := data.instance_data_dir or data.train_data_dir:
+        name = folder.resolve().name
     path = Path("outputs") / f"{name}-{config.optim.optimizer}"
     number = 1
     while RunFolder(_numbered(path, number)).holds_run():

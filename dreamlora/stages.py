@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import logging
 import time
@@ -21,12 +22,16 @@ from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparation
 from dreamlora.interfaces import Components, Conditioning, Family, Latents, ModelSource, Role
+from dreamlora.sampling.sampler import SamplePlan, plan_of
 from dreamlora.training.stream import stack_conditioning
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROLES: tuple[Role, ...] = ("text", "vae", "denoiser", "scheduler")
+
+MOST_TOKENIZED = 1000
+"""Captions whose token ids stay in memory while the text encoder trains."""
 
 Encode = Callable[[Sequence[str]], Conditioning]
 
@@ -138,7 +143,7 @@ def encode_images(stage: Stage, records: Sequence[ImageRecord], how: Preparation
 def encode_texts(stage: Stage, prompts: Iterable[str]) -> Encode:
     """Prompts to embeddings, made by the text encoder where the cache lacks them; it is freed afterwards.
 
-    A prompt that was not among ``prompts`` is a KeyError.
+    A prompt that was not among ``prompts``, nor in the cache, is a UserError.
     """
     length = prompt_length(stage)
 
@@ -149,19 +154,17 @@ def encode_texts(stage: Stage, prompts: Iterable[str]) -> Encode:
     table = encode_prompts(prompts, encode, stage.filling(dtype=stage.accelerator.mixed_precision, length=length))
     stage.accelerator.wait_for_everyone()
     stage.parts.free("text")
-    return lambda captions: stack_conditioning(table, captions)
+    return lambda captions: stack_conditioning([table[caption] for caption in captions])
 
 
 def tokenized(stage: Stage, text: Components) -> Encode:
     """Prompts to token ids, for a text encoder that trains."""
-    table: dict[str, Conditioning] = {}
 
-    def encode(captions: Sequence[str]) -> Conditioning:
-        for caption in set(captions) - table.keys():
-            table[caption] = stage.family.tokenize(text, [caption], prompt_length(stage))
-        return stack_conditioning(table, captions)
+    @functools.lru_cache(maxsize=MOST_TOKENIZED)
+    def tokens(caption: str) -> Conditioning:
+        return stage.family.tokenize(text, [caption], prompt_length(stage))
 
-    return encode
+    return lambda captions: stack_conditioning([tokens(caption) for caption in captions])
 
 
 def prompt_length(stage: Stage) -> int | None:
@@ -190,3 +193,9 @@ def pipeline_inputs(stage: Stage, encode: Encode, text: Components | None) -> Ca
         return dict(stage.family.call_arguments(embed(prompts), negative))
 
     return arguments
+
+
+def sample_plan(stage: Stage, prompts: tuple[str, ...]) -> SamplePlan:
+    """How these prompts are drawn, by the run's flags."""
+    data = stage.config.data
+    return plan_of(stage.config.sample, stage.family.SAMPLE_DEFAULTS, prompts, data.resolution, data.sample_batch_size)

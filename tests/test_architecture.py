@@ -23,10 +23,13 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 TORCH_FREE = [
     "dreamlora.__main__",
     "dreamlora.sample_command",
+    "dreamlora.evaluate_command",
     "dreamlora.runfolder",
     "dreamlora.report.page",
+    "dreamlora.sweep.command",
+    "dreamlora.sweep.worker",
     "dreamlora.tiny",
-    *(f"dreamlora.optimizers.{name}" for name in registry.names("optimizers")),
+    *(f"dreamlora.{kind}.{name}" for kind in ("optimizers", "inits") for name in registry.names(kind)),
 ]
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchmetrics", "matplotlib")
 
@@ -112,7 +115,7 @@ def test_tests_lie_where_their_subject_lies(file: Path) -> None:
         assert any((folder / name).exists() for name in (subject, f"{subject}.py")), f"nothing is called {subject}"
 
 
-@pytest.mark.parametrize("kind", ["optimizers", "families"])
+@pytest.mark.parametrize("kind", ["optimizers", "inits", "families", "metrics"])
 def test_plugins_do_not_import_each_other(kind: str) -> None:
     names = registry.names(kind)
     for name in names:

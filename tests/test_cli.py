@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dreamlora import cli, foreign_flags, registry
+from dreamlora import cli, foreign_flags, presets, registry
 from dreamlora.__main__ import COMMANDS, ReportConfig, main, usage
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.errors import UserError
@@ -106,9 +106,26 @@ def test_a_bare_word_goes_to_the_positional_flag() -> None:
         cli.parse(ReportConfig, [], program)
 
 
+def test_a_bare_word_after_a_switch_goes_to_the_positional_flag_if_that_is_free() -> None:
+    program = cli.Program("dreamlora report", positional="run")
+    for argv in (["--live", "outputs/a", "--port", "80"], ["outputs/a", "--live", "--port", "80"]):
+        assert cli.parse(ReportConfig, argv, program) == ReportConfig(Path("outputs/a"), live=True, port=80)
+    for argv in (["outputs/a", "--live", "outputs/b"], ["outputs/a", "--live=true"]):
+        with pytest.raises(UserError, match="--live takes no value"):
+            cli.parse(ReportConfig, argv, program)
+
+
+def test_the_port_is_for_live_reports() -> None:
+    program = cli.Program("dreamlora report", positional="run")
+    with pytest.raises(UserError, match="--port is for --live"):
+        cli.parse(ReportConfig, ["outputs/a", "--port", "80"], program)
+    with pytest.raises(UserError, match=r"--port takes a number from 1 to 65535 \(got 70000\)"):
+        cli.parse(ReportConfig, ["--live", "outputs/a", "--port", "70000"], program)
+
+
 @pytest.mark.parametrize("flag", (DIFFUSERS_FLAGS + SDXL_FLUX_FLAGS).split())
 def test_every_flag_of_diffusers_is_an_option_or_explained(flag: str) -> None:
-    ways = [options_of(RunConfig), foreign_flags.ELSEWHERE, foreign_flags.UNNEEDED]
+    ways = [options_of(RunConfig), RunConfig.NOT_OFFERED, foreign_flags.ELSEWHERE, foreign_flags.UNNEEDED]
     assert sum(flag in way for way in ways) == 1
 
 
@@ -177,7 +194,7 @@ def test_a_saved_config_gives_the_same_config(argv: list[str], run_yaml: Any) ->
         ("center_crop: maybe", r"run.yaml: center_crop takes true or false \(got 'maybe'\)"),
         ("- rank", r"must hold entries such as `rank: 8` \(got a list\)"),
         ("a: [", r"run.yaml is no valid YAML"),
-        ("use_8bit_adam: true", r"key 'use_8bit_adam' in \S+ is not offered: choose the optimizer with --optimizer"),
+        ("use_8bit_adam: true", r"key 'use_8bit_adam' in \S+ is not offered: use --optimizer adamw8bit"),
     ],
 )
 def test_mistakes_in_a_file_name_the_file_and_the_key(text: str, told: str, run_yaml: Any) -> None:
@@ -206,8 +223,11 @@ def test_mistakes_in_a_file_name_the_file_and_the_key(text: str, told: str, run_
         ("--center_crop True", ["--center_crop takes no value (got 'True')", "--no_center_crop"]),
         ("--no_center_crop x", ["--no_center_crop takes no value (got 'x')"]),
         ("--no_rank", ["unknown flag --no_rank"]),
-        ("--optimizer adamv", ["--optimizer: unknown name 'adamv'", "choose one of adamw", "Did you mean 'adamw'?"]),
-        ("--use_8bit_adam", ["--use_8bit_adam is not offered", "there are: adamw"]),
+        (
+            "--optimizer adamv",
+            ["--optimizer: unknown name 'adamv'", "choose one of adafactor, adamw,", "mean 'adamw'?"],
+        ),
+        ("--use_8bit_adam", ["--use_8bit_adam is not offered", "use --optimizer adamw8bit"]),
         ("--validation_images a.png", ["--validation_images is not offered", "DeepFloyd IF"]),
         ("--no_train_text_encoder --text_encoder_lr 1e-3", ["only used together with --train_text_encoder"]),
         ("--config a b", ["--config takes one YAML file (got 2 words)"]),
@@ -218,6 +238,14 @@ def test_mistakes_in_a_file_name_the_file_and_the_key(text: str, told: str, run_
         ("--optimizer_args eps x", ["--optimizer_args: eps takes a number (got 'x')"]),
         ("--optimizer_args betas 0.9", ["--optimizer_args: betas takes 2 values (got 1: 0.9)"]),
         ("--optimizer_args eps -1", ["--optimizer_args of adamw: eps: got -1.0"]),
+        ("--init kaimin", ["--init: unknown name 'kaimin'", "Did you mean 'kaiming'?"]),
+        (
+            "--init lora_ga --init_args gama 1",
+            ["--init_args: lora_ga has no setting 'gama'", "gamma a number (default 16"],
+        ),
+        ("--init nora --init_args sigma 0", ["--init_args of nora: sigma must be above 0 (got 0.0)"]),
+        ("--init_args sigma", ["--init_args takes pairs"]),
+        ("--init_args sigma 1", ["gaussian has no setting 'sigma'", "It has no settings."]),
         ("--optimizer_args amsgrad maybe", ["--optimizer_args: amsgrad takes true or false (got 'maybe')"]),
     ],
 )
@@ -269,10 +297,12 @@ def test_other_errors_keep_their_traceback() -> None:
 # The optimizer's settings
 
 
-@pytest.mark.parametrize("name", registry.names("optimizers"))
-def test_every_optimizer_has_documented_settings(name: str) -> None:
-    options = cli.method_options("optimizers", name, [], {})
-    assert options == registry.load("optimizers", name).Options()
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in ("optimizers", "inits") for name in registry.names(kind)]
+)
+def test_every_optimizer_and_init_has_documented_settings(kind: str, name: str) -> None:
+    options = cli.method_options(kind, name, [], {})
+    assert options == registry.load(kind, name).Options()
     assert all(option.help for option in options_of(type(options)).values())
 
 
@@ -281,6 +311,8 @@ def test_settings_come_from_the_arguments_then_from_the_common_flags() -> None:
         [*MODEL, "--adam_beta2", "0.99", "--adam_epsilon", "1e-6", "--optimizer_args", "eps", "1"]
     )
     assert (options.betas, options.eps) == ((0.9, 0.99), 1.0)
+    _, options = cli.parse_run([*MODEL, "--optimizer", "lora_rite", "--adam_beta1", "0.8"])
+    assert (options.betas, options.eps) == ((0.8, 0.999), 1e-6)  # its own where no flag is given
     _, options = cli.parse_run([*MODEL, "--optimizer_args", "betas", "0.8,0.9", "fused", "false"])
     assert options.betas == (0.8, 0.9) and not options.fused
 
@@ -304,7 +336,17 @@ def test_the_preset_is_for_the_embedded_model_only() -> None:
 
 @pytest.mark.parametrize("optimizer", registry.names("optimizers"))
 def test_the_preset_knows_every_optimizers_learning_rate(optimizer: str) -> None:
-    assert cli.parse_run(["--optimizer", optimizer.upper()])[0].optim.learning_rate
+    assert presets.embedded({"optimizer": [optimizer.upper()]}, RunConfig.PRESET)["learning_rate"]
+
+
+def test_the_embedded_model_measures_its_samples_if_there_are_any() -> None:
+    def metrics(*argv: str) -> tuple[str, ...]:
+        return cli.parse_run(argv)[0].eval.eval_metrics
+
+    assert metrics() == ("clip_score", "dino") and metrics(*MODEL) == ()
+    assert metrics("--eval_metrics") == metrics("--sample_steps", "0") == ()
+    assert metrics("--sample_steps", "0", "--eval_metrics_steps", "50") == ("clip_score", "dino")
+    assert metrics("--eval_metrics", "KID", "kid", "clip-score") == ("kid", "clip_score")
 
 
 def test_flags_and_files_win_over_the_preset(run_yaml: Any) -> None:

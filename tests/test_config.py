@@ -34,6 +34,10 @@ from dreamlora.errors import UserError
         (Train, "snr_gamma", 0.0, "--snr_gamma must be above 0"),
         (Sample, "num_inference_steps", 0, "--num_inference_steps must be at least 1"),
         (Eval, "eval_batch_size", 0, "--eval_batch_size must be at least 1"),
+        (Eval, "final_eval_items", -1, "--final_eval_items must be at least 0"),
+        (Eval, "early_stopping", -1, "--early_stopping must be at least 0"),
+        (Eval, "eval_metrics", ("clip_scoer",), "--eval_metrics: unknown name 'clip_scoer'"),
+        (Eval, "eval_num_images", 0, "--eval_num_images must be at least 1"),
     ],
 )
 def test_values_out_of_range_name_the_flag(group: Any, option: str, value: Any, told: str) -> None:
@@ -70,7 +74,7 @@ def test_the_flat_form_is_plain_yaml_with_every_option_once() -> None:
     assert yaml.safe_load(yaml.safe_dump(flat)) == flat
     assert (flat["output_dir"], flat["lora_layers"]) == ("out/x", ["to_q"])
     groups = [getattr(RunConfig(), group.name) for group in dataclasses.fields(RunConfig)]
-    assert len(flat) == sum(len(dataclasses.fields(group)) for group in groups)
+    assert len(flat) == sum(len(dataclasses.fields(group)) for group in groups) - len(RunConfig.NOT_OFFERED)
 
 
 def test_configs_cannot_be_changed_by_accident() -> None:

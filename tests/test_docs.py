@@ -1,4 +1,4 @@
-"""What the documents say can be followed: links lead somewhere, flags exist, commands parse. Torch-free."""
+"""What documents and Makefile say can be followed: links lead somewhere, flags exist, commands parse. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dreamlora import __main__, cli, foreign_flags, options, sample_command
+from dreamlora import __main__, cli, evaluate_command, foreign_flags, options, programs, sample_command
 from dreamlora.config import RunConfig
+from dreamlora.sweep.config import CompareConfig
+from dreamlora.sweep.config import parse as parse_compare
+from dreamlora.sweep.plan import sweep_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -20,11 +23,24 @@ DOCUMENTS = sorted(
 
 OURS = {
     name
-    for config in (RunConfig, sample_command.SampleConfig, __main__.ReportConfig)
+    for config in (
+        RunConfig,
+        programs.TextToImageConfig,
+        evaluate_command.EvaluateConfig,
+        __main__.ReportConfig,
+        CompareConfig,
+    )
     for name in options.options_of(config)
 }
 OTHER_PROGRAMS = {
-    "accelerate": {"cpu", "dynamo_backend", "multi_gpu", "num_machines", "num_processes"},
+    "accelerate": {
+        "cpu",
+        "dynamo_backend",
+        "multi_gpu",
+        "num_cpu_threads_per_process",
+        "num_machines",
+        "num_processes",
+    },
     "ours, but no options of a run": {"config", "help"},
 }
 SCRIPTS = {
@@ -51,15 +67,15 @@ def script_flags() -> set[str]:
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The words of every command in indented or fenced blocks, without variables before it."""
-    lines = text.replace("\\\n", " ").splitlines()
+    """The words of every command in indented or fenced blocks and of make's recipes, without variables before it."""
+    lines = text.replace("\\\n", " ").replace("\t$(BIN)/", 4 * " ").splitlines()
     blocks = [line.strip() for line in lines if re.match(r"\s{4,}(\w+=\S+ )*(accelerate launch|dreamlora) ", line)]
     return [[word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)] for line in blocks]
 
 
 COMMANDS = [
     pytest.param(words, id=f"{name_of(file)}-{number}")
-    for file in DOCUMENTS
+    for file in [*DOCUMENTS, ROOT / "Makefile"]
     for number, words in enumerate(commands_of(file.read_text()))
 ]
 
@@ -85,19 +101,26 @@ def test_flags_exist(file: Path) -> None:
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "photos").mkdir()
+    for name in ("photos", "captioned", "run"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "my_lora.safetensors").touch()
     (tmp_path / "prompts").symlink_to(ROOT / "prompts")
     monkeypatch.chdir(tmp_path)
     script = next((number for number, word in enumerate(words) if word.startswith("train_scripts/")), None)
     if script is not None:
         assert (ROOT / words[script]).exists()
-        words = ["dreamlora", "dreambooth", *words[script + 1 :]]
+        command = Path(words[script]).stem.removesuffix("_lora").replace("_", "-")
+        words = ["dreamlora", command, *words[script + 1 :]]
     program, command, *flags = ["run" if re.search(r"<\w+>", word) else word for word in words if word != "..."]
     assert program == "dreamlora" and command in __main__.COMMANDS
-    if command == "dreambooth":
-        cli.parse_run(flags)
-    elif command == "sample":
-        cli.parse(sample_command.SampleConfig, flags, cli.Program(positional="lora"))
+    if command in programs.PROGRAMS:
+        cli.parse_run(flags, programs.PROGRAMS[command])
+    elif command == "compare":
+        asked, training = parse_compare(flags)
+        assert asked.runs or sweep_of(asked, training)
+    elif command in ("sample", "evaluate"):
+        config = sample_command.SampleConfig if command == "sample" else evaluate_command.EvaluateConfig
+        cli.parse(config, flags, cli.Program(positional="lora"))
     else:
         cli.parse(__main__.ReportConfig, flags, cli.Program(positional="run"))
 

@@ -24,7 +24,24 @@ class Example:
     names: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Child(Example):
+    """Takes over what it does not declare again."""
+
+    switch: bool = False
+    """Another text."""
+    more: int = 1
+    """More."""
+
+
 OPTIONS = options_of(Example)
+
+
+def test_options_are_inherited_with_their_help() -> None:
+    options = options_of(Child)
+    assert list(options) == [*OPTIONS, "more"]
+    assert options["needed"] == OPTIONS["needed"]
+    assert (options["switch"].help, options["switch"].default) == ("Another text.", False)
 
 
 def test_help_is_the_docstring_under_the_field() -> None:
@@ -64,4 +81,4 @@ def test_words_are_accepted_by_form(name: str, word: str, accepted: bool) -> Non
 
 def test_groups_are_flattened_on_request() -> None:
     assert "rank" in options_of(RunConfig) and "rank" not in options_of(RunConfig, deep=False)
-    assert list(subgroups_of(RunConfig)) == ["model", "data", "lora", "optim", "train", "sample", "eval"]
+    assert list(subgroups_of(RunConfig)) == ["model", "data", "lora", "optim", "train", "sample", "eval", "encoders"]

@@ -19,7 +19,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_values_are_logged_one_per_line(folder: RunFolder) -> None:
-    folder.log(3, "eval/loss", 0.25, n=40, evalset_id="ab")
+    folder.log_all(3, {"eval/loss": 0.25}, n=40, evalset_id="ab")
     (row,) = folder.metrics()
     assert row.pop("wall_s") >= 0
     assert row == {"v": 1, "run": "run", "step": 3, "name": "eval/loss", "value": 0.25, "n": 40, "evalset_id": "ab"}
@@ -27,13 +27,13 @@ def test_values_are_logged_one_per_line(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_null_so_that_any_reader_can_parse_them(folder: RunFolder, value: float) -> None:
-    folder.log(1, "train/loss", value)
+    folder.log_all(1, {"train/loss": value})
     assert folder.metrics()[0]["value"] is None
     assert "NaN" not in folder.metrics_file.read_text()
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(folder: RunFolder) -> None:
-    folder.log(1, "train/loss", 0.5)
+    folder.log_all(1, {"train/loss": 0.5})
     whole = folder.metrics_file.read_text()
     for length in range(1, len(whole) - 1):
         folder.metrics_file.write_text(whole + whole[:length])
@@ -47,7 +47,7 @@ def test_a_missing_file_has_no_rows(folder: RunFolder) -> None:
 def test_later_steps_are_forgotten_before_a_resume(folder: RunFolder) -> None:
     folder.samples.mkdir()
     for step in (0, 50, 100):
-        folder.log(step, "train/loss", 0.5)
+        folder.log_all(step, {"train/loss": 0.5})
         folder.sample_dir(step).mkdir()
         with folder.samples_file.open("a") as file:
             file.write(json.dumps({"step": step}) + "\n")

@@ -25,7 +25,7 @@ CLIP_LENGTH = 16
 def save_sd(folder: Path, *, prediction_type: str = "epsilon", **scheduler: Any) -> Path:
     """A StableDiffusionPipeline for 16 x 16 pixels (latents 4 x 8 x 8)."""
     torch.manual_seed(0)
-    tokenizer = _clip_tokenizer()
+    tokenizer = clip_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -62,7 +62,7 @@ def save_sd(folder: Path, *, prediction_type: str = "epsilon", **scheduler: Any)
 def save_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
     """A FluxPipeline (latents with 4 channels)."""
     torch.manual_seed(0)
-    tokenizer = _clip_tokenizer()
+    tokenizer = clip_tokenizer()
     transformer = FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -106,7 +106,8 @@ def _vae(**config: Any) -> AutoencoderKL:
     )
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
+    """One token per letter, and CLIP_LENGTH of them at most."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=CLIP_LENGTH)

@@ -1,98 +1,128 @@
-"""When the deterministic evaluation loss is measured, and where its values go."""
+"""When the deterministic evaluation loss is measured, where its values go, and when it ends the training."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from dreamlora.interfaces import Conditioning, StepResult
-from dreamlora.metrics.eval_loss import EvalSet, Measured, evaluate_loss
-from dreamlora.runfolder import replacing
+from dreamlora.item_losses import ItemLosses
+from dreamlora.metrics._eval_loss import EvalSet, Measured, evaluate_loss
+from dreamlora.selection import stalled, told
 from dreamlora.training.loop import Run
 
 TIME_BINS = 8
 
+logger = logging.getLogger(__name__)
+
 
 class EvaluateCallback:
-    """Measures at step 0, every ``every`` steps and at the end.
+    """Measures at step 0, every ``every`` steps and at the end; ends the run early if it no longer gets better.
+
+    Comes before those that draw and save, so that a step that turns out to be the last is the last for them too.
 
     Args:
         items: the frozen set.
         every: steps between measurements.
         name: of the metric: "eval/loss", or "eval/loss_train" where no image could be held out.
+        patience: measurements without a clear improvement after which the run ends; None: never.
+
+    Attributes:
+        losses: of every item at every measured step; filled on the main process.
     """
 
-    def __init__(self, items: EvalSet, every: int, name: str) -> None:
+    def __init__(self, items: EvalSet, every: int, name: str, patience: int | None = None) -> None:
+        self.losses: ItemLosses = items.losses()
         self._items = items
         self._every = every
         self._name = name
-        self._rows: dict[int, list[float]] = {}
+        self._patience = patience
 
     def on_start(self, run: Run) -> None:
         """Measure the base model, or take up the earlier measurements of a resumed run."""
         file = run.folder.eval_items_file
+        if run.accelerator.is_main_process:
+            self._items.save(run.folder.evalset_file)
         # The main process decides: others may not see its disk.
         known = broadcast_object_list([bool(run.step and file.exists())])[0]
         if not known:
             self._measure(run)
         elif run.accelerator.is_main_process:
-            with np.load(file) as saved:
-                rows = zip(saved["steps"].tolist(), saved["items"].tolist(), strict=True)
-                self._rows = {step: items for step, items in rows if step <= run.step}
+            self.losses.take_up(file, until=run.step)
+        self._stop_if_in_vain(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:
         """Measure if it is time."""
         if run.step % self._every == 0 or run.step == run.total_steps:
             self._measure(run)
+            self._stop_if_in_vain(run)
 
     def on_end(self, run: Run) -> None:
         """Nothing: the last step measured."""
 
     def _measure(self, run: Run) -> None:
-        losses = self._losses(run)
+        measured = measure(run, self._items)
         if not run.accelerator.is_main_process:
             return
-        self._rows[run.step] = losses
-        with replacing(run.folder.eval_items_file) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                steps=np.array(list(self._rows)),
-                items=np.array(list(self._rows.values()), dtype=np.float32),
-                position=self._items.position.numpy(),
-                image=self._items.image.numpy(),
-                evalset_id=np.array(self._items.id),
-            )
-        values = self._values(np.array(losses))
-        run.folder.log_all(run.step, values, n=len(losses), evalset_id=self._items.id)
+        self.losses.put(run.step, measured)
+        self.losses.save(run.folder.eval_items_file)
+        values = values_of(self.losses, run.step, self._name)
+        run.folder.log_all(run.step, values, n=len(measured), evalset_id=self._items.id)
         run.accelerator.log(values, step=run.step)
 
-    def _losses(self, run: Run) -> list[float]:
-        accelerator = run.accelerator
+    def _stop_if_in_vain(self, run: Run) -> None:
+        if not self._patience or run.step >= run.total_steps:
+            return
+        reason = broadcast_object_list([self._reason_to_stop(run) if run.accelerator.is_main_process else None])[0]
+        if reason:
+            run.end_here(reason)
+            if run.accelerator.is_main_process:
+                logger.warning(reason)
 
-        def conditioning(captions: Sequence[str]) -> Conditioning:
-            return {name: value.to(accelerator.device) for name, value in run.conditioning(captions).items()}
+    def _reason_to_stop(self, run: Run) -> str | None:
+        stall = stalled(self.losses, self._patience or 0)
+        if stall is None:
+            return None
+        reference = f"that of step {stall.step}" if stall.step else "the base model's"
+        now = f"{told(stall.apart)} {'above' if stall.apart.mean > 0 else 'below'} it"
+        return (
+            f"Stopped early at step {run.step} of {run.total_steps}: {self._name} has not clearly fallen below "
+            f"{reference} for {stall.waited} evaluations; it is {now}. To go on from here, give a larger "
+            f"--early_stopping (now {self._patience}) and --resume_from_checkpoint latest."
+        )
 
-        run.model.eval()
-        with accelerator.autocast():
-            mine = evaluate_loss(
-                Measured(run.predict, run.objective, conditioning, accelerator.device),
-                self._items,
-                batch_size=run.config.eval.eval_batch_size,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-            )
-        run.model.train()
-        merged = dict(sorted(pair for part in gather_object([mine]) for pair in part.items()))
-        return list(merged.values())
 
-    def _values(self, losses: np.ndarray) -> dict[str, float]:
-        values = {self._name: float(losses.mean())}
-        base = np.array(next(iter(self._rows.values())))
-        values[f"{self._name}_rel"] = float((losses / base).mean())
-        bins = torch.clamp((self._items.position * TIME_BINS).long(), max=TIME_BINS - 1).numpy()
-        for number in np.unique(bins):
-            values[f"{self._name}_t/{number}"] = float(losses[bins == number].mean())
-        return values
+def measure(run: Run, items: EvalSet) -> list[float]:
+    """The run's model on these items, the work shared by the processes; every process gets all losses."""
+    accelerator = run.accelerator
+
+    def conditioning(captions: Sequence[str]) -> Conditioning:
+        return {name: value.to(accelerator.device) for name, value in run.conditioning(captions).items()}
+
+    run.model.eval()
+    with accelerator.autocast():
+        mine = evaluate_loss(
+            Measured(run.predict, run.objective, conditioning, accelerator.device),
+            items,
+            batch_size=run.config.eval.eval_batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+    run.model.train()
+    merged = dict(sorted(pair for part in gather_object([mine]) for pair in part.items()))
+    return list(merged.values())
+
+
+def values_of(losses: ItemLosses, step: int, name: str) -> dict[str, float]:
+    """What is logged of a measurement: the mean, the mean against the base model's, and the mean by time."""
+    row = losses.rows[step].astype(np.float64)
+    values = {name: float(row.mean())}
+    if 0 in losses:
+        values[f"{name}_rel"] = float((row / losses.rows[0]).mean())
+    bins = np.minimum((losses.position * TIME_BINS).astype(int), TIME_BINS - 1)
+    for number in np.unique(bins):
+        values[f"{name}_t/{number}"] = float(row[bins == number].mean())
+    return values

@@ -13,6 +13,7 @@ class LogCallback:
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._counts: dict[str, int] = {}
 
     def on_start(self, run: Run) -> None:
         """Show the bar, also after a resume, where the run left off."""
@@ -30,10 +31,17 @@ class LogCallback:
         }
         if result.grad_norm is not None:
             values["train/grad_norm"] = result.grad_norm
+        values |= self._counted(run)
         run.folder.log_all(result.step, values)
         run.accelerator.log(values, step=result.step)
         self._bar.set_postfix(loss=f"{result.loss:.4f}", refresh=False)
         self._bar.update()
+
+    def _counted(self, run: Run) -> dict[str, float]:
+        """What the optimizer's counters (``stats``: clipped, skipped, ...) counted in this step, if anything."""
+        before, self._counts = self._counts, dict(getattr(run.optimizer.optimizer, "stats", {}))
+        new = {f"optimizer/{name}": float(n - before.get(name, 0)) for name, n in self._counts.items()}
+        return {name: n for name, n in new.items() if n}
 
     def on_end(self, run: Run) -> None:
         """Close the bar."""

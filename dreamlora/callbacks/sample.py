@@ -35,16 +35,24 @@ class SampleCallback:
         plan: what is drawn.
         every: steps between two drawings; 0: nothing is drawn.
         references: training images for the strip above the grid; small copies are kept in the run folder.
+        folder: of the images; None: samples/. Images elsewhere are not shown: they have no grid, no animation.
     """
 
-    def __init__(self, plan: SamplePlan, every: int, references: Sequence[Path | Image.Image] = ()) -> None:
+    def __init__(
+        self,
+        plan: SamplePlan,
+        every: int,
+        references: Sequence[Path | Image.Image] = (),
+        folder: Path | None = None,
+    ) -> None:
         self._plan = plan
         self._every = every
         self._references = references
+        self._elsewhere = folder
 
     def on_start(self, run: Run) -> None:
         """Draw the base model; after a resume only what is missing."""
-        if self._every and run.accelerator.is_main_process:
+        if self._every and not self._elsewhere and run.accelerator.is_main_process:
             self._keep_references(run)
         self._draw_if_due(run)
 
@@ -64,13 +72,17 @@ class SampleCallback:
         if run.accelerator.is_main_process:
             if rows:
                 self._store(run, rows)
+            if not self._elsewhere:
                 self._show(run, rows)
-            grid_of_run(run.folder)
+                grid_of_run(run.folder)
         run.accelerator.wait_for_everyone()
 
+    def _folder(self, run: Run) -> Path:
+        return self._elsewhere or run.folder.samples
+
     def _complete(self, run: Run) -> bool:
-        rows = [row for row in read_jsonl(run.folder.samples_file) if row["step"] == run.step]
-        drawn = {(row["prompt"], row["seed"]) for row in rows if (run.folder.samples / row["file"]).exists()}
+        rows = [row for row in read_jsonl(self._folder(run) / run.folder.samples_file.name) if row["step"] == run.step]
+        drawn = {(row["prompt"], row["seed"]) for row in rows if (self._folder(run) / row["file"]).exists()}
         return drawn >= {(item.prompt, item.seed) for item in self._plan.items()} and all(
             row["num_inference_steps"] == self._plan.num_inference_steps
             and row["guidance_scale"] == self._plan.guidance_scale
@@ -97,7 +109,8 @@ class SampleCallback:
 
     def _write(self, run: Run, drawn: Drawn) -> dict[str, Any]:
         item, plan = drawn.item, self._plan
-        file = run.folder.sample_dir(run.step) / f"{item.name}.png"
+        folder = self._folder(run)
+        file = folder / run.folder.sample_dir(run.step).name / f"{item.name}.png"
         with replacing(file) as temporary:
             drawn.image.save(temporary)
         return {
@@ -106,7 +119,7 @@ class SampleCallback:
             "image_index": item.image_index,
             "prompt": item.prompt,
             "seed": item.seed,
-            "file": file.relative_to(run.folder.samples).as_posix(),
+            "file": file.relative_to(folder).as_posix(),
             "num_inference_steps": plan.num_inference_steps,
             "guidance_scale": plan.guidance_scale,
             "lora_scale": 1.0,
@@ -117,9 +130,10 @@ class SampleCallback:
 
     def _store(self, run: Run, rows: list[dict[str, Any]]) -> None:
         """Put the step's rows into samples.jsonl, in place of any that it had."""
-        others = [row for row in read_jsonl(run.folder.samples_file) if row["step"] != run.step]
+        file = self._folder(run) / run.folder.samples_file.name
+        others = [row for row in read_jsonl(file) if row["step"] != run.step]
         merged = sorted([*others, *rows], key=lambda row: (row["step"], row["prompt_index"], row["image_index"]))
-        write_atomically(run.folder.samples_file, "".join(json.dumps(row) + "\n" for row in merged))
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in merged))
 
     def _show(self, run: Run, rows: list[dict[str, Any]]) -> None:
         """Send the images to the trackers that take images (TensorBoard, wandb, ...)."""

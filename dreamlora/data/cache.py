@@ -1,25 +1,29 @@
 """Encoded images and prompts on disk, found by what went into them.
 
 An entry's name is the hash of everything that decides its content, so a changed image, option or model means another
-entry, and never a wrong one. Entries carry a digest and are checked whenever they are read. Nothing is ever deleted:
-the folder can be removed at any time between runs.
+entry, and never a wrong one. Entries carry a digest and are checked whenever they are read. Nothing is ever deleted,
+but for damaged entries: the folder can be removed at any time between runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.runfolder import replacing
 
@@ -31,6 +35,12 @@ CACHE_FORMAT = 1
 Entry = dict[str, Tensor]
 KeyPart = str | int | float | bool | None
 
+RAM_BYTES = 2**27
+"""Of encoded images, and again of prompts; about a thousand images of Stable Diffusion at 512 pixels."""
+KEYS_KEPT = 4096
+"""Images whose variants' keys stay in RAM; drawing random crops again takes a fraction of a millisecond."""
+_OBJECT_BYTES = 1500
+"""What an entry takes besides its numbers: a dictionary, keys and two tensor objects."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -63,12 +73,17 @@ class TensorCache:
         """Where the entry lies, or would lie."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """The different ones of ``keys`` without a sound entry, in order. Reads every entry whole; warns of damage."""
+    def missing(self, keys: Iterable[str], thorough: bool = True) -> list[str]:
+        """The different ones of ``keys`` without a sound entry, in order; warns of damage.
+
+        Args:
+            thorough: read every entry whole. Else only its header is read, and damage that leaves the file's length as
+                it was is found when the entry is used.
+        """
         absent = []
         for key in dict.fromkeys(keys):
             try:
-                self._read(key)
+                self._read(key) if thorough else self._glance(key)
             except FileNotFoundError:
                 absent.append(key)
             except DamagedEntry as damage:
@@ -106,7 +121,7 @@ class TensorCache:
             ) from error
 
     def load(self, key: str) -> Entry:
-        """The entry, as fresh tensors on the CPU.
+        """The entry, as fresh tensors on the CPU. A damaged one is removed, so that the next start makes it anew.
 
         Raises:
             UserError: it vanished or was damaged since ``missing`` found it sound.
@@ -114,9 +129,25 @@ class TensorCache:
         try:
             return self._read(key)
         except (FileNotFoundError, DamagedEntry) as error:
+            with contextlib.suppress(OSError):
+                self.file(key).unlink(missing_ok=True)
             raise UserError(
                 f"the cached file {self.file(key)} was removed or damaged during the run: start again, to make it anew"
             ) from error
+
+    def _glance(self, key: str) -> None:
+        """Raises what ``_read`` does, as far as header and length tell."""
+        with self.file(key).open("rb") as file:
+            try:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(start - 8))
+                del header["__metadata__"]
+                length = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+                whole = length == os.fstat(file.fileno()).st_size
+            except Exception as error:  # see _read
+                raise DamagedEntry(str(error) or type(error).__name__) from error
+        if not whole:
+            raise DamagedEntry("its length is not what its header says")
 
     def _read(self, key: str) -> Entry:
         """Raises FileNotFoundError, or DamagedEntry with the reason."""
@@ -151,10 +182,12 @@ def _digest(key: str, tensors: Mapping[str, Tensor]) -> str:
 class Recent:
     """A cache's most recently used entries, kept in RAM up to ``limit`` bytes; small sets stay there wholly.
 
+    What does not fit is read again when it is asked for, mostly from the system's own file cache.
+
     The same tensors are given out each time: they must not be changed in place.
     """
 
-    def __init__(self, cache: TensorCache, limit: int = 2**30) -> None:
+    def __init__(self, cache: TensorCache, limit: int = RAM_BYTES) -> None:
         self._cache = cache
         self._limit = limit
         self._used = 0
@@ -173,11 +206,30 @@ class Recent:
 
 
 def _nbytes(entry: Entry) -> int:
-    return sum(tensor.nbytes for tensor in entry.values())
+    return sum(tensor.nbytes for tensor in entry.values()) + _OBJECT_BYTES
+
+
+class Column(Sequence[Any]):
+    """One attribute of every record, looked up when it is asked for."""
+
+    def __init__(self, records: Sequence[ImageRecord], of: Callable[[ImageRecord], Any]) -> None:
+        self._records = records
+        self._of = of
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._of(self._records[index])
 
 
 class LatentStore:
     """Encoded images by index and variant, read from the cache when first asked for.
+
+    Args:
+        records: the images.
+        keys: gives the cache keys of an image's variants.
+        entries: of the cache.
 
     Attributes:
         names: one per image, for error messages.
@@ -186,20 +238,21 @@ class LatentStore:
     """
 
     def __init__(
-        self, names: list[str], captions: list[str], content_hashes: list[str], keys: list[list[str]], entries: Recent
+        self, records: Sequence[ImageRecord], keys: Callable[[ImageRecord], Sequence[str]], entries: Recent
     ) -> None:
-        self.names = names
-        self.captions = captions
-        self.content_hashes = content_hashes
-        self._keys = keys
+        self.names: Sequence[str] = Column(records, lambda record: record.name)
+        self.captions: Sequence[str] = Column(records, lambda record: record.caption)
+        self.content_hashes: Sequence[str] = Column(records, lambda record: record.content_hash())
+        self._records = records
+        self._keys = functools.lru_cache(maxsize=KEYS_KEPT)(lambda index: keys(records[index]))
         self._entries = entries
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._records)
 
     def count(self, index: int) -> int:
         """How many variants (crops, mirrored or not) there are of an image."""
-        return len(self._keys[index])
+        return len(self._keys(index))
 
     def latents(self, index: int, variant: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each ``[C, h, w]`` float32; not to be changed in place.
@@ -207,22 +260,21 @@ class LatentStore:
         Raises:
             UserError: the cache file was removed or damaged during the run.
         """
-        entry = self._entries[self._keys[index][variant]]
+        entry = self._entries[self._keys(index)[variant]]
         return entry["mean"], entry["std"]
 
 
-class PromptStore(Mapping[str, Entry]):
+class PromptStore:
     """Embeddings by prompt, with a batch dimension of 1, read from the cache when first asked for."""
 
-    def __init__(self, keys: Mapping[str, str], entries: Recent) -> None:
-        self._keys = keys
+    def __init__(self, key: Callable[[str], str], entries: Recent) -> None:
+        self._key = key
         self._entries = entries
 
     def __getitem__(self, prompt: str) -> Entry:
-        return self._entries[self._keys[prompt]]
+        """The entry of a prompt that was encoded before.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+        Raises:
+            UserError: it was not, or was removed during the run.
+        """
+        return self._entries[self._key(prompt)]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from dreamlora.config import Data
+from dreamlora.data.cache import cache_folder
+from dreamlora.data.catalog import Catalog, Selection, hash_prefixes
+from dreamlora.data.file_index import FileIndex
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.hub import load_hub
 from dreamlora.data.images import ImageRecord
@@ -19,8 +24,9 @@ MOST_HELD_OUT = 16
 def load_images(data: Data, cache_dir: Path | None = None, progress: bool = False) -> Images:
     """The images that ``data`` names, from a folder or from Hugging Face ``datasets``, and what was skipped.
 
-    Every file is read and hashed here, so that one that is no image is found before a model is loaded. Of ``data``'s
-    options ``max_train_samples`` is applied; ``repeats`` is not: it changes the length of an epoch, not the images.
+    Every file is hashed here (see ``examine``), so that one that is no image is found before a model is loaded. Of
+    ``data``'s options ``max_train_samples`` is applied; ``repeats`` is not: it changes the length of an epoch, not the
+    images.
 
     Args:
         data: the options.
@@ -31,18 +37,48 @@ def load_images(data: Data, cache_dir: Path | None = None, progress: bool = Fals
         UserError: see ``load_folder`` and ``load_hub``; or a file is no image.
     """
     if data.dataset_name:
-        found = Images(load_hub(data, cache_dir))
+        found = Images(load_hub(data, cache_dir, progress))
+    elif data.train_data_dir:
+        found = load_folder(data.train_data_dir, None, data.caption_column, "--train_data_dir")
     elif data.instance_data_dir:
         found = load_folder(data.instance_data_dir, data.instance_prompt, data.caption_column)
     else:
-        raise UserError("nothing to train on: give --instance_data_dir, --dataset_name or --subject")
-    records = found.records[: data.max_train_samples]
-    for record in tqdm(records, desc="reading images", unit="image", delay=3, leave=False, disable=not progress):
-        _ = record.facts
-    return Images(records, found.skipped)
+        raise UserError("nothing to train on: give a folder of images or --dataset_name")
+    if data.max_train_samples is not None:
+        found.records.truncate(data.max_train_samples)
+    examine(found.records, cache_folder(data.latents_cache_dir), progress)
+    return found
 
 
-def split_holdout(records: list[ImageRecord], holdout: int | None) -> tuple[list[ImageRecord], list[ImageRecord]]:
+def examine(records: Catalog, cache: Path, progress: bool = False) -> None:
+    """Find out hash and size of every image; files that were read before and have not changed since are not read.
+
+    Args:
+        records: get what was found out.
+        cache: folder of the index of known files.
+        progress: show a bar.
+
+    Raises:
+        UserError: a file is no image.
+    """
+    index = FileIndex(cache)
+    rows = tqdm(range(len(records)), "reading images", unit="image", delay=3, leave=False, disable=not progress)
+    with records.filling():
+        for row in rows:
+            record = records[row]
+            stamp = records.place.stamp(row, record.name)
+            facts = record.known or (index.get(*stamp) if stamp else None)
+            if facts is None:
+                facts = record.facts
+                if stamp and stamp == records.place.stamp(row, record.name):  # else it changed while it was read
+                    index.put(*stamp, facts)
+            records.examined(row, facts)
+    index.close()
+
+
+def split_holdout(
+    records: Sequence[ImageRecord], holdout: int | None
+) -> tuple[Sequence[ImageRecord], Sequence[ImageRecord]]:
     """``(train, held_out)``, both in the order of ``records``.
 
     The images with the smallest hashes are held out. So the choice depends on what the images show, not on their names
@@ -56,11 +92,12 @@ def split_holdout(records: list[ImageRecord], holdout: int | None) -> tuple[list
     Raises:
         UserError: ``holdout`` leaves nothing to train on.
     """
-    different = sorted({record.content_hash() for record in records})
+    # The first 64 bits of a hash are enough here: two images that share it would be kept on one side, no more.
+    prefixes = hash_prefixes(records)
+    different = np.unique(prefixes)
     if holdout is None:
         holdout = min(MOST_HELD_OUT, len(different) // 5) if len(different) >= FEWEST_TO_SPLIT else 0
     if holdout and holdout >= len(different):
         raise UserError(f"--holdout {holdout} leaves nothing to train on: there are {len(different)} different images")
-    chosen = set(different[:holdout])
-    train = [record for record in records if record.content_hash() not in chosen]
-    return train, [record for record in records if record.content_hash() in chosen]
+    chosen = np.isin(prefixes, different[:holdout])
+    return Selection(records, np.flatnonzero(~chosen)), Selection(records, np.flatnonzero(chosen))

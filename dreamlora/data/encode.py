@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,11 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dreamlora.data.cache import Entry, KeyPart, LatentStore, PromptStore, Recent, TensorCache, content_key
+from dreamlora.data.cache import RAM_BYTES, Entry, KeyPart, LatentStore, PromptStore, Recent, TensorCache, content_key
+from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.images import ImageRecord, decode
 from dreamlora.data.transforms import Preparation, Variant, crop, to_tensor, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents
+
+CHECKED_WHOLE = 1000
+"""Entries that are read whole and checked before a run; of more, which would take minutes, only the headers are."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class Filling:
     world: int = 1
     workers: int = 0
     batch_size: int = 1
-    ram_bytes: int = 2**30
+    ram_bytes: int = RAM_BYTES
     progress: bool = True
 
-    def bar(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    def bar(self, items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
         """``items`` with a progress bar; silent if there are none."""
-        return tqdm(items, desc=f"encoding {what}s", unit=what, total=total, disable=self.silent or total == 0)
+        silent = self.silent or total == 0
+        delay = 2 if total is None else 0  # how much of it is to be encoded is not known
+        return tqdm(items, desc=f"encoding {what}s", unit=what, total=total, delay=delay, disable=silent)
 
     @property
     def silent(self) -> bool:
@@ -65,17 +72,16 @@ def encode_dataset(
     Args:
         records: the images.
         how: resolution, crops and mirroring.
-        encode: takes pixels ``[B, 3, R, R]`` float32 in [-1, 1] on the CPU. Not called if nothing is missing, so it may
+        encode: takes pixels ``[B, 3, H, W]`` float32 in [-1, 1] on the CPU. Not called if nothing is missing, so it may
             load the autoencoder when first called.
         filling: where and how.
 
     Raises:
         UserError: an image is broken or changes meanwhile, its latents are not finite, or the cache cannot be written.
     """
-    plans = [_plan(record, how, filling.key_parts) for record in records]
-    jobs = _jobs(records, plans, how, filling)
+    jobs = _jobs(records, how, filling)
     crops = DataLoader(
-        _Crops(jobs, filling.cache),
+        _Crops(records, jobs, how, filling),
         batch_size=None,
         num_workers=min(filling.workers, len(jobs)),
         collate_fn=_as_is,
@@ -85,11 +91,9 @@ def encode_dataset(
         for batch in _batches(filling.bar(crops, "image", len(jobs)), filling.batch_size):
             _store(batch, encode, filling.cache)
     return LatentStore(
-        names=[record.name for record in records],
-        captions=[record.caption for record in records],
-        content_hashes=[record.content_hash() for record in records],
-        keys=[[key for key, _ in plan] for plan in plans],
-        entries=Recent(filling.cache, filling.ram_bytes),
+        records,
+        lambda record: [key for key, _ in _plan(record, how, filling.key_parts)],
+        Recent(filling.cache, filling.ram_bytes),
     )
 
 
@@ -104,24 +108,38 @@ def encode_prompts(
         filling: where and how.
 
     Returns:
-        A mapping from prompt to embeddings, each tensor with a batch dimension of 1.
+        Prompt to embeddings, each tensor with a batch dimension of 1.
 
     Raises:
         UserError: embeddings are not finite, or the cache cannot be written.
     """
-    keys = {prompt: content_key("prompt", prompt, filling.key_parts) for prompt in prompts}
-    by_key = {key: prompt for prompt, key in keys.items()}
-    share = list(by_key)[filling.rank :: filling.world]
-    missing = filling.cache.missing(share)
+
+    def key_of(prompt: str) -> str:
+        return content_key("prompt", prompt, filling.key_parts)
+
+    waiting: dict[str, str] = {}
     with torch.no_grad():
-        for batch in _batches(([key] for key in filling.bar(missing, "prompt", len(missing))), filling.batch_size):
-            texts = [by_key[key] for key in batch]
-            rows = {name: tensor.detach().cpu() for name, tensor in encode(texts).items()}
-            for row, (key, text) in enumerate(zip(batch, texts, strict=True)):
-                entry = {name: tensor[row : row + 1] for name, tensor in rows.items()}
-                _refuse_non_finite(entry, f"the text encoder gave numbers that are not finite for the prompt {text!r}")
-                filling.cache.put(key, entry)
-    return PromptStore(keys, Recent(filling.cache, filling.ram_bytes))
+        for number, prompt in enumerate(filling.bar(prompts, "prompt")):
+            key = key_of(prompt)
+            if int(key[:8], 16) % filling.world != filling.rank or key in waiting:  # a prompt has one process
+                continue
+            if filling.cache.missing([key], thorough=number < CHECKED_WHOLE):
+                waiting[key] = prompt
+            if len(waiting) >= filling.batch_size:
+                _store_prompts(waiting, encode, filling.cache)
+                waiting = {}
+        if waiting:
+            _store_prompts(waiting, encode, filling.cache)
+    return PromptStore(key_of, Recent(filling.cache, filling.ram_bytes))
+
+
+def _store_prompts(waiting: Mapping[str, str], encode: Callable[[list[str]], Conditioning], cache: TensorCache) -> None:
+    """Encode prompts, given by key, in one call."""
+    rows = {name: tensor.detach().cpu() for name, tensor in encode(list(waiting.values())).items()}
+    for row, (key, text) in enumerate(waiting.items()):
+        entry = {name: tensor[row : row + 1] for name, tensor in rows.items()}
+        _refuse_non_finite(entry, f"the text encoder gave numbers that are not finite for the prompt {text!r}")
+        cache.put(key, entry)
 
 
 Plan = list[tuple[str, Variant]]
@@ -136,25 +154,19 @@ def _plan(record: ImageRecord, how: Preparation, key_parts: Mapping[str, KeyPart
     ]
 
 
-class _Job(NamedTuple):
-    """The variants of one image that are to be encoded."""
+def _jobs(records: Sequence[ImageRecord], how: Preparation, filling: Filling) -> array[int]:
+    """Which images this process is to encode. Copies count once.
 
-    record: ImageRecord
-    how: Preparation
-    wanted: dict[str, Variant]
-
-
-def _jobs(records: Sequence[ImageRecord], plans: list[Plan], how: Preparation, filling: Filling) -> list[_Job]:
-    """This process's share of the work. Shared out before looking what is missing: that changes while others work."""
-    seen: set[str] = set()
-    jobs = []
-    share = range(filling.rank, len(records), filling.world)
-    for index in tqdm(share, desc="checking the cache", unit="image", delay=3, leave=False, disable=filling.silent):
-        plan = {key: variant for key, variant in plans[index] if key not in seen}
-        seen.update(plan)
-        missing = filling.cache.missing(plan)
-        if missing:
-            jobs.append(_Job(records[index], how, {key: plan[key] for key in missing}))
+    Shared out before looking what is missing: that changes while others work.
+    """
+    _, first = np.unique(hash_prefixes(records), return_index=True)
+    share = np.sort(first)[filling.rank :: filling.world]
+    jobs = array("q")
+    bar = tqdm(share, desc="checking the cache", unit="image", delay=3, leave=False, disable=filling.silent)
+    for number, index in enumerate(bar):
+        plan = _plan(records[int(index)], how, filling.key_parts)
+        if filling.cache.missing((key for key, _ in plan), thorough=number < CHECKED_WHOLE):
+            jobs.append(int(index))
     return jobs
 
 
@@ -171,16 +183,20 @@ class _Crops(Dataset):
     value, because DataLoader would wrap its message in a traceback.
     """
 
-    def __init__(self, jobs: list[_Job], cache: TensorCache) -> None:
+    def __init__(self, records: Sequence[ImageRecord], jobs: array[int], how: Preparation, filling: Filling) -> None:
+        self._records = records
         self._jobs = jobs
-        self._cache = cache
+        self._how = how
+        self._cache = filling.cache
+        self._key_parts = filling.key_parts
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     def __getitem__(self, index: int) -> list[_Crop] | UserError:
-        record, how, wanted = self._jobs[index]
-        wanted = {key: variant for key, variant in wanted.items() if not self._cache.holds(key)}  # another run's work
+        record = self._records[self._jobs[index]]
+        wanted = dict(_plan(record, self._how, self._key_parts))
+        wanted = {key: variant for key, variant in wanted.items() if not self._cache.holds(key)}
         if not wanted:
             return []
         try:
@@ -190,7 +206,7 @@ class _Crops(Dataset):
             image = decode(data, record.where)
         except UserError as error:
             return error
-        return [_Crop(key, record.where, crop(image, variant, how)) for key, variant in wanted.items()]
+        return [_Crop(key, record.where, crop(image, variant, self._how)) for key, variant in wanted.items()]
 
 
 def _as_is(crops: Any) -> Any:
@@ -212,16 +228,21 @@ def _batches(groups: Iterable[list[Any] | UserError], size: int) -> Iterator[lis
 
 
 def _store(batch: list[_Crop], encode: Callable[[Tensor], Latents], cache: TensorCache) -> None:
-    latents = encode(torch.stack([to_tensor(crop.pixels) for crop in batch]))
-    means, stds = latents.mean.float().cpu(), latents.std.float().cpu()
-    for (key, where, _), mean, std in zip(batch, means, stds, strict=True):
-        entry = {"mean": mean, "std": std}
-        _refuse_non_finite(
-            entry,
-            f"the autoencoder gave numbers that are not finite for the image {where}: its weights may be damaged, or "
-            "unfit for their precision; try another --pretrained_vae_model_name_or_path",
-        )
-        cache.put(key, entry)
+    """Encode crops, those of one size in one call."""
+    by_shape: dict[tuple[int, ...], list[_Crop]] = {}
+    for each in batch:
+        by_shape.setdefault(each.pixels.shape, []).append(each)
+    for crops in by_shape.values():
+        latents = encode(torch.stack([to_tensor(crop.pixels) for crop in crops]))
+        means, stds = latents.mean.float().cpu(), latents.std.float().cpu()
+        for (key, where, _), mean, std in zip(crops, means, stds, strict=True):
+            entry = {"mean": mean, "std": std}
+            _refuse_non_finite(
+                entry,
+                f"the autoencoder gave numbers that are not finite for the image {where}: its weights may be damaged, "
+                "or unfit for their precision; try another --pretrained_vae_model_name_or_path",
+            )
+            cache.put(key, entry)
 
 
 def _refuse_non_finite(entry: Entry, message: str) -> None:

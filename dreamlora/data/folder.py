@@ -13,17 +13,23 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreamlora.data.images import FORMATS, ImageRecord, readable
+from dreamlora.data.catalog import Catalog
+from dreamlora.data.file_index import stamp_of
+from dreamlora.data.images import FORMATS, readable
 from dreamlora.errors import UserError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption")
 CAPTION_COLUMNS = ("text", "caption")
+MOST_NAMED = 100
+"""Skipped files that are told by name; a folder can hold any number."""
 
 
 class Images(NamedTuple):
@@ -31,11 +37,32 @@ class Images(NamedTuple):
 
     Attributes:
         records: the images.
-        skipped: names of files that are neither images nor captions.
+        skipped: names of files that are neither images nor captions, the first 100 of them.
     """
 
-    records: list[ImageRecord]
+    records: Catalog
     skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FolderPlace:
+    """Image files by their names in a folder; a ``catalog.Place``."""
+
+    folder: Path
+
+    def reader(self, row: int, name: str) -> Any:
+        """Reads the file."""
+        return (self.folder / name).read_bytes
+
+    def where(self, row: int, name: str) -> str:
+        """The file's path."""
+        return str(self.folder / name)
+
+    def stamp(self, row: int, name: str) -> tuple[str, str] | None:
+        """Absolute path, and the file's size and times."""
+        file = self.folder / name
+        stamp = stamp_of(file)
+        return (str(file.absolute()), stamp) if stamp else None
 
 
 def load_folder(
@@ -53,34 +80,39 @@ def load_folder(
         UserError: no folder or no image there, an image without caption, metadata that do not fit the folder, an image
             format that cannot be read.
     """
-    files = {file.name: file for file in _visible_files(folder, flag)}
-    metadata = _metadata_captions(folder, files, caption_column)
-    images = {name: folder / name for name in {*files, *metadata} if Path(name).suffix.lower() in FORMATS}
-    if not images:
-        raise UserError(_no_images(folder, flag))
-    _refuse_unreadable(images)
-    captions = {name: _sidecar(file) or metadata.get(name) or tidy(prompt) for name, file in images.items()}
-    _refuse_uncaptioned(folder, captions)
-    records = [
-        ImageRecord(name, captions[name], images[name].read_bytes, str(images[name]))
-        for name in sorted(images, key=natural_key)
-    ]
-    expected = {*images, *METADATA_FILES}
-    others = [n for n in files if n not in expected and Path(n).suffix.lower() not in CAPTION_SUFFIXES]
-    return Images(records, tuple(sorted(others, key=natural_key)))
+    catalog = Catalog(FolderPlace(folder))
+    with catalog.filling() as db:
+        _list_files(db, folder, flag)
+        _read_metadata(db, folder, caption_column)
+        if not db.execute("SELECT 1 FROM found WHERE image LIMIT 1").fetchone():
+            raise UserError(_no_images(folder, flag))
+        _refuse_unreadable(db)
+        _add_captioned(catalog, folder, tidy(prompt), flag)
+        skipped = db.execute(
+            "SELECT name FROM found WHERE NOT image AND NOT sidecar ORDER BY sort LIMIT ?", (MOST_NAMED,)
+        )
+        return Images(
+            catalog, tuple(os.fsdecode(name) for (name,) in skipped if os.fsdecode(name) not in METADATA_FILES)
+        )
 
 
-def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Sorts numbers inside names by value, ignoring case; equal ones by their spelling."""
+def natural_key(name: str) -> bytes:
+    """Sorts numbers inside names by value, ignoring case; equal ones by their spelling.
+
+    Names are split into texts and numbers in turn. A text ends in the lowest character; a number is its digits without
+    leading zeros after their count, so that as text, too, the longer one is the larger.
+    """
     parts = re.split(r"(\d+)", name.casefold())
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
+    texts = [f"{len(str(int(part))):03d}{int(part)}" if part.isdecimal() else f"{part}\0" for part in parts]
+    return "".join([*texts, "\0", name]).encode("utf-8", "surrogateescape")
 
 
 def tidy(value: Any) -> str:
     """A caption on one line; the first of several; "" for none."""
     if isinstance(value, list | tuple):
         value = value[0] if value else None
-    return " ".join(str(value).split()) if value is not None else ""
+    text = " ".join(str(value).split()) if value is not None else ""
+    return text.encode("utf-8", "replace").decode()  # JSON can spell halves of characters, which no tokenizer takes
 
 
 def pick_caption_column(columns: list[str], wanted: str | None, place: str) -> str | None:
@@ -96,15 +128,24 @@ def pick_caption_column(columns: list[str], wanted: str | None, place: str) -> s
     return wanted
 
 
-def _visible_files(folder: Path, flag: str) -> list[Path]:
+def _list_files(db: Any, folder: Path, flag: str) -> None:
     if folder.is_file():
         raise UserError(f"{flag} {folder} is a file: give the folder it lies in")
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: there is no such folder (looked from {Path.cwd()})")
     try:
-        return [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.is_file():
+                    _found(db, entry.name)
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be read: {error.strerror}") from error
+
+
+def _found(db: Any, name: str) -> None:
+    suffix = Path(name).suffix.lower()
+    row = (os.fsencode(name), suffix in FORMATS, suffix in CAPTION_SUFFIXES, natural_key(name))
+    db.execute("INSERT INTO found (name, image, sidecar, sort) VALUES (?, ?, ?, ?)", row)
 
 
 def _no_images(folder: Path, flag: str) -> str:
@@ -114,32 +155,50 @@ def _no_images(folder: Path, flag: str) -> str:
     return f"{flag} {folder} holds no images (looked for {', '.join(FORMATS)})"
 
 
-def _refuse_unreadable(images: Mapping[str, Path]) -> None:
+def _refuse_unreadable(db: Any) -> None:
     """Photos left out silently would be worse than a stop."""
-    foreign = sorted(name for name, file in images.items() if not readable(file))
-    if foreign:
+    first, count = None, 0
+    for (name,) in db.execute("SELECT name FROM found WHERE image ORDER BY sort"):
+        if not readable(Path(os.fsdecode(name))):
+            first, count = first or os.fsdecode(name), count + 1
+    if first:
         raise UserError(
-            f"the installed Pillow cannot read {foreign[0]} ({len(foreign)} such files): convert them to JPEG or PNG, "
+            f"the installed Pillow cannot read {first} ({count} such files): convert them to JPEG or PNG, "
             "or move them elsewhere"
         )
 
 
-def _refuse_uncaptioned(folder: Path, captions: Mapping[str, str]) -> None:
-    bare = sorted((name for name, caption in captions.items() if not caption), key=natural_key)
+def _add_captioned(catalog: Catalog, folder: Path, prompt: str, flag: str) -> None:
+    """Every image, in natural order, as a row of the catalogue; refuses images without a caption."""
+    bare, count = None, 0
+    for encoded, metadata in catalog.db.execute("SELECT name, caption FROM found WHERE image ORDER BY sort"):
+        name = os.fsdecode(encoded)
+        caption = _sidecar(catalog.db, folder, name) or metadata or prompt
+        if not caption:
+            bare, count = bare or name, count + 1
+        catalog.add(name, caption)
     if bare:
+        otherwise = "" if flag == "--train_data_dir" else ", or give --instance_prompt for all that have none"
         raise UserError(
-            f"{folder / bare[0]} has no caption, or an empty one ({len(bare)} of {len(captions)} images): write it to "
-            f"{Path(bare[0]).with_suffix('.txt')} beside it, or give --instance_prompt for all that have none"
+            f"{folder / bare} has no caption, or an empty one ({count} of {len(catalog)} images): write it to "
+            f"{Path(bare).with_suffix('.txt')} beside it{otherwise}"
         )
 
 
-def _sidecar(image: Path) -> str:
+def _sidecar(db: Any, folder: Path, name: str) -> str:
     """The caption beside an image, or ""."""
     for suffix in (*CAPTION_SUFFIXES, *(suffix.upper() for suffix in CAPTION_SUFFIXES)):
-        file = image.with_suffix(suffix)
-        if file.is_file() and (caption := tidy(_text(file))):
+        beside = str(Path(name).with_suffix(suffix))
+        if _exists(db, folder, beside) and (caption := tidy(_text(folder / beside))):
             return caption
     return ""
+
+
+def _exists(db: Any, folder: Path, name: str) -> bool:
+    """Whether there is such a file; those of sub-folders are not listed."""
+    if Path(name).parent != Path():
+        return (folder / name).is_file()
+    return db.execute("SELECT 1 FROM found WHERE name = ?", (os.fsencode(name),)).fetchone() is not None
 
 
 def _text(file: Path) -> str:
@@ -151,32 +210,51 @@ def _text(file: Path) -> str:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _metadata_captions(folder: Path, files: Mapping[str, Path], caption_column: str | None) -> dict[str, str]:
-    """Captions by file name from the metadata file, if there is one; "" where a row has none."""
-    found = [files[name] for name in METADATA_FILES if name in files]
-    if len(found) > 1:
+def _read_metadata(db: Any, folder: Path, caption_column: str | None) -> None:
+    """Put the captions of the metadata file, if there is one, beside the names that were found."""
+    there = [folder / name for name in METADATA_FILES if _exists(db, folder, name)]
+    if len(there) > 1:
         raise UserError(f"{folder} has both metadata.jsonl and metadata.csv: keep one")
-    if not found:
-        return {}
-    file = found[0]
-    rows = list(_jsonl_rows(file) if file.suffix == ".jsonl" else _csv_rows(file))
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    column = pick_caption_column(columns, caption_column, str(file)) if rows else None
-    captions: dict[str, str] = {}
-    for line, row in rows:
+    if not there:
+        return
+    file = there[0]
+    column = _caption_column(file, caption_column)
+    for line, row in _rows(file):
         if not row.get("file_name"):
             raise UserError(f"{file}, line {line}: no file_name (columns: {', '.join(map(str, row))})")
         name = Path(str(row["file_name"])).as_posix()
-        if name in captions:
+        known = db.execute("SELECT line FROM found WHERE name = ?", (os.fsencode(name),)).fetchone()
+        if known and known[0]:
             raise UserError(f"{file}, line {line}: {name} was named before: keep one row per image")
-        if not (folder / name).is_file():
+        if not known and not (folder / name).is_file():
             raise UserError(f"{file}, line {line}: there is no file {folder / name}: correct the row or take it out")
-        captions[name] = tidy(row.get(column)) if column else ""
-    return captions
+        if not known:
+            _found(db, name)
+        caption = tidy(row.get(column)) if column else ""
+        db.execute("UPDATE found SET caption = ?, line = ? WHERE name = ?", (caption, line, os.fsencode(name)))
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+def _caption_column(file: Path, wanted: str | None) -> str | None:
+    """The column of the captions, from the columns of all rows."""
+    columns: dict[str, None] = {}
+    for _, row in _rows(file):
+        columns.update(dict.fromkeys(row))
+    return pick_caption_column(list(columns), wanted, str(file)) if columns else None
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and columns of every row; the file is read bit by bit."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None) as lines:
+            yield from _jsonl_rows(file, lines) if file.suffix == ".jsonl" else _csv_rows(lines)
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text: save it with that encoding") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -187,7 +265,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_text(file).splitlines(keepends=True))
+def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(lines)
     for row in reader:
         yield reader.line_num, {column: value for column, value in row.items() if column is not None}

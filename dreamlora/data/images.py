@@ -62,12 +62,14 @@ class ImageRecord:
         caption: what the image shows; never empty.
         read: gives the bytes of the image file; can be pickled.
         where: full path, or data set and row, for error messages.
+        known: hash and size, where these were found out before.
     """
 
     name: str
     caption: str
     read: Callable[[], bytes]
     where: str
+    known: Facts | None = None
 
     @classmethod
     def from_image(cls, name: str, caption: str, image: Image.Image) -> ImageRecord:
@@ -97,11 +99,13 @@ class ImageRecord:
 
     @cached_property
     def facts(self) -> Facts:
-        """Hash and size. Reads the file once; what was read then stays the answer.
+        """Hash and size. Reads the file once, if they are not known; what was read then stays the answer.
 
         Raises:
             UserError: it cannot be read, or is no image.
         """
+        if self.known is not None:
+            return self.known
         data = self.load()
         return Facts(hashlib.sha256(data).hexdigest(), upright_size(data, self.where))
 

@@ -1,4 +1,4 @@
-"""Resize, crop and mirror, with the meaning of diffusers' flags.
+"""Resize, crop and mirror, with the meaning of diffusers' flags; to a square, or to the nearest of several sizes.
 
 The autoencoder is freed before training, so a random crop cannot be drawn anew at every step: a fixed number of random
 crops is encoded per image instead (``crop_variants``), each mirrored too if ``random_flip`` is set, and training draws
@@ -7,6 +7,8 @@ among these.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,16 +18,19 @@ from PIL import Image
 from torch import Tensor
 
 from dreamlora.config import Data
+from dreamlora.data.buckets import Size, bucket_sizes, nearest
+from dreamlora.data.images import ImageRecord
 from dreamlora.randomness import generator
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How images become training squares; see the options of the same names.
+    """How images become what is trained on; see the options of the same names.
 
     Attributes:
         resolution: side of the squares in pixels.
         seed: decides where the random crops lie.
+        sizes: of the aspect-ratio buckets, width and height in pixels; none: squares only.
     """
 
     resolution: int
@@ -34,29 +39,36 @@ class Preparation:
     random_flip: bool = False
     crop_variants: int = 4
     seed: int = 0
+    sizes: tuple[Size, ...] = ()
 
     @classmethod
     def of(cls, data: Data, resolution: int, seed: int) -> Preparation:
         """As the options say, at ``data.resolution``, or else the model's own ``resolution``."""
+        side = data.resolution or resolution
         return cls(
-            data.resolution or resolution,
+            side,
             data.image_interpolation_mode,
             data.center_crop,
             data.random_flip,
             data.crop_variants,
             seed,
+            bucket_sizes(side, data.bucket_step) if data.buckets and data.bucket_step else (),
         )
 
     def fixed(self) -> Preparation:
-        """The same without anything random, for images that are measured on."""
-        return replace(self, center_crop=True, random_flip=False)
+        """Squares without anything random, for images that are measured on: these must have one size."""
+        return replace(self, center_crop=True, random_flip=False, sizes=())
+
+    def target(self, size: Size) -> Size:
+        """Width and height that an image of ``size`` is trained at."""
+        return nearest(size, self.sizes) if self.sizes else (self.resolution, self.resolution)
 
 
 class Variant(NamedTuple):
-    """One square of an image.
+    """One crop of an image.
 
     Attributes:
-        crop_box: left, top, right, bottom in pixels of the image after its shorter side became ``resolution``.
+        crop_box: left, top, right, bottom in pixels of the image after it was resized to cover the target.
         flipped: mirrored left to right.
     """
 
@@ -64,50 +76,59 @@ class Variant(NamedTuple):
     flipped: bool
 
 
-def resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """Width and height after the shorter side became ``resolution``; the other one is rounded down."""
-    shorter = min(size)
-    return resolution * size[0] // shorter, resolution * size[1] // shorter
+def resized(size: Size, target: Size) -> Size:
+    """Width and height of the smallest image of the same shape that covers ``target``; rounded down."""
+    if target[0] * size[1] >= target[1] * size[0]:
+        return target[0], target[0] * size[1] // size[0]
+    return target[1] * size[0] // size[1], target[1]
 
 
-def variants(size: tuple[int, int], content_hash: str, how: Preparation) -> list[Variant]:
-    """The squares to encode of an image of ``size``: one, or ``crop_variants`` random ones if it is not square.
+def variants(size: Size, content_hash: str, how: Preparation) -> list[Variant]:
+    """The crops to encode of an image of ``size``: one, or ``crop_variants`` random ones if anything is cut off.
 
-    Random ones are drawn from (seed, content hash, number), uniformly over all places; in an image that is nearly
-    square some may coincide. With ``random_flip``, each is followed by its mirror image.
+    Random ones are drawn from (seed, content hash, number), uniformly over all places; in an image that nearly has the
+    target's shape some may coincide. With ``random_flip``, each is followed by its mirror image.
     """
-    spare = tuple(side - how.resolution for side in resized(size, how.resolution))
+    width, height = target = how.target(size)
+    spare = tuple(side - wanted for side, wanted in zip(resized(size, target), target, strict=True))
     if how.center_crop or spare == (0, 0):
         corners = [(round(spare[0] / 2), round(spare[1] / 2))]
     else:
         corners = [_random_corner(spare, content_hash, k, how.seed) for k in range(how.crop_variants)]
-    boxes = [(x, y, x + how.resolution, y + how.resolution) for x, y in corners]
+    boxes = [(x, y, x + width, y + height) for x, y in corners]
     return [Variant(box, flipped) for box in boxes for flipped in ([False, True] if how.random_flip else [False])]
 
 
+def bucket_numbers(records: Iterable[ImageRecord], sizes: Sequence[Size]) -> Sequence[int] | None:
+    """For every image the number of its size among ``sizes``, two bytes each; None without buckets."""
+    number = {size: place for place, size in enumerate(sizes)}
+    return array("H", (number[nearest(record.facts.size, tuple(sizes))] for record in records)) if sizes else None
+
+
 def crop(image: Image.Image, variant: Variant, how: Preparation) -> np.ndarray:
-    """The square as uint8 ``[R, R, 3]``.
+    """The crop as uint8 ``[H, W, 3]``.
 
     Resizes the crop's part of the image only: the same pixels as resizing all of it and cropping then (the filter looks
     beyond the box), but a panorama does not become a huge image on the way.
     """
-    width, height = resized(image.size, how.resolution)
     left, top, right, bottom = variant.crop_box
+    target = right - left, bottom - top
+    width, height = resized(image.size, target)
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
-    square = image.resize((how.resolution, how.resolution), Image.Resampling[how.interpolation.upper()], box=box)
+    pixels = image.resize(target, Image.Resampling[how.interpolation.upper()], box=box)
     if variant.flipped:
-        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(square)
+        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(pixels)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 ``[R, R, 3]`` as float32 ``[3, R, R]`` in [-1, 1]."""
+    """uint8 ``[H, W, 3]`` as float32 ``[3, H, W]`` in [-1, 1]."""
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255).sub_(0.5).div_(0.5)
 
 
 def prepare(image: Image.Image, variant: Variant, how: Preparation) -> Tensor:
-    """The square of an RGB image as float32 ``[3, R, R]`` in [-1, 1]."""
+    """The crop of an RGB image as float32 ``[3, H, W]`` in [-1, 1]."""
     return to_tensor(crop(image, variant, how))
 
 

@@ -41,10 +41,10 @@ def resolve_source(model: Model) -> ModelSource:
     """
     name = model.pretrained_model_name_or_path
     path = _embedded() if name == EMBEDDED_MODEL else name
-    parts = [_identity(name, path, model, INDEX), *([model.variant] if model.variant else [])]
+    parts = [identity(name, path, model, INDEX), *([model.variant] if model.variant else [])]
     vae = model.pretrained_vae_model_name_or_path
     if vae:
-        parts.append("vae:" + _identity(vae, vae, Model(cache_dir=model.cache_dir), _vae_file(vae)))
+        parts.append("vae:" + identity(vae, vae, Model(cache_dir=model.cache_dir), _vae_file(vae)))
     return ModelSource(
         path=path,
         model_id="+".join(parts),
@@ -62,7 +62,7 @@ def read_model_index(source: ModelSource) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    file = _file(source.path, INDEX, source.revision, source.cache_dir)
+    file = find_file(source.path, INDEX, source.revision, source.cache_dir)
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -103,9 +103,9 @@ def read_config(source: ModelSource, component: str) -> dict[str, Any]:
         UserError: there is none.
     """
     if component == "vae" and source.vae_path:
-        file = _file(source.vae_path, _vae_file(source.vae_path), None, source.cache_dir)
+        file = find_file(source.vae_path, _vae_file(source.vae_path), None, source.cache_dir)
     else:
-        file = _file(source.path, f"{component}/config.json", source.revision, source.cache_dir)
+        file = find_file(source.path, f"{component}/config.json", source.revision, source.cache_dir)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -137,7 +137,7 @@ def _load(source: ModelSource, name: str, index: dict[str, Any], dtype: torch.dt
         arguments["variant"] = source.variant
     if not source.allow_pickle:
         arguments["use_safetensors"] = True
-        _refuse_pickles(Path(path, arguments["subfolder"]), name)
+        refuse_pickles(Path(path, arguments["subfolder"]), name)
     arguments["torch_dtype" if part_class.__module__.startswith("diffusers") else "dtype"] = dtype
     part, info = _from_pretrained(part_class, path, name, arguments | {"output_loading_info": True})
     if info["missing_keys"]:
@@ -186,7 +186,12 @@ def _class(library: str, class_name: str, path: str) -> Any:
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def _refuse_pickles(folder: Path, name: str) -> None:
+def refuse_pickles(folder: Path, name: str) -> None:
+    """Nothing, unless a local folder has no safetensors for the part called ``name``.
+
+    Raises:
+        UserError: there are only pickled weights, or none.
+    """
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for file in folder.glob(pattern))
         found = (
@@ -194,7 +199,7 @@ def _refuse_pickles(folder: Path, name: str) -> None:
             if pickles
             else "none"
         )
-        remedy = "save the pipeline with safe_serialization=True, or give --allow_pickle if you trust it"
+        remedy = "load it and save it again as safetensors; for a base model that you trust there is --allow_pickle"
         raise UserError(
             f"{folder}: the weights of {name!r} are expected as *.safetensors, but there are {found}. "
             + (f"To go on: {remedy}." if pickles else "The folder is incomplete: copy or download it again.")
@@ -207,9 +212,16 @@ def _embedded() -> str:
     return str(tiny.pipeline_path())
 
 
-def _identity(name: str, path: str, model: Model, file: str) -> str:
-    """A short name and what the files hold: ``name@fingerprint`` for folders, ``name@commit`` for the hub."""
-    found = _file(path, file, model.revision, model.cache_dir)
+def identity(name: str, path: str, model: Model, file: str) -> str:
+    """A short name and what the files hold: ``name@fingerprint`` for folders, ``name@commit`` for the hub.
+
+    Args:
+        name: as the user gave it.
+        path: folder or hub repository that it stands for.
+        model: for revision and cache.
+        file: one that must be there.
+    """
+    found = find_file(path, file, model.revision, model.cache_dir)
     if Path(path).is_dir():
         return f"{Path(name).resolve().name}@{fingerprint(Path(path))}"
     return f"{name}@{found.parents[file.count('/')].name}"
@@ -220,17 +232,21 @@ def _vae_file(path: str) -> str:
     return "vae/config.json" if Path(path, "vae", "config.json").is_file() else "config.json"
 
 
-def _file(path: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:
-    """A file of a folder or hub repository; fetched if it is not here yet."""
+def find_file(path: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:
+    """A file of a folder or hub repository; fetched if it is not here yet.
+
+    Raises:
+        UserError: no such folder, repository or file, or the hub cannot be reached.
+    """
     local = Path(path)
     if local.is_file():
         raise UserError(
-            f"{path} is a single file, but a diffusers pipeline folder is needed: load it with the pipeline class's "
-            "from_single_file and save it with save_pretrained"
+            f"{path} is a single file, but a folder written by save_pretrained is needed: load a pipeline's file with "
+            "the pipeline class's from_single_file and save it with save_pretrained"
         )
     if local.is_dir():
         if not (local / name).is_file():
-            raise UserError(f"{path}: no {name}; the folder of a diffusers pipeline (save_pretrained) is needed")
+            raise UserError(f"{path}: no {name}; the folder of a whole model, written by save_pretrained, is needed")
         return local / name
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise UserError(f"no such folder: {path}")
@@ -262,7 +278,7 @@ def _explain(error: Exception, repository: str, name: str, revision: str | None)
                 "was not downloaded before: check the name, or the network"
             )
         case EntryNotFoundError():
-            return f"hub repository {repository} has no {name}: a repository in diffusers' format is needed"
+            return f"hub repository {repository} has no {name}: a repository in the format of save_pretrained is needed"
         case HFValidationError():
             return f"{nowhere}, and it is not a hub name (owner/name) either"
         case _:

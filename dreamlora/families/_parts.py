@@ -12,10 +12,11 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from dreamlora import offset
 from dreamlora.interfaces import Latents
+from dreamlora.offset import ADAPTER
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-ADAPTER = "default"
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +62,14 @@ def save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module
     """Write the adapters of modules (by component name; those without one are skipped) with the stock pipeline class.
 
     Keys are PEFT's own, in the precision they have; the metadata keeps alpha and rsLoRA, which the keys do not tell.
+    A LoRA with a frozen start (``offset``) becomes a plain one of twice the rank.
     """
     arguments: dict[str, Any] = {}
     for name, module in modules.items():
         model = bare(module)
         if ADAPTER in getattr(model, "peft_config", {}):
             arguments[f"{name}_lora_layers"] = _state(model)
-            arguments[f"{name}_lora_adapter_metadata"] = _metadata(model.peft_config[ADAPTER])
+            arguments[f"{name}_lora_adapter_metadata"] = _metadata(model)
     pipeline_class.save_lora_weights(folder, weight_name=LORA_FILE, **arguments)
     return folder / LORA_FILE
 
@@ -75,6 +77,8 @@ def save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module
 def _state(model: nn.Module) -> dict[str, Tensor]:
     # without the last argument PEFT asks the hub about the base model's vocabulary
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    for name, layer in offset.adapted_layers(model):
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = offset.factors(layer)
     # transformers 5 dropped CLIP's inner "text_model", but older versions and other programs look for it in files;
     # diffusers' loader takes both
     flat_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
@@ -82,13 +86,15 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def _metadata(config: LoraConfig) -> dict[str, Any]:
+def _metadata(model: Any) -> dict[str, Any]:
     """The adapter's settings without those at their default, which other versions of PEFT may not know.
 
     Dropout is left out too: loaded into a pipeline it would stay active, as nothing calls ``eval`` there.
     Sets are sorted, so that equal adapters give equal files.
     """
-    given, default = config.to_dict(), LoraConfig().to_dict()
+    given, default = model.peft_config[ADAPTER].to_dict(), LoraConfig().to_dict()
+    if any(offset.start_of(layer) for _, layer in offset.adapted_layers(model)):
+        given |= {"r": 2 * given["r"], "lora_alpha": 2 * given["lora_alpha"]}
     keep = {name for name, value in given.items() if value != default.get(name)} | {"r", "lora_alpha"}
     keep -= {
         "lora_dropout",

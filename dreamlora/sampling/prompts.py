@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from dreamlora.config import Sample
@@ -60,11 +62,47 @@ def subject_of(instance_prompt: str | None) -> str | None:
     return " ".join(words) or None
 
 
+def names_subject(prompt: str, subject: str | None) -> bool:
+    """Whether a prompt is about the subject: all its words are there, as in "a red sks dog"; True if none is known."""
+    return not subject or set(_words(subject)) <= set(_words(prompt))
+
+
+def scored_text(prompt: str, subject: str | None, class_prompt: str | None = None) -> str:
+    """The prompt as a CLIP score takes it: with the class in place of the subject, "a dog in the snow".
+
+    The rare token means nothing to CLIP. The class is what ``class_prompt`` is about, or the subject without its first
+    word; without a class prompt, a subject of one word stays.
+    """
+    if not subject or not names_subject(prompt, subject):
+        return prompt
+    words = _words(subject)
+    kind = subject_of(class_prompt) or " ".join(words[1:])
+    rare = set(words) - set(_words(kind))
+    if not kind or not rare:
+        return prompt
+    stands_in = [kind] if rare == set(words) else []
+    text: list[str] = []
+    for word in prompt.split():
+        if rare.isdisjoint(_words(word)):
+            text.append(word)
+        else:
+            text += stands_in
+            stands_in = []
+    return " ".join(text)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
 def sample_prompts(
-    sample: Sample, instance_prompt: str | None = None, class_prompt: str | None = None
+    sample: Sample,
+    instance_prompt: str | None = None,
+    class_prompt: str | None = None,
+    captions: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """The prompts a run draws: of ``--sample_prompts``, else the training prompt and the class prompt; and
-    ``--validation_prompt``. Each once.
+    ``--validation_prompt``. Each once. Where all of these are missing, ``captions``.
 
     Raises:
         UserError: the file cannot be used, or there is no prompt at all.
@@ -75,6 +113,7 @@ def sample_prompts(
         prompts = [prompt for prompt in (instance_prompt, class_prompt) if prompt]
     if sample.validation_prompt:
         prompts.append(sample.validation_prompt)
+    prompts = prompts or list(captions)
     if not prompts:
         raise UserError("there is no prompt to draw: give --sample_prompts, or --sample_steps 0 for no samples")
     return tuple(dict.fromkeys(prompts))

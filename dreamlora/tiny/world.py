@@ -145,9 +145,14 @@ def vocabulary() -> list[str]:
 def render(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene: RGB, SIZE x SIZE. `rng` decides position, tilt, shade and scenery."""
     image = scenery.paint(scene.background, rng)
+    draw_things(image, scene, rng)
+    return image.reduce(SCALE)
+
+
+def draw_things(image: Image.Image, scene: Scene, rng: random.Random) -> None:
+    """Draw the things of a scene on a CANVAS-sized picture of its background."""
     for thing, (x, y, radius) in zip(scene.things, _layout(scene, rng), strict=True):
         draw_thing(image, thing, (x, y), radius, rng)
-    return image.reduce(SCALE)
 
 
 def _layout(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:

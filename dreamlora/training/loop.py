@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dreamlora.config import RunConfig
-from dreamlora.errors import UserError
+from dreamlora.errors import DivergedError
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
@@ -64,6 +64,8 @@ class Run:
         vae: gives the autoencoder, which is loaded when the first sample is drawn.
         settings: what a resumed run must share with this one.
         step: optimizer steps done.
+        total_steps: where the run ends; ``end_here`` lowers it.
+        ended_early: why the run ends before the steps it was to have.
     """
 
     config: RunConfig
@@ -85,10 +87,16 @@ class Run:
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     skipped_steps: int = 0
+    ended_early: str | None = None
 
     def pipeline(self) -> Any:
         """A stock pipeline around the modules that are training."""
         return self.family.pipeline({**self.components, **self.vae()})
+
+    def end_here(self, reason: str) -> None:
+        """Make this step the last one, for the loop and for the callbacks that still come."""
+        self.total_steps = self.step
+        self.ended_early = reason
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's prediction outside of training; nothing is synchronised between processes."""
@@ -98,25 +106,32 @@ class Run:
 def train(run: Run) -> None:
     """Train from ``run.step`` to ``run.total_steps``.
 
+    Optimizers that average their path (schedule-free ones) hold the average in the parameters whenever callbacks look,
+    so that is what is measured, sampled and saved. The switch is made at every step, whether anything looks or not:
+    it rounds, and a run must not depend on when it was looked at.
+
     Raises:
-        UserError: the loss or a gradient is not finite; the update is not made, so the weights are still good.
+        DivergedError: the loss or a gradient is not finite; the update is not made, so the weights are still good.
     """
     for callback in run.callbacks:
         callback.on_start(run)
     run.model.train()
-    batch = next_batch(run, run.step, 0)
+    batches = next_batches(run, run.step, 0)
     while run.step < run.total_steps:
-        result, batch = optimizer_step(run, batch)
+        run.optimizer.train()
+        result, batches = optimizer_step(run, batches)
+        run.optimizer.eval()
         for callback in run.callbacks:
             callback.on_step(run, result)
     for callback in run.callbacks:
         callback.on_end(run)
 
 
-def optimizer_step(run: Run, batch: Batch) -> tuple[StepResult, Batch]:
-    """One optimizer step over all micro-batches; returns the next step's first batch as well.
+def optimizer_step(run: Run, batches: list[Batch]) -> tuple[StepResult, list[Batch]]:
+    """One optimizer step over all micro-batches; returns the next step's first one as well.
 
-    The next batch is read while a GPU still works on this one; reading the loss afterwards is the only synchronisation.
+    A micro-batch is several batches if its images have several sizes. The next one is read while a GPU still works on
+    this one; reading the loss afterwards is the only synchronisation.
     """
     started = time.perf_counter()
     accumulation = run.config.train.gradient_accumulation_steps
@@ -124,23 +139,27 @@ def optimizer_step(run: Run, batch: Batch) -> tuple[StepResult, Batch]:
     names: list[str] = []
     for micro in range(accumulation):
         last = micro == accumulation - 1
-        names += batch.names
+        names += [name for batch in batches for name in batch.names]
         with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
-            micro_loss = batch_loss(run, batch, micro)
+            micro_loss = micro_batch_loss(run, batches, micro)
             run.accelerator.backward(micro_loss)
         loss += micro_loss.detach()
-        batch = next_batch(run, run.step + 1, 0) if last else next_batch(run, run.step, micro + 1)
+        batches = next_batches(run, run.step + 1, 0) if last else next_batches(run, run.step, micro + 1)
     if run.accelerator.num_processes > 1:
         loss = run.accelerator.reduce(loss, "mean")
     learning_rate = float(run.optimizer.param_groups[0]["lr"])
     grad_norm = _update(run, loss.item(), names)
     run.step += 1
-    return StepResult(run.step, loss.item(), grad_norm, learning_rate, time.perf_counter() - started), batch
+    return StepResult(run.step, loss.item(), grad_norm, learning_rate, time.perf_counter() - started), batches
 
 
-def batch_loss(run: Run, batch: Batch, micro: int) -> Tensor:
+def micro_batch_loss(run: Run, batches: list[Batch], micro: int) -> Tensor:
     """Weighted loss of one micro-batch; summed over micro-batches it is the step's mean loss."""
-    _seed_dropout(run, micro)
+    return torch.stack([_batch_loss(run, batch, micro, part) for part, batch in enumerate(batches)]).sum()
+
+
+def _batch_loss(run: Run, batch: Batch, micro: int, part: int) -> Tensor:
+    _seed_dropout(run, micro, part)
     noisy = run.objective.corrupt(batch.latents, batch.noise, batch.times)
     target = run.objective.target(batch.latents, batch.noise, batch.times)
     prediction = run.model(noisy, batch.times, batch.conditioning)
@@ -148,19 +167,22 @@ def batch_loss(run: Run, batch: Batch, micro: int) -> Tensor:
     return (batch.weights * run.objective.weight(batch.times) * error).sum()
 
 
-def _seed_dropout(run: Run, micro: int) -> None:
+def _seed_dropout(run: Run, micro: int, part: int) -> None:
     """Dropout draws from torch's global stream; seeding it by position leaves no state to save for a resume."""
-    seed = seed_of(run.config.train.seed, "dropout", run.step, micro, run.accelerator.process_index)
+    place = (run.step, micro, run.accelerator.process_index, *([part] if part else []))
+    seed = seed_of(run.config.train.seed, "dropout", *place)
     if run.accelerator.device.type == "cpu":
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for GPUs too, each time anew: 0.4 ms
     else:
         torch.manual_seed(seed)
 
 
-def next_batch(run: Run, step: int, micro: int) -> Batch:
-    """A batch of the stream on the run's device."""
-    device = run.accelerator.device
-    batch = run.stream.batch(step, micro)
+def next_batches(run: Run, step: int, micro: int) -> list[Batch]:
+    """A micro-batch of the stream on the run's device."""
+    return [_moved(batch, run.accelerator.device) for batch in run.stream.batches(step, micro)]
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
     return Batch(
         latents=batch.latents.to(device, non_blocking=True),
         noise=batch.noise.to(device, non_blocking=True),
@@ -195,7 +217,7 @@ def _check_finite(run: Run, what: str, value: float, names: list[str]) -> None:
     if value - value == 0.0:
         return
     files = sorted(set(gather_object(names)))
-    raise UserError(
+    raise DivergedError(
         f"the {what} is not finite at step {run.step + 1} ({value}). Images in the batch: {', '.join(files)}. "
         f"Try a lower --learning_rate (now {run.optimizer.param_groups[0]['lr']:g}), --mixed_precision bf16 instead of "
         f"fp16, or a smaller --max_grad_norm. The LoRA was not changed by this step; checkpoints in "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from dataclasses import dataclass
@@ -12,12 +11,15 @@ from typing import Any
 
 import torch
 
+from dreamlora import offset
 from dreamlora.errors import UserError
-from dreamlora.runfolder import RunFolder, write_atomically
+from dreamlora.runfolder import RunFolder, replacing_folder, write_atomically
 from dreamlora.training.loop import Run
 
 STATE_FILE = "training_state.pt"
 SETTINGS_FILE = "settings.json"
+TRAINABLES_FILE = "trainables.safetensors"
+"""LoRA parameters by their names in the model, beside a LoRA file with diffusers' names."""
 
 
 @dataclass(frozen=True)
@@ -30,25 +32,19 @@ class Checkpoint:
 def save(run: Run) -> Path:
     """Write ``checkpoints/step-…`` so that at any moment it is either whole or not there. Main process only."""
     folder = run.folder.checkpoint_dir(run.step)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_lora(run, temporary)
     scaler = run.accelerator.scaler
     state = {
         "step": run.step,
         "trainables": {name: parameter.detach().cpu() for name, parameter in run.trainables.items()},
+        "starts": offset.starts_of(run.accelerator.unwrap_model(run.model)),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
-    torch.save(state, temporary / STATE_FILE)
-    write_atomically(temporary / SETTINGS_FILE, json.dumps(run.settings, indent=1))
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())  # else a power cut could leave a renamed folder of empty files
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with replacing_folder(folder) as temporary:
+        save_lora(run, temporary)
+        torch.save(state, temporary / STATE_FILE)
+        write_atomically(temporary / SETTINGS_FILE, json.dumps(run.settings, indent=1))
     return folder
 
 
@@ -63,6 +59,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     saved = checkpoint.state
     for name, parameter in run.trainables.items():
         parameter.data.copy_(saved["trainables"][name])
+    offset.restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if run.accelerator.scaler is not None and saved["scaler"]:

@@ -2,16 +2,22 @@
 
 The run sees one endless sequence of samples, numbered from 0; each passage through the images is in a new random order,
 and nothing is dropped at its end. Optimizer step ``s`` takes the positions ``[s·G, (s+1)·G)``, G the global batch size,
-however they are divided over processes and micro-batches. What a sample looks like (crop, latent, noise, time) is a
-pure function of its position, see ``randomness``.
+however they are divided over processes and micro-batches. What a sample looks like (caption, crop, latent, noise, time)
+is a pure function of its position, see ``randomness``.
+
+With aspect-ratio buckets the order of an epoch is arranged so that nearly every step finds images of one size
+(``arranged``). Steps that do not, since few images are left of each size, are split: a micro-batch is then several
+batches, one for every size in it, weighted so that every sample counts the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -57,11 +63,15 @@ class Source:
         name: "instance" or "class"; separates their random draws.
         store: encoded images.
         weight: of their loss.
+        caption: what becomes of a caption at a sample position, by (caption, source's name, position).
+        buckets: number of every image's bucket; None if all have one size.
     """
 
     name: str
     store: LatentStore
     weight: float
+    caption: Callable[..., str] = lambda caption, *position: caption
+    buckets: Sequence[int] | None = None
 
 
 class Stream:
@@ -94,33 +104,34 @@ class Stream:
         self._noise_offset = noise_offset
         self._order = functools.lru_cache(maxsize=4)(self._order_of_epoch)
 
-    def batch(self, step: int, micro: int) -> Batch:
-        """Micro-batch ``micro`` of step ``step`` (both from 0) of this process, on the CPU."""
-        parts: dict[str, list[torch.Tensor]] = {"latents": [], "noise": [], "uniforms": []}
-        captions: list[str] = []
-        names: list[str] = []
-        weights: list[float] = []
+    def batches(self, step: int, micro: int) -> list[Batch]:
+        """Micro-batch ``micro`` of step ``step`` (both from 0) of this process, on the CPU: a batch for every size."""
+        by_shape: dict[tuple[int, ...], list[_Drawn]] = defaultdict(list)
         for source in self.sources:
             for position in self.layout.positions(step, micro):
-                index, drawn = self._sample(source, position)
-                for key, value in drawn.items():
-                    parts[key].append(value)
-                captions.append(source.store.captions[index])
-                names.append(source.store.names[index])
-                weights.append(source.weight / (self.layout.batch_size * self.layout.accumulation))
+                drawn = self._sample(source, position)
+                by_shape[tuple(drawn.latents.shape)].append(drawn)
+        return [self._batch(samples) for samples in by_shape.values()]
+
+    def _batch(self, samples: Sequence[_Drawn]) -> Batch:
+        share = self.layout.batch_size * self.layout.accumulation
         return Batch(
-            latents=torch.stack(parts["latents"]),
-            noise=torch.stack(parts["noise"]),
-            times=self._objective.draw_times(torch.stack(parts["uniforms"])),
-            conditioning=self._conditioning(captions),
-            weights=torch.tensor(weights),
-            names=tuple(names),
+            latents=torch.stack([drawn.latents for drawn in samples]),
+            noise=torch.stack([drawn.noise for drawn in samples]),
+            times=self._objective.draw_times(torch.stack([drawn.uniforms for drawn in samples])),
+            conditioning=self._conditioning([drawn.caption for drawn in samples]),
+            weights=torch.tensor([drawn.weight / share for drawn in samples]),
+            names=tuple(drawn.name for drawn in samples),
         )
 
-    def _order_of_epoch(self, source: str, length: int, epoch: int) -> list[int]:
-        return permutation(length, self._seed, source, "order", epoch)
+    def _order_of_epoch(self, name: str, length: int, epoch: int) -> Sequence[int]:
+        order = array("q", permutation(length, self._seed, name, "order", epoch))
+        buckets = next(source.buckets for source in self.sources if source.name == name)
+        if buckets is None:
+            return order
+        return arranged(order, buckets, self.layout.global_batch_size, epoch * length)
 
-    def _sample(self, source: Source, position: int) -> tuple[int, dict[str, torch.Tensor]]:
+    def _sample(self, source: Source, position: int) -> _Drawn:
         length = len(source.store.names)
         epoch, place = divmod(position, length)
         index = self._order(source.name, length, epoch)[place]
@@ -132,10 +143,49 @@ class Stream:
         latents = mean + std * torch.randn(mean.shape, generator=draw)
         if self._noise_offset:
             noise = noise + self._noise_offset * torch.randn(mean.shape[0], 1, 1, generator=draw)
-        return index, {"latents": latents, "noise": noise, "uniforms": uniforms}
+        caption = source.caption(source.store.captions[index], source.name, position)
+        return _Drawn(latents, noise, uniforms, caption, source.store.names[index], source.weight)
 
 
-def stack_conditioning(table: Mapping[str, Conditioning], captions: Sequence[str]) -> Conditioning:
-    """Batch the entries (each with a leading 1) that ``table`` holds for ``captions``."""
-    rows = [table[caption] for caption in captions]
+class _Drawn(NamedTuple):
+    """One sample."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    uniforms: torch.Tensor
+    caption: str
+    name: str
+    weight: float
+
+
+def arranged(order: Sequence[int], buckets: Sequence[int], size: int, start: int) -> Sequence[int]:
+    """``order``, rearranged so that most steps see one bucket; no image is left out or comes twice.
+
+    Whole steps of one bucket come first to last in the order in which ``order`` completes them. What remains of every
+    bucket, less than a step each, stands before and after them, bucket by bucket: before, just enough to begin the
+    whole steps where a step of the run begins.
+
+    Args:
+        order: the epoch's images in random order.
+        buckets: of every image.
+        size: samples per step.
+        start: position of the epoch's first sample in the run.
+    """
+    waiting: dict[int, list[int]] = defaultdict(list)
+    steps: list[list[int]] = []
+    for image in order:
+        bucket = waiting[buckets[image]]
+        bucket.append(image)
+        if len(bucket) == size:
+            steps.append(list(bucket))
+            bucket.clear()
+    rest = [image for bucket in sorted(waiting) for image in waiting[bucket]]
+    head = -start % size
+    if head > len(rest) and steps:
+        rest += steps.pop()
+    return array("q", [*rest[:head], *(image for step in steps for image in step), *rest[head:]])
+
+
+def stack_conditioning(rows: Sequence[Conditioning]) -> Conditioning:
+    """Batch what there is for single captions, each tensor with a leading 1."""
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -15,7 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from dreamlora.data import cache as cache_module
+from dreamlora.data import encode as encode_module
+from dreamlora.data.buckets import bucket_sizes
 from dreamlora.data.cache import Recent, TensorCache, cache_folder, content_key
+from dreamlora.data.dataset import examine
 from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
 from dreamlora.data.folder import load_folder
 from dreamlora.data.transforms import Preparation, prepare, variants
@@ -82,8 +85,8 @@ def test_store_holds_every_variant(folder, filling):
     how = replace(HOW, random_flip=True)
     store, _ = encode(folder, filling, how)
     records = load_folder(folder, "p").records
-    assert store.names == ["a.png", "b.png", "c.png", "d.png"] and store.captions == ["p"] * 4 and len(store) == 4
-    assert store.content_hashes == [record.content_hash() for record in records]
+    assert [*store.names] == ["a.png", "b.png", "c.png", "d.png"] and [*store.captions] == ["p"] * 4 and len(store) == 4
+    assert list(store.content_hashes) == [record.content_hash() for record in records]
     for index, record in enumerate(records):
         expected = variants(record.facts.size, record.content_hash(), how)
         assert store.count(index) == len(expected) == (8 if index < 2 else 2)
@@ -185,6 +188,42 @@ def test_damaged_entry_is_encoded_again(folder, filling, damage, caplog):
     assert len(caplog.records) == 1 and victim.name in caplog.text and "damaged" in caplog.text
 
 
+@pytest.mark.parametrize("damage", [_damage_cut, _damage_empty, _damage_header])
+def test_a_glance_sees_a_damaged_file(folder, filling, damage, monkeypatch):
+    monkeypatch.setattr(encode_module, "CHECKED_WHOLE", 0)
+    encode(folder, filling)
+    assert encode(folder, filling)[1] == 0
+    damage(entries(filling)[0])
+    assert encode(folder, filling)[1] == 1
+
+
+def test_damage_that_a_glance_misses_is_mended_at_the_next_start(folder, filling, monkeypatch):
+    monkeypatch.setattr(encode_module, "CHECKED_WHOLE", 0)
+    encode(folder, filling)
+    for file in entries(filling):
+        _damage_one_bit(file)
+    store, made = encode(folder, filling)
+    assert made == 0
+    with pytest.raises(UserError, match="damaged during the run: start again"):
+        store.latents(2, 0)
+    store, made = encode(folder, filling)
+    assert made == 1 and store.latents(2, 0)[0].isfinite().all()
+
+
+def test_buckets(folder, filling):
+    how = replace(HOW, sizes=bucket_sizes(16, 4), crop_variants=1)
+    store, _ = encode(folder, replace(filling, batch_size=3), how)
+    shapes = [tuple(store.latents(index, 0)[0].shape[1:]) for index in range(4)]
+    assert shapes == [(5, 10), (10, 6), (8, 8), (8, 8)] or shapes == [(6, 10), (10, 6), (8, 8), (8, 8)]
+    expected = prepare(store_record(folder, 0).open(), variants((40, 20), "", how)[0], how)
+    assert expected.shape[1:] == (2 * shapes[0][0], 2 * shapes[0][1])
+    assert encode(folder, filling, how.fixed())[0].latents(0, 0)[0].shape == (3, 8, 8)
+
+
+def store_record(folder, index):
+    return load_folder(folder, "p").records[index]
+
+
 def test_entry_lost_during_the_run(folder, filling):
     store, _ = encode(folder, filling)
     for file in entries(filling):
@@ -227,7 +266,7 @@ def test_broken_image_stops(folder, filling):
 
 def test_image_changed_while_read(folder, filling):
     records = load_folder(folder, "p").records
-    assert all(record.facts for record in records)
+    examine(records, filling.cache.folder)
     (folder / "a.png").write_bytes((folder / "c.png").read_bytes())
     with pytest.raises(UserError, match=r"a\.png changed while"):
         encode_dataset(records, HOW, Encoder(), filling)
@@ -321,7 +360,7 @@ def test_entries_that_another_run_made_meanwhile_are_not_made_again(folder, fill
 def test_prompts(filling):
     encoder = TextEncoder()
     table = encode_prompts(["a cat", "a dog", "b", "a cat", "é"], encoder, filling)
-    assert encoder.seen == ["a cat", "a dog", "b", "é"] and list(table) == encoder.seen and len(table) == 4
+    assert encoder.seen == ["a cat", "a dog", "b", "é"]
     entry = table["b"]
     assert entry["prompt_embeds"].shape == (1, 2, 3) and entry["prompt_embeds"].dtype == torch.bfloat16
     assert entry["prompt_embeds"].unique().item() == 98 and entry["ids"].tolist() == [1]
@@ -329,7 +368,7 @@ def test_prompts(filling):
     assert encoder.seen[4:] == ["c"]
     encode_prompts(["b"], encoder, replace(filling, key_parts={**filling.key_parts, "max_length": 77}))
     assert encoder.seen[5:] == ["b"]
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="start again"):
         table["zebra"]
 
 
@@ -343,7 +382,7 @@ def test_ram_is_bounded(tmp_path):
     keys = [content_key("t", number) for number in range(4)]
     for number, key in enumerate(keys):
         cache.put(key, {"x": torch.full((256,), float(number))})  # 1 KiB each
-    recent = Recent(cache, limit=2048)
+    recent = Recent(cache, limit=2 * (1024 + cache_module._OBJECT_BYTES))
     kept = [recent[keys[0]], recent[keys[1]]]
     assert recent[keys[0]] is kept[0]
     _ = recent[keys[2]]  # pushes out 1, the longest unused

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dreamlora.config import Data
+from dreamlora.data import file_index
 from dreamlora.data.dataset import load_images, split_holdout
-from dreamlora.data.folder import load_folder
+from dreamlora.data.folder import load_folder, natural_key
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 
@@ -125,6 +129,54 @@ def test_load_images(tmp_path):
         load_images(Data())
 
 
+def test_captioned_folder(tmp_path):
+    save(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.txt").write_text("ay")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nb.png,bee\n")
+    records = load_images(Data(train_data_dir=tmp_path)).records
+    assert [(record.name, record.caption) for record in records] == [("a.png", "ay"), ("b.png", "bee")]
+
+
+def test_known_files_are_not_read_again(tmp_path, monkeypatch):
+    folder, data = tmp_path / "photos", Data(instance_data_dir=tmp_path / "photos", instance_prompt="p")
+    data = replace(data, latents_cache_dir=tmp_path / "cache")
+    save(folder, "a.png", "b.png")
+    later = time.time() + 60
+    monkeypatch.setattr(file_index.time, "time", lambda: later)
+    before = [record.facts for record in load_images(data).records]
+    read = []
+    monkeypatch.setattr(ImageRecord, "load", lambda record: read.append(record.name) or record.read())
+    assert [record.facts for record in load_images(data).records] == before and read == []
+    time.sleep(0.02)
+    Image.new("RGB", (9, 8), "red").save(folder / "b.png")
+    assert load_images(data).records[1].facts.size == (9, 8) and read == ["b.png"]
+
+
+def test_many_skipped_files_are_named_up_to_a_limit(tmp_path):
+    save(tmp_path, "a.png")
+    for number in range(120):
+        (tmp_path / f"{number}.pdf").write_text("")
+    assert load_folder(tmp_path, "p").skipped == tuple(f"{number}.pdf" for number in range(100))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["2", "10", "a"],
+        ["a2b", "a10b", "a10b1"],
+        ["a", "a0", "a00", "a1", "ab"],
+        ["IMG1", "img2", "Img03"],
+        ["a b", "a.b"],
+    ],
+)
+def test_natural_order_is_that_of_numbers(names):
+    def plain(name):
+        parts = re.split(r"(\d+)", name.casefold())
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
+
+    assert sorted(names, key=natural_key) == sorted(names, key=plain)
+
+
 # --- Hugging Face datasets ---
 
 
@@ -160,6 +212,36 @@ def test_dataset_images(saved):
     records = load_images(Data(dataset_name=str(saved), instance_prompt="p")).records
     assert [record.open().getpixel((0, 0)) for record in records] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
     assert len({record.content_hash() for record in records}) == 3
+
+
+def test_streamed_rows_are_those_of_the_data_set(saved, tmp_path):
+    options = {"dataset_name": str(saved), "caption_column": "title", "latents_cache_dir": tmp_path}
+    plain = load_images(Data(**options)).records
+    streamed = load_images(Data(**options, streaming=True)).records
+    assert [(r.caption, r.facts) for r in streamed] == [(r.caption, r.facts) for r in plain]
+    assert [r.load() for r in streamed] == [r.load() for r in plain]
+    assert [r.caption for r in load_images(Data(**options, streaming=True, max_train_samples=2)).records] == [
+        "t0",
+        "t1",
+    ]
+    with pytest.raises(UserError, match=r"row 2 of .* has no caption"):
+        load_images(Data(dataset_name=str(saved), latents_cache_dir=tmp_path, streaming=True))
+    with pytest.raises(UserError, match="no column 'img'"):
+        load_images(Data(dataset_name=str(saved), streaming=True, image_column="img"))
+    with pytest.raises(UserError, match=r"column 'n' of .* holds no images"):
+        load_images(Data(**options, streaming=True, image_column="n"))
+
+
+def test_a_stream_of_files(tmp_path):
+    """Not a saved data set: the builder's own stream, fetched row by row."""
+    pytest.importorskip("datasets")
+    save(tmp_path / "data" / "train", "a.png", "b.png")
+    rows = [{"file_name": "b.png", "text": "bee"}, {"file_name": "a.png", "text": "ay"}]
+    (tmp_path / "data" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Data(dataset_name=str(tmp_path / "data"), streaming=True, latents_cache_dir=tmp_path / "cache")
+    found = {record.caption: record.load() for record in load_images(data, cache_dir=tmp_path / "hub").records}
+    files = {"ay": "a.png", "bee": "b.png"}
+    assert found == {caption: (tmp_path / "data" / "train" / name).read_bytes() for caption, name in files.items()}
 
 
 def test_local_files_of_any_builder(tmp_path):
@@ -208,9 +290,9 @@ def test_default_holdout(count, held):
 
 def test_explicit_holdout():
     records = pictures(4)
-    assert split_holdout(records, 0) == (records, [])
+    assert [[*side] for side in split_holdout(records, 0)] == [records, []]
     assert len(split_holdout(records, 3)[1]) == 3
-    assert split_holdout([], 0) == ([], [])
+    assert [[*side] for side in split_holdout([], 0)] == [[], []]
     with pytest.raises(UserError, match=r"--holdout 4 leaves nothing.*4 different"):
         split_holdout(records, 4)
     with pytest.raises(UserError, match="leaves nothing"):

@@ -26,7 +26,7 @@ def noise(width: int, height: int) -> Image.Image:
 )
 def test_resized(size, expected):
     """The longer side as torchvision's Resize computes it: int(resolution * longer / shorter)."""
-    assert resized(size, 32) == expected
+    assert resized(size, (32, 32)) == expected
 
 
 def test_square_and_centre_crops():
@@ -61,7 +61,7 @@ def test_random_crops_are_uniform():
 def test_same_as_resizing_first_and_cropping_then(interpolation):
     how = replace(HOW, interpolation=interpolation)
     image = noise(200, 120)
-    whole = image.resize(resized(image.size, 32), Image.Resampling[interpolation.upper()])
+    whole = image.resize(resized(image.size, (32, 32)), Image.Resampling[interpolation.upper()])
     for variant in variants(image.size, "h", how):
         expected = np.asarray(whole.crop(variant.crop_box), np.int16)
         assert np.abs(crop(image, variant, how) - expected).max() <= 1

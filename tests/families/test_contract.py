@@ -105,7 +105,7 @@ def test_prompt_embeddings_equal_the_stock_pipelines(case, parts):
 
 def test_prompt_embeddings_carry_gradients_of_the_text_encoder(case, parts):
     encoder = parts[case.family.TEXT_ENCODERS[0]]
-    add_lora(encoder, Lora(), case.family.TEXT_LORA_LAYERS, seed=0)
+    add_lora(encoder, Lora(), case.family.TEXT_LORA_LAYERS)
     embeddings = case.family.encode_tokens(parts, case.family.tokenize(parts, PROMPTS, None))
     sum(value.square().sum() for value in embeddings.values()).backward()
     assert any(p.grad.abs().sum() > 0 for name, p in trainable_parameters(encoder).items() if "lora_B" in name)
@@ -180,7 +180,7 @@ def trained(case, parts: Components, *, lora: Lora, text: bool) -> dict[str, Any
     if text:
         modules[case.family.TEXT_ENCODERS[0]] = case.family.TEXT_LORA_LAYERS
     for name, layers in modules.items():
-        add_lora(parts[name], lora, layers, seed=1)
+        add_lora(parts[name], lora, layers)
         for parameter in trainable_parameters(parts[name]).values():
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.3
     return {name: parts[name] for name in case.family.TEXT_ENCODERS if text}

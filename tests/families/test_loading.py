@@ -96,7 +96,7 @@ def test_pickles_are_refused_unless_allowed(folder):
 
 def test_pickles_of_the_hub_are_refused_too(folder, monkeypatch):
     """There no folder can be looked through beforehand: the library itself must be told."""
-    monkeypatch.setattr(_loading, "_refuse_pickles", lambda *_: None)
+    monkeypatch.setattr(_loading, "refuse_pickles", lambda *_: None)
     torch.save(load_file(folder / WEIGHTS), folder / "unet/diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"cannot load 'unet'.*--allow_pickle"):

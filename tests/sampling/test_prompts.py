@@ -6,7 +6,10 @@ import pytest
 
 from dreamlora.config import Sample
 from dreamlora.errors import UserError
-from dreamlora.sampling.prompts import read_prompts, sample_prompts, subject_of
+from dreamlora.sampling.prompts import names_subject, read_prompts, sample_prompts, scored_text, subject_of
+from dreamlora.tiny import world
+from dreamlora.tiny.scenery import BACKGROUNDS
+from dreamlora.tiny.shapes import KINDS
 
 LISTS = Path(__file__).parents[2] / "prompts"
 
@@ -80,3 +83,54 @@ def test_the_demo_list_uses_the_embedded_model_s_words() -> None:
 
     words = {word for prompt in read_prompts(LISTS / "demo.txt", "sks creature") for word in prompt.split()}
     assert words <= set(vocabulary())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named", "scored"),
+    [
+        ("a photo of sks dog in the snow", True, "a photo of dog in the snow"),
+        ("a red SKS dog, asleep", True, "a red dog, asleep"),
+        ("a dog, sks", True, "a dog,"),
+        ("a photo of a dog", False, "a photo of a dog"),
+        ("the tasks of a dog", False, "the tasks of a dog"),
+    ],
+)
+def test_a_prompt_names_the_subject_and_is_scored_without_its_rare_token(prompt: str, named: bool, scored: str) -> None:
+    assert names_subject(prompt, "sks dog") is named
+    assert scored_text(prompt, "sks dog", "a photo of a dog") == scored
+    assert scored_text(prompt, "sks dog") == scored, "the first word is the rare one"
+    assert names_subject(prompt, None) and scored_text(prompt, None) == prompt
+
+
+def test_the_class_takes_the_place_of_a_name_and_without_it_the_name_stays() -> None:
+    assert scored_text("a photo of Rex", "Rex") == "a photo of Rex"
+    assert scored_text("a photo of Rex and Rex", "Rex", "a photo of a big dog") == "a photo of big dog and"
+    assert scored_text("a photo of a dog", "dog", "a photo of a dog") == "a photo of a dog"
+    assert scored_text("a sks teddy bear", "sks teddy bear") == "a teddy bear"
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("dreambooth_objects", 25),
+        ("dreambooth_live_subjects", 25),
+        ("text_to_image", 25),
+        ("demo", 7),
+        ("demo_style", 7),
+        ("demo_evaluation", 48),
+    ],
+)
+def test_the_lists_are_complete(name: str, count: int) -> None:
+    prompts = read_prompts(LISTS / f"{name}.txt", "sks dog")
+    assert len(prompts) == len(set(prompts)) == count
+    assert f"`{name}.txt`" in (LISTS / "README.md").read_text()
+    assert any("sks dog" in prompt for prompt in prompts) == (name.startswith("dreambooth") or name == "demo")
+
+
+def test_demo_evaluation_shows_what_training_never_does() -> None:
+    for prompt in read_prompts(LISTS / "demo_evaluation.txt"):
+        words = prompt.split()
+        kind = next(word for word in words if word in KINDS)
+        colour = next(word for word in words if word in world.COLOURS)
+        background = next(name for name, phrase in BACKGROUNDS.items() if prompt.endswith(phrase))
+        assert world.is_held_out(kind, colour, background), prompt

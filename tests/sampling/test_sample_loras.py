@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from dreamlora import sample_command
+from dreamlora import sample_command, sample_loras
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder, read_jsonl
 
@@ -97,3 +98,20 @@ def test_mistakes_are_found_before_the_model_loads(tmp_path: Path, run: RunFolde
         sample(tmp_path, run.path, "--prompts", "a", "--sample_prompts", "b.txt")
     with pytest.raises(UserError, match="--num_images_per_prompt must be at least 1"):
         sample(tmp_path, run.path, "--num_images_per_prompt", 0)
+
+
+def test_the_best_checkpoint_has_a_row_of_its_own(run: RunFolder, sd_folder: Path, tmp_path: Path) -> None:
+    def labels(*paths: Path, **options: Any) -> list[str]:
+        config = sample_command.SampleConfig(lora=paths, **options)
+        return [row.label.replace("\n", ", ") for row in sample_loras.rows_of(config)]
+
+    with pytest.raises(UserError, match="--best: no checkpoint was selected in"):
+        labels(run.path, best=True)
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "dog-adamw"))
+    save_lora(sd_folder, copy.best, 1.0)
+    copy.selection_file.write_text('{"step": 1}')
+    assert labels(copy.path, best=True) == ["base model", "dog-adamw, best: step 1", "dog-adamw, final"]
+    assert labels(copy.best) == ["base model", "dog-adamw, best: step 1"]
+    every = labels(copy.path, best=True, checkpoints=True)
+    assert every == ["base model", *(f"dog-adamw, {name}" for name in ("step 1", "step 2", "best: step 1"))]
+    assert labels(copy.best / "pytorch_lora_weights.safetensors")[1] == "pytorch_lora_weights"

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from dreamlora import cli
+from dreamlora.config import RunConfig
+from dreamlora.programs import TextToImageConfig
 from dreamlora.runfolder import RunFolder
 
 
@@ -32,10 +34,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def flags(photos: Path, cache: Path, sd_folder: Path, tmp_path: Path) -> list[str]:
     """A run of six steps with everything switched on; flags given later win."""
+    return flags_of(photos, cache, sd_folder, tmp_path / "run")
+
+
+def flags_of(photos: Path, cache: Path, model: Path, output: Path) -> list[str]:
+    """The same, for a run anywhere."""
     text = (
-        f"--pretrained_model_name_or_path {sd_folder} --instance_data_dir {photos} --resolution 16 --max_train_steps 6 "
+        f"--pretrained_model_name_or_path {model} --instance_data_dir {photos} --resolution 16 --max_train_steps 6 "
         f"--num_inference_steps 2 --eval_steps 3 --sample_steps 3 --checkpointing_steps 2 --rank 2 "
-        f"--latents_cache_dir {cache} --output_dir {tmp_path / 'run'}"
+        f"--final_eval_items 32 --latents_cache_dir {cache} --output_dir {output}"
     )
     return [*text.split(), "--instance_prompt", "a photo of sks dog", "--learning_rate", "1e-2"]
 
@@ -43,13 +50,24 @@ def flags(photos: Path, cache: Path, sd_folder: Path, tmp_path: Path) -> list[st
 @pytest.fixture
 def train(flags: list[str]) -> Callable[..., RunFolder]:
     """Run with more flags, as the command line does."""
+    return lambda *more: train_with([*flags, *more])
 
-    def start(*more: str) -> RunFolder:
-        from accelerate.state import AcceleratorState
 
-        from dreamlora import assemble
+def train_with(flags: list[str], config_class: type[RunConfig] = RunConfig) -> RunFolder:
+    """Run as the command line does."""
+    from accelerate.state import AcceleratorState
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # precision and processes are fixed once per process
-        return assemble.train(*cli.parse_run([*flags, *more]))
+    from dreamlora import assemble
 
-    return start
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision and processes are fixed once per process
+    return assemble.train(*cli.parse_run(flags, config_class))
+
+
+@pytest.fixture
+def train_captioned(flags: list[str]) -> Callable[..., RunFolder]:
+    """The same run on captioned images: text-to-image's flags without DreamBooth's."""
+    shared = list(flags)
+    for flag in ("--instance_data_dir", "--instance_prompt"):
+        place = shared.index(flag)
+        del shared[place : place + 2]
+    return lambda *more: train_with([*shared, *more], TextToImageConfig)

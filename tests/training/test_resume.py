@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
@@ -26,9 +27,14 @@ def pictures(run: RunFolder) -> dict[str, bytes]:
     return {str(file.relative_to(run.samples)): file.read_bytes() for file in run.samples.rglob("*.png")}
 
 
+def best(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.best / run.lora_file.name)
+
+
 def assert_equal_runs(first: RunFolder, second: RunFolder) -> None:
     assert same(weights(first), weights(second))
     assert values(first) == values(second)
+    assert first.selection() == second.selection() and same(best(first), best(second))
     assert pictures(first) == pictures(second)
     assert first.grid_file.read_bytes() == second.grid_file.read_bytes()
 

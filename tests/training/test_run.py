@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from dreamlora.errors import UserError
-from dreamlora.runfolder import RunFolder
+from dreamlora.runfolder import RunFolder, read_jsonl
 
 Train = Callable[..., RunFolder]
 
@@ -156,9 +157,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_to_do(
 ) -> None:
     from dreamlora.training import loop
 
-    original = loop.batch_loss
+    original = loop.micro_batch_loss
     monkeypatch.setattr(
-        loop, "batch_loss", lambda run, *batch: original(run, *batch) * (float("nan") if run.step == 4 else 1)
+        loop, "micro_batch_loss", lambda run, *batch: original(run, *batch) * (float("nan") if run.step == 4 else 1)
     )
     with pytest.raises(UserError, match=r"loss is not finite at step 5 .*[0-7]\.png.*--learning_rate") as caught:
         train()
@@ -180,6 +181,16 @@ def test_a_broken_image_stops_the_run_before_any_model_is_loaded(
         train("--instance_data_dir", str(folder))
 
 
+def test_a_wrong_layer_is_named_before_class_images_are_made(train: Train, tmp_path: Path) -> None:
+    classes = tmp_path / "classes"
+    with pytest.raises(UserError, match=r"--lora_layers: no Linear or Conv2d .* 'to_x'"):
+        train(
+            *("--with_prior_preservation", "--class_prompt", "dog", "--class_data_dir", str(classes)),
+            *("--num_class_images", "3", "--lora_layers", "to_x"),
+        )
+    assert not list(classes.iterdir())
+
+
 def test_the_grid_is_a_picture_with_a_row_per_step(train: Train) -> None:
     run = train("--num_images_per_prompt", "2")
     with Image.open(run.grid_file) as grid:
@@ -187,3 +198,61 @@ def test_the_grid_is_a_picture_with_a_row_per_step(train: Train) -> None:
         assert min(grid.size) > 100
     with Image.open(run.timelapse_file) as film:
         assert film.n_frames == 3
+
+
+# --- text to image ---
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    """Nine pictures of three shapes, with tags."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    pixels = np.random.default_rng(1)
+    for number, (height, width) in enumerate([(20, 20), (16, 32), (30, 14)] * 3):
+        picture = Image.fromarray(pixels.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}, red, green, blue")
+    return folder
+
+
+CAPTIONED = (
+    "--buckets --caption_dropout 0.3 --shuffle_tags --keep_tags 1 --holdout 1 --train_batch_size 4 --optimizer sgd"
+)
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_captioned_images_of_all_shapes(
+    train_captioned: Train, captioned: Path, request: pytest.FixtureRequest, family: str
+) -> None:
+    model = request.getfixturevalue(f"{family}_folder")
+    side = {"sd": 16, "flux": 32}[family]
+    more = f"--pretrained_model_name_or_path {model} --train_data_dir {captioned} --resolution {side}"
+    run = train_captioned(*CAPTIONED.split(), *more.split(), "--learning_rate", "0.1")
+    losses = [value for step, name, value in values(run) if name == "eval/loss"]
+    assert losses[-1] < losses[0]
+    summary = json.loads(run.summary_file.read_text())
+    assert summary["data"] == {"instance": 8} and summary["parity"]["max_abs"] <= 1
+    prompts = {row["prompt"] for row in read_jsonl(run.samples_file)}
+    assert len(prompts) == 1 and prompts.pop().endswith("red, green, blue")  # of the held-out image
+
+
+def test_resumed_with_buckets_equals_uninterrupted(train_captioned: Train, captioned: Path, tmp_path: Path) -> None:
+    flags = [*CAPTIONED.split(), "--train_data_dir", str(captioned), "--lora_dropout", "0.2", "--sample_steps", "0"]
+    whole = train_captioned(*flags, "--output_dir", str(tmp_path / "whole"))
+    train_captioned(*flags, "--max_train_steps", "4")
+    resumed = train_captioned(*flags, "--resume_from_checkpoint", "latest")
+    assert same(weights(whole), weights(resumed)) and values(whole)[-9:] == values(resumed)[-9:]
+
+
+def test_accumulation_with_buckets_changes_nothing(train_captioned: Train, captioned: Path, tmp_path: Path) -> None:
+    flags = [*CAPTIONED.split(), "--train_data_dir", str(captioned), "--sample_steps", "0", "--learning_rate", "0.1"]
+    whole = weights(train_captioned(*flags, "--output_dir", str(tmp_path / "whole")))
+    parts = weights(train_captioned(*flags, "--train_batch_size", "2", "--gradient_accumulation_steps", "2"))
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
+
+
+def test_a_bucket_step_must_fit_the_family(train_captioned: Train, captioned: Path, flux_folder: Path) -> None:
+    more = f"--pretrained_model_name_or_path {flux_folder} --train_data_dir {captioned} --resolution 32 --bucket_step 8"
+    with pytest.raises(UserError, match=r"--bucket_step must be a multiple of 16 \(got 8\)"):
+        train_captioned("--buckets", *more.split())

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dreamlora.training.stream import Layout, Source, Stream
+from dreamlora.randomness import permutation
+from dreamlora.training.stream import Layout, Source, Stream, arranged
 
 
 class Store:
@@ -36,10 +37,10 @@ def rows(streams, step, accumulation=1):
     found = []
     for micro in range(accumulation):
         for stream in streams:
-            batch = stream.batch(step, micro)
-            for k, name in enumerate(batch.names):
-                values = (batch.noise[k], batch.times[k], batch.latents[k])
-                found.append((name, tuple(value.sum().item() for value in values)))
+            for batch in stream.batches(step, micro):
+                for k, name in enumerate(batch.names):
+                    values = (batch.noise[k], batch.times[k], batch.latents[k])
+                    found.append((name, tuple(value.sum().item() for value in values)))
     return sorted(found)
 
 
@@ -53,7 +54,7 @@ def test_one_process_two_processes_and_accumulation_see_the_same_samples(step):
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
     stream = make_stream(4)  # 4 does not divide 6: batches run over the end of an epoch
-    names = [name for step in range(3) for name in stream.batch(step, 0).names]
+    names = [name for step in range(3) for name in stream.batches(step, 0)[0].names]
     first, second = names[:6], names[6:]
     assert sorted(first) == sorted(second) == Store().names
     assert first != second
@@ -61,9 +62,9 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
 
 def test_a_step_can_be_drawn_again_at_any_time():
     stream = make_stream()
-    before = stream.batch(5, 0)
-    stream.batch(0, 0)
-    after = stream.batch(5, 0)
+    before = stream.batches(5, 0)[0]
+    stream.batches(0, 0)
+    after = stream.batches(5, 0)[0]
     assert before.names == after.names
     assert torch.equal(before.noise, after.noise)
     assert torch.equal(before.times, after.times)
@@ -71,22 +72,22 @@ def test_a_step_can_be_drawn_again_at_any_time():
 
 def test_variants_are_all_used():
     stream = make_stream()
-    values = {int(stream.batch(step, 0).latents[0].mean()) % 10 for step in range(20)}
+    values = {int(stream.batches(step, 0)[0].latents[0].mean()) % 10 for step in range(20)}
     assert values == {0, 1}
 
 
 def test_prior_images_ride_along_with_their_weight():
     sources = [Source("instance", Store(), 1.0), Source("class", Store(3), 0.5)]
-    batch = make_stream(2, accumulation=2, sources=sources).batch(0, 0)
+    batch = make_stream(2, accumulation=2, sources=sources).batches(0, 0)[0]
     assert len(batch.names) == 4
     assert batch.weights.tolist() == [0.25, 0.25, 0.125, 0.125]
 
 
 def test_noise_is_standard_normal_and_the_offset_is_shared_by_the_pixels_of_a_channel():
-    plain = torch.cat([make_stream(6).batch(step, 0).noise for step in range(50)])
+    plain = torch.cat([make_stream(6).batches(step, 0)[0].noise for step in range(50)])
     assert abs(plain.mean()) < 0.02
     assert abs(plain.std() - 1) < 0.02
-    shifted = torch.cat([make_stream(6, noise_offset=0.5).batch(step, 0).noise for step in range(50)])
+    shifted = torch.cat([make_stream(6, noise_offset=0.5).batches(step, 0)[0].noise for step in range(50)])
     offset = (shifted - plain).flatten(2)
     assert torch.allclose(offset, offset[:, :, :1].expand_as(offset), atol=1e-6)
     assert abs(offset[:, :, 0].std() - 0.5) < 0.05
@@ -95,7 +96,7 @@ def test_noise_is_standard_normal_and_the_offset_is_shared_by_the_pixels_of_a_ch
 def test_another_seed_is_another_run():
     other = make_stream()
     other._seed = 1
-    assert not torch.equal(other.batch(0, 0).noise, make_stream().batch(0, 0).noise)
+    assert not torch.equal(other.batches(0, 0)[0].noise, make_stream().batches(0, 0)[0].noise)
 
 
 def test_the_posterior_is_sampled():
@@ -103,5 +104,112 @@ def test_the_posterior_is_sampled():
         def latents(self, index, variant):
             return torch.zeros(3, 4, 4), torch.full((3, 4, 4), 2.0)
 
-    latents = torch.cat([make_stream(6, sources=[Source("i", Wide(), 1.0)]).batch(s, 0).latents for s in range(50)])
+    latents = torch.cat(
+        [make_stream(6, sources=[Source("i", Wide(), 1.0)]).batches(s, 0)[0].latents for s in range(50)]
+    )
     assert abs(latents.std() - 2) < 0.05
+
+
+# --- aspect-ratio buckets ---
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 50])
+@pytest.mark.parametrize("epoch", [0, 1, 2, 5])
+def test_arranged_order_shows_every_image_once(size, epoch):
+    buckets = [0] * 17 + [1] * 9 + [2] * 2 + [3]
+    order = permutation(len(buckets), 0, "order", epoch)
+    arranged_order = arranged(order, buckets, size, epoch * len(buckets))
+    assert sorted(arranged_order) == list(range(len(buckets)))
+
+
+def mixed_steps(buckets, size, epochs):
+    """Steps of the run that see more than one bucket."""
+    run = []
+    for epoch in range(epochs):
+        order = permutation(len(buckets), 0, "order", epoch)
+        run += [buckets[image] for image in arranged(order, buckets, size, epoch * len(buckets))]
+    return sum(len(set(run[start : start + size])) > 1 for start in range(0, len(run), size)), -(-len(run) // size)
+
+
+def test_nearly_all_steps_see_one_bucket():
+    buckets = [0] * 101 + [1] * 53 + [2] * 27 + [3] * 5
+    mixed, steps = mixed_steps(buckets, 4, 6)
+    assert mixed <= 3 * 6 and steps == 279  # at most size·(buckets - 1) samples an epoch remain, and the two ends
+    plain = [buckets[image] for epoch in range(6) for image in permutation(len(buckets), 0, "order", epoch)]
+    assert sum(len(set(plain[start : start + 4])) > 1 for start in range(0, len(plain), 4)) > 3 * mixed
+
+
+def test_order_of_whole_steps_is_random():
+    buckets = [0] * 40 + [1] * 40
+    firsts = [buckets[arranged(permutation(80, 0, "o", epoch), buckets, 4, 0)[0]] for epoch in range(20)]
+    assert 3 < sum(firsts) < 17
+
+
+class Shapes(Store):
+    """Twelve images of two sizes; the pixels tell which image it is."""
+
+    def __init__(self):
+        super().__init__(12)
+        self.buckets = [index % 3 == 0 for index in range(12)]
+
+    def latents(self, index, variant):
+        shape = (3, 4, 6) if self.buckets[index] else (3, 5, 4)
+        return torch.full(shape, float(10 * index + variant)), torch.ones(shape)
+
+
+def bucketed(*layout, **more):
+    store = Shapes()
+    return make_stream(
+        *layout, sources=[Source("instance", store, 1.0, buckets=[int(b) for b in store.buckets])], **more
+    )
+
+
+def test_buckets_give_the_same_samples_however_steps_are_divided():
+    for step in range(7):
+        one = rows([bucketed(6)], step)
+        two = rows([bucketed(3, 1, 0, 2), bucketed(3, 1, 1, 2)], step)
+        accumulated = rows([bucketed(2, 3)], step, accumulation=3)
+        assert one == two == accumulated and len(one) == 6
+
+
+def test_a_mixed_micro_batch_is_split_and_its_weights_sum_to_one():
+    stream, sizes = bucketed(5), set()
+    for step in range(5):
+        batches = stream.batches(step, 0)
+        assert sum(len(batch.names) for batch in batches) == 5
+        assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1)
+        sizes.add(len(batches))
+        for batch in batches:
+            assert len(batch.names) == len(batch.latents) == len(batch.times) == len(batch.conditioning["n"])
+    assert sizes == {1, 2}
+
+
+def test_every_epoch_with_buckets_shows_every_image():
+    stream = bucketed(5)
+    names = [name for step in range(12) for batch in stream.batches(step, 0) for name in batch.names]
+    for epoch in range(5):
+        assert (
+            sorted(names[12 * epoch : 12 * epoch + 12]) == sorted(Shapes().names) or epoch
+        )  # order inside a step may differ
+    counts = {name: names.count(name) for name in Shapes().names}
+    assert set(counts.values()) == {5}
+
+
+# --- captions ---
+
+
+def test_captions_go_by_position_and_leave_the_other_draws_alone():
+    asked = []
+
+    def caption(text, *position):
+        asked.append((text, *position))
+        return ""
+
+    seen = []
+    source = Source("instance", Store(), 1.0, caption)
+    stream = Stream(
+        [source], OBJECTIVE, lambda c: seen.extend(c) or {"n": torch.zeros(len(c))}, Layout(2, 1, 0, 1), seed=0
+    )
+    batch = stream.batches(1, 0)[0]
+    assert [(name, number) for _, name, number in asked] == [("instance", 2), ("instance", 3)] and seen == ["", ""]
+    assert torch.equal(batch.noise, make_stream(2).batches(1, 0)[0].noise)

@@ -1,0 +1,106 @@
+"""Which checkpoint is best: its LoRA and the reason lie in best/ at any time of the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+from safetensors.torch import save_file
+
+from dreamlora.callbacks.image_metrics import ImageMetricsCallback
+from dreamlora.interfaces import StepResult
+from dreamlora.item_losses import ItemLosses
+from dreamlora.runfolder import replacing_folder, write_atomically
+from dreamlora.selection import Selection, candidates, select
+from dreamlora.training import state
+from dreamlora.training.loop import Run
+
+logger = logging.getLogger(__name__)
+
+
+class BestCallback:
+    """Selects anew after every measurement and keeps the weights of the few steps that may yet be selected.
+
+    Everything follows from the losses up to a step, and weights that a checkpoint would need again are kept as long as
+    the checkpoint; so a resumed run selects what the uninterrupted one selects. All work is the main process's.
+
+    Args:
+        losses: of the evaluation, which comes before this callback.
+        metric: their name.
+        images: what the metrics of images have to say; None if there are none.
+    """
+
+    def __init__(self, losses: ItemLosses, metric: str, images: ImageMetricsCallback | None = None) -> None:
+        self._losses = losses
+        self._metric = metric
+        self._images = images
+        self._lost: set[int] = set()
+
+    def on_start(self, run: Run) -> None:
+        """After a resume: put best/ back to what it was at this step."""
+        if not run.accelerator.is_main_process:
+            return
+        for step in run.folder.candidate_steps():
+            if step > run.step:
+                shutil.rmtree(run.folder.candidate_dir(step))
+        while missing := set(self._candidates()) - set(run.folder.candidate_steps()):
+            logger.warning("the weights of step %d are gone: it cannot become the best checkpoint", min(missing))
+            self._lost |= missing
+        self._select(run)
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        """Select anew if this step was measured."""
+        if run.accelerator.is_main_process and run.step in self._losses:
+            if run.step in self._candidates():
+                self._keep(run)
+            self._select(run)
+            self._forget(run)
+
+    def on_end(self, run: Run) -> None:
+        """Nothing: the last step was measured."""
+
+    def _vetoes(self) -> dict[int, str]:
+        return self._images.vetoes(self._losses.steps) if self._images else {}
+
+    def _candidates(self, until: int | None = None) -> list[int]:
+        return candidates(self._losses, self._vetoes(), self._lost, until)
+
+    def _keep(self, run: Run) -> None:
+        """Write the LoRA, as stock pipelines load it and as it is in training."""
+        with replacing_folder(run.folder.candidate_dir(run.step)) as temporary:
+            state.save_lora(run, temporary)
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in run.trainables.items()}
+            save_file(tensors, temporary / state.TRAINABLES_FILE)
+
+    def _select(self, run: Run) -> None:
+        folder = run.folder
+        selection = select(self._losses, self._metric, self._vetoes(), self._lost)
+        if selection is None:
+            shutil.rmtree(folder.best, ignore_errors=True)
+            return
+        facts = {**selection.facts, "best_product": self._images.compromise() if self._images else None}
+        text = json.dumps(facts, indent=1, allow_nan=False)
+        if _lies_there(run, selection):
+            write_atomically(folder.selection_file, text)
+            return
+        with replacing_folder(folder.best) as temporary:
+            lora = folder.lora_file.name
+            shutil.copyfile(folder.candidate_dir(selection.step) / lora, temporary / lora)
+            (temporary / folder.selection_file.name).write_text(text)
+
+    def _forget(self, run: Run) -> None:
+        """Remove weights that neither the run nor one of its checkpoints can still select."""
+        needed = set(self._candidates()).union(*(self._candidates(step) for step in run.folder.checkpoint_steps()))
+        for step in set(run.folder.candidate_steps()) - needed:
+            shutil.rmtree(run.folder.candidate_dir(step))
+
+
+def _lies_there(run: Run, selection: Selection) -> bool:
+    """Whether best/ holds this step's LoRA already; after a resume it may hold the same step of another course."""
+    if run.folder.selection().get("step") != selection.step:
+        return False
+    there, wanted = (
+        place / run.folder.lora_file.name for place in (run.folder.best, run.folder.candidate_dir(selection.step))
+    )
+    return there.exists() and there.read_bytes() == wanted.read_bytes()

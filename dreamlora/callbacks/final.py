@@ -1,0 +1,90 @@
+"""The last word on a run: the larger evaluation set, on the base model, the best checkpoint and the last step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dreamlora.callbacks.evaluate import measure
+from dreamlora.interfaces import StepResult
+from dreamlora.item_losses import ItemLosses
+from dreamlora.metrics._eval_loss import EvalSet
+from dreamlora.training import state
+from dreamlora.training.loop import Run
+
+NAME = "eval/final_loss"
+GAP = "eval/gap"
+
+
+class FinalCallback:
+    """Measures the base model at the start; at the end the last step, and the best one if that is another.
+
+    Args:
+        items: the larger set.
+        learned: items of training images, for the gap; None if no images were held out.
+    """
+
+    def __init__(self, items: EvalSet, learned: EvalSet | None) -> None:
+        self._items = items
+        self._learned = learned
+        self._losses: ItemLosses = items.losses()
+
+    def on_start(self, run: Run) -> None:
+        """Measure the base model, or take up its measurement in a resumed run."""
+        file = run.folder.final_items_file
+        if run.accelerator.is_main_process:
+            self._items.save(run.folder.final_evalset_file)
+            if run.step and file.exists():
+                self._losses.take_up(file, until=0)
+        if run.step == 0:
+            self._measure(run, 0)
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        """Nothing: this is for the end."""
+
+    def on_end(self, run: Run) -> None:
+        """Measure the last step and the best one."""
+        best = broadcast_object_list([run.folder.selection().get("step") if run.accelerator.is_main_process else None])[
+            0
+        ]
+        if best not in (None, run.step):
+            with _weights_of(run, best):
+                self._measure(run, best)
+        self._measure(run, run.step)
+
+    def _measure(self, run: Run, step: int) -> None:
+        measured = measure(run, self._items)
+        learned = measure(run, self._learned) if self._learned else []
+        if not run.accelerator.is_main_process:
+            return
+        self._losses.put(step, measured)
+        self._losses.save(run.folder.final_items_file)
+        values = {NAME: self._losses.mean(step)}
+        if 0 in self._losses:
+            values[f"{NAME}_rel"] = float((self._losses.rows[step] / self._losses.rows[0]).mean())
+        if learned:
+            values[GAP] = values[NAME] - sum(learned) / len(learned)
+        more = {"at_end": True} if step else {}  # a resumed run measures these again
+        run.folder.log_all(step, values, n=len(measured), evalset_id=self._items.id, **more)
+        run.accelerator.log(values, step=step)
+
+
+@contextlib.contextmanager
+def _weights_of(run: Run, step: int) -> Iterator[None]:
+    """The model with the LoRA of a candidate in here; afterwards as it was. The main process reads the file."""
+    main = run.accelerator.is_main_process
+    stored: Mapping[str, Tensor] = load_file(run.folder.candidate_dir(step) / state.TRAINABLES_FILE) if main else {}
+    before = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
+    for name, parameter in run.trainables.items():
+        value = stored[name].to(parameter) if main else torch.empty_like(parameter)
+        parameter.data.copy_(broadcast(value))
+    try:
+        yield
+    finally:
+        for name, parameter in run.trainables.items():
+            parameter.data.copy_(before[name])

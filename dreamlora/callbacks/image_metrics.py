@@ -1,0 +1,197 @@
+"""When image metrics (CLIP score, DINO, KID, ...) are computed from the images of a step, and where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from dreamlora.data.images import ImageRecord
+from dreamlora.errors import UserError
+from dreamlora.evaluation.embedders import Embedders
+from dreamlora.evaluation.measure import Gallery, Value, measure
+from dreamlora.interfaces import StepResult
+from dreamlora.item_losses import Difference, paired_difference
+from dreamlora.metrics._vectors import paired_cosines
+from dreamlora.runfolder import read_jsonl
+from dreamlora.sampling.sampler import SamplePlan
+from dreamlora.selection import told
+from dreamlora.training.loop import Run
+
+CLIP_SCORE = "img/clip_t"
+CLIP_CHANGE = "img/clip_t_change"
+SUBJECT = "img/dino"
+LARGEST_DROP = 0.02
+"""By so much CLIP-T may fall below the base model's before a checkpoint is refused."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The images of every step, and what they are compared with.
+
+    Attributes:
+        folder: with a folder per step, as samples/ of the run folder.
+        plan: what is drawn at every step.
+        texts: what every image of the plan is scored against.
+        with_subject: whether the image's prompt names what is learned.
+        references: images that are not trained on.
+        training: images that are.
+    """
+
+    folder: Path
+    plan: SamplePlan
+    texts: Sequence[str]
+    with_subject: Sequence[bool]
+    references: Sequence[ImageRecord]
+    training: Sequence[ImageRecord]
+
+    def images(self, step: int) -> list[ImageRecord]:
+        """What was drawn at a step, in the order in which processes share the drawing: each reads its own files."""
+        files = [self.folder / f"step_{step:06d}" / f"{item.name}.png" for item in self.plan.items()]
+        return [ImageRecord(file.name, "image", file.read_bytes, str(file)) for file in files]
+
+    def gallery(self, step: int) -> Gallery:
+        """All that metrics of a step need."""
+        return Gallery(
+            generated=self.images(step),
+            groups=[item.prompt_index for item in self.plan.items()],
+            with_subject=self.with_subject,
+            texts=self.texts,
+            references=self.references,
+            training=self.training,
+            base=self.images(0),
+        )
+
+    def problem(self, step: int) -> str | None:
+        """Why the images of a step cannot be measured, if they cannot."""
+        rows = [row for row in read_jsonl(self.folder / "samples.jsonl") if row["step"] == step]
+        wrong = [row for row in rows if row.get("problem")]
+        if wrong:
+            return f"{len(wrong)} of {len(rows)} images are {wrong[0]['problem']}"
+        return None if len(rows) >= len(self.plan.items()) else "images are missing"
+
+
+class ImageMetricsCallback:
+    """Measures the images of step 0, of every ``every`` steps and of the end; comes after what draws them.
+
+    All processes share the encoding. A metric that cannot be computed is left out, with a note that says why.
+
+    Args:
+        names: of plug-ins in ``metrics/``.
+        every: steps between two measurements; the images are drawn as often.
+        scenes: the images.
+        embedders: the encoders.
+        note: tells the person something, now and in the report.
+    """
+
+    def __init__(
+        self, names: Sequence[str], every: int, scenes: Scenes, embedders: Embedders, note: Callable[[str], object]
+    ) -> None:
+        self._names = names
+        self._every = every
+        self._scenes = scenes
+        self._embedders = embedders
+        self._note = note
+        self._noted: set[str] = set()
+        self._values: dict[int, dict[str, float]] = {}
+        self._changes: dict[int, Difference] = {}
+
+    def on_start(self, run: Run) -> None:
+        """Measure the base model; after a resume only what is missing."""
+        if run.accelerator.is_main_process:
+            self._take_up(run)
+        self._measure_if_due(run)
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        """Measure if it is time."""
+        self._measure_if_due(run)
+
+    def on_end(self, run: Run) -> None:
+        """Nothing: the last step was measured."""
+
+    def vetoes(self, steps: Sequence[int]) -> dict[int, str]:
+        """Which of these steps must not be selected: those at whose last measurement the prompts were forgotten.
+
+        That is, CLIP-T on the run's images had fallen by more than 0.02 below the base model's on the same prompts and
+        seeds, and by one paired standard error more than that.
+        """
+        found = {}
+        for step in steps:
+            measured = max((other for other in self._changes if other <= step), default=None)
+            if measured is not None and _forgotten(self._changes[measured]):
+                size = told(self._changes[measured])
+                found[step] = f"at step {measured} the images follow their prompts less: CLIP-T fell by {size}"
+        return found
+
+    def compromise(self) -> dict[str, Any] | None:
+        """The step with the highest DINO x CLIP-T, the usual compromise of subject and prompt; None if not measured."""
+        both = {
+            step: values for step, values in self._values.items() if step and {CLIP_SCORE, SUBJECT} <= values.keys()
+        }
+        if not both:
+            return None
+        step = max(both, key=lambda one: both[one][SUBJECT] * both[one][CLIP_SCORE])
+        product = both[step][SUBJECT] * both[step][CLIP_SCORE]
+        return {"step": step, CLIP_SCORE: both[step][CLIP_SCORE], SUBJECT: both[step][SUBJECT], "product": product}
+
+    def _take_up(self, run: Run) -> None:
+        for row in run.folder.metrics():
+            if row["name"].startswith("img/") and row["value"] is not None:
+                self._values.setdefault(row["step"], {})[row["name"]] = row["value"]
+            if row["name"] == CLIP_CHANGE:
+                self._changes[row["step"]] = Difference(row["value"], row["se"], row["n"])
+
+    def _measure_if_due(self, run: Run) -> None:
+        if run.step % self._every and run.step != run.total_steps:
+            return
+        # The main process decides: others may not see its disk.
+        state: list[Any] = [None]
+        if run.accelerator.is_main_process:
+            state = [(run.step in self._values, self._scenes.problem(run.step))]
+        known, problem = broadcast_object_list(state)[0]
+        if problem and not known:
+            self._say([f"step {run.step}: no image metrics, as {problem}"])
+        elif not known:
+            self._measure(run)
+
+    def _measure(self, run: Run) -> None:
+        try:
+            found = measure(self._names, self._scenes.gallery(run.step), self._embedders)
+            scored = any(value.name == CLIP_SCORE for value in found.values)
+            change = self._change(run.step) if run.step and scored else None
+        except UserError as error:  # every process has it; the training does not depend on these numbers
+            self._say([f"no image metrics: {error}"])
+            return
+        self._say(found.notes)
+        if run.accelerator.is_main_process:
+            self._log(run, found.values, change)
+
+    def _log(self, run: Run, values: Sequence[Value], change: Difference | None) -> None:
+        for value in values:
+            more = {} if value.n_other is None else {"n_other": value.n_other}
+            run.folder.log_all(run.step, {value.name: value.value}, n=value.n, encoder_id=value.encoder_id, **more)
+        self._values[run.step] = {value.name: value.value for value in values}
+        if change:
+            self._changes[run.step] = change
+            run.folder.log_all(run.step, {CLIP_CHANGE: change.mean}, n=change.n, se=change.se)
+        run.accelerator.log(self._values[run.step], step=run.step)
+
+    def _change(self, step: int) -> Difference:
+        """CLIP-T of every image against that of the base model's image of the same prompt and seed."""
+        embedder = self._embedders("clip")
+        texts = embedder.texts(self._scenes.texts)
+        now, base = (paired_cosines(embedder.images(self._scenes.images(at)), texts) for at in (step, 0))
+        return paired_difference(now.numpy(), base.numpy())
+
+    def _say(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                self._note(note)
+
+
+def _forgotten(change: Difference) -> bool:
+    return change.mean + change.se < -LARGEST_DROP

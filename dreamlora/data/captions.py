@@ -1,0 +1,53 @@
+"""What becomes of a caption each time its image is seen: its tags are shuffled, or it is dropped.
+
+Embeddings are cached before training, so the tags cannot be shuffled anew each time: a fixed number of orders
+(``caption_variants``) is encoded for every caption, and training draws among these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dreamlora.config import Data
+from dreamlora.randomness import generator, permutation
+
+
+@dataclass(frozen=True)
+class CaptionPlan:
+    """See the options of the same names; nothing happens to captions by default.
+
+    Attributes:
+        seed: decides the shuffled orders.
+    """
+
+    dropout: float = 0.0
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    variants: int = 4
+    seed: int = 0
+
+    @classmethod
+    def of(cls, data: Data, seed: int) -> CaptionPlan:
+        """As the options say."""
+        return cls(data.caption_dropout, data.shuffle_tags, data.keep_tags, data.caption_variants, seed)
+
+    def texts(self, caption: str) -> list[str]:
+        """All that may be drawn for ``caption``, besides no caption at all."""
+        tags = [tag.strip() for tag in caption.split(",")]
+        head, tail = tags[: self.keep_tags], tags[self.keep_tags :]
+        if not self.shuffle_tags or len(tail) < 2:
+            return [caption]
+        orders = [permutation(len(tail), self.seed, "tags", caption, k) for k in range(self.variants)]
+        return [", ".join([*head, *(tail[place] for place in order)]) for order in orders]
+
+    def draw(self, caption: str, *position: int | str) -> str:
+        """The text of the sample at ``position``: a pure function of it, and "" with probability ``dropout``."""
+        if not self.dropout and not self.shuffle_tags:
+            return caption
+        draw = generator(self.seed, "caption", *position)
+        if torch.rand((), generator=draw) < self.dropout:
+            return ""
+        texts = self.texts(caption)
+        return texts[int(torch.randint(len(texts), (), generator=draw))]

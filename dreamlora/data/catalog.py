@@ -1,0 +1,154 @@
+"""Rows of a data set on disk, so that memory does not grow with their number.
+
+A row is an image's name, caption, hash and size. All rows lie in one SQLite file that lives as long as the catalogue,
+and an ``ImageRecord`` is made when it is asked for. Processes that inherit a catalogue, or are sent one, read the same
+file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from dreamlora.data.images import Facts, ImageRecord
+
+_SCHEMA = """
+CREATE TABLE rows (id INTEGER PRIMARY KEY, name BLOB, caption TEXT, hash BLOB, width INTEGER, height INTEGER);
+CREATE TABLE found (name BLOB PRIMARY KEY, image INTEGER, sidecar INTEGER, caption TEXT, line INTEGER, sort BLOB);
+"""
+_COLUMNS = "name, caption, hash, width, height"
+
+
+class Place(Protocol):
+    """Where the image files of a data set are."""
+
+    def reader(self, row: int, name: str) -> Callable[[], bytes]:
+        """Gives the bytes of an image file; can be pickled."""
+
+    def where(self, row: int, name: str) -> str:
+        """Full path, or data set and row."""
+
+    def stamp(self, row: int, name: str) -> tuple[str, str] | None:
+        """What identifies a file and what changes with its content, without reading it; None if that is unknown."""
+
+
+class Catalog(Sequence[ImageRecord]):
+    """Images in order; written once (``add``, ``examined``), then read.
+
+    Args:
+        place: where the image files are.
+
+    Attributes:
+        db: its SQLite connection in this process; ``found`` is a table for whoever fills the catalogue.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._file = Path(tempfile.mkdtemp(prefix="dreamlora-rows-")) / "rows.sqlite"
+        self._connections: dict[int, sqlite3.Connection] = {}
+        self._length = 0
+        weakref.finalize(self, _remove, self._file.parent, os.getpid())
+        self.db.executescript(_SCHEMA)
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """SQLite's connections must not cross a fork: every process opens its own."""
+        if os.getpid() not in self._connections:
+            connection = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False)
+            # a scratch file: nothing of it has to survive a crash
+            connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA temp_store=FILE;")
+            self._connections[os.getpid()] = connection
+        return self._connections[os.getpid()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_connections": {}}
+
+    @contextmanager
+    def filling(self) -> Iterator[sqlite3.Connection]:
+        """One transaction around many writes: several times faster than one for each."""
+        self.db.execute("BEGIN")
+        try:
+            yield self.db
+        finally:
+            self.db.execute("COMMIT")
+
+    def add(self, name: str, caption: str) -> None:
+        """Append a row."""
+        self.db.execute(
+            "INSERT INTO rows (id, name, caption) VALUES (?, ?, ?)", (self._length, os.fsencode(name), caption)
+        )
+        self._length += 1
+
+    def examined(self, row: int, facts: Facts) -> None:
+        """Keep hash and size of a row's image."""
+        values = (bytes.fromhex(facts.content_hash), *facts.size, row)
+        self.db.execute("UPDATE rows SET hash = ?, width = ?, height = ? WHERE id = ?", values)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` rows only."""
+        self.db.execute("DELETE FROM rows WHERE id >= ?", (length,))
+        self._length = min(self._length, length)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, row: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
+    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
+        if isinstance(row, slice):
+            return Selection(self, range(len(self))[row])
+        row = range(self._length)[row]
+        found = self.db.execute(f"SELECT {_COLUMNS} FROM rows WHERE id = ?", (row,)).fetchone()
+        return self._record(row, *found)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return (self[row] for row in range(self._length))
+
+    def _record(self, row: int, name: bytes, caption: str, digest: bytes | None, *size: int) -> ImageRecord:
+        spelled = os.fsdecode(name)
+        known = Facts(digest.hex(), (size[0], size[1])) if digest is not None else None
+        return ImageRecord(
+            spelled, caption, self.place.reader(row, spelled), self.place.where(row, spelled), known=known
+        )
+
+
+class Selection(Sequence[ImageRecord]):
+    """Some rows of other records: 8 bytes for each."""
+
+    def __init__(self, records: Sequence[ImageRecord], rows: Iterable[int]) -> None:
+        self._records = records
+        self._rows: range | array[int] = rows if isinstance(rows, range) else array("q", rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, row: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
+    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
+        if isinstance(row, slice):
+            return Selection(self._records, self._rows[row])
+        return self._records[self._rows[row]]
+
+
+def hash_prefixes(records: Iterable[ImageRecord]) -> np.ndarray:
+    """uint64 ``[n]``: the first 64 bits of every content hash; they sort as the hashes do."""
+    return np.fromiter((int(record.content_hash()[:16], 16) for record in records), np.uint64)
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked worker drops its copy of the catalogue too
+        shutil.rmtree(folder, ignore_errors=True)

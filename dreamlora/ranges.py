@@ -1,0 +1,60 @@
+"""Checks of options for ``__post_init__``: a UserError names the flag, what is allowed and what was given.
+
+Options that are None were not given and are passed over. No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dreamlora import registry
+from dreamlora.errors import UserError
+
+
+def respell(part: Any, name: str, kind: str) -> None:
+    """Put a plug-in's name as the registry spells it."""
+    object.__setattr__(part, name, spelled(name, getattr(part, name), kind))
+
+
+def spelled(flag: str, name: str, kind: str) -> str:
+    """A plug-in's name as the registry spells it; ``flag`` is what it was given for."""
+    try:
+        return registry.check(kind, name)
+    except UserError as error:
+        raise UserError(f"--{flag}: {error}") from None
+
+
+def _fail(part: Any, name: str, allowed: str) -> None:
+    raise UserError(f"--{name} must be {allowed} (got {getattr(part, name)})")
+
+
+def _given(part: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    return [(name, getattr(part, name)) for name in names if getattr(part, name) is not None]
+
+
+def at_least(part: Any, lowest: float, *names: str) -> None:
+    """``lowest <= value < inf`` for these options."""
+    for name, value in _given(part, names):
+        if not value >= lowest or value == float("inf"):
+            _fail(part, name, f"at least {lowest}")
+
+
+def above(part: Any, bound: float, *names: str) -> None:
+    """``bound < value < inf`` for these options."""
+    for name, value in _given(part, names):
+        if not bound < value < float("inf"):
+            _fail(part, name, f"above {bound}")
+
+
+def within(part: Any, low: float, high: float, *names: str) -> None:
+    """``low <= value < high`` for these options."""
+    for name, value in _given(part, names):
+        if not low <= value < high:
+            _fail(part, name, f"at least {low} and below {high}")
+
+
+def pairs(part: Any, name: str) -> None:
+    """Words that are names and values in turn."""
+    words = getattr(part, name)
+    if len(words) % 2:
+        raise UserError(f"--{name} takes pairs of a name and a value (got {' '.join(words)!r})")

@@ -1,0 +1,83 @@
+"""The start of the LoRA: an init of ``inits/`` is asked for A and B of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from dreamlora import offset, registry
+from dreamlora.inits._start import Probe, Target
+from dreamlora.randomness import seed_of
+from dreamlora.training import loop
+from dreamlora.training.loop import Run
+from dreamlora.training.stream import Layout, Stream
+
+
+def initialise(run: Run, options: Any) -> None:
+    """Start all adapters as ``--init`` says, the same in every process.
+
+    Args:
+        run: with adapters whose lora_B is zero.
+        options: of the init, an instance of its plug-in's ``Options``.
+
+    Raises:
+        UserError: the init cannot do a layer.
+    """
+    method = registry.load("inits", run.config.lora.init)
+    run.model.train()  # gradient checkpointing is only on then
+    targets = list(targets_of(run))
+    # The generator holds one layer's start at a time, hence no list.
+    for target, start in zip(targets, method.starts(targets, options, _probe(run)), strict=True):
+        for parameter, value in ((target.down, start.A), (target.up, start.B)):
+            values = value.to(parameter.device, parameter.dtype).reshape(parameter.shape).contiguous()
+            parameter.data.copy_(broadcast(values) if run.accelerator.num_processes > 1 else values)
+        if method.OFFSET:
+            offset.attach(target.layer, target.down, target.up)
+
+
+def targets_of(run: Run) -> Iterator[Target]:
+    """All adapted layers. Random draws go by the seed (each text encoder has its own) and the name in the model."""
+    model: Any = run.accelerator.unwrap_model(run.model)
+    modules: list[tuple[str, nn.Module]] = [("denoiser", model.denoiser)]
+    modules += [(f"encoders.{name}", encoder) for name, encoder in model.encoders.items()]
+    for number, (path, module) in enumerate(modules):
+        for name, layer in offset.adapted_layers(module):
+            yield Target(
+                name=f"{path}.{name}",
+                layer=layer,
+                down=layer.lora_A[offset.ADAPTER].weight,
+                up=layer.lora_B[offset.ADAPTER].weight,
+                scale=float(layer.scaling[offset.ADAPTER]),
+                key=(run.config.train.seed + number, "lora", f"{name}.lora_A.{offset.ADAPTER}.weight"),
+            )
+
+
+def _probe(run: Run) -> Probe:
+    """Draws of a stream of their own, so that the training sees them no sooner than others."""
+    train = run.config.train
+    batch_size = train.train_batch_size or 1
+    model = run.accelerator.unwrap_model(run.model)
+    stream = Stream(
+        run.stream.sources,
+        run.objective,
+        run.conditioning,
+        Layout(batch_size, accumulation=1, rank=0, world=1),
+        seed=seed_of(train.seed, "init"),
+        noise_offset=train.noise_offset,
+    )
+    alone = replace(run, model=model, stream=stream)
+
+    def loss(number: int) -> Tensor:
+        with run.accelerator.autocast():
+            return loop.micro_batch_loss(alone, loop.next_batches(alone, number, 0), 0)
+
+    def total(value: Tensor) -> Tensor:
+        summed: torch.Tensor = run.accelerator.reduce(value, "sum") if run.accelerator.num_processes > 1 else value
+        return summed
+
+    return Probe(model, loss, batch_size, run.accelerator.process_index, run.accelerator.num_processes, total)

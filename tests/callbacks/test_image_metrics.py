@@ -1,0 +1,70 @@
+"""What image metrics have to say in the choice of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dreamlora.callbacks.image_metrics import CLIP_CHANGE, CLIP_SCORE, SUBJECT, ImageMetricsCallback, Scenes
+from dreamlora.runfolder import RunFolder
+from dreamlora.sampling.sampler import SamplePlan
+
+PLAN = SamplePlan(("a sks dog", "a dog"), 2, 3.0)
+
+
+def knowing(folder: RunFolder, rows: dict[int, dict[str, float]], se: float = 0.01) -> ImageMetricsCallback:
+    """A callback of a resumed run for which these values were logged."""
+    folder.path.mkdir(exist_ok=True)
+    for step, values in rows.items():
+        folder.log_all(step, values, n=2, **({"se": se} if CLIP_CHANGE in values else {}))
+    scenes = Scenes(folder.samples, PLAN, (), (), (), ())
+    callback = ImageMetricsCallback(["clip_score"], 50, scenes, None, list)  # type: ignore[arg-type]
+    callback._take_up(SimpleNamespace(folder=folder))  # type: ignore[arg-type]
+    return callback
+
+
+@pytest.mark.parametrize(
+    ("drop", "refused"), [(0.05, True), (0.031, True), (0.029, False), (0.0, False), (-0.1, False)]
+)
+def test_a_clear_fall_of_the_clip_score_is_a_veto(tmp_path: Path, drop: float, refused: bool) -> None:
+    """More than 0.02 by more than one standard error, which is 0.01 here."""
+    callback = knowing(RunFolder(tmp_path), {50: {CLIP_CHANGE: 0.0}, 100: {CLIP_CHANGE: -drop}})
+    assert list(callback.vetoes([0, 25, 50, 75, 100, 125])) == ([100, 125] if refused else [])
+
+
+def test_the_last_measurement_counts(tmp_path: Path) -> None:
+    callback = knowing(RunFolder(tmp_path), {50: {CLIP_CHANGE: -0.5}, 100: {CLIP_CHANGE: 0.1}})
+    (veto,) = callback.vetoes([25, 75, 100]).items()
+    assert veto == (
+        75,
+        "at step 50 the images follow their prompts less: CLIP-T fell by 0.5 (50.0 paired standard errors)",
+    )
+
+
+def test_the_compromise_is_the_highest_product_of_trained_steps(tmp_path: Path) -> None:
+    rows = {
+        0: {SUBJECT: 0.9, CLIP_SCORE: 0.9},
+        50: {SUBJECT: 0.5, CLIP_SCORE: 0.3},
+        100: {SUBJECT: 0.6, CLIP_SCORE: 0.2},
+    }
+    found = knowing(RunFolder(tmp_path), rows).compromise()
+    assert found is not None and (found["step"], found["product"]) == (50, pytest.approx(0.15))
+    assert knowing(RunFolder(tmp_path / "other"), {50: {CLIP_SCORE: 0.3}}).compromise() is None
+
+
+def test_images_that_are_not_finite_are_not_measured(tmp_path: Path) -> None:
+    scenes = Scenes(tmp_path, PLAN, (), (), (), ())
+    rows: list[dict[str, Any]] = [
+        {"step": 5},
+        {"step": 5, "problem": "not finite"},
+        {"step": 6},
+        {"step": 6},
+        {"step": 7},
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(f"{row}\n".replace("'", '"') for row in rows))
+    assert scenes.problem(5) == "1 of 2 images are not finite"
+    assert scenes.problem(6) is None
+    assert scenes.problem(7) == "images are missing"
