@@ -23,7 +23,7 @@ import _machine
 import torch
 from diffusers.optimization import get_scheduler
 
-from dreamlora import assemble, cli, settle
+from dreamlora import assemble, cli
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
@@ -34,8 +34,14 @@ METRIC = "eval/loss"
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
-    """eval/loss by step; a loss that was not finite is infinite."""
+    """eval/loss by step; a loss that was not finite is infinite.
+
+    Raises:
+        UserError: no image was held out, so there is none.
+    """
     rows = [row for row in folder.metrics() if row["name"] == METRIC]
+    if not rows:
+        raise UserError("no image was held out: give more images, or --holdout")
     return {row["step"]: math.inf if row["value"] is None else row["value"] for row in rows}
 
 
@@ -65,8 +71,9 @@ def train(argv: list[str], folder: Path, change: Callable[[Run], None] | None = 
     Returns:
         ``losses`` by step, ``parameters`` that trained, ``seconds`` of training, ``config``.
     """
-    flags = [*argv, "--output_dir", str(folder), "--sample_steps", "0", "--checkpointing_steps", "0"]
-    run = build(flags)
+    nothing_else = ["--sample_steps", "0", "--checkpointing_steps", "0", "--final_eval_items", "0", "--no_save_best"]
+    flags = [*argv, "--output_dir", str(folder), *nothing_else]
+    run = assemble.prepare(*cli.parse_run(flags))
     if change:
         change(run)
     started = time.perf_counter()
@@ -80,19 +87,6 @@ def train(argv: list[str], folder: Path, change: Callable[[Run], None] | None = 
         "seconds": round(time.perf_counter() - started, 1),
         "config": run.config,
     }
-
-
-def build(argv: list[str]) -> Run:
-    """A run that is ready to train, by the steps of ``assemble.train``."""
-    config, options = cli.parse_run(argv)
-    stage = assemble._start(config)
-    folder = assemble._claim_folder(stage)
-    pictures = assemble._read_pictures(stage, folder)
-    if not pictures.held_out:
-        raise UserError("no image is held out: give more images, or --holdout")
-    stage.config = settle.by_length(stage.config, len(pictures.train), stage.accelerator.num_processes)
-    pictures = assemble._with_class_images(stage, folder, pictures)
-    return assemble._build(stage, folder, pictures, options)
 
 
 def all_parameters(learning_rate: float, denoiser_only: bool) -> Callable[[Run], None]:

@@ -1,29 +1,29 @@
-"""Time of one optimizer step, next to torch's fused AdamW and PEFT's Riemannian preconditioner.
+"""Time of one optimizer step over the LoRA pairs of real models: ours, torch's AdamW, PEFT's Riemannian preconditioner.
 
-    python benchmarks/optimizer_step.py --shapes sd15 --rank 16 --threads 2
+    python benchmarks/optimizer_step.py --threads 2
+    python benchmarks/optimizer_step.py --device cuda --cases sdxl/16
 
-Prints medians and ratios, and writes them to benchmarks/results/. The optimizers take turns, so that a busy machine
-slows all of them alike; --cpu_time counts the processor's time instead of the clock's (for one thread on a shared
-machine).
+A case is a model and a rank. All optimizers of a case work on the same factors and gradients and take turns, so that a
+busy machine slows all of them alike; the figure is the median over the rounds, and what counts is its ratio to fused
+AdamW. --cpu_time counts the processor's time instead of the clock's (for one thread on a shared machine).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-import peft
+import _machine
 import torch
 from peft.optimizers import create_riemannian_optimizer
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
-from dreamlora.optimizers import ScaledAdamW, ScaledGD, lora_param_groups
+from dreamlora.optimizers import LoRAMuon, LoRARITE, ScaledAdamW, ScaledGD, lora_param_groups
 
 
 def attention_shapes(widths: list[tuple[int, int]], text_width: int) -> list[tuple[int, int]]:
@@ -32,10 +32,26 @@ def attention_shapes(widths: list[tuple[int, int]], text_width: int) -> list[tup
 
 
 SHAPES = {
+    "tiny": attention_shapes([(32, 2), (64, 4), (128, 6)], 96),  # about the embedded model
     "sd15": attention_shapes([(320, 5), (640, 5), (1280, 6)], 768),  # Stable Diffusion 1.5: 128 pairs
     "sdxl": attention_shapes([(640, 10), (1280, 60)], 2048),  # SDXL: 560 pairs
-    "tiny": attention_shapes([(32, 2), (64, 4), (128, 6)], 96),  # about the embedded model
+    "flux": [(3072, 3072)] * 266,  # FLUX.1: projections of 19 double (8 each) and 38 single blocks (3 each)
 }
+CASES = [f"{model}/{rank}" for model in ("sd15", "sdxl", "flux") for rank in (4, 16, 64)]
+FUSED, PEFT = "adamw (torch, fused)", "riemannian (peft)"
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    FUSED: lambda m: AdamW(m.parameters(), lr=1e-4, fused=True),
+    "adamw (torch, foreach)": lambda m: AdamW(m.parameters(), lr=1e-4, foreach=True),
+    "scaled_gd": lambda m: ScaledGD(lora_param_groups(m), lr=1e-4),
+    "scaled_adamw": lambda m: ScaledAdamW(lora_param_groups(m), lr=1e-4),
+    "scaled_adamw, split": lambda m: ScaledAdamW(lora_param_groups(m), lr=1e-4, variant="split"),
+    "lora_rite": lambda m: LoRARITE(lora_param_groups(m), lr=1e-4),
+    "lora_muon": lambda m: LoRAMuon(lora_param_groups(m), lr=1e-4),
+    PEFT: lambda m: create_riemannian_optimizer(m, AdamW, lr=1e-4),
+}
+WARM_UP = 2
+TARGETS = {"cpu": ("sd15/16", 3.0, 1 / 3), "cuda": ("sdxl/16", 2.0, 1 / 30)}
+"""Case, and the most that a step of scaled_adamw may take: of fused AdamW's time, of PEFT's."""
 
 
 def adapter(shapes: list[tuple[int, int]], rank: int, device: str) -> nn.Module:
@@ -44,18 +60,19 @@ def adapter(shapes: list[tuple[int, int]], rank: int, device: str) -> nn.Module:
     layers = nn.ModuleList(
         nn.ModuleDict(
             {
-                "lora_A": nn.ModuleDict({"default": nn.Linear(n, rank, bias=False)}),
-                "lora_B": nn.ModuleDict({"default": nn.Linear(rank, m, bias=False)}),
+                "lora_A": nn.ModuleDict({"default": nn.Linear(n, rank, bias=False, device=device)}),
+                "lora_B": nn.ModuleDict({"default": nn.Linear(rank, m, bias=False, device=device)}),
             }
         )
         for m, n in shapes
-    ).to(device)
+    )
     for p in layers.parameters():
         p.grad = 0.01 * torch.randn_like(p)
     return layers
 
 
 def seconds(step: Callable[[], object], clock: Callable[[], float], device: str) -> float:
+    """Time of one call, with what it left to do on the GPU."""
     start = clock()
     step()
     if device == "cuda":
@@ -63,52 +80,75 @@ def seconds(step: Callable[[], object], clock: Callable[[], float], device: str)
     return clock() - start
 
 
+def measure(case: str, device: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Median and smallest time in ms, and ratio to fused AdamW, of every optimizer."""
+    model, rank = case.split("/")
+    layers = adapter(SHAPES[model], int(rank), device)
+    optimizers = {name: make(layers) for name, make in OPTIMIZERS.items()}
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for _ in range(WARM_UP + rounds):
+        for name, optimizer in optimizers.items():
+            times[name].append(1e3 * seconds(optimizer.step, clock, device))
+    times = {name: values[WARM_UP:] for name, values in times.items()}
+    return {"pairs": len(SHAPES[model]), "optimizers": ratios(times)}
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """By optimizer: median and smallest ms, and how many times fused AdamW's median that is."""
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        name: {
+            "median_ms": round(value, 3),
+            "fastest_ms": round(min(times[name]), 3),
+            "times_fused_adamw": round(value / medians[FUSED], 3),
+        }
+        for name, value in medians.items()
+    }
+
+
+def judged(cases: dict[str, Any], device: str) -> dict[str, Any] | None:
+    """Whether the target is met; None if its case was not measured."""
+    case, of_fused, of_peft = TARGETS[device]
+    if case not in cases:
+        return None
+    found = cases[case]["optimizers"]
+    fused, peft = (found["scaled_adamw"]["median_ms"] / found[name]["median_ms"] for name in (FUSED, PEFT))
+    return {
+        "case": case,
+        "of_fused_adamw": {"found": round(fused, 3), "wanted": of_fused, "passed": fused <= of_fused},
+        "of_peft_riemannian": {"found": round(peft, 3), "wanted": round(of_peft, 3), "passed": peft <= of_peft},
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", choices=SHAPES, default="sd15")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=30)
+    """Parse the flags, measure case by case, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=CASES, help="model/rank; models: " + ", ".join(SHAPES))
+    parser.add_argument("--threads", type=int, default=_machine.usable_cores())
+    parser.add_argument("--device", choices=TARGETS, default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cpu_time", action="store_true")
     options = parser.parse_args()
+    for case in options.cases:
+        model, _, rank = case.partition("/")
+        if model not in SHAPES or not rank.isdigit():
+            parser.error(f"--cases {case}: give model/rank, as in sd15/16; models: {', '.join(SHAPES)}")
     torch.set_num_threads(options.threads)
-
-    def model() -> nn.Module:
-        return adapter(SHAPES[options.shapes], options.rank, options.device)
-
-    optimizers = {
-        "adamw (torch, fused)": torch.optim.AdamW(model().parameters(), lr=1e-4, fused=True),
-        "scaled_adamw": ScaledAdamW(lora_param_groups(model()), lr=1e-4),
-        "scaled_gd": ScaledGD(lora_param_groups(model()), lr=1e-4),
-        "peft riemannian + AdamW": create_riemannian_optimizer(model(), torch.optim.AdamW, lr=1e-4),
-    }
     clock = time.process_time if options.cpu_time else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
-    for i in range(options.rounds + 3):
-        for name, optimizer in optimizers.items():
-            taken = seconds(optimizer.step, clock, options.device)
-            if i >= 3:
-                times[name].append(1e3 * taken)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    fused = medians["adamw (torch, fused)"]
-    for name, value in medians.items():
-        print(f"{name:26s} {value:8.2f} ms  {value / fused:6.2f} x fused AdamW")
-    result = {
-        "command": "python benchmarks/optimizer_step.py " + " ".join(sys.argv[1:]),
-        "pairs": len(SHAPES[options.shapes]),
-        "median_ms": medians,
-        "fastest_ms": {name: min(values) for name, values in times.items()},
-        "ratio_to_fused_adamw": {name: value / fused for name, value in medians.items()},
+    cases = {}
+    for case in options.cases:
+        cases[case] = measure(case, options.device, options.rounds, clock)
+        gc.collect()
+        for name, row in cases[case]["optimizers"].items():
+            print(f"{case:8s} {name:24s} {row['median_ms']:10.2f} ms {row['times_fused_adamw']:8.2f} x fused AdamW")
+    found = {
+        "command": _machine.command("optimizer_step.py"),
         "clock": "process" if options.cpu_time else "wall",
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "peft": peft.__version__},
+        "target": judged(cases, options.device),
+        "cases": cases,
+        "machine": _machine.describe(options.threads),
     }
-    name = f"optimizer_step_{options.shapes}_r{options.rank}_{options.device}_{options.threads}threads.json"
-    path = Path(__file__).parent / "results" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {_machine.write(f'optimizer_step_{options.device}', found)}")
 
 
 if __name__ == "__main__":

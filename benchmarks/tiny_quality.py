@@ -3,27 +3,22 @@
     python benchmarks/tiny_quality.py
     python benchmarks/tiny_quality.py --captions 64 --output somewhere/      # a quick look
 
-Colour and background are read from pixels; the kind is read by a small classifier that this script trains on rendered
-pictures (not by the embedded CLIP). Every judge is also applied to real renders of the same captions and to their
-autoencoder reconstructions, which bound what the samples can reach.
+Kind and colour are read by a small classifier that this script trains on rendered pictures (not by the embedded CLIP);
+background and, as a second opinion, colour are read from pixels. Every judge is also applied to real renders of the
+same captions and to their autoencoder reconstructions, which bound what the samples can reach.
 """
 
 import argparse
 import json
-import os
-import platform
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
+import _machine
 import numpy as np
-import PIL
 import torch
-import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import nn
@@ -35,6 +30,7 @@ from dreamlora.tiny import clip_path, pipeline_path, scenery, subjects, world
 STEPS, GUIDANCE = 20, 3.0
 TARGETS = {
     "colour": 0.97,
+    "colour_by_pixels": 0.97,
     "background": 0.99,
     "class": 0.90,
     "pair_colours": 0.80,
@@ -64,11 +60,13 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 def build_classifier() -> nn.Sequential:
-    """A small convolutional network: (n, 3, 64, 64) -> scores of the kinds."""
+    """A small convolutional network: (n, 3, 64, 64) -> scores of the kinds, then of the colours."""
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
         layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, len(KIND_NAMES)))
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, len(KIND_NAMES) + len(COLOUR_NAMES))
+    )
 
 
 def train_classifier(pictures: int, seed: int = 0) -> nn.Sequential:
@@ -85,8 +83,11 @@ def train_classifier(pictures: int, seed: int = 0) -> nn.Sequential:
         pixels = pixels + rng.uniform(0, 0.15) * torch.randn_like(pixels)
         if rng.random() < 0.3:
             pixels = F.avg_pool2d(pixels, 3, 1, 1)
-        labels = torch.tensor([KIND_NAMES.index(scene.things[0].kind) for scene in scenes])
-        F.cross_entropy(model(pixels), labels).backward()
+        things = [scene.things[0] for scene in scenes]
+        kinds = torch.tensor([KIND_NAMES.index(thing.kind) for thing in things])
+        colours = torch.tensor([COLOUR_NAMES.index(thing.colour) for thing in things])
+        scores = model(pixels).split((len(KIND_NAMES), len(COLOUR_NAMES)), 1)
+        (F.cross_entropy(scores[0], kinds) + F.cross_entropy(scores[1], colours)).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -94,9 +95,10 @@ def train_classifier(pictures: int, seed: int = 0) -> nn.Sequential:
 
 
 @torch.no_grad()
-def kinds_of(model: nn.Module, pictures: np.ndarray) -> list[str]:
-    """The kind that the classifier sees in each picture."""
-    return [KIND_NAMES[i] for i in model(to_tensor(pictures)).argmax(1).tolist()]
+def classified(model: nn.Module, pictures: np.ndarray) -> tuple[list[str], list[str]]:
+    """The kind and the colour that the classifier sees in each picture."""
+    kinds, colours = model(to_tensor(pictures)).split((len(KIND_NAMES), len(COLOUR_NAMES)), 1)
+    return [KIND_NAMES[i] for i in kinds.argmax(1).tolist()], [COLOUR_NAMES[i] for i in colours.argmax(1).tolist()]
 
 
 class PixelJudge:
@@ -179,17 +181,25 @@ def _region(scene: world.Scene, which: int) -> tuple[slice, slice]:
 
 def judge_singles(judge: PixelJudge, classifier: nn.Module, pictures: np.ndarray, scenes: list[world.Scene]) -> dict:
     """Share of pictures whose colour, background and kind are the caption's."""
-    kinds = kinds_of(classifier, pictures)
-    colours = [judge.colour(p, s) == s.things[0].colour for p, s in zip(pictures, scenes, strict=True)]
-    backgrounds = [judge.background(p) == s.background for p, s in zip(pictures, scenes, strict=True)]
+    kinds, colours = classified(classifier, pictures)
     classes = [kind == scene.things[0].kind for kind, scene in zip(kinds, scenes, strict=True)]
-    by_kind = {
-        name: round(float(np.mean(right)), 3)
-        for name in KIND_NAMES
-        if (right := [ok for ok, scene in zip(classes, scenes, strict=True) if scene.things[0].kind == name])
+    right: dict[str, list[bool]] = {
+        "colour": [colour == scene.things[0].colour for colour, scene in zip(colours, scenes, strict=True)],
+        "colour_by_pixels": [
+            judge.colour(picture, scene) == scene.things[0].colour
+            for picture, scene in zip(pictures, scenes, strict=True)
+        ],
+        "background": [
+            judge.background(picture) == scene.background for picture, scene in zip(pictures, scenes, strict=True)
+        ],
+        "class": classes,
     }
-    scores = {"colour": colours, "background": backgrounds, "class": classes}
-    return {name: round(float(np.mean(right)), 4) for name, right in scores.items()} | {"class_by_kind": by_kind}
+    by_kind = {
+        name: round(float(np.mean(own)), 3)
+        for name in KIND_NAMES
+        if (own := [ok for ok, scene in zip(classes, scenes, strict=True) if scene.things[0].kind == name])
+    }
+    return {name: round(float(np.mean(marks)), 4) for name, marks in right.items()} | {"class_by_kind": by_kind}
 
 
 def judge_pairs(judge: PixelJudge, pictures: np.ndarray, scenes: list[world.Scene]) -> float:
@@ -270,22 +280,6 @@ def _wrap(text: str, width: int) -> list[str]:
     return lines
 
 
-def machine() -> dict:
-    """What ran this: no names, no paths."""
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "pillow": PIL.__version__,
-    }
-
-
 def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> dict:
     """All figures; the contact sheets go to `folder`."""
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_path())
@@ -307,7 +301,7 @@ def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> d
     contact_sheet(folder / "tiny_quality_pairs.png", made_pairs[:32], pair_captions[:32])
     scores = judge_singles(decoded_judge, classifier, made, singles)
     figures_array = to_array(figures)
-    results = {name: scores[name] for name in ("colour", "background", "class")}
+    results = {name: scores[name] for name in ("colour", "colour_by_pixels", "background", "class")}
     results |= {
         "pair_colours": judge_pairs(decoded_judge, made_pairs, doubles),
         "psnr_held_out": psnr(real, decoded),
@@ -330,17 +324,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--classifier_pictures", type=int, default=CLASSIFIER_PICTURES)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=_machine.RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
     measured = measure(options.captions, options.pairs, options.classifier_pictures, options.output)
     passed = {name: measured["results"][name] >= target for name, target in TARGETS.items()}
     settings = {"captions": options.captions, "pairs": options.pairs, "ddim_steps": STEPS, "guidance": GUIDANCE}
-    command = " ".join(["python", "benchmarks/tiny_quality.py", *sys.argv[1:]])
-    report = {"command": command, "settings": settings, **measured, "targets": TARGETS, "passed": passed}
-    report["machine"] = machine()
-    (options.output / "tiny_quality.json").write_text(json.dumps(report, indent=2) + "\n")
+    report = {"command": _machine.command("tiny_quality.py"), "settings": settings, **measured}
+    report |= {"targets": TARGETS, "passed": passed, "machine": _machine.describe(options.threads)}
+    _machine.write("tiny_quality", report, options.output)
     print(json.dumps({"results": measured["results"], "passed": passed}, indent=2))
 
 
