@@ -10,6 +10,7 @@ from torch import nn
 
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
+from dreamlora.lora.fused import fuse
 from dreamlora.offset import ADAPTER
 
 EVERY_LINEAR = "all-linear"
@@ -43,6 +44,7 @@ def add_lora(module: Any, lora: Lora, layers: Sequence[str]) -> None:
         raise UserError(f"--lora_layers {' '.join(layers)}: PEFT cannot adapt these layers: {error}") from error
     for parameter in trainable_parameters(module).values():
         parameter.data = parameter.data.float()
+    fuse(module)
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
