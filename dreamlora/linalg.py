@@ -94,18 +94,8 @@ def relative(K: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 _ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-8}
-
-
 _ROUNDING_LOW = 1e-4
-
-
 _ROUNDING_SINGLE_GRAM = 1e-6
-
-
-_POLAR_FLOOR = {torch.float64: 1e-7}
-
-
-_POLAR_FLOOR_LOW = 1e-5
 
 
 def gram_dtype(device: torch.device) -> torch.dtype:
@@ -117,6 +107,11 @@ def rounding_level(dtype: torch.dtype, gram: torch.dtype) -> float:
     """Relative damping below which a Gram matrix of factors of ``dtype``, computed in ``gram``, says nothing."""
     level = _ROUNDING.get(dtype, _ROUNDING_LOW)
     return level if gram == torch.float64 else max(level, _ROUNDING_SINGLE_GRAM)
+
+
+def root_damping(dtype: torch.dtype) -> float:
+    """Relative damping of ``inverse_root``, for matrices that were made of data of ``dtype``."""
+    return 1e-12 if dtype == torch.float64 else 1e-9
 
 
 def orthonormal_coordinates(K: Tensor, damping: float) -> Inverse:
@@ -153,10 +148,11 @@ def range_projection(E: Tensor, K: Tensor) -> Tensor:
 def inverse_root(V: Tensor, eps: Tensor | float, dtype: torch.dtype) -> Inverse:
     """``(V^½ + εI)⁻¹`` of positive semi-definite ``V`` ``(..., r, r)`` without eigenvalues.
 
+    A fraction of V's mean eigenvalue (``root_damping``) is added first: where V has fewer directions than rows, the
+    others are rounding, and are not to be enlarged to the size of the rest.
+
     With Cholesky ``V = L Lᵀ`` and polar decomposition ``Lᵀ = U H``: ``H = V^½`` and ``V^-½ = L⁻ᵀU``. All steps are
     matrix products and Cholesky factors, which run batched and need no synchronisation on a GPU.
-
-    Directions whose root is below 1e-7 of the largest (float64; 1e-5 for others) count as rounding and are damped.
 
     Args:
         V: in float64 where the device has it.
@@ -167,9 +163,10 @@ def inverse_root(V: Tensor, eps: Tensor | float, dtype: torch.dtype) -> Inverse:
     zero = tau <= TAU_MIN
     identity = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
     scale = torch.where(zero, 1.0, tau)
-    W = torch.where(zero, identity, V / scale + 4 * torch.finfo(V.dtype).eps * identity)
+    rank, level = V.shape[-1], root_damping(dtype)
+    W = torch.where(zero, identity, V / scale + level * identity)
     L, L_inverse, failed = _factor(W)
-    U = polar_factor(L.mT / math.sqrt(V.shape[-1]), _POLAR_FLOOR.get(dtype, _POLAR_FLOOR_LOW))
+    U = polar_factor(L.mT / math.sqrt(rank + level), math.sqrt(level / (2 * rank)))
     root = symmetric(L_inverse.mT @ U) * scale.rsqrt()
     damped = root @ spd_inverse(identity + eps * root).P
     # A zero V has the root 1/eps; what it multiplies is zero, so it may as well be zero (eps may be too).
@@ -229,6 +226,7 @@ __all__ = [
     "polar_factor",
     "range_projection",
     "relative",
+    "root_damping",
     "rounding_level",
     "spd_inverse",
     "symmetric",

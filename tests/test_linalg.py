@@ -78,13 +78,15 @@ def test_inverse_root_without_eigenvalues(eps, scale):
     assert not failed.any()
 
 
-def test_inverse_root_reaches_five_digits_of_the_root_and_damps_below():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_inverse_root_takes_directions_below_rounding_for_none(dtype):
     Q = torch.linalg.qr(spd(1, 4)).Q
-    V = Q @ torch.diag(torch.tensor([1.0, 1e-4, 1e-8, 1e-24], dtype=torch.float64)) @ Q.mT
-    found, _ = linalg.inverse_root(V, 0.0, torch.float32)
-    sizes = (Q.mT @ found @ Q).diagonal(dim1=-2, dim2=-1)[0]
-    torch.testing.assert_close(sizes[:3], torch.tensor([1.0, 1e2, 1e4], dtype=torch.float64), rtol=1e-3, atol=0)
-    assert sizes[3] < 1e7  # 1e12 if it were taken at its word
+    sizes = torch.tensor([1.0, 1e-4, 1e-8, 0.0], dtype=torch.float64)
+    V = Q @ torch.diag(sizes) @ Q.mT
+    found, failed = linalg.inverse_root(V, 0.0, dtype)
+    expected = (sizes + linalg.root_damping(dtype) * sizes.mean()).rsqrt()
+    torch.testing.assert_close((Q.mT @ found @ Q).diagonal(dim1=-2, dim2=-1)[0], expected, rtol=1e-3, atol=0)
+    assert not failed.any()
 
 
 def test_inverse_root_of_zero_and_of_what_is_not_finite():

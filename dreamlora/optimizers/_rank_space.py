@@ -130,7 +130,9 @@ class RankSpace:
         for side, E, x in zip(self.sides, self.split(self.E), stacked, strict=True):
             u = side.product(E.to(self.dtype), x)
             parts.append(u)
-            moments.append(side.gram(u, u).to(self.gram_dtype) / side.length())
+            # in full precision, else a Gram matrix of fewer gradient directions than ranks is not even semi-definite
+            full = u.to(self.gram_dtype)
+            moments.append(side.gram(full, full) / side.length())
         return parts, torch.cat(moments)
 
     def back(self, row_norms: list[float]) -> Tensor:

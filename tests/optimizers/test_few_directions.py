@@ -1,0 +1,70 @@
+"""Gradients of fewer directions than ranks: a batch of few tokens gives a large LoRA no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_problems import Pairs, general, pair_group, regauge, relative_distance
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dreamlora.optimizers import LoRAMuon, LoRARITE
+
+METHODS = {"lora_rite": (LoRARITE, 1e-2), "lora_muon": (LoRAMuon, 3e-2)}
+RANK = 8
+
+
+def zero_start(dtype: torch.dtype) -> Pairs:
+    A = torch.randn(RANK, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 20**0.5
+    return [(nn.Parameter(A.to(dtype)), nn.Parameter(torch.zeros(30, RANK, dtype=dtype)))]
+
+
+def fit(pairs: Pairs, optimizer: Optimizer, directions: int, steps: int, *, fresh: bool) -> tuple[float, list[Tensor]]:
+    """Learn ``BA X = W X``, with X ``(n, directions)`` the same or a new one in every step.
+
+    Returns:
+        The error at the last step's X, of that of a zero product; and the product after every step.
+    """
+    generator = torch.Generator().manual_seed(1)
+    ((A, B),) = pairs
+    W = torch.randn(30, 20, generator=generator, dtype=torch.float64) / 20**0.5
+    X = torch.randn(20, directions, generator=generator, dtype=torch.float64)
+    error, products = 0.0, []
+    for _ in range(steps):
+        if fresh:
+            X = torch.randn(20, directions, generator=generator, dtype=torch.float64)
+        a, b = A.detach().double(), B.detach().double()
+        distance = (b @ a - W) @ X
+        error = float(distance.norm() / (W @ X).norm())
+        G = distance @ X.T / directions
+        A.grad, B.grad = (b.T @ G).to(A.dtype), (G @ a.T).to(B.dtype)
+        before = B.detach().clone()
+        optimizer.step()
+        assert not torch.equal(B.detach(), before)
+        products.append((B @ A).detach())
+    return error, products
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("directions", [1, 2, 4])
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_step_moves_and_the_error_falls(method, directions, fresh, dtype):
+    make, lr = METHODS[method]
+    pairs = zero_start(dtype)
+    optimizer = make([pair_group(pairs)], lr=lr)
+    error, _ = fit(pairs, optimizer, directions, 60, fresh=fresh)
+    assert optimizer.stats["fallbacks"] == 0
+    assert error < (0.93 if fresh else 0.8)
+    assert all(p.isfinite().all() and float(p.detach().abs().max()) < 3 for pair in pairs for p in pair)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_at_zero_does_not_see_the_factorisation(method):
+    make, lr = METHODS[method]
+    pairs = zero_start(torch.float64)
+    other = regauge(pairs, general)
+    settings = {"lr": lr, "weight_decay": 0.1}
+    _, expected = fit(pairs, make([pair_group(pairs)], **settings), RANK, 8, fresh=True)
+    _, found = fit(other, make([pair_group(other)], **settings), RANK, 8, fresh=True)
+    assert relative_distance(found, expected) < 1e-10
