@@ -213,13 +213,28 @@ def robustness_rows(
 def test_robustness_is_the_worst_cell_of_the_rate_that_was_best_elsewhere() -> None:
     robustness = load("robustness")
     tuning = robustness_rows("a", "x", {0.1: [0.6, 0.8], 0.2: [0.55, 0.7], 0.4: [0.5, float("inf")]})
-    sweep = robustness_rows("b", "x", {0.2: [0.6, 0.6]}) + robustness_rows("b", "y", {1.0: [0.5, 0.8]})
-    test = [row for seed, loss in ((1, 0.7), (2, 0.5)) for row in robustness_rows("b", "x", {0.2: [loss, 0.7]}, seed)]
-    found = robustness.result(tuning, sweep, test)["methods"]["x"]
-    assert found["learning_rate"] == 0.2, "worst cells: 0.67, 0.9 and a run that broke off"
-    assert found["cells"] == {"b r1 alpha1 kaiming": 0.8, "b r8 alpha1 kaiming": 0.75}
-    assert (found["worst"], found["median"]) == (0.75, 0.775)
-    assert (found["tuned_worst"], found["tuned_median"]) == (1.0, 1.0)
+    tuning += robustness_rows("a", "y", {1.0: [0.9, 0.9]})
+    test = [
+        row
+        for seed, loss in ((1, 0.7), (2, 0.5))
+        for row in robustness_rows("b", "x", {0.2: [loss, 0.7], 0.4: [loss - 0.05, 0.8]}, seed)
+        + robustness_rows("b", "y", {1.0: [1.1 - loss, 0.6]}, seed)
+    ]
+    found = robustness.result(tuning, test)
+    x = found["methods"]["x"]
+    assert x["learning_rate"] == 0.2, "worst cells: 0.67, 0.9 and a run that broke off"
+    # the lowest means over the seeds are 0.5 (y, though x had 0.45 in one seed; x at 0.4 has 0.55) and 0.6
+    assert x["cells"] == {"b r1 alpha1 kaiming": 0.8, "b r8 alpha1 kaiming": 0.75}
+    assert (x["worst"], x["median"]) == (0.75, 0.775)
+    assert x["tuned_worst"] == 0.75 and x["tuned_median"] == 0.825
+    assert found["best"] == "x" and not found["passed"], "y is better on the test subject, which does not choose"
+
+
+def test_robustness_goes_on_beyond_the_end_of_a_grid() -> None:
+    robustness = load("robustness")
+    assert robustness.longer([0.05, 0.1, 0.2], 0.1) is None
+    assert robustness.longer([0.05, 0.1, 0.2], 0.2) == 0.4
+    assert robustness.longer([0.05, 0.1, 0.2, 0.025], 0.025) == 0.0125
 
 
 def test_robustness_asks_for_rates_and_commands_that_exist(tmp_path: Path) -> None:
