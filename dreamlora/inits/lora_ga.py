@@ -25,7 +25,7 @@ class Options:
     """The paper's γ: both factors are multiplied by m^(1/4)/√γ, m being the layer's outputs. Larger starts smaller."""
     draws: int = 128
     """Fixed (image, time, noise) draws that the gradient is averaged over; rounded up to whole batches."""
-    iterations: int = 1
+    iterations: int = 3
     """Power iterations of the gradient's singular value decomposition; all draws are passed 2 + 2·iterations times."""
     oversampling: float = 2.0
     """Width of that decomposition, as a multiple of the 2·rank singular vectors that are used."""

@@ -44,7 +44,7 @@ class Side:
         for p, state in zip(self.params, states, strict=True):
             if key not in state:
                 state[key] = torch.zeros_like(p, dtype=compute_dtype(p.dtype))
-        first = states[0][key]._base
+        first = None if torch.compiler.is_compiling() else states[0][key]._base  # a view's base is no traced tensor
         whole = first is not None and len(first) == len(states) and all(s[key]._base is first for s in states)
         if first is not None and whole and states[0][key].data_ptr() == first.data_ptr():
             return first  # as keep_momenta left them
@@ -145,7 +145,7 @@ class RankSpace:
         if self.group["trust"]:
             back = back @ self._trusted(row_norms)
         if self.group["scale_correction"]:
-            back = back / self.per_factor([s for side in self.sides for s in side.scalings])
+            back = back / self.per_factor([abs(s) for side in self.sides for s in side.scalings])
         return back
 
     def _trusted(self, row_norms: list[float]) -> Tensor:
@@ -162,7 +162,7 @@ class RankSpace:
         reach = []
         for side, norm in zip(self.sides, row_norms, strict=True):
             step = self.rates(side)[0] * norm if side.wide else 0.0
-            reach += [step / (s if self.group["scale_correction"] else 1.0) for s in side.scalings]
+            reach += [step / (abs(s) if self.group["scale_correction"] else 1.0) for s in side.scalings]
         c2 = (self.per_factor(reach) / (2 * self.group["trust"])).square()
         F = self.E @ self.K
         W = linalg.symmetric(F @ own @ F.mT)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dreamlora.linalg import symmetric
+
 
 class Roots(NamedTuple):
     """``M^½`` and ``M^-½`` ``(..., r, r)``, symmetric, and where they could not be had (the identity there)."""
@@ -61,12 +63,7 @@ def spd_roots(M: Tensor, condition: float) -> Roots:
         values, vectors = torch.linalg.eigh(M)
         values = values.clamp_min(1e-15 * values[..., -1:])[..., None, :].sqrt()
         root, inverse_root = (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
-    return Roots(_symmetric(root).to(dtype), _symmetric(inverse_root).to(dtype), bad[..., 0, 0])
-
-
-def _symmetric(M: Tensor) -> Tensor:
-    """``(M + Mᵀ)/2``: takes away what rounding made asymmetric."""
-    return (M + M.mT) / 2
+    return Roots(symmetric(root).to(dtype), symmetric(inverse_root).to(dtype), bad[..., 0, 0])
 
 
 def _newton_rounds(condition: float, eps: float) -> int:
@@ -95,9 +92,9 @@ def geometric_mean(KA: Tensor, KB: Tensor, condition: float) -> tuple[Tensor, Te
     failed = info != 0
     L = torch.where(failed[..., None, None], identity, L)
     L_inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
-    roots = spd_roots(_symmetric(L.mT @ KB @ L), condition**2)
+    roots = spd_roots(symmetric(L.mT @ KB @ L), condition**2)
     S = L_inverse.mT @ roots.root @ L_inverse
     S_inverse = L @ roots.inverse_root @ L.mT
     failed = failed | roots.failed
     S, S_inverse = (torch.where(failed[..., None, None], identity, x) for x in (S, S_inverse))
-    return _symmetric(S).to(dtype), _symmetric(S_inverse).to(dtype), failed
+    return symmetric(S).to(dtype), symmetric(S_inverse).to(dtype), failed

@@ -46,9 +46,9 @@ class Options(ScaledOptions):
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     """Scaled GD over the groups of ``lora_param_groups``; groups without pairs get ``fallback_lr``."""
+    from dreamlora.optimizers._groups import with_fallback_lr
     from dreamlora.optimizers._scaled import ScaledGD
 
     settings = dataclasses.asdict(options)
-    fallback_lr = settings.pop("fallback_lr")
-    groups = [g if g.get("lora_pairs") else {**g, "lr": fallback_lr} for g in param_groups]
+    groups = with_fallback_lr(param_groups, settings.pop("fallback_lr"))
     return ScaledGD(groups, DEFAULT_LR, **settings)

@@ -6,9 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 
+from dreamlora import offset
 from dreamlora.errors import UserError
+from dreamlora.inits import lora_ga
 from dreamlora.inits._gradients import Plan, mean_gradient_svd
+from dreamlora.inits._start import Probe, Target
 from tests.inits.problems import BATCH, BATCHES, RANK, SCALE, loss_of, probe_of, problem
 
 EVERYTHING = {"draws": BATCH * BATCHES}
@@ -39,6 +44,25 @@ def test_a_narrow_sketch_finds_nearly_all_of_the_leading_part(iterations, share)
         assert U.shape[1] == 4
         kept = (U[:, :2].mT @ gradient @ V[:, :2]).norm()
         assert kept >= share * best(gradient, 2).norm()
+
+
+def test_the_default_decomposition_is_close_to_the_exact_one():
+    """A layer of 96 x 96 whose gradient's singular values fall slowly, as i^-1/4: the sketch has 32 of its columns."""
+    torch.manual_seed(0)
+    rank, size = 8, 96
+    net = inject_adapter_in_model(LoraConfig(r=rank, target_modules=["0"]), nn.Sequential(nn.Linear(size, size)))
+    U, V = (torch.linalg.qr(torch.randn(size, size)).Q for _ in range(2))
+    gradient = U * torch.arange(1, size + 1) ** -0.25 @ V.mT
+    ((name, layer),) = offset.adapted_layers(net)
+    target = Target(name, layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight, 1.0, (0, name))
+    # the gradient of sum(G * W x x') for orthonormal inputs is G
+    probe = Probe(net, lambda number: (net(torch.eye(size)).mT * gradient).sum(), 1, 0, 1, lambda value: value)
+    options = lora_ga.Options(draws=1)
+    ((found_U, found_V),) = mean_gradient_svd([target], probe, Plan(1, options.iterations, options.oversampling))
+    left, right = found_U[:, rank : 2 * rank], found_V[:, :rank]
+    step = left @ left.mT @ gradient + gradient @ right @ right.mT
+    ideal = best(gradient, 2 * rank)
+    assert float((step * ideal).sum() / step.norm() / ideal.norm()) > 0.95
 
 
 def test_the_first_step_is_the_best_approximation_of_the_full_gradient():

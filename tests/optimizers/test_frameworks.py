@@ -8,7 +8,7 @@ import torch.distributed as dist
 from lora_problems import make_pairs, pair_group, quadratic_gradients, targets
 from torch import nn
 
-from dreamlora.optimizers import ScaledAdamW, ScaledGD, find_lora_pairs, lora_param_groups
+from dreamlora.optimizers import LoRAMuon, LoRARITE, ScaledAdamW, ScaledGD, find_lora_pairs, lora_param_groups
 
 
 class Adapted(nn.Module):
@@ -70,17 +70,23 @@ def test_factors_sharded_by_fsdp2_are_refused_before_and_after_construction(one_
 
 @pytest.mark.parametrize(
     ("cls", "options"),
-    [(ScaledAdamW, {}), (ScaledAdamW, {"variant": "split"}), (ScaledGD, {"momentum": 0.9, "geometry": "tangent"})],
-    ids=["adamw", "split", "gd-tangent"],
+    [
+        (ScaledAdamW, {}),
+        (ScaledAdamW, {"variant": "split"}),
+        (ScaledGD, {"momentum": 0.9, "geometry": "tangent"}),
+        (LoRARITE, {}),
+        (LoRAMuon, {}),
+    ],
+    ids=["adamw", "split", "gd-tangent", "rite", "muon"],
 )
 def test_a_compiled_step_is_the_step(cls, options):
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        pairs = make_pairs(((4, 5, 2),))
+        pairs = make_pairs(((4, 5, 2), (4, 5, 2)))
         optimizer = cls([pair_group(pairs)], lr=1e-2, **options)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-        for _ in range(2):
+        for _ in range(3):
             quadratic_gradients(pairs, targets(pairs))
             step()
         results.append([p.detach() for pair in pairs for p in pair])

@@ -16,7 +16,7 @@ from lora_problems import (
 )
 from torch import Tensor
 
-from dreamlora.optimizers import LoRAMuon
+from dreamlora.optimizers import LoRAMuon, LoRARITE
 
 
 def values(pairs) -> list[Tensor]:
@@ -143,6 +143,18 @@ def test_trust_bounds_the_change_of_A_and_leaves_B_alone(size, scaling):
         wanted = torch.linalg.solve(root, D @ root @ published[2 * i])
         torch.testing.assert_close(step[2 * i], wanted, rtol=1e-6, atol=1e-9 * float(wanted.abs().max()))
         torch.testing.assert_close(step[2 * i + 1], published[2 * i + 1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cls", [LoRAMuon, LoRARITE])
+def test_a_negative_scaling_goes_downhill_too(cls):
+    pairs = make_pairs()
+    optimizer = cls([pair_group(pairs, scalings=[-2.0] * 4)], lr=1e-2)
+    wanted = targets(pairs)
+    before = sum(float(G.norm()) for G in quadratic_gradients(pairs, wanted, -2.0))
+    for _ in range(5):
+        optimizer.step()
+        after = sum(float(G.norm()) for G in quadratic_gradients(pairs, wanted, -2.0))
+    assert after < before
 
 
 def test_a_zero_A_is_free_to_move():
