@@ -53,8 +53,8 @@ class Scenes:
         files = [self.folder / f"step_{step:06d}" / f"{item.name}.png" for item in self.plan.items()]
         return [ImageRecord(file.name, "image", file.read_bytes, str(file)) for file in files]
 
-    def gallery(self, step: int) -> Gallery:
-        """All that metrics of a step need."""
+    def gallery(self, step: int, *, with_base: bool) -> Gallery:
+        """All that metrics of a step need; the base model's images only if they are any good."""
         return Gallery(
             generated=self.images(step),
             groups=[item.prompt_index for item in self.plan.items()],
@@ -62,7 +62,7 @@ class Scenes:
             texts=self.texts,
             references=self.references,
             training=self.training,
-            base=self.images(0),
+            base=self.images(0) if with_base else (),
         )
 
     def problem(self, step: int) -> str | None:
@@ -150,18 +150,20 @@ class ImageMetricsCallback:
         # The main process decides: others may not see its disk.
         state: list[Any] = [None]
         if run.accelerator.is_main_process:
-            state = [(run.step in self._values, self._scenes.problem(run.step))]
-        known, problem = broadcast_object_list(state)[0]
+            state = [(run.step in self._values, self._scenes.problem(run.step), self._scenes.problem(0))]
+        known, problem, base_problem = broadcast_object_list(state)[0]
         if problem and not known:
             self._say([f"step {run.step}: no image metrics, as {problem}"])
         elif not known:
-            self._measure(run)
+            if base_problem:
+                self._say([f"nothing is compared with the base model's images: {base_problem}"])
+            self._measure(run, with_base=not base_problem)
 
-    def _measure(self, run: Run) -> None:
+    def _measure(self, run: Run, *, with_base: bool) -> None:
         try:
-            found = measure(self._names, self._scenes.gallery(run.step), self._embedders)
+            found = measure(self._names, self._scenes.gallery(run.step, with_base=with_base), self._embedders)
             scored = any(value.name == CLIP_SCORE for value in found.values)
-            change = self._change(run.step) if run.step and scored else None
+            change = self._change(run.step) if run.step and scored and with_base else None
         except UserError as error:  # every process has it; the training does not depend on these numbers
             self._say([f"no image metrics: {error}"])
             return

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from dreamlora.compare import numbers, words
+from dreamlora.compare.endings import Judge, judge_of
 from dreamlora.compare.methods import Group, differing_options, group, labelled, shared_options
 from dreamlora.compare.records import Record, model_of, read_record, subject_of
 from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
+from dreamlora.compare.stats import MIN_SEEDS
 from dreamlora.errors import UserError
 from dreamlora.runfolder import write_atomically
 
@@ -58,14 +60,14 @@ def compare_runs(folders: Sequence[Path], root: Path, plan: Plan = Plan()) -> Co
     methods = labelled(records)
     baseline_label = _baseline(plan.baseline, list(methods))
     options = differing_options(methods)
-    groups = [
-        replace(group(label, runs, plan.headline_seeds), options=options[label]) for label, runs in methods.items()
-    ]
+    groups = _grouped(methods, plan.headline_seeds)
+    groups = [replace(one, options=options[one.label]) for one in groups]
     groups.sort(key=lambda one: one.label != baseline_label)  # stable: the baseline first, then as given
     baseline = groups[0]
     _check_common_seeds(groups, plan)
     against = numbers.Against(
         baseline=baseline,
+        judge=judge_of(record for one in groups for record in one.sound.values()),
         target=numbers.target_of(baseline),
         best=min((one.best.score for one in groups if one.best), default=math.nan),
         base=float(np.median([record.base for record in records])),
@@ -91,7 +93,7 @@ def _comparison(
     methods = [numbers.method(one, against) for one in groups]
     found = [(method["delta"]["sentence"], method["delta"]["word"]) for method in methods if method["delta"]]
     held_out = one.metric == "eval/loss"
-    task = _task(records)
+    task = _task(records, against.judge)
     headline = {record.id for one in groups for record in one.headline.values()}
     return Comparison(
         schema_version=SCHEMA_VERSION,
@@ -105,7 +107,7 @@ def _comparison(
         base_loss=numbers.number(against.base),
         target=numbers.number(against.target),
         fresh_seeds=all(one.fresh for one in groups),
-        budget=words.budget(groups, baseline, one.metric, task["data"], task["model"]),
+        budget=words.budget(groups, baseline, one.metric, task),
         warnings=words.warnings(groups, held_out, {one.label: dict(one.options) for one in groups}),
         methods=methods,
         same_lr=numbers.same_rates(groups, baseline),
@@ -117,6 +119,20 @@ def _comparison(
         dropped=[*dropped, *(row for one in groups for row in one.dropped)],
         command=plan.command,
     )
+
+
+def _grouped(methods: Mapping[str, Sequence[Record]], headline_seeds: Collection[int] | None) -> list[Group]:
+    """The runs of every method, with the seeds that speak for it.
+
+    Where nobody says which seeds are fresh, those that a method has at one rate alone may be, or be what is left of one
+    that failed at the other rates. They are taken for fresh if enough of them are common to all methods.
+    """
+    groups = [group(label, runs, headline_seeds) for label, runs in methods.items()]
+    if headline_seeds is None:
+        seeds = [set(one.headline) for one in groups if one.headline]
+        if any(one.fresh for one in groups) and len(set.intersection(*seeds)) < MIN_SEEDS:
+            groups = [group(label, runs, ()) for label, runs in methods.items()]
+    return groups
 
 
 def _ended(records: Sequence[Record]) -> tuple[list[Record], list[Dropped]]:
@@ -192,7 +208,7 @@ def _baseline(asked: str | None, labels: Sequence[str]) -> str:
     return asked
 
 
-def _task(records: Sequence[Record]) -> Task:
+def _task(records: Sequence[Record], judge: Judge) -> Task:
     one = next((record for record in records if record.summary), records[0])
     config: Mapping[str, Any] = one.config
     return Task(
@@ -201,8 +217,9 @@ def _task(records: Sequence[Record]) -> Task:
         instance_prompt=config.get("instance_prompt"),
         steps=config.get("max_train_steps"),
         evalset_id=one.evalset_id,
-        eval_items=one.eval_items,
-        eval_images=one.eval_images,
+        eval_items=judge.items,
+        eval_images=judge.images,
+        final_evalset_id=judge.evalset_id,
         options=shared_options(records),
         device=one.summary.get("device"),
         git_commit=one.summary.get("git_commit"),

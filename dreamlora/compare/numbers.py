@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dreamlora.compare import stats
+from dreamlora.compare.endings import Judge
 from dreamlora.compare.methods import Group, Rates
 from dreamlora.compare.records import OCTILES, ImageValue, Record
 from dreamlora.compare.schema import (
@@ -35,7 +36,7 @@ from dreamlora.compare.words import delta_sentence
 from dreamlora.runfolder import read_jsonl
 
 TOLERANCES = (0.02, 0.05, 0.10, 0.25)
-NO_EDGE_TEXT = "LR grid edge"
+EDGE_TEXT = "LR grid edge"
 NOT_TUNED_TEXT = "not tuned: LR effect and optimizer effect cannot be separated"
 
 
@@ -46,6 +47,7 @@ class Against:
     Attributes:
         baseline: the baseline's runs.
         target: loss to reach.
+        judge: what the end of the headline runs is measured on.
         best: the lowest median loss of any method at any rate.
         base: loss of the base model.
         root: folder that files are told relative to.
@@ -53,6 +55,7 @@ class Against:
     """
 
     baseline: Group
+    judge: Judge
     target: float
     best: float
     base: float
@@ -95,8 +98,8 @@ def method(group: Group, against: Against) -> Method:
     config = group.records[0].config
     args = [str(word) for word in config.get("optimizer_args") or ()]
     sound = list(group.sound.values())
-    final = spread(record.final for record in sound)
-    base = float(np.median([record.base for record in sound])) if sound else math.nan
+    final = spread(against.judge.final(record) for record in sound)
+    base = float(np.median([against.judge.base(record) for record in sound])) if sound else math.nan
     every = list(group.headline.values())
     return Method(
         label=group.label,
@@ -116,7 +119,7 @@ def method(group: Group, against: Against) -> Method:
         headline_diverged=len(every) - len(sound),
         final=final,
         vs_base_pct=number(100 * (float(final["median"]) / base - 1)) if isinstance(final["median"], float) else None,
-        delta=None if is_baseline else delta(group, against.baseline),
+        delta=None if is_baseline else delta(group, against.baseline, against.judge),
         steps_to_target=_to_target(group, against, lambda record: record.steps),
         seconds_to_target=_to_target(group, against, lambda record: record.seconds),
         seconds_per_step=spread(record.seconds_per_step for record in every),
@@ -130,16 +133,18 @@ def method(group: Group, against: Against) -> Method:
     )
 
 
-def delta(group: Group, baseline: Group) -> Delta:
+def delta(group: Group, baseline: Group, judge: Judge) -> Delta:
     """The paired difference at the end, with its verdict."""
     ours, theirs = group.sound, baseline.sound
     seeds = sorted(ours.keys() & theirs.keys())
-    found = stats.paired_delta([ours[seed].final for seed in seeds], [theirs[seed].final for seed in seeds])
+    ends = ([judge.final(runs[seed]) for seed in seeds] for runs in (ours, theirs))
+    found = stats.paired_delta(*ends)
     word, suffixes = stats.verdict(found.pct), list(_suffixes(group, baseline))
     if theirs and not ours and group.records:
         word = "worse"  # nothing to compare is a finding, if it is because every run diverged
     return Delta(
         pct=interval(found.pct),
+        images_se_pct=number(judge.images_se_pct(ours, theirs)),
         wins=found.wins,
         pairs=[Pair(seed=seed, pct=number(pct)) for seed, pct in zip(seeds, found.each, strict=True)],
         word=word,
@@ -154,7 +159,7 @@ def _suffixes(group: Group, baseline: Group) -> Iterable[str]:
         yield NOT_TUNED_TEXT
     edges = [label for label, edge in ((group.label, group.edge), (baseline.label, baseline.edge)) if edge]
     if edges:
-        yield f"{NO_EDGE_TEXT} ({' and '.join(edges)})"
+        yield f"{EDGE_TEXT} ({' and '.join(edges)})"
     for which in (group, baseline):
         lost = len(which.headline) - len(which.sound)
         if lost:
@@ -261,9 +266,13 @@ def _to_target(group: Group, against: Against, along: Callable[[Record], Sequenc
 
 
 def image_metrics(records: Sequence[Record]) -> list[ImageMetric]:
-    """Every img/ metric that all runs logged, at the last step and at the step with the lowest loss."""
+    """Every img/ metric that all runs logged, at the last step and at the step with the lowest loss.
+
+    p-values and alarms are no quantities that a mean or an interval could be taken of.
+    """
     rows: list[ImageMetric] = []
-    names = sorted(set.intersection(*(set(record.images) for record in records))) if records else []
+    shared = set.intersection(*(set(record.images) for record in records)) if records else set()
+    names = sorted(name for name in shared if not name.endswith(("_p", "_negative")))
     for name in names:
         last = [record.images[name][-1] for record in records if record.images[name]]
         at_best = [value for record in records for value in record.images[name] if value.step == record.best_step]

@@ -18,6 +18,7 @@ from dreamlora.compare.schema import Status
 from dreamlora.compare.stats import log_auc, steps_to_target
 from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
+from dreamlora.item_losses import ItemLosses
 from dreamlora.runfolder import RunFolder, read_jsonl
 
 METRICS = ("eval/loss", "eval/loss_train")
@@ -46,6 +47,7 @@ class Record:
         steps, losses: the evaluation's curve; a loss that was not finite is NaN.
         seconds: of training at each of ``steps``, without evaluations and samples.
         octiles: mean loss of the last evaluation in each eighth of the timesteps.
+        at_end: the larger set, with rows for the base model and the last step; None if it was not measured.
         images: image metrics by name.
         scalars: last value of every other metric.
     """
@@ -65,6 +67,7 @@ class Record:
     octiles: tuple[float, ...]
     eval_images: int
     eval_items: int
+    at_end: ItemLosses | None = None
     images: Mapping[str, Sequence[ImageValue]] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
 
@@ -180,6 +183,7 @@ def read_record(path: Path, name: str) -> Record:
         octiles=items.octiles,
         eval_images=items.images,
         eval_items=items.count,
+        at_end=_at_end(folder, steps),
         images={name: _image_values(rows) for name, rows in more.items() if name.startswith("img/")},
         scalars={name: points[max(points)] for name, points in values.items() if points},
     )
@@ -196,9 +200,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def subject_of(config: Mapping[str, Any]) -> str:
     """What is learned, for a person: a folder's name, a data set or a built-in subject."""
-    if config.get("instance_data_dir"):
-        return Path(config["instance_data_dir"]).name
-    return str(config.get("dataset_name") or config.get("subject") or "?")
+    folder = config.get("instance_data_dir") or config.get("train_data_dir")
+    if folder:
+        return Path(folder).name
+    return str(config.get("dataset_name") or config.get("subject") or config.get("style") or "?")
 
 
 def model_of(config: Mapping[str, Any]) -> str:
@@ -252,6 +257,14 @@ def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
         for row in rows
         if row.get("value") is not None
     ]
+
+
+def _at_end(folder: RunFolder, steps: Sequence[int]) -> ItemLosses | None:
+    """The larger set, if it was measured at both ends of the run."""
+    if not folder.final_items_file.exists() or not steps:
+        return None
+    measured = ItemLosses.load(folder.final_items_file)
+    return measured if 0 in measured and steps[-1] in measured else None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Delta(TypedDict):
     The mean is that of log ratios, told as a percentage, so that swapping the two methods swaps the sign and no more.
 
     Attributes:
+        images_se_pct: standard error over the images that were measured, which the interval over seeds cannot contain;
+            null where the last point of the curve is compared, or there is one image.
         wins: pairs in which the method has the lower loss, of ``pct["n"]``.
         word: the verdict.
         suffixes: what qualifies it, such as "LR grid edge", "not tuned", "2 of 5 seeds diverged".
@@ -58,6 +60,7 @@ class Delta(TypedDict):
     """
 
     pct: Interval
+    images_se_pct: Number
     wins: int
     pairs: list[Pair]
     word: Word
@@ -286,7 +289,13 @@ class Dropped(TypedDict):
 
 
 class Task(TypedDict):
-    """What all runs have in common."""
+    """What all runs have in common.
+
+    Attributes:
+        evalset_id: of the curves.
+        eval_items, eval_images: how many items, of how many images, the verdicts are about.
+        final_evalset_id: of the larger set that they are about; null if it is the last point of the curves.
+    """
 
     model: str
     data: str
@@ -295,6 +304,7 @@ class Task(TypedDict):
     evalset_id: str
     eval_items: int
     eval_images: int
+    final_evalset_id: str | None
     options: dict[str, str]
     device: str | None
     git_commit: str | None

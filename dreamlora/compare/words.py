@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from dreamlora.compare.methods import Group
-from dreamlora.compare.schema import Comparison, Edge, Number, Spread, Word
+from dreamlora.compare.schema import Comparison, Edge, Number, Spread, Task, Word
 from dreamlora.compare.stats import EQUIVALENT_PCT, MIN_SEEDS, PairedDelta
 
 EDGES: Mapping[Edge, str] = {"low": "lowest", "high": "highest"}
@@ -42,6 +42,8 @@ def _short(value: Number, form: str) -> str:
 def delta_sentence(label: str, baseline: str, found: PairedDelta, word: Word) -> str:
     """One finding: "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], better in 5 of 5 seeds"."""
     pct = found.pct
+    if not pct.n and word == "worse":
+        return f"{label}: every run diverged, unlike those of {baseline}: worse"
     if not pct.n:
         return f"{label}: no pair of finished runs with {baseline}"
     size, below = abs(pct.mean), pct.mean < 0
@@ -61,7 +63,7 @@ def headline_sentence(sentences: Sequence[tuple[str, Word]], baseline: str, comp
     return lead + ". ".join(sentence for sentence, _ in sentences) + "."
 
 
-def budget(groups: Sequence[Group], baseline: Group, metric: str, subject: str, model: str) -> list[str]:
+def budget(groups: Sequence[Group], baseline: Group, metric: str, task: Task) -> list[str]:
     """The fixed text of every report: the tuning budget, what was selected on what, what this cannot show."""
     lines = []
     for group in groups:
@@ -83,8 +85,16 @@ def budget(groups: Sequence[Group], baseline: Group, metric: str, subject: str, 
         f"Verdicts compare final {metric} with {baseline.label}, paired by seed (same LoRA start, images, noise and "
         f"times), with a 95 % Student-t interval over seeds: better or worse if it excludes 0, equivalent if it lies "
         f"within ±{EQUIVALENT_PCT:g} %, else inconclusive; below {MIN_SEEDS} seeds there is no verdict.",
-        f"One subject ({subject}), one base model ({model}): other subjects and models can give other answers.",
+        f"The loss at the end is measured on {task['eval_items']} items of {task['eval_images']} images, the same for "
+        "all seeds: the intervals do not contain what other images would change.",
+        f"One subject ({task['data']}), one base model ({task['model']}): other subjects and models can give other "
+        "answers.",
     ]
+    if len(groups) > 3:
+        lines.append(
+            f"{len(groups) - 1} methods are compared with {baseline.label}, each at 95 %: the more there are, the "
+            "likelier it is that one is called better or worse by chance."
+        )
     return lines
 
 

@@ -60,12 +60,14 @@ class Embedders:
         """The embedder for ``role``.
 
         Raises:
-            UserError: its encoder cannot be loaded.
+            UserError: its encoder cannot be loaded, or knows no texts and is to embed them.
         """
         name = self._names[role]
         if name not in self._loaded:
             place = self._place
             self._loaded[name] = Embedder(self._load(name), place.cache, place.processes, place.progress)
+        if role == "clip":
+            self._loaded[name].encoder.texts([])  # now, with its message, rather than in the middle of the metrics
         return self._loaded[name]
 
     def free(self) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dreamlora.metrics._vectors import exact
+
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """Rows ``[n, d]`` and ``[m, d]`` float64 to kernel values ``[n, m]``."""
 
@@ -49,8 +51,11 @@ def mmd(first: Tensor, second: Tensor, kernel: Kernel, permutations: int = PERMU
         kernel: symmetric and positive definite.
         permutations: random splits; the smallest possible p is 1 / (permutations + 1).
         seed: of the splits; torch's random state is not touched.
+
+    Raises:
+        ValueError: a value is not finite.
     """
-    pooled = torch.cat([_sorted(first), _sorted(second)]).to(torch.float64)
+    pooled = torch.cat([_sorted(exact(first)), _sorted(exact(second))])
     n, m = len(first), len(second)
     splits = _splits(n, m, permutations, seed)
     total = diagonal = 0.0

@@ -8,6 +8,19 @@ from torch import Tensor
 from dreamlora.interfaces import MetricInputs
 
 
+def exact(vectors: Tensor) -> Tensor:
+    """``[n, d]`` in float64 on the CPU.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    rows = vectors.detach().to("cpu", torch.float64)
+    wrong = ~rows.isfinite().all(1)
+    if wrong.any():
+        raise ValueError(f"the embedding in row {int(wrong.nonzero()[0])} is not finite")
+    return rows
+
+
 def unit(vectors: Tensor) -> Tensor:
     """Rows of length 1, ``[n, d]`` float64.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
 from dreamlora.metrics._stateful import EmbeddingMetric
-from dreamlora.metrics._vectors import need, of_subject
+from dreamlora.metrics._vectors import exact, need, of_subject
 
 NAME = "img/fd"
 ENCODER: EncoderRole = "features"
@@ -32,7 +32,7 @@ def frechet(first: Tensor, second: Tensor) -> float:
         second: ``[m, d]``.
 
     Raises:
-        ValueError: fewer than two images on a side.
+        ValueError: fewer than two images on a side, or a value that is not finite.
 
     Warns:
         UserWarning: fewer images than dimensions, or than 2,000: the value is too large, and prefers copies.
@@ -44,7 +44,7 @@ def frechet(first: Tensor, second: Tensor) -> float:
         warnings.warn(f"fd of {n} and {m} images in {dim} dimensions is rank-deficient: biased upward", stacklevel=2)
     elif fewest < ENOUGH:
         warnings.warn(f"fd of {n} and {m} images is biased upward: {ENOUGH:,} on each side are needed", stacklevel=2)
-    x, y = first.to(torch.float64), second.to(torch.float64)
+    x, y = exact(first), exact(second)
     apart = (x.mean(0) - y.mean(0)).square().sum()
     x, y = _centred(x), _centred(y)
     shared = torch.linalg.matrix_norm(x @ y.T, ord="nuc")

@@ -146,6 +146,11 @@ def loss(value: Any) -> str:
     return NONE if found is None else "∞" if math.isinf(found) else number(found)
 
 
+def size_in_percent(value: Any) -> str:
+    """A percentage that is never negative, without a sign."""
+    return percent(value).removeprefix("+")
+
+
 def percent(value: Any) -> str:
     """A signed percentage with two or three digits."""
     found = value_of(value)

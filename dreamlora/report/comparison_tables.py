@@ -15,6 +15,7 @@ from dreamlora.report.comparison import (
     loss,
     percent,
     rate,
+    size_in_percent,
     spread,
     value_of,
     verdict,
@@ -66,10 +67,17 @@ class Table:
 def results(comparison: Comparison) -> Table:
     """What came out: loss and verdict of every method at its own best learning rate."""
     heads = [Head("method", False), Head("verdict", False), Head(f"loss against {comparison.baseline} [95\u00a0%]")]
-    heads += [Head("seeds won"), Head("final loss [min, max]"), Head("against base model"), Head("best learning rate")]
+    heads += [
+        Head("± of the images"),
+        Head("seeds won"),
+        Head("final loss [min, max]"),
+        Head("against base model"),
+        Head("best learning rate"),
+    ]
     return Table(
         "results",
-        "Every method at its own best learning rate. A negative percentage is a lower loss, which is better.",
+        "Every method at its own best learning rate. A negative percentage is a lower loss, which is better. The "
+        "interval is over the seeds; “± of the images” is the standard error that the choice of the images adds.",
         tuple(heads),
         tuple(_result(comparison, method) for method in comparison.methods),
     )
@@ -84,6 +92,7 @@ def _result(comparison: Comparison, method: Found) -> tuple[Entry, ...]:
         _name(comparison, method),
         Entry(said.word, said.word, {"good": "good", "bad": "bad"}.get(said.tone, ""), said.cautions),
         Entry(interval(delta["pct"]), _key(delta["pct"]["mean"])) if delta else Entry(NONE),
+        Entry(NONE) if delta is None else _entry(delta["images_se_pct"], size_in_percent),
         _wins(delta),
         Entry(spread(method["final"]), _key(method["final"]["median"]), notes=_of_seeds(method)),
         _entry(method["vs_base_pct"], percent),

@@ -123,8 +123,8 @@ class Sweep:
         return [_rounded(anchor * RATIO**k) for k in range(centre - half, centre + self.effort.points - half)]
 
     def tuning(self, entry: Entry, rates: Sequence[float]) -> list[Job]:
-        """The runs that choose a learning rate: no samples, no best step."""
-        less = ("--sample_steps", "0", "--no_save_best")
+        """The runs that choose a learning rate: no samples, no best step, and the curve's evaluation set alone."""
+        less = ("--sample_steps", "0", "--no_save_best", "--final_eval_items", "0")
         return [self._job(entry, lr, seed, less) for seed in self.seeds for lr in rates]
 
     def headline(self, entry: Entry, lr: float) -> list[Job]:
@@ -133,7 +133,7 @@ class Sweep:
 
     def _job(self, entry: Entry, lr: float, seed: int, more: tuple[str, ...]) -> Job:
         own = ("--learning_rate", f"{lr:g}", "--seed", str(seed), *more)
-        folder = self.runs / entry.slug / f"lr{lr:.2e}" / f"seed{seed}"
+        folder = self.runs / entry.slug / f"lr{lr:.6g}" / f"seed{seed}"
         return Job(entry.label, lr, seed, (*self.training, *entry.words, *own), folder)
 
 
@@ -239,11 +239,9 @@ def _flag_words(text: str, flag: str) -> list[str]:
 def _of_all_runs(base: RunConfig, training: Sequence[str], root: Path) -> list[str]:
     """Flags of every run that the user has not given.
 
-    No checkpoints; no final set, which no statistic looks at; class images for all in one place.
+    No checkpoints; class images for all in one place.
     """
-    given = flags_in(training)
-    unused = {"checkpointing_steps": "0", "final_eval_items": "0"}
-    words = [word for name, value in unused.items() if name not in given for word in (f"--{name}", value)]
+    words = [] if "checkpointing_steps" in flags_in(training) else ["--checkpointing_steps", "0"]
     if base.data.with_prior_preservation and base.data.class_data_dir is None:
         words += ["--class_data_dir", str(root / "class_images")]
     return words

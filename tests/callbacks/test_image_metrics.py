@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import PartialState
+from PIL import Image
 
+from dreamlora.callbacks import image_metrics
 from dreamlora.callbacks.image_metrics import CLIP_CHANGE, CLIP_SCORE, SUBJECT, ImageMetricsCallback, Scenes
+from dreamlora.evaluation.measure import Measurement, Value
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.sampler import SamplePlan
 
@@ -68,3 +73,35 @@ def test_images_that_are_not_finite_are_not_measured(tmp_path: Path) -> None:
     assert scenes.problem(5) == "1 of 2 images are not finite"
     assert scenes.problem(6) is None
     assert scenes.problem(7) == "images are missing"
+
+
+def test_a_broken_base_image_is_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 1 is measured, but nothing is compared with the images of step 0, and the person is told."""
+    PartialState(cpu=True)
+    rows: list[dict[str, Any]] = [{"step": 0, "problem": "black"}, {"step": 0}, {"step": 1}, {"step": 1}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in (0, 1):
+        folder = tmp_path / f"step_{step:06d}"
+        folder.mkdir()
+        for item in PLAN.items():
+            Image.new("RGB", (8, 8)).save(folder / f"{item.name}.png")
+    galleries: list[Any] = []
+    value = Value(CLIP_SCORE, 0.3, "clip", 2, None)
+    monkeypatch.setattr(
+        image_metrics, "measure", lambda names, gallery, _: galleries.append(gallery) or Measurement([value])
+    )
+    notes: list[str] = []
+    scenes = Scenes(tmp_path, PLAN, (), (), (), ())
+    callback = ImageMetricsCallback(["clip_score"], 1, scenes, None, notes.append)  # type: ignore[arg-type]
+    accelerator = SimpleNamespace(is_main_process=True, log=lambda *_, **__: None)
+    run: Any = SimpleNamespace(folder=RunFolder(tmp_path), accelerator=accelerator, step=0, total_steps=1)
+    callback.on_start(run)
+    run.step = 1
+    callback.on_step(run, None)  # type: ignore[arg-type]
+    (gallery,) = galleries
+    assert len(gallery.generated) == 2 and not gallery.base
+    assert notes == [
+        "step 0: no image metrics, as 1 of 2 images are black",
+        "nothing is compared with the base model's images: 1 of 2 images are black",
+    ]
+    assert callback.vetoes([1]) == {}

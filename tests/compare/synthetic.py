@@ -59,13 +59,14 @@ def make_run(
     *,
     noise: float = 0.0,
     evalset: str = "e" * 16,
+    final_set: str | None = None,
     steps: Sequence[int] = STEPS,
     pictures: bool = False,
     ended: bool = True,
     **options: object,
 ) -> RunFolder:
     """Write one run folder. ``noise`` is the standard deviation of what a method's seed adds on its own."""
-    folder = RunFolder(root / "runs" / method.replace(":", "-") / f"lr{lr:.2e}" / f"seed{seed}")
+    folder = RunFolder(root / "runs" / method.replace(":", "-") / f"lr{lr:g}" / f"seed{seed}")
     folder.path.mkdir(parents=True, exist_ok=True)
     optimizer, _, args = method.partition("+")[0].partition(":")
     base = RunConfig()
@@ -84,7 +85,11 @@ def make_run(
     if diverged:
         losses = [*losses[:2], *(BASE * 1.7 for _ in losses[2:])]
     _write_metrics(folder, steps, losses, evalset, pictures)
-    _write_items(folder, steps, losses, evalset)
+    _write_items(folder.eval_items_file, steps, losses, evalset)
+    if final_set:
+        _write_items(
+            folder.final_items_file, steps[:: len(steps) - 1], losses[:: len(losses) - 1], final_set, images=16
+        )
     if pictures and not diverged:
         _draw(folder, steps, optimizer)
     if ended:
@@ -111,12 +116,13 @@ def _write_metrics(
     folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _write_items(folder: RunFolder, steps: Sequence[int], losses: Sequence[float], evalset: str) -> None:
-    position = (np.arange(64) + 0.5) / 64
+def _write_items(file: Path, steps: Sequence[int], losses: Sequence[float], evalset: str, *, images: int = 8) -> None:
+    count = 8 * images
+    position = (np.arange(count) + 0.5) / count
     shape = 0.4 + 1.2 * position
     items = np.array([loss * shape / shape.mean() for loss in losses], dtype=np.float32)
-    image = np.tile(np.arange(8), 8)
-    np.savez(folder.eval_items_file, steps=steps, items=items, position=position, image=image, evalset_id=evalset)
+    image = np.tile(np.arange(images), 8)
+    np.savez(file, steps=steps, items=items, position=position, image=image, evalset_id=evalset)
 
 
 def _draw(folder: RunFolder, steps: Sequence[int], optimizer: str) -> None:
@@ -153,7 +159,7 @@ def make_comparison(root: Path) -> compare.Plan:
                 make_run(root, method, lr, seed, curve, noise=0.003)
         best = min(rates, key=lambda lr: abs(math.log(lr / curve.best_lr)))
         for seed in (3, 4, 5, 6, 7):
-            make_run(root, method, best, seed, curve, noise=0.003, pictures=True)
+            make_run(root, method, best, seed, curve, noise=0.003, pictures=True, final_set="f" * 16)
     command = "dreamlora compare --optimizers adamw scaled_adamw:variant=split sgd --max_train_steps 150"
     return compare.Plan(headline_seeds=range(3, 8), command=command)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from dreamlora import compare
-from dreamlora.compare.records import lora_norm, read_record
+from dreamlora.compare.records import lora_norm, read_record, subject_of
 from dreamlora.compare.schema import Comparison
 from dreamlora.compare.words import table
 from dreamlora.errors import UserError
@@ -57,7 +58,7 @@ def test_the_numbers_are_of_fresh_seeds(example: dict[str, Any]) -> None:
         assert method["tuning_seeds"] == [0, 1, 2]
         assert method["headline_seeds"] == [3, 4, 5, 6, 7]
     roles = {run["id"]: run["role"] for run in example["runs"]}
-    assert roles["runs/adamw/lr2.00e-03/seed3"] == "headline" and roles["runs/adamw/lr2.00e-03/seed0"] == "tuning"
+    assert roles["runs/adamw/lr0.002/seed3"] == "headline" and roles["runs/adamw/lr0.002/seed0"] == "tuning"
 
 
 def test_divergence_goes_by_value(example: dict[str, Any]) -> None:
@@ -65,7 +66,7 @@ def test_divergence_goes_by_value(example: dict[str, Any]) -> None:
     adamw = by_label(example)["adamw"]
     assert adamw["n_diverged"] == 3 and adamw["rates"][-1]["score"] == "inf"
     assert adamw["rates"][-1]["final"]["n"] == 0
-    (row,) = (run for run in example["runs"] if run["id"] == "runs/adamw/lr2.00e-02/seed1")
+    (row,) = (run for run in example["runs"] if run["id"] == "runs/adamw/lr0.02/seed1")
     assert (row["status"], row["final"], row["steps_to_target"]) == ("diverged", "inf", "inf")
     assert row["log_auc"] is None
 
@@ -113,7 +114,7 @@ def test_image_metrics_and_samples(example: dict[str, Any]) -> None:
     assert adamw["images"][0]["encoder_id"] == "tiny-clip" and adamw["images"][0]["value"]["n"] == 5
     samples = adamw["samples"]
     assert samples["steps"] == [0, 75, 150] and samples["training_seed"] == 3
-    assert samples["cells"][0]["file"] == "runs/adamw/lr2.00e-03/seed3/samples/step_000000/p00_s42.png"
+    assert samples["cells"][0]["file"] == "runs/adamw/lr0.002/seed3/samples/step_000000/p00_s42.png"
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -150,6 +151,44 @@ def test_fresh_seeds_are_recognised(tmp_path: Path) -> None:
     assert found["fresh_seeds"] and found["methods"][0]["headline_seeds"] == [1, 2, 3]
 
 
+def test_a_failed_tuning_run_makes_no_fresh_seed(tmp_path: Path) -> None:
+    """Seed 3 of AdamW is there at the best rate alone, as it failed at the others."""
+    for method in ("adamw", "sgd"):
+        for lr in RATES:
+            for seed in (0, 1, 2, 3):
+                if method == "sgd" or seed < 3 or lr == 2e-3:
+                    make_run(tmp_path, method, lr, seed)
+    found = compared(tmp_path)
+    assert not found["fresh_seeds"]
+    methods = by_label(found)
+    assert methods["adamw"]["tuning_seeds"] == [0, 1, 2]
+    assert methods["adamw"]["headline_seeds"] == methods["sgd"]["headline_seeds"] == [0, 1, 2, 3]
+    assert methods["sgd"]["delta"]["pct"]["n"] == 4
+
+
+def test_two_more_seeds_at_the_best_rate_join_the_others(tmp_path: Path) -> None:
+    for method in ("adamw", "sgd"):
+        for lr in RATES:
+            for seed in (0, 1, 2):
+                make_run(tmp_path, method, lr, seed)
+        for seed in (3, 4):
+            make_run(tmp_path, method, 2e-3, seed)
+    found = compared(tmp_path)
+    assert not found["fresh_seeds"] and by_label(found)["sgd"]["delta"]["pct"]["n"] == 5
+
+
+def test_a_rate_is_judged_by_the_median_of_all_its_seeds(tmp_path: Path) -> None:
+    """By the first seed, or by the mean, 2e-4 would win."""
+    losses = {2e-4: (0.40, 0.46, 0.46), 2e-3: (0.53, 0.44, 0.44)}
+    for lr, finals in losses.items():
+        for seed, final in enumerate(finals):
+            own = final * math.exp(-random.Random(seed).gauss(0, 0.004))  # the noise that make_run adds to a seed
+            make_run(tmp_path, "adamw", lr, seed, Curve(best_lr=lr, best=own))
+    method = compared(tmp_path)["methods"][0]
+    assert method["best_lr"] == 2e-3
+    assert [point["score"] for point in method["rates"]] == pytest.approx([0.46, 0.44])
+
+
 def test_one_rate_is_not_tuned(tmp_path: Path) -> None:
     for method in ("adamw", "sgd"):
         for seed in (0, 1, 2):
@@ -174,6 +213,7 @@ def test_a_method_that_always_diverges_is_worse(tmp_path: Path) -> None:
     sgd = by_label(compared(tmp_path))["sgd"]
     assert sgd["best_lr"] is None and sgd["delta"]["word"] == "worse"
     assert "sgd diverged at every learning rate" in sgd["delta"]["verdict"]
+    assert compared(tmp_path)["sentence"] == "sgd: every run diverged, unlike those of adamw: worse."
 
 
 def test_diverged_seeds_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -185,6 +225,59 @@ def test_diverged_seeds_are_left_out_and_counted(tmp_path: Path) -> None:
         make_run(tmp_path, "sgd", 2e-3, seed, Curve(best=0.4, diverges_at=0 if seed == 4 else math.inf))
     delta = by_label(compared(tmp_path))["sgd"]["delta"]
     assert delta["pct"]["n"] == 3 and delta["verdict"] == "better; 1 of 4 seeds of sgd diverged"
+
+
+def with_final_sets(root: Path, losses: dict[str, np.ndarray], final_set: str = "f" * 16) -> None:
+    """Three runs of each method, whose items of the larger set end with ``losses`` ``[16 items]``, four per image."""
+    for method, items in losses.items():
+        for seed in (0, 1, 2):
+            folder = make_run(root, method, 2e-3, seed, final_set=final_set)
+            rows = np.array([np.ones(16), items * (1 + 0.01 * seed)])
+            image = np.repeat(np.arange(4), 4)
+            np.savez(
+                folder.final_items_file, steps=[0, 150], items=rows, position=rows[0], image=image, evalset_id=final_set
+            )
+
+
+def test_the_larger_set_decides_where_all_have_measured_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    theirs, apart = rng.uniform(0.4, 0.6, 16), rng.normal(0.02, 0.01, 16)
+    with_final_sets(tmp_path, {"adamw": theirs, "sgd": theirs - apart})
+    found = compared(tmp_path)
+    delta = by_label(found)["sgd"]["delta"]
+    assert delta["pct"]["mean"] == pytest.approx(100 * ((theirs - apart).mean() / theirs.mean() - 1), rel=1e-6)
+    by_image = 1.01 * apart.reshape(4, 4).mean(1)  # 1.01: mean over the seeds
+    expected = 100 * by_image.std(ddof=1) / 2 / (1.01 * theirs.mean())
+    assert delta["images_se_pct"] == pytest.approx(expected, rel=1e-6)
+    assert by_label(found)["sgd"]["final"]["median"] == pytest.approx(1.01 * (theirs - apart).mean())
+    assert by_label(found)["sgd"]["vs_base_pct"] == pytest.approx(100 * (1.01 * (theirs - apart).mean() - 1))
+    assert (found["task"]["eval_items"], found["task"]["eval_images"]) == (16, 4)
+    assert any("on 16 items of 4 images" in line for line in found["budget"])
+
+
+def test_the_curves_decide_where_the_larger_sets_differ(tmp_path: Path) -> None:
+    with_final_sets(tmp_path / "a", {"adamw": np.full(16, 0.5)})
+    with_final_sets(tmp_path / "b", {"sgd": np.full(16, 0.1)}, final_set="another")
+    found = compared(tmp_path)
+    assert by_label(found)["sgd"]["delta"]["pct"]["mean"] == pytest.approx(0)
+    assert by_label(found)["sgd"]["delta"]["images_se_pct"] is None
+    assert found["task"]["final_evalset_id"] is None and found["task"]["eval_items"] == 64
+
+
+def test_p_values_and_alarms_are_not_averaged(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        folder = make_run(tmp_path, "adamw", 2e-3, seed, pictures=True)
+        text = folder.metrics_file.read_text()
+        rows = [line.replace("img/dino", "img/kid_p") for line in text.splitlines() if "img/dino" in line]
+        folder.metrics_file.write_text(text + "\n".join(rows) + "\n")
+    names = {row["name"] for row in compared(tmp_path)["methods"][0]["images"]}
+    assert names == {"img/clip_t", "img/dino"}
+
+
+def test_a_captioned_data_set_is_named_after_its_folder_or_style(tmp_path: Path) -> None:
+    for options, expected in (({"train_data_dir": "/data/cats"}, "cats"), ({"style": "woodcut"}, "woodcut")):
+        config = {"subject": None, "instance_data_dir": None, **options}
+        assert subject_of(config) == expected
 
 
 def test_options_make_methods_of_one_optimizer(tmp_path: Path) -> None:
@@ -213,13 +306,13 @@ def test_rates_are_judged_by_the_seeds_they_share(tmp_path: Path) -> None:
             make_run(tmp_path, "adamw", lr, seed, Curve(best_lr=2e-4))
     found = compared(tmp_path)
     assert found["methods"][0]["tuning_seeds"] == [0]
-    assert [row["run"] for row in found["dropped"]] == ["runs/adamw/lr2.00e-03/seed1"]
+    assert [row["run"] for row in found["dropped"]] == ["runs/adamw/lr0.002/seed1"]
 
 
 def test_runs_that_have_not_ended_are_dropped(tmp_path: Path) -> None:
     make_run(tmp_path, "adamw", 2e-3, 0)
     make_run(tmp_path, "adamw", 2e-3, 1, ended=False)
-    assert compared(tmp_path)["dropped"] == [{"run": "runs/adamw/lr2.00e-03/seed1", "reason": "it has not ended"}]
+    assert compared(tmp_path)["dropped"] == [{"run": "runs/adamw/lr0.002/seed1", "reason": "it has not ended"}]
 
 
 # What is refused
@@ -235,7 +328,7 @@ def test_foreign_evaluation_sets_are_refused(tmp_path: Path) -> None:
     make_run(tmp_path, "adamw", 2e-3, 0, evalset="a1b2")
     make_run(tmp_path, "sgd", 2e-3, 0, evalset="c3d4")
     text = refusal(tmp_path)
-    assert "cannot pair runs: evalset a1b2 (run runs/adamw/lr2.00e-03/seed0) != c3d4 (run runs/sgd" in text
+    assert "cannot pair runs: evalset a1b2 (run runs/adamw/lr0.002/seed0) != c3d4 (run runs/sgd" in text
 
 
 def test_a_run_without_base_evaluation_is_refused(tmp_path: Path) -> None:
@@ -264,7 +357,7 @@ def test_other_encoders_are_refused(tmp_path: Path) -> None:
     make_run(tmp_path, "adamw", 2e-3, 0, pictures=True)
     other = make_run(tmp_path, "sgd", 2e-3, 0, pictures=True)
     other.metrics_file.write_text(other.metrics_file.read_text().replace("tiny-clip", "dino"))
-    assert "cannot compare img/clip_t: run runs/adamw/lr2.00e-03/seed0 has encoder tiny-clip" in refusal(tmp_path)
+    assert "cannot compare img/clip_t: run runs/adamw/lr0.002/seed0 has encoder tiny-clip" in refusal(tmp_path)
 
 
 def test_an_unknown_baseline_lists_the_methods(tmp_path: Path) -> None:
@@ -291,6 +384,12 @@ def test_lora_norm_is_that_of_the_product(tmp_path: Path) -> None:
         total += float(np.linalg.norm(2 * b.reshape(len(b), -1) @ a.reshape(len(a), -1)) ** 2)
     save_file(tensors, tmp_path / "lora.safetensors")
     assert lora_norm(tmp_path / "lora.safetensors", 2.0) == pytest.approx(math.sqrt(total), rel=1e-6)
+
+
+def test_log_auc_leaves_the_base_model_out(tmp_path: Path) -> None:
+    record = read_record(make_run(tmp_path, "adamw", 2e-3, 0).path, "run")
+    expected = np.mean([math.log(loss / BASE) for step, loss in zip(record.steps, record.losses, strict=True) if step])
+    assert record.log_auc == pytest.approx(expected)
 
 
 def test_seconds_count_training_alone(tmp_path: Path) -> None:

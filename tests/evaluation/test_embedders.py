@@ -38,3 +38,9 @@ def test_options_win_and_errors_name_their_flag(place: Place, encoder_folders: d
         others("dino")
     with pytest.raises(UserError, match=r"no file no/such.pth: --inception_weights takes weights-inception-2015"):
         others("features")
+
+
+def test_a_model_without_texts_is_no_clip(place: Place, encoder_folders: dict[str, Path]) -> None:
+    embedders = Embedders(Encoders(clip_model=str(encoder_folders["dinov2"])), True, place)
+    with pytest.raises(UserError, match=r"knows no texts: a CLIP or SigLIP model is needed \(--clip_model\)"):
+        embedders("clip")

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dreamlora.metrics.cmmd import cmmd
 from dreamlora.metrics.fid import SELECTS, FrechetDistance, frechet
+from dreamlora.metrics.kid import kid
 
 Rows = Callable[..., Tensor]
 
@@ -75,3 +77,13 @@ def test_the_metric_is_the_function(rows: Rows) -> None:
     metric.update(generated=x[:4], references=y[:7])
     metric.update(generated=x[4:], references=y[7:])
     assert float(metric.compute()) == frechet(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:fd of")
+@pytest.mark.parametrize("distance", [frechet, kid, cmmd])
+def test_odd_rows_are_taken_or_refused(rows: Rows, distance: Callable[..., object]) -> None:
+    distance(rows(8).bfloat16().requires_grad_(), rows(8, 6, 2).half())
+    broken = rows(8).clone()
+    broken[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"row 3 is (zero or )?not finite"):
+        distance(rows(8), broken)

@@ -71,8 +71,8 @@ def test_the_verdict_comes_first_and_warnings_stand_by_their_numbers(make_compar
     assert comparison.findings[0].startswith("scaled_adamw:variant=split: 3.6 % lower loss than adamw")
     assert comparison.findings[1].startswith("sgd: 8.5 % higher")
     rows = texts(comparison_tables.results(comparison))
-    assert rows["scaled_adamw:variant=split"][:3] == ["better", "−3.6\u202f% [−4.0, −3.2]", "5 of 5"]
-    assert rows["adamw"][:3] == ["baseline", "–", "–"]
+    assert rows["scaled_adamw:variant=split"][:4] == ["better", "−3.6\u202f% [−4.0, −3.2]", "0.04\u202f%", "5 of 5"]
+    assert rows["adamw"][:4] == ["baseline", "–", "–", "–"]
     assert rows["sgd"][0] == "worse LR grid edge (sgd)"
     assert rows["sgd"][-1] == "20 at the upper edge of the grid try 63.3, 200"
 
@@ -81,7 +81,7 @@ def test_a_method_that_was_not_tuned_or_diverged_says_so(make_comparison: Callab
     changes = {"tuned": False, "headline_seeds": [3, 4], "headline_diverged": 1}
     rows = texts(comparison_tables.results(Comparison(make_comparison(methods=method("adamw", **changes)))))
     assert rows["adamw"][0] == "baseline not tuned 1 of 2 seeds diverged few seeds"
-    assert "1 of 2 seeds: the others diverged" in rows["adamw"][3]
+    assert "1 of 2 seeds: the others diverged" in rows["adamw"][4]
 
 
 def test_below_three_seeds_there_is_no_interval(make_comparison: Callable[..., Path]) -> None:

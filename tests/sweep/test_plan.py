@@ -80,7 +80,7 @@ def test_every_run_has_a_command_line_and_a_folder_of_its_own() -> None:
     assert len({job.folder for job in jobs}) == len(jobs) == 12
     config, _ = cli.parse_run(jobs[-1].argv)
     assert (config.optim.learning_rate, config.train.seed, config.train.max_train_steps) == (1e-2, 2, 9)
-    assert jobs[-1].folder == found.runs / "adamw+rank=2" / "lr1.00e-02" / "seed2"
+    assert jobs[-1].folder == found.runs / "adamw+rank=2" / "lr0.01" / "seed2"
 
 
 def test_tuning_draws_nothing_and_nothing_is_checkpointed() -> None:
@@ -90,7 +90,8 @@ def test_tuning_draws_nothing_and_nothing_is_checkpointed() -> None:
     headline, _ = cli.parse_run(found.headline(entry, 1e-3)[0].argv)
     assert (tuning.sample.sample_steps, headline.sample.sample_steps) == (0, 5)
     assert (tuning.eval.save_best, headline.eval.save_best) == (False, True)
-    assert tuning.train.checkpointing_steps == headline.train.checkpointing_steps == headline.eval.final_eval_items == 0
+    assert tuning.train.checkpointing_steps == headline.train.checkpointing_steps == tuning.eval.final_eval_items == 0
+    assert headline.eval.final_eval_items == 256
     kept = sweep("--optimizers", "adamw", "--checkpointing_steps", "50")
     assert cli.parse_run(kept.headline(kept.entries[0], 1e-3)[0].argv)[0].train.checkpointing_steps == 50
 
