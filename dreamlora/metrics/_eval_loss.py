@@ -210,6 +210,10 @@ def evaluate_loss(
         noisy = model.objective.corrupt(latents, noise, times)
         prediction = model.predict(noisy, times, model.conditioning([items.captions[i] for i in image.tolist()]))
         target = model.objective.target(latents, noise, times)
-        error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-        losses.update(zip(chunk, error.tolist(), strict=True))
+        losses.update(zip(chunk, item_losses(prediction, target).tolist(), strict=True))
     return losses
+
+
+def item_losses(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of every item: two ``[n, ...]`` of any precision give ``[n]`` float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
+from dreamlora.metrics._eval_loss_metric import EvalLoss
 from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics.clip_i import ClipI
 from dreamlora.metrics.clip_score import ClipScore
@@ -60,6 +61,18 @@ def test_two_processes_give_the_value_of_one(tmp_path: Path) -> None:
     expected = [fed(metric(DIM), slice(0, 40)) for metric in METRICS] * len(SHARES)
     for rank in (0, 1):
         assert torch.load(tmp_path / str(rank)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_evaluation_loss_is_the_mean_of_the_items_squared_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 5, 4, 3, 3, generator=generator)
+    metric = EvalLoss()
+    metric.update(prediction[:2].bfloat16(), target[:2].bfloat16())
+    metric.update(prediction[2:], target[2:])
+    rounded = torch.cat([x[:2].bfloat16().float() for x in (prediction, target)])
+    expected = sum(float((a - b).square().mean()) for a, b in zip(rounded[:2], rounded[2:], strict=True))
+    expected += sum(float((a - b).square().mean()) for a, b in zip(prediction[2:], target[2:], strict=True))
+    assert float(metric.compute()) == pytest.approx(expected / 5, rel=1e-6)
 
 
 def test_a_reset_forgets_and_a_second_compute_goes_on(rows: Rows) -> None:
