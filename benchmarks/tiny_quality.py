@@ -12,7 +12,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +41,9 @@ TARGETS = {
 KIND_NAMES, BACKGROUND_NAMES = tuple(world.KINDS), tuple(world.BACKGROUNDS)
 COLOUR_NAMES = tuple(world.COLOURS)
 CLASSIFIER_PICTURES, CLASSIFIER_BATCH = 40_000, 64
-COLOUR_REACH = 60.0  # RGB distance up to which a pixel counts as a palette colour
 EXAMPLES = 16  # renders of each background to compare with
+GROUND_REACH = 20.0  # RGB distance up to which a pixel counts as one of the background's colours
+GROUND_SHARE = 2e-4  # of a background's pixels that a colour must fill to be one of them
 FRAME = 4  # width of the frame that the background is read from, pixels
 
 
@@ -104,13 +105,12 @@ def classified(model: nn.Module, pictures: np.ndarray) -> tuple[list[str], list[
 class PixelJudge:
     """Reads backgrounds and colours from pixels, by comparison with renders."""
 
-    def __init__(self, through: Callable[[np.ndarray], np.ndarray] | None = None, seed: int = 1) -> None:
-        """`through` is what the judged pictures went through (the autoencoder), or None for renders."""
+    def __init__(self, seed: int = 1) -> None:
         self._rng = random.Random(seed)
-        self._labels = _palette_table()
-        self._bare = {name: to_array([self._paint(name) for _ in range(EXAMPLES)]) for name in BACKGROUND_NAMES}
-        self._seen = self._bare if through is None else {name: through(bare) for name, bare in self._bare.items()}
-        self._frames = np.stack([_frame(self._bare[name]).mean(0) for name in BACKGROUND_NAMES])
+        self._nearest = _nearest_colours()
+        bare = {name: to_array([self._paint(name) for _ in range(EXAMPLES)]) for name in BACKGROUND_NAMES}
+        self._ground = {name: _colours_like(pictures) for name, pictures in bare.items()}
+        self._frames = np.stack([_frame(bare[name]).mean(0) for name in BACKGROUND_NAMES])
 
     def _paint(self, background: str) -> Image.Image:
         return scenery.paint(background, self._rng).reduce(scenery.SCALE)
@@ -120,44 +120,58 @@ class PixelJudge:
         return BACKGROUND_NAMES[int(np.abs(_frame(picture[None]) - self._frames).mean((1, 2)).argmin())]
 
     def colour(self, picture: np.ndarray, scene: world.Scene, which: int = 0, renders: int = 4) -> str:
-        """The colour whose renders add the most similar palette colours to the background (cosine of the counts).
+        """The colour whose renders are made of palette colours in the most similar shares (sum of differences).
 
-        Only the colour of thing number `which` is in question, and only
-        its part of the picture is looked at; colours that would not stand out are no candidates.
+        Only the colour of thing number `which` is in question, only its part of the picture is looked at, and there
+        only pixels unlike the background's; colours that would not stand out are no candidates.
         """
         region = _region(scene, which)
-        seen = self._counts(picture[region])
-        seen = seen - self._mean_counts(self._seen[scene.background], region)
-        empty = self._mean_counts(self._bare[scene.background], region)
-        clear = np.array([name not in scenery.LOOKS_LIKE[scene.background] for name in COLOUR_NAMES])
-        likeness: dict[str, float] = {}
+        seen = self._shares(picture[region], scene.background)
+        unlike: dict[str, float] = {}
         for name in COLOUR_NAMES:
             things = list(scene.things)
             things[which] = replace(things[which], colour=name)
             if not world.visible(things[which], scene.background):
                 continue
             candidate = replace(scene, things=tuple(things))
-            full = self._mean_counts(to_array([world.render(candidate, self._rng) for _ in range(renders)]), region)
-            added = (full - empty) * clear
-            likeness[name] = float(added @ seen) / float(np.linalg.norm(added) + 1e-6)
-        return max(likeness, key=lambda name: likeness[name])
+            pictures = to_array([world.render(candidate, self._rng) for _ in range(renders)])
+            shares = np.mean([self._shares(render[region], scene.background) for render in pictures], 0)
+            unlike[name] = float(np.abs(shares - seen).sum())
+        return min(unlike, key=lambda name: unlike[name])
 
-    def _mean_counts(self, pictures: np.ndarray, region: tuple[slice, slice]) -> np.ndarray:
-        return np.mean([self._counts(picture[region]) for picture in pictures], 0)
+    def _shares(self, pixels: np.ndarray, background: str) -> np.ndarray:
+        """Shares of the pixels unlike the background that are nearest to each palette colour: (colours,)."""
+        cells = _cells(pixels)
+        thing = ~self._ground[background][cells]
+        counts = np.bincount(self._nearest[cells][thing], minlength=len(COLOUR_NAMES))
+        return counts / max(counts.sum(), 1)
 
-    def _counts(self, pixels: np.ndarray) -> np.ndarray:
-        """How many pixels are nearest to each palette colour (those near none are left out): (colours,)."""
-        red, green, blue = (pixels.reshape(-1, 3).clip(0, 255).astype(int) >> 3).T
-        return np.bincount(self._labels[red, green, blue], minlength=len(COLOUR_NAMES) + 1)[:-1]
+
+def _cells(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cells of pixels (..., 3) in a table of 5-bit RGB colours."""
+    red, green, blue = (pixels.reshape(-1, 3).clip(0, 255).astype(int) >> 3).T
+    return red, green, blue
 
 
-def _palette_table() -> np.ndarray:
-    """Nearest palette colour of each 5-bit RGB colour, or len(COLOUR_NAMES) where none is near: (32, 32, 32)."""
+def _cell_colours() -> np.ndarray:
+    """The middle of every 5-bit RGB colour: (32, 32, 32, 3)."""
     levels = np.arange(4, 256, 8, dtype=np.float32)
-    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1)
+    return np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1)
+
+
+def _nearest_colours() -> np.ndarray:
+    """Number of the nearest palette colour of each 5-bit RGB colour: (32, 32, 32)."""
     palette = np.array([world.COLOURS[name] for name in COLOUR_NAMES], np.float32)
-    distance = np.linalg.norm(grid[..., None, :] - palette, axis=-1)
-    return np.where(distance.min(-1) < COLOUR_REACH, distance.argmin(-1), len(COLOUR_NAMES))
+    return np.linalg.norm(_cell_colours()[..., None, :] - palette, axis=-1).argmin(-1)
+
+
+def _colours_like(pictures: np.ndarray) -> np.ndarray:
+    """Which 5-bit RGB colours are within GROUND_REACH of one that fills GROUND_SHARE of the pictures: (32, 32, 32)."""
+    counts = np.zeros((32, 32, 32))
+    np.add.at(counts, _cells(pictures), 1)
+    grid = _cell_colours()
+    common = grid[counts > GROUND_SHARE * counts.sum()]
+    return np.any([np.linalg.norm(grid - colour, axis=-1) < GROUND_REACH for colour in common], 0)
 
 
 def _frame(pictures: np.ndarray) -> np.ndarray:
@@ -285,7 +299,6 @@ def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> d
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_path())
     pipeline.set_progress_bar_config(disable=True)
     judge, classifier = PixelJudge(), train_classifier(classifier_pictures)
-    decoded_judge = PixelJudge(lambda pictures: reconstruct(pipeline, pictures))
     rng = random.Random(2026)
     singles = [world.sample_scene(rng, held_out=True) for _ in range(count)]
     doubles = [world.sample_pair(rng, held_out=True) for _ in range(pairs)]
@@ -299,18 +312,18 @@ def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> d
     made_pairs = sample(pipeline, pair_captions, seed=10_000)
     contact_sheet(folder / "tiny_quality_samples.png", made[:64], captions[:64])
     contact_sheet(folder / "tiny_quality_pairs.png", made_pairs[:32], pair_captions[:32])
-    scores = judge_singles(decoded_judge, classifier, made, singles)
+    scores = judge_singles(judge, classifier, made, singles)
     figures_array = to_array(figures)
     results = {name: scores[name] for name in ("colour", "colour_by_pixels", "background", "class")}
     results |= {
-        "pair_colours": judge_pairs(decoded_judge, made_pairs, doubles),
+        "pair_colours": judge_pairs(judge, made_pairs, doubles),
         "psnr_held_out": psnr(real, decoded),
         "psnr_subjects": psnr(figures_array, reconstruct(pipeline, figures_array)),
         "clip_retrieval_at_1": clip_retrieval(real, captions),
     }
     bounds = {
         "real": judge_singles(judge, classifier, real, singles),
-        "reconstructed": judge_singles(decoded_judge, classifier, decoded, singles),
+        "reconstructed": judge_singles(judge, classifier, decoded, singles),
         "real_pair_colours": judge_pairs(judge, real_pairs, doubles),
     }
     extra = {"class_by_kind": scores["class_by_kind"], "seconds_per_sample": round(seconds / count, 3)}

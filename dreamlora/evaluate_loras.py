@@ -86,10 +86,10 @@ class Evaluation:
 
     def gallery(self, records: Sequence[ImageRecord], prompts: Sequence[str]) -> Gallery:
         """Images with their prompts, or with none."""
-        known = list(dict.fromkeys(prompts))
+        number = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         return Gallery(
             generated=records,
-            groups=[known.index(prompt) for prompt in prompts] or [0] * len(records),
+            groups=[number[prompt] for prompt in prompts] or [0] * len(records),
             with_subject=[names_subject(prompt, self.subject) for prompt in prompts] or [True] * len(records),
             texts=[scored_text(prompt, self.subject, self.class_prompt) for prompt in prompts],
             references=self.real.references,

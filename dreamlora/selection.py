@@ -15,7 +15,10 @@ from typing import Any
 from dreamlora.item_losses import Difference, ItemLosses
 
 SCHEMA_VERSION = 1
-RULE = "the earliest step whose loss lies within one paired standard error of the lowest"
+RULE = (
+    "the earliest step whose loss lies within one paired standard error of the lowest, and of every one that was the "
+    "lowest since"
+)
 
 
 def candidates(

@@ -90,9 +90,9 @@ class Embedder:
         Raises:
             UserError: the encoder knows no texts.
         """
-        different = list(dict.fromkeys(prompts))
-        vectors = self.encoder.texts(different)
-        return vectors[[different.index(prompt) for prompt in prompts]]
+        row = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        vectors = self.encoder.texts(list(row))
+        return vectors[[row[prompt] for prompt in prompts]]
 
     def _own(self, records: Sequence[ImageRecord]) -> Tensor:
         keys = [content_key("embedding", self.encoder.id, record.content_hash()) for record in records]

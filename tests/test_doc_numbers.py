@@ -1,0 +1,113 @@
+"""Figures in the documents are those of the committed results, to the digits that they are told with."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(document: str, first_head: str) -> dict[str, list[str]]:
+    """The cells of every row by its first one, of the table in a document whose first heading is this."""
+    lines = (ROOT / document).read_text().splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(f"| {first_head} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return {row[0]: row[1:] for row in rows}
+
+
+def told(text: str) -> list[float]:
+    """All numbers in a text."""
+    return [float(number.replace("−", "-").replace(",", "")) for number in re.findall(r"[−-]?\d[\d,]*\.?\d*", text)]
+
+
+def assert_told(text: str, *values: float) -> None:
+    """The numbers in the text are these, rounded to as many digits as it has."""
+    digits = [len(number.partition(".")[2]) for number in re.findall(r"\d[\d,]*\.?\d*", text)]
+    assert told(text) == [pytest.approx(round(value, n)) for value, n in zip(values, digits, strict=True)], text
+
+
+def test_the_time_of_a_step() -> None:
+    found = results("optimizer_step_cpu")["cases"]
+    names = {
+        "torch's AdamW, fused": "adamw (torch, fused)",
+        "torch's AdamW, foreach": "adamw (torch, foreach)",
+        "`scaled_adamw`, `variant split`": "scaled_adamw, split",
+        "PEFT's Riemannian": "riemannian (peft)",
+    }
+    cases = [f"{model}/{rank}" for model in ("sd15", "sdxl", "flux") for rank in (4, 16, 64)]
+    rows = table("README.md", "Step of")
+    assert len(rows) == len(found[cases[0]]["optimizers"])
+    for name, cells in rows.items():
+        key = names.get(name, name.strip("`"))
+        for cell, case in zip(cells, cases, strict=True):
+            assert_told(cell, found[case]["optimizers"][key]["times_fused_adamw"])
+
+
+def test_the_speed_of_training() -> None:
+    found = results("train_speed")
+    rows = table("README.md", "Training against")
+    assert len(rows) == 3
+    for name, key in (("diffusers' script", "diffusers script"), ("the same, tuned", "diffusers tuned")):
+        ratios = [found["ratios"][f"{figure} / {key}"] for figure in ("rate", "wall time", "peak memory")]
+        for cell, ratio in zip(rows[name], ratios, strict=True):
+            assert_told(cell, ratio)
+    assert_told(rows["the bare step"][0], found["ratios"]["rate / bare step"])
+    assert all(found["passed"].values())
+
+
+def test_robustness() -> None:
+    found = results("robustness")
+    rows = table("docs/optimizers.md", "One rate for all")
+    assert len(rows) == len(found["methods"])
+    for method, of in found["methods"].items():
+        numbers = (of["learning_rate"], of["worst"], of["median"], of["tuned_worst"], of["tuned_median"])
+        for cell, value in zip(rows[f"`{method}`"], numbers, strict=True):
+            assert_told(cell, value)
+
+
+def test_the_comparison() -> None:
+    found = {method["label"]: method for method in results("compare_embedded")["methods"]}
+    rows = table("docs/compare.md", "Method")
+    assert set(rows) == {f"`{label}`" for label in found}
+    for label, method in found.items():
+        rate, difference, images, verdict, steps, seconds = rows[f"`{label}`"]
+        assert_told(rate, method["best_lr"])
+        delta = method["delta"]
+        if delta:
+            assert_told(difference, *(delta["pct"][end] for end in ("mean", "low", "high")))
+            assert_told(images, delta["images_se_pct"])
+        assert verdict == (delta["verdict"] if delta else "baseline")
+        for cell, key in ((steps, "steps_to_target"), (seconds, "seconds_to_target")):
+            median = method[key]["spread"]["median"]
+            if median == "inf":
+                assert cell == "never"
+            else:
+                assert_told(cell, median)
+
+
+def test_the_quality_of_the_embedded_model() -> None:
+    found = results("tiny_quality")
+    made, real, decoded = found["results"], found["bounds"]["real"], found["bounds"]["reconstructed"]
+    rows = list(table("docs/embedded-model.md", "Judged").values())
+    for cells, key in zip(rows[:4], ("colour", "colour_by_pixels", "background", "class"), strict=True):
+        for cell, measured in zip(cells, (made, real, decoded), strict=True):
+            assert_told(cell, 100 * measured[key])
+    assert_told(rows[4][0], 100 * made["pair_colours"])
+    assert_told(rows[4][1], 100 * found["bounds"]["real_pair_colours"])
+    assert_told(rows[5][2], made["psnr_held_out"], made["psnr_subjects"])
+    assert_told(rows[6][1], 100 * made["clip_retrieval_at_1"])
+    assert all(found["passed"].values())
