@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
+from dreamlora.training import loop
 from tests.training.test_resume import assert_equal_runs, interrupt_after
 from tests.training.test_run import weights
 
@@ -106,6 +107,29 @@ def test_resumed_equals_uninterrupted(init: str, train: Train, tmp_path: Path, m
 
     monkeypatch.setattr(start, "initialise", lambda *_: pytest.fail("the start is in the checkpoint"))
     assert_equal_runs(whole, train(*more, "--resume_from_checkpoint", "latest"))
+
+
+def test_the_layers_begin_with_what_the_init_gives(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that does not reach the layers' weights would look like any other run."""
+    nora, given = registry.load("inits", "nora"), []
+    starts = nora.starts
+
+    def kept(targets: Any, options: Any, probe: Any) -> Iterator[Any]:
+        for target, begin in zip(targets, starts(targets, options, probe), strict=True):
+            given.append((target, begin))
+            yield begin
+
+    def check(run: Any) -> None:
+        assert len(given) == len(run.trainables) / 2
+        for target, begin in given:
+            assert torch.equal(target.down.flatten(1), begin.A) and torch.equal(target.up.flatten(1), begin.B)
+            assert begin.A.any()
+        raise UserError("enough")
+
+    monkeypatch.setattr(nora, "starts", kept)
+    monkeypatch.setattr(loop, "train", check)
+    with pytest.raises(UserError, match="enough"):
+        train(*flags_of("nora"), "--max_train_steps", "1", "--sample_steps", "0", "--eval_steps", "0")
 
 
 def test_other_settings_of_the_init_are_refused(train: Train) -> None:
