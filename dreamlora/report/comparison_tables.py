@@ -68,7 +68,7 @@ def results(comparison: Comparison) -> Table:
     """What came out: loss and verdict of every method at its own best learning rate."""
     heads = [Head("method", False), Head("verdict", False), Head(f"loss against {comparison.baseline} [95\u00a0%]")]
     heads += [
-        Head("± of the images"),
+        Head("± images"),
         Head("seeds won"),
         Head("final loss [min, max]"),
         Head("against base model"),
@@ -77,7 +77,7 @@ def results(comparison: Comparison) -> Table:
     return Table(
         "results",
         "Every method at its own best learning rate. A negative percentage is a lower loss, which is better. The "
-        "interval is over the seeds; “± of the images” is the standard error that the choice of the images adds.",
+        "interval is over the seeds; “± images” is the standard error that the choice of the images adds.",
         tuple(heads),
         tuple(_result(comparison, method) for method in comparison.methods),
     )
