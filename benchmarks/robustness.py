@@ -57,9 +57,7 @@ METHODS = {
     "adamw": 4e-3,
     "scaled_adamw": 8e-3,
     "scaled_adamw:variant=split,scale_correction=true": 8e-3,
-    "scaled_gd:geometry=tangent,scale_correction=true": 0.5,
     "lora_rite": 4e-3,
-    "lora_muon:rank_power=0": 0.16,
     "lora_muon": 0.18,
 }
 """Method -> the middle of its first rates."""
