@@ -190,11 +190,14 @@ def test_the_command_serves_until_ctrl_c(make_run: Callable[..., RunFolder]) -> 
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     ) as program:
         assert program.stdout is not None and program.stderr is not None
-        address = program.stdout.readline().split()[0]
-        with urllib.request.urlopen(address, timeout=30) as page:
-            assert "creature-scaled_adamw" in page.read().decode()
-        program.send_signal(signal.SIGINT)
-        assert program.wait(10) == 0
+        try:
+            address = program.stdout.readline().split()[0]
+            with urllib.request.urlopen(address, timeout=30) as page:
+                assert "creature-scaled_adamw" in page.read().decode()
+            program.send_signal(signal.SIGINT)
+            assert program.wait(30) == 0
+        finally:
+            program.kill()  # else leaving the block would wait for ever
         assert program.stderr.read() == ""
 
 
