@@ -23,7 +23,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c() -> None:
-    """A shell starts background jobs with Ctrl-C ignored, and programs that tests start and interrupt would inherit it."""
+    """A shell starts background jobs with Ctrl-C ignored, and what tests start and interrupt would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
