@@ -6,6 +6,7 @@ At no time are more models in memory than the stage needs: text encoder, then au
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,8 @@ from dreamlora.training import loop, start, state
 from dreamlora.training.loop import Predictor, Run
 from dreamlora.training.stream import Layout, Source, Stream
 
+GLOO_PAUSE_S = 0.5
+
 
 def train(config: RunConfig, options: Any) -> RunFolder:
     """Train a LoRA as ``config`` says; everything of the run lies in the returned folder.
@@ -57,6 +60,10 @@ def train(config: RunConfig, options: Any) -> RunFolder:
         _train_in(stage, folder, options)
     finally:
         folder.release()
+        if stage.accelerator.num_processes > 1:
+            # gloo's thread drops the last exchange's tensors, and needs the GIL for it; torch frees DDP's model, which
+            # comes next, by waiting for that thread with the GIL held. Without this pause they sometimes wait for ever.
+            time.sleep(GLOO_PAUSE_S)
     return folder
 
 
