@@ -5,8 +5,8 @@ At no time are more models in memory than the stage needs: text encoder, then au
 
 from __future__ import annotations
 
+import gc
 import itertools
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
+from torch import distributed
 
 from dreamlora import cli, finish, occasions, registry, settle
 from dreamlora.config import RunConfig, as_flat_dict
@@ -41,8 +42,6 @@ from dreamlora.training import loop, start, state
 from dreamlora.training.loop import Predictor, Run
 from dreamlora.training.stream import Layout, Source, Stream
 
-GLOO_PAUSE_S = 0.5
-
 
 def train(config: RunConfig, options: Any) -> RunFolder:
     """Train a LoRA as ``config`` says; everything of the run lies in the returned folder.
@@ -55,15 +54,16 @@ def train(config: RunConfig, options: Any) -> RunFolder:
         UserError: something that was given cannot be used; said before any long work where it can be known by then.
     """
     stage = _start(config)
+    # DDP's model holds the process group too. Whoever lets go of it last waits for gloo's threads, which need the GIL:
+    # Python gives the GIL up meanwhile, DDP does not, and then they sometimes wait for each other for ever.
+    group = distributed.group.WORLD if distributed.is_initialized() else None
     folder = _claim_folder(stage)
     try:
         _train_in(stage, folder, options)
     finally:
         folder.release()
-        if stage.accelerator.num_processes > 1:
-            # gloo's thread drops the last exchange's tensors, and needs the GIL for it; torch frees DDP's model, which
-            # comes next, by waiting for that thread with the GIL held. Without this pause they sometimes wait for ever.
-            time.sleep(GLOO_PAUSE_S)
+        gc.collect()  # the model has gone now, whatever pointed at it in a ring
+        del group
     return folder
 
 
