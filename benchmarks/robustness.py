@@ -31,8 +31,10 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import tempfile
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -158,6 +160,18 @@ def work(task: Task) -> dict[str, Any]:
     return {"key": task.key, **asdict(task), "base": values[0], "final": math.inf if last is None else last}
 
 
+def end_with_parent() -> None:
+    """Called in a worker: whoever kills the program that started it means the runs too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def make(tasks: Iterable[Task], file: Path, workers: int) -> dict[str, dict[str, Any]]:
     """Rows of all tasks by key: those that ``file`` has, and the others newly made and added to it."""
     tasks = list(tasks)
@@ -165,7 +179,10 @@ def make(tasks: Iterable[Task], file: Path, workers: int) -> dict[str, dict[str,
     missing = [task for task in tasks if task.key not in rows]
     file.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, file.open("a") as output:
+    with (
+        ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool,
+        file.open("a") as output,
+    ):
         futures = [pool.submit(work, task) for task in missing]
         for future in tqdm(as_completed(futures), total=len(tasks), initial=len(tasks) - len(missing), unit="run"):
             row = future.result()
