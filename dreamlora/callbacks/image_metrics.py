@@ -26,6 +26,8 @@ CLIP_CHANGE = "img/clip_t_change"
 SUBJECT = "img/dino"
 LARGEST_DROP = 0.02
 """By so much CLIP-T may fall below the base model's before a checkpoint is refused."""
+CLEAR = 2.0
+"""Paired standard errors that make a fall clear: few images must not overrule the loss."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class ImageMetricsCallback:
         """Which of these steps must not be selected: those at whose last measurement the prompts were forgotten.
 
         That is, CLIP-T on the run's images had fallen by more than 0.02 below the base model's on the same prompts and
-        seeds, and by one paired standard error more than that.
+        seeds, and by two paired standard errors more than that.
         """
         found = {}
         for step in steps:
@@ -196,4 +198,4 @@ class ImageMetricsCallback:
 
 
 def _forgotten(change: Difference) -> bool:
-    return change.mean + change.se < -LARGEST_DROP
+    return change.mean + CLEAR * change.se < -LARGEST_DROP
