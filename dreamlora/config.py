@@ -22,6 +22,10 @@ from dreamlora.ranges import within as _within
 EMBEDDED_MODEL = "tiny"
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Tracker = Literal[
+    "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]  # fmt: skip
+"""Those that accelerate knows."""
 
 
 @dataclass(frozen=True)
@@ -264,8 +268,8 @@ class Train:
     """Scale of mode."""
     guidance_scale: float = 3.5
     """Guidance embedding that guidance-distilled models (FLUX.1-dev) are trained with."""
-    report_to: str | None = None
-    """Trackers besides the run's own metrics.jsonl: tensorboard, wandb, comet_ml, ..., or all."""
+    report_to: Tracker | None = None
+    """Tracker besides the run's own metrics.jsonl; all: every one that is installed."""
     logging_dir: Path = Path("logs")
     """Folder of the trackers, inside the run's folder."""
     push_to_hub: bool = False
@@ -297,8 +301,10 @@ class RunConfig:
     COMMAND: ClassVar[str] = "dreambooth"
     PRESET: ClassVar[str] = "preset.yaml"
     NOT_OFFERED: ClassVar[dict[str, str]] = {
-        "train_data_dir": "use --instance_data_dir, or train on captions with dreamlora text-to-image",
-        "style": "dreamlora text-to-image has built-in styles; here there is --subject",
+        "train_data_dir": "use --instance_data_dir, or train on captions with dreamlora text-to-image "
+        "(in a comparison: --program text-to-image)",
+        "style": "dreamlora text-to-image (in a comparison: --program text-to-image) has built-in styles; here there "
+        "is --subject",
     }
 
     model: Model = field(default_factory=Model)

@@ -219,6 +219,7 @@ def test_mistakes_in_a_file_name_the_file_and_the_key(text: str, told: str, run_
         ("--rank", ["--rank needs a value: a whole number"]),
         ("--learning_rate nan", ["--learning_rate must be at least 0 (got nan)"]),
         ("--lr_scheduler cosin", ["one of constant, constant_with_warmup,", "(got 'cosin')", "Did you mean 'cosine'?"]),
+        ("--report_to tensorbord", ["--report_to takes one of all, aim,", "Did you mean 'tensorboard'?"]),
         ("--instance_prompt a dog", ["--instance_prompt takes one value (got 2: a dog)", "quotes"]),
         ("--center_crop True", ["--center_crop takes no value (got 'True')", "--no_center_crop"]),
         ("--no_center_crop x", ["--no_center_crop takes no value (got 'x')"]),

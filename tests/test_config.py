@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from accelerate.utils import LoggerType
 
-from dreamlora.config import Data, Eval, Lora, Model, Optim, RunConfig, Sample, Train, as_flat_dict
+from dreamlora.config import Data, Eval, Lora, Model, Optim, RunConfig, Sample, Tracker, Train, as_flat_dict
 from dreamlora.errors import UserError
 
 
@@ -44,6 +45,10 @@ def test_values_out_of_range_name_the_flag(group: Any, option: str, value: Any, 
     with pytest.raises(UserError) as error:
         group(**{option: value})
     assert told in str(error.value)
+
+
+def test_the_trackers_are_those_of_accelerate() -> None:
+    assert sorted(get_args(Tracker)) == sorted(kind.value for kind in LoggerType)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dreamlora import cli
 from dreamlora.errors import UserError
@@ -29,11 +30,13 @@ DECIDED_HERE = {
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Which optimizer is better, each at its own best learning rate? Flags of dreamlora dreambooth may stand beside."""
+    """Which optimizer is better, each at its own best learning rate? Flags of the training may stand beside."""
 
     optimizers: tuple[str, ...] = ()
     """Methods: an optimizer, its settings after a colon, other training flags after a plus, such as adamw
     scaled_adamw:variant=split adamw+rank=16."""
+    program: Literal["dreambooth", "text-to-image"] = "dreambooth"
+    """What is trained: dreamlora dreambooth or dreamlora text-to-image."""
     learning_rates: tuple[float, ...] = ()
     """Rates for all of them. Default: 7 (--quick: 3), a factor of sqrt(10) apart, around each one's usual rate; more
     where the best lies at the edge."""

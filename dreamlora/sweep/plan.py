@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from dreamlora.compare.methods import OWN_OF_A_RUN
 from dreamlora.compare.records import read_json
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.errors import UserError
-from dreamlora.options import options_of
+from dreamlora.options import Option, options_of
+from dreamlora.programs import PROGRAMS
 from dreamlora.runfolder import RunFolder, write_atomically
 from dreamlora.sweep.config import DECIDED_HERE, PROGRAM, CompareConfig, flags_in
 
@@ -69,10 +70,12 @@ class Job:
     """One run.
 
     Attributes:
-        argv: flags of ``dreamlora dreambooth``, without the folder.
+        program: that trains, one of ``PROGRAMS``.
+        argv: its flags, without the folder.
         folder: of the run; the same for the same method, rate and seed, whatever they are run for.
     """
 
+    program: str
     method: str
     lr: float
     seed: int
@@ -90,11 +93,13 @@ class Sweep:
     """A comparison that is to be made.
 
     Attributes:
-        training: the training flags that all methods share, as typed.
+        program: that trains, one of ``PROGRAMS``.
+        training: its flags that all methods share, as typed.
         settings: what they mean, by option: runs that are there must have been made with the same.
     """
 
     root: Path
+    program: str
     entries: tuple[Entry, ...]
     baseline: str | None
     training: tuple[str, ...]
@@ -134,7 +139,7 @@ class Sweep:
     def _job(self, entry: Entry, lr: float, seed: int, more: tuple[str, ...]) -> Job:
         own = ("--learning_rate", f"{lr:g}", "--seed", str(seed), *more)
         folder = self.runs / entry.slug / f"lr{lr:.6g}" / f"seed{seed}"
-        return Job(entry.label, lr, seed, (*self.training, *entry.words, *own), folder)
+        return Job(self.program, entry.label, lr, seed, (*self.training, *entry.words, *own), folder)
 
 
 def extended(grid: Sequence[float], edge: str, count: int) -> list[float]:
@@ -149,11 +154,12 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
     Raises:
         UserError: a training flag, an optimizer or one of its settings is wrong, or nothing would be measured.
     """
-    base, _ = cli.parse_run(training, name=PROGRAM)
+    trained = PROGRAMS[config.program]
+    base, _ = cli.parse_run(training, trained, PROGRAM)
     if base.eval.eval_steps == 0:
         raise UserError("--eval_steps 0 leaves nothing to compare: leave the flag out, or give a number above 0")
-    entries = tuple(parse_entry(text, training) for text in config.optimizers)
-    baseline = parse_entry(config.baseline, training).label if config.baseline else None
+    entries = tuple(parse_entry(text, training, trained) for text in config.optimizers)
+    baseline = parse_entry(config.baseline, training, trained).label if config.baseline else None
     labels = [entry.label for entry in entries]
     if len(set(labels)) < len(labels):
         raise UserError(f"--optimizers has a method twice: {' '.join(labels)}")
@@ -165,10 +171,11 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
     root = config.output_dir or Path("outputs") / "-vs-".join(entry.slug for entry in entries)
     return Sweep(
         root=root,
+        program=config.program,
         entries=entries,
         baseline=baseline,
         training=(*_of_all_runs(base, training, root), *training),
-        settings=as_flat_dict(base),
+        settings={"program": config.program, **as_flat_dict(base)},
         rates=config.learning_rates,
         seeds=seeds,
         headline_seeds=tuple(range(max(seeds) + 1, max(seeds) + 1 + wanted)),
@@ -176,8 +183,12 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
     )
 
 
-def parse_entry(text: str, training: Sequence[str]) -> Entry:
+def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig] = RunConfig) -> Entry:
     """``optimizer[:setting=value,...][+flag=value...]``, checked as the training's own command line.
+
+    Args:
+        training: its other flags.
+        trained: all options of the program that trains.
 
     Raises:
         UserError: the form, the optimizer, a setting or a flag is wrong.
@@ -193,8 +204,8 @@ def parse_entry(text: str, training: Sequence[str]) -> Entry:
     if args:
         words += ["--optimizer_args", *(word for pair in args for word in pair)]
     for flag in flags:
-        words += _flag_words(text, flag)
-    config, _ = cli.parse_run([*training, *words], name=PROGRAM)
+        words += _flag_words(text, flag, options_of(trained))
+    config, _ = cli.parse_run([*training, *words], trained, PROGRAM)
     method = registry.load("optimizers", optimizer)
     label = optimizer + (":" + ",".join(f"{key}={value}" for key, value in args) if args else "")
     label += "".join(f"+{flag}" for flag in flags)
@@ -226,9 +237,8 @@ def _pair(text: str, pair: str) -> tuple[str, str]:
     return name, value
 
 
-def _flag_words(text: str, flag: str) -> list[str]:
+def _flag_words(text: str, flag: str, options: Mapping[str, Option]) -> list[str]:
     name, equals, value = flag.partition("=")
-    options = options_of(RunConfig)
     if name in DECIDED_HERE or name == "output_dir":
         raise UserError(f"--optimizers {text}: {name} cannot differ between methods")
     if name in options and options[name].several and equals:

@@ -180,7 +180,7 @@ class _Worker:
         """Make a run and wait for its end; a process that dies meanwhile has failed at it."""
         began = time.monotonic()
         process = self.start()
-        order = {"argv": list(job.argv), "folder": str(job.folder), "method": job.method}
+        order = {"program": job.program, "argv": list(job.argv), "folder": str(job.folder), "method": job.method}
         answer = ""
         with contextlib.suppress(BrokenPipeError):
             _pipe(process.stdin).write(json.dumps(order) + "\n")

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from dreamlora import cli
 from dreamlora.errors import DivergedError, UserError
+from dreamlora.programs import PROGRAMS
 from dreamlora.runfolder import RunFolder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -35,16 +36,17 @@ def main() -> None:
     importlib.import_module("dreamlora.assemble")  # seconds, which can pass before the first job comes
     while True:
         job = jobs.get()
-        outcome = make_run(job["argv"], Path(job["folder"]), job["method"])
+        outcome = make_run(job["program"], job["argv"], Path(job["folder"]), job["method"])
         answers.write(json.dumps(outcome) + "\n")
         answers.flush()
 
 
-def make_run(argv: list[str], path: Path, method: str) -> dict[str, str]:
+def make_run(program: str, argv: list[str], path: Path, method: str) -> dict[str, str]:
     """Train into ``path``, or go on there, and write down how it ended (outcome.json).
 
     Args:
-        argv: flags of ``dreamlora dreambooth``, without the folder.
+        program: that trains, one of ``PROGRAMS``.
+        argv: its flags, without the folder.
         path: of the run.
         method: its label, for the report.
 
@@ -55,11 +57,11 @@ def make_run(argv: list[str], path: Path, method: str) -> dict[str, str]:
     folder = RunFolder(path)
     folder.outcome_file.unlink(missing_ok=True)
     flags = [*argv, "--output_dir", str(path)]
-    sys.argv = ["dreamlora", "dreambooth", *flags]  # what the run's report calls its command
+    sys.argv = ["dreamlora", program, *flags]  # what the run's report calls its command
     if folder.holds_run():
         flags += ["--resume_from_checkpoint", "latest"] if folder.checkpoint_steps() else ["--overwrite_output_dir"]
     try:
-        _train(flags)
+        _train(program, flags)
         status, message = "finished", ""
     except DivergedError as error:
         status, message = "diverged", str(error)
@@ -78,7 +80,7 @@ def write_outcome(folder: RunFolder, method: str, status: str, message: str) -> 
     write_atomically(folder.outcome_file, json.dumps(outcome, indent=1))
 
 
-def _train(flags: list[str]) -> None:
+def _train(program: str, flags: list[str]) -> None:
     import torch
     from accelerate.state import AcceleratorState
 
@@ -89,7 +91,7 @@ def _train(flags: list[str]) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    assemble.train(*cli.parse_run(flags))
+    assemble.train(*cli.parse_run(flags, PROGRAMS[program]))
 
 
 def _listen(source: IO[str], jobs: queue.Queue[dict[str, Any]]) -> None:

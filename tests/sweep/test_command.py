@@ -205,7 +205,7 @@ class TrainingPool(FakePool):
 
     def run(self, jobs: Sequence[Job], on_end: Callable[[Ended], None]) -> None:
         for job in jobs:
-            on_end(Ended(job, **train_run(list(job.argv), job.folder, job.method), seconds=1.0))
+            on_end(Ended(job, **train_run(job.program, list(job.argv), job.folder, job.method), seconds=1.0))
 
 
 def test_real_runs_from_flags_to_compare_json(
@@ -221,9 +221,26 @@ def test_real_runs_from_flags_to_compare_json(
     status = {(run["lr"], run["seed"]): run["status"] for run in found["runs"]}
     assert status == {(1e-3, 0): "finished", (1e30, 0): "diverged", (1e-3, 1): "finished"}
     assert found["methods"][0]["samples"]["steps"] == [0, 1, 2]
-    tuned = RunFolder(out / "runs" / "adamw" / "lr1.00e-03" / "seed0")
-    assert not tuned.samples.exists() and not tuned.checkpoint_steps()
+    tuned = RunFolder(out / "runs" / "adamw" / "lr0.001" / "seed0")
+    assert tuned.holds_run() and not tuned.samples.exists() and not tuned.checkpoint_steps()
     assert "--optimizer adamw" in found["runs"][0]["command"] and found["methods"][0]["rates"][0]["dw_norm"]["n"] == 1
+
+
+def test_a_comparison_on_captioned_images(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "Pool", TrainingPool)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    photos = tmp_path / "photos"
+    for file in photos.glob("*.png"):
+        file.with_suffix(".txt").write_text(f"picture {file.stem}")
+    captioned = [*flags[: flags.index("--instance_prompt")], "--sample_steps", "0", "--train_batch_size", "2"]
+    captioned[captioned.index("--instance_data_dir")] = "--train_data_dir"
+    argv = ["--program", "text-to-image", "--optimizers", "adamw", "sgd", "--learning_rates", "1e-3", "--seeds", "0"]
+    command.main(
+        [*argv, "--headline_seeds", "0", "--max_train_steps", "1", "--output_dir", str(tmp_path / "out"), *captioned]
+    )
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [run["status"] for run in found["runs"]] == ["finished"] * 2 and found["task"]["data"] == "photos"
+    assert all(run["command"].startswith("dreamlora text-to-image ") for run in found["runs"])
 
 
 def test_unfinished_runs_are_resumed_or_begun_anew(
@@ -234,10 +251,10 @@ def test_unfinished_runs_are_resumed_or_begun_anew(
     for name, every in (("with", "1"), ("without", "0")):
         folder = RunFolder(tmp_path / name)
         short = [*kept, "--max_train_steps", "2", "--checkpointing_steps", every]
-        assert train_run(short, folder.path, "adamw")["status"] == "finished"
+        assert train_run("dreambooth", short, folder.path, "adamw")["status"] == "finished"
         folder.outcome_file.unlink()  # as if it had been killed after two steps
         longer = [*kept, "--max_train_steps", "3", "--checkpointing_steps", every]
-        assert train_run(longer, folder.path, "adamw") == {"status": "finished", "message": ""}
+        assert train_run("dreambooth", longer, folder.path, "adamw") == {"status": "finished", "message": ""}
         steps = [row["step"] for row in folder.metrics() if row["name"] == "train/loss"]
         assert steps == [1, 2, 3]
     assert "resume" not in json.loads((tmp_path / "with" / "summary.json").read_text())["command"]

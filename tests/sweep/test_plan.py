@@ -10,6 +10,7 @@ import pytest
 
 from dreamlora import cli
 from dreamlora.errors import UserError
+from dreamlora.programs import PROGRAMS, TextToImageConfig
 from dreamlora.sweep import plan
 from dreamlora.sweep.config import parse
 
@@ -52,6 +53,17 @@ def test_quick_is_smaller_and_flags_win_over_it() -> None:
 def test_given_rates_are_for_all() -> None:
     found = sweep("--optimizers", "adamw", "sgd", "--learning_rates", "1e-2", "1e-3")
     assert [found.grid(entry) for entry in found.entries] == [[1e-3, 1e-2]] * 2
+
+
+def test_captioned_images_can_be_what_is_trained() -> None:
+    found = sweep(
+        "--program", "text-to-image", "--optimizers", "adamw", "adamw+caption_dropout=0", "--style", "woodcut"
+    )
+    assert found.grid(found.entries[0])[3] == 4e-3  # the preset of that program
+    jobs = [job for entry in found.entries for job in found.headline(entry, 1e-3)]
+    configs = [cli.parse_run(job.argv, PROGRAMS[job.program])[0] for job in jobs]
+    assert {(type(config), config.data.style) for config in configs} == {(TextToImageConfig, "woodcut")}
+    assert [config.data.caption_dropout for config in configs] == [0.1] * 5 + [0] * 5
 
 
 def test_other_models_start_from_the_optimizers_own_rate() -> None:
@@ -122,6 +134,9 @@ def test_grids_grow_at_the_edge() -> None:
         (["--optimizers", "adamw+rnk=3"], "unknown flag --rnk. Did you mean --rank?"),
         (["--optimizers", "adamw+seed=3"], "seed cannot differ between methods"),
         (["--optimizers", "adamw", "--max_train_step", "3"], "Did you mean --max_train_steps?"),
+        (["--optimizers", "adamw", "--style", "woodcut"], "--program text-to-image"),
+        (["--optimizers", "adamw", "--program", "text-to-image", "--subject", "x"], "here there is --style"),
+        (["--optimizers", "adamw", "--program", "evaluate"], "--program takes one of dreambooth, text-to-image"),
         (["--optimizers", "adamw", "--learning_rate", "1"], "give --learning_rates"),
         (["--optimizers", "adamw", "--seed", "1"], "give --seeds"),
         (["--optimizers", "adamw", "--optimizer=sgd"], "give --optimizers"),
