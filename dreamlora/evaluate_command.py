@@ -11,6 +11,9 @@ from dreamlora.config import Encoders
 from dreamlora.errors import UserError
 from dreamlora.sample_command import SampleConfig
 
+EVAL_LOSS = "eval_loss"
+"""The metric that needs no images."""
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(SampleConfig):
@@ -19,7 +22,12 @@ class EvaluateConfig(SampleConfig):
     lora: tuple[Path, ...]
     """LoRA files, folders with one, run folders, or folders of images; the flag's name may be left out."""
     metrics: tuple[str, ...] = ()
-    """What is measured: {metrics}. Default: all but fid, which needs thousands of images."""
+    """What is measured: eval_loss, {metrics}. Default: all but fid, which needs thousands of images."""
+    evalset: Path | None = None
+    """Evaluation set that the loss is measured on: an evalset.json or evalset_final.json of a run, made with the same
+    base model. Default: evalset.json of the first run."""
+    eval_batch_size: int = 8
+    """Items of the evaluation set per forward pass."""
     references: Path | None = None
     """Folder of real images that were not trained on. Default: those that the first run held out."""
     training_images: Path | None = None
@@ -38,7 +46,7 @@ class EvaluateConfig(SampleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            names = tuple(dict.fromkeys(registry.check("metrics", name) for name in self.metrics))
+            names = tuple(dict.fromkeys(map(_metric, self.metrics)))
         except UserError as error:
             raise UserError(f"--metrics: {error}") from None
         object.__setattr__(self, "metrics", names)
@@ -49,6 +57,17 @@ class EvaluateConfig(SampleConfig):
         for path in self.lora:
             if not path.exists():
                 raise UserError(f"--lora: there is no {path} (looked from {Path.cwd()})")
+        if self.evalset is not None and not self.evalset.is_file():
+            raise UserError(f"--evalset: there is no file {self.evalset} (looked from {Path.cwd()})")
+        if self.evalset is not None and self.metrics and EVAL_LOSS not in self.metrics:
+            raise UserError(f"--evalset is only used together with {EVAL_LOSS}, which --metrics leaves out")
+        if self.eval_batch_size < 1:
+            raise UserError(f"--eval_batch_size must be at least 1 (got {self.eval_batch_size})")
+
+
+def _metric(name: str) -> str:
+    """The name as it is spelled here."""
+    return EVAL_LOSS if name.lower().replace("-", "_") == EVAL_LOSS else registry.check("metrics", name)
 
 
 def main(argv: Sequence[str]) -> None:

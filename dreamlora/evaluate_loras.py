@@ -6,8 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,28 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from dreamlora import cli, provenance, registry
+from dreamlora import cli, contestants, provenance, registry
 from dreamlora.config import EMBEDDED_MODEL, Encoders
+from dreamlora.contestants import UnderTest
 from dreamlora.data.cache import TensorCache, cache_folder
 from dreamlora.data.dataset import load_images, split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import FORMATS, ImageRecord
 from dreamlora.errors import UserError
-from dreamlora.evaluate_command import EvaluateConfig
+from dreamlora.evaluate_command import EVAL_LOSS, EvaluateConfig
+from dreamlora.evaluate_losses import measure_losses
 from dreamlora.evaluation.drawing import Sheet, draw_sheet
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, Place
 from dreamlora.evaluation.measure import Gallery, Measurement, load_metric, measure
 from dreamlora.evaluation.table import table
-from dreamlora.families._loading import family_of, resolve_source
 from dreamlora.interfaces import ModelSource
-from dreamlora.lora.files import apply_lora
 from dreamlora.programs import program_of
 from dreamlora.runfolder import RunFolder, write_atomically
-from dreamlora.sample_loras import Row, dtype_on, first_run, model_of, plan_for, prompts_of, rows_of, settings_of
+from dreamlora.sample_loras import Row, first_run, model_of, plan_for, prompts_of, settings_of
 from dreamlora.sampling.prompts import names_subject, scored_text, subject_of
 from dreamlora.sampling.sampler import SamplePlan
-from dreamlora.stages import ROLES, Parts
+from dreamlora.stages import ROLES
 
 METRICS_JSON_VERSION = 1
 NO_CAPTION = "(no caption)"
@@ -77,6 +76,18 @@ class Evaluation:
     real: Real
     state: PartialState
     device: torch.device
+
+    @property
+    def loss_asked(self) -> bool:
+        """Whether the evaluation loss is to be measured."""
+        return not self.config.metrics or EVAL_LOSS in self.config.metrics
+
+    @property
+    def image_metrics(self) -> list[str]:
+        """What is to be measured of images: what was asked for, else all that may have a say in a choice."""
+        if self.config.metrics:
+            return [name for name in self.config.metrics if name != EVAL_LOSS]
+        return [name for name in registry.names("metrics") if load_metric(name).SELECTS]
 
     @property
     def output(self) -> Path:
@@ -121,11 +132,20 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     )
     shown = {str(path): _shown_in(evaluation, path) for path in folders}
     facts: dict[str, Any] = {"problems": {}}
+    losses: dict[str, Measurement] = {}
     if loras:
-        drawn, facts = _draw(evaluation, replace(config, lora=loras), settings)
-        shown = {**drawn, **shown}
+        under_test = contestants.under_test(replace(config, lora=loras), settings, evaluation.device)
+        if evaluation.image_metrics:
+            drawn, facts = _draw(evaluation, under_test)
+            shown = {**drawn, **shown}
+        if evaluation.loss_asked:
+            losses = measure_losses(under_test, run, _processes(state))
+        under_test.parts.free(*ROLES)
     embedded = bool(loras or run) and model_of(config, settings).pretrained_model_name_or_path == EMBEDDED_MODEL
     found = _measure(evaluation, shown, Embedders(_encoders(config, settings), embedded, _place(evaluation)))
+    for label, measured in losses.items():
+        images = found.get(label, Measurement())
+        found[label] = Measurement([*measured.values, *images.values], [*measured.notes, *images.notes])
     for label, problems in facts["problems"].items():
         kinds = " or ".join(sorted(set(problems.values())))
         found[label].notes.append(f"images that came out {kinds} do not count: {', '.join(problems)}")
@@ -182,18 +202,12 @@ def _shown_in(evaluation: Evaluation, folder: Path) -> Gallery:
     return evaluation.gallery(records, [] if NO_CAPTION in prompts else prompts)
 
 
-def _draw(
-    evaluation: Evaluation, config: EvaluateConfig, settings: dict[str, Any]
-) -> tuple[dict[str, Gallery], dict[str, Any]]:
+def _draw(evaluation: Evaluation, under_test: UnderTest) -> tuple[dict[str, Gallery], dict[str, Any]]:
     """Draw what is missing of the base model and all LoRAs; their galleries by label, and facts for metrics.json."""
-    rows = _told_apart(rows_of(config))
-    source = resolve_source(model_of(config, settings))
-    family = family_of(source, config.family or settings.get("family"))
-    plan = plan_for(config, settings, family, prompts_of(config, settings))
-    dtype = dtype_on(config, evaluation.device)
-    sheets = [_sheet(evaluation.output, row, plan, source, dtype) for row in rows]
-    parts = Parts(family, source, evaluation.device, dtype)
-    broken = _draw_missing(evaluation.state, parts, rows, sheets)
+    config, rows, source, settings = under_test.config, under_test.rows, under_test.source, under_test.settings
+    plan = plan_for(config, settings, under_test.parts.family, prompts_of(config, settings))
+    sheets = [_sheet(evaluation.output, row, plan, source, under_test.dtype) for row in rows]
+    broken = _draw_missing(evaluation.state, under_test, sheets)
     galleries = {
         row.label: _gallery(evaluation, sheet, sheets[0], broken) for row, sheet in zip(rows, sheets, strict=True)
     }
@@ -212,12 +226,6 @@ def _draw(
     return galleries, facts
 
 
-def _told_apart(rows: Sequence[Row]) -> list[Row]:
-    """The rows with different labels: equal ones get the path of their LoRA."""
-    labels = [row.label for row in rows]
-    return [replace(row, label=f"{row.label}\n{row.lora}") if labels.count(row.label) > 1 else row for row in rows]
-
-
 def _sheet(output: Path, row: Row, plan: SamplePlan, source: ModelSource, dtype: torch.dtype) -> Sheet:
     lora = hashlib.sha256(row.lora.read_bytes()).hexdigest() if row.lora else None
     made_of = {"model": source.model_id, "lora": lora, "scale": row.scale, "dtype": str(dtype)}
@@ -225,38 +233,23 @@ def _sheet(output: Path, row: Row, plan: SamplePlan, source: ModelSource, dtype:
     return Sheet(output / "images" / slug, plan, made_of)
 
 
-def _draw_missing(state: PartialState, parts: Parts, rows: Sequence[Row], sheets: Sequence[Sheet]) -> dict[Path, str]:
+def _draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[Sheet]) -> dict[Path, str]:
     """Draw this process's share of what is missing; the images of all processes that came out wrong, with why."""
     jobs = [
         (row, sheet, missing)
-        for row, sheet in zip(rows, sheets, strict=True)
+        for row, sheet in zip(under_test.rows, sheets, strict=True)
         if (missing := sheet.missing(state.process_index, state.num_processes))
     ]
     wrong: list[tuple[Path, str]] = []
     if jobs:
-        pipeline = parts.pipeline()
+        pipeline = under_test.parts.pipeline()
         total = sum(len(missing) for _, _, missing in jobs)
         with tqdm(total=total, desc="drawing", unit="image", disable=not state.is_main_process) as bar:
             for row, sheet, missing in jobs:
-                with _applied(pipeline, row):
+                with contestants.applied(pipeline, row):
                     problems = draw_sheet(pipeline, sheet, missing, bar.update)
                     wrong += [(sheet.file(item), problem) for item, problem in problems]
-        del pipeline
-        parts.free(*ROLES)
     return dict(gather_object(wrong))
-
-
-@contextmanager
-def _applied(pipeline: Any, row: Row) -> Iterator[None]:
-    """The pipeline with the row's LoRA; afterwards without."""
-    if row.lora is None:
-        yield
-        return
-    apply_lora(pipeline, row.lora, row.scale)
-    try:
-        yield
-    finally:
-        pipeline.unload_lora_weights()
 
 
 def _gallery(evaluation: Evaluation, sheet: Sheet, base: Sheet, broken: Mapping[Path, str]) -> Gallery:
@@ -289,17 +282,20 @@ def _place(evaluation: Evaluation) -> Place:
         device=evaluation.device,
         cache=TensorCache(cache_folder(config.latents_cache_dir)),
         downloads=config.cache_dir,
-        processes=Processes(state.process_index, state.num_processes, gather_object),
+        processes=_processes(state),
     )
+
+
+def _processes(state: PartialState) -> Processes:
+    return Processes(state.process_index, state.num_processes, gather_object)
 
 
 def _measure(evaluation: Evaluation, shown: Mapping[str, Gallery], embedders: Embedders) -> dict[str, Measurement]:
     """The measurements by label."""
-    selected = [name for name in registry.names("metrics") if load_metric(name).SELECTS]
     evaluation.state.wait_for_everyone()
     found = {}
     for label, gallery in shown.items():
-        names = evaluation.config.metrics or selected
+        names = evaluation.image_metrics
         found[label] = measure(names, gallery, embedders) if gallery.generated else Measurement(notes=["no images"])
         found[label].notes.extend(evaluation.real.notes)
     return found

@@ -21,7 +21,7 @@ from dreamlora.data.cache import LatentStore
 from dreamlora.data.transforms import Preparation
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, Place
-from dreamlora.interfaces import Callback
+from dreamlora.interfaces import Callback, ModelSource
 from dreamlora.metrics._eval_loss import EvalSet, build_eval_set, build_final_set
 from dreamlora.pictures import Pictures
 from dreamlora.sampling.grid import MAX_REFERENCES
@@ -128,12 +128,16 @@ def _final(stage: Stage, run: Run, material: Material) -> FinalCallback:
 
 
 def _eval_set(stage: Stage, run: Run, images: LatentStore) -> EvalSet:
-    predicting = stage.config.train.prediction_type
     return build_eval_set(
         torch.stack([images.latents(index, 0)[0] for index in range(len(images))]),
         images.captions,
         images.content_hashes,
         run.objective,
         seed=stage.config.eval.eval_seed,
-        model_id=stage.source.model_id + (f" with {predicting}" if predicting else ""),
+        model_id=eval_model_id(stage.source, stage.config.train.prediction_type),
     )
+
+
+def eval_model_id(source: ModelSource, prediction_type: str | None) -> str:
+    """The model as an evaluation set names it: with the prediction type, where that is not the model's own."""
+    return source.model_id + (f" with {prediction_type}" if prediction_type else "")

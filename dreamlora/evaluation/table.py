@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from dreamlora import registry
 from dreamlora.evaluation.measure import Measurement, Value, load_metric
+from dreamlora.interfaces import ImageMetric
 
-HIDDEN = ("_p", "_negative")
+HIDDEN = ("_p", "_negative", "_rel")
 """Ends of the names of values that belong to another: shown with it."""
 
 
@@ -16,8 +17,8 @@ def table(rows: Mapping[str, Measurement]) -> str:
     names = _columns(rows)
     if not names:
         return "\n".join(_notes(rows))
-    arrows = {load_metric(name).NAME: load_metric(name) for name in registry.names("metrics")}
-    heads = [name.removeprefix("img/") + (" ↑" if arrows[name].HIGHER_IS_BETTER else " ↓") for name in names]
+    about = {load_metric(name).NAME: load_metric(name) for name in registry.names("metrics")}
+    heads = [name.removeprefix("img/") + (" ↑" if _higher_is_better(about.get(name)) else " ↓") for name in names]
     cells = [[label.replace("\n", ", "), *(_cell(found, name) for name in names)] for label, found in rows.items()]
     grid = [["", *heads], *cells]
     widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
@@ -25,8 +26,13 @@ def table(rows: Mapping[str, Measurement]) -> str:
         "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
         for pairs in (list(zip(line, widths, strict=True)) for line in grid)
     ]
-    legend = [_legend(name, rows, arrows[name].SELECTS) for name in names]
+    legend = [_legend(name, rows, about.get(name)) for name in names]
     return "\n".join([*(line.rstrip() for line in lines), "", *legend, *_notes(rows)])
+
+
+def _higher_is_better(metric: ImageMetric | None) -> bool:
+    """A column that is of no image metric has the evaluation loss."""
+    return metric is not None and metric.HIGHER_IS_BETTER
 
 
 def _columns(rows: Mapping[str, Measurement]) -> list[str]:
@@ -45,15 +51,20 @@ def _cell(measured: Measurement, name: str) -> str:
     p = _value(measured, f"{name}_p")
     negative = _value(measured, f"{name}_negative")
     alarm = " copies!" if negative and negative.value else ""
-    return f"{value.value:.4f}" + (f" (p {p.value:.3f})" if p else "") + alarm
+    ratio = _value(measured, f"{name}_rel")
+    against_base = f" ({ratio.value - 1:+.1%})" if ratio and ratio.value != 1 else ""
+    return f"{value.value:.4f}" + (f" (p {p.value:.3f})" if p else "") + alarm + against_base
 
 
-def _legend(name: str, rows: Mapping[str, Measurement], selects: bool) -> str:
+def _legend(name: str, rows: Mapping[str, Measurement], metric: ImageMetric | None) -> str:
     values = [value for measured in rows.values() if (value := _value(measured, name))]
     counts = sorted({(value.n, value.n_other) for value in values})
-    images = " or ".join(str(n) if other is None else f"{n} against {other}" for n, other in counts)
+    counted = " or ".join(str(n) if other is None else f"{n} against {other}" for n, other in counts)
     encoders = ", ".join(dict.fromkeys(value.encoder_id for value in values))
-    return f"{name.removeprefix('img/')}: {images} images, {encoders}" + ("" if selects else "; never choose by it")
+    if metric is None:
+        return f"{name}: {counted} items, {encoders}; in brackets: mean over the items, to the base model"
+    never = "" if metric.SELECTS else "; never choose by it"
+    return f"{name.removeprefix('img/')}: {counted} images, {encoders}{never}"
 
 
 def _notes(rows: Mapping[str, Measurement]) -> list[str]:
