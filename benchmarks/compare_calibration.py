@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="runs of each, at least 20")
     parser.add_argument("--steps", type=int, default=40, help="of a run")
-    parser.add_argument("--worse_steps", type=int, default=18, help="of a run that is worse on purpose")
+    parser.add_argument("--worse_steps", type=int, default=20, help="of a run that is worse on purpose")
     parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--workers", type=int, default=_machine.usable_cores())
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare-calibration"))

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         root, found = _existing(config, command)
     else:
         sweep = plan.sweep_of(config, training)
-        root, found = sweep.root, Sweeper(sweep, config.workers, command).run()
+        root, found = sweep.root, Sweeper(sweep, config, command).run()
     sys.stdout.write(f"\n{table(found)}\n\n{found['sentence']}\n{write_compare_report(root)}\n")
 
 
@@ -64,13 +64,13 @@ class Sweeper:
 
     Args:
         sweep: what is wanted.
-        workers: see ``pool.seats``.
+        config: how many workers, see ``pool.seats``.
         command: the command line, for the report.
     """
 
-    def __init__(self, sweep: Sweep, workers: int | None, command: str) -> None:
+    def __init__(self, sweep: Sweep, config: CompareConfig, command: str) -> None:
         self._sweep = sweep
-        self._workers = workers
+        self._config = config
         self._command = command
         self._grids = {entry.label: sweep.grid(entry) for entry in sweep.entries}
         self._jobs: dict[Path, Job] = {}
@@ -101,9 +101,10 @@ class Sweeper:
         """Tune, extend the grids where the best lies at an edge, then make the runs that are compared."""
         sweep = self._sweep
         embedded = sweep.settings["pretrained_model_name_or_path"] == EMBEDDED_MODEL
+        places = seats(self._config.workers, embedded, self._config.processes_per_run)
         total = len(self._tuning()) + len(sweep.entries) * len(sweep.headline_seeds)
         with (
-            Pool(seats(self._workers, embedded), sweep.root / LOGS) as pool,
+            Pool(places, sweep.root / LOGS) as pool,
             tqdm(total=total, desc="runs", unit="run", smoothing=0) as bar,
         ):
             self._make(pool, bar, self._tuning())

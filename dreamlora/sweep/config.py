@@ -53,8 +53,11 @@ class CompareConfig:
     output_dir: Path | None = None
     """Where runs and report go. Default: outputs/<names of the methods>, with --runs outputs/comparison."""
     workers: int | None = None
-    """Processes that train at the same time. Default: one per GPU; without one, one per core for the embedded model
-    and else one."""
+    """Runs at the same time. Default: one per GPU; without one, one per core for the embedded model and else one;
+    fewer with --processes_per_run."""
+    processes_per_run: int = 1
+    """Processes that share a run, each with a GPU of its own (or on the CPU): for runs that are too slow on one. As
+    under accelerate launch, --train_batch_size is per process."""
 
     def __post_init__(self) -> None:
         if bool(self.optimizers) == bool(self.runs):
@@ -67,7 +70,7 @@ class CompareConfig:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise UserError(f"--{name} has a value twice: {' '.join(map(str, values))}")
-        for name, lowest in (("headline_seeds", 0), ("workers", 1)):
+        for name, lowest in (("headline_seeds", 0), ("workers", 1), ("processes_per_run", 1)):
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"--{name} must be at least {lowest} (got {value})")

@@ -175,7 +175,11 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
         entries=entries,
         baseline=baseline,
         training=(*_of_all_runs(base, training, root), *training),
-        settings={"program": config.program, **as_flat_dict(base)},
+        settings={
+            "program": config.program,
+            "processes_per_run": config.processes_per_run,
+            **as_flat_dict(base),
+        },
         rates=config.learning_rates,
         seeds=seeds,
         headline_seeds=tuple(range(max(seeds) + 1, max(seeds) + 1 + wanted)),

@@ -1,4 +1,4 @@
-"""Runs are spread over processes: one per GPU, or several on the CPU. No torch in this process."""
+"""Runs are spread over processes: one per GPU, or several on the CPU, or several that share a run. No torch here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from dreamlora.sweep.plan import Job
 from dreamlora.sweep.worker import write_outcome
@@ -28,15 +30,17 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Seat:
-    """A place for one process.
+    """A place for one run at a time.
 
     Attributes:
-        environment: which GPU, or how many threads.
-        runs_per_process: 0: any number; 1: every run gets a fresh process, so that no GPU memory is left behind.
+        environment: which GPUs, or how many threads.
+        runs_per_process: 0: any number; 1: every run gets fresh processes, so that no GPU memory is left behind.
+        processes: that share a run.
     """
 
     environment: Mapping[str, str] = field(default_factory=dict)
     runs_per_process: int = 0
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,22 +57,32 @@ class Ended:
     seconds: float
 
 
-def seats(workers: int | None, embedded: bool) -> list[Seat]:
+def seats(workers: int | None, embedded: bool, processes: int = 1) -> list[Seat]:
     """Where runs can go: the GPUs, else the cores.
 
     Args:
-        workers: how many are wanted; None: one per GPU; without one, one per core for the embedded model, else one.
-            The cores are shared out as threads, unless OMP_NUM_THREADS says how many a process gets.
+        workers: how many are wanted; None: as many as there are GPUs for; without one, one per core for the embedded
+            model, else one. The cores are shared out as threads, unless OMP_NUM_THREADS says how many a process gets.
         embedded: whether the embedded model is trained, of which several copies fit into any memory.
+        processes: that share a run.
+
+    Raises:
+        UserError: there are fewer GPUs than processes that share a run.
     """
     gpus = visible_gpus()
+    if gpus and processes > len(gpus):
+        raise UserError(f"--processes_per_run {processes}: each needs a GPU of its own, and there are {len(gpus)}")
     if gpus:
-        count = workers or len(gpus)
-        return [Seat({"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]}, runs_per_process=1) for k in range(count)]
+        groups = [gpus[start : start + processes] for start in range(0, len(gpus) - processes + 1, processes)]
+        chosen = [groups[k % len(groups)] for k in range(workers or len(groups))]
+        return [Seat({"CUDA_VISIBLE_DEVICES": ",".join(ids)}, 1, processes) for ids in chosen]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = workers or (cores if embedded else 1)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
-    return [Seat({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})] * count
+    count = workers or (max(1, cores // processes) if embedded else 1)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // (count * processes)))
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if processes == 1:
+        return [Seat(environment)] * count
+    return [Seat({**environment, "ACCELERATE_USE_CPU": "true"}, 1, processes)] * count
 
 
 def visible_gpus() -> list[str]:
@@ -150,46 +164,58 @@ class Pool:
 
 
 class _Worker:
-    """One process at a time on one seat; a process that dies is replaced."""
+    """The processes of one seat; those that die, or have made their runs, are replaced."""
 
     def __init__(self, seat: Seat, log: Path, command: Sequence[str]) -> None:
         self._seat = seat
         self._log = log
         self._command = command
-        self._process: subprocess.Popen[str] | None = None
+        self._processes: list[subprocess.Popen[str]] = []
         self._made = 0
 
-    def start(self) -> subprocess.Popen[str]:
-        """The process, started if there is none."""
-        if self._process is None or self._process.poll() is not None:
-            environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
-            with self._log.open("a") as log:
-                self._process = subprocess.Popen(
-                    self._command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    env={**environment, **self._seat.environment},
-                    start_new_session=True,  # Ctrl-C is for the program that knows what was finished
-                )
+    def start(self) -> list[subprocess.Popen[str]]:
+        """The processes, the first one first; started if there are none."""
+        if not self._processes or self._processes[0].poll() is not None:
+            self.stop()
+            port = _free_port()
+            self._processes = [self._start(rank, port) for rank in range(self._seat.processes)]
+            if self._seat.processes > 1:
+                for process in self._processes:
+                    threading.Thread(target=_end_together, args=(process, self._processes), daemon=True).start()
             self._made = 0
-        return self._process
+        return self._processes
+
+    def _start(self, rank: int, port: int) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+        if self._seat.processes > 1:  # what accelerate launch would set
+            places = (rank, rank, self._seat.processes, "127.0.0.1", port)
+            environment |= dict(zip(_LAUNCHER, map(str, places), strict=True))
+        with self._log.open("a") as log:
+            return subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**environment, **self._seat.environment},
+                start_new_session=True,  # Ctrl-C is for the program that knows what was finished
+            )
 
     def make(self, job: Job) -> Ended:
         """Make a run and wait for its end; a process that dies meanwhile has failed at it."""
         began = time.monotonic()
-        process = self.start()
+        processes = self.start()
         order = {"program": job.program, "argv": list(job.argv), "folder": str(job.folder), "method": job.method}
         answer = ""
         with contextlib.suppress(BrokenPipeError):
-            _pipe(process.stdin).write(json.dumps(order) + "\n")
-            _pipe(process.stdin).flush()
-            answer = _pipe(process.stdout).readline()
+            for process in processes:
+                _pipe(process.stdin).write(json.dumps(order) + "\n")
+                _pipe(process.stdin).flush()
+            answer = _pipe(processes[0].stdout).readline()
         if answer:
             outcome = json.loads(answer)
         else:
-            told = f"its process ended with status {process.wait()}; see {self._log}"
+            told = f"its process ended with status {processes[0].wait()}; see {self._log}"
             outcome = {"status": "failed", "message": told}
         self._made += 1
         if self._made == self._seat.runs_per_process:
@@ -197,14 +223,28 @@ class _Worker:
         return Ended(job, outcome["status"], outcome["message"], time.monotonic() - began)
 
     def stop(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.terminate()
+        """End the processes."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
             try:
-                self._process.wait(timeout=10)
+                process.wait(timeout=10)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-            self._process = None
+                process.kill()
+        self._processes = []
+
+
+def _end_together(process: subprocess.Popen[str], together: Sequence[subprocess.Popen[str]]) -> None:
+    """When one of the processes of a run ends, end the others, which would wait for it."""
+    process.wait()
+    for other in together:
+        other.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:

@@ -15,6 +15,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,12 @@ from dreamlora import cli
 from dreamlora.errors import DivergedError, UserError
 from dreamlora.programs import PROGRAMS
 from dreamlora.runfolder import RunFolder, write_atomically
+
+RANK = int(os.environ.get("RANK", "0"))
+"""Of this process among those that share a run; the first one writes what all have done."""
+PATIENCE_S = 10
+"""So long the first process has to fail by itself and say why; if this one failed alone, it would wait for it for ever,
+and is ended with it."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +46,9 @@ def main() -> None:
         outcome = make_run(job["program"], job["argv"], Path(job["folder"]), job["method"])
         answers.write(json.dumps(outcome) + "\n")
         answers.flush()
+        if RANK and outcome["status"] == "failed":
+            time.sleep(PATIENCE_S)
+            os._exit(1)
 
 
 def make_run(program: str, argv: list[str], path: Path, method: str) -> dict[str, str]:
@@ -55,7 +65,8 @@ def make_run(program: str, argv: list[str], path: Path, method: str) -> dict[str
         message: what went wrong, in one paragraph.
     """
     folder = RunFolder(path)
-    folder.outcome_file.unlink(missing_ok=True)
+    if RANK == 0:
+        folder.outcome_file.unlink(missing_ok=True)
     flags = [*argv, "--output_dir", str(path)]
     sys.argv = ["dreamlora", program, *flags]  # what the run's report calls its command
     if folder.holds_run():
@@ -70,7 +81,8 @@ def make_run(program: str, argv: list[str], path: Path, method: str) -> dict[str
     except Exception as error:  # a run that breaks must not take the other runs with it
         logger.error("%s", traceback.format_exc())
         status, message = "failed", f"{type(error).__name__}: {error}"
-    write_outcome(folder, method, status, message)
+    if RANK == 0:
+        write_outcome(folder, method, status, message)
     return {"status": status, "message": message}
 
 

@@ -243,6 +243,23 @@ def test_a_comparison_on_captioned_images(flags: list[str], tmp_path: Path, monk
     assert all(run["command"].startswith("dreamlora text-to-image ") for run in found["runs"])
 
 
+def test_processes_can_share_a_run(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run as by one process."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    losses = []
+    for count, pool in ((2, command.Pool), (1, TrainingPool)):
+        monkeypatch.setattr(command, "Pool", pool)
+        out = tmp_path / str(count)
+        argv = ["--optimizers", "sgd", "--learning_rates", "0.1", "--seeds", "0", "--headline_seeds", "0"]
+        argv += ["--max_train_steps", "2", "--processes_per_run", str(count), "--workers", "1", "--sample_steps", "0"]
+        command.main([*argv, "--output_dir", str(out), *flags])
+        folder = RunFolder(out / "runs" / "sgd" / "lr0.1" / "seed0")
+        assert json.loads(folder.summary_file.read_text())["processes"] == count
+        losses.append([row["value"] for row in folder.metrics() if row["name"] == "eval/loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][-1] != losses[0][0]
+
+
 def test_unfinished_runs_are_resumed_or_begun_anew(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

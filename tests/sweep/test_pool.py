@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dreamlora.errors import UserError
 from dreamlora.sweep import pool
 from dreamlora.sweep.plan import Job
 from dreamlora.sweep.pool import Ended, Pool, Seat
@@ -24,8 +25,14 @@ FAKE = """
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "began").write_text(str(time.time()))
-        (folder / "who").write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
-        if "die" in job["argv"]:
+        rank = os.environ.get("RANK", "")
+        (folder / f"who{rank}").write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        (folder / f"launched{rank}").write_text(" ".join(os.environ.get(n, "") for n in ("WORLD_SIZE", "MASTER_PORT")))
+        while rank == "0" and not (folder / "launched1").exists():
+            time.sleep(0.01)
+        if "die second" in job["argv"] and rank == "0":
+            time.sleep(60)
+        if "die" in job["argv"] or "die second" in job["argv"]:
             os._exit(9)
         if "hang" in job["argv"]:
             time.sleep(60)
@@ -95,6 +102,18 @@ def test_a_death_is_recorded_and_the_others_go_on(tmp_path: Path, worker: list[s
     assert not jobs[1].done
 
 
+def test_processes_that_share_a_run_know_each_other_and_end_together(tmp_path: Path, worker: list[str]) -> None:
+    jobs = jobs_of(tmp_path, "", "die second", "")
+    began = time.monotonic()
+    ended = made(jobs, [Seat(runs_per_process=1, processes=2)], tmp_path, worker)
+    assert [ended[seed].status for seed in range(3)] == ["finished", "failed", "finished"]
+    assert time.monotonic() - began < 30, "the first one does not wait for the second for ever"
+    launched = [(job.folder / f"launched{rank}").read_text() for job in jobs for rank in (0, 1)]
+    assert {text.split()[0] for text in launched} == {"2"} and launched[0] == launched[1]
+    people = [(job.folder / f"who{rank}").read_text().split()[0] for job in jobs for rank in (0, 1)]
+    assert len(set(people)) == 6 and not any(Path(f"/proc/{person}").exists() for person in people)
+
+
 def test_leaving_ends_the_processes_and_records_nothing(tmp_path: Path, worker: list[str]) -> None:
     jobs = jobs_of(tmp_path, "hang", "")
     began = time.monotonic()
@@ -126,6 +145,11 @@ def test_gpus_get_a_process_each(monkeypatch: pytest.MonkeyPatch) -> None:
         Seat({"CUDA_VISIBLE_DEVICES": "GPU-5a"}, 1),
     ]
     assert len(pool.seats(3, embedded=False)) == 3
+    assert pool.seats(None, embedded=True, processes=2) == [Seat({"CUDA_VISIBLE_DEVICES": "3,GPU-5a"}, 1, 2)]
+    with pytest.raises(UserError, match="--processes_per_run 3: each needs a GPU of its own, and there are 2"):
+        pool.seats(None, embedded=True, processes=3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert [seat.environment["CUDA_VISIBLE_DEVICES"] for seat in pool.seats(None, False, 2)] == ["0,1", "2,3"]
 
 
 def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,5 +159,8 @@ def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [seat.environment["OMP_NUM_THREADS"] for seat in pool.seats(None, embedded=True)] == ["1"] * 8
     assert [seat.environment["OMP_NUM_THREADS"] for seat in pool.seats(None, embedded=False)] == ["8"]
     assert [seat.environment["OMP_NUM_THREADS"] for seat in pool.seats(2, embedded=False)] == ["4", "4"]
+    shared = pool.seats(None, embedded=True, processes=4)
+    assert len(shared) == 2 and shared[0].environment["OMP_NUM_THREADS"] == "1" and shared[0].processes == 4
+    assert shared[0].environment["ACCELERATE_USE_CPU"] == "true"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert [seat.environment["OMP_NUM_THREADS"] for seat in pool.seats(None, embedded=False)] == ["2"]
