@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,8 +72,7 @@ def callbacks(stage: Stage, run: Run, pictures: Pictures, material: Material) ->
         found.append(evaluate)
     if config.sample.sample_steps:
         plan = sample_plan(stage, pictures.prompts)
-        references = [Path(record.where) for record in pictures.train[:MAX_REFERENCES]]
-        found.append(SampleCallback(plan, config.sample.sample_steps, references))
+        found.append(SampleCallback(plan, config.sample.sample_steps, pictures.train[:MAX_REFERENCES]))
     images = None
     if config.eval.eval_metrics:
         *drawing, images = _image_metrics(stage, run, pictures)

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from dreamlora.data.images import ImageRecord
+from dreamlora.errors import UserError
 from dreamlora.interfaces import StepResult
 from dreamlora.runfolder import read_jsonl, replacing, write_atomically
 from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
@@ -42,7 +44,7 @@ class SampleCallback:
         self,
         plan: SamplePlan,
         every: int,
-        references: Sequence[Path | Image.Image] = (),
+        references: Sequence[ImageRecord] = (),
         folder: Path | None = None,
     ) -> None:
         self._plan = plan
@@ -151,14 +153,11 @@ class SampleCallback:
         folder = run.folder.reference_dir
         if folder.exists():
             return
-        for number, source in enumerate(self._references[:MAX_REFERENCES]):
-            if isinstance(source, Path) and not source.is_file():  # an image of a hub data set
-                continue
+        for number, record in enumerate(self._references[:MAX_REFERENCES]):
             try:
-                image = Image.open(source) if isinstance(source, Path) else source
-                small = (ImageOps.exif_transpose(image) or image).convert("RGB")
-            except OSError as error:
-                logger.warning("%s is left out of the strip of training images: %s", source, error)
+                small = record.open()
+            except UserError as error:
+                logger.warning("an image is left out of the strip of training images: %s", error)
                 continue
             small.thumbnail((REFERENCE_SIDE, REFERENCE_SIDE))
             with replacing(folder / f"{number:02d}.png") as temporary:

@@ -111,3 +111,28 @@ def test_the_quality_of_the_embedded_model() -> None:
     assert_told(rows[5][2], made["psnr_held_out"], made["psnr_subjects"])
     assert_told(rows[6][1], 100 * made["clip_retrieval_at_1"])
     assert all(found["passed"].values())
+
+
+def test_lora_against_full_fine_tuning() -> None:
+    found = results("lora_vs_full")
+    (line,) = [line for line in (ROOT / "docs/embedded-model.md").read_text().splitlines() if "LoRA reaches" in line]
+    assert_told(line, 100 * found["ratio"])
+    assert found["passed"]
+
+
+def test_the_calibration_of_verdicts() -> None:
+    """At most one alarm in ten where there is no difference; one of three percent is always found."""
+    found = results("compare_calibration")["results"]
+    for draws in ("itself", "itself_default_size"):
+        said = found[draws]["verdicts"]
+        assert sum(said.values()) == 40 and said.get("better", 0) + said.get("worse", 0) <= 4
+    assert found["worse"]["verdicts"] == {"worse": 40}
+    text = (ROOT / "docs/compare.md").read_text().partition("## Are the verdicts right?")[2]
+    ten, five, worse = [line for line in text.replace("\n  ", " ").splitlines() if line.startswith("- ")][:3]
+    for line, said in ((ten, found["itself"]["verdicts"]), (five, found["itself_default_size"]["verdicts"])):
+        alarms = said.get("better", 0) + said.get("worse", 0)
+        assert f"{alarms} of 40 called better or worse" in line, line
+        assert (
+            f"{said.get('equivalent', 0)} equivalent" in line and f"{said.get('inconclusive', 0)} inconclusive" in line
+        )
+    assert f"{found['worse_by_pct'][0]:.1f} % worse" in worse, worse

@@ -11,9 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dreamlora.callbacks.sample import SampleCallback
+from dreamlora.data.folder import load_folder
+from dreamlora.data.images import ImageRecord
 from dreamlora.interfaces import StepResult
 from dreamlora.runfolder import RunFolder, read_jsonl
 from dreamlora.sampling.sampler import SamplePlan
@@ -126,19 +128,31 @@ def test_the_negative_prompt_is_noted(tmp_path: Path, pipeline: StableDiffusionP
 
 def test_never(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
     run = FakeRun(tmp_path, pipeline)
-    go(SampleCallback(PLAN, 0, [tmp_path / "photo.jpg"]), run, 5)
+    go(SampleCallback(PLAN, 0, [ImageRecord.from_image("photo", "a dog", Image.new("RGB", (8, 8)))]), run, 5)
     assert run.drawn == 0
     assert not list(tmp_path.iterdir())
 
 
 def test_keeps_small_copies_of_the_training_images(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
-    Image.new("RGB", (800, 400), "red").save(tmp_path / "photo.jpg")
+    """As they are trained on: upright, transparency on white, from whatever place."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (400, 800), "red").save(photos / "a.jpg", exif=turned)
+    Image.new("RGB", (8, 8)).save(photos / "b.png")
+    records = [
+        *load_folder(photos, "a dog").records,
+        ImageRecord.from_image("row 3", "a dog", Image.new("RGBA", (64, 64))),
+    ]
+    (photos / "b.png").unlink()
     run = FakeRun(tmp_path / "run", pipeline)
-    references = [tmp_path / "photo.jpg", tmp_path / "gone.jpg", Image.new("RGBA", (64, 64))]
-    go(SampleCallback(PLAN, 5, references), run, 0)
+    go(SampleCallback(PLAN, 5, records), run, 0)
     assert [file.name for file in sorted(run.folder.reference_dir.iterdir())] == ["00.png", "02.png"]
     with Image.open(run.folder.reference_dir / "00.png") as image:
         assert (image.size, image.mode) == ((256, 128), "RGB")
+    with Image.open(run.folder.reference_dir / "02.png") as image:
+        assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_images_go_to_trackers_that_take_them(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
