@@ -103,7 +103,8 @@ def test_flags_exist(file: Path) -> None:
 def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("photos", "captioned", "run"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "my_lora.safetensors").touch()
+    for name in ("my_lora.safetensors", "run/evalset_final.json"):
+        (tmp_path / name).touch()
     (tmp_path / "prompts").symlink_to(ROOT / "prompts")
     monkeypatch.chdir(tmp_path)
     script = next((number for number, word in enumerate(words) if word.startswith("train_scripts/")), None)
@@ -111,7 +112,7 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         assert (ROOT / words[script]).exists()
         command = Path(words[script]).stem.removesuffix("_lora").replace("_", "-")
         words = ["dreamlora", command, *words[script + 1 :]]
-    program, command, *flags = ["run" if re.search(r"<\w+>", word) else word for word in words if word != "..."]
+    program, command, *flags = [re.sub(r"outputs/<\w+>", "run", word) for word in words if word != "..."]
     assert program == "dreamlora" and command in __main__.COMMANDS
     if command in programs.PROGRAMS:
         cli.parse_run(flags, programs.PROGRAMS[command])
