@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dreamlora import finish
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder, read_jsonl
 
@@ -46,6 +49,20 @@ def test_a_run_leaves_everything_the_readme_promises(train: Train) -> None:
     summary = json.loads(run.summary_file.read_text())
     assert summary["parity"]["max_abs"] <= 1
     assert summary["data"] == {"instance": 7}
+
+
+def test_the_model_has_gone_when_training_returns(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else DDP's would be the last to hold the process group, see ``assemble.train``."""
+    models = []
+    original = finish.finish
+
+    def watching(stage: Any, run: Any) -> None:
+        models.append(weakref.ref(run.model))
+        original(stage, run)
+
+    monkeypatch.setattr(finish, "finish", watching)
+    train("--max_train_steps", "1", "--sample_steps", "1")
+    assert [model() for model in models] == [None]
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
