@@ -135,8 +135,10 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     losses: dict[str, Measurement] = {}
     if loras:
         under_test = contestants.under_test(replace(config, lora=loras), settings, evaluation.device)
+        facts["base_model"] = under_test.source.model_id
         if evaluation.image_metrics:
-            drawn, facts = _draw(evaluation, under_test)
+            drawn, of_drawing = _draw(evaluation, under_test)
+            facts |= of_drawing
             shown = {**drawn, **shown}
         if evaluation.loss_asked:
             losses = measure_losses(under_test, run, _processes(state))
@@ -212,7 +214,6 @@ def _draw(evaluation: Evaluation, under_test: UnderTest) -> tuple[dict[str, Gall
         row.label: _gallery(evaluation, sheet, sheets[0], broken) for row, sheet in zip(rows, sheets, strict=True)
     }
     facts = {
-        "base_model": source.model_id,
         "num_inference_steps": plan.num_inference_steps,
         "guidance_scale": plan.guidance_scale,
         "negative_prompt": plan.negative_prompt,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
 from tqdm import tqdm
 
 from dreamlora.config import Train
@@ -9,11 +14,14 @@ from dreamlora.contestants import UnderTest, applied
 from dreamlora.errors import UserError
 from dreamlora.evaluate_command import EVAL_LOSS
 from dreamlora.evaluation.embed import Processes
-from dreamlora.evaluation.loss import LossMeter, values_of_rows
-from dreamlora.evaluation.measure import Measurement
-from dreamlora.metrics._eval_loss import EvalSet
+from dreamlora.evaluation.measure import Measurement, Value
+from dreamlora.interfaces import Conditioning
+from dreamlora.metrics._eval_loss import EvalSet, Measured, evaluate_loss
 from dreamlora.occasions import eval_model_id
 from dreamlora.runfolder import RunFolder
+from dreamlora.training.stream import stack_conditioning
+
+BASE_ROW = 0
 
 
 def measure_losses(under_test: UnderTest, run: RunFolder | None, processes: Processes) -> dict[str, Measurement]:
@@ -21,14 +29,16 @@ def measure_losses(under_test: UnderTest, run: RunFolder | None, processes: Proc
 
     Args:
         run: gives the items if no others are given.
+        processes: that share the work; all must call with the same arguments.
 
     Raises:
         UserError: the set that was given cannot be read, or is for another model.
     """
     given = under_test.config.evalset
     file = given or (run.evalset_file if run and run.evalset_file.exists() else None)
+    labels = [row.label for row in under_test.rows]
     if file is None:
-        return _left_out(under_test, "there is no evaluation set (--evalset outputs/<run>/evalset.json)")
+        return dict.fromkeys(labels, _left_out("there is no evaluation set (--evalset outputs/<run>/evalset.json)"))
     items = EvalSet.load(file)
     model = eval_model_id(under_test.source, under_test.settings.get("prediction_type"))
     if items.model_id != model:
@@ -37,33 +47,59 @@ def measure_losses(under_test: UnderTest, run: RunFolder | None, processes: Proc
             raise UserError(
                 f"--evalset: {wrong}. Values of different models cannot be compared: give that of a run with this model"
             )
-        return _left_out(under_test, wrong)
-    meter = _meter(under_test, processes)
-    losses = []
-    for row in tqdm(under_test.rows, desc="loss", unit="LoRA", disable=processes.rank > 0):
-        with applied(meter.pipeline, row):
-            losses.append(meter.losses(items))
-    labels = [row.label for row in under_test.rows]
-    return dict(zip(labels, map(Measurement, values_of_rows(items, losses)), strict=True))
+        return dict.fromkeys(labels, _left_out(wrong))
+    return dict(zip(labels, _values(items, _losses(under_test, items, processes)), strict=True))
 
 
-def _left_out(under_test: UnderTest, why: str) -> dict[str, Measurement]:
-    return {row.label: Measurement(notes=[f"{EVAL_LOSS} is left out: {why}"]) for row in under_test.rows}
+def _left_out(why: str) -> Measurement:
+    return Measurement(notes=[f"{EVAL_LOSS} is left out: {why}"])
 
 
-def _meter(under_test: UnderTest, processes: Processes) -> LossMeter:
-    """Measures as the first run did, or with the family's own settings where there is none."""
+def _losses(under_test: UnderTest, items: EvalSet, processes: Processes) -> list[list[float]]:
+    """Every row's loss of every item, measured as the first run did it; with the family's settings if there is none."""
     settings, parts = under_test.settings, under_test.parts
     train = Train(
         prediction_type=settings.get("prediction_type"),
         guidance_scale=settings.get("guidance_scale", Train.guidance_scale),
     )
-    return LossMeter(
-        pipeline=parts.pipeline(),
-        family=parts.family,
-        objective=parts.family.objective(parts.get("scheduler")["scheduler"], train),
-        prompt_length=settings.get(parts.family.PROMPT_LENGTH),
-        guidance_scale=train.guidance_scale,
-        batch_size=under_test.config.eval_batch_size,
-        processes=processes,
-    )
+    pipeline, family = parts.pipeline(), parts.family
+    text, denoiser, device = parts.get("text"), parts.get("denoiser")[family.DENOISER], pipeline.device
+
+    @functools.cache
+    def encoded(caption: str) -> Conditioning:
+        tokens = family.tokenize(text, [caption], settings.get(family.PROMPT_LENGTH))
+        return family.encode_tokens(text, {name: value.to(device) for name, value in tokens.items()})
+
+    def predict(noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        return family.predict(denoiser, noisy, times, conditioning, train.guidance_scale)
+
+    def conditioning(captions: Sequence[str]) -> Conditioning:
+        return stack_conditioning([encoded(caption) for caption in captions])
+
+    objective = family.objective(parts.get("scheduler")["scheduler"], train)
+    measured = Measured(predict, objective, conditioning, device)
+    batch = under_test.config.eval_batch_size
+    found = []
+    for row in tqdm(under_test.rows, desc="loss", unit="LoRA", disable=processes.rank > 0):
+        encoded.cache_clear()  # a LoRA may be of the text encoder too
+        with applied(pipeline, row):
+            mine = evaluate_loss(measured, items, batch_size=batch, rank=processes.rank, world=processes.world)
+        found.append([loss for _, loss in sorted(processes.gather(list(mine.items())))])
+    return found
+
+
+def _values(items: EvalSet, rows: Sequence[Sequence[float]]) -> list[Measurement]:
+    """Of every row, the base model's first: the mean of the items, and of their ratios to the base model's."""
+    table = items.losses()
+    for number, losses in enumerate(rows):
+        table.put(number, list(losses))
+    by, count = f"evalset {items.id}", len(items.noise_keys)
+    found = []
+    for number in range(len(rows)):
+        mean, ratio = table.mean(number), float((table.rows[number] / table.rows[BASE_ROW]).mean())
+        if math.isfinite(mean) and math.isfinite(ratio):
+            values = [("eval/loss", mean), ("eval/loss_rel", ratio)]
+            found.append(Measurement([Value(name, value, by, count, None) for name, value in values]))
+        else:
+            found.append(_left_out("the loss is not finite"))
+    return found

@@ -77,6 +77,14 @@ def test_a_lora_from_elsewhere_is_measured_on_the_items_of_a_run(
     assert lora["value"] != base["value"] and lora["encoder_id"] == base["encoder_id"]
 
 
+def test_a_lora_that_is_not_finite_has_no_loss(run: RunFolder, sd_folder: Path, tmp_path: Path) -> None:
+    broken = save_lora(sd_folder, tmp_path / "broken", float("nan"))
+    model = ("--pretrained_model_name_or_path", sd_folder)
+    found = evaluate(tmp_path / "out", broken, "--evalset", run.evalset_file, *model)
+    assert [set(values) for values in found.values()] == [{"eval/loss", "eval/loss_rel"}, set()]
+    assert "eval_loss is left out: the loss is not finite" in (tmp_path / "out" / "metrics.json").read_text()
+
+
 def test_what_cannot_be_measured_is_told(run: RunFolder, sd_folder: Path, tmp_path: Path) -> None:
     foreign = save_lora(sd_folder, tmp_path / "foreign", 3.0)
     other = tmp_path / "other"
