@@ -41,7 +41,10 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the kind of CPU and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread" + "s" * (threads > 1)
 
 
 def command() -> str:
