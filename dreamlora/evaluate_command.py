@@ -48,7 +48,7 @@ class EvaluateConfig(SampleConfig):
         try:
             names = tuple(dict.fromkeys(map(_metric, self.metrics)))
         except UserError as error:
-            raise UserError(f"--metrics: {error}") from None
+            raise UserError(f"--metrics: {error} {EVAL_LOSS} is one too, of LoRAs alone.") from None
         object.__setattr__(self, "metrics", names)
         for name in ("references", "training_images"):
             folder = getattr(self, name)
@@ -67,7 +67,8 @@ class EvaluateConfig(SampleConfig):
 
 def _metric(name: str) -> str:
     """The name as it is spelled here."""
-    return EVAL_LOSS if name.lower().replace("-", "_") == EVAL_LOSS else registry.check("metrics", name)
+    spelled = name.lower().replace("-", "").replace("_", "")
+    return EVAL_LOSS if spelled == EVAL_LOSS.replace("_", "") else registry.check("metrics", name)
 
 
 def main(argv: Sequence[str]) -> None:

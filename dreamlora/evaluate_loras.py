@@ -120,6 +120,8 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     state = PartialState()
     folders = [path for path in config.lora if _holds_images(path)]
     loras = tuple(path for path in config.lora if path not in folders)
+    if not loras and EVAL_LOSS in config.metrics:
+        raise UserError(f"--metrics {EVAL_LOSS}: only LoRAs have a loss, and {config.lora[0]} holds images")
     run = first_run(config)
     settings = settings_of(run)
     evaluation = Evaluation(
@@ -136,12 +138,12 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     if loras:
         under_test = contestants.under_test(replace(config, lora=loras), settings, evaluation.device)
         facts["base_model"] = under_test.source.model_id
+        if evaluation.loss_asked:  # first, as it is quick, and what is wrong with its items should be told soon
+            losses = measure_losses(under_test, run, _processes(state))
         if evaluation.image_metrics:
             drawn, of_drawing = _draw(evaluation, under_test)
             facts |= of_drawing
             shown = {**drawn, **shown}
-        if evaluation.loss_asked:
-            losses = measure_losses(under_test, run, _processes(state))
         under_test.parts.free(*ROLES)
     embedded = bool(loras or run) and model_of(config, settings).pretrained_model_name_or_path == EMBEDDED_MODEL
     found = _measure(evaluation, shown, Embedders(_encoders(config, settings), embedded, _place(evaluation)))

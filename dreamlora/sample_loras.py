@@ -15,7 +15,7 @@ from dreamlora.config import EMBEDDED_MODEL, Model, Sample
 from dreamlora.errors import UserError
 from dreamlora.families._loading import family_of, resolve_source
 from dreamlora.interfaces import Family
-from dreamlora.lora.files import apply_lora, read_lora
+from dreamlora.lora.files import apply_lora, read_lora, same_lora
 from dreamlora.runfolder import RunFolder, replacing, write_atomically
 from dreamlora.sample_command import SampleConfig
 from dreamlora.sampling.grid import GridRow, references_of, write_grid
@@ -91,7 +91,7 @@ def _files_of(path: Path, config: SampleConfig) -> list[tuple[str, Path]]:
     if steps and not run.lora_file.exists():  # a run that is not finished
         return found
     final = read_lora(path).path
-    if not steps or final.read_bytes() != found[len(steps) - 1][1].read_bytes():
+    if not steps or not same_lora(final, found[len(steps) - 1][1]):
         found.append((f"{name}\nfinal" if found else name, final))
     return found
 

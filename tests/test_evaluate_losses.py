@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dreamlora import evaluate_command
 from dreamlora.errors import UserError
@@ -100,6 +101,14 @@ def test_what_cannot_be_measured_is_told(run: RunFolder, sd_folder: Path, tmp_pa
     with pytest.raises(UserError, match="nothing could be measured"):
         evaluate(tmp_path / "moved", run.path, *model)
     assert "is for the model" in (tmp_path / "moved" / "metrics.json").read_text()
+    (tmp_path / "picture").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture" / "a.png")
+    with pytest.raises(UserError, match=r"only LoRAs have a loss, and .*picture holds images"):
+        evaluate(tmp_path / "out", tmp_path / "picture")
+    with pytest.raises(UserError, match=r"a.png is no evaluation set that can be read \(UnicodeDecodeError\)$"):
+        evaluate(tmp_path / "out", run.path, "--evalset", tmp_path / "picture" / "a.png")
+    with pytest.raises(UserError, match=r"among the metrics: .* eval_loss is one too"):
+        evaluate(tmp_path / "out", run.path, "--metrics", "evl")
     with pytest.raises(UserError, match="--evalset: there is no file gone"):
         evaluate(tmp_path / "out", run.path, "--evalset", "gone")
     with pytest.raises(UserError, match="only used together with eval_loss"):

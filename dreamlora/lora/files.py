@@ -57,6 +57,17 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(file, "kohya" if kohya else "diffusers", shapes, metadata)
 
 
+def same_lora(first: Path, second: Path) -> bool:
+    """Whether two files hold the same tensors and metadata. Their bytes may differ: safetensors shuffles metadata."""
+    with safe_open(first, framework="pt") as one, safe_open(second, framework="pt") as other:
+        keys = sorted(one.keys())
+        return (
+            keys == sorted(other.keys())
+            and one.metadata() == other.metadata()
+            and all(torch.equal(one.get_tensor(key), other.get_tensor(key)) for key in keys)
+        )
+
+
 def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
     """Load a LoRA into a stock pipeline as the adapter "dreamlora", with its effect multiplied by ``scale``.
 

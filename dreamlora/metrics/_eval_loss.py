@@ -97,7 +97,7 @@ class EvalSet:
             model, told = about["model_id"], about["evalset_id"]
             parts = [tensors[name] for name in ("latents", "image", "times", "position")]
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{file} is no evaluation set that can be read: {error!r}") from error
+            raise UserError(f"{file} is no evaluation set that can be read ({type(error).__name__})") from error
         latents, image, times, position = parts
         if _identity(latents, captions, times, keys, model) != told:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,10 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if bool(self.optimizers) == bool(self.runs):
             raise UserError("give either --optimizers, to train, or --runs, to compare runs that exist")
+        for option in fields(self):
+            used = option.name in ("optimizers", "runs", "baseline", "output_dir")
+            if self.runs and not used and getattr(self, option.name) != option.default:
+                raise UserError(f"--{option.name} is for training: with --runs the runs exist already. Leave it out")
         if any(not 0 < lr < float("inf") for lr in self.learning_rates):
             raise UserError(f"--learning_rates must be above 0 (got {' '.join(map(str, self.learning_rates))})")
         if any(seed < 0 for seed in self.seeds):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
 from dreamlora.families import sd
-from dreamlora.lora.files import apply_lora, read_lora
+from dreamlora.lora.files import apply_lora, read_lora, same_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
 
 TEXT_LAYERS = sd.TEXT_LORA_LAYERS
@@ -122,6 +122,21 @@ def test_folder_with_one_file_of_another_name(lora):
     save_file(load_file(renamed), lora.parent / "dog.safetensors")
     with pytest.raises(UserError, match=r"cat\.safetensors, dog\.safetensors; name the file"):
         read_lora(lora.parent)
+
+
+def test_files_are_the_same_by_what_they_hold(tmp_path):
+    """With several entries of metadata safetensors writes them in any order."""
+    tensors = {"a.lora_A.weight": torch.ones(2, 2), "a.lora_B.weight": torch.zeros(2, 2)}
+    metadata = {f"key{number}": "value" for number in range(8)}
+    files = [tmp_path / f"{number}.safetensors" for number in range(5)]
+    for file in files:
+        save_file(tensors, file, metadata)
+    assert len({file.read_bytes() for file in files}) > 1, "else bytes could be compared"
+    assert all(same_lora(files[0], file) for file in files)
+    save_file(tensors, files[1], {**metadata, "key0": "other"})
+    save_file({**tensors, "a.lora_A.weight": torch.zeros(2, 2)}, files[2], metadata)
+    save_file({"a.lora_A.weight": torch.ones(2, 2)}, files[3], metadata)
+    assert not any(same_lora(files[0], file) for file in files[1:4])
 
 
 def test_nothing_there(tmp_path):

@@ -146,6 +146,8 @@ def test_grids_grow_at_the_edge() -> None:
         (["--optimizers", "adamw", "--baseline", "sgd"], "--baseline must be one of --optimizers"),
         (["--optimizers", "adamw", "--eval_steps", "0"], "--eval_steps 0 leaves nothing to compare"),
         (["--runs", "x", "--rank", "4"], "--rank trains nothing"),
+        (["--runs", "x", "--program", "text-to-image"], "--program is for training: with --runs"),
+        (["--runs", "x", "--quick"], "--quick is for training"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value) or "nothing",
 )
