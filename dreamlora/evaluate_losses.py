@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from tqdm import tqdm
 
+from dreamlora.callbacks.evaluate import values_of
 from dreamlora.config import Train
 from dreamlora.contestants import UnderTest, applied
 from dreamlora.errors import UserError
@@ -21,7 +22,7 @@ from dreamlora.occasions import eval_model_id
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.stream import stack_conditioning
 
-BASE_ROW = 0
+SHOWN = ("eval/loss", "eval/loss_rel")
 
 
 def measure_losses(under_test: UnderTest, run: RunFolder | None, processes: Processes) -> dict[str, Measurement]:
@@ -89,17 +90,16 @@ def _losses(under_test: UnderTest, items: EvalSet, processes: Processes) -> list
 
 
 def _values(items: EvalSet, rows: Sequence[Sequence[float]]) -> list[Measurement]:
-    """Of every row, the base model's first: the mean of the items, and of their ratios to the base model's."""
+    """Of every row, the base model's first, what training logs of a step."""
     table = items.losses()
     for number, losses in enumerate(rows):
         table.put(number, list(losses))
     by, count = f"evalset {items.id}", len(items.noise_keys)
     found = []
-    for number in range(len(rows)):
-        mean, ratio = table.mean(number), float((table.rows[number] / table.rows[BASE_ROW]).mean())
-        if math.isfinite(mean) and math.isfinite(ratio):
-            values = [("eval/loss", mean), ("eval/loss_rel", ratio)]
-            found.append(Measurement([Value(name, value, by, count, None) for name, value in values]))
+    for number in table.steps:
+        values = values_of(table, number, SHOWN[0])
+        if all(math.isfinite(values[name]) for name in SHOWN):
+            found.append(Measurement([Value(name, values[name], by, count, None) for name in SHOWN]))
         else:
             found.append(_left_out("the loss is not finite"))
     return found

@@ -187,7 +187,7 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
     )
 
 
-def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig] = RunConfig) -> Entry:
+def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig]) -> Entry:
     """``optimizer[:setting=value,...][+flag=value...]``, checked as the training's own command line.
 
     Args:
