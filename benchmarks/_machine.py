@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dreamlora import provenance
+from dreamlora.run import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,8 +23,9 @@ import _machine
 import torch
 from diffusers.optimization import get_scheduler
 
-from dreamlora import assemble, cli
+from dreamlora.cli.parse import parse_run
 from dreamlora.errors import UserError
+from dreamlora.run import assemble
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
 from dreamlora.training.loop import Run
@@ -73,7 +74,7 @@ def train(argv: list[str], folder: Path, change: Callable[[Run], None] | None = 
     """
     nothing_else = ["--sample_steps", "0", "--checkpointing_steps", "0", "--final_eval_items", "0", "--no_save_best"]
     flags = [*argv, "--output_dir", str(folder), *nothing_else]
-    run = assemble.prepare(*cli.parse_run(flags))
+    run = assemble.prepare(*parse_run(flags))
     if change:
         change(run)
     started = time.perf_counter()

@@ -142,13 +142,14 @@ def work(task: Task) -> dict[str, Any]:
     """Make a run; its row: first and last eval/loss, infinite if it broke off because a value was not finite."""
     import torch
 
-    from dreamlora import assemble, cli
+    from dreamlora.cli.parse import parse_run
     from dreamlora.errors import UserError
+    from dreamlora.run import assemble
     from dreamlora.training import loop
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        run = assemble.prepare(*cli.parse_run(flags(task, Path(scratch) / "run")))
+        run = assemble.prepare(*parse_run(flags(task, Path(scratch) / "run")))
         try:
             loop.train(run)
         except UserError:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamlora import __version__, cli
+from dreamlora import __version__
+from dreamlora.cli.parse import Program, parse, parse_run, run
 from dreamlora.config import RunConfig
+from dreamlora.config.programs import TextToImageConfig
 from dreamlora.errors import UserError
-from dreamlora.programs import TextToImageConfig
 
 if TYPE_CHECKING:
     from dreamlora.report.document import Document
@@ -48,8 +49,8 @@ def text_to_image(argv: Sequence[str]) -> None:
 
 
 def _train(argv: Sequence[str], config_class: type[RunConfig]) -> None:
-    config, optimizer_options = cli.parse_run(argv, config_class)
-    from dreamlora import assemble
+    config, optimizer_options = parse_run(argv, config_class)
+    from dreamlora.run import assemble
 
     folder = assemble.train(config, optimizer_options)
     print(f"{folder.path}: LoRA, samples and report.html")
@@ -57,21 +58,21 @@ def _train(argv: Sequence[str], config_class: type[RunConfig]) -> None:
 
 def sample(argv: Sequence[str]) -> None:
     """Draw images with trained LoRAs."""
-    from dreamlora import sample_command
+    from dreamlora.commands.sample import command
 
-    sample_command.main(argv)
+    command.main(argv)
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """Measure trained LoRAs, or folders of images."""
-    from dreamlora import evaluate_command
+    from dreamlora.commands.evaluate import command
 
-    evaluate_command.main(argv)
+    command.main(argv)
 
 
 def report(argv: Sequence[str]) -> None:
     """Write report.html and report.md of a run or comparison anew, or show them live."""
-    config = cli.parse(ReportConfig, argv, cli.Program("dreamlora report", positional="run"))
+    config = parse(ReportConfig, argv, Program("dreamlora report", positional="run"))
     from dreamlora.report import document_of
 
     document = document_of(config.run)
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Their warnings (no torchvision, adapters without a text encoder, ...) are not about anything the user did.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    return cli.run(dispatch, sys.argv[1:] if argv is None else argv)
+    return run(dispatch, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

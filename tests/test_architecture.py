@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 TORCH_FREE = [
     "dreamlora.__main__",
-    "dreamlora.sample_command",
-    "dreamlora.evaluate_command",
+    "dreamlora.commands.sample.flags",
+    "dreamlora.commands.evaluate.flags",
     "dreamlora.runfolder",
     "dreamlora.report.page",
     "dreamlora.sweep.command",
@@ -83,6 +84,33 @@ def test_what_must_start_fast_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code, " ".join(TORCH_FREE), " ".join(HEAVY)], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(file): file for file in SOURCES}
+
+
+def imports_of(file: Path) -> set[str]:
+    """The modules of dreamlora that a file imports anywhere, also inside functions and for type checkers alone."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    whole = {name if name in MODULES else name.rpartition(".")[0] for name in imported}
+    return whole & MODULES.keys() - {module_of(file)}
+
+
+def test_no_circle_of_imports_among_files() -> None:
+    graph = {module: imports_of(file) for module, file in MODULES.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"files import each other: {' <- '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dreamlora import __main__, cli, evaluate_command, foreign_flags, options, programs, sample_command
-from dreamlora.config import RunConfig
+from dreamlora import __main__
+from dreamlora.cli.declared import options_of
+from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
+from dreamlora.cli.parse import Program, parse, parse_run
+from dreamlora.commands.evaluate.flags import EvaluateConfig
+from dreamlora.commands.sample.flags import SampleConfig
+from dreamlora.config import RunConfig, programs
 from dreamlora.sweep.config import CompareConfig
 from dreamlora.sweep.config import parse as parse_compare
 from dreamlora.sweep.plan import sweep_of
@@ -26,11 +31,11 @@ OURS = {
     for config in (
         RunConfig,
         programs.TextToImageConfig,
-        evaluate_command.EvaluateConfig,
+        EvaluateConfig,
         __main__.ReportConfig,
         CompareConfig,
     )
-    for name in options.options_of(config)
+    for name in options_of(config)
 }
 OTHER_PROGRAMS = {
     "accelerate": {
@@ -44,7 +49,7 @@ OTHER_PROGRAMS = {
     "ours, but no options of a run": {"config", "help"},
 }
 SCRIPTS = {
-    "dreamlora.tiny.pretrain": ROOT / "dreamlora" / "tiny" / "pretrain.py",
+    "tools": ROOT / "tools" / "pretrain.py",
     "benchmarks": ROOT / "benchmarks",
 }
 """Programs with flags of their own; they are looked for in the source."""
@@ -94,7 +99,7 @@ def test_links_lead_somewhere(file: Path) -> None:
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
 def test_flags_exist(file: Path) -> None:
-    foreign = {*foreign_flags.ELSEWHERE, *foreign_flags.UNNEEDED, *script_flags()}.union(*OTHER_PROGRAMS.values())
+    foreign = {*ELSEWHERE, *UNNEEDED, *script_flags()}.union(*OTHER_PROGRAMS.values())
     for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", file.read_text()):
         assert flag.removeprefix("no_") in OURS | foreign, f"--{flag} is no option"
 
@@ -115,15 +120,15 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     program, command, *flags = [re.sub(r"outputs/<\w+>", "run", word) for word in words if word != "..."]
     assert program == "dreamlora" and command in __main__.COMMANDS
     if command in programs.PROGRAMS:
-        cli.parse_run(flags, programs.PROGRAMS[command])
+        parse_run(flags, programs.PROGRAMS[command])
     elif command == "compare":
         asked, training = parse_compare(flags)
         assert asked.runs or sweep_of(asked, training)
     elif command in ("sample", "evaluate"):
-        config = sample_command.SampleConfig if command == "sample" else evaluate_command.EvaluateConfig
-        cli.parse(config, flags, cli.Program(positional="lora"))
+        config = SampleConfig if command == "sample" else EvaluateConfig
+        parse(config, flags, Program(positional="lora"))
     else:
-        cli.parse(__main__.ReportConfig, flags, cli.Program(positional="run"))
+        parse(__main__.ReportConfig, flags, Program(positional="run"))
 
 
 def test_the_commands_are_found() -> None:

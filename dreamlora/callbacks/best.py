@@ -9,10 +9,10 @@ import shutil
 from safetensors.torch import save_file
 
 from dreamlora.callbacks.image_metrics import ImageMetricsCallback
+from dreamlora.eval_loss.items import ItemLosses
+from dreamlora.eval_loss.selection import Selection, candidates, select
 from dreamlora.interfaces import StepResult
-from dreamlora.item_losses import ItemLosses
 from dreamlora.runfolder import replacing_folder, write_atomically
-from dreamlora.selection import Selection, candidates, select
 from dreamlora.training import state
 from dreamlora.training.loop import Run
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 
+from dreamlora.eval_loss.evalset import EvalSet, Measured, evaluate_loss
+from dreamlora.eval_loss.items import ItemLosses, values_of
+from dreamlora.eval_loss.selection import stalled, told
 from dreamlora.interfaces import Conditioning, StepResult
-from dreamlora.item_losses import ItemLosses
-from dreamlora.metrics._eval_loss import EvalSet, Measured, evaluate_loss
-from dreamlora.selection import stalled, told
 from dreamlora.training.loop import Run
-
-TIME_BINS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +111,3 @@ def measure(run: Run, items: EvalSet) -> list[float]:
     run.model.train()
     merged = dict(sorted(pair for part in gather_object([mine]) for pair in part.items()))
     return list(merged.values())
-
-
-def values_of(losses: ItemLosses, step: int, name: str) -> dict[str, float]:
-    """What is logged of a measurement: the mean, the mean against the base model's, and the mean by time."""
-    row = losses.rows[step].astype(np.float64)
-    values = {name: float(row.mean())}
-    if 0 in losses:
-        values[f"{name}_rel"] = float((row / losses.rows[0]).mean())
-    bins = np.minimum((losses.position * TIME_BINS).astype(int), TIME_BINS - 1)
-    for number in np.unique(bins):
-        values[f"{name}_t/{number}"] = float(row[bins == number].mean())
-    return values

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreamlora.callbacks.evaluate import measure
+from dreamlora.eval_loss.evalset import EvalSet
+from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.interfaces import StepResult
-from dreamlora.item_losses import ItemLosses
-from dreamlora.metrics._eval_loss import EvalSet
 from dreamlora.training import state
 from dreamlora.training.loop import Run
 

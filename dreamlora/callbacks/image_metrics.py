@@ -11,14 +11,14 @@ from accelerate.utils import broadcast_object_list
 
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
+from dreamlora.eval_loss.items import Difference, paired_difference
+from dreamlora.eval_loss.selection import told
 from dreamlora.evaluation.embedders import Embedders
-from dreamlora.evaluation.measure import Gallery, Value, measure
+from dreamlora.evaluation.measure import MeasuredImages, Value, measure
 from dreamlora.interfaces import StepResult
-from dreamlora.item_losses import Difference, paired_difference
 from dreamlora.metrics._vectors import paired_cosines
 from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.sampler import SamplePlan
-from dreamlora.selection import told
 from dreamlora.training.loop import Run
 
 CLIP_SCORE = "img/clip_t"
@@ -55,9 +55,9 @@ class Scenes:
         files = [self.folder / f"step_{step:06d}" / f"{item.name}.png" for item in self.plan.items()]
         return [ImageRecord(file.name, "image", file.read_bytes, str(file)) for file in files]
 
-    def gallery(self, step: int, *, with_base: bool) -> Gallery:
+    def gallery(self, step: int, *, with_base: bool) -> MeasuredImages:
         """All that metrics of a step need; the base model's images only if they are any good."""
-        return Gallery(
+        return MeasuredImages(
             generated=self.images(step),
             groups=[item.prompt_index for item in self.plan.items()],
             with_subject=self.with_subject,

@@ -3,6 +3,6 @@
 Needs no torch. The fields of compare.json are in ``schema``, the formulas in ``stats``.
 """
 
-from dreamlora.compare.comparison import COMPARE_FILE, Plan, compare_runs, write_comparison
+from dreamlora.compare.comparison import COMPARE_FILE, ComparisonPlan, compare_runs, write_comparison
 
-__all__ = ["COMPARE_FILE", "Plan", "compare_runs", "write_comparison"]
+__all__ = ["COMPARE_FILE", "ComparisonPlan", "compare_runs", "write_comparison"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamlora.compare import numbers, words
+from dreamlora.compare import numbers, verdict
 from dreamlora.compare.endings import Judge, judge_of
 from dreamlora.compare.methods import Group, differing_options, group, labelled, shared_options
 from dreamlora.compare.records import Record, model_of, read_record, subject_of
@@ -25,7 +25,7 @@ BASELINE = "adamw"
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What the program that makes the runs knows, and run folders alone do not tell.
 
     Attributes:
@@ -43,7 +43,7 @@ class Plan:
     command: str | None = None
 
 
-def compare_runs(folders: Sequence[Path], root: Path, plan: Plan = Plan()) -> Comparison:
+def compare_runs(folders: Sequence[Path], root: Path, plan: ComparisonPlan = ComparisonPlan()) -> Comparison:
     """Compare runs.
 
     Args:
@@ -85,7 +85,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
 
 
 def _comparison(
-    groups: Sequence[Group], against: numbers.Against, plan: Plan, dropped: Sequence[Dropped]
+    groups: Sequence[Group], against: numbers.Against, plan: ComparisonPlan, dropped: Sequence[Dropped]
 ) -> Comparison:
     baseline = groups[0]
     records = [record for one in groups for record in one.records]
@@ -101,14 +101,14 @@ def _comparison(
         complete=plan.missing == 0,
         metric=one.metric,
         held_out=held_out,
-        sentence=words.headline_sentence(found, baseline.label, plan.missing == 0),
+        sentence=verdict.headline_sentence(found, baseline.label, plan.missing == 0),
         task=task,
         baseline=baseline.label,
         base_loss=numbers.number(against.base),
         target=numbers.number(against.target),
         fresh_seeds=all(one.fresh for one in groups),
-        budget=words.budget(groups, baseline, one.metric, task),
-        warnings=words.warnings(groups, held_out, {one.label: dict(one.options) for one in groups}),
+        budget=verdict.budget(groups, baseline, one.metric, task),
+        warnings=verdict.warnings(groups, held_out, {one.label: dict(one.options) for one in groups}),
         methods=methods,
         same_lr=numbers.same_rates(groups, baseline),
         runs=[
@@ -186,7 +186,7 @@ def _check_image_metrics(records: Sequence[Record]) -> None:
                     )
 
 
-def _check_common_seeds(groups: Sequence[Group], plan: Plan) -> None:
+def _check_common_seeds(groups: Sequence[Group], plan: ComparisonPlan) -> None:
     baseline, others = groups[0], groups[1:]
     if plan.missing or not others or not baseline.headline:
         return

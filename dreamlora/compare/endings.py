@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dreamlora.compare.records import Record
-from dreamlora.item_losses import ItemLosses
+from dreamlora.eval_loss.items import ItemLosses
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 
 from dreamlora.compare.records import Record
 from dreamlora.compare.schema import Dropped, Edge
+from dreamlora.config.measuring import Encoders, Eval, Sample
 from dreamlora.errors import UserError
-from dreamlora.measuring import Encoders, Eval, Sample
 
 OWN_OF_A_RUN = {
     *("seed", "learning_rate", "text_encoder_lr", "optimizer", "optimizer_args"),

@@ -18,8 +18,8 @@ from dreamlora.compare.schema import (
     Band,
     Basin,
     Cell,
+    ComparedImageMetric,
     Delta,
-    ImageMetric,
     Interval,
     Method,
     Number,
@@ -32,7 +32,7 @@ from dreamlora.compare.schema import (
     Spread,
     ToTarget,
 )
-from dreamlora.compare.words import delta_sentence
+from dreamlora.compare.verdict import delta_sentence
 from dreamlora.runfolder import read_jsonl
 
 TOLERANCES = (0.02, 0.05, 0.10, 0.25)
@@ -265,12 +265,12 @@ def _to_target(group: Group, against: Against, along: Callable[[Record], Sequenc
     return ToTarget(spread=ours, reached=reached, speedup=number(speedup))
 
 
-def image_metrics(records: Sequence[Record]) -> list[ImageMetric]:
+def image_metrics(records: Sequence[Record]) -> list[ComparedImageMetric]:
     """Every img/ metric that all runs logged, at the last step and at the step with the lowest loss.
 
     p-values and alarms are no quantities that a mean or an interval could be taken of.
     """
-    rows: list[ImageMetric] = []
+    rows: list[ComparedImageMetric] = []
     shared = set.intersection(*(set(record.images) for record in records)) if records else set()
     names = sorted(name for name in shared if not name.endswith(("_p", "_negative")))
     for name in names:
@@ -282,10 +282,10 @@ def image_metrics(records: Sequence[Record]) -> list[ImageMetric]:
     return rows
 
 
-def _image_metric(name: str, at: str, values: Sequence[ImageValue]) -> ImageMetric:
+def _image_metric(name: str, at: str, values: Sequence[ImageValue]) -> ComparedImageMetric:
     encoders = {value.encoder_id for value in values}
     counts = {value.images for value in values}
-    return ImageMetric(
+    return ComparedImageMetric(
         name=name,
         at="final" if at == "final" else "best",
         value=interval(stats.t_interval([value.value for value in values])),

@@ -18,7 +18,7 @@ from dreamlora.compare.schema import Status
 from dreamlora.compare.stats import log_auc, steps_to_target
 from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
-from dreamlora.item_losses import ItemLosses
+from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.runfolder import RunFolder, read_jsonl
 
 METRICS = ("eval/loss", "eval/loss_train")

@@ -142,7 +142,7 @@ class Octile(TypedDict):
     pct: Interval
 
 
-class ImageMetric(TypedDict):
+class ComparedImageMetric(TypedDict):
     """An image metric (img/clip_t, img/dino, ...) of a method's headline runs.
 
     Attributes:
@@ -233,7 +233,7 @@ class Method(TypedDict):
     log_auc: Spread
     lr_basin: list[Basin]
     octiles: list[Octile]
-    images: list[ImageMetric]
+    images: list[ComparedImageMetric]
     curve: Band
     samples: Samples | None
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 
-from dreamlora.data.images import Facts, ImageRecord
+from dreamlora.data.images import ImageFacts, ImageRecord
 
 _SCHEMA = """
 CREATE TABLE rows (id INTEGER PRIMARY KEY, name BLOB, caption TEXT, hash BLOB, width INTEGER, height INTEGER);
@@ -29,7 +29,7 @@ CREATE TABLE found (name BLOB PRIMARY KEY, image INTEGER, sidecar INTEGER, capti
 _COLUMNS = "name, caption, hash, width, height"
 
 
-class Place(Protocol):
+class ImageSource(Protocol):
     """Where the image files of a data set are."""
 
     def reader(self, row: int, name: str) -> Callable[[], bytes]:
@@ -52,7 +52,7 @@ class Catalog(Sequence[ImageRecord]):
         db: its SQLite connection in this process; ``found`` is a table for whoever fills the catalogue.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: ImageSource) -> None:
         self.place = place
         self._file = Path(tempfile.mkdtemp(prefix="dreamlora-rows-")) / "rows.sqlite"
         self._connections: dict[int, sqlite3.Connection] = {}
@@ -89,7 +89,7 @@ class Catalog(Sequence[ImageRecord]):
         )
         self._length += 1
 
-    def examined(self, row: int, facts: Facts) -> None:
+    def examined(self, row: int, facts: ImageFacts) -> None:
         """Keep hash and size of a row's image."""
         values = (bytes.fromhex(facts.content_hash), *facts.size, row)
         self.db.execute("UPDATE rows SET hash = ?, width = ?, height = ? WHERE id = ?", values)
@@ -108,7 +108,7 @@ class Catalog(Sequence[ImageRecord]):
     def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
     def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
         if isinstance(row, slice):
-            return Selection(self, range(len(self))[row])
+            return RecordSubset(self, range(len(self))[row])
         row = range(self._length)[row]
         found = self.db.execute(f"SELECT {_COLUMNS} FROM rows WHERE id = ?", (row,)).fetchone()
         return self._record(row, *found)
@@ -118,13 +118,13 @@ class Catalog(Sequence[ImageRecord]):
 
     def _record(self, row: int, name: bytes, caption: str, digest: bytes | None, *size: int) -> ImageRecord:
         spelled = os.fsdecode(name)
-        known = Facts(digest.hex(), (size[0], size[1])) if digest is not None else None
+        known = ImageFacts(digest.hex(), (size[0], size[1])) if digest is not None else None
         return ImageRecord(
             spelled, caption, self.place.reader(row, spelled), self.place.where(row, spelled), known=known
         )
 
 
-class Selection(Sequence[ImageRecord]):
+class RecordSubset(Sequence[ImageRecord]):
     """Some rows of other records: 8 bytes for each."""
 
     def __init__(self, records: Sequence[ImageRecord], rows: Iterable[int]) -> None:
@@ -140,7 +140,7 @@ class Selection(Sequence[ImageRecord]):
     def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
     def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
         if isinstance(row, slice):
-            return Selection(self._records, self._rows[row])
+            return RecordSubset(self._records, self._rows[row])
         return self._records[self._rows[row]]
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dreamlora.config import Data
 from dreamlora.data.cache import cache_folder
-from dreamlora.data.catalog import Catalog, Selection, hash_prefixes
+from dreamlora.data.catalog import Catalog, RecordSubset, hash_prefixes
 from dreamlora.data.file_index import FileIndex
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.hub import load_hub
@@ -100,4 +100,4 @@ def split_holdout(
     if holdout and holdout >= len(different):
         raise UserError(f"--holdout {holdout} leaves nothing to train on: there are {len(different)} different images")
     chosen = np.isin(prefixes, different[:holdout])
-    return Selection(records, np.flatnonzero(~chosen)), Selection(records, np.flatnonzero(chosen))
+    return RecordSubset(records, np.flatnonzero(~chosen)), RecordSubset(records, np.flatnonzero(chosen))

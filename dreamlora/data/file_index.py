@@ -12,7 +12,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from dreamlora.data.images import Facts
+from dreamlora.data.images import ImageFacts
 
 INDEX_FILE = "files.sqlite"
 SETTLED_S = 2.0
@@ -40,7 +40,7 @@ class FileIndex:
         except (OSError, sqlite3.Error) as error:
             self._give_up(error)
 
-    def get(self, path: str, stamp: str) -> Facts | None:
+    def get(self, path: str, stamp: str) -> ImageFacts | None:
         """What is known of a file, if its ``stamp`` is the one it had then."""
         if self._db is None:
             return None
@@ -51,9 +51,9 @@ class FileIndex:
             if isinstance(error, sqlite3.Error):
                 self._give_up(error)
             return None
-        return Facts(found[0].hex(), (found[1], found[2])) if found else None
+        return ImageFacts(found[0].hex(), (found[1], found[2])) if found else None
 
-    def put(self, path: str, stamp: str, facts: Facts) -> None:
+    def put(self, path: str, stamp: str, facts: ImageFacts) -> None:
         """Remember a file; written when enough have come together, or by ``close``."""
         self._waiting.append((path, stamp, bytes.fromhex(facts.content_hash), *facts.size))
         if len(self._waiting) >= _COMMIT_EVERY:

@@ -41,7 +41,7 @@ _TURNS = {
 }
 
 
-class Facts(NamedTuple):
+class ImageFacts(NamedTuple):
     """What is known of an image without decoding it.
 
     Attributes:
@@ -69,7 +69,7 @@ class ImageRecord:
     caption: str
     read: Callable[[], bytes]
     where: str
-    known: Facts | None = None
+    known: ImageFacts | None = None
 
     @classmethod
     def from_image(cls, name: str, caption: str, image: Image.Image) -> ImageRecord:
@@ -98,7 +98,7 @@ class ImageRecord:
         return decode(self.load(), self.where)
 
     @cached_property
-    def facts(self) -> Facts:
+    def facts(self) -> ImageFacts:
         """Hash and size. Reads the file once, if they are not known; what was read then stays the answer.
 
         Raises:
@@ -107,7 +107,7 @@ class ImageRecord:
         if self.known is not None:
             return self.known
         data = self.load()
-        return Facts(hashlib.sha256(data).hexdigest(), upright_size(data, self.where))
+        return ImageFacts(hashlib.sha256(data).hexdigest(), upright_size(data, self.where))
 
     def content_hash(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal."""

@@ -20,7 +20,7 @@ DINO_MODEL = "facebook/dino-vits16"
 
 
 @dataclass(frozen=True)
-class Place:
+class EncoderPlace:
     """Where encoders compute, and where things are kept.
 
     Attributes:
@@ -47,7 +47,7 @@ class Embedders:
         place: see there.
     """
 
-    def __init__(self, choice: Encoders, embedded: bool, place: Place) -> None:
+    def __init__(self, choice: Encoders, embedded: bool, place: EncoderPlace) -> None:
         self._names: dict[EncoderRole, str | Path] = {
             "clip": choice.clip_model or (EMBEDDED_MODEL if embedded else CLIP_MODEL),
             "dino": choice.dino_model or (EMBEDDED_MODEL if embedded else DINO_MODEL),

@@ -19,7 +19,7 @@ from dreamlora import tiny
 from dreamlora.config import EMBEDDED_MODEL, Model
 from dreamlora.errors import UserError
 from dreamlora.evaluation.preprocessing import DINO, Picture, Preprocessing, read_preprocessing
-from dreamlora.families._loading import find_file, identity, refuse_pickles
+from dreamlora.models.loading import find_file, identity, refuse_pickles
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from dreamlora.interfaces import EncoderRole, ImageMetric, MetricInputs, Need
 
 
 @dataclass(frozen=True)
-class Gallery:
+class MeasuredImages:
     """The images that metrics are about.
 
     Attributes:
@@ -93,7 +93,9 @@ def load_metric(name: str) -> ImageMetric:
     return cast(ImageMetric, registry.load("metrics", name))
 
 
-def measure(names: Sequence[str], gallery: Gallery, embedder_of: Callable[[EncoderRole], Embedder]) -> Measurement:
+def measure(
+    names: Sequence[str], gallery: MeasuredImages, embedder_of: Callable[[EncoderRole], Embedder]
+) -> Measurement:
     """Compute metrics; one that cannot be computed is left out with a note.
 
     Every process must call this with the same arguments, and gets the same values.
@@ -146,7 +148,7 @@ def _embedder(
 
 
 def _inputs(
-    gallery: Gallery, needed: Iterable[Need], embedder: Embedder, known: dict[tuple[str, str], torch.Tensor]
+    gallery: MeasuredImages, needed: Iterable[Need], embedder: Embedder, known: dict[tuple[str, str], torch.Tensor]
 ) -> MetricInputs:
     """The vectors that a metric needs; those that another metric had are taken from ``known``."""
 

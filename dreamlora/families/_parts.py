@@ -12,9 +12,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from dreamlora import offset
 from dreamlora.interfaces import Latents
-from dreamlora.offset import ADAPTER
+from dreamlora.lora import offset
+from dreamlora.lora.offset import ADAPTER
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

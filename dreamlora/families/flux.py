@@ -11,8 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
-from dreamlora.families import _loading, _parts
+from dreamlora.families import _parts
 from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
+from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("FluxPipeline",)
@@ -54,12 +55,12 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     Raises:
         UserError: the folder or hub repository is missing, incomplete or holds pickles.
     """
-    return _loading.load_components(source, _PARTS[role], dtype)
+    return loading.load_components(source, _PARTS[role], dtype)
 
 
 def resolution(source: ModelSource) -> int:
     """FluxPipeline's default side: 128 latents, 1024 pixels with FLUX.1's autoencoder."""
-    levels = len(_loading.read_config(source, "vae")["block_out_channels"])
+    levels = len(loading.read_config(source, "vae")["block_out_channels"])
     return 128 * 2 ** (levels - 1)
 
 

@@ -10,8 +10,9 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
-from dreamlora.families import _loading, _parts
+from dreamlora.families import _parts
 from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
+from dreamlora.models import loading
 from dreamlora.objectives import Diffusion
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionPipeline",)
@@ -37,13 +38,13 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     Raises:
         UserError: the folder or hub repository is missing, incomplete or holds pickles.
     """
-    return _loading.load_components(source, _PARTS[role], dtype)
+    return loading.load_components(source, _PARTS[role], dtype)
 
 
 def resolution(source: ModelSource) -> int:
     """The side the UNet was made for, in pixels (512 for SD 1.x, 768 for SD 2.x)."""
-    side = _loading.read_config(source, "unet")["sample_size"]
-    levels = len(_loading.read_config(source, "vae")["block_out_channels"])
+    side = loading.read_config(source, "unet")["sample_size"]
+    levels = len(loading.read_config(source, "vae")["block_out_channels"])
     return int(side if isinstance(side, int) else side[0]) * 2 ** (levels - 1)
 
 

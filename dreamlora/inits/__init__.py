@@ -1,6 +1,6 @@
 """Starts of a LoRA: one file each, found by name. Importing one (for its ``Options``) does not import torch.
 
 A plug-in has ``Options`` (frozen dataclass), ``OFFSET`` (whether B₀ A₀ is not zero, so that it is subtracted by
-``dreamlora.offset``), ``RANK_MULTIPLE``, and ``starts(targets, options, probe)``, which yields a ``Start`` for every
-target in order.
+``dreamlora.lora.offset``), ``RANK_MULTIPLE``, and ``starts(targets, options, probe)``, which yields a ``Start`` for
+every target in order.
 """

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from dreamlora.errors import UserError
 from dreamlora.inits._start import Probe, Target
-from dreamlora.offset import apply_weight
+from dreamlora.lora.offset import apply_weight
 
 LOSS_SCALE = 4096.0
 """Keeps small gradients from vanishing in fp16; it is divided out again."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class SketchPlan:
     """How the decomposition is made.
 
     Attributes:
@@ -45,7 +45,7 @@ class Plan:
         return min(m, n, round(2 * rank * self.oversampling))
 
 
-def mean_gradient_svd(targets: Sequence[Target], probe: Probe, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+def mean_gradient_svd(targets: Sequence[Target], probe: Probe, plan: SketchPlan) -> Iterator[tuple[Tensor, Tensor]]:
     """U ``(m, width)`` and V ``(n, width)`` of the mean gradient of every target, by falling singular value.
 
     Raises:
@@ -65,7 +65,7 @@ def mean_gradient_svd(targets: Sequence[Target], probe: Probe, plan: Plan) -> It
 
 
 def _gradient_times(
-    targets: Sequence[Target], probe: Probe, plan: Plan, factors: Sequence[Tensor], *, transposed: bool = False
+    targets: Sequence[Target], probe: Probe, plan: SketchPlan, factors: Sequence[Tensor], *, transposed: bool = False
 ) -> list[Tensor]:
     """``Ḡ F`` ``(m, k)`` of every target for F ``(n, k)``; transposed: ``Fᵀ Ḡ`` ``(k, n)`` for F ``(m, k)``."""
     count = probe.batches(plan.draws)

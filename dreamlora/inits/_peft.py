@@ -7,7 +7,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from dreamlora.inits._start import Start, Target
-from dreamlora.offset import ADAPTER
+from dreamlora.lora.offset import ADAPTER
 
 
 def peft_start(target: Target, kind: str, least: int) -> Start:

@@ -44,12 +44,12 @@ def starts(targets: Sequence[Target], options: Options, probe: Probe) -> Iterato
     The singular values are not used: the first step of gradient descent with rate η is then
     ``ΔW = −η s² (√m/γ) Ḡ₂ᵣ`` (Ḡ₂ᵣ: the best approximation of rank 2r), whatever the scale of the loss.
     """
-    from dreamlora.inits._gradients import Plan, mean_gradient_svd
+    from dreamlora.inits._gradients import SketchPlan, mean_gradient_svd
     from dreamlora.inits._start import Start
 
     for target in targets:
         target.size("--init lora_ga", least=2 * target.rank)
-    plan = Plan(options.draws, options.iterations, options.oversampling)
+    plan = SketchPlan(options.draws, options.iterations, options.oversampling)
     for target, (U, V) in zip(targets, mean_gradient_svd(targets, probe, plan), strict=True):
         r = target.rank
         factor = U.shape[0] ** 0.25 / options.gamma**0.5

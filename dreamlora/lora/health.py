@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamlora import offset
 from dreamlora.linalg import gram_columns, gram_rows
+from dreamlora.lora import offset
 
 TOTAL = ""
 """The group of all layers."""

@@ -11,7 +11,7 @@ from torch import nn
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
 from dreamlora.lora.fused import fuse
-from dreamlora.offset import ADAPTER
+from dreamlora.lora.offset import ADAPTER
 
 EVERY_LINEAR = "all-linear"
 EVERY_LAYER = "all"

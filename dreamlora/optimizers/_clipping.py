@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from dreamlora import linalg
-
-if TYPE_CHECKING:
-    from dreamlora.optimizers._pairs import PairBatch
+from dreamlora.optimizers._batch import PairBatch
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from dreamlora.errors import UserError
 from dreamlora.optimizers import _checks
+from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM, compute_dtype
-from dreamlora.optimizers._pairs import Group, LoraPairOptimizer, PairBatch
+from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
 
 
 class FactorMuon(LoraPairOptimizer):

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dreamlora import linalg
 from dreamlora.optimizers import _checks
+from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM
-from dreamlora.optimizers._pairs import Group, LoraPairOptimizer, PairBatch
+from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
 from dreamlora.optimizers._rank_space import RankSpace, count, rank_spaces
 
 

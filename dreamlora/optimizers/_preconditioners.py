@@ -17,7 +17,7 @@ from dreamlora.optimizers._roots import damped_condition, geometric_mean, spd_ro
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PreconditionerRecipe:
     """How the matrices are made.
 
     Attributes:
@@ -35,7 +35,7 @@ class Recipe:
     normalise: bool
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], normalises: bool) -> Recipe:
+    def of(cls, group: Mapping[str, Any], normalises: bool) -> PreconditionerRecipe:
         """The recipe of a parameter group, for a method that ``normalises`` its step or not."""
         absolute, split = group["damping_mode"] == "absolute", group["variant"] == "split"
         balanced = group["geometry"] == "balanced"
@@ -75,7 +75,7 @@ class Scaling:
         return [Scaling(b, a, u, s) for b, u, s, a in zip(*parts, afters, strict=True)]
 
 
-def scalings(KB: Tensor, KA: Tensor, recipe: Recipe) -> tuple[Scaling, Scaling, Tensor]:
+def scalings(KB: Tensor, KA: Tensor, recipe: PreconditionerRecipe) -> tuple[Scaling, Scaling, Tensor]:
     """The scalings of A's and of B's gradient, and how many could not be had (they are the identity) ``()``.
 
     product: ``(KB + λI)⁻¹`` and ``(KA + λI)⁻¹`` (arXiv 2402.02347); with ``normalise`` times ``τ = tr(K)/r``.
@@ -105,7 +105,7 @@ def scalings(KB: Tensor, KA: Tensor, recipe: Recipe) -> tuple[Scaling, Scaling, 
     return *both.halves(), failed.sum()
 
 
-def _balanced(KB: Tensor, KA: Tensor, recipe: Recipe) -> tuple[Scaling, Scaling, Tensor]:
+def _balanced(KB: Tensor, KA: Tensor, recipe: PreconditionerRecipe) -> tuple[Scaling, Scaling, Tensor]:
     (MB, tau_B), (MA, tau_A) = (linalg.relative(K, recipe.damping) for K in (KB, KA))
     condition = damped_condition(KB.shape[-1], recipe.damping)
     S, S_inverse, failed = geometric_mean(MA, MB, condition)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dreamlora import linalg
+from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import compute_dtype
-from dreamlora.optimizers._pairs import Group, LoraPairOptimizer, PairBatch
+from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
 
 
 @dataclass(frozen=True)

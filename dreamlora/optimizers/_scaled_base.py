@@ -10,9 +10,16 @@ from torch import Tensor
 
 from dreamlora import linalg
 from dreamlora.optimizers import _scaled_options
+from dreamlora.optimizers._batch import PairBatch, moves_of, stack
 from dreamlora.optimizers._kernels import as_number, move_
-from dreamlora.optimizers._pairs import Group, LoraPairOptimizer, PairBatch, moves_of, stack
-from dreamlora.optimizers._preconditioners import Recipe, Scaling, remove_double_count, scalings, transport
+from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
+from dreamlora.optimizers._preconditioners import (
+    PreconditionerRecipe,
+    Scaling,
+    remove_double_count,
+    scalings,
+    transport,
+)
 
 # A Gram matrix has twice the factor's condition number in digits; with less damping float32 Cholesky can fail.
 _SAFE_DAMPING = 1e-4
@@ -78,7 +85,7 @@ class ScaledBase(LoraPairOptimizer):
         return {"fallbacks": sum(int(count) for count in self._fallbacks.values())}
 
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
-        recipe = Recipe.of(group, self._NORMALISES)
+        recipe = PreconditionerRecipe.of(group, self._NORMALISES)
         for sides in ("AB",) if group["order"] == "jacobi" else ("A", "B"):
             frames = self._frames(group, recipe, batches)
             for portion in _portions(frames):
@@ -102,7 +109,7 @@ class ScaledBase(LoraPairOptimizer):
             ratio = group["lr_ratio_B"] if side == "B" else 1.0
             self._apply(self._settings(group, ratio, frames[0].batch.scalings[0]), some)
 
-    def _frames(self, group: Group, recipe: Recipe, batches: list[PairBatch]) -> list[_Frame]:
+    def _frames(self, group: Group, recipe: PreconditionerRecipe, batches: list[PairBatch]) -> list[_Frame]:
         """The batches as they are now. All matrices of one rank are inverted at once: they are small and many."""
         keep = group["geometry"] == "tangent" or group["transport_momentum"]
         kept: list[tuple[Tensor, ...]] = []

@@ -14,8 +14,8 @@ from dreamlora.report.facts import (
     TRAINING_IMAGES_LOSS,
     UPDATE_RMS,
     Curve,
-    Facts,
-    ImageMetric,
+    ImageMetricCurve,
+    RunFacts,
 )
 from dreamlora.report.svg import INK, by_step, chart, level, tidy
 
@@ -31,7 +31,7 @@ _LEAST_SPAN = 0.05
 """The evaluation's axis spans at least this share of the loss, so that a change of nothing looks like nothing."""
 
 
-def evaluation_chart(facts: Facts) -> str:
+def evaluation_chart(facts: RunFacts) -> str:
     """The deterministic loss: base model as a dashed line, best checkpoint marked. Empty without an evaluation."""
     evaluation = facts.evaluation
     if evaluation is None:
@@ -69,7 +69,7 @@ def evaluation_chart(facts: Facts) -> str:
     return chart("evaluation", label, draw).inline
 
 
-def training_chart(facts: Facts) -> str:
+def training_chart(facts: RunFacts) -> str:
     """The training loss, faint, and its running mean. Empty if none was logged."""
     curve = facts.curve("train/loss")
     if not curve:
@@ -87,7 +87,7 @@ def training_chart(facts: Facts) -> str:
     return chart("training", f"Training loss by step, {len(curve.steps)} values, and its running mean", draw).inline
 
 
-def rate_chart(facts: Facts) -> str:
+def rate_chart(facts: RunFacts) -> str:
     """Learning rate and, on an axis of its own, the gradient norm. Empty if neither was logged."""
     rate, norm = facts.curve(LEARNING_RATE) or facts.curve("train/lr"), facts.curve("train/grad_norm")
     if not rate and not norm:
@@ -110,13 +110,13 @@ def rate_chart(facts: Facts) -> str:
     return chart("rate", "Learning rate and gradient norm by step", draw).inline
 
 
-def change_chart(facts: Facts) -> str:
+def change_chart(facts: RunFacts) -> str:
     """``‖ΔW‖`` by layer group. Empty if it was not logged."""
     label = "Norm of the change of the weights by step and layer group"
     return _groups_chart("change", label, facts.groups(CHANGE_NORM), "‖ΔW‖", log=False)
 
 
-def update_chart(facts: Facts) -> str:
+def update_chart(facts: RunFacts) -> str:
     """Root mean square of one step's change of the weights by layer group. Empty if it was not logged."""
     label = "Root mean square of one step's change of the weights by layer group"
     return _groups_chart("update", label, facts.groups(UPDATE_RMS), "RMS change in one step", log=True)
@@ -144,7 +144,7 @@ def _groups_chart(name: str, label: str, groups: dict[str, Curve], ylabel: str, 
     return chart(name, label, draw).inline
 
 
-def image_charts(facts: Facts) -> list[tuple[str, str]]:
+def image_charts(facts: RunFacts) -> list[tuple[str, str]]:
     """Caption and curve of every image metric that was measured at least twice: step by step, selection marked."""
     found = []
     for metric in facts.image_metrics:
@@ -154,7 +154,7 @@ def image_charts(facts: Facts) -> list[tuple[str, str]]:
     return found
 
 
-def _image_chart(metric: ImageMetric, best_step: int | None) -> str:
+def _image_chart(metric: ImageMetricCurve, best_step: int | None) -> str:
     curve, name = metric.curve, metric.name.removeprefix("img/")
 
     def draw(axes: Axes) -> None:

@@ -23,7 +23,7 @@ _NEEDED = ("name", "sentence", "methods", "runs", "baseline", "task", "warnings"
 _FEW_SEEDS = 3
 
 
-class Comparison:
+class ComparisonFile:
     """A comparison of optimizers, as compare.json tells it.
 
     Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamlora.report.comparison import Comparison, value_of
+from dreamlora.report.comparison import ComparisonFile, value_of
 from dreamlora.report.svg import INK, WIDTH, Chart, by_step, chart, legend, level
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def all_of(comparison: Comparison) -> dict[str, Chart]:
+def all_of(comparison: ComparisonFile) -> dict[str, Chart]:
     """The charts by name, without those that would be empty."""
     makers = (deltas, curves, ends, rates, octiles)
     return {found.name: found for make in makers if (found := make(comparison)) is not None}
 
 
-def deltas(comparison: Comparison) -> Chart | None:
+def deltas(comparison: ComparisonFile) -> Chart | None:
     """Each method's difference from the baseline with its interval; grey is "within 1 %"."""
     compared = [
         (number, method)
@@ -72,18 +72,18 @@ def _interval(axes: Axes, pct: Found, place: tuple[float, int]) -> None:
         axes.plot([mean], [height], marker=_marker(number), markersize=8, color=colour(number))
 
 
-def curves(comparison: Comparison) -> Chart | None:
+def curves(comparison: ComparisonFile) -> Chart | None:
     """Loss by step of all methods at their own best learning rates."""
     return _curves(comparison, "curves", 0.0)
 
 
-def ends(comparison: Comparison) -> Chart | None:
+def ends(comparison: ComparisonFile) -> Chart | None:
     """The second half of the curves, enlarged."""
     steps = max((method["curve"]["steps"][-1] for method in comparison.methods if method["curve"]["steps"]), default=0)
     return _curves(comparison, "curves_end", steps / 2)
 
 
-def _curves(comparison: Comparison, name: str, begin: float) -> Chart | None:
+def _curves(comparison: ComparisonFile, name: str, begin: float) -> Chart | None:
     bands = [(number, found) for number, m in enumerate(comparison.methods) if (found := _band(m["curve"], begin))]
     if not bands:
         return None
@@ -126,7 +126,7 @@ def _band(curve: Found, begin: float) -> tuple[list[float], list[float], list[fl
     return (steps, means, lows, highs) if lows != highs else (steps, means, [], [])
 
 
-def rates(comparison: Comparison) -> Chart | None:
+def rates(comparison: ComparisonFile) -> Chart | None:
     """Final loss by learning rate: the basins."""
     points = [_finite(method) for method in comparison.methods]
     medians = [median for found in points for _, median, _, _ in found]
@@ -170,7 +170,7 @@ def _finite(method: Found) -> list[tuple[float, float, float, float]]:
     return found
 
 
-def _bests(axes: Axes, comparison: Comparison, points: Sequence[Sequence[tuple[float, ...]]]) -> None:
+def _bests(axes: Axes, comparison: ComparisonFile, points: Sequence[Sequence[tuple[float, ...]]]) -> None:
     """A ring round each method's best rate."""
     for number, (method, found) in enumerate(zip(comparison.methods, points, strict=True)):
         for lr, median, *_ in found:
@@ -178,7 +178,7 @@ def _bests(axes: Axes, comparison: Comparison, points: Sequence[Sequence[tuple[f
                 axes.plot([lr], [median], marker="o", markersize=12, color="none", mec=colour(number), mew=1.8)
 
 
-def _diverged(axes: Axes, comparison: Comparison) -> None:
+def _diverged(axes: Axes, comparison: ComparisonFile) -> None:
     """Crosses on top where runs diverged, a row for each method."""
     from matplotlib.transforms import blended_transform_factory
 
@@ -191,7 +191,7 @@ def _diverged(axes: Axes, comparison: Comparison) -> None:
         )
 
 
-def octiles(comparison: Comparison) -> Chart | None:
+def octiles(comparison: ComparisonFile) -> Chart | None:
     """Difference from the baseline by noise level."""
     found = [(number, method["octiles"]) for number, method in enumerate(comparison.methods) if method["octiles"]]
     if not found:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.report import comparison_charts, comparison_tables
-from dreamlora.report.comparison import FILE, Comparison, without_secrets
+from dreamlora.report.comparison import FILE, ComparisonFile, without_secrets
 from dreamlora.report.comparison_samples import gallery
 from dreamlora.report.document import PAGE, TEXT, Document, filled
 
@@ -20,16 +20,16 @@ def comparison_document(folder: Path) -> Document:
     Raises:
         UserError: it holds none.
     """
-    comparison = Comparison(folder)
+    comparison = ComparisonFile(folder)
 
     def render() -> dict[str, str]:
-        return _files(Comparison(folder))
+        return _files(ComparisonFile(folder))
 
     linked = {Path(run["report"]).parts[0] for run in comparison.runs if run["report"]}
     return Document(folder, (comparison.file,), (FILE, _PLOTS, *sorted(linked)), render)
 
 
-def _files(comparison: Comparison) -> dict[str, str]:
+def _files(comparison: ComparisonFile) -> dict[str, str]:
     charts = comparison_charts.all_of(comparison)
     content = {
         "comparison": comparison,

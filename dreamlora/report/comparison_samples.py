@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamlora.report import pictures
-from dreamlora.report.comparison import Comparison, loss, rate, value_of
+from dreamlora.report.comparison import ComparisonFile, loss, rate, value_of
 from dreamlora.report.pictures import Picture
 from dreamlora.sampling.grid import MAX_COLUMNS, MAX_ROWS, spread
 
@@ -44,7 +44,7 @@ class PromptView:
 
 
 @dataclass(frozen=True)
-class Gallery:
+class SampleGallery:
     """Everything that is shown.
 
     Attributes:
@@ -60,7 +60,7 @@ class Gallery:
     left_out: str
 
 
-def gallery(comparison: Comparison) -> Gallery | None:
+def gallery(comparison: ComparisonFile) -> SampleGallery | None:
     """The images that compare.json names, made small; None if it names none."""
     drawn = [(number, method["samples"]) for number, method in enumerate(comparison.methods) if method["samples"]]
     cells = [cell for _, samples in drawn for cell in samples["cells"]]
@@ -74,7 +74,7 @@ def gallery(comparison: Comparison) -> Gallery | None:
     for key in keys[:MAX_COLUMNS]:
         rows = tuple(tuple(_shot(comparison, number, step, key) for number, _ in drawn) for step in shown)
         views.append(PromptView(*texts[key], rows))
-    return Gallery(
+    return SampleGallery(
         steps=tuple(shown),
         views=tuple(views),
         runs=tuple((number, _run(samples)) for number, samples in drawn),
@@ -91,7 +91,7 @@ def _run(samples: Found) -> str:
     return f"learning rate {rate(samples['lr'])}, training seed {samples['training_seed']}"
 
 
-def _shot(comparison: Comparison, number: int, step: int, key: Key) -> Shot:
+def _shot(comparison: ComparisonFile, number: int, step: int, key: Key) -> Shot:
     samples = comparison.methods[number]["samples"]
     measured = samples["losses"].get(str(step))
     told = loss(measured) if value_of(measured) is not None else ""
@@ -102,7 +102,7 @@ def _shot(comparison: Comparison, number: int, step: int, key: Key) -> Shot:
     return Shot(number, picture, "" if picture else "file is missing", told)
 
 
-def _references(comparison: Comparison, samples: Found) -> tuple[Picture, ...]:
+def _references(comparison: ComparisonFile, samples: Found) -> tuple[Picture, ...]:
     files = [comparison.folder / name for name in samples["references"][:_REFERENCES]]
     return tuple(found for file in files if (found := pictures.embedded(file, _REFERENCE_PIXELS)))
 

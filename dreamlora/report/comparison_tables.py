@@ -9,7 +9,7 @@ from typing import Any
 
 from dreamlora.report.comparison import (
     NONE,
-    Comparison,
+    ComparisonFile,
     amount,
     interval,
     loss,
@@ -26,7 +26,7 @@ Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableCell:
     """A cell.
 
     Attributes:
@@ -61,10 +61,10 @@ class Table:
     name: str
     caption: str
     heads: tuple[Head, ...]
-    rows: tuple[tuple[Entry, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
 
 
-def results(comparison: Comparison) -> Table:
+def results(comparison: ComparisonFile) -> Table:
     """What came out: loss and verdict of every method at its own best learning rate."""
     heads = [Head("method", False), Head("verdict", False), Head(f"loss against {comparison.baseline} [95\u00a0%]")]
     heads += [
@@ -83,29 +83,29 @@ def results(comparison: Comparison) -> Table:
     )
 
 
-def _result(comparison: Comparison, method: Found) -> tuple[Entry, ...]:
+def _result(comparison: ComparisonFile, method: Found) -> tuple[TableCell, ...]:
     delta, said = method["delta"], verdict(method)
     edge = (f"at the {'lower' if method['at_grid_edge'] == 'low' else 'upper'} edge of the grid",)
     suggested = ", ".join(map(rate, method.get("suggested_lrs") or []))
     tried = (f"try {suggested}",) if suggested else ()
     return (
         _name(comparison, method),
-        Entry(said.word, said.word, {"good": "good", "bad": "bad"}.get(said.tone, ""), said.cautions),
-        Entry(interval(delta["pct"]), _key(delta["pct"]["mean"])) if delta else Entry(NONE),
-        Entry(NONE) if delta is None else _entry(delta["images_se_pct"], size_in_percent),
+        TableCell(said.word, said.word, {"good": "good", "bad": "bad"}.get(said.tone, ""), said.cautions),
+        TableCell(interval(delta["pct"]), _key(delta["pct"]["mean"])) if delta else TableCell(NONE),
+        TableCell(NONE) if delta is None else _entry(delta["images_se_pct"], size_in_percent),
         _wins(delta),
-        Entry(spread(method["final"]), _key(method["final"]["median"]), notes=_of_seeds(method)),
+        TableCell(spread(method["final"]), _key(method["final"]["median"]), notes=_of_seeds(method)),
         _entry(method["vs_base_pct"], percent),
-        Entry(
+        TableCell(
             rate(method["best_lr"]), _key(method["best_lr"]), notes=(*edge, *tried) if method["at_grid_edge"] else ()
         ),
     )
 
 
-def _wins(delta: Found | None) -> Entry:
+def _wins(delta: Found | None) -> TableCell:
     if delta is None or not delta["pct"]["n"]:
-        return Entry(NONE)
-    return Entry(f"{delta['wins']} of {delta['pct']['n']}", delta["wins"])
+        return TableCell(NONE)
+    return TableCell(f"{delta['wins']} of {delta['pct']['n']}", delta["wins"])
 
 
 def _of_seeds(method: Found) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ def _of_seeds(method: Found) -> tuple[str, ...]:
     return (f"{seeds - diverged} of {seeds} seeds: the others diverged",) if diverged else ()
 
 
-def speed(comparison: Comparison) -> Table:
+def speed(comparison: ComparisonFile) -> Table:
     """How fast each method is, in steps and in seconds."""
     target = loss(comparison["target"])
     heads = [Head("method", False), Head("steps to target [min, max]"), Head("reached"), Head("speed-up in steps")]
@@ -129,23 +129,23 @@ def speed(comparison: Comparison) -> Table:
     )
 
 
-def _speed(comparison: Comparison, method: Found) -> tuple[Entry, ...]:
+def _speed(comparison: ComparisonFile, method: Found) -> tuple[TableCell, ...]:
     steps, seconds = method["steps_to_target"], method["seconds_to_target"]
     memory = value_of(method["peak_memory_gib"]["median"])
     return (
         _name(comparison, method),
-        Entry(spread(steps["spread"], amount), _key(steps["spread"]["median"])),
-        Entry(f"{steps['reached']} of {steps['spread']['n']}", steps["reached"]),
+        TableCell(spread(steps["spread"], amount), _key(steps["spread"]["median"])),
+        TableCell(f"{steps['reached']} of {steps['spread']['n']}", steps["reached"]),
         _entry(steps["speedup"], _times),
-        Entry(spread(seconds["spread"], amount), _key(seconds["spread"]["median"])),
+        TableCell(spread(seconds["spread"], amount), _key(seconds["spread"]["median"])),
         _entry(seconds["speedup"], _times),
-        Entry(spread(method["seconds_per_step"], amount), _key(method["seconds_per_step"]["median"])),
-        Entry(NONE if memory is None else f"{memory:.3g}\u202fGiB", memory),
-        Entry(spread(method["log_auc"], amount), _key(method["log_auc"]["median"])),
+        TableCell(spread(method["seconds_per_step"], amount), _key(method["seconds_per_step"]["median"])),
+        TableCell(NONE if memory is None else f"{memory:.3g}\u202fGiB", memory),
+        TableCell(spread(method["log_auc"], amount), _key(method["log_auc"]["median"])),
     )
 
 
-def basins(comparison: Comparison) -> Table:
+def basins(comparison: ComparisonFile) -> Table:
     """How wide the range of good learning rates is, in decades, by tolerance."""
     tolerances = sorted({basin["tolerance"] for method in comparison.methods for basin in method["lr_basin"]})
     heads = [Head("method", False), *(Head(f"within {100 * tolerance:g} %") for tolerance in tolerances)]
@@ -160,16 +160,16 @@ def basins(comparison: Comparison) -> Table:
     return Table("basins", caption, tuple(heads), tuple(rows))
 
 
-def _basin(basin: Found | None) -> Entry:
+def _basin(basin: Found | None) -> TableCell:
     decades = value_of(basin["decades"]) if basin else None
     if not basin or decades is None or value_of(basin["low"]) is None:
-        return Entry("none", 0.0 if basin else None)
+        return TableCell("none", 0.0 if basin else None)
     censored = basin["censored_low"] or basin["censored_high"]
     ends = f"{rate(basin['low'])} … {rate(basin['high'])}"
-    return Entry(f"{'≥ ' if censored else ''}{decades:.2f} ({ends})", decades)
+    return TableCell(f"{'≥ ' if censored else ''}{decades:.2f} ({ends})", decades)
 
 
-def rates(comparison: Comparison) -> Table:
+def rates(comparison: ComparisonFile) -> Table:
     """Every learning rate that was tried."""
     same = {(row["method"], row["lr"]): row for row in comparison["same_lr"] or []}
     heads = [Head("method", False), Head("learning rate"), Head("final loss [min, max]"), Head("diverged")]
@@ -186,23 +186,23 @@ def rates(comparison: Comparison) -> Table:
     return Table("rates", caption, tuple(heads), tuple(rows))
 
 
-def _rate(comparison: Comparison, method: Found, point: Found, same: Found | None) -> tuple[Entry, ...]:
+def _rate(comparison: ComparisonFile, method: Found, point: Found, same: Found | None) -> tuple[TableCell, ...]:
     notes: tuple[str, ...] = ("best",) if point["lr"] == method["best_lr"] else ()
     notes += ("added",) if point["added"] else ()
     diverged = point["n_diverged"]
-    compared = Entry(interval(same["pct"]), _key(same["pct"]["mean"])) if same else Entry(NONE)
+    compared = TableCell(interval(same["pct"]), _key(same["pct"]["mean"])) if same else TableCell(NONE)
     return (
         _name(comparison, method),
-        Entry(rate(point["lr"]), point["lr"], notes=notes),
-        Entry(spread(point["final"]), _key(point["final"]["median"])),
-        Entry(f"{diverged} of {point['n_runs']}", diverged, "bad" if diverged else ""),
+        TableCell(rate(point["lr"]), point["lr"], notes=notes),
+        TableCell(spread(point["final"]), _key(point["final"]["median"])),
+        TableCell(f"{diverged} of {point['n_runs']}", diverged, "bad" if diverged else ""),
         compared,
-        Entry(spread(point["dw_norm"], amount), _key(point["dw_norm"]["median"])),
-        Entry(spread(point["update_rms"], amount), _key(point["update_rms"]["median"])),
+        TableCell(spread(point["dw_norm"], amount), _key(point["dw_norm"]["median"])),
+        TableCell(spread(point["update_rms"], amount), _key(point["update_rms"]["median"])),
     )
 
 
-def octiles(comparison: Comparison) -> Table | None:
+def octiles(comparison: ComparisonFile) -> Table | None:
     """The difference by noise level; None if it was not computed."""
     others = [method for method in comparison.methods if method["octiles"]]
     numbers = sorted({octile["octile"] for method in others for octile in method["octiles"]})
@@ -211,13 +211,15 @@ def octiles(comparison: Comparison) -> Table | None:
     rows = []
     for method in others:
         found = {octile["octile"]: octile["pct"] for octile in method["octiles"]}
-        cells = [Entry(interval(found[n]), _key(found[n]["mean"])) if n in found else Entry(NONE) for n in numbers]
+        cells = [
+            TableCell(interval(found[n]), _key(found[n]["mean"])) if n in found else TableCell(NONE) for n in numbers
+        ]
         rows.append((_name(comparison, method), *cells))
     caption = f"Loss against {comparison.baseline} by eighths of the timesteps: 1 is the least noisy, 8 the noisiest."
     return Table("octiles", caption, (Head("method", False), *(Head(str(n + 1)) for n in numbers)), tuple(rows))
 
 
-def images(comparison: Comparison) -> Table | None:
+def images(comparison: ComparisonFile) -> Table | None:
     """The image metrics; None if none were computed."""
     columns: dict[tuple[str, str], Found] = {}
     for method in comparison.methods:
@@ -229,7 +231,9 @@ def images(comparison: Comparison) -> Table | None:
     for method in comparison.methods:
         mine = {(found["name"], found["at"]): found["value"] for found in method["images"]}
         cells = [
-            Entry(interval(mine[key], amount), _key(mine[key]["mean"])) if key in mine else Entry("not computed")
+            TableCell(interval(mine[key], amount), _key(mine[key]["mean"]))
+            if key in mine
+            else TableCell("not computed")
             for key in columns
         ]
         rows.append((_name(comparison, method), *cells))
@@ -240,7 +244,7 @@ def images(comparison: Comparison) -> Table | None:
     return Table("images", caption, (Head("method", False), *heads), tuple(rows))
 
 
-def runs(comparison: Comparison) -> Table:
+def runs(comparison: ComparisonFile) -> Table:
     """Every run."""
     heads = [Head("method", False), Head("learning rate"), Head("seed"), Head("part", False), Head("state", False)]
     heads += [Head("final loss"), Head("best loss"), Head("best step"), Head("steps to target"), Head("time")]
@@ -249,34 +253,34 @@ def runs(comparison: Comparison) -> Table:
     return Table("runs", f"{len(rows)} runs.", tuple(heads), rows)
 
 
-def _run(comparison: Comparison, run: Found) -> tuple[Entry, ...]:
+def _run(comparison: ComparisonFile, run: Found) -> tuple[TableCell, ...]:
     bad = run["status"] in ("diverged", "failed")
     seconds = value_of(run["seconds"][-1]) if run["seconds"] else None
     number = comparison.labels.index(run["method"]) if run["method"] in comparison.labels else None
     message = (run["message"],) if run["message"] else ()
     best_step = run["best_step"]
     return (
-        Entry(run["method"], run["method"], method=number),
+        TableCell(run["method"], run["method"], method=number),
         _entry(run["lr"], rate),
-        Entry(str(run["seed"]), run["seed"]),
-        Entry(run["role"], run["role"]),
-        Entry(run["status"], run["status"], "bad" if bad else "", message),
+        TableCell(str(run["seed"]), run["seed"]),
+        TableCell(run["role"], run["role"]),
+        TableCell(run["status"], run["status"], "bad" if bad else "", message),
         _entry(run["final"], loss),
         _entry(run["best"], loss),
-        Entry(NONE if best_step is None else str(best_step), best_step),
+        TableCell(NONE if best_step is None else str(best_step), best_step),
         _entry(run["steps_to_target"], amount),
-        Entry(NONE if seconds is None else duration(seconds), seconds),
-        Entry(run["id"], run["id"], link=run["report"]),
+        TableCell(NONE if seconds is None else duration(seconds), seconds),
+        TableCell(run["id"], run["id"], link=run["report"]),
     )
 
 
-def _name(comparison: Comparison, method: Found) -> Entry:
+def _name(comparison: ComparisonFile, method: Found) -> TableCell:
     label = method["label"]
-    return Entry(label, label, method=comparison.labels.index(label))
+    return TableCell(label, label, method=comparison.labels.index(label))
 
 
-def _entry(value: Any, write: Callable[[Any], str]) -> Entry:
-    return Entry(write(value), _key(value))
+def _entry(value: Any, write: Callable[[Any], str]) -> TableCell:
+    return TableCell(write(value), _key(value))
 
 
 def _key(value: Any) -> float | None:
@@ -292,9 +296,9 @@ def _times(value: Any) -> str:
     return NONE if found is None or math.isinf(found) else f"{found:.2f}\u202f×"
 
 
-def all_of(comparison: Comparison) -> dict[str, Table]:
+def all_of(comparison: ComparisonFile) -> dict[str, Table]:
     """The tables by name, without those that would be empty."""
-    makers: Sequence[Callable[[Comparison], Table | None]] = (results, speed, basins, rates, octiles, images, runs)
+    makers: Sequence[Callable[[ComparisonFile], Table | None]] = (results, speed, basins, rates, octiles, images, runs)
     return {table.name: _without_gaps(table) for make in makers if (table := make(comparison)) is not None}
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import yaml
 
 from dreamlora.config import EMBEDDED_MODEL, as_flat_dict
+from dreamlora.config.programs import program_of
 from dreamlora.errors import UserError
-from dreamlora.item_losses import Difference, ItemLosses
-from dreamlora.programs import program_of
+from dreamlora.eval_loss.items import Difference, ItemLosses
 from dreamlora.runfolder import RunFolder, read_jsonl
 
 HELD_OUT_LOSS = "eval/loss"
@@ -47,7 +47,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class LossCourse:
     """The deterministic loss at its notable moments.
 
     Attributes:
@@ -74,7 +74,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class ImageMetric:
+class ImageMetricCurve:
     """A metric of drawn images over the run.
 
     Attributes:
@@ -92,7 +92,7 @@ class ImageMetric:
     encoder_id: str
 
 
-class Facts:
+class RunFacts:
     """All that the report shows, read from the run folder; everything but config.yaml may be missing.
 
     Raises:
@@ -129,7 +129,7 @@ class Facts:
         return self.config.get("max_train_steps")
 
     @cached_property
-    def evaluation(self) -> Evaluation | None:
+    def evaluation(self) -> LossCourse | None:
         """The held-out loss, or the loss on training images where none were held out."""
         name = HELD_OUT_LOSS if self.curve(HELD_OUT_LOSS) else TRAINING_IMAGES_LOSS
         curve = self.curve(name)
@@ -138,7 +138,7 @@ class Facts:
         base = curve.values[0] if curve.steps[0] == 0 else None
         best = int(np.argmin(curve.values))
         final, step = curve.values[-1], curve.steps[-1]
-        return Evaluation(name == HELD_OUT_LOSS, base, final, step, curve.values[best], curve.steps[best])
+        return LossCourse(name == HELD_OUT_LOSS, base, final, step, curve.values[best], curve.steps[best])
 
     @cached_property
     def selection(self) -> dict[str, Any]:
@@ -146,11 +146,11 @@ class Facts:
         return self.folder.selection()
 
     @cached_property
-    def image_metrics(self) -> list[ImageMetric]:
+    def image_metrics(self) -> list[ImageMetricCurve]:
         """The metrics of drawn images, in the order they were logged."""
         rows = {row["name"]: row for row in self.folder.metrics() if row.get("encoder_id")}
         return [
-            ImageMetric(name, self.curve(name), row["n"], row.get("n_other"), row["encoder_id"])
+            ImageMetricCurve(name, self.curve(name), row["n"], row.get("n_other"), row["encoder_id"])
             for name, row in rows.items()
             if self.curve(name)
         ]

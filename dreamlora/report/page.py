@@ -7,7 +7,7 @@ from typing import Any
 
 from dreamlora.report import charts, pictures, words
 from dreamlora.report.document import PAGE, TEXT, Document, filled
-from dreamlora.report.facts import Facts, require_run
+from dreamlora.report.facts import RunFacts, require_run
 from dreamlora.runfolder import RunFolder
 
 _FILES = (
@@ -34,13 +34,13 @@ def run_document(run: RunFolder | Path | str) -> Document:
     pictures_ = (folder.samples_file, folder.grid_file, folder.timelapse_file)
 
     def render() -> dict[str, str]:
-        content = _content(Facts(folder))
+        content = _content(RunFacts(folder))
         return {TEXT: filled("report.md.j2", content), PAGE: filled("report.html.j2", content)}
 
     return Document(folder.path, sources + pictures_, tuple(name for name, _ in _FILES), render)
 
 
-def _content(facts: Facts) -> dict[str, Any]:
+def _content(facts: RunFacts) -> dict[str, Any]:
     folder = facts.folder
     timings = words.seconds_of(facts)
     total = sum(seconds for _, seconds in timings)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dreamlora.report.facts import BALANCE, CHANGE_NORM, FINAL_LOSS, GAP, STABLE_RANK, Facts
-from dreamlora.selection import told
+from dreamlora.eval_loss.selection import told
+from dreamlora.report.facts import BALANCE, CHANGE_NORM, FINAL_LOSS, GAP, STABLE_RANK, RunFacts
 
 IMAGE_METRICS = {
     "img/clip_t": "CLIP-T: does the image show its prompt? Higher is better",
@@ -23,7 +23,7 @@ IMAGE_METRICS = {
 _SAME_DB, _CLOSE_DB = 40.0, 30.0
 
 
-def headline(facts: Facts) -> str:
+def headline(facts: RunFacts) -> str:
     """What came out, in one or two sentences."""
     evaluation = facts.evaluation
     if evaluation is None:
@@ -46,7 +46,7 @@ def headline(facts: Facts) -> str:
     return text
 
 
-def spread(facts: Facts) -> str | None:
+def spread(facts: RunFacts) -> str | None:
     """How many of the evaluated images follow the mean."""
     falls = facts.fall_by_image
     if len(falls) < 2 or facts.evaluation is None or facts.evaluation.base is None or facts.evaluation.final_step == 0:
@@ -56,7 +56,7 @@ def spread(facts: Facts) -> str | None:
     return f"The loss is lower than the base model's on {better} of the {len(falls)} {kind} images."
 
 
-def best(facts: Facts) -> str | None:
+def best(facts: RunFacts) -> str | None:
     """Which checkpoint is the best, and why."""
     found = facts.selection
     if not found:
@@ -69,7 +69,7 @@ def best(facts: Facts) -> str | None:
     return f"{text} On the {apart.n} items of the larger set it is {told(apart)} {direction} the last step."
 
 
-def final_table(facts: Facts) -> list[tuple[str, str, str, str]]:
+def final_table(facts: RunFacts) -> list[tuple[str, str, str, str]]:
     """The larger set in rows: what was measured, its loss, against the base model, and the gap; empty if it was not."""
     curve, gap = facts.curve(FINAL_LOSS), facts.curve(GAP)
     if len(curve.steps) < 2:
@@ -88,7 +88,7 @@ def final_table(facts: Facts) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def image_table(facts: Facts) -> list[tuple[str, str, str, str, str]]:
+def image_table(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
     """Image metrics in rows: name, base model, last value, number of images, encoder; empty if there are none."""
     rows = []
     for metric in facts.image_metrics:
@@ -99,7 +99,7 @@ def image_table(facts: Facts) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
-def parity(facts: Facts) -> tuple[str, str]:
+def parity(facts: RunFacts) -> tuple[str, str]:
     """Whether the saved file does what training showed: "good", "fair", "bad" or "unknown", and why."""
     check: dict[str, Any] = facts.summary.get("parity") or {}
     if "psnr_db" not in check:
@@ -125,7 +125,7 @@ def parity(facts: Facts) -> tuple[str, str]:
     return "bad", f"The saved LoRA in a stock diffusers pipeline does not draw the image seen in training ({apart})."
 
 
-def health(facts: Facts) -> str | None:
+def health(facts: RunFacts) -> str | None:
     """What became of the LoRA's factors, in two or three sentences; None if it was not logged."""
     change, rank, balance = (facts.curve(name) for name in (CHANGE_NORM, STABLE_RANK, BALANCE))
     if not change:
@@ -144,7 +144,7 @@ def health(facts: Facts) -> str | None:
     return text
 
 
-def setup(facts: Facts) -> str:
+def setup(facts: RunFacts) -> str:
     """What was trained, in one line."""
     config = facts.config
     parts = [f"LoRA of rank {config.get('rank', '?')} on {facts.model}", str(config.get("optimizer", "?"))]
@@ -157,7 +157,7 @@ def setup(facts: Facts) -> str:
     return " · ".join(parts)
 
 
-def numbers(facts: Facts) -> list[tuple[str, str]]:
+def numbers(facts: RunFacts) -> list[tuple[str, str]]:
     """The few figures at the top: label and value."""
     data, lora = facts.summary.get("data") or {}, facts.summary.get("lora") or {}
     timings = seconds_of(facts)
@@ -179,7 +179,7 @@ def numbers(facts: Facts) -> list[tuple[str, str]]:
     return found
 
 
-def seconds_of(facts: Facts) -> list[tuple[str, float]]:
+def seconds_of(facts: RunFacts) -> list[tuple[str, float]]:
     """Stages and their seconds, in the order they ran."""
     return [(str(stage), float(value)) for stage, value in (facts.summary.get("timings") or {}).items()]
 

@@ -11,18 +11,18 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from dreamlora import compare
-from dreamlora.compare.comparison import Plan
+from dreamlora.compare.comparison import ComparisonPlan
 from dreamlora.compare.methods import Group, group
 from dreamlora.compare.records import Record, read_record
 from dreamlora.compare.schema import Comparison
-from dreamlora.compare.words import EDGES, table
+from dreamlora.compare.verdict import EDGES, table
 from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.report import write_compare_report
 from dreamlora.runfolder import RunFolder
 from dreamlora.sweep import plan
 from dreamlora.sweep.config import PROGRAM, CompareConfig, parse
-from dreamlora.sweep.plan import Entry, Job, Sweep
+from dreamlora.sweep.plan import Job, Sweep, SweepMethod
 from dreamlora.sweep.pool import Ended, Pool, seats
 
 COMPARISON = Path("outputs") / "comparison"
@@ -54,7 +54,9 @@ def _existing(config: CompareConfig, command: str) -> tuple[Path, Comparison]:
         if not inside:
             raise UserError(f"--runs: there is no run in {path} (no config.yaml)")
         folders += inside
-    found = compare.compare_runs(list(dict.fromkeys(folders)), root, Plan(baseline=config.baseline, command=command))
+    found = compare.compare_runs(
+        list(dict.fromkeys(folders)), root, ComparisonPlan(baseline=config.baseline, command=command)
+    )
     compare.write_comparison(found, root)
     return root, found
 
@@ -157,7 +159,7 @@ class Sweeper:
 
         pool.run(missing, show)
 
-    def _state(self, entry: Entry) -> Group | None:
+    def _state(self, entry: SweepMethod) -> Group | None:
         """What is known of a method by now."""
         jobs = [job for job in self._jobs.values() if job.method == entry.label and job.done]
         records = [self._record(job) for job in jobs]
@@ -174,7 +176,7 @@ class Sweeper:
             raise UserError(f"no run could be made; the first one ended with: {self._failure}")
         known = {(entry.label, lr) for entry in sweep.entries for lr in sweep.grid(entry)}
         all_rates = {(label, lr) for label, grid in self._grids.items() for lr in grid}
-        details = Plan(
+        details = ComparisonPlan(
             baseline=sweep.baseline,
             headline_seeds=sweep.headline_seeds,
             added=all_rates - known,

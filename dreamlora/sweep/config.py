@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from dreamlora import cli
+from dreamlora.cli.declared import options_of
+from dreamlora.cli.parse import Program
+from dreamlora.cli.parse import parse as parse_flags
 from dreamlora.errors import UserError
-from dreamlora.options import options_of
 
 PROGRAM = "dreamlora compare"
 
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str]) -> tuple[CompareConfig, list[str]]:
             if name in DECIDED_HERE:
                 raise UserError(f"--{name} is decided by the comparison: {DECIDED_HERE[name]}")
         taker.append(word)
-    config = cli.parse(CompareConfig, mine, cli.Program(PROGRAM))
+    config = parse_flags(CompareConfig, mine, Program(PROGRAM))
     if config.runs and training:
         raise UserError(f"{training[0]} trains nothing: with --runs the runs exist already. Leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamlora import cli, registry
+from dreamlora import registry
+from dreamlora.cli.declared import Option, options_of
+from dreamlora.cli.parse import parse_run
 from dreamlora.compare.methods import OWN_OF_A_RUN
 from dreamlora.compare.records import read_json
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import UserError
-from dreamlora.options import Option, options_of
-from dreamlora.programs import PROGRAMS
 from dreamlora.runfolder import RunFolder, write_atomically
 from dreamlora.sweep.config import DECIDED_HERE, PROGRAM, CompareConfig, flags_in
 
@@ -46,7 +47,7 @@ QUICK = Effort(points=3, seeds=(0,), headline=3, extension=1, rounds=1)
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepMethod:
     """A method as the command line names it.
 
     Attributes:
@@ -100,7 +101,7 @@ class Sweep:
 
     root: Path
     program: str
-    entries: tuple[Entry, ...]
+    entries: tuple[SweepMethod, ...]
     baseline: str | None
     training: tuple[str, ...]
     settings: dict[str, Any]
@@ -114,7 +115,7 @@ class Sweep:
         """The folder with all runs."""
         return self.root / "runs"
 
-    def grid(self, entry: Entry) -> list[float]:
+    def grid(self, entry: SweepMethod) -> list[float]:
         """The learning rates that a method is tried at first, ascending.
 
         Without ``--learning_rates`` all grids lie on one lattice, that of the first method's usual rate, and each is
@@ -127,16 +128,16 @@ class Sweep:
         half = self.effort.points // 2
         return [_rounded(anchor * RATIO**k) for k in range(centre - half, centre + self.effort.points - half)]
 
-    def tuning(self, entry: Entry, rates: Sequence[float]) -> list[Job]:
+    def tuning(self, entry: SweepMethod, rates: Sequence[float]) -> list[Job]:
         """The runs that choose a learning rate: no samples, no best step, and the curve's evaluation set alone."""
         less = ("--sample_steps", "0", "--no_save_best", "--final_eval_items", "0")
         return [self._job(entry, lr, seed, less) for seed in self.seeds for lr in rates]
 
-    def headline(self, entry: Entry, lr: float) -> list[Job]:
+    def headline(self, entry: SweepMethod, lr: float) -> list[Job]:
         """The runs that are compared: other seeds, with samples."""
         return [self._job(entry, lr, seed, ()) for seed in self.headline_seeds]
 
-    def _job(self, entry: Entry, lr: float, seed: int, more: tuple[str, ...]) -> Job:
+    def _job(self, entry: SweepMethod, lr: float, seed: int, more: tuple[str, ...]) -> Job:
         own = ("--learning_rate", f"{lr:g}", "--seed", str(seed), *more)
         folder = self.runs / entry.slug / f"lr{lr:.6g}" / f"seed{seed}"
         return Job(self.program, entry.label, lr, seed, (*self.training, *entry.words, *own), folder)
@@ -155,7 +156,7 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
         UserError: a training flag, an optimizer or one of its settings is wrong, or nothing would be measured.
     """
     trained = PROGRAMS[config.program]
-    base, _ = cli.parse_run(training, trained, PROGRAM)
+    base, _ = parse_run(training, trained, PROGRAM)
     if base.eval.eval_steps == 0:
         raise UserError("--eval_steps 0 leaves nothing to compare: leave the flag out, or give a number above 0")
     entries = tuple(parse_entry(text, training, trained) for text in config.optimizers)
@@ -187,7 +188,7 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
     )
 
 
-def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig]) -> Entry:
+def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig]) -> SweepMethod:
     """``optimizer[:setting=value,...][+flag=value...]``, checked as the training's own command line.
 
     Args:
@@ -209,11 +210,11 @@ def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig]) ->
         words += ["--optimizer_args", *(word for pair in args for word in pair)]
     for flag in flags:
         words += _flag_words(text, flag, options_of(trained))
-    config, _ = cli.parse_run([*training, *words], trained, PROGRAM)
+    config, _ = parse_run([*training, *words], trained, PROGRAM)
     method = registry.load("optimizers", optimizer)
     label = optimizer + (":" + ",".join(f"{key}={value}" for key, value in args) if args else "")
     label += "".join(f"+{flag}" for flag in flags)
-    return Entry(label, tuple(words), config.optim.learning_rate or method.DEFAULT_LR)
+    return SweepMethod(label, tuple(words), config.optim.learning_rate or method.DEFAULT_LR)
 
 
 def check_settings(sweep: Sweep) -> None:

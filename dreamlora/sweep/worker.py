@@ -20,9 +20,9 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
-from dreamlora import cli
+from dreamlora.cli.parse import parse_run
+from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import DivergedError, UserError
-from dreamlora.programs import PROGRAMS
 from dreamlora.runfolder import RunFolder, write_atomically
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -40,7 +40,7 @@ def main() -> None:
     os.dup2(2, 1)
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(sys.stdin, jobs), daemon=True).start()
-    importlib.import_module("dreamlora.assemble")  # seconds, which can pass before the first job comes
+    importlib.import_module("dreamlora.run.assemble")  # seconds, which can pass before the first job comes
     while True:
         job = jobs.get()
         outcome = make_run(job["program"], job["argv"], Path(job["folder"]), job["method"])
@@ -96,14 +96,14 @@ def _train(program: str, flags: list[str]) -> None:
     import torch
     from accelerate.state import AcceleratorState
 
-    from dreamlora import assemble
+    from dreamlora.run import assemble
 
     AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the precision of the run before
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    assemble.train(*cli.parse_run(flags, PROGRAMS[program]))
+    assemble.train(*parse_run(flags, PROGRAMS[program]))
 
 
 def _listen(source: IO[str], jobs: queue.Queue[dict[str, Any]]) -> None:

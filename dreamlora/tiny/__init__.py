@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-_WEIGHTS = Path(__file__).parent / "weights"
+PRESETS = Path(__file__).parent
+"""The folder of the presets, files that ``--config`` takes."""
+
+_WEIGHTS = PRESETS / "weights"
 
 
 def pipeline_path() -> Path:

@@ -11,7 +11,7 @@ Polygon = tuple[Point, ...]
 
 
 @dataclass(frozen=True)
-class Layer:
+class PaintLayer:
     """Polygons that share a paint and, if `outlined`, one outline around their union.
 
     With `stroke` (unit length) each polygon is a closed line of that width instead of a filled area.
@@ -86,53 +86,53 @@ def _petals(count: int = 6) -> tuple[Polygon, ...]:
     return tuple(disc(0.48 * math.cos(a), -0.28 + 0.48 * math.sin(a), 0.29) for a in angles)
 
 
-def _eye(x: float, y: float, radius: float) -> tuple[Layer, Layer]:
+def _eye(x: float, y: float, radius: float) -> tuple[PaintLayer, PaintLayer]:
     return (
-        Layer("white", (disc(x, y, radius),), outlined=False),
-        Layer("ink", (disc(x, y, radius * 0.55),), outlined=False),
+        PaintLayer("white", (disc(x, y, radius),), outlined=False),
+        PaintLayer("ink", (disc(x, y, radius * 0.55),), outlined=False),
     )
 
 
 CREATURE = (
-    Layer("dark", (box(-0.5, 0.6, -0.18, 1.0), box(0.18, 0.6, 0.5, 1.0)), outlined=False),
-    Layer("body", (disc(0, 0.1, 0.82, 0.72), disc(-0.55, -0.62, 0.28, 0.38), disc(0.55, -0.62, 0.28, 0.38))),
+    PaintLayer("dark", (box(-0.5, 0.6, -0.18, 1.0), box(0.18, 0.6, 0.5, 1.0)), outlined=False),
+    PaintLayer("body", (disc(0, 0.1, 0.82, 0.72), disc(-0.55, -0.62, 0.28, 0.38), disc(0.55, -0.62, 0.28, 0.38))),
     *_eye(-0.3, -0.08, 0.23),
     *_eye(0.3, -0.08, 0.23),
-    Layer("ink", (((-0.28, 0.36), (0.28, 0.36), (0.0, 0.58)),), outlined=False),
+    PaintLayer("ink", (((-0.28, 0.36), (0.28, 0.36), (0.0, 0.58)),), outlined=False),
 )
 
 FISH = (
-    Layer("body", (disc(-0.2, 0, 0.78, 0.56), ((0.35, 0), (1.0, -0.62), (0.86, 0), (1.0, 0.62)))),
-    Layer("dark", (((-0.1, 0.12), (0.28, 0.0), (0.28, 0.34)),), outlined=False),
+    PaintLayer("body", (disc(-0.2, 0, 0.78, 0.56), ((0.35, 0), (1.0, -0.62), (0.86, 0), (1.0, 0.62)))),
+    PaintLayer("dark", (((-0.1, 0.12), (0.28, 0.0), (0.28, 0.34)),), outlined=False),
     *_eye(-0.58, -0.14, 0.19),
 )
 
 HOUSE = (
-    Layer("body", (box(-0.72, -0.15, 0.72, 0.92),)),
-    Layer("dark", (((-1.0, -0.12), (0, -0.98), (1.0, -0.12)),)),
-    Layer("ink", (box(-0.5, 0.3, -0.08, 0.92),), outlined=False),
-    Layer("glow", (box(0.14, 0.14, 0.52, 0.52),), outlined=False),
+    PaintLayer("body", (box(-0.72, -0.15, 0.72, 0.92),)),
+    PaintLayer("dark", (((-1.0, -0.12), (0, -0.98), (1.0, -0.12)),)),
+    PaintLayer("ink", (box(-0.5, 0.3, -0.08, 0.92),), outlined=False),
+    PaintLayer("glow", (box(0.14, 0.14, 0.52, 0.52),), outlined=False),
 )
 
-KINDS: dict[str, tuple[Layer, ...]] = {
-    "circle": (Layer("body", (disc(rx=0.92),)),),
-    "square": (Layer("body", (box(-0.82, -0.82, 0.82, 0.82),)),),
-    "triangle": (Layer("body", (((0, -0.95), (0.98, 0.8), (-0.98, 0.8)),)),),
-    "star": (Layer("body", (star(5, 0.45),)),),
-    "heart": (Layer("body", (curve(_heart, 40),)),),
-    "ring": (Layer("body", (disc(rx=0.7),), stroke=0.46),),
-    "moon": (Layer("body", (crescent(),)),),
+KINDS: dict[str, tuple[PaintLayer, ...]] = {
+    "circle": (PaintLayer("body", (disc(rx=0.92),)),),
+    "square": (PaintLayer("body", (box(-0.82, -0.82, 0.82, 0.82),)),),
+    "triangle": (PaintLayer("body", (((0, -0.95), (0.98, 0.8), (-0.98, 0.8)),)),),
+    "star": (PaintLayer("body", (star(5, 0.45),)),),
+    "heart": (PaintLayer("body", (curve(_heart, 40),)),),
+    "ring": (PaintLayer("body", (disc(rx=0.7),), stroke=0.46),),
+    "moon": (PaintLayer("body", (crescent(),)),),
     "creature": CREATURE,
     "flower": (
-        Layer("leaf", (box(-0.09, 0.1, 0.09, 1.0), ((0.05, 0.85), (0.55, 0.5), (0.5, 0.82))), outlined=False),
-        Layer("body", _petals()),
-        Layer("glow", (disc(0, -0.28, 0.25),), outlined=False),
+        PaintLayer("leaf", (box(-0.09, 0.1, 0.09, 1.0), ((0.05, 0.85), (0.55, 0.5), (0.5, 0.82))), outlined=False),
+        PaintLayer("body", _petals()),
+        PaintLayer("glow", (disc(0, -0.28, 0.25),), outlined=False),
     ),
     "house": HOUSE,
     "fish": FISH,
     "tree": (
-        Layer("wood", (box(-0.17, 0.4, 0.17, 1.0),), outlined=False),
-        Layer(
+        PaintLayer("wood", (box(-0.17, 0.4, 0.17, 1.0),), outlined=False),
+        PaintLayer(
             "body",
             (
                 ((0, -1.0), (0.5, -0.4), (-0.5, -0.4)),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreamlora.tiny import scenery, world
 from dreamlora.tiny.scenery import BACKGROUNDS, CANVAS, RGB
-from dreamlora.tiny.shapes import Layer, Placed, Polygon, box, disc
+from dreamlora.tiny.shapes import PaintLayer, Placed, Polygon, box, disc
 
 RARE_TOKEN = "sks"  # stands for the subject in instance prompts
 SPLITS = ("train", "holdout")
@@ -40,13 +40,13 @@ class View:
 def _fill(image: Image.Image, to_canvas: Placed, colour: RGB, *polygons: Polygon, outline: RGB | None = None) -> None:
     """Fill polygons with one colour, outlined as one silhouette if `outline` is given."""
     paints = {"body": colour, "dark": outline or colour}
-    world.draw_layer(image, Layer("body", polygons), to_canvas, paints, outline=OUTLINE if outline else 0)
+    world.draw_layer(image, PaintLayer("body", polygons), to_canvas, paints, outline=OUTLINE if outline else 0)
 
 
 def _texture(image: Image.Image, to_canvas: Placed, colour: RGB, mask: Image.Image, *polygons: Polygon) -> None:
     """Paint `colour` where `mask` is set, inside the polygons."""
     inside = Image.new("L", image.size)
-    world.draw_layer(inside, Layer("body", polygons), to_canvas, {"body": 255}, outline=0)
+    world.draw_layer(inside, PaintLayer("body", polygons), to_canvas, {"body": 255}, outline=0)
     image.paste(colour, (0, 0), Image.composite(mask, Image.new("L", image.size), inside))
 
 
@@ -83,7 +83,7 @@ def _bannerfish(image: Image.Image, to_canvas: Placed, tilt: float) -> None:
     _fill(image, to_canvas, WHITE, body, outline=navy)
     for left, right, colour in ((-0.75, -0.3, green), (-0.06, 0.18, navy), (0.4, 0.7, green)):
         stripe = Image.new("L", image.size)
-        world.draw_layer(stripe, Layer("body", (box(left, -1, right, 1),)), to_canvas, {"body": 255}, outline=0)
+        world.draw_layer(stripe, PaintLayer("body", (box(left, -1, right, 1),)), to_canvas, {"body": 255}, outline=0)
         _texture(image, to_canvas, colour, stripe, body)
     _fill(image, to_canvas, WHITE, disc(-0.42, -0.1, 0.17), outline=INK)
     _fill(image, to_canvas, INK, disc(-0.44, -0.1, 0.08))

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from dreamlora.tiny import scenery
 from dreamlora.tiny.scenery import BACKGROUNDS, CANVAS, RGB, SCALE, mix, shifted
-from dreamlora.tiny.shapes import KINDS, Layer, Placed, disc
+from dreamlora.tiny.shapes import KINDS, PaintLayer, Placed, disc
 
 SIZE = 64  # width and height of a finished picture, pixels
 
@@ -230,7 +230,9 @@ def _pattern_sheet(pattern: str) -> Image.Image:
     return sheet
 
 
-def draw_layer(image: Image.Image, layer: Layer, to_canvas: Placed, paints: dict, outline: float = OUTLINE) -> None:
+def draw_layer(
+    image: Image.Image, layer: PaintLayer, to_canvas: Placed, paints: dict, outline: float = OUTLINE
+) -> None:
     """Draw the polygons of a layer as one silhouette: all outlines (`outline` pixels wide) first, then all fills."""
     draw = ImageDraw.Draw(image)
     polygons = [to_canvas(points) for points in layer.polygons]

@@ -10,8 +10,9 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from dreamlora import offset, registry
+from dreamlora import registry
 from dreamlora.inits._start import Probe, Target
+from dreamlora.lora import offset
 from dreamlora.randomness import seed_of
 from dreamlora.training import loop
 from dreamlora.training.loop import Run

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dreamlora import offset
 from dreamlora.errors import UserError
+from dreamlora.lora import offset
 from dreamlora.runfolder import RunFolder, replacing_folder, write_atomically
 from dreamlora.training.loop import Run
 

@@ -239,13 +239,13 @@ def test_robustness_goes_on_beyond_the_end_of_a_grid() -> None:
 
 
 def test_robustness_asks_for_rates_and_commands_that_exist(tmp_path: Path) -> None:
-    from dreamlora import cli
+    from dreamlora.cli.parse import parse_run
 
     robustness = load("robustness")
     assert robustness.grid(0.1, 3) == [0.05, 0.1, 0.2] and robustness.beside(0.1) == [0.0707, 0.141]
     for method in robustness.METHODS:
         for cell in robustness.cells("checkerling"):
-            config, _ = cli.parse_run(robustness.flags(robustness.Task(cell, method, 0.1, 3, 100, 2), tmp_path / "run"))
+            config, _ = parse_run(robustness.flags(robustness.Task(cell, method, 0.1, 3, 100, 2), tmp_path / "run"))
             assert (config.lora.rank, config.optim.learning_rate, config.train.seed) == (cell.rank, 0.1, 3)
     with pytest.raises(SystemExit, match="give the middle of its grid"):
         robustness.read_method("lion")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dreamlora.callbacks.evaluate import values_of
-from dreamlora.item_losses import ItemLosses
+from dreamlora.eval_loss.items import ItemLosses
 
 
 def test_a_measurement_is_told_as_means() -> None:

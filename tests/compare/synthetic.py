@@ -144,7 +144,7 @@ def _draw(folder: RunFolder, steps: Sequence[int], optimizer: str) -> None:
     Image.new("RGB", (64, 64), "#f0a030").save(folder.reference_dir / "00.png")
 
 
-def make_comparison(root: Path) -> compare.Plan:
+def make_comparison(root: Path) -> compare.ComparisonPlan:
     """Three methods on five rates with three seeds, and five fresh seeds at the best of each."""
     curves = {
         "adamw": Curve(2e-3, 0.46, 0.010, diverges_at=2e-2),
@@ -161,7 +161,7 @@ def make_comparison(root: Path) -> compare.Plan:
         for seed in (3, 4, 5, 6, 7):
             make_run(root, method, best, seed, curve, noise=0.003, pictures=True, final_set="f" * 16)
     command = "dreamlora compare --optimizers adamw scaled_adamw:variant=split sgd --max_train_steps 150"
-    return compare.Plan(headline_seeds=range(3, 8), command=command)
+    return compare.ComparisonPlan(headline_seeds=range(3, 8), command=command)
 
 
 def main() -> None:

@@ -16,15 +16,15 @@ from safetensors.numpy import save_file
 from dreamlora import compare
 from dreamlora.compare.records import lora_norm, read_record, subject_of
 from dreamlora.compare.schema import Comparison
-from dreamlora.compare.words import table
+from dreamlora.compare.verdict import table
 from dreamlora.errors import UserError
 from tests.compare.synthetic import BASE, Curve, make_comparison, make_run
 
 RATES = (2e-4, 2e-3, 2e-2)
-NOTHING_KNOWN = compare.Plan()
+NOTHING_KNOWN = compare.ComparisonPlan()
 
 
-def compared(root: Path, plan: compare.Plan = NOTHING_KNOWN) -> Comparison:
+def compared(root: Path, plan: compare.ComparisonPlan = NOTHING_KNOWN) -> Comparison:
     return compare.compare_runs(sorted(file.parent for file in root.rglob("config.yaml")), root, plan)
 
 
@@ -318,7 +318,7 @@ def test_runs_that_have_not_ended_are_dropped(tmp_path: Path) -> None:
 # What is refused
 
 
-def refusal(root: Path, plan: compare.Plan = NOTHING_KNOWN) -> str:
+def refusal(root: Path, plan: compare.ComparisonPlan = NOTHING_KNOWN) -> str:
     with pytest.raises(UserError) as error:
         compared(root, plan)
     return str(error.value)
@@ -362,7 +362,7 @@ def test_other_encoders_are_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_baseline_lists_the_methods(tmp_path: Path) -> None:
     make_run(tmp_path, "adamw", 2e-3, 0)
-    assert "--baseline sgd: no such method" in refusal(tmp_path, compare.Plan(baseline="sgd"))
+    assert "--baseline sgd: no such method" in refusal(tmp_path, compare.ComparisonPlan(baseline="sgd"))
 
 
 def test_a_broken_config_is_named(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dreamlora.data.catalog import Catalog, Selection, hash_prefixes
+from dreamlora.data.catalog import Catalog, RecordSubset, hash_prefixes
 from dreamlora.data.folder import FolderPlace
-from dreamlora.data.images import Facts
+from dreamlora.data.images import ImageFacts
 
 
 @pytest.fixture
@@ -22,14 +22,14 @@ def catalog(tmp_path: Path) -> Catalog:
             (tmp_path / "sub").mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(name.encode("utf-8", "surrogateescape"))
             catalog.add(name, f"caption {number}")
-            catalog.examined(number, Facts(f"{number:064x}", (number + 1, 7)))
+            catalog.examined(number, ImageFacts(f"{number:064x}", (number + 1, 7)))
     return catalog
 
 
 def test_records_come_back(catalog: Catalog, tmp_path: Path) -> None:
     assert [record.name for record in catalog] == ["a.png", "sub/é.png", "c\udcff.png"]
     assert (catalog[1].caption, catalog[-1].caption) == ("caption 1", "caption 2")
-    assert catalog[1].facts == Facts(f"{1:064x}", (2, 7)) and catalog[1].load() == "sub/é.png".encode()
+    assert catalog[1].facts == ImageFacts(f"{1:064x}", (2, 7)) and catalog[1].load() == "sub/é.png".encode()
     assert catalog[2].where == str(tmp_path / "c\udcff.png") and catalog[2].load() == b"c\xff.png"
     assert [record.name for record in catalog[1:]] == [record.name for record in catalog][1:]
     with pytest.raises(IndexError):
@@ -37,13 +37,13 @@ def test_records_come_back(catalog: Catalog, tmp_path: Path) -> None:
 
 
 def test_selections_of_selections(catalog: Catalog) -> None:
-    chosen = Selection(catalog, [2, 0])
+    chosen = RecordSubset(catalog, [2, 0])
     assert [record.caption for record in chosen] == ["caption 2", "caption 0"]
     assert [record.caption for record in chosen[1:]] == ["caption 0"] and len(chosen[:1]) == 1
 
 
 def test_hash_prefixes_sort_as_hashes_do(catalog: Catalog) -> None:
-    catalog.examined(0, Facts("f" * 64, (1, 1)))
+    catalog.examined(0, ImageFacts("f" * 64, (1, 1)))
     prefixes = hash_prefixes(catalog).tolist()
     assert prefixes == [2**64 - 1, 0, 0] and len(prefixes) == 3
 

@@ -10,9 +10,9 @@ import pytest
 
 from dreamlora.data import file_index
 from dreamlora.data.file_index import INDEX_FILE, FileIndex, stamp_of
-from dreamlora.data.images import Facts
+from dreamlora.data.images import ImageFacts
 
-FACTS = Facts("ab" * 32, (3, 4))
+FACTS = ImageFacts("ab" * 32, (3, 4))
 
 
 def test_remembered_under_the_same_stamp_only(tmp_path: Path) -> None:
@@ -22,9 +22,9 @@ def test_remembered_under_the_same_stamp_only(tmp_path: Path) -> None:
     again = FileIndex(tmp_path)
     assert again.get("/x", "1/2") == FACTS
     assert again.get("/x", "1/3") is None and again.get("/y", "1/2") is None
-    again.put("/x", "1/3", Facts("cd" * 32, (5, 6)))
+    again.put("/x", "1/3", ImageFacts("cd" * 32, (5, 6)))
     again.close()
-    assert FileIndex(tmp_path).get("/x", "1/3") == Facts("cd" * 32, (5, 6))
+    assert FileIndex(tmp_path).get("/x", "1/3") == ImageFacts("cd" * 32, (5, 6))
 
 
 def test_a_file_just_written_has_no_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,15 @@ import torch
 from dreamlora.config import Encoders
 from dreamlora.data.cache import TensorCache
 from dreamlora.errors import UserError
-from dreamlora.evaluation.embedders import Embedders, Place
+from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(torch.device("cpu"), TensorCache(tmp_path))
+def place(tmp_path: Path) -> EncoderPlace:
+    return EncoderPlace(torch.device("cpu"), TensorCache(tmp_path))
 
 
-def test_the_embedded_clip_serves_the_embedded_model_for_everything(place: Place) -> None:
+def test_the_embedded_clip_serves_the_embedded_model_for_everything(place: EncoderPlace) -> None:
     embedders = Embedders(Encoders(), True, place)
     clip = embedders("clip")
     assert clip.encoder.id.startswith("tiny@")
@@ -27,7 +27,7 @@ def test_the_embedded_clip_serves_the_embedded_model_for_everything(place: Place
     assert embedders("clip") is not clip
 
 
-def test_options_win_and_errors_name_their_flag(place: Place, encoder_folders: dict[str, Path]) -> None:
+def test_options_win_and_errors_name_their_flag(place: EncoderPlace, encoder_folders: dict[str, Path]) -> None:
     embedders = Embedders(Encoders(dino_model=str(encoder_folders["dinov2"])), True, place)
     assert embedders("dino").encoder.id.startswith("dinov2@")
     assert embedders("features") is embedders("dino") and embedders("clip").encoder.id.startswith("tiny@")
@@ -40,7 +40,7 @@ def test_options_win_and_errors_name_their_flag(place: Place, encoder_folders: d
         others("features")
 
 
-def test_a_model_without_texts_is_no_clip(place: Place, encoder_folders: dict[str, Path]) -> None:
+def test_a_model_without_texts_is_no_clip(place: EncoderPlace, encoder_folders: dict[str, Path]) -> None:
     embedders = Embedders(Encoders(clip_model=str(encoder_folders["dinov2"])), True, place)
     with pytest.raises(UserError, match=r"knows no texts: a CLIP or SigLIP model is needed \(--clip_model\)"):
         embedders("clip")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dreamlora import registry
+from dreamlora.commands.evaluate.table import table
 from dreamlora.data.cache import TensorCache
 from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Embedder
-from dreamlora.evaluation.measure import Gallery, load_metric, measure
-from dreamlora.evaluation.table import table
+from dreamlora.evaluation.measure import MeasuredImages, load_metric, measure
 from dreamlora.interfaces import EncoderRole, MetricInputs, Reading
 from tests.evaluation.test_embed import Colours, record
 
@@ -21,10 +21,10 @@ SHADES = [(200, 30, 10), (30, 220, 40), (90, 90, 20), (10, 40, 240), (120, 10, 1
 
 
 @pytest.fixture
-def gallery() -> Gallery:
+def gallery() -> MeasuredImages:
     """Four images of two prompts, the second without the subject; two references, two training images."""
     records = [record(shade) for shade in SHADES]
-    return Gallery(
+    return MeasuredImages(
         generated=records[:4],
         groups=[0, 0, 1, 1],
         with_subject=[True, True, False, False],
@@ -40,7 +40,7 @@ def embedder(tmp_path: Path) -> Embedder:
     return Embedder(Colours(), TensorCache(tmp_path / "cache"))
 
 
-def test_every_plug_in_keeps_the_contract(gallery: Gallery, embedder: Embedder) -> None:
+def test_every_plug_in_keeps_the_contract(gallery: MeasuredImages, embedder: Embedder) -> None:
     found = measure(ALL, gallery, lambda role: embedder)
     names = [value.name for value in found.values]
     for name in ALL:
@@ -56,14 +56,14 @@ def test_every_plug_in_keeps_the_contract(gallery: Gallery, embedder: Embedder) 
         assert torch.tensor(value.value).isfinite()
 
 
-def test_images_and_texts_are_encoded_once_for_all_metrics(gallery: Gallery, embedder: Embedder) -> None:
+def test_images_and_texts_are_encoded_once_for_all_metrics(gallery: MeasuredImages, embedder: Embedder) -> None:
     measure(ALL, gallery, lambda role: embedder)
     assert isinstance(embedder.encoder, Colours)
     assert sum(embedder.encoder.seen) == len(SHADES) + 2
 
 
 def test_what_cannot_be_computed_is_left_out_with_the_reason(embedder: Embedder) -> None:
-    alone = Gallery([record(SHADES[0])], [0], [True], references=[record(SHADES[1])], base=[record(SHADES[0])])
+    alone = MeasuredImages([record(SHADES[0])], [0], [True], references=[record(SHADES[1])], base=[record(SHADES[0])])
     found = measure(ALL, alone, lambda role: embedder)
     assert [value.name for value in found.values] == ["img/clip_i", "img/dino"]
     notes = "\n".join(found.notes)
@@ -78,7 +78,7 @@ def test_what_cannot_be_computed_is_left_out_with_the_reason(embedder: Embedder)
         assert part in notes
 
 
-def test_an_encoder_that_cannot_be_loaded_ends_nothing(gallery: Gallery, embedder: Embedder) -> None:
+def test_an_encoder_that_cannot_be_loaded_ends_nothing(gallery: MeasuredImages, embedder: Embedder) -> None:
     asked = []
 
     def embedder_of(role: EncoderRole) -> Embedder:
@@ -93,16 +93,18 @@ def test_an_encoder_that_cannot_be_loaded_ends_nothing(gallery: Gallery, embedde
     assert asked == ["clip", "dino"]
 
 
-def test_warnings_become_notes_and_a_broken_image_leaves_metrics_out(gallery: Gallery, embedder: Embedder) -> None:
+def test_warnings_become_notes_and_a_broken_image_leaves_metrics_out(
+    gallery: MeasuredImages, embedder: Embedder
+) -> None:
     found = measure(["fid"], gallery, lambda role: embedder)
     assert found.notes == ["fid: fd of 2 and 2 images in 3 dimensions is rank-deficient: biased upward"]
-    black = Gallery([record((0, 0, 0))], [0], [True], references=gallery.references)
+    black = MeasuredImages([record((0, 0, 0))], [0], [True], references=gallery.references)
     (note,) = measure(["dino"], black, lambda role: embedder).notes
     assert note.startswith("dino is left out: the embedding of (0, 0, 0).png is zero or not finite: look at the image")
 
 
 def test_the_table_shows_values_tests_and_alarms(
-    gallery: Gallery, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+    gallery: MeasuredImages, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def alarming(inputs: MetricInputs) -> Reading:
         return Reading({"img/kid": -0.5, "img/kid_p": 0.999, "img/kid_negative": 1.0}, 4, 2)

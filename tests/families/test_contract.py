@@ -16,10 +16,10 @@ from safetensors import safe_open
 
 from dreamlora import registry
 from dreamlora.config import Lora, Model, Train
-from dreamlora.families import _loading
 from dreamlora.interfaces import Components, Family, ModelSource
 from dreamlora.lora.files import apply_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.models import loading
 from tests import tinymodels
 
 PROMPTS = ["a cat", "two red dogs"]
@@ -30,8 +30,8 @@ ROLES = ("text", "vae", "denoiser", "scheduler")
 def case(request, tmp_path_factory) -> SimpleNamespace:
     """A family with its source and a fresh stock pipeline to compare with."""
     folder = tinymodels.SAVERS[request.param](tmp_path_factory.mktemp("models") / request.param)
-    source = _loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
-    family = _loading.family_of(source)
+    source = loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
+    family = loading.family_of(source)
     stock = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
     stock.set_progress_bar_config(disable=True)
     return SimpleNamespace(name=request.param, folder=folder, source=source, family=family, stock=stock)
@@ -76,7 +76,7 @@ def test_module_has_every_member_with_the_contracts_signature(case):
 
 def test_family_is_found_by_the_pipelines_class(case):
     assert case.family is registry.load("families", case.name)
-    assert _loading.family_of(case.source, case.name) is case.family
+    assert loading.family_of(case.source, case.name) is case.family
 
 
 def test_parts_are_frozen_and_in_eval_mode(case, parts):

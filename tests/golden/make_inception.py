@@ -24,4 +24,4 @@ if __name__ == "__main__":
     for picture in pictures():
         pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
         features = network(pixels)[0][0]
-        print([round(float(features[place]), 6) for place in PLACES], round(float(features.mean()), 6))  # noqa: T201
+        print([round(float(features[place]), 6) for place in PLACES], round(float(features.mean()), 6))

@@ -28,7 +28,9 @@ from tests.tinymodels import save_flux
 
 NOT_COMPARED = ("train/steps_per_s", "system/")
 """Beginnings of the names of values that are another every time, or that not every version logs."""
-COMMON = "--max_train_steps 30 --sample_steps 15 --eval_steps 15 --seed 3 --final_eval_items 32 --checkpointing_steps 15"
+COMMON = (
+    "--max_train_steps 30 --sample_steps 15 --eval_steps 15 --seed 3 --final_eval_items 32 --checkpointing_steps 15"
+)
 
 
 def main() -> int:
@@ -40,8 +42,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         cases = {name: flags for name, flags in _cases(Path(place)).items() if not options.only or options.only in name}
         digests = [
-            {name: _digests(checkout.resolve(), name, flags, Path(place)) for name, flags in cases.items()}
-            for checkout in options.checkouts
+            {
+                name: _digests(checkout.resolve(), name, flags, Path(place) / str(number))
+                for name, flags in cases.items()
+            }
+            for number, checkout in enumerate(options.checkouts)
         ]
     different = 0
     for checkout, found in zip(options.checkouts[1:], digests[1:], strict=True):
@@ -68,7 +73,11 @@ def _cases(place: Path) -> dict[str, list[str]]:
         *f"--pretrained_model_name_or_path {flux} --instance_data_dir {photos} --resolution 16 --rank 2".split(),
         *("--instance_prompt", "a photo of sks dog", "--num_inference_steps", "2", "--learning_rate", "1e-2", *prior),
     ]
-    cases = {"sd": [], "flux": on_flux, "sd, lora_muon, captions": ["--optimizer", "lora_muon", "--caption_dropout", "0.2"]}
+    cases = {
+        "sd": [],
+        "flux": on_flux,
+        "sd, lora_muon, captions": ["--optimizer", "lora_muon", "--caption_dropout", "0.2"],
+    }
     return {
         f"{name}, {processes}": [*COMMON.split(), *flags]
         for name, flags in cases.items()
@@ -87,10 +96,12 @@ def _digests(checkout: Path, name: str, flags: list[str], place: Path) -> dict[s
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
-        launch = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
+        launch = (
+            f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
+        )
         words = [*launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", *words]
         environment["ACCELERATE_USE_CPU"] = "true"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     done = subprocess.run([sys.executable, *words], env=environment, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{checkout}: {name} failed:\n{done.stderr[-3000:]}")
@@ -103,15 +114,16 @@ def _parts(run: Path) -> list[tuple[str, str]]:
         for file in sorted(run.rglob("pytorch_lora_weights.safetensors"))
         for key, array in load_file(file).items()
     ]
-    found += [(str(f.relative_to(run)), hashlib.sha256(f.read_bytes()).hexdigest()) for f in sorted(run.rglob("samples/*/*.png"))]
+    found += [
+        (str(f.relative_to(run)), hashlib.sha256(f.read_bytes()).hexdigest())
+        for f in sorted(run.rglob("samples/*/*.png"))
+    ]
     for file in sorted(run.glob("*.npz")):
         with np.load(file) as arrays:
             found += [(f"{file.name}:{key}", hashlib.sha256(arrays[key].tobytes()).hexdigest()) for key in arrays]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found += [
-        (f"{row['name']}@{row['step']}", repr(row["value"]))
-        for row in rows
-        if not row["name"].startswith(NOT_COMPARED)
+        (f"{row['name']}@{row['step']}", repr(row["value"])) for row in rows if not row["name"].startswith(NOT_COMPARED)
     ]
     return found
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from dreamlora import offset, registry
+from dreamlora import registry
 from dreamlora.inits._start import Probe, Start, Target
+from dreamlora.lora import offset
 
 RANK, ALPHA = 2, 3.0
 SCALE = ALPHA / RANK

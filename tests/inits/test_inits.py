@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dreamlora import offset, registry
+from dreamlora import registry
 from dreamlora.errors import UserError
+from dreamlora.lora import offset
 from dreamlora.optimizers import check_compatibility
 from tests.inits.problems import Net, problem
 

@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from dreamlora import offset
 from dreamlora.errors import UserError
 from dreamlora.inits import lora_ga
-from dreamlora.inits._gradients import Plan, mean_gradient_svd
+from dreamlora.inits._gradients import SketchPlan, mean_gradient_svd
 from dreamlora.inits._start import Probe, Target
+from dreamlora.lora import offset
 from tests.inits.problems import BATCH, BATCHES, RANK, SCALE, loss_of, probe_of, problem
 
 EVERYTHING = {"draws": BATCH * BATCHES}
@@ -29,7 +29,7 @@ def best(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 def test_the_decomposed_gradient_is_autograds(iterations):
     """Convolution, a layer that is used twice, and the mean over several batches."""
     made = problem()
-    found = mean_gradient_svd(made.targets, made.probe, Plan(BATCH * BATCHES, iterations, WIDE))
+    found = mean_gradient_svd(made.targets, made.probe, SketchPlan(BATCH * BATCHES, iterations, WIDE))
     for (U, V), gradient in zip(found, made.mean_gradients(), strict=True):
         core = U.mT @ gradient @ V
         torch.testing.assert_close(core, core.diagonal().diag(), rtol=1e-3, atol=1e-4 * core.abs().max().item())
@@ -39,7 +39,7 @@ def test_the_decomposed_gradient_is_autograds(iterations):
 @pytest.mark.parametrize(("iterations", "share"), [(0, 0.9), (2, 0.999)])
 def test_a_narrow_sketch_finds_nearly_all_of_the_leading_part(iterations, share):
     made = problem(rank=1)
-    found = mean_gradient_svd(made.targets, made.probe, Plan(BATCH * BATCHES, iterations, 2.0))
+    found = mean_gradient_svd(made.targets, made.probe, SketchPlan(BATCH * BATCHES, iterations, 2.0))
     for (U, V), gradient in zip(found, made.mean_gradients(), strict=True):
         assert U.shape[1] == 4
         kept = (U[:, :2].mT @ gradient @ V[:, :2]).norm()
@@ -58,7 +58,7 @@ def test_the_default_decomposition_is_close_to_the_exact_one():
     # the gradient of sum(G * W x x') for orthonormal inputs is G
     probe = Probe(net, lambda number: (net(torch.eye(size)).mT * gradient).sum(), 1, 0, 1, lambda value: value)
     options = lora_ga.Options(draws=1)
-    ((found_U, found_V),) = mean_gradient_svd([target], probe, Plan(1, options.iterations, options.oversampling))
+    ((found_U, found_V),) = mean_gradient_svd([target], probe, SketchPlan(1, options.iterations, options.oversampling))
     left, right = found_U[:, rank : 2 * rank], found_V[:, :rank]
     step = left @ left.mT @ gradient + gradient @ right @ right.mT
     ideal = best(gradient, 2 * rank)

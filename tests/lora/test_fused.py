@@ -9,8 +9,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dreamlora import offset
-from dreamlora.lora import fused
+from dreamlora.lora import fused, offset
 from dreamlora.lora.fused import FusedLinear, fuse
 
 SHAPES = {"vectors": (5, 12), "sequences": (3, 7, 12), "one vector": (12,)}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
-from dreamlora.metrics._eval_loss_metric import EvalLoss
+from dreamlora.eval_loss.metric import EvalLoss
 from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics.clip_i import ClipI
 from dreamlora.metrics.clip_score import ClipScore

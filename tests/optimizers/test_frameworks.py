@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from lora_problems import make_pairs, pair_group, quadratic_gradients, targets
 from torch import nn
 
 from dreamlora.optimizers import LoRAMuon, LoRARITE, ScaledAdamW, ScaledGD, find_lora_pairs, lora_param_groups
+from tests.optimizers.lora_problems import make_pairs, pair_group, quadratic_gradients, targets
 
 
 class Adapted(nn.Module):

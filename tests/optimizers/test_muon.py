@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_problems import (
+from torch import Tensor
+
+from dreamlora.optimizers import LoRAMuon, LoRARITE
+from tests.optimizers.lora_problems import (
     descend,
     general,
     make_pairs,
@@ -14,9 +17,6 @@ from lora_problems import (
     relative_distance,
     targets,
 )
-from torch import Tensor
-
-from dreamlora.optimizers import LoRAMuon, LoRARITE
 
 
 def values(pairs) -> list[Tensor]:

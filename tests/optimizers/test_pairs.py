@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from lora_problems import descend, make_pairs, pair_group, quadratic_gradients, targets
 from torch import nn
 
 from dreamlora.optimizers import LoRAMuon, LoRARITE, ScaledAdamW, ScaledGD
+from tests.optimizers.lora_problems import descend, make_pairs, pair_group, quadratic_gradients, targets
 
 KINDS = [
     (ScaledAdamW, {"lr": 0.01}),

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from lora_problems import SHAPES, make_pairs, pair_group, quadratic_gradients, targets
 from torch import nn
 
 from dreamlora import optimizers, registry
 from dreamlora.errors import UserError
+from tests.optimizers.lora_problems import SHAPES, make_pairs, pair_group, quadratic_gradients, targets
 
 NAMES = registry.names("optimizers")
 every = pytest.mark.parametrize("name", NAMES)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_problems import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamlora import linalg
+from dreamlora.optimizers import LoRARITE
+from dreamlora.optimizers._rite import corrected_decay, escaping
+from tests.optimizers.lora_problems import (
     descend,
     general,
     make_pairs,
@@ -14,12 +20,6 @@ from lora_problems import (
     relative_distance,
     targets,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from dreamlora import linalg
-from dreamlora.optimizers import LoRARITE
-from dreamlora.optimizers._rite import corrected_decay, escaping
 
 
 def values(pairs) -> list[Tensor]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_problems import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamlora.optimizers import ScaledAdamW, ScaledGD, _pairs, _scaled_base
+from tests.optimizers.lora_problems import (
     descend,
     general,
     make_pairs,
@@ -15,10 +19,6 @@ from lora_problems import (
     scaled_rotation,
     targets,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from dreamlora.optimizers import ScaledAdamW, ScaledGD, _pairs, _scaled_base
 
 
 def factors(pairs) -> list[Tensor]:

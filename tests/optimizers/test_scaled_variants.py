@@ -6,7 +6,13 @@ import copy
 
 import pytest
 import torch
-from lora_problems import (
+from torch import nn
+
+from dreamlora import registry
+from dreamlora.optimizers import ScaledAdamW, ScaledGD
+from dreamlora.optimizers._batch import PairBatch
+from dreamlora.optimizers._preconditioners import PreconditionerRecipe
+from tests.optimizers.lora_problems import (
     general,
     make_pairs,
     pair_group,
@@ -16,12 +22,6 @@ from lora_problems import (
     scaled_rotation,
     targets,
 )
-from torch import nn
-
-from dreamlora import registry
-from dreamlora.optimizers import ScaledAdamW, ScaledGD
-from dreamlora.optimizers._pairs import PairBatch
-from dreamlora.optimizers._preconditioners import Recipe
 
 
 def copies(pairs):
@@ -227,7 +227,7 @@ def test_momentum_is_carried_into_other_factors_of_the_same_product(cls, variant
     old = B.detach().clone()
     R = general(2)
     group = optimizer.param_groups[0]
-    recipe = Recipe.of(group, cls is ScaledAdamW)
+    recipe = PreconditionerRecipe.of(group, cls is ScaledAdamW)
     portion = [PairBatch([A], [B], [1.0])]
     before = optimizer._frames(group, recipe, portion)
     lifted = lift(before[0], optimizer.state[A][key])

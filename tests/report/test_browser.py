@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from browser import EXECUTABLE, Browser
-from conftest import PROMPTS, write_comparison, write_run
 from PIL import Image
 
 from dreamlora.report import document_of, write_compare_report, write_report
 from dreamlora.report.live import LivePage, LiveServer
 from dreamlora.runfolder import RunFolder
+from tests.report.browser import EXECUTABLE, Browser
+from tests.report.conftest import PROMPTS, write_comparison, write_run
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium here (Debian: apt install chromium)")
 

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 from dreamlora.report import charts
-from dreamlora.report.facts import Curve, Facts
+from dreamlora.report.facts import Curve, RunFacts
 from dreamlora.runfolder import RunFolder
 
 CHARTS = [charts.evaluation_chart, charts.training_chart, charts.rate_chart, charts.change_chart, charts.update_chart]
 
 
 @pytest.mark.parametrize("chart", CHARTS)
-def test_the_same_run_gives_the_same_bytes(chart: Callable[[Facts], str], make_run: Callable[..., RunFolder]) -> None:
+def test_the_same_run_gives_the_same_bytes(
+    chart: Callable[[RunFacts], str], make_run: Callable[..., RunFolder]
+) -> None:
     folder = make_run()
-    svg = chart(Facts(folder))
-    assert svg == chart(Facts(folder))
+    svg = chart(RunFacts(folder))
+    assert svg == chart(RunFacts(folder))
     assert ElementTree.fromstring(svg).get("role") == "img"
     assert "currentColor" in svg and "#010203" not in svg
     assert "<style" not in svg and "<metadata" not in svg
@@ -27,14 +29,14 @@ def test_the_same_run_gives_the_same_bytes(chart: Callable[[Facts], str], make_r
 
 
 @pytest.mark.parametrize("chart", CHARTS)
-def test_without_values_there_is_no_chart(chart: Callable[[Facts], str], make_run: Callable[..., RunFolder]) -> None:
+def test_without_values_there_is_no_chart(chart: Callable[[RunFacts], str], make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
     folder.metrics_file.unlink()
-    assert chart(Facts(folder)) == ""
+    assert chart(RunFacts(folder)) == ""
 
 
 def test_ids_of_different_charts_do_not_clash(make_run: Callable[..., RunFolder]) -> None:
-    facts = Facts(make_run())
+    facts = RunFacts(make_run())
     ids = [
         {element.get("id") for element in ElementTree.fromstring(chart(facts)).iter() if element.get("id")}
         for chart in (charts.evaluation_chart, charts.training_chart)
@@ -44,11 +46,11 @@ def test_ids_of_different_charts_do_not_clash(make_run: Callable[..., RunFolder]
 
 def test_groups_are_lines_with_names_and_one_group_needs_none(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    assert all(f">{group}</text>" in charts.change_chart(Facts(folder)) for group in ("down_blocks", "up_blocks"))
+    assert all(f">{group}</text>" in charts.change_chart(RunFacts(folder)) for group in ("down_blocks", "up_blocks"))
     rows = [row for row in folder.metrics_file.read_text().splitlines() if "_blocks" not in row and "_block" not in row]
     folder.metrics_file.write_text("\n".join(rows))
-    assert ">down_blocks<" not in charts.change_chart(Facts(folder))
-    assert charts.change_chart(Facts(folder))
+    assert ">down_blocks<" not in charts.change_chart(RunFacts(folder))
+    assert charts.change_chart(RunFacts(folder))
 
 
 def test_smoothing_is_the_mean_of_the_window_around_each_step() -> None:

@@ -10,15 +10,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import compare_example, write_comparison
-from test_page import checked
 
 from dreamlora.__main__ import main
 from dreamlora.errors import UserError
 from dreamlora.report import comparison_charts, comparison_tables, document_of, svg, write_compare_report
-from dreamlora.report.comparison import Comparison, amount, interval, loss, percent, rate, spread
+from dreamlora.report.comparison import ComparisonFile, amount, interval, loss, percent, rate, spread
 from dreamlora.report.comparison_page import embedded_json
 from dreamlora.report.comparison_samples import gallery
+from tests.report.conftest import compare_example, write_comparison
+from tests.report.test_page import checked
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_the_page_is_well_formed_and_needs_no_network(written: Path) -> None:
 
 
 def test_the_verdict_comes_first_and_warnings_stand_by_their_numbers(make_comparison: Callable[..., Path]) -> None:
-    comparison = Comparison(make_comparison())
+    comparison = ComparisonFile(make_comparison())
     assert comparison.findings[0].startswith("scaled_adamw:variant=split: 3.6 % lower loss than adamw")
     assert comparison.findings[1].startswith("sgd: 8.5 % higher")
     rows = texts(comparison_tables.results(comparison))
@@ -79,7 +79,7 @@ def test_the_verdict_comes_first_and_warnings_stand_by_their_numbers(make_compar
 
 def test_a_method_that_was_not_tuned_or_diverged_says_so(make_comparison: Callable[..., Path]) -> None:
     changes = {"tuned": False, "headline_seeds": [3, 4], "headline_diverged": 1}
-    rows = texts(comparison_tables.results(Comparison(make_comparison(methods=method("adamw", **changes)))))
+    rows = texts(comparison_tables.results(ComparisonFile(make_comparison(methods=method("adamw", **changes)))))
     assert rows["adamw"][0] == "baseline not tuned 1 of 2 seeds diverged few seeds"
     assert "1 of 2 seeds: the others diverged" in rows["adamw"][4]
 
@@ -91,7 +91,7 @@ def test_below_three_seeds_there_is_no_interval(make_comparison: Callable[..., P
     curve |= {key: [None] * len(curve["steps"]) for key in ("low", "high")}
     curve["median"] = [0.4321] * len(curve["steps"])
     folder = make_comparison(methods=methods)
-    assert texts(comparison_tables.results(Comparison(folder)))["sgd"][:2] == [
+    assert texts(comparison_tables.results(ComparisonFile(folder)))["sgd"][:2] == [
         "insufficient seeds LR grid edge (sgd)",
         "+1.5\u202f%",
     ]
@@ -101,7 +101,7 @@ def test_below_three_seeds_there_is_no_interval(make_comparison: Callable[..., P
 
 
 def test_tables_tell_speed_basins_and_what_diverged(make_comparison: Callable[..., Path]) -> None:
-    tables = comparison_tables.all_of(Comparison(make_comparison()))
+    tables = comparison_tables.all_of(ComparisonFile(make_comparison()))
     assert list(tables) == ["results", "speed", "basins", "rates", "octiles", "images", "runs"]
     assert texts(tables["speed"])["sgd"][:3] == ["never", "0 of 5", "–"]
     assert texts(tables["speed"])["scaled_adamw:variant=split"][2] == "1.83\u202f×"
@@ -114,7 +114,7 @@ def test_tables_tell_speed_basins_and_what_diverged(make_comparison: Callable[..
 
 
 def test_numbers_sort_as_numbers_and_never_comes_last(written: Path) -> None:
-    speed = comparison_tables.speed(Comparison(written))
+    speed = comparison_tables.speed(ComparisonFile(written))
     keys = [row[1].key for row in speed.rows]
     assert keys[1] < keys[0] < keys[2] == 1e308
     html = (written / "report.html").read_text()
@@ -137,7 +137,7 @@ def test_missing_samples_become_cells_with_a_reason(make_comparison: Callable[..
     del methods[1]["samples"]["cells"][2]
     folder = make_comparison(methods=methods)
     (folder / methods[2]["samples"]["cells"][0]["file"]).unlink()
-    found = gallery(Comparison(folder))
+    found = gallery(ComparisonFile(folder))
     assert found is not None and found.steps == (0, 75, 150) and len(found.views) == 2
     reasons = [[[shot.reason for shot in row] for row in view.rows] for view in found.views]
     assert reasons[0] == [["", "", "file is missing"], ["", "not drawn", ""], ["", "", ""]]
@@ -151,7 +151,7 @@ def test_many_steps_are_thinned_out_and_that_is_said(make_comparison: Callable[.
     methods = compare_example()["methods"]
     cells = methods[0]["samples"]["cells"]
     methods[0]["samples"]["cells"] = [{**cell, "step": step} for step in range(0, 200, 10) for cell in cells[:2]]
-    found = gallery(Comparison(make_comparison(methods=methods)))
+    found = gallery(ComparisonFile(make_comparison(methods=methods)))
     assert found is not None and len(found.steps) == 8 and found.steps[0] == 0 and found.steps[-1] == 190
     assert found.left_out == "Shown: 8 of 21 steps."
 
@@ -196,7 +196,7 @@ def test_the_report_of_the_same_comparison_is_the_same(written: Path) -> None:
 
 
 def test_charts_are_whole_inside_and_outside_the_page(written: Path) -> None:
-    charts = comparison_charts.all_of(Comparison(written))
+    charts = comparison_charts.all_of(ComparisonFile(written))
     assert tuple(charts) == CHARTS
     for chart in charts.values():
         inline, file = ElementTree.fromstring(chart.inline), ElementTree.fromstring(chart.file)
@@ -214,7 +214,7 @@ def test_a_comparison_that_goes_on_says_how_far_it_is(make_comparison: Callable[
     for run in runs[:20]:
         run["status"] = "planned"
     dropped = [{"run": "runs/x", "reason": "another evaluation set"}]
-    warnings = Comparison(make_comparison(complete=False, runs=runs, dropped=dropped)).warnings
+    warnings = ComparisonFile(make_comparison(complete=False, runs=runs, dropped=dropped)).warnings
     assert warnings[0] == "Not complete: 40 runs have ended, others are to come. The numbers will change."
     assert warnings[-1] == "Left out: runs/x (another evaluation set)."
 

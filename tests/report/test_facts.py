@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from dreamlora.errors import UserError
-from dreamlora.report.facts import Facts
+from dreamlora.report.facts import RunFacts
 from dreamlora.runfolder import RunFolder
 
 
 def test_evaluation_finds_base_final_and_best(make_run: Callable[..., RunFolder]) -> None:
-    found = Facts(make_run()).evaluation
+    found = RunFacts(make_run()).evaluation
     assert found is not None and found.held_out
     assert found.base == pytest.approx(0.5)
     assert (found.final_step, found.best_step) == (300, 225)
@@ -27,7 +27,7 @@ def test_evaluation_finds_base_final_and_best(make_run: Callable[..., RunFolder]
 def test_without_held_out_images_the_training_images_stand_in_with_a_warning(
     make_run: Callable[..., RunFolder],
 ) -> None:
-    facts = Facts(make_run(name="eval/loss_train"))
+    facts = RunFacts(make_run(name="eval/loss_train"))
     assert facts.evaluation is not None and not facts.evaluation.held_out
     assert any("overfitting cannot be seen" in text for text in facts.warnings)
 
@@ -36,7 +36,7 @@ def test_a_killed_run_says_how_far_it_came(make_run: Callable[..., RunFolder]) -
     folder = make_run(steps=120, summary=None)
     with folder.metrics_file.open("a") as file:
         file.write('{"v": 1, "step": 121, "na')
-    facts = Facts(folder)
+    facts = RunFacts(folder)
     assert not facts.finished and facts.steps == 120
     assert "The run has not ended (or was stopped): this is its state at step 120 of 300." in facts.warnings
 
@@ -44,18 +44,18 @@ def test_a_killed_run_says_how_far_it_came(make_run: Callable[..., RunFolder]) -
 def test_values_that_are_not_finite_are_counted(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
     folder.log_all(301, {"train/loss": float("nan")})
-    assert "1 values of train/loss were not finite (NaN or infinite)." in Facts(folder).warnings
+    assert "1 values of train/loss were not finite (NaN or infinite)." in RunFacts(folder).warnings
 
 
 def test_the_change_of_every_image_is_the_mean_over_its_items(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    assert Facts(folder).fall_by_image == pytest.approx([0.1] * 5)
+    assert RunFacts(folder).fall_by_image == pytest.approx([0.1] * 5)
     np.savez(folder.eval_items_file, steps=[0, 9], items=[[1.0, 2.0, 3.0], [0.5, 2.5, 4.0]], image=[0, 0, 1])
-    assert Facts(folder).fall_by_image == pytest.approx([0.0, -1.0])
+    assert RunFacts(folder).fall_by_image == pytest.approx([0.0, -1.0])
 
 
 def test_options_are_split_by_default_and_secrets_hidden(make_run: Callable[..., RunFolder]) -> None:
-    facts = Facts(make_run())
+    facts = RunFacts(make_run())
     changed, unchanged = facts.options
     assert ("rank", "8", "4") in changed and ("learning_rate", "0.01", "automatic") in changed
     assert ("hub_token", "(hidden)", "automatic") in changed
@@ -66,11 +66,11 @@ def test_options_are_split_by_default_and_secrets_hidden(make_run: Callable[...,
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no run in .*: config\.yaml is missing"):
-        Facts(RunFolder(tmp_path))
+        RunFacts(RunFolder(tmp_path))
 
 
 def test_a_broken_summary_is_named(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
     folder.summary_file.write_text(json.dumps({"a": 1})[:-1])
     with pytest.raises(UserError, match=r"cannot read .*summary\.json"):
-        Facts(folder)
+        RunFacts(folder)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreamlora.item_losses import ItemLosses
+from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.report import charts, words
-from dreamlora.report.facts import Facts
+from dreamlora.report.facts import RunFacts
 from dreamlora.runfolder import RunFolder
 
 
@@ -19,7 +19,7 @@ def headline_of(folder: RunFolder, values: list[float], name: str = "eval/loss")
     folder.metrics_file.unlink()
     for step, value in enumerate(values):
         folder.log_all(100 * step, {name: value})
-    return words.headline(Facts(folder))
+    return words.headline(RunFacts(folder))
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_an_unfinished_run_is_told_as_such(make_run: Callable[..., RunFolder]) -
 
 def test_health_says_only_what_was_logged(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    assert "Balance of A and B: 0.20 (1: equal" in (words.health(Facts(folder)) or "")
+    assert "Balance of A and B: 0.20 (1: equal" in (words.health(RunFacts(folder)) or "")
     folder.metrics_file.write_text('{"v": 1, "step": 0, "name": "lora/dw_norm", "value": 0.0}\n')
-    assert words.health(Facts(folder)) == "The LoRA has moved the weights by ‖ΔW‖ = 0."
+    assert words.health(RunFacts(folder)) == "The LoRA has moved the weights by ‖ΔW‖ = 0."
     folder.metrics_file.write_text("")
-    assert words.health(Facts(folder)) is None
+    assert words.health(RunFacts(folder)) is None
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_health_says_only_what_was_logged(make_run: Callable[..., RunFolder]) ->
     ],
 )
 def test_parity(parity: dict | None, verdict: str, told: str, make_run: Callable[..., RunFolder]) -> None:
-    found = words.parity(Facts(make_run(summary={"parity": parity})))
+    found = words.parity(RunFacts(make_run(summary={"parity": parity})))
     assert found[0] == verdict and told in found[1]
 
 
@@ -88,7 +88,7 @@ def with_best(folder: RunFolder, step: int) -> RunFolder:
 
 
 def test_the_best_checkpoint_is_compared_with_the_last_on_the_larger_set(make_run: Callable[..., RunFolder]) -> None:
-    facts = Facts(with_best(make_run(), 225))
+    facts = RunFacts(with_best(make_run(), 225))
     size = "0.025 (8.2 paired standard errors)"
     assert (
         words.best(facts)
@@ -103,13 +103,13 @@ def test_the_best_checkpoint_is_compared_with_the_last_on_the_larger_set(make_ru
 
 
 def test_where_the_last_step_is_the_best(make_run: Callable[..., RunFolder]) -> None:
-    facts = Facts(with_best(make_run(), 300))
+    facts = RunFacts(with_best(make_run(), 300))
     assert words.best(facts) == "Best: step 300, because."
     assert [row[0] for row in words.final_table(facts)] == ["base model", "best and last step, 300"]
 
 
 def test_without_a_selection_there_is_nothing_to_say(make_run: Callable[..., RunFolder]) -> None:
-    facts = Facts(make_run())
+    facts = RunFacts(make_run())
     assert words.best(facts) is None and words.final_table(facts) == [] and words.image_table(facts) == []
 
 
@@ -120,9 +120,9 @@ def test_image_metrics_are_told_with_encoder_and_number(make_run: Callable[..., 
         folder.log_all(step, {"img/clip_t": value}, **more)
         folder.log_all(step, {"img/kid": value / 10}, n_other=8, **more)
         folder.log_all(step, {"img/clip_t_change": value}, n=7, se=0.1)
-    assert words.image_table(Facts(folder)) == [
+    assert words.image_table(RunFacts(folder)) == [
         ("clip_t", "0.25", "−0.125", "7", "tiny@1"),
         ("kid", "0.025", "−0.0125", "7 and 8", "tiny@1"),
     ]
-    captions = [caption for caption, _ in charts.image_charts(Facts(folder))]
+    captions = [caption for caption, _ in charts.image_charts(RunFacts(folder))]
     assert captions == [words.IMAGE_METRICS["img/clip_t"], words.IMAGE_METRICS["img/kid"]]

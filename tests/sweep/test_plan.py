@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dreamlora import cli
+from dreamlora.cli.parse import parse_run
+from dreamlora.config.programs import PROGRAMS, TextToImageConfig
 from dreamlora.errors import UserError
-from dreamlora.programs import PROGRAMS, TextToImageConfig
 from dreamlora.sweep import plan
 from dreamlora.sweep.config import parse
 
@@ -61,7 +61,7 @@ def test_captioned_images_can_be_what_is_trained() -> None:
     )
     assert found.grid(found.entries[0])[3] == 4e-3  # the preset of that program
     jobs = [job for entry in found.entries for job in found.headline(entry, 1e-3)]
-    configs = [cli.parse_run(job.argv, PROGRAMS[job.program])[0] for job in jobs]
+    configs = [parse_run(job.argv, PROGRAMS[job.program])[0] for job in jobs]
     assert {(type(config), config.data.style) for config in configs} == {(TextToImageConfig, "woodcut")}
     assert [config.data.caption_dropout for config in configs] == [0.1] * 5 + [0] * 5
 
@@ -81,7 +81,7 @@ def test_methods_carry_settings_and_flags() -> None:
     )
     entry = found.entries[1]
     assert entry.label == "scaled_adamw:betas=0.8,0.9,damping=0.2+rank=16+lora_layers=to_q,to_k"
-    config, options = cli.parse_run(found.headline(entry, 1e-3)[0].argv)
+    config, options = parse_run(found.headline(entry, 1e-3)[0].argv)
     assert (config.optim.optimizer, config.lora.rank, config.lora.lora_layers) == ("scaled_adamw", 16, ("to_q", "to_k"))
     assert (options.betas, options.damping) == ((0.8, 0.9), 0.2)
 
@@ -90,7 +90,7 @@ def test_every_run_has_a_command_line_and_a_folder_of_its_own() -> None:
     found = sweep("--optimizers", "adamw", "adamw+rank=2", "--max_train_steps", "9")
     jobs = [job for entry in found.entries for job in found.tuning(entry, [1e-3, 1e-2])]
     assert len({job.folder for job in jobs}) == len(jobs) == 12
-    config, _ = cli.parse_run(jobs[-1].argv)
+    config, _ = parse_run(jobs[-1].argv)
     assert (config.optim.learning_rate, config.train.seed, config.train.max_train_steps) == (1e-2, 2, 9)
     assert jobs[-1].folder == found.runs / "adamw+rank=2" / "lr0.01" / "seed2"
 
@@ -98,22 +98,22 @@ def test_every_run_has_a_command_line_and_a_folder_of_its_own() -> None:
 def test_tuning_draws_nothing_and_nothing_is_checkpointed() -> None:
     found = sweep("--optimizers", "adamw", "--sample_steps", "5")
     (entry,) = found.entries
-    tuning, _ = cli.parse_run(found.tuning(entry, [1e-3])[0].argv)
-    headline, _ = cli.parse_run(found.headline(entry, 1e-3)[0].argv)
+    tuning, _ = parse_run(found.tuning(entry, [1e-3])[0].argv)
+    headline, _ = parse_run(found.headline(entry, 1e-3)[0].argv)
     assert (tuning.sample.sample_steps, headline.sample.sample_steps) == (0, 5)
     assert (tuning.eval.save_best, headline.eval.save_best) == (False, True)
     assert tuning.train.checkpointing_steps == headline.train.checkpointing_steps == tuning.eval.final_eval_items == 0
     assert headline.eval.final_eval_items == 256
     kept = sweep("--optimizers", "adamw", "--checkpointing_steps", "50")
-    assert cli.parse_run(kept.headline(kept.entries[0], 1e-3)[0].argv)[0].train.checkpointing_steps == 50
+    assert parse_run(kept.headline(kept.entries[0], 1e-3)[0].argv)[0].train.checkpointing_steps == 50
 
 
 def test_class_images_are_shared() -> None:
     found = sweep("--optimizers", "adamw", "sgd", "--output_dir", "out")
-    places = {cli.parse_run(found.headline(entry, 1.0)[0].argv)[0].data.class_data_dir for entry in found.entries}
+    places = {parse_run(found.headline(entry, 1.0)[0].argv)[0].data.class_data_dir for entry in found.entries}
     assert places == {Path("out/class_images")}
     without = sweep("--optimizers", "adamw", "--no_with_prior_preservation")
-    assert cli.parse_run(without.headline(without.entries[0], 1.0)[0].argv)[0].data.class_data_dir is None
+    assert parse_run(without.headline(without.entries[0], 1.0)[0].argv)[0].data.class_data_dir is None
 
 
 def test_grids_grow_at_the_edge() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamlora import cli
+from dreamlora.cli.parse import parse_run
 from dreamlora.config import RunConfig
-from dreamlora.programs import TextToImageConfig
+from dreamlora.config.programs import TextToImageConfig
 from dreamlora.runfolder import RunFolder
 
 
@@ -57,10 +57,10 @@ def train_with(flags: list[str], config_class: type[RunConfig] = RunConfig) -> R
     """Run as the command line does."""
     from accelerate.state import AcceleratorState
 
-    from dreamlora import assemble
+    from dreamlora.run import assemble
 
     AcceleratorState._reset_state(reset_partial_state=True)  # precision and processes are fixed once per process
-    return assemble.train(*cli.parse_run(flags, config_class))
+    return assemble.train(*parse_run(flags, config_class))
 
 
 @pytest.fixture

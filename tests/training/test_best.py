@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from dreamlora.data.folder import load_folder
 from dreamlora.errors import UserError
-from dreamlora.item_losses import ItemLosses
-from dreamlora.metrics._eval_loss import EvalSet
+from dreamlora.eval_loss.evalset import EvalSet
+from dreamlora.eval_loss.items import ItemLosses
+from dreamlora.eval_loss.selection import candidates, select
 from dreamlora.runfolder import RunFolder
-from dreamlora.selection import candidates, select
 from tests.training.conftest import flags_of, train_with
 from tests.training.test_resume import assert_equal_runs
 from tests.training.test_run import same, weights

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dreamlora import cli, registry
+from dreamlora import registry
+from dreamlora.cli.parse import parse_run
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from tests.training.test_run import same, values, weights
@@ -40,11 +41,11 @@ def flags_of(name: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes after training, and the giving back of memory, is not of interest here and takes longer."""
-    from dreamlora import finish
+    from dreamlora.run import ending
     from dreamlora.training import state
 
     monkeypatch.setattr(gc, "collect", lambda: 0)
-    monkeypatch.setattr(finish, "finish", lambda stage, run: state.save_lora(run, run.folder.path))
+    monkeypatch.setattr(ending, "finish", lambda stage, run: state.save_lora(run, run.folder.path))
 
 
 @pytest.mark.parametrize("name", sorted(set(registry.names("optimizers")) - ELSEWHERE))
@@ -89,9 +90,9 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'--optimizer prodigy: .* prodigyopt: pip install "dreamlora\[prodigy\]"'):
-        cli.parse_run([*flags, "--optimizer", "prodigy"])
+        parse_run([*flags, "--optimizer", "prodigy"])
     with pytest.raises(UserError, match=r"bitsandbytes or torchao"):
-        cli.parse_run([*flags, "--optimizer", "AdamW8bit"])
+        parse_run([*flags, "--optimizer", "AdamW8bit"])
 
 
 def test_what_the_optimizer_clips_is_in_the_log(train: Train) -> None:

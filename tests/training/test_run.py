@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreamlora import finish
 from dreamlora.errors import UserError
+from dreamlora.run import ending
 from dreamlora.runfolder import RunFolder, read_jsonl
 
 Train = Callable[..., RunFolder]
@@ -54,13 +54,13 @@ def test_a_run_leaves_everything_the_readme_promises(train: Train) -> None:
 def test_the_model_has_gone_when_training_returns(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else DDP's would be the last to hold the process group, see ``assemble.train``."""
     models = []
-    original = finish.finish
+    original = ending.finish
 
     def watching(stage: Any, run: Any) -> None:
         models.append(weakref.ref(run.model))
         original(stage, run)
 
-    monkeypatch.setattr(finish, "finish", watching)
+    monkeypatch.setattr(ending, "finish", watching)
     train("--max_train_steps", "1", "--sample_steps", "1")
     assert [model() for model in models] == [None]
 
@@ -153,9 +153,9 @@ def test_accumulation_set_by_accelerate_does_not_divide_twice(
 def test_a_size_the_family_cannot_do_is_refused_first(
     family: str, side: int, train: Train, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dreamlora import stages
+    from dreamlora.models import parts
 
-    monkeypatch.setattr(stages.Parts, "get", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(parts.Parts, "get", lambda *_: pytest.fail("a model was loaded"))
     model = request.getfixturevalue(f"{family}_folder")
     with pytest.raises(UserError, match="--resolution must be a multiple of"):
         train("--pretrained_model_name_or_path", str(model), "--resolution", str(side))
@@ -191,9 +191,9 @@ def test_a_broken_image_stops_the_run_before_any_model_is_loaded(
     for file in photos.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "9.png").write_bytes((photos / "0.png").read_bytes()[:200])
-    from dreamlora import stages
+    from dreamlora.models import parts
 
-    monkeypatch.setattr(stages.Parts, "get", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(parts.Parts, "get", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=r"9\.png"):
         train("--instance_data_dir", str(folder))
 

@@ -67,7 +67,7 @@ def test_the_exported_file_predicts_what_the_adapter_in_training_does(
     init: str, family: str, train: Train, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stock loading, compared as numbers instead of pixels; alpha is not the rank."""
-    from dreamlora import finish
+    from dreamlora.run import ending
 
     folder = request.getfixturevalue(f"{family}_folder")
     seen = []
@@ -88,7 +88,7 @@ def test_the_exported_file_predicts_what_the_adapter_in_training_does(
             seen.append(stage.family.predict(denoiser, noisy, times, conditioning, 3.5))
         return {"reason": "looked at elsewhere"}
 
-    monkeypatch.setattr(finish, "_parity", look)
+    monkeypatch.setattr(ending, "_parity", look)
     model = ["--pretrained_model_name_or_path", str(folder), "--lora_alpha", "3", "--max_train_steps", "3"]
     train(*flags_of(init), *model, "--sample_steps", "0", "--eval_steps", "0")
     training, loaded, base = seen
@@ -141,9 +141,9 @@ def test_other_settings_of_the_init_are_refused(train: Train) -> None:
 
 
 def test_an_odd_rank_is_refused_before_a_model_is_loaded(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreamlora import stages
+    from dreamlora.models import parts
 
-    monkeypatch.setattr(stages.Parts, "get", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(parts.Parts, "get", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=r"--init orthogonal needs a --rank that is a multiple of 2 \(got 3\)"):
         train("--init", "orthogonal", "--rank", "3")
 

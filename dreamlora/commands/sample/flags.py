@@ -1,0 +1,80 @@
+"""``dreamlora sample``: the flags. Torch is imported only after they are known to be right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dreamlora.errors import UserError
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw a grid with trained LoRAs: rows are LoRAs, checkpoints and scales, columns are prompts."""
+
+    lora: tuple[Path, ...]
+    """LoRA files, folders with one, or run folders; the flag's name may be left out."""
+    lora_scales: tuple[float, ...] = (1.0,)
+    """Every LoRA is drawn at each of these strengths."""
+    checkpoints: bool = False
+    """Draw all checkpoints of the run folders, not only their final LoRA."""
+    best: bool = False
+    """Draw the best checkpoint of the run folders too (see best/selection.json there)."""
+    prompts: tuple[str, ...] = ()
+    """Prompts, each in quotes. Default: those of the first run folder."""
+    sample_prompts: Path | None = None
+    """Text file with one prompt per line, instead of --prompts."""
+    subject: str | None = None
+    """Takes the place of {} in the prompts, such as "sks dog". Default: read from the run's --instance_prompt."""
+    num_images_per_prompt: int = 1
+    """Images per prompt, each from a seed of its own."""
+    num_inference_steps: int | None = None
+    """Denoising steps. Default: the run's, or the family's."""
+    sample_guidance_scale: float | None = None
+    """Classifier-free guidance. Default: the run's, or the family's."""
+    sample_seed: int = 42
+    """Seed of the first image of a row; the others count up from it."""
+    negative_prompt: str | None = None
+    """Negative prompt, for families that know one. Default: the run's."""
+    sample_batch_size: int = 4
+    """Images made at a time."""
+    resolution: int | None = None
+    """Side of the images in pixels. Default: the run's, or the model's own."""
+    output_dir: Path | None = None
+    """Where grid.png and the images go. Default: outputs/sample-<name of the first LoRA>."""
+    pretrained_model_name_or_path: str | None = None
+    """The base model. Default: the one that the first run was trained on, else the embedded model."""
+    family: str | None = None
+    """Model family; by default read from the pipeline's model_index.json."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    variant: str | None = None
+    """Weight variant of the hub repository, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """An autoencoder to use instead of the pipeline's own."""
+    cache_dir: Path | None = None
+    """Where downloads from the hub are kept."""
+    allow_pickle: bool = False
+    """Accept .bin/.ckpt weights of the base model. They can run any code while they load."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of denoiser and text encoders. Default: bf16 on a GPU that knows it, else fp16; no on a CPU."""
+
+    def __post_init__(self) -> None:
+        if not self.lora:
+            raise UserError("--lora needs at least one file or folder")
+        if not self.lora_scales:
+            raise UserError("--lora_scales needs at least one number")
+        if self.prompts and self.sample_prompts:
+            raise UserError("give either --prompts or --sample_prompts, not both")
+        for name, lowest in (
+            ("num_images_per_prompt", 1),
+            ("num_inference_steps", 1),
+            ("sample_batch_size", 1),
+            ("resolution", 8),
+            ("sample_guidance_scale", 0),
+            ("sample_seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not lowest <= value < float("inf"):
+                raise UserError(f"--{name} must be at least {lowest} (got {value})")

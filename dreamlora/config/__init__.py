@@ -1,0 +1,36 @@
+"""What can be set of a run: every option once. ``run`` has the groups and the whole, ``programs`` the programs."""
+
+from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.config.programs import PROGRAMS, TextToImageConfig, program_of
+from dreamlora.config.run import (
+    EMBEDDED_MODEL,
+    Data,
+    Lora,
+    Model,
+    Optim,
+    RunConfig,
+    Scheduler,
+    Tracker,
+    Train,
+    as_flat_dict,
+)
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "IMAGES_FOR_METRICS",
+    "PROGRAMS",
+    "Data",
+    "Encoders",
+    "Eval",
+    "Lora",
+    "Model",
+    "Optim",
+    "RunConfig",
+    "Sample",
+    "Scheduler",
+    "TextToImageConfig",
+    "Tracker",
+    "Train",
+    "as_flat_dict",
+    "program_of",
+]

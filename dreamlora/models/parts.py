@@ -1,0 +1,63 @@
+"""The parts of a base model: loaded when first asked for, each freed by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreamlora.interfaces import Components, Family, ModelSource, Role
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ROLES: tuple[Role, ...] = ("text", "vae", "denoiser", "scheduler")
+
+
+class Parts:
+    """Parts of the base pipeline, loaded when first asked for.
+
+    Args:
+        family: the plug-in that loads them.
+        source: the pipeline.
+        device: where they go.
+        dtype: of the denoiser and the text encoders. The autoencoder is float32: in half precision some give NaN.
+    """
+
+    def __init__(self, family: Family, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.family = family
+        self._source = source
+        self._device = device
+        self._dtype = dtype
+        self._loaded: dict[Role, Components] = {}
+
+    def get(self, role: Role) -> Components:
+        """The part, on the device."""
+        if role not in self._loaded:
+            dtype = torch.float32 if role == "vae" else self._dtype
+            self._loaded[role] = self.family.load(self._source, role, dtype)
+        for module in self._loaded[role].values():
+            if isinstance(module, nn.Module):
+                module.to(self._device)
+        return self._loaded[role]
+
+    def free(self, *roles: Role) -> None:
+        """Forget these parts; their memory is there for the next stage."""
+        for role in roles:
+            self._loaded.pop(role, None)
+        gc.collect()
+        give_back_memory()
+
+    def pipeline(self) -> Any:
+        """The whole base pipeline."""
+        return self.family.pipeline({name: part for role in ROLES for name, part in self.get(role).items()})
+
+
+def give_back_memory() -> None:
+    """Return what has been freed to the device and the system; torch and the C library keep it otherwise."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,291 @@
+"""Composition root: from a configuration to a finished run. The only file that knows everyone.
+
+At no time are more models in memory than the stage needs: text encoder, then autoencoder, then denoiser.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from diffusers.optimization import get_scheduler
+from torch import distributed
+
+from dreamlora import registry
+from dreamlora.cli.parse import method_options
+from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.data.captions import CaptionPlan
+from dreamlora.data.transforms import Preparation, bucket_numbers
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Components
+from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.models.loading import family_of, resolve_source
+from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.optimizers import lora_param_groups
+from dreamlora.run import defaults, ending, provenance, resume, schedule, upload
+from dreamlora.run.context import RunContext
+from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized
+from dreamlora.run.images import RunImages, read_images, with_class_images
+from dreamlora.runfolder import RunFolder
+from dreamlora.training import loop, start, state
+from dreamlora.training.loop import Predictor, Run
+from dreamlora.training.stream import Layout, Source, Stream
+
+
+def train(config: RunConfig, options: Any) -> RunFolder:
+    """Train a LoRA as ``config`` says; everything of the run lies in the returned folder.
+
+    Args:
+        config: all options.
+        options: of the optimizer, an instance of its plug-in's ``Options``.
+
+    Raises:
+        UserError: something that was given cannot be used; said before any long work where it can be known by then.
+    """
+    context = _start(config)
+    # DDP's model holds the process group too. Whoever lets go of it last waits for gloo's threads, which need the GIL:
+    # Python gives the GIL up meanwhile, DDP does not, and then they sometimes wait for each other for ever.
+    group = distributed.group.WORLD if distributed.is_initialized() else None
+    folder = _claim_folder(context)
+    try:
+        _train_in(context, folder, options)
+    finally:
+        folder.release()
+        gc.collect()  # the model has gone now, whatever pointed at it in a ring
+        del group
+    return folder
+
+
+def prepare(config: RunConfig, options: Any) -> Run:
+    """A run that is ready for ``loop.train``, for those who want no more than the loop: its folder stays locked.
+
+    Raises:
+        UserError: as ``train``.
+    """
+    context = _start(config)
+    return _prepare(context, _claim_folder(context), options)
+
+
+def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
+    """All stages of a run, in order."""
+    run = _prepare(context, folder, options)
+    context.accelerator.wait_for_everyone()
+    if context.accelerator.is_main_process:
+        folder.forget_after(run.step)
+        provenance.write_config(context.config, folder, context.accelerator.device)
+    _start_trackers(context, folder)
+    with context.timed("training"):
+        loop.train(run)
+    ending.finish(context, run)
+
+
+def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
+    """All before the first step; a resumed run is where its checkpoint left it."""
+    pictures = read_images(context, folder)
+    context.config = defaults.by_length(context.config, len(pictures.train), context.accelerator.num_processes)
+    images = (f"{record.content_hash()} {record.caption}" for record in pictures.train)
+    settings = resume.settings(context, images, options)
+    which = context.config.train.resume_from_checkpoint
+    checkpoint = state.open_checkpoint(folder, which, settings) if which else None
+    pictures = with_class_images(context, folder, pictures)
+    run = _build(context, folder, pictures, options)
+    run.settings = settings
+    if checkpoint:
+        state.restore(run, checkpoint)
+    else:
+        lora = context.config.lora
+        with context.timed("starting the LoRA"):
+            start.initialise(run, method_options("inits", lora.init, lora.init_args, {}))
+    return run
+
+
+def _start(config: RunConfig) -> RunContext:
+    """Accelerator, model source and family; the options that depend on them."""
+    accelerator = _accelerator(config)
+    if config.train.push_to_hub:
+        upload.check_hub(config)
+    torch.backends.cuda.matmul.allow_tf32 = config.model.allow_tf32
+    source = resolve_source(config.model)
+    family = family_of(source, config.model.family)
+    config = defaults.by_model(config, family.resolution(source), family.SAMPLE_DEFAULTS, accelerator.num_processes)
+    config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
+    if (config.data.resolution or 0) % family.SIDE_MULTIPLE:
+        raise UserError(f"--resolution must be a multiple of {family.SIDE_MULTIPLE} (got {config.data.resolution})")
+    config = replace(config, data=defaults.bucket_step(config.data, family.SIDE_MULTIPLE))
+    parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
+    return RunContext(config, accelerator, family, source, parts)
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    """Processes, device, precision and trackers; the trackers' folder is set once the run folder is known."""
+    tracker = config.train.report_to
+    known = [str(kind) for kind in get_available_trackers()]
+    if tracker not in (None, "all", *known):
+        raise UserError(f"--report_to {tracker}: no tracker that is installed. Installed: {', '.join(known) or 'none'}")
+    try:
+        return Accelerator(
+            mixed_precision=config.model.mixed_precision,
+            # The loop weighs its micro-batches itself; a number from accelerate's own settings would divide twice.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=tracker,
+            project_config=ProjectConfiguration(logging_dir=str(config.train.logging_dir)),
+        )
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {config.model.mixed_precision}: {error}") from error
+
+
+def _claim_folder(context: RunContext) -> RunFolder:
+    """The run folder, chosen and locked by the main process; an earlier run there is removed if that was asked for."""
+    told: list[Any] = [None]
+    folder = None
+    if context.accelerator.is_main_process:
+        try:
+            folder = defaults.run_folder(context.config)
+            folder.lock()
+            if folder.holds_run() and not context.config.train.resume_from_checkpoint:
+                folder.clear()  # defaults.run_folder has made sure that this was asked for
+            told = [folder.path]
+        except UserError as error:
+            told = [error]
+    broadcast_object_list(told)
+    if isinstance(told[0], UserError):
+        raise told[0]
+    folder = folder or RunFolder(told[0])
+    context.config = replace(context.config, train=replace(context.config.train, output_dir=folder.path))
+    return folder
+
+
+def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options: Any) -> Run:
+    """Encode everything once, then load the denoiser, inject the LoRA and put the run together."""
+    config, accelerator = context.config, context.accelerator
+    encode, text = _conditioning(context, pictures)
+    how = Preparation.of(config.data, config.data.resolution or 0, config.train.seed)
+    with context.timed("encoding images"):
+        store = encode_images(context, pictures.train, how)
+        class_store = encode_images(context, pictures.classes, how) if pictures.classes else None
+        material = schedule.eval_material(context, pictures, how.fixed())
+    context.parts.free("vae")
+    components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
+    if config.train.prediction_type:  # samples must be drawn as the model is trained
+        components["scheduler"].register_to_config(prediction_type=config.train.prediction_type)
+    model = _with_lora(context, components, text)
+    trainables = trainable_parameters(model)
+    model = accelerator.prepare(model)
+    optimizer, lr_scheduler = _optimizer(context, accelerator.unwrap_model(model), options)
+    objective = context.family.objective(components["scheduler"], config.train)
+    caption = CaptionPlan.of(config.data, config.train.seed).draw
+    sources = [Source("instance", store, 1.0, caption, bucket_numbers(pictures.train, how.sizes))]
+    if class_store:
+        sources.append(Source("class", class_store, config.data.prior_loss_weight))
+    run = Run(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        family=context.family,
+        objective=objective,
+        components=components,
+        model=model,
+        trainables=trainables,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        stream=Stream(
+            sources,
+            objective,
+            encode,
+            _layout(context),
+            seed=config.train.seed,
+            noise_offset=config.train.noise_offset,
+        ),
+        conditioning=encode,
+        call_arguments=pipeline_inputs(context, encode, text),
+        vae=lambda: context.parts.get("vae"),
+        total_steps=config.train.max_train_steps or 0,
+    )
+    run.callbacks = schedule.callbacks(context, run, pictures, material)
+    return run
+
+
+def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Components | None]:
+    """Captions to embeddings (the text encoder is gone then); or to token ids, with the text encoder to train."""
+    if context.config.lora.train_text_encoder:
+        text = context.parts.get("text")
+        return tokenized(context, text), text
+    plan = CaptionPlan.of(context.config.data, context.config.train.seed)
+    measured = pictures.held_out or pictures.train[: schedule.MOST_EVAL_IMAGES]
+    if context.config.eval.final_eval_items:
+        measured = [*measured, *pictures.train[: schedule.MOST_EVAL_IMAGES]]
+    prompts = itertools.chain(
+        ("", context.config.sample.negative_prompt or "", *pictures.prompts, *pictures.eval_prompts),
+        (text for record in pictures.train for text in plan.texts(record.caption)),
+        (record.caption for record in itertools.chain(measured, pictures.classes)),
+    )
+    with context.timed("encoding prompts"):
+        return encode_texts(context, prompts), None
+
+
+def _with_lora(context: RunContext, components: Components, text: Components | None) -> Predictor:
+    """The denoiser (and the text encoders that train) with adapters, as one module."""
+    config, family = context.config, context.family
+    denoiser = components[family.DENOISER]
+    layers = config.lora.lora_layers or family.LORA_LAYERS
+    add_lora(denoiser, config.lora, layers)
+    encoders = [text[name] for name in family.TEXT_ENCODERS] if text else []
+    for encoder in encoders:
+        add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS)
+    if config.model.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+        for encoder in encoders:
+            encoder.gradient_checkpointing_enable()
+    if config.model.enable_xformers_memory_efficient_attention:
+        try:
+            denoiser.enable_xformers_memory_efficient_attention()
+        except (ModuleNotFoundError, ValueError) as error:
+            raise UserError(f"--enable_xformers_memory_efficient_attention: {error}") from error
+    return Predictor(family, denoiser, text, config.train.guidance_scale)
+
+
+def _optimizer(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
+    """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
+    optim = context.config.optim
+    groups = lora_param_groups(model.denoiser, lr=optim.learning_rate, weight_decay=optim.adam_weight_decay)
+    if len(model.encoders):
+        groups += lora_param_groups(
+            list(model.encoders.values()), lr=optim.text_encoder_lr, weight_decay=optim.adam_weight_decay_text_encoder
+        )
+    optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
+    lr_scheduler = get_scheduler(
+        optim.lr_scheduler,
+        optimizer,
+        num_warmup_steps=optim.lr_warmup_steps,
+        num_training_steps=context.config.train.max_train_steps,
+        num_cycles=optim.lr_num_cycles,
+        power=optim.lr_power,
+    )
+    return context.accelerator.prepare(optimizer), lr_scheduler
+
+
+def _start_trackers(context: RunContext, folder: RunFolder) -> None:
+    if context.config.train.report_to:
+        context.accelerator.project_configuration.logging_dir = str(folder.path / context.config.train.logging_dir)
+        simple = {
+            name: value if isinstance(value, int | float | str | bool) else str(value)
+            for name, value in as_flat_dict(context.config).items()
+            if name != "hub_token"
+        }
+        context.accelerator.init_trackers("dreamlora", config=simple)
+
+
+def _layout(context: RunContext) -> Layout:
+    train_options = context.config.train
+    return Layout(
+        batch_size=train_options.train_batch_size or 1,
+        accumulation=train_options.gradient_accumulation_steps,
+        rank=context.accelerator.process_index,
+        world=context.accelerator.num_processes,
+    )

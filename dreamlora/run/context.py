@@ -1,0 +1,73 @@
+"""What every stage of a run works with: options, processes, model; and where its timings and warnings are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+
+from dreamlora.config import RunConfig
+from dreamlora.data.cache import TensorCache, cache_folder
+from dreamlora.data.encode import Filling
+from dreamlora.interfaces import Family, ModelSource
+from dreamlora.models.parts import Parts
+from dreamlora.sampling.sampler import SamplePlan, plan_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunContext:
+    """What every stage of a run works with.
+
+    Attributes:
+        timings: seconds by stage, for the report.
+        warnings: what the person should know, for the report.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    family: Family
+    source: ModelSource
+    parts: Parts
+    timings: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to the timings."""
+        started = time.perf_counter()
+        yield
+        self.timings[name] = round(self.timings.get(name, 0.0) + time.perf_counter() - started, 2)
+
+    def warn(self, text: str) -> None:
+        """Tell the person now and in the report."""
+        if self.accelerator.is_main_process:
+            logger.warning(text)
+        self.warnings.append(text)
+
+    @property
+    def cache(self) -> TensorCache:
+        """Where latents and prompt embeddings are kept."""
+        return TensorCache(cache_folder(self.config.data.latents_cache_dir))
+
+    def filling(self, **key_parts: str | int | None) -> Filling:
+        """How the cache is filled, with what decides an entry besides the image or the prompt itself."""
+        return Filling(
+            cache=self.cache,
+            key_parts={"model": self.source.model_id, **key_parts},
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            workers=self.config.data.dataloader_num_workers,
+        )
+
+    def sample_plan(self, prompts: tuple[str, ...]) -> SamplePlan:
+        """How these prompts are drawn, by the run's flags."""
+        data = self.config.data
+        return plan_of(
+            self.config.sample, self.family.SAMPLE_DEFAULTS, prompts, data.resolution, data.sample_batch_size
+        )

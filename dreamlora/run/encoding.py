@@ -1,0 +1,91 @@
+"""Images and prompts of a run become latents and embeddings, from the cache or by a model that is freed afterwards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dreamlora.data.cache import LatentStore
+from dreamlora.data.encode import encode_dataset, encode_prompts
+from dreamlora.data.images import ImageRecord
+from dreamlora.data.transforms import Preparation
+from dreamlora.interfaces import Components, Conditioning, Latents
+from dreamlora.run.context import RunContext
+from dreamlora.training.stream import stack_conditioning
+
+MOST_TOKENIZED = 1000
+"""Captions whose token ids stay in memory while the text encoder trains."""
+
+Encode = Callable[[Sequence[str]], Conditioning]
+"""Captions to batched conditioning."""
+
+
+def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Preparation) -> LatentStore:
+    """Latents of all images, made by the autoencoder where the cache lacks them."""
+
+    def encode(pixels: Tensor) -> Latents:
+        return context.family.encode_images(context.parts.get("vae"), pixels)
+
+    store = encode_dataset(records, how, encode, context.filling(dtype="float32"))
+    context.accelerator.wait_for_everyone()
+    return store
+
+
+def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
+    """Prompts to embeddings, made by the text encoder where the cache lacks them; it is freed afterwards.
+
+    A prompt that was not among ``prompts``, nor in the cache, is a UserError.
+    """
+    length = prompt_length(context)
+
+    def encode(texts: list[str]) -> Conditioning:
+        text = context.parts.get("text")
+        return context.family.encode_tokens(text, context.family.tokenize(text, texts, length))
+
+    table = encode_prompts(prompts, encode, context.filling(dtype=context.accelerator.mixed_precision, length=length))
+    context.accelerator.wait_for_everyone()
+    context.parts.free("text")
+    return lambda captions: stack_conditioning([table[caption] for caption in captions])
+
+
+def tokenized(context: RunContext, text: Components) -> Encode:
+    """Prompts to token ids, for a text encoder that trains."""
+
+    @functools.lru_cache(maxsize=MOST_TOKENIZED)
+    def tokens(caption: str) -> Conditioning:
+        return context.family.tokenize(text, [caption], prompt_length(context))
+
+    return lambda captions: stack_conditioning([tokens(caption) for caption in captions])
+
+
+def prompt_length(context: RunContext) -> int | None:
+    """Tokens of a prompt, by the option that the family goes by."""
+    length: int | None = getattr(context.config.data, context.family.PROMPT_LENGTH)
+    return length
+
+
+def pipeline_inputs(
+    context: RunContext, encode: Encode, text: Components | None
+) -> Callable[[Sequence[str]], dict[str, Any]]:
+    """Prompts to keyword arguments of the pipeline: embeddings on the device, with negative ones under guidance.
+
+    Args:
+        context: for device, options and family.
+        encode: prompts to embeddings, or to token ids.
+        text: the text components, if a text encoder trains.
+    """
+    device = context.accelerator.device
+    guided = (context.config.sample.sample_guidance_scale or 0) > 1
+
+    def embed(prompts: Sequence[str]) -> Conditioning:
+        encoded = {name: value.to(device) for name, value in encode(prompts).items()}
+        return context.family.encode_tokens(text, encoded) if text else encoded
+
+    def arguments(prompts: Sequence[str]) -> dict[str, Any]:
+        negative = embed([context.config.sample.negative_prompt or ""] * len(prompts)) if guided else None
+        return dict(context.family.call_arguments(embed(prompts), negative))
+
+    return arguments

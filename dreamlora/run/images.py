@@ -1,0 +1,135 @@
+"""Images and prompts of a run: read, drawn or generated, and split into those to learn and those to measure on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dreamlora.config import Data
+from dreamlora.data.cache import cache_folder
+from dreamlora.data.dataset import examine, load_images, split_holdout
+from dreamlora.data.folder import load_folder
+from dreamlora.data.images import ImageRecord
+from dreamlora.errors import UserError
+from dreamlora.lora.inject import target_layers
+from dreamlora.models.parts import DTYPES, ROLES, Parts
+from dreamlora.run.context import RunContext
+from dreamlora.runfolder import RunFolder
+from dreamlora.sampling.prompts import read_prompts, sample_prompts, subject_of
+from dreamlora.training import prior
+
+SUBJECT_IMAGES = 40
+"""Images drawn of a built-in subject; a fifth of them is held out."""
+STYLE_IMAGES = 96
+"""Images drawn in a built-in style; 16 of them are held out."""
+CAPTIONS_DRAWN = 4
+"""Captions that become sample prompts where no prompt is given."""
+CLASS_SEED = 0
+"""Of the first class image; not the run's seed, so that runs with other seeds share the class images."""
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """The images and prompts of a run.
+
+    Attributes:
+        train: to learn.
+        held_out: to measure on; empty if there are too few images.
+        classes: for prior preservation.
+        prompts: of the samples; empty if none are drawn.
+        eval_prompts: of images that are drawn for metrics alone; empty if there are none.
+    """
+
+    train: Sequence[ImageRecord]
+    held_out: Sequence[ImageRecord]
+    classes: Sequence[ImageRecord]
+    prompts: tuple[str, ...]
+    eval_prompts: tuple[str, ...] = ()
+
+
+def read_images(context: RunContext, folder: RunFolder) -> RunImages:
+    """Images to learn and to measure on, and the prompts to draw; a file that is no image stops the run here."""
+    data, main = context.config.data, context.accelerator.is_main_process
+    if not (data.instance_data_dir or data.train_data_dir or data.dataset_name):
+        data = _draw_built_in(context, folder)
+    found = load_images(data, context.config.model.cache_dir, progress=main)
+    if found.skipped:
+        names = ", ".join(found.skipped[:3]) + (", ..." if len(found.skipped) > 3 else "")
+        place = data.train_data_dir or data.instance_data_dir
+        context.warn(f"{len(found.skipped)} files in {place} are no images and were skipped: {names}")
+    training, held_out = split_holdout(found.records, data.holdout)
+    if not held_out and context.config.eval.eval_steps != 0:
+        context.warn(
+            "no image could be held out: the evaluation loss is that of training images and cannot see overfitting"
+        )
+    sample = context.config.sample
+    captions = [record.caption for record in (held_out or training)[:CAPTIONS_DRAWN]]
+    prompts: tuple[str, ...] = ()
+    if sample.sample_steps != 0:
+        prompts = sample_prompts(sample, data.instance_prompt, data.class_prompt, captions)
+    eval_prompts = _eval_prompts(context, captions) if context.config.draws_for_metrics else ()
+    return RunImages(training, held_out, [], prompts, eval_prompts)
+
+
+def _eval_prompts(context: RunContext, captions: Sequence[str]) -> tuple[str, ...]:
+    """The prompts of images for metrics: of their own file, else those of the samples."""
+    data, file = context.config.data, context.config.eval.eval_prompts
+    if file:
+        return read_prompts(file, subject_of(data.instance_prompt))
+    return sample_prompts(context.config.sample, data.instance_prompt, data.class_prompt, captions)
+
+
+def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:
+    """Images of a built-in subject or style of the embedded model, as files, so that they go the way of a person's."""
+    data, images = context.config.data, folder.instance_images
+    if data.style is None and data.subject is None:
+        raise UserError("nothing to train on: give --instance_data_dir (--train_data_dir), or --dataset_name")
+    if context.accelerator.is_main_process:
+        from dreamlora.tiny import styles, subjects
+
+        if data.style is not None:
+            styles.write_images(images, data.style, STYLE_IMAGES)
+        elif data.subject is not None:
+            subjects.write_instance_images(images, data.subject, SUBJECT_IMAGES)
+    context.accelerator.wait_for_everyone()
+    return replace(data, train_data_dir=images) if data.style else replace(data, instance_data_dir=images)
+
+
+def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImages) -> RunImages:
+    """Class images for prior preservation, made by the base model where they are missing."""
+    data = context.config.data
+    if not data.with_prior_preservation or data.class_prompt is None:
+        return pictures
+    images = data.class_data_dir or _class_folder(context, folder.path.parent)
+    precision = data.prior_generation_precision or context.accelerator.mixed_precision
+    plan = context.sample_plan((data.class_prompt,))
+    plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
+    base = Parts(context.family, context.source, context.accelerator.device, DTYPES[precision])
+    rank, world = context.accelerator.process_index, context.accelerator.num_processes
+
+    def pipeline() -> Any:
+        loaded = base.pipeline()
+        # here the denoiser is at hand: a wrong --lora_layers must not show only after all images are made
+        layers = context.config.lora.lora_layers or context.family.LORA_LAYERS
+        target_layers(getattr(loaded, context.family.DENOISER), layers)
+        return loaded
+
+    with context.timed("class images"):
+        prior.ensure_class_images(images, plan, pipeline, context.source.model_id, rank, world)
+        base.free(*ROLES)
+        context.accelerator.wait_for_everyone()
+    records = load_folder(images, data.class_prompt, flag="--class_data_dir").records
+    records.truncate(data.num_class_images)
+    examine(records, cache_folder(data.latents_cache_dir))
+    return replace(pictures, classes=records)
+
+
+def _class_folder(context: RunContext, outputs: Path) -> Path:
+    """``outputs/class_images/<prompt>-<hash>``: other prompts, models and sizes have folders of their own."""
+    prompt = context.config.data.class_prompt or ""
+    kind = f"{prompt}/{context.source.model_id}/{context.config.data.resolution}"
+    slug = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:40]
+    return outputs / "class_images" / f"{slug}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"

@@ -1,0 +1,84 @@
+"""What made a run: options (config.yaml), versions, commit, device, command."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import yaml
+
+from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.runfolder import RunFolder, write_atomically
+
+_PACKAGES = ("dreamlora", "torch", "diffusers", "transformers", "peft", "accelerate", "tokenizers", "numpy", "Pillow")
+
+
+def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> None:
+    """config.yaml: what ``--config`` takes to run the same again, with what made it as a comment.
+
+    Without secrets, and without what is about this run's folder: the other run gets one of its own.
+    """
+    left_out = ("hub_token", "local_rank", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+    options = {name: value for name, value in as_flat_dict(config).items() if name not in left_out}
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    made_by = f"commit {git_commit()}, {device_name(device)}"
+    head = "".join(f"# {line}\n" for line in (command(), packages, made_by))
+    write_atomically(folder.config_file, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package.lower()] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the dreamlora checkout (with "+" if it was changed since), or None for an installed package."""
+    here = Path(__file__).parents[1]
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD", folder=here)
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", str(here), folder=here)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the kind of CPU and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread" + "s" * (threads > 1)
+
+
+def command() -> str:
+    """The command line, to be typed again; without the hub token, since it is written to files that people share."""
+    program = Path(sys.argv[0])
+    name = "dreamlora" if program.name in ("__main__.py", "dreamlora") else f"accelerate launch {_relative(program)}"
+    words = [shlex.quote(word) for word in sys.argv[1:]]
+    return _TOKEN.sub(r"\1...", " ".join([name, *words]))
+
+
+_TOKEN = re.compile(r"(--?hub[_-]token[= ])\S+")
+
+
+def _relative(path: Path) -> Path:
+    return path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10)
+    return done.stdout.strip()

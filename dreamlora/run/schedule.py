@@ -1,0 +1,137 @@
+"""What happens at which steps of a run: the callbacks, in their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from dreamlora.callbacks.best import BestCallback
+from dreamlora.callbacks.checkpoint import CheckpointCallback
+from dreamlora.callbacks.evaluate import EvaluateCallback
+from dreamlora.callbacks.final import FinalCallback
+from dreamlora.callbacks.health import HealthCallback
+from dreamlora.callbacks.image_metrics import ImageMetricsCallback, Scenes
+from dreamlora.callbacks.log import LogCallback
+from dreamlora.callbacks.sample import SampleCallback
+from dreamlora.data.cache import LatentStore
+from dreamlora.data.transforms import Preparation
+from dreamlora.eval_loss.evalset import EvalSet, build_eval_set, build_final_set, eval_model_id
+from dreamlora.evaluation.embed import Processes
+from dreamlora.evaluation.embedders import Embedders, EncoderPlace
+from dreamlora.interfaces import Callback
+from dreamlora.run.context import RunContext
+from dreamlora.run.encoding import encode_images
+from dreamlora.run.images import RunImages
+from dreamlora.sampling.grid import MAX_REFERENCES
+from dreamlora.sampling.prompts import names_subject, scored_text, subject_of
+from dreamlora.training.loop import Run
+
+MOST_EVAL_IMAGES = 16
+"""Training images measured on where none is held out; more would cost time in every measurement."""
+
+MOST_COMPARED_IMAGES = 256
+"""Training images that drawn ones are compared with."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Encoded images for the evaluation.
+
+    Attributes:
+        measured: to measure on.
+        learned: images of the training, for the gap; None if it is not measured.
+    """
+
+    measured: LatentStore
+    learned: LatentStore | None
+
+
+def eval_material(context: RunContext, pictures: RunImages, how: Preparation) -> Material:
+    """Encode the images to measure on; and, for the gap between the two, images that are trained on."""
+    training, options = pictures.train[:MOST_EVAL_IMAGES], context.config.eval
+    with_gap = pictures.held_out and options.eval_steps and options.final_eval_items
+    measured = encode_images(context, pictures.held_out or training, how)
+    return Material(measured, encode_images(context, training, how) if with_gap else None)
+
+
+def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Material) -> list[Callback]:
+    """Logging first; the evaluation before all to whom it matters that a step is the last; checkpoints last, as a
+    checkpoint promises that all else of its step is on disk.
+    """
+    config = context.config
+    found: list[Callback] = [LogCallback()]
+    if every := config.eval.eval_steps or config.sample.sample_steps:
+        found.append(HealthCallback(every))
+    metric = "eval/loss" if pictures.held_out else "eval/loss_train"
+    evaluate = None
+    if config.eval.eval_steps:
+        items = _eval_set(context, run, material.measured)
+        evaluate = EvaluateCallback(items, config.eval.eval_steps, metric, config.eval.early_stopping)
+        found.append(evaluate)
+    if config.sample.sample_steps:
+        plan = context.sample_plan(pictures.prompts)
+        found.append(SampleCallback(plan, config.sample.sample_steps, pictures.train[:MAX_REFERENCES]))
+    images = None
+    if config.eval.eval_metrics:
+        *drawing, images = _image_metrics(context, run, pictures)
+        found += [*drawing, images]
+    if evaluate and config.eval.save_best:
+        found.append(BestCallback(evaluate.losses, metric, images))
+    if evaluate and config.eval.final_eval_items:
+        found.append(_final(context, run, material))
+    if config.train.checkpointing_steps:
+        found.append(CheckpointCallback())
+    return found
+
+
+def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[Any]:
+    """What measures drawn images; before it, what draws them, unless the samples are measured."""
+    options, data = context.config.eval, context.config.data
+    every = options.eval_metrics_steps or 0
+    apart = context.config.draws_for_metrics
+    plan, folder = context.sample_plan(pictures.eval_prompts or pictures.prompts), run.folder.samples
+    if apart:
+        count = options.eval_num_images or plan.num_images_per_prompt
+        plan = replace(plan, num_images_per_prompt=count, seed=options.eval_seed)
+        folder = run.folder.eval_images
+    subject = subject_of(data.instance_prompt)
+    scenes = Scenes(
+        folder=folder,
+        plan=plan,
+        texts=[scored_text(item.prompt, subject, data.class_prompt) for item in plan.items()],
+        with_subject=[names_subject(item.prompt, subject) for item in plan.items()],
+        references=pictures.held_out,
+        training=pictures.train[:MOST_COMPARED_IMAGES],
+    )
+    accelerator = context.accelerator
+    processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
+    place = EncoderPlace(accelerator.device, context.cache, context.config.model.cache_dir, processes, progress=False)
+    embedders = Embedders(context.config.encoders, context.config.embedded, place)
+    measuring = ImageMetricsCallback(options.eval_metrics, every, scenes, embedders, context.warn)
+    return [SampleCallback(plan, every, folder=folder), measuring] if apart else [measuring]
+
+
+def _final(context: RunContext, run: Run, material: Material) -> FinalCallback:
+    options = context.config.eval
+    items = build_final_set(
+        _eval_set(context, run, material.measured),
+        material.measured.content_hashes,
+        run.objective,
+        seed=options.eval_seed,
+        n_items=options.final_eval_items,
+    )
+    return FinalCallback(items, _eval_set(context, run, material.learned) if material.learned else None)
+
+
+def _eval_set(context: RunContext, run: Run, images: LatentStore) -> EvalSet:
+    return build_eval_set(
+        torch.stack([images.latents(index, 0)[0] for index in range(len(images))]),
+        images.captions,
+        images.content_hashes,
+        run.objective,
+        seed=context.config.eval.eval_seed,
+        model_id=eval_model_id(context.source, context.config.train.prediction_type),
+    )

@@ -1,1 +1,0 @@
-"""How the embedded weights were made: one file per stage, run by `python -m dreamlora.tiny.pretrain`."""

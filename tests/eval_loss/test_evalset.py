@@ -1,0 +1,121 @@
+"""The evaluation loss: frozen, spread, split and equal to a direct computation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreamlora.eval_loss.evalset import EvalSet, Measured, build_eval_set, build_final_set, evaluate_loss
+
+
+class LinearPath:
+    """x_t = (1 - t) x + t n, target n - x."""
+
+    def spread_times(self, positions):
+        return positions
+
+    def corrupt(self, latents, noise, times):
+        t = times[:, None, None, None]
+        return (1 - t) * latents + t * noise
+
+    def target(self, latents, noise, times):
+        return noise - latents
+
+
+def make_set(images=4, seed=1, names=None):
+    latents = torch.randn(images, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    captions = [f"caption {i}" for i in range(images)]
+    return build_eval_set(
+        latents, captions, names or [f"id{i}" for i in range(images)], LinearPath(), seed=seed, model_id="m"
+    )
+
+
+def conditioning(captions):
+    return {"number": torch.tensor([float(caption.split()[-1]) for caption in captions])}
+
+
+def predict(noisy, times, condition):
+    return 0.5 * noisy + times[:, None, None, None] + condition["number"][:, None, None, None]
+
+
+def losses(items, **more):
+    model = Measured(predict, LinearPath(), conditioning, torch.device("cpu"))
+    return evaluate_loss(model, items, **{"batch_size": 8, **more})
+
+
+def test_every_item_is_the_mean_squared_error_of_its_image_time_and_noise():
+    items = make_set()
+    values = losses(items)
+    for k in (0, 5, 63):
+        i, t = items.image[k], items.times[k]
+        x, n = items.latents[i], items.noise([k])[0]
+        expected = ((0.5 * ((1 - t) * x + t * n) + t + i) - (n - x)).pow(2).mean()
+        assert abs(values[k] - expected.item()) < 1e-6
+
+
+def test_times_cover_the_schedule_evenly_and_differ_from_image_to_image():
+    items = make_set(images=4)
+    assert len(items.times) == 64
+    assert torch.equal(torch.sort(items.position).values, (torch.arange(64) + 0.5) / 64)
+    assert len(make_set(images=1).times) == 64
+    assert len(make_set(images=16).times) == 16 * 8
+
+
+def test_noise_belongs_to_the_item_not_to_the_batch_or_the_other_images():
+    whole, fewer = make_set(4), make_set(2, names=["id0", "id1"])
+    assert torch.equal(whole.noise([0, 1, 2])[2], whole.noise([2])[0])
+    assert torch.equal(whole.noise([0])[0], fewer.noise([0])[0])
+    assert not torch.equal(whole.noise([0])[0], whole.noise([1])[0])
+
+
+def test_batch_size_and_processes_do_not_change_the_values():
+    items = make_set()
+    reference = losses(items)
+    by_one = losses(items, batch_size=1)
+    halves = losses(items, rank=0, world=2) | losses(items, rank=1, world=2)
+    assert sorted(halves) == sorted(reference) == list(range(64))
+    for k in reference:
+        assert abs(by_one[k] - reference[k]) < 1e-5
+        assert abs(halves[k] - reference[k]) < 1e-5
+
+
+def test_the_id_tells_different_sets_apart():
+    assert make_set().id == make_set().id
+    assert make_set().id != make_set(seed=2).id
+    assert make_set().id != make_set(names=["a", "b", "c", "d"]).id
+
+
+def test_measuring_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    losses(make_set())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def make_final(curve, n_items=256, seed=1):
+    names = [f"id{i}" for i in range(len(curve.captions))]
+    return build_final_set(curve, names, LinearPath(), seed=seed, n_items=n_items)
+
+
+@pytest.mark.parametrize(("images", "times"), [(8, 16), (16, 8), (1, 128), (3, 43)])
+def test_the_final_set_has_two_noises_at_every_time_and_at_least_256_items(images, times):
+    curve = make_set(images)
+    final = make_final(curve)
+    assert len(final.times) == images * times * 2 >= 256
+    expected = (torch.arange(images * times) + 0.5) / (images * times)
+    assert torch.allclose(torch.sort(final.position).values, expected.repeat_interleave(2))
+    assert len({*final.noise_keys, *curve.noise_keys}) == len(final.times) + len(curve.times), "no noise twice"
+    pair = final.noise([0, 1])
+    assert final.position[0] == final.position[1] and not torch.equal(pair[0], pair[1])
+    assert final.id != curve.id and make_final(curve).id == final.id != make_final(curve, seed=2).id
+
+
+def test_a_small_final_set_still_covers_the_schedule():
+    assert len(make_final(make_set(4), n_items=10).times) == 4 * 8 * 2
+
+
+def test_a_stored_set_gives_the_same_losses(tmp_path: Path):
+    for items in (make_set(), make_final(make_set())):
+        items.save(tmp_path / "set.json")
+        again = EvalSet.load(tmp_path / "set.json")
+        assert (again.id, again.captions, again.model_id) == (items.id, items.captions, "m")
+        assert losses(again) == losses(items)

@@ -1,0 +1,306 @@
+"""Where models come from: ids that change with the content, and words for everything that can be missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+
+from dreamlora.config import Model, Train
+from dreamlora.errors import UserError
+from dreamlora.families import _parts, flux, sd
+from dreamlora.interfaces import ModelSource
+from dreamlora.models import fingerprint, loading
+from tests import tinymodels
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(sd_folder, tmp_path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(sd_folder, tmp_path / "model"))
+
+
+def source(path: Path | str, **options) -> ModelSource:
+    return loading.resolve_source(Model(pretrained_model_name_or_path=str(path), **options))
+
+
+def test_id_follows_the_content_not_the_place_or_time(folder, sd_folder, tmp_path):
+    before = source(folder).model_id
+    copied = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "model"))
+    (copied / WEIGHTS).touch()
+    assert source(copied).model_id == before
+    assert before.startswith("model@")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["conv_in.bias"][0] += 1e-3
+    save_file(tensors, folder / WEIGHTS)
+    assert source(folder).model_id != before
+    assert source(sd_folder, variant="fp16").model_id != source(sd_folder).model_id
+
+
+def test_sample_of_a_long_file_sees_its_start_middle_and_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "WHOLE", 2**19)
+    file = tmp_path / "weights.safetensors"
+    content = bytearray(2**21)
+    file.write_bytes(content)
+    seen = {fingerprint.fingerprint(tmp_path)}
+    middle = 64 * (len(content) - fingerprint.BLOCK) // (fingerprint.BLOCKS - 1)
+    for place in (0, middle, len(content) - 1):
+        changed = content.copy()
+        changed[place] = 1
+        file.write_bytes(changed)
+        seen.add(fingerprint.fingerprint(tmp_path))
+    file.write_bytes(content + b"\0")
+    seen.add(fingerprint.fingerprint(tmp_path))
+    assert len(seen) == 5
+
+
+def test_other_autoencoder(sd_folder, tmp_path):
+    other = tinymodels.save_sd(tmp_path / "other")
+    config = json.loads((other / "vae/config.json").read_text())
+    (other / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}))
+    ids = {source(sd_folder).model_id}
+    for path in (other, other / "vae"):
+        given = source(sd_folder, pretrained_vae_model_name_or_path=str(path))
+        vae = sd.load(given, "vae", torch.float32)
+        assert vae["vae"].config.scaling_factor == 2.0
+        assert sd.resolution(given) == 16
+        ids.add(given.model_id)
+    assert len(ids) == 3
+
+
+def test_embedded_model(sd_folder, monkeypatch):
+    monkeypatch.setattr(loading, "_embedded", lambda: str(sd_folder))
+    found = loading.resolve_source(Model())
+    assert found.path == str(sd_folder)
+
+
+def test_pickles_are_refused_unless_allowed(folder):
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"unet: the weights of 'unet' are expected as \*\.safetensors.*incomplete"):
+        sd.load(source(folder), "denoiser", torch.float32)
+    torch.save(tensors, folder / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickled weights \(diffusion_pytorch_model\.bin\).*--allow_pickle"):
+        sd.load(source(folder), "denoiser", torch.float32)
+    unet = sd.load(source(folder, allow_pickle=True), "denoiser", torch.float32)["unet"]
+    assert torch.equal(unet.conv_in.bias, tensors["conv_in.bias"])
+
+
+def test_pickles_of_the_hub_are_refused_too(folder, monkeypatch):
+    """There no folder can be looked through beforehand: the library itself must be told."""
+    monkeypatch.setattr(loading, "refuse_pickles", lambda *_: None)
+    torch.save(load_file(folder / WEIGHTS), folder / "unet/diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"cannot load 'unet'.*--allow_pickle"):
+        sd.load(source(folder), "denoiser", torch.float32)
+
+
+def test_incomplete_folder(folder):
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(UserError, match="incomplete: no folder 'vae'"):
+        sd.load(source(folder), "vae", torch.float32)
+
+
+def test_damaged_weights(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cannot load 'unet' of folder .*expected a UNet2DConditionModel"):
+        sd.load(source(folder), "denoiser", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("role", "file", "gone"),
+    [("denoiser", WEIGHTS, "conv_out"), ("text", "text_encoder/model.safetensors", "final_layer_norm")],
+)
+def test_missing_tensors_are_not_filled_with_random_numbers(folder, role, file, gone):
+    tensors = {key: value for key, value in load_file(folder / file).items() if gone not in key}
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lack 2 tensors, .*{gone}"):
+        sd.load(source(folder), role, torch.float32)
+
+
+def test_weights_of_another_shape(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["conv_in.bias"] = torch.zeros(3)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="cannot load 'unet'"):
+        sd.load(source(folder), "denoiser", torch.float32)
+
+
+def test_missing_variant(folder):
+    with pytest.raises(UserError, match=r"UNet2DConditionModel \(variant fp16\)"):
+        sd.load(source(folder, variant="fp16"), "denoiser", torch.float32)
+
+
+def test_old_attention_names_of_autoencoders_still_load(folder):
+    """Stable Diffusion 1.5's own autoencoder has them."""
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    renamed = {}
+    for key, value in tensors.items():
+        for new, name in old.items():
+            key = key.replace(f"attentions.0.{new}.", f"attentions.0.{name}.")
+        renamed[key] = value
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, file, metadata={"format": "pt"})
+    vae = sd.load(source(folder), "vae", torch.float32)["vae"]
+    assert torch.equal(
+        vae.encoder.mid_block.attentions[0].to_q.weight, tensors["encoder.mid_block.attentions.0.to_q.weight"]
+    )
+
+
+def test_class_of_an_unknown_library_is_not_imported(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["this", "UNet"]}))
+    with pytest.raises(UserError, match="needs the class UNet of this"):
+        sd.load(source(folder), "denoiser", torch.float32)
+    assert "this" not in sys.modules
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
+    with pytest.raises(UserError, match="has no 'unet'"):
+        sd.load(source(folder), "denoiser", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("{}", "does not name a pipeline"),
+        ('{"_class_name": "WanPipeline"}', "is a WanPipeline"),
+    ],
+)
+def test_unusable_index(folder, content, words):
+    (folder / "model_index.json").write_text(content)
+    with pytest.raises(UserError, match=words) as error:
+        loading.family_of(source(folder))
+    if "Wan" in words:
+        assert "sd: StableDiffusionPipeline" in str(error.value)
+        assert "flux: FluxPipeline" in str(error.value)
+
+
+def test_not_a_pipeline_folder(tmp_path):
+    with pytest.raises(UserError, match=r"no model_index\.json"):
+        source(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"single file.*from_single_file"):
+        source(tmp_path / "model.safetensors")
+    for path in (tmp_path / "missing", "./missing", "a/b/c"):
+        with pytest.raises(UserError, match="no such folder"):
+            source(path)
+
+
+def hub_error(kind: type[Exception], status: int) -> Exception:
+    return kind("said no", response=SimpleNamespace(headers={}, request=None, status_code=status))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            lambda: hub_error(errors.GatedRepoError, 403),
+            "is gated: accept its terms at https://huggingface.co/owner/name",
+        ),
+        (
+            lambda: hub_error(errors.RepositoryNotFoundError, 404),
+            "no folder owner/name and no such public hub repository",
+        ),
+        (lambda: hub_error(errors.RevisionNotFoundError, 404), "no revision 'v9'"),
+        (lambda: hub_error(errors.RemoteEntryNotFoundError, 404), r"has no model_index\.json"),
+        (lambda: errors.LocalEntryNotFoundError("x"), "the hub cannot be reached"),
+        (lambda: errors.HFValidationError("x"), "it is not a hub name"),
+        (lambda: hub_error(errors.HfHubHTTPError, 500), "did not deliver"),
+        (lambda: ConnectionError("no route"), "did not deliver.*no route"),
+    ],
+)
+def test_hub_errors(monkeypatch, error, words):
+    def fail(*_args, **_options):
+        raise error()
+
+    monkeypatch.setattr(loading, "hf_hub_download", fail)
+    with pytest.raises(UserError, match=words):
+        source("owner/name", revision="v9")
+
+
+def test_offline(tmp_path):
+    """The tests run with HF_HUB_OFFLINE: the library's own error, not a made-up one."""
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        source("owner/name", cache_dir=tmp_path)
+
+
+def test_hub_id_holds_the_commit(sd_folder, tmp_path, monkeypatch):
+    snapshot = shutil.copytree(sd_folder, tmp_path / "models--owner--name" / "snapshots" / "c0ffee")
+    monkeypatch.setattr(loading, "hf_hub_download", lambda _, name, **_options: str(snapshot / name))
+    found = source("owner/name", pretrained_vae_model_name_or_path="owner/vae")
+    assert found.model_id == "owner/name@c0ffee+vae:owner/vae@c0ffee"
+
+
+def test_v_prediction_model(tmp_path):
+    folder = tinymodels.save_sd(tmp_path / "v", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    scheduler = sd.load(source(folder), "scheduler", None)["scheduler"]
+    objective = sd.objective(scheduler, Train(snr_gamma=5.0))
+    assert objective.prediction_type == "v_prediction"
+    assert objective.snr_gamma == 5.0
+    assert objective.alphas_cumprod[-1] == 0
+    torch.testing.assert_close(objective.alphas_cumprod, scheduler.alphas_cumprod)
+    assert sd.objective(scheduler, Train(prediction_type="epsilon")).prediction_type == "epsilon"
+
+
+def test_flux_objective_takes_the_schedulers_sigmas_and_refuses_diffusions_options(flux_folder):
+    scheduler = flux.load(source(flux_folder), "scheduler", None)["scheduler"]
+    objective = flux.objective(
+        scheduler, Train(weighting_scheme="logit_normal", logit_mean=0.3, logit_std=0.6, mode_scale=1.0)
+    )
+    assert torch.equal(objective.sigmas, torch.arange(1000, 0, -1) / 1000)
+    assert (objective.weighting_scheme, objective.mode_scale) == ("logit_normal", 1.0)
+    assert (objective.logit_mean, objective.logit_std) == (0.3, 0.6)
+    with pytest.raises(UserError, match="--snr_gamma is for diffusion models"):
+        flux.objective(scheduler, Train(snr_gamma=5.0))
+
+
+def test_prompt_length_limits(sd_folder, flux_folder):
+    text = sd.load(source(sd_folder), "text", torch.float32)
+    with pytest.raises(UserError, match="--tokenizer_max_length must be at most 16"):
+        sd.tokenize(text, ["cat"], 17)
+    assert sd.tokenize(text, ["cat"], 7)["input_ids"].shape == (1, 7)
+    text = flux.load(source(flux_folder), "text", torch.float32)
+    with pytest.raises(UserError, match="--max_sequence_length must be at most 512"):
+        flux.tokenize(text, ["cat"], 513)
+    assert flux.tokenize(text, ["cat"], 40)["input_ids_2"].shape == (1, 40)
+
+
+def test_flux_with_and_without_guidance_embedding(flux_folder, tmp_path):
+    noisy, times = torch.randn(1, 4, 4, 6), torch.tensor([0.4])
+    conditioning = {"prompt_embeds": torch.randn(1, 5, 24), "pooled_prompt_embeds": torch.randn(1, 16)}
+    plain = tinymodels.save_flux(tmp_path / "schnell", guidance_embeds=False)
+    differs = []
+    for folder in (flux_folder, plain):
+        transformer = flux.load(source(folder), "denoiser", torch.float32)["transformer"]
+        low, high = (flux.predict(transformer, noisy, times, conditioning, g) for g in (1.0, 5.0))
+        differs.append(not torch.equal(low, high))
+        assert low.shape == noisy.shape
+    assert differs == [True, False]
+    with pytest.raises(UserError, match="multiples of 16 pixels"):
+        flux.predict(transformer, torch.randn(1, 4, 3, 4), times, conditioning, 1.0)
+
+
+def test_autoencoder_without_posterior():
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    pixels = torch.rand(1, 3, 8, 8)
+    latents = _parts.encode_images(vae, pixels)
+    torch.testing.assert_close(latents.mean, vae.encode(pixels).latents)
+    assert not latents.std.any()

@@ -1,0 +1,1 @@
+"""How the embedded weights were made: one file per stage, run by `python tools/pretrain.py`."""
