@@ -25,13 +25,13 @@ from diffusers.optimization import get_scheduler
 
 from dreamlora.cli.parse import parse_run
 from dreamlora.errors import UserError
+from dreamlora.metric_names import EVAL_LOSS
 from dreamlora.run import assemble
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
 from dreamlora.training.loop import Run
 
 TARGET = 0.9
-METRIC = "eval/loss"
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
@@ -40,7 +40,7 @@ def losses(folder: RunFolder) -> dict[int, float]:
     Raises:
         UserError: no image was held out, so there is none.
     """
-    rows = [row for row in folder.metrics() if row["name"] == METRIC]
+    rows = [row for row in folder.metrics() if row["name"] == EVAL_LOSS]
     if not rows:
         raise UserError("no image was held out: give more images, or --holdout")
     return {row["step"]: math.inf if row["value"] is None else row["value"] for row in rows}

@@ -144,6 +144,7 @@ def work(task: Task) -> dict[str, Any]:
 
     from dreamlora.cli.parse import parse_run
     from dreamlora.errors import UserError
+    from dreamlora.metric_names import EVAL_LOSS
     from dreamlora.run import assemble
     from dreamlora.training import loop
 
@@ -153,9 +154,9 @@ def work(task: Task) -> dict[str, Any]:
         try:
             loop.train(run)
         except UserError:
-            if not any(row["name"] == "eval/loss" for row in run.folder.metrics()):
+            if not any(row["name"] == EVAL_LOSS for row in run.folder.metrics()):
                 raise
-        values = {row["step"]: row["value"] for row in run.folder.metrics() if row["name"] == "eval/loss"}
+        values = {row["step"]: row["value"] for row in run.folder.metrics() if row["name"] == EVAL_LOSS}
         run.folder.release()
     last = values.get(task.steps)
     return {"key": task.key, **asdict(task), "base": values[0], "final": math.inf if last is None else last}

@@ -14,11 +14,9 @@ from dreamlora.callbacks.evaluate import measure
 from dreamlora.eval_loss.evalset import EvalSet
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.interfaces import StepResult
+from dreamlora.metric_names import FINAL_LOSS, GAP, relative
 from dreamlora.training import state
 from dreamlora.training.loop import Run
-
-NAME = "eval/final_loss"
-GAP = "eval/gap"
 
 
 class FinalCallback:
@@ -64,11 +62,11 @@ class FinalCallback:
             return
         self._losses.put(step, measured)
         self._losses.save(run.folder.final_items_file)
-        values = {NAME: self._losses.mean(step)}
+        values = {FINAL_LOSS: self._losses.mean(step)}
         if 0 in self._losses:
-            values[f"{NAME}_rel"] = float((self._losses.rows[step] / self._losses.rows[0]).mean())
+            values[relative(FINAL_LOSS)] = float((self._losses.rows[step] / self._losses.rows[0]).mean())
         if learned:
-            values[GAP] = values[NAME] - sum(learned) / len(learned)
+            values[GAP] = values[FINAL_LOSS] - sum(learned) / len(learned)
         more = {"at_end": True} if step else {}  # a resumed run measures these again
         run.folder.log_all(step, values, n=len(measured), evalset_id=self._items.id, **more)
         run.accelerator.log(values, step=step)

@@ -6,6 +6,7 @@ from typing import Any
 
 from dreamlora.interfaces import StepResult
 from dreamlora.lora.health import Layer, layers_of, measure, update_rms
+from dreamlora.metric_names import BALANCE, DW_NORM, STABLE_RANK, UPDATE_RMS, of_part
 from dreamlora.training.loop import Run
 
 
@@ -50,10 +51,10 @@ class HealthCallback:
     def _log(self, run: Run, layers: list[Layer]) -> None:
         values: dict[str, float | None] = {}
         for group, health in measure(layers).items():
-            end = f"/{group}" if group else ""
-            values |= {f"lora/{name}{end}": value for name, value in vars(health).items()}
+            measured = {DW_NORM: health.dw_norm, STABLE_RANK: health.stable_rank, BALANCE: health.balance}
+            values |= {of_part(name, group): value for name, value in measured.items()}
         for group, rms in (update_rms(self._before, layers) if self._before else {}).items():
-            values[f"opt/update_rms/{group}" if group else "opt/update_rms"] = rms
+            values[of_part(UPDATE_RMS, group)] = rms
         known = {name: value for name, value in values.items() if value is not None}
         run.folder.log_all(run.step, known)
         run.accelerator.log(known, step=run.step)

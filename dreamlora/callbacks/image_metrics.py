@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,14 @@ from dreamlora.eval_loss.selection import told
 from dreamlora.evaluation.embedders import Embedders
 from dreamlora.evaluation.measure import MeasuredImages, Value, measure
 from dreamlora.interfaces import StepResult
+from dreamlora.metric_names import is_image_metric
+from dreamlora.metrics import clip_score, dino
 from dreamlora.metrics._vectors import paired_cosines
 from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.sampler import SamplePlan
 from dreamlora.training.loop import Run
 
-CLIP_SCORE = "img/clip_t"
-CLIP_CHANGE = "img/clip_t_change"
-SUBJECT = "img/dino"
+CLIP_CHANGE = f"{clip_score.NAME}_change"
 LARGEST_DROP = 0.02
 """By so much CLIP-T may fall below the base model's before a checkpoint is refused."""
 CLEAR = 2.0
@@ -131,17 +132,19 @@ class ImageMetricsCallback:
     def compromise(self) -> dict[str, Any] | None:
         """The step with the highest DINO x CLIP-T, the usual compromise of subject and prompt; None if not measured."""
         both = {
-            step: values for step, values in self._values.items() if step and {CLIP_SCORE, SUBJECT} <= values.keys()
+            step: (values[dino.NAME], values[clip_score.NAME])
+            for step, values in self._values.items()
+            if step and {clip_score.NAME, dino.NAME} <= values.keys()
         }
         if not both:
             return None
-        step = max(both, key=lambda one: both[one][SUBJECT] * both[one][CLIP_SCORE])
-        product = both[step][SUBJECT] * both[step][CLIP_SCORE]
-        return {"step": step, CLIP_SCORE: both[step][CLIP_SCORE], SUBJECT: both[step][SUBJECT], "product": product}
+        step = max(both, key=lambda one: math.prod(both[one]))
+        likeness, faithfulness = both[step]
+        return {"step": step, clip_score.NAME: faithfulness, dino.NAME: likeness, "product": math.prod(both[step])}
 
     def _take_up(self, run: Run) -> None:
         for row in run.folder.metrics():
-            if row["name"].startswith("img/") and row["value"] is not None:
+            if is_image_metric(row["name"]) and row["value"] is not None:
                 self._values.setdefault(row["step"], {})[row["name"]] = row["value"]
             if row["name"] == CLIP_CHANGE:
                 self._changes[row["step"]] = Difference(row["value"], row["se"], row["n"])
@@ -164,7 +167,7 @@ class ImageMetricsCallback:
     def _measure(self, run: Run, *, with_base: bool) -> None:
         try:
             found = measure(self._names, self._scenes.gallery(run.step, with_base=with_base), self._embedders)
-            scored = any(value.name == CLIP_SCORE for value in found.values)
+            scored = any(value.name == clip_score.NAME for value in found.values)
             change = self._change(run.step) if run.step and scored and with_base else None
         except UserError as error:  # every process has it; the training does not depend on these numbers
             self._say([f"no image metrics: {error}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tqdm.auto import tqdm
 
 from dreamlora.interfaces import StepResult
+from dreamlora.metric_names import GRAD_NORM, LEARNING_RATE, STEPS_PER_SECOND, TRAIN_LOSS
 from dreamlora.training.loop import Run
 
 
@@ -25,12 +26,12 @@ class LogCallback:
         if not run.accelerator.is_main_process or self._bar is None:
             return
         values = {
-            "train/loss": result.loss,
-            "train/learning_rate": result.learning_rate,
-            "train/steps_per_s": 1 / result.seconds,
+            TRAIN_LOSS: result.loss,
+            LEARNING_RATE: result.learning_rate,
+            STEPS_PER_SECOND: 1 / result.seconds,
         }
         if result.grad_norm is not None:
-            values["train/grad_norm"] = result.grad_norm
+            values[GRAD_NORM] = result.grad_norm
         values |= self._counted(run)
         run.folder.log_all(result.step, values)
         run.accelerator.log(values, step=result.step)

@@ -18,6 +18,7 @@ from dreamlora.compare.records import Record, model_of, read_record, subject_of
 from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
 from dreamlora.errors import UserError
+from dreamlora.metric_names import EVAL_LOSS
 from dreamlora.runfolder import write_atomically
 
 COMPARE_FILE = "compare.json"
@@ -92,7 +93,7 @@ def _comparison(
     one = records[0]
     methods = [numbers.method(one, against) for one in groups]
     found = [(method["delta"]["sentence"], method["delta"]["word"]) for method in methods if method["delta"]]
-    held_out = one.metric == "eval/loss"
+    held_out = one.metric == EVAL_LOSS
     task = _task(records, against.judge)
     headline = {record.id for one in groups for record in one.headline.values()}
     return Comparison(

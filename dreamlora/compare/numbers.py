@@ -33,6 +33,7 @@ from dreamlora.compare.schema import (
     ToTarget,
 )
 from dreamlora.compare.verdict import delta_sentence
+from dreamlora.metric_names import UPDATE_RMS
 from dreamlora.runfolder import read_jsonl
 
 TOLERANCES = (0.02, 0.05, 0.10, 0.25)
@@ -249,7 +250,7 @@ def _rate_point(rate: Rates, added: bool) -> RatePoint:
         n_runs=len(rate.records),
         added=added,
         dw_norm=spread(record.dw_norm for record in sound),
-        update_rms=spread(record.scalars.get("opt/update_rms", math.nan) for record in sound),
+        update_rms=spread(record.scalars.get(UPDATE_RMS, math.nan) for record in sound),
         runs=[record.id for record in rate.records],
     )
 

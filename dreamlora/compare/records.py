@@ -19,9 +19,9 @@ from dreamlora.compare.stats import log_auc, steps_to_target
 from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
+from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, is_image_metric
 from dreamlora.runfolder import RunFolder, read_jsonl
 
-METRICS = ("eval/loss", "eval/loss_train")
 OCTILES = 8
 
 
@@ -43,7 +43,7 @@ class Record:
         id: how the run is named in compare.json.
         config: its config.yaml.
         method: the method's label if the comparison program made the run, else None.
-        metric: which of ``METRICS`` it logged; empty if none.
+        metric: which of ``EVAL_LOSSES`` it logged; empty if none.
         steps, losses: the evaluation's curve; a loss that was not finite is NaN.
         seconds: of training at each of ``steps``, without evaluations and samples.
         octiles: mean loss of the last evaluation in each eighth of the timesteps.
@@ -132,8 +132,8 @@ class Record:
     @cached_property
     def dw_norm(self) -> float:
         """Frobenius norm of all weight changes together: as logged (lora/dw_norm), else from the saved LoRA."""
-        if "lora/dw_norm" in self.scalars:
-            return self.scalars["lora/dw_norm"]
+        if DW_NORM in self.scalars:
+            return self.scalars[DW_NORM]
         scale = float(self.config.get("lora_alpha") or 0) / float(self.config.get("rank") or 1)
         return lora_norm(self.folder.lora_file, scale) if self.folder.lora_file.exists() and scale else math.nan
 
@@ -157,7 +157,7 @@ def read_record(path: Path, name: str) -> Record:
         raise UserError(f"cannot read {folder.config_file}: {error}") from None
     outcome, summary = read_json(folder.outcome_file), read_json(folder.summary_file)
     values, more = _metrics(folder)
-    metric = next((candidate for candidate in METRICS if candidate in values), "")
+    metric = next((candidate for candidate in EVAL_LOSSES if candidate in values), "")
     curve = values.get(metric, {})
     ended: Status = outcome.get("status") or ("finished" if summary else "unfinished")
     if ended == "finished" and 0 not in curve:
@@ -179,12 +179,12 @@ def read_record(path: Path, name: str) -> Record:
         evalset_id=str(more.get(metric, [{}])[0].get("evalset_id", "")),
         steps=steps,
         losses=tuple(curve[step] for step in steps),
-        seconds=_seconds(values.get("train/steps_per_s", {}), steps),
+        seconds=_seconds(values.get(STEPS_PER_SECOND, {}), steps),
         octiles=items.octiles,
         eval_images=items.images,
         eval_items=items.count,
         at_end=_at_end(folder, steps),
-        images={name: _image_values(rows) for name, rows in more.items() if name.startswith("img/")},
+        images={name: _image_values(rows) for name, rows in more.items() if is_image_metric(name)},
         scalars={name: points[max(points)] for name, points in values.items() if points},
     )
 
@@ -237,7 +237,7 @@ def _metrics(folder: RunFolder) -> tuple[dict[str, dict[int, float]], dict[str, 
     for row in read_jsonl(folder.metrics_file):
         value = math.nan if row.get("value") is None else float(row["value"])
         values.setdefault(row["name"], {})[int(row["step"])] = value
-        if row["name"] in METRICS or row["name"].startswith("img/"):
+        if row["name"] in EVAL_LOSSES or is_image_metric(row["name"]):
             rows.setdefault(row["name"], []).append(row)
     return values, rows
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dreamlora.metric_names import of_time_bin, relative
 from dreamlora.runfolder import replacing
 
 TIME_BINS = 8
@@ -119,8 +120,8 @@ def values_of(losses: ItemLosses, step: int, name: str) -> dict[str, float]:
     row = losses.rows[step].astype(np.float64)
     values = {name: float(row.mean())}
     if 0 in losses:
-        values[f"{name}_rel"] = float((row / losses.rows[0]).mean())
+        values[relative(name)] = float((row / losses.rows[0]).mean())
     bins = np.minimum((losses.position * TIME_BINS).astype(int), TIME_BINS - 1)
     for number in np.unique(bins):
-        values[f"{name}_t/{number}"] = float(row[bins == number].mean())
+        values[of_time_bin(name, number)] = float(row[bins == number].mean())
     return values

@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dreamlora.metric_names import (
+    DW_NORM,
+    EVAL_LOSS,
+    EVAL_LOSS_TRAIN,
+    GRAD_NORM,
+    LEARNING_RATE,
+    TRAIN_LOSS,
+    UPDATE_RMS,
+    short,
+)
 from dreamlora.report import words
 from dreamlora.report.facts import (
-    CHANGE_NORM,
-    HELD_OUT_LOSS,
-    LEARNING_RATE,
-    TRAINING_IMAGES_LOSS,
-    UPDATE_RMS,
     Curve,
     ImageMetricCurve,
     RunFacts,
@@ -36,7 +41,7 @@ def evaluation_chart(facts: RunFacts) -> str:
     evaluation = facts.evaluation
     if evaluation is None:
         return ""
-    curve = facts.curve(HELD_OUT_LOSS if evaluation.held_out else TRAINING_IMAGES_LOSS)
+    curve = facts.curve(EVAL_LOSS if evaluation.held_out else EVAL_LOSS_TRAIN)
     images = "held-out" if evaluation.held_out else "training"
     values = dict(zip(curve.steps, curve.values, strict=True))
     best_step = facts.selection.get("step")
@@ -71,7 +76,7 @@ def evaluation_chart(facts: RunFacts) -> str:
 
 def training_chart(facts: RunFacts) -> str:
     """The training loss, faint, and its running mean. Empty if none was logged."""
-    curve = facts.curve("train/loss")
+    curve = facts.curve(TRAIN_LOSS)
     if not curve:
         return ""
 
@@ -89,7 +94,7 @@ def training_chart(facts: RunFacts) -> str:
 
 def rate_chart(facts: RunFacts) -> str:
     """Learning rate and, on an axis of its own, the gradient norm. Empty if neither was logged."""
-    rate, norm = facts.curve(LEARNING_RATE) or facts.curve("train/lr"), facts.curve("train/grad_norm")
+    rate, norm = facts.curve(LEARNING_RATE), facts.curve(GRAD_NORM)
     if not rate and not norm:
         return ""
 
@@ -113,7 +118,7 @@ def rate_chart(facts: RunFacts) -> str:
 def change_chart(facts: RunFacts) -> str:
     """``‖ΔW‖`` by layer group. Empty if it was not logged."""
     label = "Norm of the change of the weights by step and layer group"
-    return _groups_chart("change", label, facts.groups(CHANGE_NORM), "‖ΔW‖", log=False)
+    return _groups_chart("change", label, facts.groups(DW_NORM), "‖ΔW‖", log=False)
 
 
 def update_chart(facts: RunFacts) -> str:
@@ -155,7 +160,7 @@ def image_charts(facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def _image_chart(metric: ImageMetricCurve, best_step: int | None) -> str:
-    curve, name = metric.curve, metric.name.removeprefix("img/")
+    curve, name = metric.curve, short(metric.name)
 
     def draw(axes: Axes) -> None:
         if curve.steps[0] == 0:

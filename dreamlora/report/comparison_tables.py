@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dreamlora.metric_names import short
 from dreamlora.report.comparison import (
     NONE,
     ComparisonFile,
@@ -237,7 +238,7 @@ def images(comparison: ComparisonFile) -> Table | None:
             for key in columns
         ]
         rows.append((_name(comparison, method), *cells))
-    heads = [Head(f"{name.removeprefix('img/')}, {'last' if at == 'final' else 'best'} step") for name, at in columns]
+    heads = [Head(f"{short(name)}, {'last' if at == 'final' else 'best'} step") for name, at in columns]
     made = {(found["encoder_id"] or "no encoder", found["images"]) for found in columns.values()}
     by = "; ".join(sorted(f"{encoder}" + (f", {count} images" if count else "") for encoder, count in made))
     caption = f"Image metrics over the seeds [95\u00a0%], by {by}. They describe; the verdict is by the loss."

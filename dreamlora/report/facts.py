@@ -17,17 +17,8 @@ from dreamlora.config import EMBEDDED_MODEL, as_flat_dict
 from dreamlora.config.programs import program_of
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
+from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND
 from dreamlora.runfolder import RunFolder, read_jsonl
-
-HELD_OUT_LOSS = "eval/loss"
-TRAINING_IMAGES_LOSS = "eval/loss_train"
-FINAL_LOSS = "eval/final_loss"
-GAP = "eval/gap"
-LEARNING_RATE = "train/learning_rate"
-CHANGE_NORM = "lora/dw_norm"
-STABLE_RANK = "lora/stable_rank"
-BALANCE = "lora/balance"
-UPDATE_RMS = "opt/update_rms"
 
 _SECRETS = re.compile(r"(--?hub[_-]token[= ]+)('[^']*'|\S+)")
 _LINE = 90
@@ -131,14 +122,14 @@ class RunFacts:
     @cached_property
     def evaluation(self) -> LossCourse | None:
         """The held-out loss, or the loss on training images where none were held out."""
-        name = HELD_OUT_LOSS if self.curve(HELD_OUT_LOSS) else TRAINING_IMAGES_LOSS
+        name = EVAL_LOSS if self.curve(EVAL_LOSS) else EVAL_LOSS_TRAIN
         curve = self.curve(name)
         if not curve:
             return None
         base = curve.values[0] if curve.steps[0] == 0 else None
         best = int(np.argmin(curve.values))
         final, step = curve.values[-1], curve.steps[-1]
-        return LossCourse(name == HELD_OUT_LOSS, base, final, step, curve.values[best], curve.steps[best])
+        return LossCourse(name == EVAL_LOSS, base, final, step, curve.values[best], curve.steps[best])
 
     @cached_property
     def selection(self) -> dict[str, Any]:
@@ -223,7 +214,7 @@ class RunFacts:
     @property
     def speed(self) -> float | None:
         """Median optimizer steps per second."""
-        curve = self.curve("train/steps_per_s")
+        curve = self.curve(STEPS_PER_SECOND)
         return float(np.median(curve.values)) if curve else None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dreamlora.eval_loss.selection import told
-from dreamlora.report.facts import BALANCE, CHANGE_NORM, FINAL_LOSS, GAP, STABLE_RANK, RunFacts
+from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, short
+from dreamlora.report.facts import RunFacts
 
 IMAGE_METRICS = {
     "img/clip_t": "CLIP-T: does the image show its prompt? Higher is better",
@@ -95,7 +96,7 @@ def image_table(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
         first, last = metric.curve.values[0], metric.curve.values[-1]
         base = signed(first) if metric.curve.steps[0] == 0 else "–"
         count = str(metric.n) if metric.n_other is None else f"{metric.n} and {metric.n_other}"
-        rows.append((metric.name.removeprefix("img/"), base, signed(last), count, metric.encoder_id))
+        rows.append((short(metric.name), base, signed(last), count, metric.encoder_id))
     return rows
 
 
@@ -127,11 +128,11 @@ def parity(facts: RunFacts) -> tuple[str, str]:
 
 def health(facts: RunFacts) -> str | None:
     """What became of the LoRA's factors, in two or three sentences; None if it was not logged."""
-    change, rank, balance = (facts.curve(name) for name in (CHANGE_NORM, STABLE_RANK, BALANCE))
+    change, rank, balance = (facts.curve(name) for name in (DW_NORM, STABLE_RANK, BALANCE))
     if not change:
         return None
     text = f"The LoRA has moved the weights by ‖ΔW‖ = {change.values[-1]:.3g}"
-    shares = {name: curve.values[-1] ** 2 for name, curve in facts.groups(CHANGE_NORM).items() if name}
+    shares = {name: curve.values[-1] ** 2 for name, curve in facts.groups(DW_NORM).items() if name}
     whole = sum(shares.values())
     if whole > 0:
         most = max(shares, key=lambda name: shares[name])

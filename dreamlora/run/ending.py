@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dreamlora.errors import UserError
+from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
 from dreamlora.run import provenance
@@ -17,7 +18,7 @@ from dreamlora.runfolder import RunFolder, read_jsonl, write_atomically
 from dreamlora.training import parity, state
 from dreamlora.training.loop import Run
 
-FINAL_METRICS = ("eval/final_loss", "eval/final_loss_rel", "eval/gap")
+FINAL_METRICS = (FINAL_LOSS, relative(FINAL_LOSS), GAP)
 
 
 def finish(context: RunContext, run: Run) -> None:
@@ -65,7 +66,7 @@ def _peak_memory(device: torch.device) -> float | None:
 
 
 def _eval_rows(folder: RunFolder) -> dict[str, Any]:
-    rows = [row for row in folder.metrics() if row["name"] in ("eval/loss", "eval/loss_train")]
+    rows = [row for row in folder.metrics() if row["name"] in EVAL_LOSSES]
     if not rows:
         return {}
     best = min(rows, key=lambda row: row["value"])

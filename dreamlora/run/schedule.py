@@ -22,6 +22,7 @@ from dreamlora.eval_loss.evalset import EvalSet, build_eval_set, build_final_set
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.interfaces import Callback
+from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import encode_images
 from dreamlora.run.images import RunImages
@@ -65,7 +66,7 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
     found: list[Callback] = [LogCallback()]
     if every := config.eval.eval_steps or config.sample.sample_steps:
         found.append(HealthCallback(every))
-    metric = "eval/loss" if pictures.held_out else "eval/loss_train"
+    metric = EVAL_LOSS if pictures.held_out else EVAL_LOSS_TRAIN
     evaluate = None
     if config.eval.eval_steps:
         items = _eval_set(context, run, material.measured)

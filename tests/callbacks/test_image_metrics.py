@@ -12,8 +12,9 @@ from accelerate import PartialState
 from PIL import Image
 
 from dreamlora.callbacks import image_metrics
-from dreamlora.callbacks.image_metrics import CLIP_CHANGE, CLIP_SCORE, SUBJECT, ImageMetricsCallback, Scenes
+from dreamlora.callbacks.image_metrics import CLIP_CHANGE, ImageMetricsCallback, Scenes
 from dreamlora.evaluation.measure import Measurement, Value
+from dreamlora.metrics import clip_score, dino
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.sampler import SamplePlan
 
@@ -51,13 +52,13 @@ def test_the_last_measurement_counts(tmp_path: Path) -> None:
 
 def test_the_compromise_is_the_highest_product_of_trained_steps(tmp_path: Path) -> None:
     rows = {
-        0: {SUBJECT: 0.9, CLIP_SCORE: 0.9},
-        50: {SUBJECT: 0.5, CLIP_SCORE: 0.3},
-        100: {SUBJECT: 0.6, CLIP_SCORE: 0.2},
+        0: {dino.NAME: 0.9, clip_score.NAME: 0.9},
+        50: {dino.NAME: 0.5, clip_score.NAME: 0.3},
+        100: {dino.NAME: 0.6, clip_score.NAME: 0.2},
     }
     found = knowing(RunFolder(tmp_path), rows).compromise()
     assert found is not None and (found["step"], found["product"]) == (50, pytest.approx(0.15))
-    assert knowing(RunFolder(tmp_path / "other"), {50: {CLIP_SCORE: 0.3}}).compromise() is None
+    assert knowing(RunFolder(tmp_path / "other"), {50: {clip_score.NAME: 0.3}}).compromise() is None
 
 
 def test_images_that_are_not_finite_are_not_measured(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_a_broken_base_image_is_no_base(tmp_path: Path, monkeypatch: pytest.Monk
         for item in PLAN.items():
             Image.new("RGB", (8, 8)).save(folder / f"{item.name}.png")
     galleries: list[Any] = []
-    value = Value(CLIP_SCORE, 0.3, "clip", 2, None)
+    value = Value(clip_score.NAME, 0.3, "clip", 2, None)
     monkeypatch.setattr(
         image_metrics, "measure", lambda names, gallery, _: galleries.append(gallery) or Measurement([value])
     )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dreamlora import registry
 from dreamlora.cli.parse import Program, parse
 from dreamlora.commands.evaluate.drawing import Sheet, draw_sheet
-from dreamlora.commands.evaluate.flags import EVAL_LOSS, EvaluateConfig
+from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
 from dreamlora.commands.evaluate.losses import measure_losses
 from dreamlora.commands.evaluate.table import table
 from dreamlora.commands.evaluate.under_test import UnderTest, applied, prepared
@@ -82,13 +82,13 @@ class EvaluationContext:
     @property
     def loss_asked(self) -> bool:
         """Whether the evaluation loss is to be measured."""
-        return not self.config.metrics or EVAL_LOSS in self.config.metrics
+        return not self.config.metrics or LOSS_METRIC in self.config.metrics
 
     @property
     def image_metrics(self) -> list[str]:
         """What is to be measured of images: what was asked for, else all that may have a say in a choice."""
         if self.config.metrics:
-            return [name for name in self.config.metrics if name != EVAL_LOSS]
+            return [name for name in self.config.metrics if name != LOSS_METRIC]
         return [name for name in registry.names("metrics") if load_metric(name).SELECTS]
 
     @property
@@ -122,8 +122,8 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     state = PartialState()
     folders = [path for path in config.lora if _holds_images(path)]
     loras = tuple(path for path in config.lora if path not in folders)
-    if not loras and EVAL_LOSS in config.metrics:
-        raise UserError(f"--metrics {EVAL_LOSS}: only LoRAs have a loss, and {config.lora[0]} holds images")
+    if not loras and LOSS_METRIC in config.metrics:
+        raise UserError(f"--metrics {LOSS_METRIC}: only LoRAs have a loss, and {config.lora[0]} holds images")
     run = first_run(config)
     settings = settings_of(run)
     evaluation = EvaluationContext(

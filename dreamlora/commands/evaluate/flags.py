@@ -10,7 +10,7 @@ from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import Encoders
 from dreamlora.errors import UserError
 
-EVAL_LOSS = "eval_loss"
+LOSS_METRIC = "eval_loss"
 """The metric that needs no images."""
 
 
@@ -47,7 +47,7 @@ class EvaluateConfig(SampleConfig):
         try:
             names = tuple(dict.fromkeys(map(_metric, self.metrics)))
         except UserError as error:
-            raise UserError(f"--metrics: {error} {EVAL_LOSS} is one too, of LoRAs alone.") from None
+            raise UserError(f"--metrics: {error} {LOSS_METRIC} is one too, of LoRAs alone.") from None
         object.__setattr__(self, "metrics", names)
         for name in ("references", "training_images"):
             folder = getattr(self, name)
@@ -58,8 +58,8 @@ class EvaluateConfig(SampleConfig):
                 raise UserError(f"--lora: there is no {path} (looked from {Path.cwd()})")
         if self.evalset is not None and not self.evalset.is_file():
             raise UserError(f"--evalset: there is no file {self.evalset} (looked from {Path.cwd()})")
-        if self.evalset is not None and self.metrics and EVAL_LOSS not in self.metrics:
-            raise UserError(f"--evalset is only used together with {EVAL_LOSS}, which --metrics leaves out")
+        if self.evalset is not None and self.metrics and LOSS_METRIC not in self.metrics:
+            raise UserError(f"--evalset is only used together with {LOSS_METRIC}, which --metrics leaves out")
         if self.eval_batch_size < 1:
             raise UserError(f"--eval_batch_size must be at least 1 (got {self.eval_batch_size})")
 
@@ -67,4 +67,4 @@ class EvaluateConfig(SampleConfig):
 def _metric(name: str) -> str:
     """The name as it is spelled here."""
     spelled = name.lower().replace("-", "").replace("_", "")
-    return EVAL_LOSS if spelled == EVAL_LOSS.replace("_", "") else registry.check("metrics", name)
+    return LOSS_METRIC if spelled == LOSS_METRIC.replace("_", "") else registry.check("metrics", name)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from tqdm import tqdm
 
-from dreamlora.commands.evaluate.flags import EVAL_LOSS
+from dreamlora.commands.evaluate.flags import LOSS_METRIC
 from dreamlora.commands.evaluate.under_test import UnderTest, applied
 from dreamlora.config import Train
 from dreamlora.errors import UserError
@@ -18,10 +18,11 @@ from dreamlora.eval_loss.items import values_of
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.measure import Measurement, Value
 from dreamlora.interfaces import Conditioning
+from dreamlora.metric_names import EVAL_LOSS, relative
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.stream import stack_conditioning
 
-SHOWN = ("eval/loss", "eval/loss_rel")
+SHOWN = (EVAL_LOSS, relative(EVAL_LOSS))
 
 
 def measure_losses(under_test: UnderTest, run: RunFolder | None, processes: Processes) -> dict[str, Measurement]:
@@ -52,7 +53,7 @@ def measure_losses(under_test: UnderTest, run: RunFolder | None, processes: Proc
 
 
 def _left_out(why: str) -> Measurement:
-    return Measurement(notes=[f"{EVAL_LOSS} is left out: {why}"])
+    return Measurement(notes=[f"{LOSS_METRIC} is left out: {why}"])
 
 
 def _losses(under_test: UnderTest, items: EvalSet, processes: Processes) -> list[list[float]]:

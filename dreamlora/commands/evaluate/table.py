@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dreamlora import registry
 from dreamlora.evaluation.measure import Measurement, Value, load_metric
 from dreamlora.interfaces import ImageMetric
+from dreamlora.metric_names import relative, short
 
-HIDDEN = ("_p", "_negative", "_rel")
+HIDDEN = ("_p", "_negative", relative(""))
 """Ends of the names of values that belong to another: shown with it."""
 
 
@@ -18,7 +19,7 @@ def table(rows: Mapping[str, Measurement]) -> str:
     if not names:
         return "\n".join(_notes(rows))
     about = {load_metric(name).NAME: load_metric(name) for name in registry.names("metrics")}
-    heads = [name.removeprefix("img/") + (" ↑" if _higher_is_better(about.get(name)) else " ↓") for name in names]
+    heads = [short(name) + (" ↑" if _higher_is_better(about.get(name)) else " ↓") for name in names]
     cells = [[label.replace("\n", ", "), *(_cell(found, name) for name in names)] for label, found in rows.items()]
     grid = [["", *heads], *cells]
     widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
@@ -51,7 +52,7 @@ def _cell(measured: Measurement, name: str) -> str:
     p = _value(measured, f"{name}_p")
     negative = _value(measured, f"{name}_negative")
     alarm = " copies!" if negative and negative.value else ""
-    ratio = _value(measured, f"{name}_rel")
+    ratio = _value(measured, relative(name))
     against_base = f" ({ratio.value - 1:+.1%})" if ratio and ratio.value != 1 else ""
     return f"{value.value:.4f}" + (f" (p {p.value:.3f})" if p else "") + alarm + against_base
 
@@ -64,7 +65,7 @@ def _legend(name: str, rows: Mapping[str, Measurement], metric: ImageMetric | No
     if metric is None:
         return f"{name}: {counted} items, {encoders}; in brackets: mean over the items, to the base model"
     never = "" if metric.SELECTS else "; never choose by it"
-    return f"{name.removeprefix('img/')}: {counted} images, {encoders}{never}"
+    return f"{short(name)}: {counted} images, {encoders}{never}"
 
 
 def _notes(rows: Mapping[str, Measurement]) -> list[str]:

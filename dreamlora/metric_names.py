@@ -1,0 +1,54 @@
+"""The names of what metrics.jsonl logs, each in one place. Image metrics are named by their plug-ins.
+
+A name may have a second part behind it: ``relative``, ``of_part``, ``of_time_bin``.
+"""
+
+from __future__ import annotations
+
+EVAL_LOSS = "eval/loss"
+"""The deterministic loss on held-out images."""
+EVAL_LOSS_TRAIN = "eval/loss_train"
+"""The same on training images, where none could be held out."""
+EVAL_LOSSES = (EVAL_LOSS, EVAL_LOSS_TRAIN)
+"""A run logs one of them."""
+FINAL_LOSS = "eval/final_loss"
+"""The loss on the larger set, at both ends of the run."""
+GAP = "eval/gap"
+"""How far that lies above the loss on training images."""
+
+TRAIN_LOSS = "train/loss"
+LEARNING_RATE = "train/learning_rate"
+STEPS_PER_SECOND = "train/steps_per_s"
+GRAD_NORM = "train/grad_norm"
+
+DW_NORM = "lora/dw_norm"
+STABLE_RANK = "lora/stable_rank"
+BALANCE = "lora/balance"
+UPDATE_RMS = "opt/update_rms"
+
+_IMAGE = "img/"
+
+
+def relative(name: str) -> str:
+    """A loss divided, item by item, by the base model's."""
+    return f"{name}_rel"
+
+
+def of_part(name: str, part: str) -> str:
+    """Of one part of the model, such as "down_blocks"; "" is the whole."""
+    return f"{name}/{part}" if part else name
+
+
+def of_time_bin(name: str, number: int) -> str:
+    """Of one part of the schedule; 0 is the least noisy."""
+    return f"{name}_t/{number}"
+
+
+def is_image_metric(name: str) -> bool:
+    """Whether it was measured of drawn images."""
+    return name.startswith(_IMAGE)
+
+
+def short(name: str) -> str:
+    """An image metric's name without what all of them begin with."""
+    return name.removeprefix(_IMAGE)
