@@ -16,7 +16,7 @@ from dreamlora.interfaces import Family
 from dreamlora.lora.files import read_lora, same_lora
 from dreamlora.models.parts import DTYPES
 from dreamlora.runfolder import RunFolder
-from dreamlora.sampling.prompts import fill_subject, read_prompts, sample_prompts, subject_of
+from dreamlora.sampling.prompts import Subject, read_prompts, sample_prompts
 from dreamlora.sampling.sampler import SamplePlan, plan_of
 
 
@@ -108,9 +108,9 @@ def prompts_of(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...
     Raises:
         UserError: there are none, or no subject for a placeholder.
     """
-    subject = config.subject or subject_of(settings.get("instance_prompt"))
+    subject = Subject.of(settings.get("instance_prompt"), settings.get("class_prompt"), name=config.subject)
     if config.prompts:
-        return tuple(fill_subject(prompt, subject, "--prompts") for prompt in config.prompts)
+        return tuple(subject.put_into(prompt, "--prompts") for prompt in config.prompts)
     if config.sample_prompts:
         return read_prompts(config.sample_prompts, subject)
     file = settings.get("sample_prompts")
@@ -118,9 +118,9 @@ def prompts_of(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...
         sample_prompts=Path(file) if file and Path(file).exists() else None,
         validation_prompt=settings.get("validation_prompt"),
     )
-    if not (trained.sample_prompts or trained.validation_prompt or settings.get("instance_prompt")):
+    if not (trained.sample_prompts or trained.validation_prompt or subject.instance_prompt):
         raise UserError('which prompts? Give --prompts "a photo of sks dog" ..., or --sample_prompts FILE')
-    return sample_prompts(trained, settings.get("instance_prompt"), settings.get("class_prompt"))
+    return sample_prompts(trained, subject)
 
 
 def plan_for(config: SampleConfig, settings: dict[str, Any], family: Family, prompts: tuple[str, ...]) -> SamplePlan:

@@ -14,7 +14,7 @@ import numpy as np
 from dreamlora.compare import numbers, verdict
 from dreamlora.compare.endings import Judge, judge_of
 from dreamlora.compare.methods import Group, differing_options, group, labelled, shared_options
-from dreamlora.compare.records import Record, model_of, read_record, subject_of
+from dreamlora.compare.records import Record, data_name, model_name, read_record
 from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
 from dreamlora.errors import UserError
@@ -213,8 +213,8 @@ def _task(records: Sequence[Record], judge: Judge) -> Task:
     one = next((record for record in records if record.summary), records[0])
     config: Mapping[str, Any] = one.config
     return Task(
-        model=model_of(config),
-        data=subject_of(config),
+        model=model_name(config),
+        data=data_name(config),
         instance_prompt=config.get("instance_prompt"),
         steps=config.get("max_train_steps"),
         evalset_id=one.evalset_id,

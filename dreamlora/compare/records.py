@@ -198,7 +198,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def subject_of(config: Mapping[str, Any]) -> str:
+def data_name(config: Mapping[str, Any]) -> str:
     """What is learned, for a person: a folder's name, a data set or a built-in subject."""
     folder = config.get("instance_data_dir") or config.get("train_data_dir")
     if folder:
@@ -206,7 +206,7 @@ def subject_of(config: Mapping[str, Any]) -> str:
     return str(config.get("dataset_name") or config.get("subject") or config.get("style") or "?")
 
 
-def model_of(config: Mapping[str, Any]) -> str:
+def model_name(config: Mapping[str, Any]) -> str:
     """The base model's name, for a person."""
     name = str(config.get("pretrained_model_name_or_path", "?"))
     return "the embedded model" if name == EMBEDDED_MODEL else name

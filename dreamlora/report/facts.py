@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dreamlora.config import EMBEDDED_MODEL, as_flat_dict
+from dreamlora.compare.records import model_name
+from dreamlora.config import as_flat_dict
 from dreamlora.config.programs import program_of
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
@@ -201,8 +202,7 @@ class RunFacts:
     @property
     def model(self) -> str:
         """The base model's name."""
-        name = str(self.config.get("pretrained_model_name_or_path", "?"))
-        return "the embedded model" if name == EMBEDDED_MODEL else name
+        return model_name(self.config)
 
     @property
     def prompts(self) -> list[str]:

@@ -15,6 +15,7 @@ from dreamlora.data.cache import TensorCache, cache_folder
 from dreamlora.data.encode import Filling
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.parts import Parts
+from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import SamplePlan, plan_of
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ class RunContext:
         if self.accelerator.is_main_process:
             logger.warning(text)
         self.warnings.append(text)
+
+    @property
+    def subject(self) -> Subject:
+        """What is learned, as the options name it."""
+        return Subject.of(self.config.data.instance_prompt, self.config.data.class_prompt)
 
     @property
     def cache(self) -> TensorCache:

@@ -18,7 +18,7 @@ from dreamlora.lora.inject import target_layers
 from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
-from dreamlora.sampling.prompts import read_prompts, sample_prompts, subject_of
+from dreamlora.sampling.prompts import read_prompts, sample_prompts
 from dreamlora.training import prior
 
 SUBJECT_IMAGES = 40
@@ -69,17 +69,17 @@ def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     captions = [record.caption for record in (held_out or training)[:CAPTIONS_DRAWN]]
     prompts: tuple[str, ...] = ()
     if sample.sample_steps != 0:
-        prompts = sample_prompts(sample, data.instance_prompt, data.class_prompt, captions)
+        prompts = sample_prompts(sample, context.subject, captions)
     eval_prompts = _eval_prompts(context, captions) if context.config.draws_for_metrics else ()
     return RunImages(training, held_out, [], prompts, eval_prompts)
 
 
 def _eval_prompts(context: RunContext, captions: Sequence[str]) -> tuple[str, ...]:
     """The prompts of images for metrics: of their own file, else those of the samples."""
-    data, file = context.config.data, context.config.eval.eval_prompts
+    file = context.config.eval.eval_prompts
     if file:
-        return read_prompts(file, subject_of(data.instance_prompt))
-    return sample_prompts(context.config.sample, data.instance_prompt, data.class_prompt, captions)
+        return read_prompts(file, context.subject)
+    return sample_prompts(context.config.sample, context.subject, captions)
 
 
 def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:

@@ -27,7 +27,6 @@ from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import encode_images
 from dreamlora.run.images import RunImages
 from dreamlora.sampling.grid import MAX_REFERENCES
-from dreamlora.sampling.prompts import names_subject, scored_text, subject_of
 from dreamlora.training.loop import Run
 
 MOST_EVAL_IMAGES = 16
@@ -90,7 +89,7 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
 
 def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[Any]:
     """What measures drawn images; before it, what draws them, unless the samples are measured."""
-    options, data = context.config.eval, context.config.data
+    options = context.config.eval
     every = options.eval_metrics_steps or 0
     apart = context.config.draws_for_metrics
     plan, folder = context.sample_plan(pictures.eval_prompts or pictures.prompts), run.folder.samples
@@ -98,12 +97,11 @@ def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[A
         count = options.eval_num_images or plan.num_images_per_prompt
         plan = replace(plan, num_images_per_prompt=count, seed=options.eval_seed)
         folder = run.folder.eval_images
-    subject = subject_of(data.instance_prompt)
     scenes = Scenes(
         folder=folder,
         plan=plan,
-        texts=[scored_text(item.prompt, subject, data.class_prompt) for item in plan.items()],
-        with_subject=[names_subject(item.prompt, subject) for item in plan.items()],
+        texts=[context.subject.scored_text(item.prompt) for item in plan.items()],
+        with_subject=[context.subject.is_in(item.prompt) for item in plan.items()],
         references=pictures.held_out,
         training=pictures.train[:MOST_COMPARED_IMAGES],
     )

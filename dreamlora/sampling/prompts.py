@@ -1,9 +1,10 @@
-"""Prompts from text files and from the options."""
+"""Prompts from text files and from the options; and what is learned, as prompts speak of it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from dreamlora.config import Sample
@@ -12,12 +13,93 @@ from dreamlora.errors import UserError
 PLACEHOLDER = "{}"
 
 
-def read_prompts(file: Path, subject: str | None = None) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Subject:
+    """What is learned, and what it is one of.
+
+    Attributes:
+        name: in prompts, such as "sks dog"; None: not known.
+        instance_prompt: of its images, such as "a photo of sks dog".
+        class_prompt: of other images of the class, such as "a photo of a dog".
+    """
+
+    name: str | None = None
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+
+    @classmethod
+    def of(cls, instance_prompt: str | None, class_prompt: str | None = None, name: str | None = None) -> Subject:
+        """The subject that an instance prompt is about, unless it is named."""
+        return cls(name or _object_of(instance_prompt), instance_prompt, class_prompt)
+
+    def put_into(self, prompt: str, where: str) -> str:
+        """``prompt`` with the name in place of ``{}``; ``where`` it stands is for the error message.
+
+        Raises:
+            UserError: there is a ``{}`` and no name.
+        """
+        if PLACEHOLDER not in prompt:
+            return prompt
+        if not self.name:
+            raise UserError(
+                f'{where}: nothing to put in place of {PLACEHOLDER} in "{prompt}": give the subject, such as "sks dog" '
+                f"(training reads it from --instance_prompt, `dreamlora sample` from --subject), or write it into the "
+                f"line"
+            )
+        return prompt.replace(PLACEHOLDER, self.name)
+
+    def is_in(self, prompt: str) -> bool:
+        """Whether a prompt has all words of the name, as "a red sks dog" has; True if no name is known."""
+        return not self.name or set(_words(self.name)) <= set(_words(prompt))
+
+    def scored_text(self, prompt: str) -> str:
+        """The prompt as a CLIP score takes it: with the class in place of the subject, "a dog in the snow".
+
+        The rare token means nothing to CLIP. The class is what ``class_prompt`` is about, or the name without its first
+        word; without a class prompt, a name of one word stays.
+        """
+        if not self.name or not self.is_in(prompt):
+            return prompt
+        words = _words(self.name)
+        kind = _object_of(self.class_prompt) or " ".join(words[1:])
+        rare = set(words) - set(_words(kind))
+        if not kind or not rare:
+            return prompt
+        stands_in = [kind] if rare == set(words) else []
+        text: list[str] = []
+        for word in prompt.split():
+            if rare.isdisjoint(_words(word)):
+                text.append(word)
+            else:
+                text += stands_in
+                stands_in = []
+        return " ".join(text)
+
+
+UNKNOWN = Subject()
+"""Nothing is known of what is learned, or it is a style."""
+
+
+def _object_of(prompt: str | None) -> str | None:
+    """What a prompt is about: "sks dog" of "a photo of sks dog"; None if it does not tell."""
+    if not prompt:
+        return None
+    words = prompt.rstrip(" .").rpartition(" of ")[2].split()
+    if words and words[0].lower() in ("a", "an", "the"):
+        words = words[1:]
+    return " ".join(words) or None
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def read_prompts(file: Path, subject: Subject = UNKNOWN) -> tuple[str, ...]:
     """The prompts of a text file: one per line; blank lines and lines that begin with ``#`` are left out.
 
     Args:
         file: UTF-8 text.
-        subject: takes the place of ``{}``, such as "sks dog".
+        subject: takes the place of ``{}``.
 
     Raises:
         UserError: the file is missing, no text, or without prompts; or a line has ``{}`` and there is no subject.
@@ -27,7 +109,7 @@ def read_prompts(file: Path, subject: str | None = None) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {file}: {error}") from None
     prompts = [
-        fill_subject(line.strip(), subject, f"{file}, line {number}")
+        subject.put_into(line.strip(), f"{file}, line {number}")
         for number, line in enumerate(lines, start=1)
         if line.strip() and not line.strip().startswith("#")
     ]
@@ -36,71 +118,7 @@ def read_prompts(file: Path, subject: str | None = None) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def fill_subject(prompt: str, subject: str | None, where: str) -> str:
-    """``prompt`` with ``subject`` in place of ``{}``; ``where`` it stands is for the error message.
-
-    Raises:
-        UserError: there is a ``{}`` and no subject.
-    """
-    if PLACEHOLDER not in prompt:
-        return prompt
-    if not subject:
-        raise UserError(
-            f'{where}: nothing to put in place of {PLACEHOLDER} in "{prompt}": give the subject, such as "sks dog" '
-            f"(training reads it from --instance_prompt, `dreamlora sample` from --subject), or write it into the line"
-        )
-    return prompt.replace(PLACEHOLDER, subject)
-
-
-def subject_of(instance_prompt: str | None) -> str | None:
-    """What an instance prompt is about: "sks dog" of "a photo of sks dog"; None if it does not tell."""
-    if not instance_prompt:
-        return None
-    words = instance_prompt.rstrip(" .").rpartition(" of ")[2].split()
-    if words and words[0].lower() in ("a", "an", "the"):
-        words = words[1:]
-    return " ".join(words) or None
-
-
-def names_subject(prompt: str, subject: str | None) -> bool:
-    """Whether a prompt is about the subject: all its words are there, as in "a red sks dog"; True if none is known."""
-    return not subject or set(_words(subject)) <= set(_words(prompt))
-
-
-def scored_text(prompt: str, subject: str | None, class_prompt: str | None = None) -> str:
-    """The prompt as a CLIP score takes it: with the class in place of the subject, "a dog in the snow".
-
-    The rare token means nothing to CLIP. The class is what ``class_prompt`` is about, or the subject without its first
-    word; without a class prompt, a subject of one word stays.
-    """
-    if not subject or not names_subject(prompt, subject):
-        return prompt
-    words = _words(subject)
-    kind = subject_of(class_prompt) or " ".join(words[1:])
-    rare = set(words) - set(_words(kind))
-    if not kind or not rare:
-        return prompt
-    stands_in = [kind] if rare == set(words) else []
-    text: list[str] = []
-    for word in prompt.split():
-        if rare.isdisjoint(_words(word)):
-            text.append(word)
-        else:
-            text += stands_in
-            stands_in = []
-    return " ".join(text)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.casefold())
-
-
-def sample_prompts(
-    sample: Sample,
-    instance_prompt: str | None = None,
-    class_prompt: str | None = None,
-    captions: Iterable[str] = (),
-) -> tuple[str, ...]:
+def sample_prompts(sample: Sample, subject: Subject = UNKNOWN, captions: Iterable[str] = ()) -> tuple[str, ...]:
     """The prompts a run draws: of ``--sample_prompts``, else the training prompt and the class prompt; and
     ``--validation_prompt``. Each once. Where all of these are missing, ``captions``.
 
@@ -108,9 +126,9 @@ def sample_prompts(
         UserError: the file cannot be used, or there is no prompt at all.
     """
     if sample.sample_prompts:
-        prompts = list(read_prompts(sample.sample_prompts, subject_of(instance_prompt)))
+        prompts = list(read_prompts(sample.sample_prompts, subject))
     else:
-        prompts = [prompt for prompt in (instance_prompt, class_prompt) if prompt]
+        prompts = [prompt for prompt in (subject.instance_prompt, subject.class_prompt) if prompt]
     if sample.validation_prompt:
         prompts.append(sample.validation_prompt)
     prompts = prompts or list(captions)

@@ -14,7 +14,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from dreamlora import compare
-from dreamlora.compare.records import lora_norm, read_record, subject_of
+from dreamlora.compare.records import data_name, lora_norm, read_record
 from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import table
 from dreamlora.errors import UserError
@@ -277,7 +277,7 @@ def test_p_values_and_alarms_are_not_averaged(tmp_path: Path) -> None:
 def test_a_captioned_data_set_is_named_after_its_folder_or_style(tmp_path: Path) -> None:
     for options, expected in (({"train_data_dir": "/data/cats"}, "cats"), ({"style": "woodcut"}, "woodcut")):
         config = {"subject": None, "instance_data_dir": None, **options}
-        assert subject_of(config) == expected
+        assert data_name(config) == expected
 
 
 def test_options_make_methods_of_one_optimizer(tmp_path: Path) -> None:

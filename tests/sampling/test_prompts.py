@@ -6,7 +6,7 @@ import pytest
 
 from dreamlora.config import Sample
 from dreamlora.errors import UserError
-from dreamlora.sampling.prompts import names_subject, read_prompts, sample_prompts, scored_text, subject_of
+from dreamlora.sampling.prompts import UNKNOWN, Subject, read_prompts, sample_prompts
 from dreamlora.tiny import world
 from dreamlora.tiny.scenery import BACKGROUNDS
 from dreamlora.tiny.shapes import KINDS
@@ -22,7 +22,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_one_per_line(tmp_path: Path) -> None:
     file = write(tmp_path, "\ufeff# a comment\n\n  a {} in the snow \r\na cat, {}\nünï © 漢\n")
-    assert read_prompts(file, "sks dog") == ("a sks dog in the snow", "a cat, sks dog", "ünï © 漢")
+    assert read_prompts(file, Subject("sks dog")) == ("a sks dog in the snow", "a cat, sks dog", "ünï © 漢")
 
 
 def test_placeholder_without_subject_names_file_and_line(tmp_path: Path) -> None:
@@ -55,23 +55,27 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (None, None),
     ],
 )
-def test_subject_of(prompt: str | None, subject: str | None) -> None:
-    assert subject_of(prompt) == subject
+def test_the_subject_of_a_prompt(prompt: str | None, subject: str | None) -> None:
+    assert Subject.of(prompt).name == subject
+    assert Subject.of(prompt, name="rex").name == "rex"
 
 
 def test_prompts_of_a_run(tmp_path: Path) -> None:
     instance, general = "a photo of sks dog", "a photo of a dog"
-    assert sample_prompts(Sample(), instance, general) == (instance, general)
-    assert sample_prompts(Sample(validation_prompt=instance), instance) == (instance,), "each once"
+    assert sample_prompts(Sample(), Subject.of(instance, general)) == (instance, general)
+    assert sample_prompts(Sample(validation_prompt=instance), Subject.of(instance)) == (instance,), "each once"
     file = write(tmp_path, "a {} on grass\n")
-    assert sample_prompts(Sample(sample_prompts=file, validation_prompt="x"), instance) == ("a sks dog on grass", "x")
+    assert sample_prompts(Sample(sample_prompts=file, validation_prompt="x"), Subject.of(instance)) == (
+        "a sks dog on grass",
+        "x",
+    )
     with pytest.raises(UserError, match="--sample_steps 0"):
         sample_prompts(Sample())
 
 
 @pytest.mark.parametrize("name", ["dreambooth_objects", "dreambooth_live_subjects"])
 def test_the_dreambooth_lists_are_whole(name: str) -> None:
-    prompts = read_prompts(LISTS / f"{name}.txt", "sks dog")
+    prompts = read_prompts(LISTS / f"{name}.txt", Subject("sks dog"))
     assert len(set(prompts)) == 25
     assert all(prompt.count("sks dog") == 1 for prompt in prompts)
     assert prompts[0] == "a sks dog in the jungle"
@@ -81,7 +85,7 @@ def test_the_dreambooth_lists_are_whole(name: str) -> None:
 def test_the_demo_list_uses_the_embedded_model_s_words() -> None:
     from dreamlora.tiny.world import vocabulary
 
-    words = {word for prompt in read_prompts(LISTS / "demo.txt", "sks creature") for word in prompt.split()}
+    words = {word for prompt in read_prompts(LISTS / "demo.txt", Subject("sks creature")) for word in prompt.split()}
     assert words <= set(vocabulary())
 
 
@@ -96,17 +100,20 @@ def test_the_demo_list_uses_the_embedded_model_s_words() -> None:
     ],
 )
 def test_a_prompt_names_the_subject_and_is_scored_without_its_rare_token(prompt: str, named: bool, scored: str) -> None:
-    assert names_subject(prompt, "sks dog") is named
-    assert scored_text(prompt, "sks dog", "a photo of a dog") == scored
-    assert scored_text(prompt, "sks dog") == scored, "the first word is the rare one"
-    assert names_subject(prompt, None) and scored_text(prompt, None) == prompt
+    assert Subject("sks dog").is_in(prompt) is named
+    assert Subject("sks dog", class_prompt="a photo of a dog").scored_text(prompt) == scored
+    assert Subject("sks dog").scored_text(prompt) == scored, "the first word is the rare one"
+    assert UNKNOWN.is_in(prompt) and UNKNOWN.scored_text(prompt) == prompt
 
 
 def test_the_class_takes_the_place_of_a_name_and_without_it_the_name_stays() -> None:
-    assert scored_text("a photo of Rex", "Rex") == "a photo of Rex"
-    assert scored_text("a photo of Rex and Rex", "Rex", "a photo of a big dog") == "a photo of big dog and"
-    assert scored_text("a photo of a dog", "dog", "a photo of a dog") == "a photo of a dog"
-    assert scored_text("a sks teddy bear", "sks teddy bear") == "a teddy bear"
+    assert Subject("Rex").scored_text("a photo of Rex") == "a photo of Rex"
+    assert (
+        Subject("Rex", class_prompt="a photo of a big dog").scored_text("a photo of Rex and Rex")
+        == "a photo of big dog and"
+    )
+    assert Subject("dog", class_prompt="a photo of a dog").scored_text("a photo of a dog") == "a photo of a dog"
+    assert Subject("sks teddy bear").scored_text("a sks teddy bear") == "a teddy bear"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +128,7 @@ def test_the_class_takes_the_place_of_a_name_and_without_it_the_name_stays() -> 
     ],
 )
 def test_the_lists_are_complete(name: str, count: int) -> None:
-    prompts = read_prompts(LISTS / f"{name}.txt", "sks dog")
+    prompts = read_prompts(LISTS / f"{name}.txt", Subject("sks dog"))
     assert len(prompts) == len(set(prompts)) == count
     assert f"`{name}.txt`" in (LISTS / "README.md").read_text()
     assert any("sks dog" in prompt for prompt in prompts) == (name.startswith("dreambooth") or name == "demo")

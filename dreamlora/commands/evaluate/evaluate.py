@@ -39,7 +39,7 @@ from dreamlora.interfaces import ModelSource
 from dreamlora.models.parts import ROLES
 from dreamlora.run import provenance
 from dreamlora.runfolder import RunFolder, write_atomically
-from dreamlora.sampling.prompts import names_subject, scored_text, subject_of
+from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import SamplePlan
 
 METRICS_JSON_VERSION = 1
@@ -66,15 +66,13 @@ class EvaluationContext:
     """What all rows share.
 
     Attributes:
-        subject: that was learned, such as "sks dog"; None: not known.
-        class_prompt: what it is one of.
+        subject: that was learned.
         state: the processes.
         device: of pipeline and encoders.
     """
 
     config: EvaluateConfig
-    subject: str | None
-    class_prompt: str | None
+    subject: Subject
     real: Real
     state: PartialState
     device: torch.device
@@ -103,8 +101,8 @@ class EvaluationContext:
         return MeasuredImages(
             generated=records,
             groups=[number[prompt] for prompt in prompts] or [0] * len(records),
-            with_subject=[names_subject(prompt, self.subject) for prompt in prompts] or [True] * len(records),
-            texts=[scored_text(prompt, self.subject, self.class_prompt) for prompt in prompts],
+            with_subject=[self.subject.is_in(prompt) for prompt in prompts] or [True] * len(records),
+            texts=[self.subject.scored_text(prompt) for prompt in prompts],
             references=self.real.references,
             training=self.real.training,
         )
@@ -128,8 +126,9 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     settings = settings_of(run)
     evaluation = EvaluationContext(
         config=config,
-        subject=config.subject or subject_of(settings.get("instance_prompt")),
-        class_prompt=config.class_prompt or settings.get("class_prompt"),
+        subject=Subject.of(
+            settings.get("instance_prompt"), config.class_prompt or settings.get("class_prompt"), name=config.subject
+        ),
         real=_real_images(config, run),
         state=state,
         device=state.device if state.device.type == "cuda" else torch.device("cpu"),
@@ -315,8 +314,8 @@ def _write(
     result = {
         "v": METRICS_JSON_VERSION,
         **facts,
-        "subject": evaluation.subject,
-        "class_prompt": evaluation.class_prompt,
+        "subject": evaluation.subject.name,
+        "class_prompt": evaluation.subject.class_prompt,
         "references": _described(evaluation.real.references),
         "training": _described(evaluation.real.training),
         "rows": [
