@@ -48,7 +48,7 @@ def spd_inverse(M: Tensor) -> Inverse:
 
     An explicit inverse: at r <= 64 forming it and multiplying is 2-3 times cheaper than solving against wide factors.
     """
-    _, L_inverse, failed = _factor(M)
+    _, L_inverse, failed = cholesky(M)
     return Inverse(L_inverse.mT @ L_inverse, failed)
 
 
@@ -93,13 +93,29 @@ def relative(K: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return torch.where(zero, identity, K / tau + damping * identity), tau
 
 
+def decomposable(x: Tensor) -> Tensor:
+    """``x`` where torch can factor it, and find eigenvalues: its own device, or the CPU for Apple's GPUs (MPS).
+
+    For those torch has no QR, and Cholesky and ``eigh`` in its latest versions alone. Waits for them, for no other.
+    """
+    return x.cpu() if x.device.type == "mps" else x
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float64: on its own device, or on the CPU if the device has no float64 (MPS).
+
+    In two steps, as MPS would cast before it copies.
+    """
+    return decomposable(x).double()
+
+
 _ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-8}
 _ROUNDING_LOW = 1e-4
 _ROUNDING_SINGLE_GRAM = 1e-6
 
 
 def gram_dtype(device: torch.device) -> torch.dtype:
-    """Precision of ``r × r`` matrices: float64, as Gram matrices square the condition number (MPS has none)."""
+    """Precision of Gram matrices made on the device: float64, as they square the condition number (MPS has none)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -130,7 +146,7 @@ def orthonormal_coordinates(K: Tensor, damping: float) -> Inverse:
     tau = mean_eigenvalue(K)
     zero = tau <= TAU_MIN
     identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    _, E, failed = _factor(torch.where(zero, identity, K / torch.where(zero, 1.0, tau) + damping * identity))
+    _, E, failed = cholesky(torch.where(zero, identity, K / torch.where(zero, 1.0, tau) + damping * identity))
     dead = zero | failed[..., None, None]
     return Inverse(torch.where(dead, 0.0, E * torch.where(zero, 1.0, tau).rsqrt()), failed)
 
@@ -165,7 +181,7 @@ def inverse_root(V: Tensor, eps: Tensor | float, dtype: torch.dtype) -> Inverse:
     scale = torch.where(zero, 1.0, tau)
     rank, level = V.shape[-1], root_damping(dtype)
     W = torch.where(zero, identity, V / scale + level * identity)
-    L, L_inverse, failed = _factor(W)
+    L, L_inverse, failed = cholesky(W)
     U = polar_factor(L.mT / math.sqrt(rank + level), math.sqrt(level / (2 * rank)))
     root = symmetric(L_inverse.mT @ U) * scale.rsqrt()
     damped = root @ spd_inverse(identity + eps * root).P
@@ -203,19 +219,30 @@ def symmetric(M: Tensor) -> Tensor:
     return 0.5 * (M + M.mT)
 
 
-def _factor(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cholesky(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``L`` and ``L⁻¹`` of ``M = L Lᵀ`` ``(..., r, r)``, the identity where there is none; and where that is."""
+    device = M.device
+    M = decomposable(M)
     L, info = torch.linalg.cholesky_ex(M)
     failed = info != 0
     identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     L = torch.where(failed[..., None, None], identity, L)
-    return L, torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False), failed
+    L_inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
+    return L.to(device), L_inverse.to(device), failed.to(device)
+
+
+def eigenvalues(M: Tensor) -> Tensor:
+    """Of symmetric ``M`` ``(..., r, r)``: ``(..., r)``, rising."""
+    return torch.linalg.eigvalsh(decomposable(M)).to(M.device)
 
 
 __all__ = [
     "TAU_MIN",
     "Inverse",
     "absolute_inverse",
+    "cholesky",
+    "decomposable",
+    "eigenvalues",
     "gram_columns",
     "gram_dtype",
     "gram_rows",
@@ -230,4 +257,5 @@ __all__ = [
     "rounding_level",
     "spd_inverse",
     "symmetric",
+    "wide",
 ]

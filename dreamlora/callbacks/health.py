@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dreamlora.interfaces import StepResult
-from dreamlora.lora.health import Layer, layers_of, measure, update_rms
+from dreamlora.lora.health import measure, snapshots, update_rms
+from dreamlora.lora.pairs import AdaptedLayer
 from dreamlora.metric_names import BALANCE, DW_NORM, STABLE_RANK, UPDATE_RMS, of_part
 from dreamlora.training.loop import Run
 
@@ -22,21 +23,15 @@ class HealthCallback:
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self._before: list[Layer] | None = None
+        self._before: list[AdaptedLayer] | None = None
 
     def on_start(self, run: Run) -> None:
         """Measure the start; after a resume that was done."""
-        if run.accelerator.is_main_process:
-            if run.step == 0:
-                self._log(run, layers_of(_modules(run)))
-            self._keep_if_next_is_due(run)
+        self._look(run, run.step == 0)
 
     def on_step(self, run: Run, result: StepResult) -> None:
         """Measure if it is time."""
-        if run.accelerator.is_main_process:
-            if self._due(run, run.step):
-                self._log(run, layers_of(_modules(run)))
-            self._keep_if_next_is_due(run)
+        self._look(run, self._due(run, run.step))
 
     def on_end(self, run: Run) -> None:
         """Nothing: the last step measured."""
@@ -44,11 +39,17 @@ class HealthCallback:
     def _due(self, run: Run, step: int) -> bool:
         return step % self._every == 0 or step == run.total_steps
 
-    def _keep_if_next_is_due(self, run: Run) -> None:
-        """The weights before the step whose update is measured."""
-        self._before = layers_of(_modules(run)) if self._due(run, run.step + 1) else None
+    def _look(self, run: Run, now: bool) -> None:
+        """Measure if that is to be ``now``, and keep the weights if the update of the next step is to be measured."""
+        if not run.accelerator.is_main_process:
+            return
+        soon = self._due(run, run.step + 1)
+        layers = snapshots(_modules(run)) if now or soon else []
+        if now:
+            self._log(run, layers)
+        self._before = layers if soon else None
 
-    def _log(self, run: Run, layers: list[Layer]) -> None:
+    def _log(self, run: Run, layers: list[AdaptedLayer]) -> None:
         values: dict[str, float | None] = {}
         for group, health in measure(layers).items():
             measured = {DW_NORM: health.dw_norm, STABLE_RANK: health.stable_rank, BALANCE: health.balance}

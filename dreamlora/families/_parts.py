@@ -13,21 +13,11 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dreamlora.interfaces import Latents
-from dreamlora.lora import offset
-from dreamlora.lora.offset import ADAPTER
+from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 log = logging.getLogger(__name__)
-
-
-def bare(module: nn.Module) -> Any:
-    """The model inside the wrappers of DDP and torch.compile; for its config, not for calling it."""
-    while True:
-        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -62,7 +52,7 @@ def save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module
     """Write the adapters of modules (by component name; those without one are skipped) with the stock pipeline class.
 
     Keys are PEFT's own, in the precision they have; the metadata keeps alpha and rsLoRA, which the keys do not tell.
-    A LoRA with a frozen start (``offset``) becomes a plain one of twice the rank.
+    A LoRA with a frozen start (``lora.offset``) becomes a plain one of twice the rank.
     """
     arguments: dict[str, Any] = {}
     for name, module in modules.items():
@@ -77,8 +67,8 @@ def save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module
 def _state(model: nn.Module) -> dict[str, Tensor]:
     # without the last argument PEFT asks the hub about the base model's vocabulary
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    for name, layer in offset.adapted_layers(model):
-        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = offset.factors(layer)
+    for layer in adapted_layers(model):
+        state[f"{layer.name}.lora_A.weight"], state[f"{layer.name}.lora_B.weight"] = layer.factors()
     # transformers 5 dropped CLIP's inner "text_model", but older versions and other programs look for it in files;
     # diffusers' loader takes both
     flat_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
@@ -93,7 +83,7 @@ def _metadata(model: Any) -> dict[str, Any]:
     Sets are sorted, so that equal adapters give equal files.
     """
     given, default = model.peft_config[ADAPTER].to_dict(), LoraConfig().to_dict()
-    if any(offset.start_of(layer) for _, layer in offset.adapted_layers(model)):
+    if any(layer.start for layer in adapted_layers(model)):
         given |= {"r": 2 * given["r"], "lora_alpha": 2 * given["lora_alpha"]}
     keep = {name for name, value in given.items() if value != default.get(name)} | {"r", "lora_alpha"}
     keep -= {

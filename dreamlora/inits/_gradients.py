@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamlora import linalg
 from dreamlora.errors import UserError
 from dreamlora.inits._start import Probe, Target
 from dreamlora.lora.offset import apply_weight
@@ -57,7 +58,7 @@ def mean_gradient_svd(targets: Sequence[Target], probe: Probe, plan: SketchPlan)
         right = _orthonormal([product.mT for product in _gradient_times(targets, probe, plan, left, transposed=True)])
         left = _orthonormal(_gradient_times(targets, probe, plan, right))
     for Q, core in zip(left, _gradient_times(targets, probe, plan, left, transposed=True), strict=True):
-        left_core, _, Vt = torch.linalg.svd(core, full_matrices=False)
+        left_core, _, Vt = (x.to(core.device) for x in torch.linalg.svd(linalg.decomposable(core), full_matrices=False))
         U = Q @ left_core
         # Signs are arbitrary in pairs; rounding, which differs between numbers of processes, should not choose them.
         signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
@@ -73,7 +74,7 @@ def _gradient_times(
     with contextlib.ExitStack() as cleanup:
         for target, term in zip(targets, terms, strict=True):
             cleanup.callback(target.layer.base_layer.register_forward_hook(term).remove)
-        cleanup.enter_context(_without_gradients([p for target in targets for p in (target.down, target.up)]))
+        cleanup.enter_context(_without_gradients([p for target in targets for p in (target.A, target.B)]))
         for number in range(probe.rank, count, probe.world):
             (LOSS_SCALE * probe.loss(number)).backward()
     return [term.gradient(probe) / (LOSS_SCALE * count) for term in terms]
@@ -92,7 +93,7 @@ class _Term:
         else:
             self._wanted = torch.zeros(m, k, device=factor.device, requires_grad=True)
             self._down, self._up = factor.mT, self._wanted
-        self._kernel = target.down.shape[1:]
+        self._kernel = target.A.shape[1:]
 
     def __call__(self, base: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         with torch.autocast(output.device.type, enabled=False):  # the products are worth float32
@@ -120,7 +121,7 @@ class _Term:
 
 
 @contextlib.contextmanager
-def _without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -131,8 +132,8 @@ def _without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def _random(target: Target, width: int) -> Tensor:
-    return torch.randn(target.shapes[0][1], width, generator=target.generator()).to(target.down.device)
+    return torch.randn(target.shapes[0][1], width, generator=target.generator()).to(target.A.device)
 
 
 def _orthonormal(columns: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.linalg.qr(Y).Q for Y in columns]
+    return [torch.linalg.qr(linalg.decomposable(Y)).Q.to(Y.device) for Y in columns]

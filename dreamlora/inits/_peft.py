@@ -6,8 +6,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from dreamlora import linalg
 from dreamlora.inits._start import Start, Target
-from dreamlora.lora.offset import ADAPTER
+from dreamlora.lora.pairs import adapted_layers
 
 
 def peft_start(target: Target, kind: str, least: int) -> Start:
@@ -26,17 +27,17 @@ def peft_start(target: Target, kind: str, least: int) -> Start:
         UserError: the layer is too small, quantised, or a grouped convolution.
     """
     m, n = target.size(f"--init {kind.split('_')[0]}", least)
-    weight = target.weight()
+    weight = linalg.decomposable(target.weight())
     copy = nn.Linear(n, m, bias=False, device="meta")
     copy.weight = nn.Parameter(weight, requires_grad=False)
     config = LoraConfig(
         r=target.rank,
-        lora_alpha=target.scale * target.rank,
+        lora_alpha=target.scaling * target.rank,
         target_modules=["layer"],
         init_lora_weights=kind,
     )
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():  # PEFT draws from the global stream
         torch.manual_seed(target.seed)
-        layer = inject_adapter_in_model(config, nn.ModuleDict({"layer": copy}))["layer"]
-    return Start(layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach())
+        (started,) = adapted_layers(inject_adapter_in_model(config, nn.ModuleDict({"layer": copy})))
+    return Start(started.A.detach(), started.B.detach())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
+from dreamlora.lora.pairs import AdaptedLayer
 from dreamlora.randomness import generator, seed_of
 
 
@@ -27,33 +27,14 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One adapted layer, ``W = W₀ + scale · B A``.
+class Target(AdaptedLayer):
+    """A layer to start; ``name`` is its path in ``Probe.model``.
 
     Attributes:
-        name: its path in ``Probe.model``.
-        layer: PEFT's layer; ``base_layer`` is the model's own.
-        down, up: the weights of lora_A and lora_B.
-        scale: ``alpha / rank``.
         key: of its random draws.
     """
 
-    name: str
-    layer: Any
-    down: nn.Parameter
-    up: nn.Parameter
-    scale: float
     key: tuple[int | str, ...]
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.down.shape[0]
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """``(r, n)`` and ``(m, r)`` of the flattened factors; grouped convolutions have fewer columns in B."""
-        return (self.rank, self.down[0].numel()), (self.up.shape[0], self.up[0].numel())
 
     def generator(self) -> torch.Generator:
         """For draws that depend on the seed and the layer's name alone."""

@@ -10,6 +10,7 @@ from dreamlora.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from dreamlora.inits._start import Probe, Start, Target
 
@@ -66,6 +67,8 @@ def _components(targets: Sequence[Target], options: Options, probe: Probe) -> di
     from peft.tuners.lora.config import EvaConfig
     from peft.tuners.lora.eva import get_eva_state_dict
 
+    from dreamlora.linalg import decomposable
+
     count = probe.batches(options.draws)
     passes = 0
 
@@ -83,16 +86,30 @@ def _components(targets: Sequence[Target], options: Options, probe: Probe) -> di
         eva_config=EvaConfig(rho=1.0, tau=options.tau, whiten=options.whiten),
     )
     found: dict[str, Tensor] = get_eva_state_dict(
-        torch.nn.ModuleDict({"model": probe.model}),  # of a model with adapters PEFT expects methods of its own
+        _on_the_cpu(probe.model),
         [torch.tensor(number) for number in range(count)],
         config,
         forward_fn=forward,
         prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=lambda inputs, *_: inputs[0].reshape(-1, inputs[0].shape[-1]),
+        prepare_layer_inputs_fn=lambda inputs, *_: decomposable(inputs[0].reshape(-1, inputs[0].shape[-1])),
         gather_distributed_inputs=False,
         show_progress_bar=False,
     )
     return found
+
+
+def _on_the_cpu(model: Module) -> Module:
+    """The model as PEFT takes it: of one that has adapters it expects methods of its own, hence the wrapper.
+
+    PEFT brings the components, which are float64, to where the parameters are, but MPS has no float64.
+    """
+    import torch
+
+    class Wrapper(torch.nn.ModuleDict):
+        def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+            yield torch.nn.Parameter(torch.empty(0))
+
+    return Wrapper({"model": model})
 
 
 def _name(target: Target) -> str:

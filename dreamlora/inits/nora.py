@@ -35,13 +35,14 @@ def starts(targets: Sequence[Target], options: Options, probe: Probe) -> Iterato
     """``A = (σ/s) Ω W₀`` with Ω ``(r, m)`` standard normal, ``B = 0``; W₀ is not changed."""
     import torch
 
+    from dreamlora import linalg
     from dreamlora.inits._start import Start
 
     for target in targets:
         m, _ = target.size("--init nora", least=target.rank)
-        weight = target.weight()
+        weight = linalg.decomposable(target.weight())
         sketch = torch.randn(target.rank, m, generator=target.generator()).to(weight.device)
-        A = options.sigma / target.scale * (sketch @ weight)
+        A = options.sigma / target.scaling * (sketch @ weight)
         if options.orthonormalize:
             A = torch.linalg.qr(A.mT).Q.mT * (A.norm() / target.rank**0.5)
         yield Start(A, torch.zeros(m, target.rank))

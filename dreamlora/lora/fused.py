@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from dreamlora.lora.offset import ADAPTER
+from dreamlora.lora.pairs import ADAPTER
 
 
 class FusedLinear(Linear):

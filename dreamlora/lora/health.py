@@ -1,44 +1,25 @@
 """LoRA health: how far the weights have moved, in how many directions, and how large a step was.
 
 Everything is computed from Gram matrices of the factors, batched over layers of one shape: no m×n matrix is formed.
+It happens on the CPU: in float64, which Apple's GPUs do not have, and without taking memory from the training.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dreamlora.linalg import gram_columns, gram_rows
-from dreamlora.lora import offset
+from dreamlora.lora.offset import FrozenStart
+from dreamlora.lora.pairs import AdaptedLayer, adapted_layers
 
 TOTAL = ""
 """The group of all layers."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The factors of one layer at one moment; convolutions flattened behind dimension 0.
-
-    Attributes:
-        group: of layers that are shown together.
-        A: ``(r, n)`` as it trains.
-        B: ``(m, r)`` as it trains.
-        down: ``(k, n)``, and
-        up: ``(m, k)``: the change of the weight is ``scale · up · down``.
-        scale: ``alpha / rank``.
-    """
-
-    group: str
-    A: Tensor
-    B: Tensor
-    down: Tensor
-    up: Tensor
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -57,33 +38,48 @@ class Health:
     balance: float
 
 
-def layers_of(modules: Mapping[str, nn.Module]) -> list[Layer]:
-    """Snapshots (copies) of all adapted layers.
+def snapshots(modules: Mapping[str, nn.Module]) -> list[AdaptedLayer]:
+    """Copies of all adapted layers on the CPU, convolutions flattened behind dimension 0.
 
     Args:
         modules: by the name that a group gets which is the whole module; of the module named "" the children are the
             groups, such as "down_blocks".
     """
-    found = []
-    for module_name, module in modules.items():
-        for name, layer in offset.adapted_layers(module):
-            A, B = (side[offset.ADAPTER].weight.detach() for side in (layer.lora_A, layer.lora_B))
-            A, B, down, up = (x.flatten(1).clone() for x in (A, B, *offset.factors(layer)))
-            group = module_name or name.split(".")[0]
-            found.append(Layer(group, A, B, down, up, float(layer.scaling[offset.ADAPTER])))
-    return found
+    layers = [layer for name, module in modules.items() for layer in adapted_layers(module, prefix=name)]
+    copies = iter(_copies([x for layer in layers for x in _tensors(layer)]))
+    flat = (x.flatten(1) for x in copies)
+    return [
+        replace(layer, A=next(flat), B=next(flat), start=layer.start and FrozenStart(next(flat), next(flat)))
+        for layer in layers
+    ]
 
 
-def measure(layers: Sequence[Layer]) -> dict[str, Health]:
-    """Health by group, and of all layers under ``TOTAL``."""
+def _tensors(layer: AdaptedLayer) -> list[Tensor]:
+    return [layer.A, layer.B, *([layer.start.A, layer.start.B] if layer.start else [])]
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """On the CPU. From a GPU all are queued and then waited for once, not one by one."""
+    copies = [x.detach().to("cpu", copy=True, non_blocking=x.is_cuda) for x in tensors]
+    for device in {x.device for x in tensors if x.is_cuda}:
+        torch.cuda.synchronize(device)
+    return copies
+
+
+def measure(layers: Sequence[AdaptedLayer]) -> dict[str, Health]:
+    """Health by group, and of all layers under ``TOTAL``.
+
+    Args:
+        layers: ``snapshots``.
+    """
     squares, ranks, balances = (torch.zeros(len(layers), dtype=torch.float64) for _ in range(3))
-    for members in _alike(layers, "down", "up"):
-        scale = torch.tensor([layers[i].scale for i in members], dtype=torch.float64)
-        square, spectral = _sizes(_stack(layers, members, "down"), _stack(layers, members, "up"))
-        squares[members] = scale**2 * square
+    for members in _alike(layers):
+        A, B = _stacked([layers[i].A for i in members]), _stacked([layers[i].B for i in members])
+        downs, ups = zip(*(layers[i].factors() for i in members), strict=True)
+        square, spectral = _sizes(_stacked(downs), _stacked(ups))
+        squares[members] = _scaling([layers[i] for i in members]) ** 2 * square
         ranks[members] = torch.where(spectral > 0, square / spectral.clamp_min(1e-300), torch.nan)
-    for members in _alike(layers, "A", "B"):
-        balances[members] = _balance(_stack(layers, members, "A"), _stack(layers, members, "B"))
+        balances[members] = _balance(A, B)
     return {
         group: Health(
             float(squares[members].sum().sqrt()),
@@ -94,17 +90,21 @@ def measure(layers: Sequence[Layer]) -> dict[str, Health]:
     }
 
 
-def update_rms(before: Sequence[Layer], after: Sequence[Layer]) -> dict[str, float]:
+def update_rms(before: Sequence[AdaptedLayer], after: Sequence[AdaptedLayer]) -> dict[str, float]:
     """Root mean square of the entries of the change of ΔW between two moments, by group.
 
     Of the weight and not of the factors, so that ranks, scales and optimizers can be compared:
     ``B₁A₁ − B₀A₀ = [B₁, B₁ − B₀] [A₁ − A₀ ; A₀]``.
+
+    Args:
+        before, after: ``snapshots``.
     """
     squares = torch.zeros(len(after), dtype=torch.float64)
-    for members in _alike(after, "A", "B"):
-        (A0, B0), (A1, B1) = ((_stack(x, members, "A"), _stack(x, members, "B")) for x in (before, after))
+    for members in _alike(after):
+        A0, A1 = (_stacked([layers[i].A for i in members]) for layers in (before, after))
+        B0, B1 = (_stacked([layers[i].B for i in members]) for layers in (before, after))
         square, _ = _sizes(torch.cat([A1 - A0, A0], 1), torch.cat([B1, B1 - B0], 2), spectral=False)
-        squares[members] = torch.tensor([after[i].scale for i in members], dtype=torch.float64) ** 2 * square
+        squares[members] = _scaling([after[i] for i in members]) ** 2 * square
     entries = torch.tensor([layer.B.shape[0] * layer.A.shape[1] for layer in after], dtype=torch.float64)
     return {
         group: float((squares[members].sum() / entries[members].sum()).sqrt())
@@ -113,42 +113,45 @@ def update_rms(before: Sequence[Layer], after: Sequence[Layer]) -> dict[str, flo
 
 
 def _sizes(down: Tensor, up: Tensor, *, spectral: bool = True) -> tuple[Tensor, Tensor]:
-    """``‖U D‖_F²`` and ``‖U D‖₂²`` ``(b,)`` of D ``(b, k, n)`` and U ``(b, m, k)``, on the CPU.
+    """``‖U D‖_F²`` and ``‖U D‖₂²`` ``(b,)`` of D ``(b, k, n)`` and U ``(b, m, k)``.
 
     With ``D Dᵀ = E diag(e) Eᵀ`` the eigenvalues of ``√e Eᵀ (UᵀU) E √e`` are the squared singular values of U D.
     """
     KD, KU = gram_rows(down), gram_columns(up)
     square = (KD * KU).sum((1, 2)).clamp_min(0)
     if not spectral:
-        return square.cpu(), square.cpu()
+        return square, square
     e, E = torch.linalg.eigh(KD)
     root = E * e.clamp_min(0).sqrt()[:, None]
-    return square.cpu(), torch.linalg.eigvalsh(root.mT @ KU @ root)[:, -1].clamp_min(0).cpu()
+    return square, torch.linalg.eigvalsh(root.mT @ KU @ root)[:, -1].clamp_min(0)
 
 
 def _balance(A: Tensor, B: Tensor) -> Tensor:
     KA, KB = gram_rows(A), gram_columns(B)
     norm = torch.linalg.matrix_norm
-    return (1 - norm(KA - KB) / (norm(KA) + norm(KB)).clamp_min(1e-300)).cpu()
+    return 1 - norm(KA - KB) / (norm(KA) + norm(KB)).clamp_min(1e-300)
 
 
-def _alike(layers: Sequence[Layer], down: str, up: str) -> list[list[int]]:
-    """Numbers of layers whose factors have the same shape and place."""
+def _alike(layers: Sequence[AdaptedLayer]) -> list[list[int]]:
+    """Numbers of layers whose factors have the same shape, with or without a frozen start."""
     found: dict[Any, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
-        A, B = getattr(layer, down), getattr(layer, up)
-        found[A.shape, B.shape, A.device].append(number)
+        found[layer.A.shape, layer.B.shape, layer.start is None].append(number)
     return list(found.values())
 
 
-def _stack(layers: Sequence[Layer], members: Sequence[int], side: str) -> Tensor:
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
     """In float64, as Gram matrices square the condition number."""
-    return torch.stack([getattr(layers[i], side) for i in members]).double()
+    return torch.stack(list(factors)).double()
 
 
-def _groups(layers: Sequence[Layer]) -> dict[str, list[int]]:
+def _scaling(layers: Sequence[AdaptedLayer]) -> Tensor:
+    return torch.tensor([layer.scaling for layer in layers], dtype=torch.float64)
+
+
+def _groups(layers: Sequence[AdaptedLayer]) -> dict[str, list[int]]:
     """Members of ``TOTAL`` and of every group, in the order of the model; one group alone is the total."""
     found: dict[str, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
-        found[layer.group].append(number)
+        found[layer.name.partition(".")[0]].append(number)
     return {TOTAL: list(range(len(layers))), **(found if len(found) > 1 else {})}

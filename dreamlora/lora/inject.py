@@ -11,7 +11,7 @@ from torch import nn
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
 from dreamlora.lora.fused import fuse
-from dreamlora.lora.offset import ADAPTER
+from dreamlora.lora.pairs import ADAPTER
 
 EVERY_LINEAR = "all-linear"
 EVERY_LAYER = "all"

@@ -12,16 +12,12 @@ what is exported, since every program can load it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
-
-ADAPTER = "default"
-"""Name of the adapter that trains."""
 
 _START = "frozen_start"
 
@@ -66,45 +62,13 @@ def apply_weight(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def adapted_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and PEFT layer of everything in ``module`` that has the adapter."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
-            yield name, layer
-
-
-def attach(layer: Any, A: Tensor, B: Tensor) -> None:
-    """Make ``layer`` count its distance from B₀ A₀ instead of B A.
-
-    Args:
-        layer: PEFT's; its lora_A and lora_B are left as they are.
-        A, B: in the shapes of the weights of lora_A and lora_B.
-    """
-    place = layer.lora_A[ADAPTER].weight.device
-    setattr(layer, _START, FrozenStart(A.to(place), B.to(place)))
-    layer.lora_variant[ADAPTER] = OffsetVariant()
+def attach(layer: Any, adapter: str, start: FrozenStart) -> None:
+    """Make PEFT's ``layer`` compute with its distance from ``start``."""
+    setattr(layer, _START, start)
+    layer.lora_variant[adapter] = OffsetVariant()
 
 
 def start_of(layer: Any) -> FrozenStart | None:
     """The layer's frozen start, if it has one."""
-    found: FrozenStart | None = getattr(layer, _START, None)
-    return found
-
-
-def factors(layer: Any) -> tuple[Tensor, Tensor]:
-    """``down (k, n, ...)`` and ``up (m, k, ...)`` of the layer's ΔW = up·down: k is r, or 2r with a frozen start."""
-    A, B = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-    start = start_of(layer)
-    return (A, B) if start is None else (start.down(A), start.up(B))
-
-
-def starts_of(module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """All frozen starts by layer, on the CPU, for a checkpoint."""
-    found = ((name, start_of(layer)) for name, layer in adapted_layers(module))
-    return {name: {"A": start.A.cpu(), "B": start.B.cpu()} for name, start in found if start is not None}
-
-
-def restore_starts(module: nn.Module, saved: dict[str, dict[str, Tensor]]) -> None:
-    """Attach what ``starts_of`` gave."""
-    for name, start in saved.items():
-        attach(module.get_submodule(name), start["A"], start["B"])
+    start: FrozenStart | None = getattr(layer, _START, None)
+    return start

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dreamlora.interfaces import MetricInputs
+from dreamlora.linalg import wide
 
 
 def exact(vectors: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def exact(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: a value is not finite.
     """
-    rows = vectors.detach().to("cpu", torch.float64)
+    rows = wide(vectors.detach().cpu())
     wrong = ~rows.isfinite().all(1)
     if wrong.any():
         raise ValueError(f"the embedding in row {int(wrong.nonzero()[0])} is not finite")
@@ -27,7 +27,7 @@ def unit(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: a row is zero or not finite, so it has no direction.
     """
-    rows = vectors.to(torch.float64)
+    rows = wide(vectors)
     lengths = rows.norm(dim=1, keepdim=True)
     wrong = ~(lengths.isfinite() & (lengths > 0)).flatten()
     if wrong.any():

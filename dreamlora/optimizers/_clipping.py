@@ -30,8 +30,7 @@ def clip_lora_grad_norm_(batches: list[PairBatch], max_norm: float, damping: flo
 
 def _natural_norm_squared(batch: PairBatch, damping: float) -> Tensor:
     """``Σ ⟨gA, N_B gA⟩ + ⟨gB, gB N_A⟩`` over the batch, from the ``r × r`` Gram matrices of factors and gradients."""
-    wide = None if batch.A[0].device.type == "mps" else torch.float64
-    A, B = batch.stacked_factors(wide)
+    A, B = batch.stacked_factors(linalg.gram_dtype(batch.A[0].device))
     gA, gB = batch.stacked_gradients()
     P_B, P_A = (linalg.natural_inverse(K, damping).P for K in (linalg.gram_columns(B), linalg.gram_rows(A)))
     of_A, of_B = linalg.gram_rows(gA.to(A.dtype)), linalg.gram_columns(gB.to(B.dtype))

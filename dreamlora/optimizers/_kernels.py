@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from dreamlora.linalg import gram_dtype
+
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _FUSED_DEVICES = ("cpu", "cuda")
 STEP, EXP_AVG, EXP_AVG_SQ, MOMENTUM = "step", "exp_avg", "exp_avg_sq", "momentum_buffer"
@@ -126,7 +128,7 @@ def published_adamw_(
     divisors = torch._foreach_sqrt(squares)
     torch._foreach_add_(divisors, hyper.eps)
     # β₂ᵗ is close to 1, and its difference from 1 counts.
-    t = torch.stack(steps).to(torch.float32 if steps[0].device.type == "mps" else torch.float64)
+    t = torch.stack(steps).to(gram_dtype(steps[0].device))
     rates = ((1 - second**t).sqrt() / (1 - first**t) * hyper.lr).unbind()
     moves = torch._foreach_div(means, divisors)
     torch._foreach_mul_(moves, list(rates))

@@ -233,7 +233,7 @@ def corrected_decay(beta: float, steps: Tensor) -> Tensor:
 
 def escaping(carried: Tensor, old: Tensor) -> Tensor:
     """``min(max_i (λ_i(V) − λ_i(PVPᵀ)), tr V − tr PVPᵀ)₊``, ``(k, 1, 1)``: what the new basis does not hold."""
-    loss = (torch.linalg.eigvalsh(old) - torch.linalg.eigvalsh(carried)).amax(-1).clamp(min=0)
+    loss = (linalg.eigenvalues(old) - linalg.eigenvalues(carried)).amax(-1).clamp(min=0)
     trace = (old - carried).diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
     return torch.minimum(loss, trace)[:, None, None]
 

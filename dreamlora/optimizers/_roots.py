@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreamlora.linalg import symmetric
+from dreamlora import linalg
 
 
 class Roots(NamedTuple):
@@ -46,9 +46,9 @@ def spd_roots(M: Tensor, condition: float) -> Roots:
 
     Source: Higham, Functions of Matrices (2008), equation 6.35.
     """
-    dtype = M.dtype
-    if condition > _NEWTON_LIMIT[torch.float32] and M.device.type != "mps":
-        M = M.double()
+    dtype, device = M.dtype, M.device
+    if condition > _NEWTON_LIMIT[torch.float32]:
+        M = linalg.wide(M)
     identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     norm = torch.linalg.matrix_norm(M, keepdim=True)
     bad = ~(torch.isfinite(norm) & (norm > 0))
@@ -63,7 +63,9 @@ def spd_roots(M: Tensor, condition: float) -> Roots:
         values, vectors = torch.linalg.eigh(M)
         values = values.clamp_min(1e-15 * values[..., -1:])[..., None, :].sqrt()
         root, inverse_root = (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
-    return Roots(symmetric(root).to(dtype), symmetric(inverse_root).to(dtype), bad[..., 0, 0])
+    # the cast comes first: there may be no float64 on the device
+    root, inverse_root = (linalg.symmetric(x).to(dtype).to(device) for x in (root, inverse_root))
+    return Roots(root, inverse_root, bad[..., 0, 0].to(device))
 
 
 def _newton_rounds(condition: float, eps: float) -> int:
@@ -84,17 +86,15 @@ def geometric_mean(KA: Tensor, KB: Tensor, condition: float) -> tuple[Tensor, Te
         KA, KB: symmetric positive definite ``(..., r, r)``.
         condition: an upper bound on ``‖K‖_F / λ_min(K)`` of either.
     """
-    dtype = KA.dtype
-    if condition**2 > _NEWTON_LIMIT[torch.float32] and KA.device.type != "mps":
-        KA, KB = KA.double(), KB.double()
-    identity = torch.eye(KA.shape[-1], dtype=KA.dtype, device=KA.device)
-    L, info = torch.linalg.cholesky_ex(KA)
-    failed = info != 0
-    L = torch.where(failed[..., None, None], identity, L)
-    L_inverse = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
-    roots = spd_roots(symmetric(L.mT @ KB @ L), condition**2)
+    dtype, device = KA.dtype, KA.device
+    if condition**2 > _NEWTON_LIMIT[torch.float32]:
+        KA, KB = linalg.wide(KA), linalg.wide(KB)
+    L, L_inverse, failed = linalg.cholesky(KA)
+    roots = spd_roots(linalg.symmetric(L.mT @ KB @ L), condition**2)
     S = L_inverse.mT @ roots.root @ L_inverse
     S_inverse = L @ roots.inverse_root @ L.mT
     failed = failed | roots.failed
+    identity = torch.eye(KA.shape[-1], dtype=KA.dtype, device=KA.device)
     S, S_inverse = (torch.where(failed[..., None, None], identity, x) for x in (S, S_inverse))
-    return symmetric(S).to(dtype), symmetric(S_inverse).to(dtype), failed
+    S, S_inverse = (linalg.symmetric(x).to(dtype).to(device) for x in (S, S_inverse))
+    return S, S_inverse, failed.to(device)

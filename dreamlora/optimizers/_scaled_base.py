@@ -115,8 +115,8 @@ class ScaledBase(LoraPairOptimizer):
         kept: list[tuple[Tensor, ...]] = []
         grams: dict[object, list[tuple[int, Tensor, Tensor]]] = {}
         for i, batch in enumerate(batches):
-            precise = group["damping"] < _SAFE_DAMPING and batch.A[0].device.type != "mps"
-            A, B = batch.stacked_factors(torch.float64 if precise else None)
+            precise = group["damping"] < _SAFE_DAMPING
+            A, B = batch.stacked_factors(linalg.gram_dtype(batch.A[0].device) if precise else None)
             # A batch of one pair is not copied, and must not change under the transport.
             kept.append(((A.clone(), B.clone()) if len(A) == 1 else (A, B)) if keep else ())
             alike = (A.shape[1], A.device, A.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dreamlora import registry
 from dreamlora.inits._start import Probe, Target
-from dreamlora.lora import offset
+from dreamlora.lora.pairs import ADAPTER, adapted_layers
 from dreamlora.randomness import seed_of
 from dreamlora.training import loop
 from dreamlora.training.loop import Run
@@ -34,11 +34,11 @@ def initialise(run: Run, options: Any) -> None:
     targets = list(targets_of(run))
     # The generator holds one layer's start at a time, hence no list.
     for target, start in zip(targets, method.starts(targets, options, _probe(run)), strict=True):
-        for parameter, value in ((target.down, start.A), (target.up, start.B)):
+        for parameter, value in ((target.A, start.A), (target.B, start.B)):
             values = value.to(parameter.device, parameter.dtype).reshape(parameter.shape).contiguous()
             parameter.data.copy_(broadcast(values) if run.accelerator.num_processes > 1 else values)
         if method.OFFSET:
-            offset.attach(target.layer, target.down, target.up)
+            target.with_start(target.A, target.B)
 
 
 def targets_of(run: Run) -> Iterator[Target]:
@@ -47,15 +47,9 @@ def targets_of(run: Run) -> Iterator[Target]:
     modules: list[tuple[str, nn.Module]] = [("denoiser", model.denoiser)]
     modules += [(f"encoders.{name}", encoder) for name, encoder in model.encoders.items()]
     for number, (path, module) in enumerate(modules):
-        for name, layer in offset.adapted_layers(module):
-            yield Target(
-                name=f"{path}.{name}",
-                layer=layer,
-                down=layer.lora_A[offset.ADAPTER].weight,
-                up=layer.lora_B[offset.ADAPTER].weight,
-                scale=float(layer.scaling[offset.ADAPTER]),
-                key=(run.config.train.seed + number, "lora", f"{name}.lora_A.{offset.ADAPTER}.weight"),
-            )
+        for layer in adapted_layers(module):
+            key = (run.config.train.seed + number, "lora", f"{layer.name}.lora_A.{ADAPTER}.weight")
+            yield Target(**vars(replace(layer, name=f"{path}.{layer.name}")), key=key)
 
 
 def _probe(run: Run) -> Probe:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dreamlora.errors import UserError
-from dreamlora.lora import offset
+from dreamlora.lora.pairs import restore_starts, starts_of
 from dreamlora.runfolder import RunFolder, replacing_folder, write_atomically
 from dreamlora.training.loop import Run
 
@@ -36,7 +36,7 @@ def save(run: Run) -> Path:
     state = {
         "step": run.step,
         "trainables": {name: parameter.detach().cpu() for name, parameter in run.trainables.items()},
-        "starts": offset.starts_of(run.accelerator.unwrap_model(run.model)),
+        "starts": starts_of(run.accelerator.unwrap_model(run.model)),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
@@ -59,7 +59,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     saved = checkpoint.state
     for name, parameter in run.trainables.items():
         parameter.data.copy_(saved["trainables"][name])
-    offset.restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])
+    restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if run.accelerator.scaler is not None and saved["scaler"]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreamlora.callbacks.health import HealthCallback
-from dreamlora.lora.health import TOTAL, layers_of, update_rms
+from dreamlora.lora.health import TOTAL, snapshots, update_rms
 from tests.inits.problems import Problem, problem
 
 
@@ -32,7 +32,7 @@ def run_of(made: Problem, log: Log, step: int = 0, total: int = 5) -> Any:
 def steps(callback: HealthCallback, run: Any, made: Problem, until: int) -> None:
     while run.step < until:
         for target in made.targets:
-            target.up.data += (run.step + 1) * 0.01
+            target.B.data += (run.step + 1) * 0.01
         run.step += 1
         callback.on_step(run, None)
 
@@ -56,9 +56,9 @@ def test_the_update_is_that_of_the_last_step_alone() -> None:
     callback = HealthCallback(3)
     callback.on_start(run)
     steps(callback, run, made, 2)
-    before = layers_of({"": made.net})
+    before = snapshots({"": made.net})
     steps(callback, run, made, 3)
-    assert log.rows[3]["opt/update_rms"] == pytest.approx(update_rms(before, layers_of({"": made.net}))[TOTAL])
+    assert log.rows[3]["opt/update_rms"] == pytest.approx(update_rms(before, snapshots({"": made.net}))[TOTAL])
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
@@ -70,8 +70,8 @@ def test_after_a_resume_the_numbers_are_the_same(stop: int) -> None:
     again, rest = problem(), Log()
     with torch.no_grad():
         for target, other in zip(made.targets, again.targets, strict=True):
-            other.up.copy_(target.up)
-            other.down.copy_(target.down)
+            other.B.copy_(target.B)
+            other.A.copy_(target.A)
     steps(callback, run, made, 5)
     resumed, fresh = run_of(again, rest, step=stop), HealthCallback(2)
     fresh.on_start(resumed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from dreamlora import registry
 from dreamlora.inits._start import Probe, Start, Target
-from dreamlora.lora import offset
+from dreamlora.lora.pairs import adapted_layers
+from tests.fakemps import moved, on_mps
 
 RANK, ALPHA = 2, 3.0
 SCALE = ALPHA / RANK
@@ -48,10 +50,10 @@ class Problem:
         method = registry.load("inits", name)
         starts = list(method.starts(self.targets, method.Options(**settings), self.probe))
         for target, start in zip(self.targets, starts, strict=True):
-            target.down.data = start.A.reshape(target.down.shape).clone()
-            target.up.data = start.B.reshape(target.up.shape).clone()
-            if attach and method.OFFSET:
-                offset.attach(target.layer, target.down, target.up)
+            target.A.data.copy_(start.A.reshape(target.A.shape))
+            target.B.data.copy_(start.B.reshape(target.B.shape))
+        if attach and method.OFFSET:
+            self.targets = [target.with_start(target.A, target.B) for target in self.targets]
         return starts
 
     def mean_gradients(self) -> list[Tensor]:
@@ -62,8 +64,8 @@ class Problem:
 
     def change(self) -> list[Tensor]:
         """s·ΔW ``(m, n)`` of all targets."""
-        pairs = (offset.factors(target.layer) for target in self.targets)
-        return [SCALE * up.flatten(1) @ down.flatten(1) for down, up in pairs]
+        factors = (target.factors() for target in self.targets)
+        return [SCALE * up.flatten(1) @ down.flatten(1) for down, up in factors]
 
 
 def loss_of(net: nn.Module, batch: Tensor) -> Tensor:
@@ -83,11 +85,17 @@ def problem(rank: int = RANK, *, dropout: float = 0.0, dtype: torch.dtype = torc
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     batches = [torch.randn(BATCH, 3, 8, 8).to(dtype) for _ in range(BATCHES)]
-    targets = [
-        Target(name, layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight, ALPHA / rank, (0, name))
-        for name, layer in offset.adapted_layers(net)
-    ]
-    return Problem(net, base, targets, probe_of(net, batches), batches)
+    return Problem(net, base, targets_of(net), probe_of(net, batches), batches)
+
+
+def targets_of(net: nn.Module) -> list[Target]:
+    return [Target(**vars(layer), key=(0, layer.name)) for layer in adapted_layers(net)]
+
+
+def on_device(made: Problem) -> Problem:
+    """The same on the fake device."""
+    net, batches = moved(copy.deepcopy(made.net)), [on_mps(batch) for batch in made.batches]
+    return Problem(net, made.base, targets_of(net), probe_of(net, batches), batches)
 
 
 def probe_of(

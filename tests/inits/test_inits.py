@@ -10,7 +10,7 @@ from torch import nn
 
 from dreamlora import registry
 from dreamlora.errors import UserError
-from dreamlora.lora import offset
+from dreamlora.lora.pairs import restore_starts, starts_of
 from dreamlora.optimizers import check_compatibility
 from tests.inits.problems import Net, problem
 
@@ -41,7 +41,7 @@ def test_the_model_is_unchanged_at_first(name):
         assert torch.equal(made.net(x), made.base(x))
     size = max(weight.abs().max() for weight in made.change())
     assert size == 0 or (name == "orthogonal" and size < 1e-7)
-    assert all(target.down.abs().max() > 0 for target in made.targets)
+    assert all(target.A.abs().max() > 0 for target in made.targets)
 
 
 @pytest.mark.parametrize("name", INITS)
@@ -49,10 +49,10 @@ def test_the_base_is_not_touched_and_the_factors_train(name):
     made = started(name)
     for target in made.targets:
         assert torch.equal(target.layer.base_layer.weight, made.base.get_submodule(target.name).weight)
-        assert target.down.requires_grad and target.up.requires_grad
-        assert target.down.grad is None and target.up.grad is None
+        assert target.A.requires_grad and target.B.requires_grad
+        assert target.A.grad is None and target.B.grad is None
     made.probe.loss(0).backward()
-    assert all(target.up.grad.abs().max() > 0 for target in made.targets)
+    assert all(target.B.grad.abs().max() > 0 for target in made.targets)
     names = {name for name, parameter in made.net.named_parameters() if parameter.requires_grad}
     assert len(names) == 6 and all("lora_" in name for name in names)
 
@@ -63,7 +63,7 @@ def test_the_start_of_a_bf16_base_is_fp32_and_exact(name):
     x = made.batches[0]
     tolerance = 2e-2 if name == "orthogonal" else 0
     torch.testing.assert_close(made.net(x), made.base(x), rtol=0, atol=tolerance)
-    assert {target.down.dtype for target in made.targets} == {torch.float32}
+    assert {target.A.dtype for target in made.targets} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", INITS)
@@ -73,7 +73,7 @@ def test_neither_earlier_draws_nor_other_layers_matter(name):
     torch.manual_seed(6)
     again = started(name)
     for one, other in zip(first.targets, again.targets, strict=True):
-        assert torch.equal(one.down, other.down) and torch.equal(one.up, other.up)
+        assert torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "kaiming", "nora", "orthogonal"])
@@ -156,8 +156,8 @@ def test_gradients_belong_together_as_in_any_lora():
     made = problem()
     made.start("pissa")
     for target in made.targets:
-        target.up.data += 0.1 * torch.randn_like(target.up)
-        target.down.data += 0.1 * torch.randn_like(target.down)
+        target.B.data += 0.1 * torch.randn_like(target.B)
+        target.A.data += 0.1 * torch.randn_like(target.A)
     made.probe.loss(0).backward()
     errors = check_compatibility(made.net)
     assert len(errors) == 3 and max(errors.values()) < 1e-5
@@ -168,9 +168,9 @@ def test_the_saved_start_is_attached_again():
     first.start("pissa")
     with torch.no_grad():
         for one, other in zip(first.targets, second.targets, strict=True):
-            one.up.add_(torch.randn_like(one.up))
-            other.up.copy_(one.up)
-            other.down.copy_(one.down)
-    offset.restore_starts(second.net, offset.starts_of(first.net))
+            one.B.add_(torch.randn_like(one.B))
+            other.B.copy_(one.B)
+            other.A.copy_(one.A)
+    restore_starts(second.net, starts_of(first.net))
     assert torch.equal(first.net(first.batches[0]), second.net(first.batches[0]))
-    assert not offset.starts_of(Net())
+    assert not starts_of(Net())

@@ -12,9 +12,8 @@ from torch import nn
 from dreamlora.errors import UserError
 from dreamlora.inits import lora_ga
 from dreamlora.inits._gradients import SketchPlan, mean_gradient_svd
-from dreamlora.inits._start import Probe, Target
-from dreamlora.lora import offset
-from tests.inits.problems import BATCH, BATCHES, RANK, SCALE, loss_of, probe_of, problem
+from dreamlora.inits._start import Probe
+from tests.inits.problems import BATCH, BATCHES, RANK, SCALE, loss_of, probe_of, problem, targets_of
 
 EVERYTHING = {"draws": BATCH * BATCHES}
 WIDE = 100.0  # oversampling with which the sketch is as wide as every layer here
@@ -53,8 +52,7 @@ def test_the_default_decomposition_is_close_to_the_exact_one():
     net = inject_adapter_in_model(LoraConfig(r=rank, target_modules=["0"]), nn.Sequential(nn.Linear(size, size)))
     U, V = (torch.linalg.qr(torch.randn(size, size)).Q for _ in range(2))
     gradient = U * torch.arange(1, size + 1) ** -0.25 @ V.mT
-    ((name, layer),) = offset.adapted_layers(net)
-    target = Target(name, layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight, 1.0, (0, name))
+    (target,) = targets_of(net)
     # the gradient of sum(G * W x x') for orthonormal inputs is G
     probe = Probe(net, lambda number: (net(torch.eye(size)).mT * gradient).sum(), 1, 0, 1, lambda value: value)
     options = lora_ga.Options(draws=1)
@@ -73,8 +71,8 @@ def test_the_first_step_is_the_best_approximation_of_the_full_gradient():
     rate = 1e-3
     with torch.no_grad():
         for target in made.targets:
-            target.down.sub_(rate * target.down.grad)
-            target.up.sub_(rate * target.up.grad)
+            target.A.sub_(rate * target.A.grad)
+            target.B.sub_(rate * target.B.grad)
     for change, gradient in zip(made.change(), made.mean_gradients(), strict=True):
         expected = -rate * SCALE**2 * gradient.shape[0] ** 0.5 / 4.0 * best(gradient, 2 * RANK)
         torch.testing.assert_close(change, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())

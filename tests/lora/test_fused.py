@@ -9,8 +9,9 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dreamlora.lora import fused, offset
+from dreamlora.lora import fused
 from dreamlora.lora.fused import FusedLinear, fuse
+from dreamlora.lora.pairs import ADAPTER, adapted_layers
 
 SHAPES = {"vectors": (5, 12), "sequences": (3, 7, 12), "one vector": (12,)}
 ROUNDING = {"rtol": 1e-5, "atol": 1e-4}  # gradients here are of size 100
@@ -24,7 +25,7 @@ def layers(dtype: torch.dtype = torch.float32, *, bias: bool = True, **options: 
         net = nn.Sequential(nn.Linear(12, 9, bias=bias)).to(dtype)
         config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["0"], **options})
         layer = inject_adapter_in_model(config, net)[0]
-        nn.init.normal_(layer.lora_B[offset.ADAPTER].weight)
+        nn.init.normal_(layer.lora_B[ADAPTER].weight)
         made.append(layer)
     fuse(made[1])
     assert type(made[0]) is Linear and type(made[1]) is FusedLinear
@@ -70,7 +71,7 @@ def test_output_and_gradients_are_those_of_peft(shape, alpha, bias, fused_calls)
 
 def test_gradients_are_those_of_the_function():
     _, layer = layers(torch.float64)
-    A, B = layer.lora_A[offset.ADAPTER].weight, layer.lora_B[offset.ADAPTER].weight
+    A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     W, b = layer.base_layer.weight, layer.base_layer.bias
 
     def function(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -133,7 +134,8 @@ def with_a_frozen_start() -> tuple[Linear, FusedLinear]:
     made = layers()
     for each in made:
         generator = torch.Generator().manual_seed(1)
-        offset.attach(each, torch.randn(4, 12, generator=generator), torch.randn(9, 4, generator=generator))
+        (layer,) = adapted_layers(each)
+        layer.with_start(torch.randn(4, 12, generator=generator), torch.randn(9, 4, generator=generator))
     return made
 
 

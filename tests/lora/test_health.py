@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dreamlora.lora.health import TOTAL, Layer, layers_of, measure, update_rms
-from tests.inits.problems import SCALE, problem
+from dreamlora.lora.health import TOTAL, measure, snapshots, update_rms
+from dreamlora.lora.pairs import AdaptedLayer
+from tests.fakemps import FakeMps
+from tests.inits.problems import SCALE, on_device, problem
 
 
-def layer(group: str, m: int, n: int, *, rank: int = 3, scale: float = 1.5, seed: int = 0) -> Layer:
+def layer(group: str, m: int, n: int, *, rank: int = 3, scaling: float = 1.5, seed: int = 0) -> AdaptedLayer:
     draw = torch.Generator().manual_seed(seed)
     A, B = torch.randn(rank, n, generator=draw), torch.randn(m, rank, generator=draw)
-    return Layer(group, A, B, A, B, scale)
+    return of(group, A, B, scaling)
 
 
-def dense(layer: Layer) -> torch.Tensor:
-    return layer.scale * (layer.up.double() @ layer.down.double())
+def of(group: str, A: torch.Tensor, B: torch.Tensor, scaling: float) -> AdaptedLayer:
+    return AdaptedLayer(f"{group}.0.to_q", A, B, scaling, start=None, layer=None)
 
 
-LAYERS = [layer("a", 7, 5), layer("b", 7, 5, seed=1, scale=0.5), layer("b", 4, 9, seed=2), layer("a", 7, 5, seed=3)]
+def dense(layer: AdaptedLayer) -> torch.Tensor:
+    return layer.scaling * (layer.B.double() @ layer.A.double())
+
+
+LAYERS = [layer("a", 7, 5), layer("b", 7, 5, seed=1, scaling=0.5), layer("b", 4, 9, seed=2), layer("a", 7, 5, seed=3)]
 
 
 @pytest.mark.parametrize(("group", "members"), [(TOTAL, [0, 1, 2, 3]), ("a", [0, 3]), ("b", [1, 2])])
@@ -42,7 +49,7 @@ def test_only_the_balance_depends_on_the_gauge():
     first = LAYERS[0]
     R = torch.randn(3, 3, generator=torch.Generator().manual_seed(9)) + 3 * torch.eye(3)
     A, B = torch.linalg.solve(R, first.A), first.B @ R
-    one, other = measure([first])[TOTAL], measure([Layer("a", A, B, A, B, first.scale)])[TOTAL]
+    one, other = measure([first])[TOTAL], measure([of("a", A, B, first.scaling)])[TOTAL]
     assert other.dw_norm == pytest.approx(one.dw_norm, rel=1e-5)
     assert other.stable_rank == pytest.approx(one.stable_rank, rel=1e-5)
     assert abs(other.balance - one.balance) > 0.05
@@ -50,9 +57,9 @@ def test_only_the_balance_depends_on_the_gauge():
 
 def test_special_cases():
     A = torch.eye(3, 5)
-    zero = measure([Layer("a", A, torch.zeros(7, 3), A, torch.zeros(7, 3), 1.0)])[TOTAL]
+    zero = measure([of("a", A, torch.zeros(7, 3), 1.0)])[TOTAL]
     assert (zero.dw_norm, zero.stable_rank, zero.balance) == (0, None, 0)
-    even = measure([Layer("a", A, torch.eye(7, 3), A, torch.eye(7, 3), 2.0)])[TOTAL]
+    even = measure([of("a", A, torch.eye(7, 3), 2.0)])[TOTAL]
     assert even.dw_norm == pytest.approx(2 * math.sqrt(3))
     assert (even.stable_rank, even.balance) == (pytest.approx(3), pytest.approx(1))
 
@@ -60,12 +67,12 @@ def test_special_cases():
 def test_a_frozen_start_does_not_count():
     made = problem()
     made.start("pissa")
-    layers = layers_of({"": made.net})
+    layers = snapshots({"": made.net})
     assert measure(layers)[TOTAL].dw_norm == 0
     assert measure(layers)[TOTAL].balance == pytest.approx(1, abs=1e-4)  # PiSSA divides the root evenly
     for target in made.targets:
-        target.up.data += 0.1
-    after = layers_of({"": made.net})
+        target.B.data += 0.1
+    after = snapshots({"": made.net})
     total = math.sqrt(sum(float(change.square().sum()) for change in made.change()))
     assert measure(after)[TOTAL].dw_norm == pytest.approx(total, rel=1e-5)
     entries = sum(change.numel() for change in made.change())
@@ -73,9 +80,8 @@ def test_a_frozen_start_does_not_count():
 
 
 def test_the_update_is_that_of_the_weight():
-    after = [
-        Layer(x.group, x.A + 0.1, 1.1 * x.B, x.A + 0.1, 1.1 * x.B, x.scale) for x in LAYERS
-    ]  # both factors at once: the product of the changes counts too
+    # both factors at once: the product of the changes counts too
+    after = [replace(x, A=x.A + 0.1, B=1.1 * x.B) for x in LAYERS]
     found = update_rms(LAYERS, after)
     for group, members in ((TOTAL, [0, 1, 2, 3]), ("a", [0, 3]), ("b", [1, 2])):
         changes = torch.cat([(dense(after[i]) - dense(LAYERS[i])).flatten() for i in members])
@@ -84,16 +90,33 @@ def test_the_update_is_that_of_the_weight():
 
 def test_groups_are_blocks_of_the_denoiser_and_whole_text_encoders():
     first, second = problem(), problem()
-    layers = layers_of({"": first.net, "text_encoder": second.net})
-    assert [layer.group for layer in layers] == ["conv", "square", "out", *["text_encoder"] * 3]
-    assert layers[0].A.shape == (2, 27) and layers[0].scale == SCALE
+    layers = snapshots({"": first.net, "text_encoder": second.net})
+    names = ["conv", "square", "out"]
+    assert [layer.name for layer in layers] == [*names, *(f"text_encoder.{name}" for name in names)]
+    assert layers[0].A.shape == (2, 27) and layers[0].scaling == SCALE
     assert list(measure(layers)) == [TOTAL, "conv", "square", "out", "text_encoder"]
     assert list(measure(layers[:1])) == [TOTAL]
 
 
 def test_snapshots_are_copies():
     made = problem()
-    [first, *_] = layers_of({"": made.net})
+    [first, *_] = snapshots({"": made.net})
     before = first.A.clone()
-    made.targets[0].down.data += 1
+    made.targets[0].A.data += 1
     assert torch.equal(first.A, before)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa"])
+def test_it_is_measured_on_the_cpu(init):
+    """Apple's GPUs have no float64; and no GPU should give memory for it."""
+    here = problem()
+    here.start(init)
+    for target in here.targets:
+        target.B.data += 0.1
+    with FakeMps():
+        there = on_device(here)
+        layers = snapshots({"": there.net})
+        tensors = [x for layer in layers for x in (layer.A, layer.B, *layer.factors())]
+        assert {x.device.type for x in tensors} == {"cpu"}
+        assert measure(layers) == measure(snapshots({"": here.net}))
+        assert update_rms(layers, layers)[TOTAL] == 0

@@ -122,7 +122,7 @@ def test_the_layers_begin_with_what_the_init_gives(train: Train, monkeypatch: py
     def check(run: Any) -> None:
         assert len(given) == len(run.trainables) / 2
         for target, begin in given:
-            assert torch.equal(target.down.flatten(1), begin.A) and torch.equal(target.up.flatten(1), begin.B)
+            assert torch.equal(target.A.flatten(1), begin.A) and torch.equal(target.B.flatten(1), begin.B)
             assert begin.A.any()
         raise UserError("enough")
 

@@ -1,0 +1,98 @@
+"""The LoRA layers of a model: found here and nowhere else, one record each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from dreamlora.lora import offset
+from dreamlora.lora.offset import FrozenStart
+
+ADAPTER = "default"
+"""Name of the adapter that trains."""
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer with a LoRA, ``W = W₀ + scaling · ΔW``, as it was when it was found. ΔW is B A, or ``B A − B₀ A₀``.
+
+    The first four are what ``optimizers.LoraPair`` has, which knows neither PEFT nor frozen starts.
+
+    Attributes:
+        name: path in the module that was searched.
+        A: weight of lora_A: ``(r, n)``, of a convolution ``(r, c, *kernel)``.
+        B: weight of lora_B: ``(m, r)``, of a convolution ``(m, r, 1, 1)``.
+        scaling: ``alpha / r``.
+        start: A₀ and B₀, for a LoRA that started away from zero.
+        layer: PEFT's; its ``base_layer`` is the model's own.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scaling: float
+    start: FrozenStart | None
+    layer: Any
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.A.shape[0]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """``(r, n)`` and ``(m, r)`` of the flattened factors; grouped convolutions have fewer columns in B."""
+        return (self.rank, self.A[0].numel()), (self.B.shape[0], self.B[0].numel())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``down (k, n, ...)`` and ``up (m, k, ...)`` of ΔW = up·down: k is r, or 2r with a frozen start."""
+        A, B = self.A.detach(), self.B.detach()
+        return (A, B) if self.start is None else (self.start.down(A), self.start.up(B))
+
+    def with_start(self, A: Tensor, B: Tensor) -> Self:
+        """Make the layer count its distance from B₀ A₀ instead of B A; A and B themselves are left as they are.
+
+        Args:
+            A, B: A₀ and B₀ in the shapes of A and B; copied.
+        """
+        start = FrozenStart(A.to(self.A.device), B.to(self.A.device))
+        offset.attach(self.layer, ADAPTER, start)
+        return replace(self, start=start)
+
+
+def adapted_layers(module: nn.Module, prefix: str = "") -> Iterator[AdaptedLayer]:
+    """Everything in ``module`` that has the adapter, in module order, whatever DDP or torch.compile put around it.
+
+    Args:
+        prefix: of the names, as in ``named_modules``.
+    """
+    for name, layer in bare(module).named_modules(prefix=prefix):
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+            A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            yield AdaptedLayer(name, A, B, float(layer.scaling[ADAPTER]), offset.start_of(layer), layer)
+
+
+def starts_of(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """All frozen starts by layer, on the CPU, for a checkpoint."""
+    found = ((layer.name, layer.start) for layer in adapted_layers(module))
+    return {name: {"A": start.A.cpu(), "B": start.B.cpu()} for name, start in found if start is not None}
+
+
+def restore_starts(module: nn.Module, saved: dict[str, dict[str, Tensor]]) -> None:
+    """Give the layers what ``starts_of`` gave."""
+    for layer in adapted_layers(module):
+        if layer.name in saved:
+            layer.with_start(**saved[layer.name])
+
+
+def bare(module: nn.Module) -> Any:
+    """The model inside the wrappers of DDP and torch.compile; for its config and layers, not for calling it."""
+    while True:
+        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
