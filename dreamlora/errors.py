@@ -10,4 +10,4 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The loss or a gradient is not finite. A comparison of optimizers records it and goes on."""
+    """The loss, a gradient or what an update made of the weights is not finite. A comparison of optimizers records it and goes on."""
