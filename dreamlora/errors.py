@@ -10,4 +10,4 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The loss, a gradient or what an update made of the weights is not finite. A comparison of optimizers records it and goes on."""
+    """A loss, a gradient, or what an update made, is not finite. A comparison of optimizers records it and goes on."""

@@ -15,9 +15,9 @@ COUNTED_EVERY = 50
 class LogCallback:
     """Shows and stores every step's loss, gradient norm, learning rate and speed.
 
-    What the optimizer counts (``stats``: clipped, skipped, ...) is stored every ``COUNTED_EVERY`` steps, in checkpoints'
-    steps and at the end, as the number since the last time. A resumed optimizer counts from zero, so that nothing is
-    lost or counted twice.
+    What the optimizer counts (``stats``: clipped, skipped, ...) is stored every ``COUNTED_EVERY`` steps, at checkpoints
+    and at the end, as the number since the last time. A resumed optimizer counts from zero, so nothing is lost or
+    counted twice.
     """
 
     def __init__(self) -> None:
