@@ -272,14 +272,16 @@ def _check_finite(run: Run, what: str, value: float, names: list[str]) -> None:
     files = sorted(set(gather_object(names)))
     raise DivergedError(
         f"the {what} is not finite at step {run.step + 1} ({value}). Images in the batch: {', '.join(files)}. "
-        f"{_way_out(run)} The LoRA was not changed by this step."
+        f"The LoRA was not changed by this step. {_way_out(run)}"
     )
 
 
 def _way_out(run: Run) -> str:
     steps = run.folder.checkpoint_steps()
-    last = f"the last one is {run.folder.checkpoint_dir(steps[-1])}" if steps else "there is none yet"
+    last = (
+        f"The last checkpoint, {run.folder.checkpoint_dir(steps[-1])}, is good." if steps else "There is no checkpoint."
+    )
     return (
         f"Try a lower --learning_rate (now {run.optimizer.param_groups[0]['lr']:g}), --mixed_precision bf16 instead of "
-        f"fp16, or a smaller --max_grad_norm. All checkpoints are finite: {last}."
+        f"fp16, or a smaller --max_grad_norm. {last}"
     )
