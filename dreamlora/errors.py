@@ -10,4 +10,4 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The loss or a gradient is not finite. A comparison of optimizers records it and goes on."""
+    """A loss, a gradient, or what an update made, is not finite. A comparison of optimizers records it and goes on."""

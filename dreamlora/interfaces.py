@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,16 +81,21 @@ class StepResult:
     Attributes:
         step: number of the step just done, from 1.
         loss: mean training loss over the step's micro-batches and processes.
-        grad_norm: norm of the gradients before clipping; None if clipping is off.
+        grad_norm: norm of the gradients before clipping; not finite in a step that fp16 skipped.
         learning_rate: of the first parameter group.
         seconds: wall time of the step.
     """
 
     step: int
     loss: float
-    grad_norm: float | None
+    grad_norm: float
     learning_rate: float
     seconds: float
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the weights stayed as they were, since the loss was scaled up too far for fp16."""
+        return not math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)

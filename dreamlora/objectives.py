@@ -7,7 +7,7 @@ uniform numbers that the caller draws (``randomness``).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -45,6 +45,8 @@ class Diffusion:
     prediction_type: str = "epsilon"
     snr_gamma: float | None = None
 
+    _on_devices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTIONS:
             raise UserError(
@@ -79,14 +81,20 @@ class Diffusion:
         """
         if self.snr_gamma is None:
             return torch.ones(times.shape, dtype=torch.float32, device=times.device)
-        alpha = self.alphas_cumprod.to(times.device)[times]
+        alpha = self._alpha(times)
         capped = self.snr_gamma * (1 - alpha)
         if self.prediction_type == "epsilon":
             return (capped / alpha).clamp(max=1.0)
         return torch.minimum(alpha, capped)
 
+    def _alpha(self, times: Tensor) -> Tensor:
+        """``ᾱ_t`` ``[B]``. ᾱ goes to a device once: each copy from the host would wait for all the device has to do."""
+        if times.device not in self._on_devices:
+            self._on_devices[times.device] = self.alphas_cumprod.to(times.device)
+        return self._on_devices[times.device][times]
+
     def _scales(self, latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.alphas_cumprod.to(times.device)[times]
+        alpha = self._alpha(times)
         return _like(alpha**0.5, latents), _like((1 - alpha) ** 0.5, latents)
 
 

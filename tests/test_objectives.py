@@ -176,3 +176,14 @@ def test_small_numbers_are_much_noise():
     times = RectifiedFlow(sigmas()).draw_times(torch.tensor([[0.01, 0.0], [0.99, 0.0]]))
     assert times[0] > 0.98
     assert math.isclose(times[1], 0.01, abs_tol=0.002)
+
+
+def test_constants_go_to_a_device_once(batch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = Diffusion(ddpm().alphas_cumprod, "v_prediction", snr_gamma=5.0)
+    latents, noise, times = (x.to("meta") for x in (batch.latents, batch.noise, batch.times))
+    copied = []
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: copied.append(x.shape) or original(x, *a, **k))
+    for _ in range(3):
+        objective.corrupt(latents, noise, times), objective.target(latents, noise, times), objective.weight(times)
+    assert copied.count(objective.alphas_cumprod.shape) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dreamlora.interfaces import StepResult
 from dreamlora.training import state
-from dreamlora.training.loop import Run
+from dreamlora.training.loop import Run, check_state
 
 
 class CheckpointCallback:
@@ -14,7 +14,11 @@ class CheckpointCallback:
         """Nothing: step 0 is the base model."""
 
     def on_step(self, run: Run, result: StepResult) -> None:
-        """Save if it is time."""
+        """Save if it is time.
+
+        Raises:
+            DivergedError: what would be saved is not finite.
+        """
         every = run.config.train.checkpointing_steps
         if every and (run.step % every == 0 or run.step == run.total_steps):
             self._save(run)
@@ -23,6 +27,7 @@ class CheckpointCallback:
         """Nothing: the last step saved."""
 
     def _save(self, run: Run) -> None:
+        check_state(run)
         if run.accelerator.is_main_process:
             state.save(run)
             state.rotate(run.folder, run.config.train.checkpoints_total_limit)

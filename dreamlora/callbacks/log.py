@@ -5,12 +5,20 @@ from __future__ import annotations
 from tqdm.auto import tqdm
 
 from dreamlora.interfaces import StepResult
-from dreamlora.metric_names import GRAD_NORM, LEARNING_RATE, STEPS_PER_SECOND, TRAIN_LOSS
+from dreamlora.metric_names import GRAD_NORM, LEARNING_RATE, OPTIMIZER, SKIPPED, STEPS_PER_SECOND, TRAIN_LOSS
 from dreamlora.training.loop import Run
+
+COUNTED_EVERY = 50
+"""Steps between two looks at the optimizer's counters: they lie on the GPU, and each look waits for it."""
 
 
 class LogCallback:
-    """Shows and stores every step's loss, gradient norm, learning rate and speed."""
+    """Shows and stores every step's loss, gradient norm, learning rate and speed.
+
+    What the optimizer counts (``stats``: clipped, skipped, ...) is stored every ``COUNTED_EVERY`` steps, at checkpoints
+    and at the end, as the number since the last time. A resumed optimizer counts from zero, so nothing is lost or
+    counted twice.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -30,21 +38,30 @@ class LogCallback:
             LEARNING_RATE: result.learning_rate,
             STEPS_PER_SECOND: 1 / result.seconds,
         }
-        if result.grad_norm is not None:
-            values[GRAD_NORM] = result.grad_norm
-        values |= self._counted(run)
+        values |= {SKIPPED: 1.0} if result.skipped else {GRAD_NORM: result.grad_norm}
+        if _is_counted(run):
+            values |= self._counts_since(run)
         run.folder.log_all(result.step, values)
         run.accelerator.log(values, step=result.step)
         self._bar.set_postfix(loss=f"{result.loss:.4f}", refresh=False)
         self._bar.update()
 
-    def _counted(self, run: Run) -> dict[str, float]:
-        """What the optimizer's counters (``stats``: clipped, skipped, ...) counted in this step, if anything."""
+    def on_end(self, run: Run) -> None:
+        """The last counts, if an earlier end than planned left some; close the bar."""
+        if self._bar is None:
+            return
+        if run.accelerator.is_main_process and (counts := self._counts_since(run)):
+            run.folder.log_all(run.step, counts)
+            run.accelerator.log(counts, step=run.step)
+        self._bar.close()
+
+    def _counts_since(self, run: Run) -> dict[str, float]:
+        """What the optimizer has counted since the last call, if anything. Waits for the GPU."""
         before, self._counts = self._counts, dict(getattr(run.optimizer.optimizer, "stats", {}))
-        new = {f"optimizer/{name}": float(n - before.get(name, 0)) for name, n in self._counts.items()}
+        new = {f"{OPTIMIZER}{name}": float(n - before.get(name, 0)) for name, n in self._counts.items()}
         return {name: n for name, n in new.items() if n}
 
-    def on_end(self, run: Run) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
+
+def _is_counted(run: Run) -> bool:
+    saved = run.config.train.checkpointing_steps
+    return run.step % COUNTED_EVERY == 0 or run.step == run.total_steps or bool(saved and run.step % saved == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,6 @@ def predict(
     batch, channels, height, width = noisy.shape
     if height % 2 or width % 2:
         raise UserError(f"FLUX needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})")
-    place: dict[str, Any] = {"device": noisy.device, "dtype": dtype}
     prompt = conditioning["prompt_embeds"].to(dtype)
     guidance = (
         torch.full((batch,), guidance_scale, device=noisy.device)
@@ -136,12 +136,20 @@ def predict(
         guidance=guidance,
         pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
         encoder_hidden_states=prompt,
-        txt_ids=torch.zeros(prompt.shape[1], 3, **place),
-        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **place),
+        txt_ids=torch.zeros(prompt.shape[1], 3, device=noisy.device, dtype=dtype),
+        img_ids=_image_ids(height // 2, width // 2, noisy.device, dtype),
         return_dict=False,
     )[0]
     # the helper divides by the factor again: any even one gives the latents' own size
     return FluxPipeline._unpack_latents(packed, height * 8, width * 8, vae_scale_factor=8)
+
+
+@functools.lru_cache(maxsize=64)
+def _image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Positions of the patches ``[rows · columns, 3]``, kept for every size: they are made on the CPU, and a copy in
+    each forward pass would wait for all the GPU has to do.
+    """
+    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
 
 
 def pipeline(components: Components) -> FluxPipeline:

@@ -183,7 +183,8 @@ class ScaledBase(LoraPairOptimizer):
             return
         momenta = [self.state[params[i]][self._MOMENTUM_KEY] for i in members]
         stacked = stack(momenta)
-        T = (T if len(members) == len(params) else T[members]).to(stacked.dtype)
+        # not T[members]: a list of indices goes to the GPU by a copy that waits for it
+        T = (T if len(members) == len(params) else torch.stack([T[i] for i in members])).to(stacked.dtype)
         carried = T @ stacked if from_left else stacked @ T.mT
         torch._foreach_copy_(momenta, [m.view(old.shape) for m, old in zip(carried, momenta, strict=True)])
 

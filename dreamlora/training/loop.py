@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dreamlora.config import RunConfig
 from dreamlora.errors import DivergedError
@@ -63,7 +65,8 @@ class Run:
         call_arguments: prompts to keyword arguments of the pipeline.
         vae: gives the autoencoder, which is loaded when the first sample is drawn.
         settings: what a resumed run must share with this one.
-        step: optimizer steps done.
+        step: steps done, those that were skipped included.
+        skipped_steps: how many of the last ones, in a row, the gradient scaler of fp16 skipped.
         total_steps: where the run ends; ``end_here`` lowers it.
         eval_seconds: that the evaluation loss has taken, in this process.
         ended_early: why the run ends before the steps it was to have.
@@ -113,7 +116,8 @@ def train(run: Run) -> None:
     it rounds, and a run must not depend on when it was looked at.
 
     Raises:
-        DivergedError: the loss or a gradient is not finite; the update is not made, so the weights are still good.
+        DivergedError: the loss or a gradient is not finite: that update is not made; or the last update left weights
+            that are not finite. What is in checkpoints is finite in any case.
     """
     for callback in run.callbacks:
         callback.on_start(run)
@@ -125,6 +129,7 @@ def train(run: Run) -> None:
         run.optimizer.eval()
         for callback in run.callbacks:
             callback.on_step(run, result)
+    check_state(run)
     for callback in run.callbacks:
         callback.on_end(run)
 
@@ -133,7 +138,7 @@ def optimizer_step(run: Run, batches: list[Batch]) -> tuple[StepResult, list[Bat
     """One optimizer step over all micro-batches; returns the next step's first one as well.
 
     A micro-batch is several batches if its images have several sizes. The next one is read while a GPU still works on
-    this one; reading the loss afterwards is the only synchronisation.
+    this one; ``read`` afterwards is the only synchronisation.
     """
     started = time.perf_counter()
     accumulation = run.config.train.gradient_accumulation_steps
@@ -149,10 +154,12 @@ def optimizer_step(run: Run, batches: list[Batch]) -> tuple[StepResult, list[Bat
         batches = next_batches(run, run.step + 1, 0) if last else next_batches(run, run.step, micro + 1)
     if run.accelerator.num_processes > 1:
         loss = run.accelerator.reduce(loss, "mean")
+    mean_loss, grad_norm = read(loss, clip_gradients(run))
     learning_rate = float(run.optimizer.param_groups[0]["lr"])
-    grad_norm = _update(run, loss.item(), names)
+    _check_finite(run, "loss", mean_loss, names)
+    _update(run, grad_norm, names)
     run.step += 1
-    return StepResult(run.step, loss.item(), grad_norm, learning_rate, time.perf_counter() - started), batches
+    return StepResult(run.step, mean_loss, grad_norm, learning_rate, time.perf_counter() - started), batches
 
 
 def micro_batch_loss(run: Run, batches: list[Batch], micro: int) -> Tensor:
@@ -186,42 +193,97 @@ def next_batches(run: Run, step: int, micro: int) -> list[Batch]:
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     return Batch(
-        latents=batch.latents.to(device, non_blocking=True),
-        noise=batch.noise.to(device, non_blocking=True),
-        times=batch.times.to(device, non_blocking=True),
-        conditioning={name: value.to(device, non_blocking=True) for name, value in batch.conditioning.items()},
-        weights=batch.weights.to(device, non_blocking=True),
+        latents=_onto(batch.latents, device),
+        noise=_onto(batch.noise, device),
+        times=_onto(batch.times, device),
+        conditioning={name: _onto(value, device) for name, value in batch.conditioning.items()},
+        weights=_onto(batch.weights, device),
         names=batch.names,
     )
 
 
-def _update(run: Run, loss: float, names: list[str]) -> float | None:
-    """Clip, step, schedule; refuses to step on anything that is not finite. Returns the gradient norm."""
-    max_norm = run.config.optim.max_grad_norm
+def _onto(tensor: Tensor, device: torch.device) -> Tensor:
+    """Only a copy from pinned memory does not wait for what the GPU was given before it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def clip_gradients(run: Run) -> Tensor:
+    """Clip as ``--max_grad_norm`` says. The norm of all gradients before ``()``: finite only if all of them are.
+
+    In fp16 the gradients are unscaled first; the same on all processes, as DDP has averaged the gradients.
+    """
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.unscale_(run.optimizer.optimizer)
     parameters = list(run.trainables.values())
-    grad_norm = float(run.accelerator.clip_grad_norm_(parameters, max_norm)) if max_norm else None
-    _check_finite(run, "loss", loss, names)
-    if grad_norm is not None and run.accelerator.scaler is None:
-        _check_finite(run, "gradient norm", grad_norm, names)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    if not run.optimizer.step_was_skipped:  # fp16: the scaler lowered its scale instead
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if run.config.optim.max_grad_norm:
+        clip_grads_with_norm_(parameters, run.config.optim.max_grad_norm, norm)
+    return norm
+
+
+def read(loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
+    """Both numbers on the host. This waits for the GPU: everything else of a step only gives it work."""
+    numbers = torch.stack([loss, grad_norm]).tolist()
+    return numbers[0], numbers[1]
+
+
+def _update(run: Run, grad_norm: float, names: list[str]) -> None:
+    """Step and schedule; refuses gradients that are not finite.
+
+    In fp16 such a step is skipped, and the scale of the loss lowered. The optimizer is not called through the scaler:
+    ``GradScaler.step`` would wait for the GPU to learn what ``grad_norm`` says already, and with a fused optimizer
+    nobody could tell that it skipped.
+    """
+    scaler = run.accelerator.scaler
+    finite = math.isfinite(grad_norm)
+    run.skipped_steps = 0 if finite else run.skipped_steps + 1
+    if scaler is None or run.skipped_steps > MAX_SKIPPED_STEPS:
+        _check_finite(run, "norm of the gradients", grad_norm, names)
+    if finite:
+        run.optimizer.optimizer.step()
         run.lr_scheduler.step()
-        run.skipped_steps = 0
-    else:
-        run.skipped_steps += 1
-        if run.skipped_steps > MAX_SKIPPED_STEPS:
-            _check_finite(run, "gradient", float("nan"), names)
-    return grad_norm
+    run.optimizer.zero_grad()
+    if scaler is not None:
+        scaler.update()
+
+
+def check_state(run: Run) -> None:
+    """Refuse weights and a state of the optimizer that are not finite, which an update of finite gradients can make.
+
+    For all processes, which hold the same. Waits for the GPU: for what is about to be saved, not for every step.
+
+    Raises:
+        DivergedError: the message names the first such tensor.
+    """
+    tensors = [(f"LoRA's {name}", parameter.detach()) for name, parameter in run.trainables.items()]
+    tensors += [
+        (f"optimizer's {key}", value)
+        for state in run.optimizer.state.values()
+        for key, value in state.items()
+        if type(value) is Tensor and value.is_floating_point()  # moments in 8 bits are classes of their own
+    ]
+    if math.isfinite(get_total_norm([tensor for _, tensor in tensors], math.inf)):
+        return
+    wrong = next(name for name, tensor in tensors if not tensor.isfinite().all())
+    raise DivergedError(f"the {wrong} is not finite after step {run.step}, and is not saved. {_way_out(run)}")
 
 
 def _check_finite(run: Run, what: str, value: float, names: list[str]) -> None:
-    if value - value == 0.0:
+    if math.isfinite(value):
         return
     files = sorted(set(gather_object(names)))
     raise DivergedError(
         f"the {what} is not finite at step {run.step + 1} ({value}). Images in the batch: {', '.join(files)}. "
+        f"The LoRA was not changed by this step. {_way_out(run)}"
+    )
+
+
+def _way_out(run: Run) -> str:
+    steps = run.folder.checkpoint_steps()
+    last = (
+        f"The last checkpoint, {run.folder.checkpoint_dir(steps[-1])}, is good." if steps else "There is no checkpoint."
+    )
+    return (
         f"Try a lower --learning_rate (now {run.optimizer.param_groups[0]['lr']:g}), --mixed_precision bf16 instead of "
-        f"fp16, or a smaller --max_grad_norm. The LoRA was not changed by this step; checkpoints in "
-        f"{run.folder.checkpoints} are good."
+        f"fp16, or a smaller --max_grad_norm. {last}"
     )

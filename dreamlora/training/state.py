@@ -35,6 +35,7 @@ def save(run: Run) -> Path:
     scaler = run.accelerator.scaler
     state = {
         "step": run.step,
+        "skipped_steps": run.skipped_steps,
         "trainables": {name: parameter.detach().cpu() for name, parameter in run.trainables.items()},
         "starts": starts_of(run.accelerator.unwrap_model(run.model)),
         "optimizer": run.optimizer.state_dict(),
@@ -65,6 +66,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     if run.accelerator.scaler is not None and saved["scaler"]:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     run.step = saved["step"]
+    run.skipped_steps = saved.get("skipped_steps", 0)  # older checkpoints have none
 
 
 def rotate(folder: RunFolder, limit: int | None) -> None:

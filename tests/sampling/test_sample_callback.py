@@ -56,7 +56,7 @@ def go(callback: SampleCallback, run: FakeRun, until: int) -> None:
     callback.on_start(run)  # type: ignore[arg-type]
     while run.step < until:
         run.step += 1
-        callback.on_step(run, StepResult(run.step, 1.0, None, 1e-3, 0.1))  # type: ignore[arg-type]
+        callback.on_step(run, StepResult(run.step, 1.0, 1.0, 1e-3, 0.1))  # type: ignore[arg-type]
     callback.on_end(run)  # type: ignore[arg-type]
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 
+from dreamlora import registry
 from dreamlora.cli.parse import parse_run
 from dreamlora.config import RunConfig
 from dreamlora.config.programs import TextToImageConfig
+from dreamlora.errors import UserError
+from dreamlora.optimizers import lora_param_groups
 from dreamlora.runfolder import RunFolder
+from dreamlora.training.loop import Run
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +79,45 @@ def train_captioned(flags: list[str]) -> Callable[..., RunFolder]:
         place = shared.index(flag)
         del shared[place : place + 2]
     return lambda *more: train_with([*shared, *more], TextToImageConfig)
+
+
+@pytest.fixture(scope="session")
+def prepare(photos: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """A run of a pipeline in a folder, ready for its first step, with nothing but the loop."""
+
+    def prepare(model: Path, *more: str) -> Run:
+        from accelerate.state import AcceleratorState
+
+        from dreamlora.run import assemble
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = flags_of(photos, cache, model, tmp_path_factory.mktemp("prepared") / "run")
+        nothing = [word for event in ("sample", "eval", "checkpointing") for word in (f"--{event}_steps", "0")]
+        return assemble.prepare(*parse_run([*flags, *nothing, *more]))
+
+    return prepare
+
+
+def with_optimizer(run: Run, name: str, scaler: torch.amp.GradScaler | None = None, **optim: Any) -> Run:
+    """The run with another optimizer, which has made no step, as accelerate prepares it; weights stay where they are.
+
+    Args:
+        scaler: of fp16, which accelerate refuses on a CPU.
+        optim: changes of ``config.Optim``.
+    """
+    try:
+        registry.check_needs("optimizers", name)
+    except UserError as error:
+        pytest.skip(str(error))
+    plugin = registry.load("optimizers", name)
+    groups = lora_param_groups(run.accelerator.unwrap_model(run.model).denoiser, lr=1e-3)
+    optimizer = plugin.build(groups, plugin.Options())
+    run.accelerator.scaler = scaler
+    return dataclasses.replace(
+        run,
+        config=dataclasses.replace(run.config, optim=dataclasses.replace(run.config.optim, **optim)),
+        optimizer=AcceleratedOptimizer(optimizer, scaler=scaler),
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        step=0,
+        skipped_steps=0,
+    )
