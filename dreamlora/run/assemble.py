@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
-from torch import distributed
 
 from dreamlora import registry
 from dreamlora.cli.parse import method_options
@@ -49,16 +48,12 @@ def train(config: RunConfig, options: Any) -> RunFolder:
         UserError: something that was given cannot be used; said before any long work where it can be known by then.
     """
     context = _start(config)
-    # DDP's model holds the process group too. Whoever lets go of it last waits for gloo's threads, which need the GIL:
-    # Python gives the GIL up meanwhile, DDP does not, and then they sometimes wait for each other for ever.
-    group = distributed.group.WORLD if distributed.is_initialized() else None
     folder = _claim_folder(context)
     try:
         _train_in(context, folder, options)
     finally:
         folder.release()
         gc.collect()  # the model has gone now, whatever pointed at it in a ring
-        del group
     return folder
 
 
@@ -176,7 +171,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         components["scheduler"].register_to_config(prediction_type=config.train.prediction_type)
     model = _with_lora(context, components, text)
     trainables = trainable_parameters(model)
-    model = accelerator.prepare(model)
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients
     optimizer, lr_scheduler = _optimizer(context, accelerator.unwrap_model(model), options)
     objective = context.family.objective(components["scheduler"], config.train)
     caption = CaptionPlan.of(config.data, config.train.seed).draw
