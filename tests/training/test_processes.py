@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from tests.training.test_run import weights
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "train_scripts" / "dreambooth_lora.py"
-TIMEOUT_S = 60
+TIMEOUT_S = 150
 """Several times what a run takes: processes that wait for each other do it for ever."""
 
 QUICK = "--optimizer sgd --learning_rate 0.1 --sample_steps 0 --eval_steps 0 --holdout 0 --checkpointing_steps 0"
@@ -161,3 +162,14 @@ def trained(checkpoint: Path) -> dict[str, torch.Tensor]:
     """LoRA parameters by name."""
     found: dict[str, torch.Tensor] = torch.load(checkpoint / "training_state.pt", weights_only=True)["trainables"]
     return found
+
+
+def test_what_a_run_has_to_say_is_said_once(flags: list[str], sd_folder: Path, tmp_path: Path) -> None:
+    noisy = tmp_path / "noisy"
+    shutil.copytree(sd_folder, noisy)
+    for file in ("scheduler/scheduler_config.json", "model_index.json"):
+        (noisy / file).write_text((noisy / file).read_text().replace("DDIMScheduler", "DDPMScheduler"))
+    more = ["--pretrained_model_name_or_path", str(noisy), "--max_train_steps", "1", "--eval_steps", "0"]
+    errors = train_with_two([*flags, *more])
+    note = "samples are drawn with DDIMScheduler: DDPMScheduler adds noise at every step"
+    assert [line.split("\r")[-1] for line in errors.splitlines() if "samples are drawn" in line] == [note]
