@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreamlora import __version__
+from dreamlora.cli.messages import shown_messages
 from dreamlora.cli.parse import Program, parse, parse_run, run
 from dreamlora.config import RunConfig
 from dreamlora.config.programs import TextToImageConfig
@@ -139,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Their warnings (no torchvision, adapters without a text encoder, ...) are not about anything the user did.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    return run(dispatch, sys.argv[1:] if argv is None else argv)
+    with shown_messages():
+        return run(dispatch, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

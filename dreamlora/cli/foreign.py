@@ -30,7 +30,7 @@ ELSEWHERE: dict[str, str] = {
     "aspect_ratio_buckets": "use --buckets; the sizes follow from --resolution and --bucket_step",
     "use_aspect_ratio_buckets": "use --buckets",
     "remote_text_encoder": "the text encoder always runs here; it is freed before the denoiser is loaded",
-    "fsdp_text_encoder": "sharding (FSDP) is not supported yet; several GPUs work with DDP",
+    "fsdp_text_encoder": "sharding (FSDP) is not supported yet; of several GPUs each holds the whole model",
     # other trainers, and what people type first
     "lr": "use --learning_rate",
     "unet_lr": "use --learning_rate",

@@ -52,7 +52,7 @@ class Model:
     enable_xformers_memory_efficient_attention: bool = False
     """Use xformers' attention instead of torch's own."""
     allow_tf32: bool = False
-    """Let Ampere and newer GPUs round fp32 matrix products to TF32."""
+    """Let Ampere and newer GPUs round fp32 matrix products and convolutions to TF32."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the frozen weights and the forward pass; LoRA weights stay fp32. Default: accelerate's setting."""
 

@@ -120,7 +120,7 @@ def lora_param_groups(
     if rest:
         lr_of_rest: dict[str, Any] = {} if fallback_lr is None else {"lr": fallback_lr}
         groups.append({"params": rest, "lora_pairs": False, **common, **lr_of_rest})
-    logger.info("%d LoRA pairs; %d other trainable tensors", len(pairs), len(rest))
+    logger.debug("%d LoRA pairs; %d other trainable tensors", len(pairs), len(rest))
     return groups
 
 

@@ -10,12 +10,8 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
-from torch import distributed
 
 from dreamlora import registry
 from dreamlora.cli.parse import method_options
@@ -27,11 +23,13 @@ from dreamlora.interfaces import Components
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.models.tf32 import set_tf32
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.run import defaults, ending, provenance, resume, schedule, upload
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized
 from dreamlora.run.images import RunImages, read_images, with_class_images
+from dreamlora.run.launch import accelerator_of
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
 from dreamlora.training.loop import Predictor, Run
@@ -49,16 +47,12 @@ def train(config: RunConfig, options: Any) -> RunFolder:
         UserError: something that was given cannot be used; said before any long work where it can be known by then.
     """
     context = _start(config)
-    # DDP's model holds the process group too. Whoever lets go of it last waits for gloo's threads, which need the GIL:
-    # Python gives the GIL up meanwhile, DDP does not, and then they sometimes wait for each other for ever.
-    group = distributed.group.WORLD if distributed.is_initialized() else None
     folder = _claim_folder(context)
     try:
         _train_in(context, folder, options)
     finally:
         folder.release()
         gc.collect()  # the model has gone now, whatever pointed at it in a ring
-        del group
     return folder
 
 
@@ -111,12 +105,17 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
 
 def _start(config: RunConfig) -> RunContext:
     """Accelerator, model source and family; the options that depend on them."""
-    accelerator = _accelerator(config)
+    accelerator = accelerator_of(config)
     if config.train.push_to_hub:
         upload.check_hub(config)
-    torch.backends.cuda.matmul.allow_tf32 = config.model.allow_tf32
+    set_tf32(config.model.allow_tf32)
     source = resolve_source(config.model)
     family = family_of(source, config.model.family)
+    if config.lora.train_text_encoder and not family.TEXT_ENCODERS:
+        raise UserError(
+            f"--train_text_encoder: the family of {' and '.join(family.PIPELINES)} has no text encoder that can be "
+            "trained: leave the flag out, and --text_encoder_lr with it"
+        )
     config = defaults.by_model(config, family.resolution(source), family.SAMPLE_DEFAULTS, accelerator.num_processes)
     config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
     if (config.data.resolution or 0) % family.SIDE_MULTIPLE:
@@ -124,24 +123,6 @@ def _start(config: RunConfig) -> RunContext:
     config = replace(config, data=defaults.bucket_step(config.data, family.SIDE_MULTIPLE))
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     return RunContext(config, accelerator, family, source, parts)
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    """Processes, device, precision and trackers; the trackers' folder is set once the run folder is known."""
-    tracker = config.train.report_to
-    known = [str(kind) for kind in get_available_trackers()]
-    if tracker not in (None, "all", *known):
-        raise UserError(f"--report_to {tracker}: no tracker that is installed. Installed: {', '.join(known) or 'none'}")
-    try:
-        return Accelerator(
-            mixed_precision=config.model.mixed_precision,
-            # The loop weighs its micro-batches itself; a number from accelerate's own settings would divide twice.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            log_with=tracker,
-            project_config=ProjectConfiguration(logging_dir=str(config.train.logging_dir)),
-        )
-    except ValueError as error:
-        raise UserError(f"--mixed_precision {config.model.mixed_precision}: {error}") from error
 
 
 def _claim_folder(context: RunContext) -> RunFolder:
@@ -180,7 +161,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         components["scheduler"].register_to_config(prediction_type=config.train.prediction_type)
     model = _with_lora(context, components, text)
     trainables = trainable_parameters(model)
-    model = accelerator.prepare(model)
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients
     optimizer, lr_scheduler = _optimizer(context, accelerator.unwrap_model(model), options)
     objective = context.family.objective(components["scheduler"], config.train)
     caption = CaptionPlan.of(config.data, config.train.seed).draw

@@ -71,9 +71,10 @@ class RunContext:
 
     def filling(self, **key_parts: str | int | None) -> Filling:
         """How the cache is filled, with what decides an entry besides the image or the prompt itself."""
+        rounding = {"tf32": 1} if self.config.model.allow_tf32 else {}
         return Filling(
             cache=self.cache,
-            key_parts={"model": self.source.model_id, **key_parts},
+            key_parts={"model": self.source.model_id, **rounding, **key_parts},
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             workers=self.config.data.dataloader_num_workers,

@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
+from dreamlora.cli.messages import shown_messages
 from dreamlora.cli.parse import parse_run
 from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import DivergedError, UserError
@@ -113,4 +114,5 @@ def _listen(source: IO[str], jobs: queue.Queue[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_messages():
+        main()

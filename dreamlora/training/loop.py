@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from dreamlora.errors import DivergedError
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
+from dreamlora.training.gradients import average_gradients
 from dreamlora.training.stream import Stream
 
 MAX_SKIPPED_STEPS = 20
@@ -27,7 +27,7 @@ MAX_SKIPPED_STEPS = 20
 
 
 class Predictor(nn.Module):
-    """Everything that trains, as one module, so that DDP sees one forward pass.
+    """Everything that trains, as one module with one forward pass.
 
     Args:
         family: the plug-in.
@@ -147,11 +147,11 @@ def optimizer_step(run: Run, batches: list[Batch]) -> tuple[StepResult, list[Bat
     for micro in range(accumulation):
         last = micro == accumulation - 1
         names += [name for batch in batches for name in batch.names]
-        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
-            micro_loss = micro_batch_loss(run, batches, micro)
-            run.accelerator.backward(micro_loss)
+        micro_loss = micro_batch_loss(run, batches, micro)
+        run.accelerator.backward(micro_loss)
         loss += micro_loss.detach()
         batches = next_batches(run, run.step + 1, 0) if last else next_batches(run, run.step, micro + 1)
+    average_gradients(list(run.trainables.values()), run.accelerator)
     if run.accelerator.num_processes > 1:
         loss = run.accelerator.reduce(loss, "mean")
     mean_loss, grad_norm = read(loss, clip_gradients(run))

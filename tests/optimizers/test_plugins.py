@@ -248,3 +248,17 @@ def test_schedule_free_is_built_ready_to_step_and_averages():
     optimizer.train()
     for p, q in zip([p for pair in pairs for p in pair], trained, strict=True):
         torch.testing.assert_close(p.detach(), q)
+
+
+@every
+def test_what_has_no_gradient_neither_moves_nor_decays(name):
+    plugin = load(name)
+    groups, pairs, _ = groups_and_pairs(lr=RATES.get(name, 2e-2), weight_decay=0.5)
+    optimizer = plugin.build(groups, plugin.Options())
+    before = [factor.detach().clone() for factor in pairs[0]]
+    for _ in range(2):
+        quadratic_gradients(pairs, targets(pairs))
+        for factor in pairs[0]:
+            factor.grad = None
+        optimizer.step()
+    assert all(map(torch.equal, before, pairs[0]))

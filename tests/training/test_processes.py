@@ -4,46 +4,64 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
+from dreamlora.families import sd
 from dreamlora.runfolder import RunFolder
 from tests.training.test_run import weights
 
 REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "train_scripts" / "dreambooth_lora.py"
+TIMEOUT_S = 150
+"""Several times what a run takes: processes that wait for each other do it for ever."""
+
+QUICK = "--optimizer sgd --learning_rate 0.1 --sample_steps 0 --eval_steps 0 --holdout 0 --checkpointing_steps 0"
+"""Steps alone."""
 
 
-def train_with_two(flags: list[str]) -> None:
-    """Run the training script in two processes."""
+def train_with_two(flags: list[str], script: Path = SCRIPT) -> str:
+    """Run the training script in two processes; what they said on standard error."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                *launch,
-                "--dynamo_backend",
-                "no",
-                "--main_process_port",
-                str(port),
-            ),
-            *(REPOSITORY / "train_scripts" / "dreambooth_lora.py", *flags),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
+    launch = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
+    words = [*launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *flags]
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    launcher = subprocess.Popen(
+        [sys.executable, *words],
+        env=os.environ | settings | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        _, errors = launcher.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        launcher.terminate()  # not kill: it would leave its processes behind
+        _, errors = launcher.communicate()
+        pytest.fail(f"two processes wait for each other for ever:\n{errors[-3000:]}")
+    assert launcher.returncode == 0, errors[-3000:]
+    return errors
+
+
+def assert_same_weights(one: RunFolder, two: RunFolder) -> None:
+    """Up to the order of sums; and that the second run really had two processes: accelerate may start one silently."""
+    assert json.loads(two.summary_file.read_text())["processes"] == 2
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-7), name
 
 
 def test_two_processes_equal_one(flags: list[str], train: Callable[..., RunFolder], tmp_path: Path) -> None:
@@ -53,10 +71,7 @@ def test_two_processes_equal_one(flags: list[str], train: Callable[..., RunFolde
     one = train(*more, *prior, "--output_dir", str(tmp_path / "one"))
     train_with_two([*flags, *more, *prior])
     two = RunFolder(tmp_path / "run")
-    assert json.loads(two.summary_file.read_text())["processes"] == 2  # accelerate may start one without a word
-    first, second = weights(one), weights(two)
-    for name, tensor in first.items():
-        assert torch.allclose(tensor, second[name], atol=1e-7), name
+    assert_same_weights(one, two)
     scores = [[row["value"] for row in run.metrics() if row["name"] == "img/clip_t"] for run in (one, two)]
     assert len(scores[0]) == 2 and torch.allclose(*map(torch.tensor, scores), atol=1e-3)  # pixels are rounded
     losses = [
@@ -83,3 +98,78 @@ def test_two_processes_share_the_probing_of_lora_ga(
     for name, start in starts[0].items():
         for factor, tensor in start.items():
             assert torch.allclose(tensor, starts[1][name][factor], atol=1e-3 * float(tensor.abs().max())), name
+
+
+@pytest.fixture
+def two_sizes(tmp_path: Path) -> Path:
+    """Five wide pictures and three high ones: of the steps of four, one mixes the sizes in one process alone."""
+    folder = tmp_path / "two sizes"
+    folder.mkdir()
+    draw = np.random.default_rng(1)
+    for number in range(8):
+        height, width = (16, 32) if number < 5 else (32, 16)
+        pixels = draw.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("more", [[], ["--train_text_encoder"]], ids=["denoiser", "text encoder"])
+def test_processes_may_make_different_numbers_of_forward_passes(
+    more: list[str], two_sizes: Path, flags: list[str], train: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    sizes = ["--buckets", "--resolution", "24", "--bucket_step", "8", "--instance_data_dir", str(two_sizes)]
+    more = [*QUICK.split(), *sizes, "--max_train_steps", "4", *more]
+    one = train(*more, "--output_dir", str(tmp_path / "one"), "--train_batch_size", "4")
+    train_with_two([*flags, *more, "--train_batch_size", "2"])
+    assert_same_weights(one, RunFolder(tmp_path / "run"))
+
+
+def last_layer_ignored(text: dict[str, Any], tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``encode_tokens`` of a family of which no gradient reaches the last layer of the text encoder, such as SDXL."""
+    return {"prompt_embeds": text["text_encoder"](tokens["input_ids"], output_hidden_states=True).hidden_states[-2]}
+
+
+LAST_LAYER_IGNORED = """
+import sys
+from dreamlora.__main__ import main
+from dreamlora.families import sd
+from tests.training.test_processes import last_layer_ignored
+
+sd.encode_tokens = last_layer_ignored
+sys.exit(main(["dreambooth", *sys.argv[1:]]))
+"""
+
+
+def test_layers_without_gradient_stay_as_they_are(
+    flags: list[str], train: Callable[..., RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LAST_LAYER_IGNORED)
+    monkeypatch.setattr(sd, "encode_tokens", last_layer_ignored)
+    more = [*QUICK.split(), "--train_text_encoder", "--adam_weight_decay", "0.5", "--max_train_steps", "3"]
+    one = train(*more, "--output_dir", str(tmp_path / "one"))
+    train_with_two([*flags, *more, "--checkpointing_steps", "1"], script)
+    two = RunFolder(tmp_path / "run")
+    assert_same_weights(one, two)
+    first, last = (trained(two.checkpoint_dir(step)) for step in (1, 3))
+    idle = {name for name in first if "encoders" in name and "layers.1." in name}
+    assert len(idle) == 8 < len(first)
+    for name in first:
+        assert torch.equal(first[name], last[name]) == (name in idle), name
+
+
+def trained(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """LoRA parameters by name."""
+    found: dict[str, torch.Tensor] = torch.load(checkpoint / "training_state.pt", weights_only=True)["trainables"]
+    return found
+
+
+def test_what_a_run_has_to_say_is_said_once(flags: list[str], sd_folder: Path, tmp_path: Path) -> None:
+    noisy = tmp_path / "noisy"
+    shutil.copytree(sd_folder, noisy)
+    for file in ("scheduler/scheduler_config.json", "model_index.json"):
+        (noisy / file).write_text((noisy / file).read_text().replace("DDIMScheduler", "DDPMScheduler"))
+    more = ["--pretrained_model_name_or_path", str(noisy), "--max_train_steps", "1", "--eval_steps", "0"]
+    errors = train_with_two([*flags, *more])
+    note = "samples are drawn with DDIMScheduler: DDPMScheduler adds noise at every step"
+    assert [line.split("\r")[-1] for line in errors.splitlines() if "samples are drawn" in line] == [note]

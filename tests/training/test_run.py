@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreamlora.errors import UserError
+from dreamlora.families import sd
 from dreamlora.run import ending
 from dreamlora.runfolder import RunFolder, read_jsonl
 from dreamlora.training import loop
@@ -53,7 +54,7 @@ def test_a_run_leaves_everything_the_readme_promises(train: Train) -> None:
 
 
 def test_the_model_has_gone_when_training_returns(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else DDP's would be the last to hold the process group, see ``assemble.train``."""
+    """A worker of a comparison makes its next run in the same process."""
     models = []
     original = ending.finish
 
@@ -64,6 +65,13 @@ def test_the_model_has_gone_when_training_returns(train: Train, monkeypatch: pyt
     monkeypatch.setattr(ending, "finish", watching)
     train("--max_train_steps", "1", "--sample_steps", "1")
     assert [model() for model in models] == [None]
+
+
+def test_a_family_without_a_text_encoder_to_train_refuses_to(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sd, "TEXT_ENCODERS", ())
+    monkeypatch.setattr(sd, "load", lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(UserError, match="--train_text_encoder: the family of StableDiffusionPipeline has no text enc"):
+        train("--train_text_encoder", "--text_encoder_lr", "1e-3")
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
@@ -144,9 +152,9 @@ def test_a_parity_check_that_fails_does_not_lose_the_report(train: Train, monkey
 def test_accumulation_set_by_accelerate_does_not_divide_twice(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sgd = ["--optimizer", "sgd", "--max_train_steps", "2"]
+    sgd = ["--optimizer", "sgd", "--max_train_steps", "2", "--sample_steps", "0", "--gradient_accumulation_steps", "2"]
     first = weights(train(*sgd))
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     assert same(first, weights(train(*sgd, "--output_dir", str(tmp_path / "b"))))
 
 

@@ -37,7 +37,9 @@ from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metric, measure
 from dreamlora.interfaces import ModelSource
 from dreamlora.models.parts import ROLES
+from dreamlora.models.tf32 import set_tf32
 from dreamlora.run import provenance
+from dreamlora.run.launch import processes
 from dreamlora.runfolder import RunFolder, write_atomically
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import SamplePlan
@@ -114,16 +116,17 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     Under ``accelerate launch`` the processes share the images, to draw and to embed; all must see one disk.
 
     Raises:
-        UserError: a LoRA, prompt file, image or model is missing or wrong, or a LoRA does not fit the model; or there
-            was nothing that any metric could be had of.
+        UserError: a LoRA, prompt file, image or model is missing or wrong, or a LoRA does not fit the model; there was
+            nothing that any metric could be had of; or accelerate was set to what the processes cannot do.
     """
-    state = PartialState()
+    state = processes()
     folders = [path for path in config.lora if _holds_images(path)]
     loras = tuple(path for path in config.lora if path not in folders)
     if not loras and LOSS_METRIC in config.metrics:
         raise UserError(f"--metrics {LOSS_METRIC}: only LoRAs have a loss, and {config.lora[0]} holds images")
     run = first_run(config)
     settings = settings_of(run)
+    set_tf32(bool(settings.get("allow_tf32")))
     evaluation = EvaluationContext(
         config=config,
         subject=Subject.of(

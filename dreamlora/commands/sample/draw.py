@@ -14,6 +14,7 @@ from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.lora.files import apply_lora
 from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.parts import Parts
+from dreamlora.models.tf32 import set_tf32
 from dreamlora.runfolder import replacing, write_atomically
 from dreamlora.sampling.grid import GridRow, references_of, write_grid
 from dreamlora.sampling.sampler import SamplePlan, draw
@@ -30,6 +31,7 @@ def sample_loras(config: SampleConfig) -> Path:
     rows = rows_of(config)
     run = first_run(config)
     settings = settings_of(run)
+    set_tf32(bool(settings.get("allow_tf32")))
     prompts = prompts_of(config, settings)
     model = model_of(config, settings)
     source = resolve_source(model)
