@@ -210,7 +210,7 @@ def _onto(tensor: Tensor, device: torch.device) -> Tensor:
 def clip_gradients(run: Run) -> Tensor:
     """Clip as ``--max_grad_norm`` says. The norm of all gradients before ``()``: finite only if all of them are.
 
-    In fp16 the gradients are unscaled first; the same on all processes, as DDP has averaged the gradients.
+    In fp16 the gradients are unscaled first; the same on all processes, whose gradients were averaged.
     """
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.unscale_(run.optimizer.optimizer)
