@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dreamlora.config import RunConfig
 from dreamlora.errors import DivergedError
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
+from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.stream import Stream
@@ -216,7 +216,7 @@ def _update(run: Run, loss: float, names: list[str]) -> float | None:
 def _check_finite(run: Run, what: str, value: float, names: list[str]) -> None:
     if value - value == 0.0:
         return
-    files = sorted(set(gather_object(names)))
+    files = sorted(set(gather_lists(names)))
     raise DivergedError(
         f"the {what} is not finite at step {run.step + 1} ({value}). Images in the batch: {', '.join(files)}. "
         f"Try a lower --learning_rate (now {run.optimizer.param_groups[0]['lr']:g}), --mixed_precision bf16 instead of "

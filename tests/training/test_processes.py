@@ -16,10 +16,11 @@ from dreamlora.runfolder import RunFolder
 from tests.training.test_run import weights
 
 REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "train_scripts" / "dreambooth_lora.py"
 
 
-def train_with_two(flags: list[str]) -> None:
-    """Run the training script in two processes."""
+def train_with_two(flags: list[str], script: Path = SCRIPT) -> str:
+    """Run the training script in two processes; what they printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -36,14 +37,15 @@ def train_with_two(flags: list[str]) -> None:
                 "--main_process_port",
                 str(port),
             ),
-            *(REPOSITORY / "train_scripts" / "dreambooth_lora.py", *flags),
+            *(script, *flags),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
+    return done.stdout
 
 
 def test_two_processes_equal_one(flags: list[str], train: Callable[..., RunFolder], tmp_path: Path) -> None:
@@ -66,6 +68,14 @@ def test_two_processes_equal_one(flags: list[str], train: Callable[..., RunFolde
     assert torch.allclose(*map(torch.tensor, losses), atol=1e-5)
     assert one.selection()["step"] == two.selection()["step"]
     assert len(list(two.samples.rglob("*.png"))) == len(list(one.samples.rglob("*.png")))
+
+
+def test_no_collective_waits_for_what_one_process_does_alone(flags: list[str]) -> None:
+    """NCCL ends a collective after 10 minutes, here all end after seconds; the others must not wait in one."""
+    quick = ["--max_train_steps", "2", "--sample_steps", "2", "--eval_steps", "1", "--final_eval_items", "0"]
+    printed = train_with_two([*flags, *quick], Path(__file__).with_name("impatient.py"))
+    for place in ("lock", "get", "grid_of_run", "on_step", "check"):
+        assert f"took long in {place}" in printed
 
 
 def test_two_processes_share_the_probing_of_lora_ga(
