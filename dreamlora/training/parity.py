@@ -17,13 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from dreamlora.lora import offset
-from dreamlora.models.parts import Parts
+from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.randomness import generator
 from dreamlora.sampling.sampler import SamplePlan, draw
 from dreamlora.training.loop import Run
 
 MIDDLE = 0.5
 """Where in the schedule the call is made."""
+TF32 = 2**-10
+"""Distance of neighbouring numbers in TF32, relative to them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Call:
         prompt_length: tokens that the prompt is cut to; None: the family's own.
         with_lora: prediction ``[1, C, h, w]`` float32.
         without_lora: the base model's, in the same modules and precision.
+        rounded: ``with_lora`` once more, with every number of ``noisy`` moved by one unit of the precision, so that all
+            that follows is rounded otherwise.
     """
 
     noisy: Tensor
@@ -45,6 +49,7 @@ class Call:
     prompt_length: int | None
     with_lora: Tensor
     without_lora: Tensor
+    rounded: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,21 +77,30 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
     """
     place = run.accelerator.device
     latents = run.stream.sources[0].store.latents(0, 0)[0][None]
-    noise = torch.randn(latents.shape, generator=generator(run.config.train.seed, "parity"))
+    draws = generator(run.config.train.seed, "parity")
+    noise = torch.randn(latents.shape, generator=draws)
     times = run.objective.spread_times(torch.tensor([MIDDLE]))
     noisy = run.objective.corrupt(latents, noise, times)
     conditioning = {name: value.to(place) for name, value in run.conditioning([prompt]).items()}
     model = run.accelerator.unwrap_model(run.model).eval()
 
-    def answer() -> Tensor:
+    def answer(latents: Tensor) -> Tensor:
         with run.accelerator.autocast():
-            prediction: Tensor = model(noisy.to(place), times.to(place), conditioning)
+            prediction: Tensor = model(latents.to(place), times.to(place), conditioning)
         return prediction.float().cpu()
 
-    with_lora = answer()
+    signs = torch.randn(noisy.shape, generator=draws).sign()
+    with_lora, rounded = answer(noisy), answer(noisy * (1 + signs * _precision(run)))
     for _, layer in offset.adapted_layers(model):
         layer.enable_adapters(False)
-    return Call(noisy, times, run.config.train.guidance_scale, prompt_length, with_lora, without_lora=answer())
+    return Call(noisy, times, run.config.train.guidance_scale, prompt_length, with_lora, answer(noisy), rounded)
+
+
+def _precision(run: Run) -> float:
+    """Relative distance of two neighbouring numbers in what the run computes with."""
+    own = torch.finfo(DTYPES[run.accelerator.mixed_precision]).eps
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return max(own, TF32) if tf32 and run.accelerator.device.type == "cuda" else own
 
 
 def check(fresh: Parts, shown: Shown) -> dict[str, Any]:
@@ -138,10 +152,12 @@ def compare_calls(call: Call, with_lora: Tensor, without_lora: Tensor) -> dict[s
         ``effect``: ``‖Δ‖ / ‖b_training‖``, and if that is not 0
 
         - ``error``: ``‖y_fresh − y_training‖ / ‖Δ‖``: 0 if the file does the same, 1 if it does nothing;
-        - ``rounding``: ``‖b_fresh − b_training‖ / ‖Δ‖``: the error of the base model, which has no LoRA to be wrong;
+        - ``rounding``: what rounding alone makes: the larger of ``‖y_rounded − y_training‖ / ‖Δ‖`` and, as the base
+          model has no LoRA to be wrong, ``‖b_fresh − b_training‖ / ‖Δ‖``;
         - ``scale``: ``⟨y_fresh − b_fresh, Δ⟩ / ‖Δ‖²``: 1, or what the file's LoRA is multiplied by.
     """
-    y, b = call.with_lora.double(), call.without_lora.double()
+    y, b, rounded = (tensor.double() for tensor in (call.with_lora, call.without_lora, call.rounded))
+    y_fresh, b_fresh = with_lora.double(), without_lora.double()
     change = y - b
     size = float(change.norm())
     effect = size / float(b.norm())
@@ -149,9 +165,9 @@ def compare_calls(call: Call, with_lora: Tensor, without_lora: Tensor) -> dict[s
         return {"effect": effect}
     return {
         "effect": effect,
-        "error": float((with_lora.double() - y).norm()) / size,
-        "rounding": float((without_lora.double() - b).norm()) / size,
-        "scale": float(((with_lora.double() - without_lora.double()) * change).sum()) / size**2,
+        "error": float((y_fresh - y).norm()) / size,
+        "rounding": max(float((rounded - y).norm()), float((b_fresh - b).norm())) / size,
+        "scale": float(((y_fresh - b_fresh) * change).sum()) / size**2,
     }
 
 

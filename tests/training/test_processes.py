@@ -70,12 +70,13 @@ def test_two_processes_equal_one(flags: list[str], train: Callable[..., RunFolde
     assert len(list(two.samples.rglob("*.png"))) == len(list(one.samples.rglob("*.png")))
 
 
-def test_no_collective_waits_for_what_one_process_does_alone(flags: list[str]) -> None:
+def test_no_collective_waits_for_what_one_process_does_alone(flags: list[str], tmp_path: Path) -> None:
     """NCCL ends a collective after 10 minutes, here all end after seconds; the others must not wait in one."""
     quick = ["--max_train_steps", "2", "--sample_steps", "2", "--eval_steps", "1", "--final_eval_items", "0"]
     printed = train_with_two([*flags, *quick], Path(__file__).with_name("impatient.py"))
     for place in ("lock", "get", "grid_of_run", "on_step", "check"):
         assert f"took long in {place}" in printed
+    assert json.loads(RunFolder(tmp_path / "run").summary_file.read_text())["parity"]["psnr_db"] > 40
 
 
 def test_two_processes_share_the_probing_of_lora_ga(
