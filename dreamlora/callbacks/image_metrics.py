@@ -152,7 +152,7 @@ class ImageMetricsCallback:
         if run.step % self._every and run.step != run.total_steps:
             return
         # The main process decides: others may not see its disk.
-        state = None
+        state: Any = None
         if run.accelerator.is_main_process:
             state = (run.step in self._values, self._scenes.problem(run.step), self._scenes.problem(0))
         known, problem, base_problem = tell_everyone(state)

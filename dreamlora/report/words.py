@@ -122,10 +122,8 @@ def parity(facts: RunFacts) -> tuple[str, str]:
     call: dict[str, float] = check.get("call") or {}
     same = _same_call(call)
     if same is False:
-        return (
-            "bad",
-            f"The saved LoRA in a stock diffusers pipeline does not do what it did in training: {_told(call)}.",
-        )
+        text = "The saved LoRA in a stock diffusers pipeline does not do what it did in training"
+        return "bad", f"{text}: {_told(call)}."
     verdict, text = _of_image(check, coarse=_coarse(call))
     if same:
         return verdict, f"{text} One call of the denoiser does the same: {_told(call)}."
@@ -151,7 +149,7 @@ def _told(call: dict[str, float]) -> str:
 
 
 def _of_image(check: dict[str, Any], *, coarse: bool) -> tuple[str, str]:
-    """Verdict and sentence of the image alone; ``coarse``: in half precision rounding adds up to a visible difference."""
+    """Verdict and sentence of the image alone; ``coarse``: rounding adds up over the steps until it can be seen."""
     decibels, largest, mean = (float(check.get(key) or 0) for key in ("psnr_db", "max_abs", "mean_abs"))
     apart = f"largest difference {largest:g} of 255, mean {mean:.3g}, PSNR {decibels:.0f} dB"
     lora = "The saved LoRA, loaded into a stock diffusers pipeline, draws"

@@ -80,8 +80,8 @@ def test_a_good_file_passes_and_a_wrong_one_is_seen(
     monkeypatch.setattr(parity, "check", check_others_too)
     model = request.getfixturevalue(f"{family}_folder")
     run = train(
-        *f"--pretrained_model_name_or_path {model} --mixed_precision {precision} --train_text_encoder".split(),
-        *"--max_train_steps 3 --eval_steps 0 --sample_steps 3 --lora_alpha 4 --checkpointing_steps 0".split(),
+        *f"--pretrained_model_name_or_path {model} --mixed_precision {precision} --train_text_encoder --lora_alpha 4 "
+        f"--max_train_steps 3 --eval_steps 0 --sample_steps 3 --checkpointing_steps 0".split()
     )
     good = json.loads(run.summary_file.read_text())["parity"]
     call = good["call"]
@@ -103,7 +103,9 @@ def test_the_figures_of_a_call_follow_their_formulas() -> None:
     figures = compare_calls(call, fresh + change / 2, fresh)
     assert figures == pytest.approx({"effect": 2 / 5, "error": (1 - 0.2) / 2, "rounding": 0.2 / 2, "scale": 1 / 2})
     figures = compare_calls(call, base + change, base)
-    assert figures["rounding"] == pytest.approx(0.01 * math.sqrt(2) / 2) and figures["scale"] == pytest.approx(1)
+    assert figures["rounding"] == pytest.approx(0.01 * math.sqrt(2) / 2, rel=1e-4) and figures[
+        "scale"
+    ] == pytest.approx(1)
     still = replace(call, with_lora=base)
     assert compare_calls(still, base, base) == {"effect": 0}
 
