@@ -51,10 +51,13 @@ def text_to_image(argv: Sequence[str]) -> None:
 
 def _train(argv: Sequence[str], config_class: type[RunConfig]) -> None:
     config, optimizer_options = parse_run(argv, config_class)
+    from accelerate import PartialState
+
     from dreamlora.run import assemble
 
     folder = assemble.train(config, optimizer_options)
-    print(f"{folder.path}: LoRA, samples and report.html")
+    if PartialState().is_main_process:  # the others are done before the report is
+        print(f"{folder.path}: LoRA, samples and report.html")
 
 
 def sample(argv: Sequence[str]) -> None:

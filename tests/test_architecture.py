@@ -113,6 +113,16 @@ def test_no_circle_of_imports_among_files() -> None:
         pytest.fail(f"files import each other: {' <- '.join(error.args[1])}")
 
 
+@pytest.mark.parametrize("file", [file for file in SOURCES if file.name != "processes.py"], ids=name_of)
+def test_processes_wait_for_each_other_in_one_way_only(file: Path) -> None:
+    """Accelerate's and torch's own waits are collectives: NCCL ends them after 10 minutes."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    foreign = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module != "dreamlora.processes"]
+    names = {alias.name for node in foreign for alias in node.names}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert not names & {"wait_for_everyone", "barrier", "broadcast_object_list", "gather_object", "main_process_first"}
+
+
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)
 def test_importing_reads_and_writes_nothing(file: Path) -> None:
     """No call at module level that opens files or starts processes (constants made of paths are fine)."""

@@ -31,4 +31,3 @@ class CheckpointCallback:
         if run.accelerator.is_main_process:
             state.save(run)
             state.rotate(run.folder, run.config.train.checkpoints_total_limit)
-        run.accelerator.wait_for_everyone()

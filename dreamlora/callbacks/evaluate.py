@@ -6,12 +6,11 @@ import logging
 import time
 from collections.abc import Sequence
 
-from accelerate.utils import broadcast_object_list, gather_object
-
 from dreamlora.eval_loss.evalset import EvalSet, Measured, evaluate_loss
 from dreamlora.eval_loss.items import ItemLosses, values_of
 from dreamlora.eval_loss.selection import stalled, told
 from dreamlora.interfaces import Conditioning, StepResult
+from dreamlora.processes import gather_lists, tell_everyone
 from dreamlora.training.loop import Run
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class EvaluateCallback:
         if run.accelerator.is_main_process:
             self._items.save(run.folder.evalset_file)
         # The main process decides: others may not see its disk.
-        known = broadcast_object_list([bool(run.step and file.exists())])[0]
+        known = tell_everyone(bool(run.step and file.exists()))
         if not known:
             self._measure(run)
         elif run.accelerator.is_main_process:
@@ -74,7 +73,7 @@ class EvaluateCallback:
     def _stop_if_in_vain(self, run: Run) -> None:
         if not self._patience or run.step >= run.total_steps:
             return
-        reason = broadcast_object_list([self._reason_to_stop(run) if run.accelerator.is_main_process else None])[0]
+        reason = tell_everyone(self._reason_to_stop(run) if run.accelerator.is_main_process else None)
         if reason:
             run.end_here(reason)
             if run.accelerator.is_main_process:
@@ -111,6 +110,6 @@ def measure(run: Run, items: EvalSet) -> list[float]:
             world=accelerator.num_processes,
         )
     run.model.train()
-    merged = dict(sorted(pair for part in gather_object([mine]) for pair in part.items()))
+    merged = dict(sorted(pair for part in gather_lists([mine]) for pair in part.items()))
     run.eval_seconds += time.perf_counter() - started
     return list(merged.values())

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from dreamlora.eval_loss.evalset import EvalSet
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.interfaces import StepResult
 from dreamlora.metric_names import FINAL_LOSS, GAP, relative
+from dreamlora.processes import tell_everyone, wait_for_everyone
 from dreamlora.training import state
 from dreamlora.training.loop import Run
 
@@ -47,9 +48,7 @@ class FinalCallback:
 
     def on_end(self, run: Run) -> None:
         """Measure the last step and the best one."""
-        best = broadcast_object_list([run.folder.selection().get("step") if run.accelerator.is_main_process else None])[
-            0
-        ]
+        best = tell_everyone(run.folder.selection().get("step") if run.accelerator.is_main_process else None)
         if best not in (None, run.step):
             with _weights_of(run, best):
                 self._measure(run, best)
@@ -78,6 +77,7 @@ def _weights_of(run: Run, step: int) -> Iterator[None]:
     main = run.accelerator.is_main_process
     stored: Mapping[str, Tensor] = load_file(run.folder.candidate_dir(step) / state.TRAINABLES_FILE) if main else {}
     before = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
+    wait_for_everyone()  # the file may come from a slow disk
     for name, parameter in run.trainables.items():
         value = stored[name].to(parameter) if main else torch.empty_like(parameter)
         parameter.data.copy_(broadcast(value))

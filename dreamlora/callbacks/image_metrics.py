@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, paired_difference
@@ -20,6 +18,7 @@ from dreamlora.interfaces import StepResult
 from dreamlora.metric_names import is_image_metric
 from dreamlora.metrics import clip_score, dino
 from dreamlora.metrics._vectors import paired_cosines
+from dreamlora.processes import tell_everyone
 from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.sampler import SamplePlan
 from dreamlora.training.loop import Run
@@ -153,10 +152,10 @@ class ImageMetricsCallback:
         if run.step % self._every and run.step != run.total_steps:
             return
         # The main process decides: others may not see its disk.
-        state: list[Any] = [None]
+        state: Any = None
         if run.accelerator.is_main_process:
-            state = [(run.step in self._values, self._scenes.problem(run.step), self._scenes.problem(0))]
-        known, problem, base_problem = broadcast_object_list(state)[0]
+            state = (run.step in self._values, self._scenes.problem(run.step), self._scenes.problem(0))
+        known, problem, base_problem = tell_everyone(state)
         if problem and not known:
             self._say([f"step {run.step}: no image metrics, as {problem}"])
         elif not known:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.interfaces import StepResult
+from dreamlora.processes import gather_lists, tell_everyone
 from dreamlora.runfolder import read_jsonl, replacing, write_atomically
 from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
 from dreamlora.sampling.sampler import Drawn, SamplePlan, draw
@@ -69,15 +69,14 @@ class SampleCallback:
         if not self._every or (run.step % self._every and run.step != run.total_steps):
             return
         # The main process decides: others may not see its disk.
-        complete = broadcast_object_list([self._complete(run)])[0]
-        rows = [] if complete else gather_object(self._draw(run))
+        complete = tell_everyone(self._complete(run))
+        rows = [] if complete else gather_lists(self._draw(run))
         if run.accelerator.is_main_process:
             if rows:
                 self._store(run, rows)
             if not self._elsewhere:
                 self._show(run, rows)
                 grid_of_run(run.folder)
-        run.accelerator.wait_for_everyone()
 
     def _folder(self, run: Run) -> Path:
         return self._elsewhere or run.folder.samples

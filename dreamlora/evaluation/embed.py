@@ -33,7 +33,7 @@ class Processes:
     Attributes:
         rank: of this one.
         world: how many there are.
-        gather: the lists of all processes as one list, on every process: ``accelerate.utils.gather_object``.
+        gather: the lists of all processes as one list, on every process: ``processes.gather_lists``.
     """
 
     rank: int = 0

@@ -10,7 +10,6 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 
 from dreamlora import registry
@@ -22,9 +21,10 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.models.loading import family_of, resolve_source
-from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.optimizers import lora_param_groups
+from dreamlora.processes import tell_everyone, wait_for_everyone
 from dreamlora.run import defaults, ending, provenance, resume, schedule, upload
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized
@@ -68,15 +68,27 @@ def prepare(config: RunConfig, options: Any) -> Run:
 
 def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
     """All stages of a run, in order."""
+    ended = _trained(context, folder, options)
+    # The run has gone with the function that held it. Nothing else may hold its model when the next one is loaded.
+    context.accelerator.free_memory()
+    context.parts.free(*ROLES)
+    wait_for_everyone()  # for the last time: what is left to do takes long and is the main process's alone
+    context.accelerator.end_training()
+    if context.accelerator.is_main_process:
+        ending.finish(context, folder, ended)
+
+
+def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Ended:
+    """The stages that need the model; it is held in here and by what accelerate keeps, nowhere else."""
     run = _prepare(context, folder, options)
-    context.accelerator.wait_for_everyone()
+    wait_for_everyone()
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
     _start_trackers(context, folder)
     with context.timed("training"):
         loop.train(run)
-    ending.finish(context, run)
+    return ending.conclude(context, run)
 
 
 def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
@@ -127,7 +139,7 @@ def _start(config: RunConfig) -> RunContext:
 
 def _claim_folder(context: RunContext) -> RunFolder:
     """The run folder, chosen and locked by the main process; an earlier run there is removed if that was asked for."""
-    told: list[Any] = [None]
+    told: Any = None
     folder = None
     if context.accelerator.is_main_process:
         try:
@@ -135,13 +147,13 @@ def _claim_folder(context: RunContext) -> RunFolder:
             folder.lock()
             if folder.holds_run() and not context.config.train.resume_from_checkpoint:
                 folder.clear()  # defaults.run_folder has made sure that this was asked for
-            told = [folder.path]
+            told = folder.path
         except UserError as error:
-            told = [error]
-    broadcast_object_list(told)
-    if isinstance(told[0], UserError):
-        raise told[0]
-    folder = folder or RunFolder(told[0])
+            told = error
+    told = tell_everyone(told)
+    if isinstance(told, UserError):
+        raise told
+    folder = folder or RunFolder(told)
     context.config = replace(context.config, train=replace(context.config.train, output_dir=folder.path))
     return folder
 

@@ -13,6 +13,7 @@ from dreamlora.data.encode import encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparation
 from dreamlora.interfaces import Components, Conditioning, Latents
+from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.training.stream import stack_conditioning
 
@@ -30,7 +31,7 @@ def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Prep
         return context.family.encode_images(context.parts.get("vae"), pixels)
 
     store = encode_dataset(records, how, encode, context.filling(dtype="float32"))
-    context.accelerator.wait_for_everyone()
+    wait_for_everyone()
     return store
 
 
@@ -46,7 +47,7 @@ def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
         return context.family.encode_tokens(text, context.family.tokenize(text, texts, length))
 
     table = encode_prompts(prompts, encode, context.filling(dtype=context.accelerator.mixed_precision, length=length))
-    context.accelerator.wait_for_everyone()
+    wait_for_everyone()
     context.parts.free("text")
     return lambda captions: stack_conditioning([table[caption] for caption in captions])
 

@@ -1,8 +1,12 @@
-"""What is written around the training: the config at its start; LoRA, parity check, summary and report at its end."""
+"""What is written at the end of a run: LoRA, parity check, summary and report.
+
+First what needs the model (``conclude``); when that has left the memory, all the rest (``finish``).
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
 from dreamlora.run import provenance
 from dreamlora.run.context import RunContext
+from dreamlora.run.encoding import prompt_length
 from dreamlora.run.upload import push_to_hub
 from dreamlora.runfolder import RunFolder, read_jsonl, write_atomically
 from dreamlora.training import parity, state
@@ -21,47 +26,80 @@ from dreamlora.training.loop import Run
 FINAL_METRICS = (FINAL_LOSS, relative(FINAL_LOSS), GAP)
 
 
-def finish(context: RunContext, run: Run) -> None:
-    """Write the LoRA, compare it with what training showed, sum up, write the report, upload if asked to."""
+@dataclass(frozen=True)
+class Ended:
+    """What is known of a run when its model has gone.
+
+    Attributes:
+        images: trained on, by source.
+        parameters: of the LoRA.
+        pairs: of factors A and B.
+        eval_seconds: that the evaluation loss took.
+        ended_early: why, if it did.
+        shown: what the saved file must do again; or why that is not checked.
+    """
+
+    images: dict[str, int]
+    parameters: int
+    pairs: int
+    eval_seconds: float
+    ended_early: str | None
+    shown: parity.Shown | str
+
+
+def conclude(context: RunContext, run: Run) -> Ended:
+    """Write the LoRA, and keep what the end of the run needs to know. The model cannot train on afterwards."""
     if run.accelerator.is_main_process:
         state.save_lora(run, run.folder.path)
-        with context.timed("parity check"):
-            found = _parity(context, run)
-        write_summary(context, run, found)
-        give_back_memory()  # the charts' library would come on top of what training has used
-        write_report(run.folder.path)
-        if context.config.train.push_to_hub:
-            push_to_hub(run)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    return Ended(
+        images={source.name: len(source.store.names) for source in run.stream.sources},
+        parameters=sum(parameter.numel() for parameter in run.trainables.values()),
+        pairs=len(run.trainables) // 2,
+        eval_seconds=run.eval_seconds,
+        ended_early=run.ended_early,
+        shown=_shown(context, run) if run.accelerator.is_main_process else "the main process does that",
+    )
 
 
-def write_summary(context: RunContext, run: Run, found: dict[str, Any]) -> None:
+def finish(context: RunContext, folder: RunFolder, ended: Ended) -> None:
+    """Compare the saved file with what training showed, sum up, write the report, upload if asked to.
+
+    The main process's work alone, of any length: the others have been let go.
+    """
+    with context.timed("parity check"):
+        found = _parity(context, ended.shown)
+    write_summary(context, folder, ended, found)
+    give_back_memory()  # the charts' library would come on top of what the check has used
+    write_report(folder.path)
+    if context.config.train.push_to_hub:
+        push_to_hub(context.config, folder)
+
+
+def write_summary(context: RunContext, folder: RunFolder, ended: Ended, found: dict[str, Any]) -> None:
     """summary.json: what the report shows besides options and metrics."""
-    metric = _eval_rows(run.folder)
-    trained = sum(parameter.numel() for parameter in run.trainables.values())
+    device = context.accelerator.device
     summary = {
         "parity": found,
         "timings": context.timings,
         "versions": provenance.versions(),
-        "device": provenance.device_name(run.accelerator.device),
-        "peak_memory_gib": _peak_memory(run.accelerator.device),
-        "processes": run.accelerator.num_processes,
+        "device": provenance.device_name(device),
+        "peak_memory_gib": _peak_memory(device),
+        "processes": context.accelerator.num_processes,
         "git_commit": provenance.git_commit(),
         "warnings": context.warnings,
-        "data": {source.name: len(source.store.names) for source in run.stream.sources},
-        "lora": {"parameters": trained, "pairs": len(run.trainables) // 2},
-        "eval": metric,
-        "best": run.folder.selection(),
-        "final_eval": _final_rows(run.folder),
-        "eval_price": _price(context, run),
-        "ended_early": run.ended_early,
+        "data": ended.images,
+        "lora": {"parameters": ended.parameters, "pairs": ended.pairs},
+        "eval": _eval_rows(folder),
+        "best": folder.selection(),
+        "final_eval": _final_rows(folder),
+        "eval_price": _price(context, ended.eval_seconds),
+        "ended_early": ended.ended_early,
         "command": provenance.command(),
     }
-    write_atomically(run.folder.summary_file, json.dumps(summary, indent=1))
+    write_atomically(folder.summary_file, json.dumps(summary, indent=1))
 
 
-def _price(context: RunContext, run: Run) -> dict[str, Any]:
+def _price(context: RunContext, seconds: float) -> dict[str, Any]:
     """What the evaluation loss was to cost, and the seconds that it took."""
     price = context.eval_price
     if price is None or not price.forwards:
@@ -70,7 +108,7 @@ def _price(context: RunContext, run: Run) -> dict[str, Any]:
         "forwards": price.forwards,
         "share": round(price.share, 4),
         "sentence": str(price),
-        "seconds": round(run.eval_seconds, 2),
+        "seconds": round(seconds, 2),
     }
 
 
@@ -96,17 +134,28 @@ def _final_rows(folder: RunFolder) -> dict[str, dict[str, float]]:
     return found
 
 
-def _parity(context: RunContext, run: Run) -> dict[str, Any]:
-    """Compare the last sample of the first prompt with what a fresh stock pipeline draws from the saved file."""
+def _shown(context: RunContext, run: Run) -> parity.Shown | str:
+    """The first image of the last step, and one call of the denoiser for the same prompt; or why there is none."""
+    if not run.config.train.parity_check:
+        return "it was switched off (--no_parity_check)"
     rows = [row for row in read_jsonl(run.folder.samples_file) if row["step"] == run.step]
     if not rows:
-        return {"reason": "no samples were drawn at the last step"}
-    run.components.clear()  # the models of the training make room for the fresh pipeline
-    run.model.cpu()
-    context.parts.free("denoiser", "vae", "text", "scheduler")
-    fresh = Parts(context.family, context.source, run.accelerator.device, DTYPES[run.accelerator.mixed_precision])
+        return "no samples were drawn at the last step"
     sample = {**rows[0], "negative_prompt": run.config.sample.negative_prompt}
     try:
-        return parity.check(fresh.pipeline(), run.folder.path, sample, run.folder.samples / sample["file"])
+        call = parity.ask(run, sample["prompt"], prompt_length(context))
+    except (UserError, RuntimeError) as error:
+        return f"the check could not be made: {error}"
+    return parity.Shown(run.folder.path, sample, run.folder.samples / sample["file"], call)
+
+
+def _parity(context: RunContext, shown: parity.Shown | str) -> dict[str, Any]:
+    """The figures of the check, or why there are none."""
+    if isinstance(shown, str):
+        return {"reason": shown}
+    accelerator = context.accelerator
+    fresh = Parts(context.family, context.source, accelerator.device, DTYPES[accelerator.mixed_precision])
+    try:
+        return parity.check(fresh, shown)
     except (UserError, OSError, RuntimeError, ValueError) as error:  # out of memory, ...: the report is still written
         return {"reason": f"the check could not be made: {error}"}

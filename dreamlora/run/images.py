@@ -16,6 +16,7 @@ from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.lora.inject import target_layers
 from dreamlora.models.parts import DTYPES, ROLES, Parts
+from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import read_prompts, sample_prompts
@@ -106,7 +107,7 @@ def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:
             styles.write_images(images, data.style, STYLE_IMAGES)
         elif data.subject is not None:
             subjects.write_instance_images(images, data.subject, SUBJECT_IMAGES)
-    context.accelerator.wait_for_everyone()
+    wait_for_everyone()
     return replace(data, train_data_dir=images) if data.style else replace(data, instance_data_dir=images)
 
 
@@ -132,7 +133,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
     with context.timed("class images"):
         prior.ensure_class_images(images, plan, pipeline, context.source.model_id, rank, world)
         base.free(*ROLES)
-        context.accelerator.wait_for_everyone()
+        wait_for_everyone()
     records = load_folder(images, data.class_prompt, flag="--class_data_dir").records
     records.truncate(data.num_class_images)
     examine(records, cache_folder(data.latents_cache_dir))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from dreamlora.callbacks.best import BestCallback
 from dreamlora.callbacks.checkpoint import CheckpointCallback
@@ -15,6 +14,7 @@ from dreamlora.callbacks.final import FinalCallback
 from dreamlora.callbacks.health import HealthCallback
 from dreamlora.callbacks.image_metrics import ImageMetricsCallback, Scenes
 from dreamlora.callbacks.log import LogCallback
+from dreamlora.callbacks.meet import MeetCallback
 from dreamlora.callbacks.sample import SampleCallback
 from dreamlora.data.cache import LatentStore
 from dreamlora.data.transforms import Preparation
@@ -23,6 +23,7 @@ from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.interfaces import Callback
 from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN
+from dreamlora.processes import gather_lists
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import encode_images
 from dreamlora.run.images import RunImages
@@ -55,8 +56,8 @@ def eval_material(context: RunContext, pictures: RunImages, how: Preparation) ->
 
 
 def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Material) -> list[Callback]:
-    """Logging first; the evaluation before all to whom it matters that a step is the last; checkpoints last, as a
-    checkpoint promises that all else of its step is on disk.
+    """Logging first; the evaluation before all to whom it matters that a step is the last; checkpoints after all
+    else of their step is on disk; and then the processes meet again.
     """
     config = context.config
     found: list[Callback] = [LogCallback()]
@@ -81,7 +82,8 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
         found.append(_final(context, run, material))
     if config.train.checkpointing_steps:
         found.append(CheckpointCallback())
-    return found
+    occasions = (config.eval.eval_steps, config.sample.sample_steps, config.eval.eval_metrics_steps)
+    return [*found, MeetCallback((*occasions, config.train.checkpointing_steps))]
 
 
 def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[Any]:
@@ -103,7 +105,7 @@ def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[A
         training=pictures.train[:MOST_COMPARED_IMAGES],
     )
     accelerator = context.accelerator
-    processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
+    processes = Processes(accelerator.process_index, accelerator.num_processes, gather_lists)
     place = EncoderPlace(accelerator.device, context.cache, context.config.model.cache_dir, processes, progress=False)
     embedders = Embedders(context.config.encoders, context.config.embedded, place)
     measuring = ImageMetricsCallback(options.eval_metrics, every, scenes, embedders, context.warn)

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from dreamlora.config import RunConfig
 from dreamlora.errors import UserError
-from dreamlora.training.loop import Run
+from dreamlora.runfolder import RunFolder
 
 UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "samples/*", "best/*"]
 
@@ -25,18 +25,18 @@ def check_hub(config: RunConfig) -> None:
         raise UserError(f"--push_to_hub: {error}. Log in with `hf auth login`, or give --hub_token") from error
 
 
-def push_to_hub(run: Run) -> None:
+def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
     """Upload LoRA, samples and a model card. Checkpoints, config and report stay here: they show photos and paths."""
-    train = run.config.train
+    train = config.train
     api = HfApi(token=train.hub_token)
-    name = train.hub_model_id or run.folder.path.name
+    name = train.hub_model_id or folder.path.name
     card = load_or_create_model_card(
         repo_id_or_path=name,
         from_training=True,
-        base_model=run.config.model.pretrained_model_name_or_path,
-        prompt=run.config.data.instance_prompt,
-        model_description=f"A LoRA of rank {run.config.lora.rank}, trained by dreamlora.",
+        base_model=config.model.pretrained_model_name_or_path,
+        prompt=config.data.instance_prompt,
+        model_description=f"A LoRA of rank {config.lora.rank}, trained by dreamlora.",
     )
-    populate_model_card(card, tags=["lora", "text-to-image", "diffusers"]).save(run.folder.path / "README.md")
+    populate_model_card(card, tags=["lora", "text-to-image", "diffusers"]).save(folder.path / "README.md")
     repository = api.create_repo(name, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repository, folder_path=str(run.folder.path), allow_patterns=UPLOADED)
+    api.upload_folder(repo_id=repository, folder_path=str(folder.path), allow_patterns=UPLOADED)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dreamlora.config import RunConfig
 from dreamlora.errors import DivergedError
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
+from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.gradients import average_gradients
@@ -271,7 +271,7 @@ def check_state(run: Run) -> None:
 def _check_finite(run: Run, what: str, value: float, names: list[str]) -> None:
     if math.isfinite(value):
         return
-    files = sorted(set(gather_object(names)))
+    files = sorted(set(gather_lists(names)))
     raise DivergedError(
         f"the {what} is not finite at step {run.step + 1} ({value}). Images in the batch: {', '.join(files)}. "
         f"The LoRA was not changed by this step. {_way_out(run)}"

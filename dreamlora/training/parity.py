@@ -1,41 +1,124 @@
-"""Train-to-deploy check: does the saved file give, in a fresh stock pipeline, the image that training showed?"""
+"""Train-to-deploy check: does the saved file do, in a fresh stock pipeline, what the LoRA did in training?
+
+Two things are compared. One call of the denoiser, with and without the LoRA, tells whether the LoRA is there, whole and
+with the right scale, however little of it an image shows. An image tells whether all the rest is the same; in half
+precision it differs by rounding that adds up over the denoising steps.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from dreamlora.lora.pairs import adapted_layers
+from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.randomness import generator
 from dreamlora.sampling.sampler import SamplePlan, draw
+from dreamlora.training.loop import Run
+
+MIDDLE = 0.5
+"""Where in the schedule the call is made."""
+TF32 = 2**-10
+"""Distance of neighbouring numbers in TF32, relative to them."""
 
 
-def compare(training_image: Image.Image, fresh_image: Image.Image) -> dict[str, float]:
-    """How far two images of the same size are apart, on the 0-255 scale of their pixels.
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser, and what the training's model answered; all on the CPU.
 
-    Returns:
-        ``max_abs`` and ``mean_abs`` difference, and ``psnr_db`` (infinite for equal images, given as 999).
+    Attributes:
+        noisy: ``[1, C, h, w]``, a training image's latents with noise.
+        times: ``[1]``.
+        guidance_scale: embedded guidance, for models that have it.
+        prompt_length: tokens that the prompt is cut to; None: the family's own.
+        with_lora: prediction ``[1, C, h, w]`` float32.
+        without_lora: the base model's, in the same modules and precision.
+        rounded: ``with_lora`` once more, with every number of ``noisy`` moved by one unit of the precision, so that all
+            that follows is rounded otherwise.
     """
-    first, second = (np.asarray(image.convert("RGB"), dtype=np.float64) for image in (training_image, fresh_image))
-    difference = np.abs(first - second)
-    mean_square = float((difference**2).mean())
-    psnr = 10 * np.log10(255**2 / mean_square) if mean_square else 999.0
-    return {"max_abs": float(difference.max()), "mean_abs": float(difference.mean()), "psnr_db": float(psnr)}
+
+    noisy: Tensor
+    times: Tensor
+    guidance_scale: float
+    prompt_length: int | None
+    with_lora: Tensor
+    without_lora: Tensor
+    rounded: Tensor
 
 
-def check(pipeline: Any, lora_folder: Path, sample: dict[str, Any], image_file: Path) -> dict[str, Any]:
-    """Load the LoRA as a user would, draw the sample again from its prompt's text, and compare.
+@dataclass(frozen=True)
+class Shown:
+    """What training showed of its last step.
+
+    Attributes:
+        lora_folder: holds ``pytorch_lora_weights.safetensors``.
+        sample: a row of samples.jsonl, with the negative prompt.
+        image_file: the image drawn while training.
+        call: of the sample's prompt.
+    """
+
+    lora_folder: Path
+    sample: dict[str, Any]
+    image_file: Path
+    call: Call
+
+
+@torch.no_grad()
+def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
+    """Make the call in the model that has trained, in the precision that it trained in; its adapters are off then.
+
+    Not to be followed by more training.
+    """
+    place = run.accelerator.device
+    latents = run.stream.sources[0].store.latents(0, 0)[0][None]
+    draws = generator(run.config.train.seed, "parity")
+    noise = torch.randn(latents.shape, generator=draws)
+    times = run.objective.spread_times(torch.tensor([MIDDLE]))
+    noisy = run.objective.corrupt(latents, noise, times)
+    conditioning = {name: value.to(place) for name, value in run.conditioning([prompt]).items()}
+    model = run.accelerator.unwrap_model(run.model).eval()
+
+    def answer(latents: Tensor) -> Tensor:
+        with run.accelerator.autocast():
+            prediction: Tensor = model(latents.to(place), times.to(place), conditioning)
+        return prediction.float().cpu()
+
+    signs = torch.randn(noisy.shape, generator=draws).sign()
+    with_lora, rounded = answer(noisy), answer(noisy * (1 + signs * _precision(run)))
+    for adapted in adapted_layers(model):
+        adapted.layer.enable_adapters(False)
+    return Call(noisy, times, run.config.train.guidance_scale, prompt_length, with_lora, answer(noisy), rounded)
+
+
+def _precision(run: Run) -> float:
+    """Relative distance of two neighbouring numbers in what the run computes with."""
+    own = torch.finfo(DTYPES[run.accelerator.mixed_precision]).eps
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return max(own, TF32) if tf32 and run.accelerator.device.type == "cuda" else own
+
+
+def check(fresh: Parts, shown: Shown) -> dict[str, Any]:
+    """Load the LoRA as a user would, do again what training did, and compare.
 
     Args:
-        pipeline: the untouched base pipeline, freshly loaded.
-        lora_folder: holds ``pytorch_lora_weights.safetensors``.
-        sample: its row of samples.jsonl.
-        image_file: the image drawn while training.
+        fresh: the untouched base model, not loaded yet.
+        shown: what training showed.
+
+    Returns:
+        Prompt, seed and step; the figures of ``compare_images``; and as ``call`` those of ``compare_calls``.
     """
-    with Image.open(image_file) as opened:
+    pipeline, sample = fresh.pipeline(), shown.sample
+    without_lora = _answer(fresh, shown)
+    pipeline.load_lora_weights(str(shown.lora_folder))
+    call = compare_calls(shown.call, _answer(fresh, shown), without_lora)
+    with Image.open(shown.image_file) as opened:
         seen = opened.convert("RGB")
-    pipeline.load_lora_weights(str(lora_folder))
     plan = SamplePlan(
         prompts=(sample["prompt"],),
         num_inference_steps=sample["num_inference_steps"],
@@ -46,4 +129,56 @@ def check(pipeline: Any, lora_folder: Path, sample: dict[str, Any], image_file: 
         height=seen.height,
     )
     [drawn] = draw(pipeline, plan)
-    return {**{key: sample[key] for key in ("prompt", "seed", "step")}, **compare(seen, drawn.image)}
+    of_sample = {key: sample[key] for key in ("prompt", "seed", "step")}
+    return {**of_sample, **compare_images(seen, drawn.image), "call": call}
+
+
+@torch.no_grad()
+def _answer(fresh: Parts, shown: Shown) -> Tensor:
+    """The same call in the modules of the fresh pipeline, from the prompt's text, without autocast."""
+    family, call, text = fresh.family, shown.call, fresh.get("text")
+    denoiser = fresh.get("denoiser")[family.DENOISER]
+    conditioning = family.encode_tokens(text, family.tokenize(text, [shown.sample["prompt"]], call.prompt_length))
+    noisy, times = (tensor.to(fresh.device) for tensor in (call.noisy, call.times))
+    return family.predict(denoiser, noisy, times, conditioning, call.guidance_scale).float().cpu()
+
+
+def compare_calls(call: Call, with_lora: Tensor, without_lora: Tensor) -> dict[str, float]:
+    """How far apart the answers y (with LoRA) and b (without) of training and of a fresh pipeline are.
+
+    With ``Δ = y_training − b_training``, what the LoRA did in training:
+
+    Returns:
+        ``effect``: ``‖Δ‖ / ‖b_training‖``, and if that is not 0
+
+        - ``error``: ``‖y_fresh − y_training‖ / ‖Δ‖``: 0 if the file does the same, 1 if it does nothing;
+        - ``rounding``: what rounding alone makes: the larger of ``‖y_rounded − y_training‖ / ‖Δ‖`` and, as the base
+          model has no LoRA to be wrong, ``‖b_fresh − b_training‖ / ‖Δ‖``;
+        - ``scale``: ``⟨y_fresh − b_fresh, Δ⟩ / ‖Δ‖²``: 1, or what the file's LoRA is multiplied by.
+    """
+    y, b, rounded = (tensor.double() for tensor in (call.with_lora, call.without_lora, call.rounded))
+    y_fresh, b_fresh = with_lora.double(), without_lora.double()
+    change = y - b
+    size = float(change.norm())
+    effect = size / float(b.norm())
+    if size == 0:
+        return {"effect": effect}
+    return {
+        "effect": effect,
+        "error": float((y_fresh - y).norm()) / size,
+        "rounding": max(float((rounded - y).norm()), float((b_fresh - b).norm())) / size,
+        "scale": float(((y_fresh - b_fresh) * change).sum()) / size**2,
+    }
+
+
+def compare_images(training_image: Image.Image, fresh_image: Image.Image) -> dict[str, float]:
+    """How far two images of the same size are apart, on the 0-255 scale of their pixels.
+
+    Returns:
+        ``max_abs`` and ``mean_abs`` difference, and ``psnr_db`` (infinite for equal images, given as 999).
+    """
+    first, second = (np.asarray(image.convert("RGB"), dtype=np.float64) for image in (training_image, fresh_image))
+    difference = np.abs(first - second)
+    mean_square = float((difference**2).mean())
+    psnr = 10 * np.log10(255**2 / mean_square) if mean_square else 999.0
+    return {"max_abs": float(difference.max()), "mean_abs": float(difference.mean()), "psnr_db": float(psnr)}

@@ -52,6 +52,11 @@ def test_health_says_only_what_was_logged(make_run: Callable[..., RunFolder]) ->
     assert words.health(RunFacts(folder)) is None
 
 
+IMAGE = {"max_abs": 9, "mean_abs": 9, "psnr_db": 999}
+CALL = {"effect": 0.1, "error": 0.05, "rounding": 0.1, "scale": 1.0}
+PRECISE = {**CALL, "error": 1e-5, "rounding": 1e-5}
+
+
 @pytest.mark.parametrize(
     ("parity", "verdict", "told"),
     [
@@ -59,6 +64,20 @@ def test_health_says_only_what_was_logged(make_run: Callable[..., RunFolder]) ->
         ({"max_abs": 2, "mean_abs": 0.1, "psnr_db": 50}, "good", "but for rounding (largest difference 2 of 255"),
         ({"max_abs": 9, "mean_abs": 1, "psnr_db": 33}, "fair", "draws nearly the image"),
         ({"max_abs": 99, "mean_abs": 9, "psnr_db": 20}, "bad", "does not draw the image"),
+        ({**IMAGE, "psnr_db": 33, "call": PRECISE}, "fair", "nearly the image"),
+        (
+            {**IMAGE, "psnr_db": 33, "call": CALL},
+            "good",
+            "it has 1.00 times the effect, and differs by 0.05",
+        ),
+        ({**IMAGE, "psnr_db": 20, "call": CALL}, "fair", "rounding adds up over the steps. One call of the denoiser"),
+        ({**IMAGE, "psnr_db": 20, "call": PRECISE}, "bad", "does not draw the image"),
+        ({**IMAGE, "max_abs": 0, "call": {**CALL, "error": 0.5, "scale": 0.5}}, "bad", "it has 0.50 times the effect"),
+        ({**IMAGE, "psnr_db": 50, "call": {**CALL, "error": 0.13}}, "bad", "differs by 0.13 of the effect (rounding"),
+        ({**IMAGE, "psnr_db": 50, "call": {**CALL, "error": 0.11}}, "good", "One call of the denoiser does the same"),
+        ({**IMAGE, "psnr_db": 50, "call": {**CALL, "error": 0.9, "rounding": 0.6}}, "good", "9, PSNR 50 dB)."),
+        ({**IMAGE, "psnr_db": 20, "call": {**CALL, "error": 0.9, "rounding": 0.6}}, "fair", "9, PSNR 20 dB): rounding"),
+        ({**IMAGE, "max_abs": 0, "call": {"effect": 0}}, "good", "draws exactly the image seen in training."),
         ({"reason": "there are no samples"}, "unknown", "Not checked: there are no samples."),
         (None, "unknown", "Not checked"),
     ],

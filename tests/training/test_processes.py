@@ -31,7 +31,7 @@ QUICK = "--optimizer sgd --learning_rate 0.1 --sample_steps 0 --eval_steps 0 --h
 
 
 def train_with_two(flags: list[str], script: Path = SCRIPT) -> str:
-    """Run the training script in two processes; what they said on standard error."""
+    """Run the training script in two processes; what they printed, and then what they said on standard error."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -41,18 +41,18 @@ def train_with_two(flags: list[str], script: Path = SCRIPT) -> str:
     launcher = subprocess.Popen(
         [sys.executable, *words],
         env=os.environ | settings | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        _, errors = launcher.communicate(timeout=TIMEOUT_S)
+        printed, errors = launcher.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         launcher.terminate()  # not kill: it would leave its processes behind
         _, errors = launcher.communicate()
         pytest.fail(f"two processes wait for each other for ever:\n{errors[-3000:]}")
     assert launcher.returncode == 0, errors[-3000:]
-    return errors
+    return printed + errors
 
 
 def assert_same_weights(one: RunFolder, two: RunFolder) -> None:
@@ -81,6 +81,15 @@ def test_two_processes_equal_one(flags: list[str], train: Callable[..., RunFolde
     assert torch.allclose(*map(torch.tensor, losses), atol=1e-5)
     assert one.selection()["step"] == two.selection()["step"]
     assert len(list(two.samples.rglob("*.png"))) == len(list(one.samples.rglob("*.png")))
+
+
+def test_no_collective_waits_for_what_one_process_does_alone(flags: list[str], tmp_path: Path) -> None:
+    """NCCL ends a collective after 10 minutes, here all end after seconds; the others must not wait in one."""
+    quick = ["--max_train_steps", "2", "--sample_steps", "2", "--eval_steps", "1", "--final_eval_items", "0"]
+    printed = train_with_two([*flags, *quick], Path(__file__).with_name("impatient.py"))
+    for place in ("lock", "get", "grid_of_run", "on_step", "check"):
+        assert f"took long in {place}" in printed
+    assert json.loads(RunFolder(tmp_path / "run").summary_file.read_text())["parity"]["psnr_db"] > 40
 
 
 def test_two_processes_share_the_probing_of_lora_ga(

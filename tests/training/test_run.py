@@ -18,7 +18,8 @@ from dreamlora.errors import UserError
 from dreamlora.families import sd
 from dreamlora.run import ending
 from dreamlora.runfolder import RunFolder, read_jsonl
-from dreamlora.training import loop
+from dreamlora.training import loop, parity
+from dreamlora.training.loop import Run
 
 Train = Callable[..., RunFolder]
 
@@ -53,18 +54,34 @@ def test_a_run_leaves_everything_the_readme_promises(train: Train) -> None:
     assert summary["data"] == {"instance": 7}
 
 
-def test_the_model_has_gone_when_training_returns(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker of a comparison makes its next run in the same process."""
-    models = []
-    original = ending.finish
+@pytest.mark.parametrize("more", ["", "--train_text_encoder --mixed_precision bf16 --eval_metrics drift"])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_nothing_of_the_model_is_left_when_the_fresh_one_is_loaded(
+    family: str, more: str, train: Train, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Two large models do not fit. And DDP's would be the last to hold the process group, see ``assemble.train``."""
+    watched, left, copied = [], [], []
+    conclude, check = ending.conclude, parity.check
 
-    def watching(stage: Any, run: Any) -> None:
-        models.append(weakref.ref(run.model))
-        original(stage, run)
+    def watching(context: Any, run: Run) -> Any:
+        parts = [run.model, *run.components.values(), *context.parts.get("vae").values()]
+        modules = [part for part in parts if isinstance(part, torch.nn.Module)]
+        watched.extend(weakref.ref(tensor) for module in modules for tensor in module.parameters())
+        watched.extend(map(weakref.ref, (run, run.model, run.optimizer, run.stream, *run.callbacks)))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Module, "cpu", lambda module: copied.append(module))
+            return conclude(context, run)
 
-    monkeypatch.setattr(ending, "finish", watching)
-    train("--max_train_steps", "1", "--sample_steps", "1")
-    assert [model() for model in models] == [None]
+    def looking(*arguments: Any) -> dict[str, Any]:
+        left.append(sum(held() is not None for held in watched))
+        return check(*arguments)
+
+    monkeypatch.setattr(ending, "conclude", watching)
+    monkeypatch.setattr(parity, "check", looking)
+    model = request.getfixturevalue(f"{family}_folder")
+    metrics = more.replace("--eval_metrics drift", "--eval_metrics drift --clip_model tiny").split()
+    train("--max_train_steps", "1", "--sample_steps", "1", "--pretrained_model_name_or_path", str(model), *metrics)
+    assert len(watched) > 50 and left == [0] and not copied
 
 
 def test_a_family_without_a_text_encoder_to_train_refuses_to(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +155,6 @@ def test_config_yaml_does_not_point_at_its_own_folder(train: Train) -> None:
 
 
 def test_a_parity_check_that_fails_does_not_lose_the_report(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreamlora.training import parity
-
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 

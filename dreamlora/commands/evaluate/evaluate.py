@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from dreamlora import registry
@@ -38,6 +37,7 @@ from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metri
 from dreamlora.interfaces import ModelSource
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
+from dreamlora.processes import gather_lists, wait_for_everyone
 from dreamlora.run import provenance
 from dreamlora.run.launch import processes
 from dreamlora.runfolder import RunFolder, write_atomically
@@ -161,7 +161,7 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     if state.is_main_process:
         _write(file, evaluation, found, facts)
         sys.stdout.write(f"{table(found)}\n\n{file}\n")
-    state.wait_for_everyone()
+    wait_for_everyone()
     if not any(row.values for row in found.values()):
         raise UserError("nothing could be measured: the notes above say what every metric lacks")
     return file
@@ -256,7 +256,7 @@ def _draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[S
                 with applied(pipeline, row):
                     problems = draw_sheet(pipeline, sheet, missing, bar.update)
                     wrong += [(sheet.file(item), problem) for item, problem in problems]
-    return dict(gather_object(wrong))
+    return dict(gather_lists(wrong))
 
 
 def _gallery(evaluation: EvaluationContext, sheet: Sheet, base: Sheet, broken: Mapping[Path, str]) -> MeasuredImages:
@@ -294,14 +294,14 @@ def _place(evaluation: EvaluationContext) -> EncoderPlace:
 
 
 def _processes(state: PartialState) -> Processes:
-    return Processes(state.process_index, state.num_processes, gather_object)
+    return Processes(state.process_index, state.num_processes, gather_lists)
 
 
 def _measure(
     evaluation: EvaluationContext, shown: Mapping[str, MeasuredImages], embedders: Embedders
 ) -> dict[str, Measurement]:
     """The measurements by label."""
-    evaluation.state.wait_for_everyone()
+    wait_for_everyone()
     found = {}
     for label, gallery in shown.items():
         names = evaluation.image_metrics

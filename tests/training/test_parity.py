@@ -1,0 +1,127 @@
+"""The check at the end of a run: good files pass it in every precision, and what is wrong with others is seen."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dreamlora.models.parts import ROLES, Parts
+from dreamlora.report import words
+from dreamlora.report.facts import RunFacts
+from dreamlora.runfolder import RunFolder
+from dreamlora.training import parity
+from dreamlora.training.parity import Call, compare_calls, compare_images
+
+Tensors = dict[str, Tensor]
+Train = Callable[..., RunFolder]
+
+TEXT = "text_encoder"
+
+
+def scaled(factor: float) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: value * (factor if "lora_B" in name else 1) for name, value in tensors.items()}
+
+
+def without(word: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: value for name, value in tensors.items() if word not in name}
+
+
+FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], float]] = {
+    "twice the alpha": (scaled(2), 0.7),
+    "half the alpha": (scaled(0.5), 0.35),
+    "nothing at all": (scaled(0), 0.85),
+    "no text encoder": (without(TEXT), 0.07),
+    "no values": (without("to_v"), 0.05),
+}
+"""What can be wrong with a file, and the error of the call that it makes at least."""
+
+
+def edit(file: Path, change: Callable[[Tensors], Tensors]) -> None:
+    with safe_open(file, framework="pt") as opened:
+        settings = opened.metadata()
+    save_file(change(load_file(file)), file, metadata=settings)
+
+
+def verdict_on(folder: RunFolder, found: dict[str, Any]) -> tuple[str, str]:
+    summary = json.loads(folder.summary_file.read_text())
+    folder.summary_file.write_text(json.dumps({**summary, "parity": found}))
+    return words.parity(RunFacts(folder))
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_a_good_file_passes_and_a_wrong_one_is_seen(
+    family: str, precision: str, train: Train, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures that report/words.py cites come from here."""
+    check, found = parity.check, {}
+
+    def check_others_too(fresh: Parts, shown: parity.Shown) -> dict[str, Any]:
+        good, wrong = RunFolder(shown.lora_folder), RunFolder(shown.lora_folder / "wrong")
+        wrong.path.mkdir()
+        for name, (change, _) in FAULTS.items():
+            wrong.lora_file.write_bytes(good.lora_file.read_bytes())
+            edit(wrong.lora_file, change)
+            found[name] = check(fresh, replace(shown, lora_folder=wrong.path))
+            fresh.free(*ROLES)
+        return check(fresh, shown)
+
+    monkeypatch.setattr(parity, "check", check_others_too)
+    model = request.getfixturevalue(f"{family}_folder")
+    run = train(
+        *f"--pretrained_model_name_or_path {model} --mixed_precision {precision} --train_text_encoder --lora_alpha 4 "
+        f"--max_train_steps 3 --eval_steps 0 --sample_steps 3 --checkpointing_steps 0".split()
+    )
+    good = json.loads(run.summary_file.read_text())["parity"]
+    call = good["call"]
+    assert verdict_on(run, good)[0] == "good"
+    assert call["error"] <= 0.7 * call["rounding"] and call["scale"] == pytest.approx(1, abs=0.02)
+    assert (call["rounding"] * call["effect"] > 1e-4) == (precision != "no")
+    for name, (_, least) in FAULTS.items():
+        assert found[name]["call"]["error"] > least, name
+        verdict, text = verdict_on(run, found[name])
+        assert verdict == "bad" and "does not do what it did in training" in text, name
+    assert any(found[name]["psnr_db"] > 40 for name in FAULTS) or family == "sd"  # the image alone would say: good
+
+
+def test_the_figures_of_a_call_follow_their_formulas() -> None:
+    """b = (3, 4), Δ = (0, 2); what is fresh has half of Δ, and a base that is off by 0.2."""
+    base, change = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    call = Call(base, base, 1.0, None, with_lora=base + change, without_lora=base, rounded=base + change + 0.01)
+    fresh = base + torch.tensor([0.0, 0.2])
+    figures = compare_calls(call, fresh + change / 2, fresh)
+    assert figures == pytest.approx({"effect": 2 / 5, "error": (1 - 0.2) / 2, "rounding": 0.2 / 2, "scale": 1 / 2})
+    figures = compare_calls(call, base + change, base)
+    assert figures["rounding"] == pytest.approx(0.01 * math.sqrt(2) / 2, rel=1e-4) and figures[
+        "scale"
+    ] == pytest.approx(1)
+    still = replace(call, with_lora=base)
+    assert compare_calls(still, base, base) == {"effect": 0}
+
+
+def test_the_difference_of_two_images() -> None:
+    white, grey = (Image.new("RGB", (2, 1), colour) for colour in ("#ffffff", "#fefefe"))
+    assert compare_images(white, white)["psnr_db"] == 999
+    grey.putpixel((0, 0), (255, 255, 255))
+    expected = {"max_abs": 1, "mean_abs": 0.5, "psnr_db": 10 * math.log10(255**2 / 0.5)}
+    assert compare_images(white, grey) == pytest.approx(expected)
+
+
+def test_the_check_can_be_switched_off_and_a_resume_may_do_so(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    train("--max_train_steps", "1")
+    monkeypatch.setattr(parity, "ask", lambda *_: pytest.fail("the denoiser was asked"))
+    monkeypatch.setattr(parity, "check", lambda *_: pytest.fail("the file was checked"))
+    run = train("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--no_parity_check")
+    assert words.parity(RunFacts(run)) == ("unknown", "Not checked: it was switched off (--no_parity_check).")
+    assert run.report_html.exists()
