@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from dreamlora.eval_loss.evalset import EvalSet, Measured, evaluate_loss
 from dreamlora.eval_loss.items import ItemLosses, values_of
@@ -101,7 +101,7 @@ def measure(run: Run, items: EvalSet) -> list[float]:
 
     run.model.eval()
     with accelerator.autocast():
-        mine = evaluate_loss(
+        losses = evaluate_loss(
             Measured(run.predict, run.objective, conditioning, accelerator.device),
             items,
             batch_size=run.config.eval.eval_batch_size,
@@ -109,5 +109,4 @@ def measure(run: Run, items: EvalSet) -> list[float]:
             world=accelerator.num_processes,
         )
     run.model.train()
-    merged = dict(sorted(pair for part in gather_object([mine]) for pair in part.items()))
-    return list(merged.values())
+    return losses
