@@ -106,6 +106,19 @@ def test_warnings_become_notes_and_a_broken_image_leaves_metrics_out(
     assert note.startswith("dino is left out: the embedding of (0, 0, 0).png is zero or not finite: look at the image")
 
 
+@pytest.mark.usefixtures("glow")
+def test_a_metric_that_was_put_into_the_folder_has_its_column(gallery: MeasuredImages, embedder: Embedder) -> None:
+    """With what it says besides its main value behind it, and told by the plug-in which way is better."""
+    found = measure(["glow"], gallery, lambda role: embedder)
+    assert [(value.name, value.n, value.n_other) for value in found.values] == [
+        ("img/glow", 4, 2),
+        ("img/glow_spread", 4, 2),
+    ]
+    head, row, _, legend = table({"dog": found}).splitlines()
+    assert head.split() == ["glow", "↓"] and legend == "glow: 4 against 2 images, colours"
+    assert row.split() == ["dog", *"{:.4f} (spread {:.3f})".format(*(value.value for value in found.values)).split()]
+
+
 def test_the_table_shows_values_tests_and_alarms(
     gallery: MeasuredImages, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
