@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from PIL.Image import Image
-from torch import Tensor, nn
 
-Conditioning = dict[str, Tensor]
+if TYPE_CHECKING:  # plug-ins import this module, and what they say of themselves is read without torch
+    from torch import Tensor, nn
+
+Conditioning: TypeAlias = "dict[str, Tensor]"
 """What a family's denoiser is told besides the noisy latents: tensors by name, batch first (from prompts)."""
 
 Components = dict[str, Any]
@@ -244,29 +246,33 @@ class MetricInputs:
     base: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a metric says.
+class Reading(NamedTuple):
+    """What a metric says; a plain tuple, as torchmetrics takes apart what ``compute`` gives.
 
     Attributes:
-        values: by name, such as "img/clip_t"; finite.
+        value: the main one; finite.
         n: generated images that went in.
         n_other: images on the other side (references, training or base images); None if there is no such side.
+        parts: what else it says, by the end of the name: "p" of "img/kid" is logged as "img/kid_p".
     """
 
-    values: Mapping[str, float]
+    value: float
     n: int
     n_other: int | None = None
+    parts: Mapping[str, float] = {}
 
 
 class ImageMetric(Protocol):
     """A metric over generated images (one module in ``metrics/``); every member is a module-level name.
 
-    Besides, every plug-in has a pure function of tensors and a ``torchmetrics.Metric`` around it.
+    ``evaluation.metric.PluginMetric`` is the ``torchmetrics.Metric`` around it. Importing a plug-in imports no torch:
+    reports and comparisons read what it says of itself.
     """
 
     NAME: str
     """Of its main value, such as "img/clip_t"."""
+    ABOUT: str
+    """What that value says, and which way is better, for the caption of its curve."""
     ENCODER: EncoderRole
     """Which encoder its vectors are from."""
     NEEDS: frozenset[Need]
@@ -274,9 +280,11 @@ class ImageMetric(Protocol):
     HIGHER_IS_BETTER: bool
     SELECTS: bool
     """Whether it may have a say in which checkpoint is best, or in when to stop."""
+    COMPARES_SETS: bool
+    """Whether images are compared as sets: values of different numbers of images must then not be compared."""
 
     def compute(self, inputs: MetricInputs) -> Reading:
-        """The values.
+        """The values, of the images of all processes: a pure function.
 
         Raises:
             ValueError: there are too few images for it; the message says how many are needed.

@@ -1,9 +1,11 @@
 """The names of what metrics.jsonl logs, each in one place. Image metrics are named by their plug-ins.
 
-A name may have a second part behind it: ``relative``, ``of_part``, ``of_time_bin``.
+A name may have a second part behind it: ``of_metric``, ``of_part``, ``of_time_bin``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 EVAL_LOSS = "eval/loss"
 """The deterministic loss on held-out images."""
@@ -33,9 +35,22 @@ UPDATE_RMS = "opt/update_rms"
 _IMAGE = "img/"
 
 
+P_VALUE = "p"
+"""The part of a metric's name for the p-value of its test."""
+COPIES = "negative"
+"""... for its alarm: 1 where the images repeat what they are compared with, else 0."""
+RELATIVE = "rel"
+"""... for a loss divided, item by item, by the base model's."""
+
+
+def of_metric(name: str, part: str) -> str:
+    """What a metric says besides its main value ``name``."""
+    return f"{name}_{part}"
+
+
 def relative(name: str) -> str:
     """A loss divided, item by item, by the base model's."""
-    return f"{name}_rel"
+    return of_metric(name, RELATIVE)
 
 
 def of_part(name: str, part: str) -> str:
@@ -46,6 +61,12 @@ def of_part(name: str, part: str) -> str:
 def of_time_bin(name: str, number: int) -> str:
     """Of one part of the schedule; 0 is the least noisy."""
     return f"{name}_t/{number}"
+
+
+def main_values(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are no part of another of them, in their order."""
+    known = list(dict.fromkeys(names))
+    return [name for name in known if not any(name.startswith(of_metric(other, "")) for other in known)]
 
 
 def is_image_metric(name: str) -> bool:

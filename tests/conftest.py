@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from dreamlora import interfaces, registry
 from tests import tinymodels
 
 
@@ -45,3 +48,31 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small FluxPipeline; not to be written to."""
     return tinymodels.save_flux(tmp_path_factory.mktemp("models") / "flux")
+
+
+@pytest.fixture
+def glow(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A metric of sets that somebody has put into the folder of metrics; nothing else knows of it."""
+
+    def compute(inputs: interfaces.MetricInputs) -> interfaces.Reading:
+        assert inputs.references is not None
+        bright = inputs.generated.mean() - inputs.references.mean()
+        return interfaces.Reading(
+            float(bright), len(inputs.generated), len(inputs.references), {"spread": float(inputs.generated.std())}
+        )
+
+    plugin = ModuleType("dreamlora.metrics.glow")
+    vars(plugin).update(
+        NAME="img/glow",
+        ABOUT="Glow: how much brighter than the held-out images. Near 0 is better",
+        ENCODER="dino",
+        NEEDS=frozenset({"references"}),
+        HIGHER_IS_BETTER=False,
+        SELECTS=True,
+        COMPARES_SETS=True,
+        compute=compute,
+    )
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    names = registry.names
+    monkeypatch.setattr(registry, "names", lambda kind: [*names(kind), *(["glow"] if kind == "metrics" else [])])
+    return plugin

@@ -10,7 +10,7 @@ from dreamlora.eval_loss.evalset import EvalSet, Measured, evaluate_loss
 from dreamlora.eval_loss.items import ItemLosses, values_of
 from dreamlora.eval_loss.selection import stalled, told
 from dreamlora.interfaces import Conditioning, StepResult
-from dreamlora.processes import gather_lists, tell_everyone
+from dreamlora.processes import tell_everyone
 from dreamlora.training.loop import Run
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def measure(run: Run, items: EvalSet) -> list[float]:
     started = time.perf_counter()
     run.model.eval()
     with accelerator.autocast():
-        mine = evaluate_loss(
+        losses = evaluate_loss(
             Measured(run.predict, run.objective, conditioning, accelerator.device),
             items,
             batch_size=run.config.eval.eval_batch_size,
@@ -110,6 +110,5 @@ def measure(run: Run, items: EvalSet) -> list[float]:
             world=accelerator.num_processes,
         )
     run.model.train()
-    merged = dict(sorted(pair for part in gather_lists([mine]) for pair in part.items()))
     run.eval_seconds += time.perf_counter() - started
-    return list(merged.values())
+    return losses

@@ -13,9 +13,9 @@ from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, paired_difference
 from dreamlora.eval_loss.selection import told
 from dreamlora.evaluation.embedders import Embedders
-from dreamlora.evaluation.measure import MeasuredImages, Value, measure
-from dreamlora.interfaces import StepResult
-from dreamlora.metric_names import is_image_metric
+from dreamlora.evaluation.measure import MeasuredImages, Value, measure, read
+from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading, StepResult
+from dreamlora.metric_names import is_image_metric, of_metric
 from dreamlora.metrics import clip_score, dino
 from dreamlora.metrics._vectors import paired_cosines
 from dreamlora.processes import tell_everyone
@@ -23,7 +23,7 @@ from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.sampler import SamplePlan
 from dreamlora.training.loop import Run
 
-CLIP_CHANGE = f"{clip_score.NAME}_change"
+CLIP_CHANGE = of_metric(clip_score.NAME, "change")
 LARGEST_DROP = 0.02
 """By so much CLIP-T may fall below the base model's before a checkpoint is refused."""
 CLEAR = 2.0
@@ -74,6 +74,28 @@ class Scenes:
         if wrong:
             return f"{len(wrong)} of {len(rows)} images are {wrong[0]['problem']}"
         return None if len(rows) >= len(self.plan.items()) else "images are missing"
+
+
+class _ClipChange:
+    """CLIP-T of every image against that of the base model's image of the same prompt and seed.
+
+    No plug-in, as it is logged with its standard error, which decides a veto.
+    """
+
+    NAME = CLIP_CHANGE
+    ABOUT = "Change of CLIP-T from the base model's images. Higher is better"
+    ENCODER: EncoderRole = clip_score.ENCODER
+    NEEDS: frozenset[Need] = frozenset({"prompts", "base"})
+    HIGHER_IS_BETTER = True
+    SELECTS = True
+    COMPARES_SETS = False
+
+    def compute(self, inputs: MetricInputs) -> Reading:
+        """The mean difference, with its paired standard error as the part "se"."""
+        assert inputs.prompts is not None and inputs.base is not None
+        now, base = (paired_cosines(images, inputs.prompts).numpy() for images in (inputs.generated, inputs.base))
+        difference = paired_difference(now, base)
+        return Reading(difference.mean, difference.n, parts={"se": difference.se})
 
 
 class ImageMetricsCallback:
@@ -164,10 +186,12 @@ class ImageMetricsCallback:
             self._measure(run, with_base=not base_problem)
 
     def _measure(self, run: Run, *, with_base: bool) -> None:
+        gallery = self._scenes.gallery(run.step, with_base=with_base)
+        change = None
         try:
-            found = measure(self._names, self._scenes.gallery(run.step, with_base=with_base), self._embedders)
-            scored = any(value.name == clip_score.NAME for value in found.values)
-            change = self._change(run.step) if run.step and scored and with_base else None
+            found = measure(self._names, gallery, self._embedders)
+            if run.step and with_base and any(value.name == clip_score.NAME for value in found.values):
+                change = self._change(gallery)
         except UserError as error:  # every process has it; the training does not depend on these numbers
             self._say([f"no image metrics: {error}"])
             return
@@ -175,22 +199,24 @@ class ImageMetricsCallback:
         if run.accelerator.is_main_process:
             self._log(run, found.values, change)
 
-    def _log(self, run: Run, values: Sequence[Value], change: Difference | None) -> None:
+    def _log(self, run: Run, values: Sequence[Value], change: tuple[Difference, str] | None) -> None:
         for value in values:
             more = {} if value.n_other is None else {"n_other": value.n_other}
             run.folder.log_all(run.step, {value.name: value.value}, n=value.n, encoder_id=value.encoder_id, **more)
         self._values[run.step] = {value.name: value.value for value in values}
         if change:
-            self._changes[run.step] = change
-            run.folder.log_all(run.step, {CLIP_CHANGE: change.mean}, n=change.n, se=change.se)
+            difference, encoder_id = change
+            self._changes[run.step] = difference
+            run.folder.log_all(
+                run.step, {CLIP_CHANGE: difference.mean}, n=difference.n, se=difference.se, encoder_id=encoder_id
+            )
         run.accelerator.log(self._values[run.step], step=run.step)
 
-    def _change(self, step: int) -> Difference:
-        """CLIP-T of every image against that of the base model's image of the same prompt and seed."""
-        embedder = self._embedders("clip")
-        texts = embedder.texts(self._scenes.texts)
-        now, base = (paired_cosines(embedder.images(self._scenes.images(at)), texts) for at in (step, 0))
-        return paired_difference(now.numpy(), base.numpy())
+    def _change(self, gallery: MeasuredImages) -> tuple[Difference, str]:
+        """How CLIP-T differs from the base model's, and which encoder sees it so."""
+        embedder = self._embedders(_ClipChange.ENCODER)
+        reading = read(_ClipChange(), gallery, embedder)
+        return Difference(reading.value, reading.parts["se"], reading.n), embedder.encoder.id
 
     def _say(self, notes: Sequence[str]) -> None:
         for note in notes:

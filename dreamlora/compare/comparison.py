@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dreamlora import metrics
 from dreamlora.compare import numbers, verdict
 from dreamlora.compare.endings import Judge, judge_of
 from dreamlora.compare.methods import Group, differing_options, group, labelled, shared_options
@@ -18,7 +19,7 @@ from dreamlora.compare.records import Record, data_name, model_name, read_record
 from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
 from dreamlora.errors import UserError
-from dreamlora.metric_names import EVAL_LOSS
+from dreamlora.metric_names import EVAL_LOSS, main_values
 from dreamlora.runfolder import write_atomically
 
 COMPARE_FILE = "compare.json"
@@ -170,20 +171,20 @@ def _check_pairable(records: Sequence[Record]) -> None:
 
 
 def _check_image_metrics(records: Sequence[Record]) -> None:
-    """Image metrics of different encoders, and Fréchet or kernel distances of different numbers of images."""
-    seen: dict[str, tuple[Any, str]] = {}
+    """Image metrics of different encoders, and those of sets, or unknown here, of different numbers of images."""
+    plugins = metrics.by_value()
+    seen: dict[str, tuple[str, str]] = {}
     for record in records:
-        for name, values in record.images.items():
-            for value in values:
-                about = (value.encoder_id, value.images if name in ("img/fd", "img/kid", "img/cmmd") else None)
+        for name in main_values(record.images):
+            of_sets = name not in plugins or plugins[name].COMPARES_SETS
+            for value in record.images[name]:
+                others = "" if value.images_other is None else f" against {value.images_other}"
+                about = f"encoder {value.encoder_id}" + (f" and n={value.images}{others}" if of_sets else "")
                 known, run = seen.setdefault(name, (about, record.id))
                 if known != about:
                     raise UserError(
-                        f"cannot compare {name}: run {run} has encoder {known[0]}"
-                        + (f" and n={known[1]}" if known[1] is not None else "")
-                        + f", run {record.id} has encoder {about[0]}"
-                        + (f" and n={about[1]}" if about[1] is not None else "")
-                        + "; evaluate both with the same encoder and number of images"
+                        f"cannot compare {name}: run {run} has {known}, run {record.id} has {about}; "
+                        "evaluate both with the same encoder and number of images"
                     )
 
 

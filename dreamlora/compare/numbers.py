@@ -33,7 +33,7 @@ from dreamlora.compare.schema import (
     ToTarget,
 )
 from dreamlora.compare.verdict import delta_sentence
-from dreamlora.metric_names import UPDATE_RMS
+from dreamlora.metric_names import UPDATE_RMS, main_values
 from dreamlora.runfolder import read_jsonl
 
 TOLERANCES = (0.02, 0.05, 0.10, 0.25)
@@ -267,14 +267,13 @@ def _to_target(group: Group, against: Against, along: Callable[[Record], Sequenc
 
 
 def image_metrics(records: Sequence[Record]) -> list[ComparedImageMetric]:
-    """Every img/ metric that all runs logged, at the last step and at the step with the lowest loss.
+    """Main values of image metrics that all runs logged, at the last step and at the step with the lowest loss.
 
-    p-values and alarms are no quantities that a mean or an interval could be taken of.
+    What else a metric says (p-values, alarms) is no quantity that a mean or an interval could be taken of.
     """
     rows: list[ComparedImageMetric] = []
     shared = set.intersection(*(set(record.images) for record in records)) if records else set()
-    names = sorted(name for name in shared if not name.endswith(("_p", "_negative")))
-    for name in names:
+    for name in main_values(sorted(shared)):
         last = [record.images[name][-1] for record in records if record.images[name]]
         at_best = [value for record in records for value in record.images[name] if value.step == record.best_step]
         for at, values in (("final", last), ("best", at_best)):

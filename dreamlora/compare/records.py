@@ -27,12 +27,13 @@ OCTILES = 8
 
 @dataclass(frozen=True)
 class ImageValue:
-    """One value of an image metric."""
+    """One value of an image metric: of ``images`` generated ones, against ``images_other`` of another side."""
 
     step: int
     value: float
     encoder_id: str | None
     images: int | None
+    images_other: int | None
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, 
 
 def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
     return [
-        ImageValue(int(row["step"]), float(row["value"]), row.get("encoder_id"), row.get("n"))
+        ImageValue(int(row["step"]), float(row["value"]), row.get("encoder_id"), row.get("n"), row.get("n_other"))
         for row in rows
         if row.get("value") is not None
     ]

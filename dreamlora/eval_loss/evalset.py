@@ -186,10 +186,8 @@ class Measured:
 
 
 @torch.no_grad()
-def evaluate_loss(
-    model: Measured, items: EvalSet, *, batch_size: int, rank: int = 0, world: int = 1
-) -> dict[int, float]:
-    """Mean squared error of every item, unweighted, in float32.
+def evaluate_loss(model: Measured, items: EvalSet, *, batch_size: int, rank: int = 0, world: int = 1) -> list[float]:
+    """Mean squared error of every item, unweighted, in float32. Every process must call it, and gets all losses.
 
     Args:
         model: what is measured.
@@ -199,10 +197,12 @@ def evaluate_loss(
         world: number of processes.
 
     Returns:
-        Loss by item number.
+        The losses in the order of the items.
     """
+    from dreamlora.eval_loss.metric import EvalLoss
+
     mine = range(rank, len(items.times), world)
-    losses: dict[int, float] = {}
+    losses = EvalLoss().to(model.device)
     for start in range(0, len(mine), batch_size):
         chunk = list(mine[start : start + batch_size])
         image = items.image[chunk]
@@ -212,10 +212,5 @@ def evaluate_loss(
         noisy = model.objective.corrupt(latents, noise, times)
         prediction = model.predict(noisy, times, model.conditioning([items.captions[i] for i in image.tolist()]))
         target = model.objective.target(latents, noise, times)
-        losses.update(zip(chunk, item_losses(prediction, target).tolist(), strict=True))
-    return losses
-
-
-def item_losses(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every item: two ``[n, ...]`` of any precision give ``[n]`` float32."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+        losses.update(torch.tensor(chunk), prediction, target)
+    return losses.compute().tolist()

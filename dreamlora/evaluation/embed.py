@@ -1,11 +1,14 @@
-"""Embeddings of images, kept on disk: an image is encoded once per encoder, whichever run shows it."""
+"""Embeddings of images, kept on disk: an image is encoded once per encoder, whichever run shows it.
+
+Every process has the vectors of its own images; the metrics bring them together.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ from dreamlora.interfaces import Encoder
 logger = logging.getLogger(__name__)
 
 BATCH = 64
-Failure = UserError | ValueError
+Result = TypeVar("Result")
 
 
 def _alone(part: list[Any]) -> list[Any]:
@@ -34,11 +37,34 @@ class Processes:
         rank: of this one.
         world: how many there are.
         gather: the lists of all processes as one list, on every process: ``processes.gather_lists``.
+        device: where tensors must lie to be gathered (NCCL takes none from a CPU).
     """
 
     rank: int = 0
     world: int = 1
     gather: Callable[[list[Any]], list[Any]] = _alone
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` things are this process's."""
+        return range(self.rank, count, self.world)
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` gives in this process, once it has succeeded in all of them.
+
+        Raises:
+            UserError, ValueError: it failed in a process; all raise it, else the others would wait for ever in what
+                they do together next.
+        """
+        failure = None
+        try:
+            result = work()
+        except (UserError, ValueError) as error:
+            failure = error
+        for failed in self.gather([failure]):
+            if failed is not None:
+                raise failed
+        return result
 
 
 ALONE = Processes()
@@ -50,7 +76,7 @@ class Embedder:
     Args:
         encoder: what encodes.
         cache: where vectors are kept, by the encoder's id and the image's content.
-        processes: every process calls with the same arguments and gets all vectors.
+        processes: every process calls with the same arguments and gets the vectors of its share.
         progress: show a bar in the process of rank 0.
     """
 
@@ -58,41 +84,31 @@ class Embedder:
         self, encoder: Encoder, cache: TensorCache, processes: Processes = ALONE, progress: bool = False
     ) -> None:
         self.encoder = encoder
+        self.processes = processes
         self._cache = cache
-        self._processes = processes
         self._silent = not progress or processes.rank != 0
 
     def images(self, records: Sequence[ImageRecord]) -> Tensor:
-        """Vectors ``[n, dim]`` float32 of all records.
+        """Vectors ``[k, dim]`` float32 of this process's share of the records.
 
         Process ``rank`` reads ``records[rank::world]`` and no others: those may lie on another machine's disk.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, by whichever process.
             ValueError: a vector is zero or not finite; the message names the file.
         """
-        share = range(self._processes.rank, len(records), self._processes.world)
-        outcome: tuple[list[int], Tensor] | Failure
-        try:
-            outcome = list(share), self._own([records[index] for index in share])
-        except (UserError, ValueError) as error:
-            outcome = error  # raised after the others have been told: they would wait for ever
-        vectors = torch.zeros(len(records), self.encoder.dim)
-        for part in self._processes.gather([outcome]):
-            if isinstance(part, Exception):
-                raise part
-            vectors[part[0]] = part[1]
-        return vectors
+        return self.processes.together(lambda: self._own([records[n] for n in self.processes.share(len(records))]))
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Vectors ``[n, dim]`` float32 of the prompts; they are cheap and not cached.
+        """Vectors ``[k, dim]`` float32 of this process's share of the prompts. Every process encodes all of them, as
+        they are cheap (and not cached), so that each can warn of those that are too long.
 
         Raises:
             UserError: the encoder knows no texts.
         """
         row = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         vectors = self.encoder.texts(list(row))
-        return vectors[[row[prompt] for prompt in prompts]]
+        return vectors[[row[prompts[n]] for n in self.processes.share(len(prompts))]]
 
     def _own(self, records: Sequence[ImageRecord]) -> Tensor:
         keys = [content_key("embedding", self.encoder.id, record.content_hash()) for record in records]

@@ -65,7 +65,8 @@ class Embedders:
         name = self._names[role]
         if name not in self._loaded:
             place = self._place
-            self._loaded[name] = Embedder(self._load(name), place.cache, place.processes, place.progress)
+            encoder = place.processes.together(lambda: self._load(name))
+            self._loaded[name] = Embedder(encoder, place.cache, place.processes, place.progress)
         if role == "clip":
             self._loaded[name].encoder.texts([])  # now, with its message, rather than in the middle of the metrics
         return self._loaded[name]

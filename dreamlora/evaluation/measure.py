@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from dreamlora import registry
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Embedder
-from dreamlora.interfaces import EncoderRole, ImageMetric, MetricInputs, Need
+from dreamlora.interfaces import EncoderRole, ImageMetric, Need, Reading
+from dreamlora.metric_names import of_metric
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Measurement:
     notes: list[str] = field(default_factory=list)
 
 
+Known = dict[tuple[str, str], Tensor]
+"""Vectors of this process's share, by encoder and side of the gallery."""
+
 _REMEDIES: dict[Need, str] = {
     "prompts": "the images' prompts are not known (captions beside them, or --prompts)",
     "references": "there are no reference images (--references, or a run with held-out images)",
@@ -110,7 +115,7 @@ def measure(
     """
     found = Measurement()
     embedders: dict[EncoderRole, Embedder | UserError] = {}
-    known: dict[tuple[str, str], torch.Tensor] = {}
+    known: Known = {}
     for name in names:
         metric = load_metric(name)
         missing = gallery.lacks(metric.NEEDS)
@@ -124,14 +129,52 @@ def measure(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
-                reading = metric.compute(_inputs(gallery, metric.NEEDS, embedder, known))
+                reading = read(metric, gallery, embedder, known)
             except ValueError as error:
                 found.notes.append(f"{name} is left out: {error}")
                 continue
         found.notes.extend(f"{name}: {warning.message}" for warning in caught if warning.category is UserWarning)
-        for value_name, value in reading.values.items():
+        values = {metric.NAME: reading.value}
+        values |= {of_metric(metric.NAME, part): value for part, value in reading.parts.items()}
+        for value_name, value in values.items():
             found.values.append(Value(value_name, value, embedder.encoder.id, reading.n, reading.n_other))
     return found
+
+
+def read(metric: ImageMetric, gallery: MeasuredImages, embedder: Embedder, known: Known | None = None) -> Reading:
+    """One metric of images that have all it needs, the same in every process; each must call it, and embeds its share.
+
+    Args:
+        metric: what is measured.
+        gallery: the images.
+        embedder: with the metric's encoder.
+        known: vectors that other metrics had; those of this one are added.
+
+    Raises:
+        UserError: an image cannot be read.
+        ValueError: there are too few images, or one has no direction for the encoder.
+    """
+    from dreamlora.evaluation.metric import PluginMetric
+
+    known = {} if known is None else known
+
+    def vectors(side: str) -> Tensor:
+        key = (embedder.encoder.id, side)
+        if key not in known:
+            known[key] = embedder.texts(gallery.texts) if side == "prompts" else embedder.images(getattr(gallery, side))
+        return known[key]
+
+    def places(count: int) -> Tensor:
+        return torch.tensor(embedder.processes.share(count), dtype=torch.int64)
+
+    gathered = PluginMetric(metric, embedder.encoder.dim).to(embedder.processes.device)
+    mine = places(len(gallery.generated))
+    groups, with_subject = torch.tensor(gallery.groups), torch.tensor(gallery.with_subject)
+    gathered.update(mine, groups=groups[mine], with_subject=with_subject[mine])
+    for side in (*sorted(metric.NEEDS), "generated"):  # sorted: all processes must embed in the same order
+        count = len(gallery.texts if side == "prompts" else getattr(gallery, side))
+        gathered.update(places(count), **{side: vectors(side)})
+    return gathered.compute()
 
 
 def _embedder(
@@ -145,24 +188,3 @@ def _embedder(
         except UserError as error:  # an encoder that cannot be loaded must not end a training run
             known[role] = error
     return known[role]
-
-
-def _inputs(
-    gallery: MeasuredImages, needed: Iterable[Need], embedder: Embedder, known: dict[tuple[str, str], torch.Tensor]
-) -> MetricInputs:
-    """The vectors that a metric needs; those that another metric had are taken from ``known``."""
-
-    def vectors(side: str) -> torch.Tensor:
-        key = (embedder.encoder.id, side)
-        if key not in known:
-            known[key] = embedder.texts(gallery.texts) if side == "texts" else embedder.images(getattr(gallery, side))
-        return known[key]
-
-    # Sorted: all processes must embed, and gather, in the same order.
-    sides: dict[str, Any] = {need: vectors("texts" if need == "prompts" else need) for need in sorted(needed)}
-    return MetricInputs(
-        generated=vectors("generated"),
-        groups=torch.tensor(gallery.groups, dtype=torch.int64),
-        with_subject=torch.tensor(gallery.with_subject, dtype=torch.bool),
-        **sides,
-    )

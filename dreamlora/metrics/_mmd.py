@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from dreamlora.metric_names import COPIES, P_VALUE
 from dreamlora.metrics._vectors import exact
 
-Kernel = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kernel: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 """Rows ``[n, d]`` and ``[m, d]`` float64 to kernel values ``[n, m]``."""
 
 PERMUTATIONS = 999
@@ -38,6 +41,11 @@ class Discrepancy:
         """Whether the sets are closer than two samples of one distribution would be: one holds copies of the other."""
         return self.value < 0 and self.p_closer <= MEMORISED_BELOW
 
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """What a metric says besides the value."""
+        return {P_VALUE: self.p, COPIES: float(self.memorised)}
+
 
 def mmd(first: Tensor, second: Tensor, kernel: Kernel, permutations: int = PERMUTATIONS, seed: int = 0) -> Discrepancy:
     """Unbiased MMD² (U-statistic; Gretton et al. 2012, JMLR 13, eq. 3) and permutation p-values.
@@ -55,6 +63,8 @@ def mmd(first: Tensor, second: Tensor, kernel: Kernel, permutations: int = PERMU
     Raises:
         ValueError: a value is not finite.
     """
+    import torch
+
     pooled = torch.cat([_sorted(exact(first)), _sorted(exact(second))])
     n, m = len(first), len(second)
     splits = _splits(n, m, permutations, seed)
@@ -92,6 +102,8 @@ def _sorted(rows: Tensor) -> Tensor:
 
 def _splits(n: int, m: int, permutations: int, seed: int) -> Tensor:
     """``[1 + permutations, n + m]`` float64, 1 where an image is on the first side; row 0 is the observed split."""
+    import torch
+
     random = np.random.default_rng(seed)
     splits = np.zeros((1 + permutations, n + m))
     splits[0, :n] = 1

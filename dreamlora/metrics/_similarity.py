@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import MetricInputs, Reading
-from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics._vectors import cosines, need, of_subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def image_similarity(generated: Tensor, references: Tensor) -> float:
@@ -22,6 +23,8 @@ def image_similarity(generated: Tensor, references: Tensor) -> float:
     Raises:
         ValueError: there is no pair, or a vector is zero or not finite.
     """
+    import torch
+
     need("an image similarity", 1, len(generated), len(references))
     similar = cosines(generated, references)
     other = torch.ones_like(similar, dtype=torch.bool)
@@ -32,20 +35,8 @@ def image_similarity(generated: Tensor, references: Tensor) -> float:
     return float(similar[other].mean())
 
 
-def compare_with_references(name: str, inputs: MetricInputs) -> Reading:
+def compare_with_references(inputs: MetricInputs) -> Reading:
     """The images whose prompts name the subject, against the references."""
     assert inputs.references is not None
     shown = of_subject(inputs)
-    return Reading({name: image_similarity(shown, inputs.references)}, len(shown), len(inputs.references))
-
-
-class ImageSimilarity(EmbeddingMetric):
-    """:func:`image_similarity` as a metric: ``update(generated=..., references=...)``."""
-
-    SIDES = ("generated", "references")
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        """The similarity of all pairs."""
-        value = image_similarity(self.rows("generated"), self.rows("references"))
-        return torch.tensor(value, dtype=torch.float64)
+    return Reading(image_similarity(shown, inputs.references), len(shown), len(inputs.references))

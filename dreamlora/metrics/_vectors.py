@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import MetricInputs
-from dreamlora.linalg import wide
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def exact(vectors: Tensor) -> Tensor:
@@ -14,7 +16,7 @@ def exact(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: a value is not finite.
     """
-    rows = wide(vectors.detach().cpu())
+    rows = vectors.detach().cpu().double()
     wrong = ~rows.isfinite().all(1)
     if wrong.any():
         raise ValueError(f"the embedding in row {int(wrong.nonzero()[0])} is not finite")
@@ -27,7 +29,7 @@ def unit(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: a row is zero or not finite, so it has no direction.
     """
-    rows = wide(vectors)
+    rows = vectors.double()
     lengths = rows.norm(dim=1, keepdim=True)
     wrong = ~(lengths.isfinite() & (lengths > 0)).flatten()
     if wrong.any():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
-from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics._vectors import need, paired_cosines
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAME = "img/clip_t"
+ABOUT = "CLIP-T: does the image show its prompt? Higher is better"
 ENCODER: EncoderRole = "clip"
 NEEDS: frozenset[Need] = frozenset({"prompts"})
 HIGHER_IS_BETTER = True
 SELECTS = True
+COMPARES_SETS = False
 
 
 def clip_score(images: Tensor, texts: Tensor) -> float:
@@ -35,15 +38,4 @@ def clip_score(images: Tensor, texts: Tensor) -> float:
 def compute(inputs: MetricInputs) -> Reading:
     """Of all generated images, whatever their prompts."""
     assert inputs.prompts is not None
-    return Reading({NAME: clip_score(inputs.generated, inputs.prompts)}, len(inputs.generated))
-
-
-class ClipScore(EmbeddingMetric):
-    """:func:`clip_score` as a metric: ``update(images=..., texts=...)``."""
-
-    SIDES = ("images", "texts")
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        """The score of all pairs."""
-        return torch.tensor(clip_score(self.rows("images"), self.rows("texts")), dtype=torch.float64)
+    return Reading(clip_score(inputs.generated, inputs.prompts), len(inputs.generated))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
 from dreamlora.metrics._mmd import PERMUTATIONS, Discrepancy, mmd
-from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics._vectors import need, of_subject, unit
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAME = "img/cmmd"
+ABOUT = "CMMD: distance of generated and held-out images as sets. Lower is better; about 0: no difference"
 ENCODER: EncoderRole = "clip"
 NEEDS: frozenset[Need] = frozenset({"references"})
 HIGHER_IS_BETTER = False
 SELECTS = True
+COMPARES_SETS = True
 
 SIGMA = 10.0
 SCALE = 1000.0
@@ -42,7 +45,7 @@ def cmmd(first: Tensor, second: Tensor, permutations: int = PERMUTATIONS, seed: 
 
 def _gaussian(x: Tensor, y: Tensor) -> Tensor:
     squared = x.square().sum(1)[:, None] + y.square().sum(1)[None] - 2 * x @ y.T
-    return torch.exp(-squared.clamp_min(0) / (2 * SIGMA**2))
+    return (-squared.clamp_min(0) / (2 * SIGMA**2)).exp()
 
 
 def compute(inputs: MetricInputs) -> Reading:
@@ -50,16 +53,4 @@ def compute(inputs: MetricInputs) -> Reading:
     assert inputs.references is not None
     shown = of_subject(inputs)
     found = cmmd(shown, inputs.references)
-    values = {NAME: found.value, f"{NAME}_p": found.p, f"{NAME}_negative": float(found.memorised)}
-    return Reading(values, len(shown), len(inputs.references))
-
-
-class Cmmd(EmbeddingMetric):
-    """:func:`cmmd` as a metric: ``update(generated=..., references=...)``."""
-
-    SIDES = ("generated", "references")
-    higher_is_better = False
-
-    def compute(self) -> Tensor:
-        """The value; for its p-value call :func:`cmmd`."""
-        return torch.tensor(cmmd(self.rows("generated"), self.rows("references"), 0).value, dtype=torch.float64)
+    return Reading(found.value, len(shown), len(inputs.references), found.parts)

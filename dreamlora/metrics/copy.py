@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
-from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics._vectors import cosines, need, of_subject
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAME = "img/copy"
+ABOUT = "Copies: above 0, images are closer to a training image than real ones are"
 ENCODER: EncoderRole = "dino"
 NEEDS: frozenset[Need] = frozenset({"references", "training"})
 HIGHER_IS_BETTER = False
 SELECTS = True
+COMPARES_SETS = False
 
 
 def copy_score(generated: Tensor, training: Tensor, references: Tensor) -> float:
@@ -42,15 +45,4 @@ def compute(inputs: MetricInputs) -> Reading:
     """Of the images whose prompts name the subject."""
     assert inputs.training is not None and inputs.references is not None
     shown = of_subject(inputs)
-    return Reading({NAME: copy_score(shown, inputs.training, inputs.references)}, len(shown), len(inputs.training))
-
-
-class Copy(EmbeddingMetric):
-    """:func:`copy_score` as a metric: ``update(generated=..., training=..., references=...)``."""
-
-    SIDES = ("generated", "training", "references")
-    higher_is_better = False
-
-    def compute(self) -> Tensor:
-        """The score of all images."""
-        return torch.tensor(copy_score(*map(self.rows, self.SIDES)), dtype=torch.float64)
+    return Reading(copy_score(shown, inputs.training, inputs.references), len(shown), len(inputs.training))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
-from dreamlora.metrics._similarity import ImageSimilarity, compare_with_references
+from dreamlora.metrics._similarity import compare_with_references
 
 NAME = "img/dino"
+ABOUT = "DINO: is it this very subject? Likeness to the held-out images; higher is better"
 ENCODER: EncoderRole = "dino"
 NEEDS: frozenset[Need] = frozenset({"references"})
 HIGHER_IS_BETTER = True
 SELECTS = True
+COMPARES_SETS = False
 
 
 def compute(inputs: MetricInputs) -> Reading:
     """:func:`~dreamlora.metrics._similarity.image_similarity` of the images of the subject."""
-    return compare_with_references(NAME, inputs)
-
-
-class Dino(ImageSimilarity):
-    """DINO as a metric: ``update(generated=..., references=...)`` with vectors of a DINO encoder."""
+    return compare_with_references(inputs)

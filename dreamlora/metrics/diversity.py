@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
-from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics._vectors import cosines
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAME = "img/div"
+ABOUT = "Diversity of the images of one prompt. Higher is better"
 ENCODER: EncoderRole = "dino"
 NEEDS: frozenset[Need] = frozenset()
 HIGHER_IS_BETTER = True
 SELECTS = True
+COMPARES_SETS = False
 
 
 def diversity(generated: Tensor, groups: Tensor) -> float:
@@ -26,6 +29,8 @@ def diversity(generated: Tensor, groups: Tensor) -> float:
     Raises:
         ValueError: no prompt has two images.
     """
+    import torch
+
     similar = []
     for group in groups.unique():
         members = generated[groups == group]
@@ -41,16 +46,4 @@ def diversity(generated: Tensor, groups: Tensor) -> float:
 def compute(inputs: MetricInputs) -> Reading:
     """Of all prompts with at least two images."""
     _, counts = inputs.groups.unique(return_counts=True)
-    return Reading({NAME: diversity(inputs.generated, inputs.groups)}, int(counts[counts > 1].sum()))
-
-
-class Diversity(EmbeddingMetric):
-    """:func:`diversity` as a metric: ``update(generated=..., groups=...)``."""
-
-    SIDES = ("generated",)
-    LABELS = ("groups",)
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        """The diversity of all images."""
-        return torch.tensor(diversity(self.rows("generated"), self.rows("groups")), dtype=torch.float64)
+    return Reading(diversity(inputs.generated, inputs.groups), int(counts[counts > 1].sum()))

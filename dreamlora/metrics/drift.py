@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
-from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics._vectors import need, paired_cosines
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAME = "img/drift"
+ABOUT = "Drift of the images of prompts without the subject. Lower is better"
 ENCODER: EncoderRole = "clip"
 NEEDS: frozenset[Need] = frozenset({"base"})
 HIGHER_IS_BETTER = False
 SELECTS = True
+COMPARES_SETS = False
 
 
 def drift(generated: Tensor, base: Tensor) -> float:
@@ -37,15 +40,4 @@ def compute(inputs: MetricInputs) -> Reading:
     if not others.any():
         raise ValueError("drift needs a prompt without the subject, such as the class prompt")
     moved, unmoved = inputs.generated[others], inputs.base[others]
-    return Reading({NAME: drift(moved, unmoved)}, len(moved), len(unmoved))
-
-
-class Drift(EmbeddingMetric):
-    """:func:`drift` as a metric: ``update(generated=..., base=...)``."""
-
-    SIDES = ("generated", "base")
-    higher_is_better = False
-
-    def compute(self) -> Tensor:
-        """The drift of all pairs."""
-        return torch.tensor(drift(self.rows("generated"), self.rows("base")), dtype=torch.float64)
+    return Reading(drift(moved, unmoved), len(moved), len(unmoved))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
-from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics._vectors import exact, need, of_subject
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAME = "img/fd"
+ABOUT = "FID, the Fréchet distance. Far too large on few images: it selects nothing"
 ENCODER: EncoderRole = "features"
 NEEDS: frozenset[Need] = frozenset({"references"})
 HIGHER_IS_BETTER = False
 SELECTS = False
+COMPARES_SETS = True
 
 ENOUGH = 2000
 
@@ -37,6 +39,8 @@ def frechet(first: Tensor, second: Tensor) -> float:
     Warns:
         UserWarning: fewer images than dimensions, or than 2,000: the value is too large, and prefers copies.
     """
+    import torch
+
     n, m = len(first), len(second)
     need("fd", 2, n, m)
     fewest, dim = min(n, m), first.shape[1]
@@ -53,6 +57,8 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 def _centred(rows: Tensor) -> Tensor:
     """A matrix F with ``Fᵀ F`` the covariance of the rows, with as few rows as possible."""
+    import torch
+
     scaled = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
     return torch.linalg.qr(scaled, mode="r").R if len(rows) > rows.shape[1] else scaled
 
@@ -61,15 +67,4 @@ def compute(inputs: MetricInputs) -> Reading:
     """Of the images whose prompts name the subject."""
     assert inputs.references is not None
     shown = of_subject(inputs)
-    return Reading({NAME: frechet(shown, inputs.references)}, len(shown), len(inputs.references))
-
-
-class FrechetDistance(EmbeddingMetric):
-    """:func:`frechet` as a metric: ``update(generated=..., references=...)``."""
-
-    SIDES = ("generated", "references")
-    higher_is_better = False
-
-    def compute(self) -> Tensor:
-        """The distance of all images."""
-        return torch.tensor(frechet(self.rows("generated"), self.rows("references")), dtype=torch.float64)
+    return Reading(frechet(shown, inputs.references), len(shown), len(inputs.references))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading
 from dreamlora.metrics._mmd import PERMUTATIONS, Discrepancy, mmd
-from dreamlora.metrics._stateful import EmbeddingMetric
 from dreamlora.metrics._vectors import need, of_subject
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAME = "img/kid"
+ABOUT = "KID: distance of generated and held-out images as sets. Lower is better; about 0: no difference"
 ENCODER: EncoderRole = "features"
 NEEDS: frozenset[Need] = frozenset({"references"})
 HIGHER_IS_BETTER = False
 SELECTS = True
+COMPARES_SETS = True
 
 
 def kid(first: Tensor, second: Tensor, permutations: int = PERMUTATIONS, seed: int = 0) -> Discrepancy:
@@ -38,16 +41,4 @@ def compute(inputs: MetricInputs) -> Reading:
     assert inputs.references is not None
     shown = of_subject(inputs)
     found = kid(shown, inputs.references)
-    values = {NAME: found.value, f"{NAME}_p": found.p, f"{NAME}_negative": float(found.memorised)}
-    return Reading(values, len(shown), len(inputs.references))
-
-
-class Kid(EmbeddingMetric):
-    """:func:`kid` as a metric: ``update(generated=..., references=...)``."""
-
-    SIDES = ("generated", "references")
-    higher_is_better = False
-
-    def compute(self) -> Tensor:
-        """The value; for its p-value call :func:`kid`."""
-        return torch.tensor(kid(self.rows("generated"), self.rows("references"), 0).value, dtype=torch.float64)
+    return Reading(found.value, len(shown), len(inputs.references), found.parts)

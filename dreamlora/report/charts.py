@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dreamlora import metrics
 from dreamlora.metric_names import (
     DW_NORM,
     EVAL_LOSS,
@@ -14,9 +15,9 @@ from dreamlora.metric_names import (
     LEARNING_RATE,
     TRAIN_LOSS,
     UPDATE_RMS,
+    main_values,
     short,
 )
-from dreamlora.report import words
 from dreamlora.report.facts import (
     Curve,
     ImageMetricCurve,
@@ -150,13 +151,20 @@ def _groups_chart(name: str, label: str, groups: dict[str, Curve], ylabel: str, 
 
 
 def image_charts(facts: RunFacts) -> list[tuple[str, str]]:
-    """Caption and curve of every image metric that was measured at least twice: step by step, selection marked."""
-    found = []
-    for metric in facts.image_metrics:
-        caption = words.IMAGE_METRICS.get(metric.name)
-        if caption and len(metric.curve.steps) > 1:
-            found.append((caption, _image_chart(metric, facts.selection.get("step"))))
-    return found
+    """Caption and curve of every image metric that was measured at least twice: step by step, selection marked.
+
+    The caption is what the plug-in says, or the bare name if a plug-in measured it that is not installed here.
+    """
+    plugins = metrics.by_value()
+    measured = {metric.name: metric for metric in facts.image_metrics}
+    return [
+        (
+            plugins[name].ABOUT if name in plugins else short(name),
+            _image_chart(measured[name], facts.selection.get("step")),
+        )
+        for name in main_values(measured)
+        if len(measured[name].curve.steps) > 1
+    ]
 
 
 def _image_chart(metric: ImageMetricCurve, best_step: int | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,10 +239,21 @@ def images(comparison: ComparisonFile) -> Table | None:
         ]
         rows.append((_name(comparison, method), *cells))
     heads = [Head(f"{short(name)}, {'last' if at == 'final' else 'best'} step") for name, at in columns]
-    made = {(found["encoder_id"] or "no encoder", found["images"]) for found in columns.values()}
-    by = "; ".join(sorted(f"{encoder}" + (f", {count} images" if count else "") for encoder, count in made))
-    caption = f"Image metrics over the seeds [95\u00a0%], by {by}. They describe; the verdict is by the loss."
+    caption = f"Image metrics over the seeds [95\u00a0%]{_seen_by(columns)} They describe; the verdict is by the loss."
     return Table("images", caption, (Head("method", False), *heads), tuple(rows))
+
+
+def _seen_by(columns: Mapping[tuple[str, str], Found]) -> str:
+    """Which encoder saw how many images, metric by metric where they differ."""
+    names: dict[tuple[str, int | None], list[str]] = {}
+    for (name, _), found in columns.items():
+        encoder = found["encoder_id"] or "an encoder that was not logged"
+        names.setdefault((encoder, found["images"]), []).append(short(name))
+    seen = [
+        (" and ".join(dict.fromkeys(those)), f"by {encoder}" + (f", {count} images" if count else ""))
+        for (encoder, count), those in names.items()
+    ]
+    return f", {seen[0][1]}." if len(seen) == 1 else ": " + "; ".join(f"{those} {by}" for those, by in seen) + "."
 
 
 def runs(comparison: ComparisonFile) -> Table:

@@ -8,19 +8,6 @@ from dreamlora.eval_loss.selection import told
 from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, short
 from dreamlora.report.facts import RunFacts
 
-IMAGE_METRICS = {
-    "img/clip_t": "CLIP-T: does the image show its prompt? Higher is better",
-    "img/clip_i": "CLIP-I: likeness to the held-out images. Higher is better",
-    "img/dino": "DINO: is it this very subject? Likeness to the held-out images; higher is better",
-    "img/div": "Diversity of the images of one prompt. Higher is better",
-    "img/copy": "Copies: above 0, images are closer to a training image than real ones are",
-    "img/drift": "Drift of the images of prompts without the subject. Lower is better",
-    "img/kid": "KID: distance of generated and held-out images as sets. Lower is better; about 0: no difference",
-    "img/cmmd": "CMMD: distance of generated and held-out images as sets. Lower is better; about 0: no difference",
-    "img/fd": "FID, the Fréchet distance. Far too large on few images: it selects nothing",
-}
-"""What the main value of every image metric says."""
-
 _SAME_DB, _CLOSE_DB = 40.0, 30.0
 """PSNR of images that differ by rounding, and of images that look alike."""
 _SAME_CALL = 0.02

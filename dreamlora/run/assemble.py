@@ -118,6 +118,8 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
 def _start(config: RunConfig) -> RunContext:
     """Accelerator, model source and family; the options that depend on them."""
     accelerator = accelerator_of(config)
+    if config.eval.eval_steps != 0 or config.eval.eval_metrics:
+        from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told now
     if config.train.push_to_hub:
         upload.check_hub(config)
     set_tf32(config.model.allow_tf32)

@@ -105,7 +105,7 @@ def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[A
         training=pictures.train[:MOST_COMPARED_IMAGES],
     )
     accelerator = context.accelerator
-    processes = Processes(accelerator.process_index, accelerator.num_processes, gather_lists)
+    processes = Processes(accelerator.process_index, accelerator.num_processes, gather_lists, accelerator.device)
     place = EncoderPlace(accelerator.device, context.cache, context.config.model.cache_dir, processes, progress=False)
     embedders = Embedders(context.config.encoders, context.config.embedded, place)
     measuring = ImageMetricsCallback(options.eval_metrics, every, scenes, embedders, context.warn)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from dreamlora import compare
+from dreamlora import compare, metrics
 from dreamlora.compare.records import data_name, lora_norm, read_record
 from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import table
@@ -268,10 +269,13 @@ def test_p_values_and_alarms_are_not_averaged(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         folder = make_run(tmp_path, "adamw", 2e-3, seed, pictures=True)
         text = folder.metrics_file.read_text()
-        rows = [line.replace("img/dino", "img/kid_p") for line in text.splitlines() if "img/dino" in line]
+        lines = [line for line in text.splitlines() if "img/dino" in line]
+        rows = [
+            line.replace("img/dino", name) for name in ("img/kid", "img/kid_p", "img/clip_t_change") for line in lines
+        ]
         folder.metrics_file.write_text(text + "\n".join(rows) + "\n")
     names = {row["name"] for row in compared(tmp_path)["methods"][0]["images"]}
-    assert names == {"img/clip_t", "img/dino"}
+    assert names == {"img/clip_t", "img/dino", "img/kid"}
 
 
 def test_a_captioned_data_set_is_named_after_its_folder_or_style(tmp_path: Path) -> None:
@@ -358,6 +362,49 @@ def test_other_encoders_are_refused(tmp_path: Path) -> None:
     other = make_run(tmp_path, "sgd", 2e-3, 0, pictures=True)
     other.metrics_file.write_text(other.metrics_file.read_text().replace("tiny-clip", "dino"))
     assert "cannot compare img/clip_t: run runs/adamw/lr0.002/seed0 has encoder tiny-clip" in refusal(tmp_path)
+
+
+def with_numbers(root: Path, name: str, field: str = "n") -> Path:
+    """Two runs with a metric of 16 images and of 8."""
+    for method, count in (("adamw", 16), ("sgd", 8)):
+        file = make_run(root, method, 2e-3, 0, pictures=True).metrics_file
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [{**row, "name": name, field: count} if row["name"] == "img/dino" else row for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def message(name: str) -> str:
+    runs = (f"run runs/{method}/lr0.002/seed0 has encoder tiny-clip and n=" for method in ("adamw", "sgd"))
+    return (
+        f"cannot compare {name}: " + "{}, ".join(runs) + "{}; evaluate both with the same encoder and number of images"
+    )
+
+
+@pytest.mark.parametrize("name", [plugin.NAME for plugin in metrics.by_value().values() if plugin.COMPARES_SETS])
+def test_distances_of_sets_of_other_sizes_are_refused(tmp_path: Path, name: str) -> None:
+    assert message(name).format(16, 8) in refusal(with_numbers(tmp_path, name))
+
+
+def test_so_are_those_against_sets_of_other_sizes(tmp_path: Path) -> None:
+    refused = refusal(with_numbers(tmp_path, "img/kid", "n_other"))
+    assert message("img/kid").format("16 against 16", "16 against 8") in refused
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_so_are_those_of_a_metric_from_elsewhere(
+    tmp_path: Path, installed: bool, request: pytest.FixtureRequest
+) -> None:
+    """Whether it is in the folder of metrics and says that it compares sets, or nothing is known of it here."""
+    if installed:
+        request.getfixturevalue("glow")
+    assert message("img/glow").format(16, 8) in refusal(with_numbers(tmp_path, "img/glow"))
+
+
+def test_means_over_other_numbers_of_images_are_compared(tmp_path: Path, glow: ModuleType) -> None:
+    glow.COMPARES_SETS = False
+    for name in ("img/clip_i", "img/glow"):
+        assert compared(with_numbers(tmp_path / name, name))["methods"]
 
 
 def test_an_unknown_baseline_lists_the_methods(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreamlora.config import Encoders
 from dreamlora.data.cache import TensorCache
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Embedder, Processes
+from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 
 
 class Colours:
@@ -84,19 +86,17 @@ class Together:
 
         return Processes(rank, self.world, gather)
 
-    def run(self, records: Sequence[ImageRecord], cache: Path) -> list[tuple[Any, list[int]]]:
-        """What every process got (or raised), and what it encoded."""
+    def run(self, work: Callable[[Processes], Any]) -> list[Any]:
+        """What every process got, or raised."""
         results: list[Any] = [None] * self.world
 
-        def work(rank: int) -> None:
-            encoder = Colours()
-            embedder = Embedder(encoder, TensorCache(cache / str(rank)), self.processes(rank))
+        def process(rank: int) -> None:
             try:
-                results[rank] = embedder.images(records), encoder.seen
+                results[rank] = work(self.processes(rank))
             except (UserError, ValueError) as error:
-                results[rank] = error, encoder.seen
+                results[rank] = error
 
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.world)]
+        threads = [threading.Thread(target=process, args=(rank,)) for rank in range(self.world)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -104,15 +104,26 @@ class Together:
         return results
 
 
-def test_processes_share_the_work_and_all_get_everything(tmp_path: Path) -> None:
-    for found, seen in Together(2).run(RECORDS, tmp_path):
-        assert torch.equal(found, EXPECTED)
-        assert seen in ([4], [3])
+def embed(records: Sequence[ImageRecord], cache: Path, processes: Processes) -> tuple[Tensor, list[int]]:
+    encoder = Colours()
+    return Embedder(encoder, TensorCache(cache / str(processes.rank)), processes).images(records), encoder.seen
 
 
-def test_a_process_without_images_gets_everything_too(tmp_path: Path) -> None:
-    (first, _), (second, seen) = Together(2).run(RECORDS[:1], tmp_path)
-    assert torch.equal(first, EXPECTED[:1]) and torch.equal(second, EXPECTED[:1]) and seen == []
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    for rank, (vectors, seen) in enumerate(Together(2).run(lambda processes: embed(RECORDS, tmp_path, processes))):
+        assert torch.equal(vectors, EXPECTED[rank::2]) and seen == [(4, 3)[rank]]
+
+
+def test_texts_are_shared_but_all_encoded(tmp_path: Path) -> None:
+    """So that every process can warn of a prompt that is too long."""
+    encoder = Colours()
+    vectors = Embedder(encoder, TensorCache(tmp_path), Processes(1, 2)).texts(["ab", "c", "ab", "abc"])
+    assert vectors[:, 0].tolist() == [1, 3] and encoder.seen == [3]
+
+
+def test_a_process_without_images_has_rows_of_the_right_length(tmp_path: Path) -> None:
+    (first, _), (second, seen) = Together(2).run(lambda processes: embed(RECORDS[:1], tmp_path, processes))
+    assert torch.equal(first, EXPECTED[:1]) and second.shape == (0, 3) and seen == []
 
 
 def test_a_failure_of_one_process_is_one_of_all(tmp_path: Path) -> None:
@@ -120,5 +131,25 @@ def test_a_failure_of_one_process_is_one_of_all(tmp_path: Path) -> None:
         raise FileNotFoundError(2, "No such file")
 
     missing = ImageRecord("b.png", "", gone, "somewhere/b.png")
-    for found, _ in Together(2).run([RECORDS[0], missing, RECORDS[1]], tmp_path):
+    records = [RECORDS[0], missing, RECORDS[1]]
+    for found in Together(2).run(lambda processes: embed(records, tmp_path, processes)):
         assert isinstance(found, UserError) and "somewhere/b.png" in str(found)
+
+
+def test_an_encoder_that_one_process_cannot_load_is_one_that_none_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hub may be out of reach from one machine: the others would wait for its images for ever."""
+
+    def load(self: Embedders, name: str | Path) -> Colours:
+        if self._place.processes.rank == 1:
+            raise UserError(f"{name} is not here")
+        return Colours()
+
+    monkeypatch.setattr(Embedders, "_load", load)
+
+    def embedder(processes: Processes) -> Embedder:
+        place = EncoderPlace(torch.device("cpu"), TensorCache(tmp_path), processes=processes)
+        return Embedders(Encoders(dino_model="x"), False, place)("dino")
+
+    assert [str(found) for found in Together(2).run(embedder)] == ["x is not here"] * 2

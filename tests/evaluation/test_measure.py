@@ -14,6 +14,7 @@ from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Embedder
 from dreamlora.evaluation.measure import MeasuredImages, load_metric, measure
 from dreamlora.interfaces import EncoderRole, MetricInputs, Reading
+from dreamlora.metric_names import main_values
 from tests.evaluation.test_embed import Colours, record
 
 ALL = registry.names("metrics")
@@ -48,7 +49,9 @@ def test_every_plug_in_keeps_the_contract(gallery: MeasuredImages, embedder: Emb
         assert metric.NAME in names and metric.ENCODER in ("clip", "dino", "features")
         assert {"prompts", "references", "training", "base"} >= metric.NEEDS
         assert isinstance(metric.HIGHER_IS_BETTER, bool)
-        assert isinstance(metric.SELECTS, bool)
+        assert isinstance(metric.SELECTS, bool) and isinstance(metric.COMPARES_SETS, bool)
+        assert metric.NAME.startswith("img/") and len(metric.ABOUT) > 20
+    assert main_values(names) == [load_metric(name).NAME for name in ALL], "no metric is named like a part of another"
     assert {load_metric(name).NAME for name in ALL if not load_metric(name).SELECTS} == {"img/fd"}
     assert len(set(names)) == len(names)
     for value in found.values:
@@ -103,11 +106,24 @@ def test_warnings_become_notes_and_a_broken_image_leaves_metrics_out(
     assert note.startswith("dino is left out: the embedding of (0, 0, 0).png is zero or not finite: look at the image")
 
 
+@pytest.mark.usefixtures("glow")
+def test_a_metric_that_was_put_into_the_folder_has_its_column(gallery: MeasuredImages, embedder: Embedder) -> None:
+    """With what it says besides its main value behind it, and told by the plug-in which way is better."""
+    found = measure(["glow"], gallery, lambda role: embedder)
+    assert [(value.name, value.n, value.n_other) for value in found.values] == [
+        ("img/glow", 4, 2),
+        ("img/glow_spread", 4, 2),
+    ]
+    head, row, _, legend = table({"dog": found}).splitlines()
+    assert head.split() == ["glow", "↓"] and legend == "glow: 4 against 2 images, colours"
+    assert row.split() == ["dog", *"{:.4f} (spread {:.3f})".format(*(value.value for value in found.values)).split()]
+
+
 def test_the_table_shows_values_tests_and_alarms(
     gallery: MeasuredImages, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def alarming(inputs: MetricInputs) -> Reading:
-        return Reading({"img/kid": -0.5, "img/kid_p": 0.999, "img/kid_negative": 1.0}, 4, 2)
+        return Reading(-0.5, 4, 2, {"p": 0.999, "negative": 1.0})
 
     monkeypatch.setattr(load_metric("kid"), "compute", alarming)
     rows = {

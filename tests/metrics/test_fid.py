@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamlora.metrics.cmmd import cmmd
-from dreamlora.metrics.fid import SELECTS, FrechetDistance, frechet
+from dreamlora.metrics.fid import SELECTS, frechet
 from dreamlora.metrics.kid import kid
 
 Rows = Callable[..., Tensor]
@@ -68,15 +68,6 @@ def test_small_sets_are_warned_of_and_single_images_refused(rows: Rows) -> None:
 
 def test_it_never_selects() -> None:
     assert not SELECTS
-
-
-@pytest.mark.filterwarnings("ignore:fd of")
-def test_the_metric_is_the_function(rows: Rows) -> None:
-    metric = FrechetDistance(6)
-    x, y = rows(9, 6, 1), rows(12, 6, 2)
-    metric.update(generated=x[:4], references=y[:7])
-    metric.update(generated=x[4:], references=y[7:])
-    assert float(metric.compute()) == frechet(x, y)
 
 
 @pytest.mark.filterwarnings("ignore:fd of")

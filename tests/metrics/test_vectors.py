@@ -45,7 +45,7 @@ def test_clip_score_is_the_mean_cosine_of_pairs(inputs: MetricInputs) -> None:
     found = clip_score.compute(inputs)
     assert inputs.prompts is not None
     expected = mean([cosine(x, t) for x, t in zip(inputs.generated, inputs.prompts, strict=True)])
-    assert found.values == {"img/clip_t": pytest.approx(expected, abs=1e-5)}
+    assert found.value == pytest.approx(expected, abs=1e-5)
     assert (found.n, found.n_other) == (6, None)
 
 
@@ -60,7 +60,7 @@ def test_similarity_is_the_mean_over_images_of_the_subject_and_references(metric
     found = metric.compute(inputs)
     assert inputs.references is not None
     expected = mean([cosine(x, r) for x in inputs.generated[:5] for r in inputs.references])
-    assert found.values == {metric.NAME: pytest.approx(expected, abs=1e-5)}
+    assert found.value == pytest.approx(expected, abs=1e-5)
     assert (found.n, found.n_other) == (5, 4)
 
 
@@ -82,7 +82,7 @@ def test_diversity_is_over_different_images_of_one_prompt(inputs: MetricInputs) 
     x = inputs.generated
     second = [cosine(x[i], x[j]) for i in (2, 3, 4) for j in (2, 3, 4) if i != j]
     found = diversity.compute(inputs)
-    assert found.values == {"img/div": pytest.approx(1 - mean([cosine(x[0], x[1]), mean(second)]), abs=1e-5)}
+    assert found.value == pytest.approx(1 - mean([cosine(x[0], x[1]), mean(second)]), abs=1e-5)
     assert found.n == 5
     assert diversity.diversity(x[:1].repeat(3, 1), torch.zeros(3)) == pytest.approx(0, abs=1e-7)
     with pytest.raises(ValueError, match="--num_images_per_prompt"):
@@ -98,7 +98,7 @@ def test_copy_is_the_nearest_training_image_against_that_of_unseen_photos(inputs
 
     found = copy.compute(inputs)
     expected = nearest(inputs.generated[:5]) - nearest(inputs.references)
-    assert found.values == {"img/copy": pytest.approx(expected, abs=1e-5)}
+    assert found.value == pytest.approx(expected, abs=1e-5)
     assert (found.n, found.n_other) == (5, 5)
     assert copy.copy_score(inputs.training, inputs.training, inputs.references) > 0
     assert copy.copy_score(inputs.references, inputs.training, inputs.references) == 0
@@ -107,7 +107,7 @@ def test_copy_is_the_nearest_training_image_against_that_of_unseen_photos(inputs
 def test_drift_is_on_prompts_without_the_subject(inputs: MetricInputs) -> None:
     assert inputs.base is not None
     found = drift.compute(inputs)
-    assert found.values == {"img/drift": pytest.approx(1 - cosine(inputs.generated[5], inputs.base[5]), abs=1e-5)}
+    assert found.value == pytest.approx(1 - cosine(inputs.generated[5], inputs.base[5]), abs=1e-5)
     assert found.n == 1
     everywhere = MetricInputs(inputs.generated, inputs.groups, torch.ones(6, dtype=torch.bool), base=inputs.base)
     with pytest.raises(ValueError, match="class prompt"):

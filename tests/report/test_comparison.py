@@ -121,6 +121,33 @@ def test_numbers_sort_as_numbers_and_never_comes_last(written: Path) -> None:
     assert 'data-key="1e+308"' in html and "inf" not in re.findall(r'data-key="([^"]*)"', html)
 
 
+@pytest.mark.parametrize(
+    ("encoders", "told"),
+    [
+        ((None, None), "[95 %], by an encoder that was not logged, 16 images. They"),
+        (("tiny-clip", "tiny-clip"), "[95 %], by tiny-clip, 16 images. They"),
+        (
+            ("tiny-clip", "vits16"),
+            "[95 %]: clip_t by tiny-clip, 16 images; dino by vits16, 16 images. They",
+        ),
+        (
+            ("tiny-clip", None),
+            "[95 %]: clip_t by tiny-clip, 16 images; dino by an encoder that was not logged, 16 images. They",
+        ),
+    ],
+    ids=["none", "one", "several", "one not logged"],
+)
+def test_image_metrics_name_what_saw_the_images(
+    encoders: tuple[str | None, str | None], told: str, make_comparison: Callable[..., Path]
+) -> None:
+    by = dict(zip(("img/clip_t", "img/dino"), encoders, strict=True))
+    methods = compare_example()["methods"]
+    for found in methods:
+        found["images"] = [{**metric, "encoder_id": by[metric["name"]]} for metric in found["images"]]
+    table = comparison_tables.images(ComparisonFile(make_comparison(methods=methods)))
+    assert table is not None and told in table.caption.replace("\u00a0", " ")
+
+
 def test_without_images_and_samples_their_sections_are_left_out(make_comparison: Callable[..., Path]) -> None:
     methods = [{**found, "images": [], "octiles": [], "samples": None} for found in compare_example()["methods"]]
     folder = make_comparison(methods=methods, command=None)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from dreamlora.eval_loss.items import ItemLosses
+from dreamlora.metrics import clip_score, kid
 from dreamlora.report import charts, words
 from dreamlora.report.facts import RunFacts
+from dreamlora.report.page import run_document
 from dreamlora.runfolder import RunFolder
 
 
@@ -139,9 +141,35 @@ def test_image_metrics_are_told_with_encoder_and_number(make_run: Callable[..., 
         folder.log_all(step, {"img/clip_t": value}, **more)
         folder.log_all(step, {"img/kid": value / 10}, n_other=8, **more)
         folder.log_all(step, {"img/clip_t_change": value}, n=7, se=0.1)
+        folder.log_all(step, {"img/kid_p": value}, n_other=8, **more)
     assert words.image_table(RunFacts(folder)) == [
         ("clip_t", "0.25", "−0.125", "7", "tiny@1"),
         ("kid", "0.025", "−0.0125", "7 and 8", "tiny@1"),
+        ("kid_p", "0.25", "−0.125", "7 and 8", "tiny@1"),
     ]
-    captions = [caption for caption, _ in charts.image_charts(RunFacts(folder))]
-    assert captions == [words.IMAGE_METRICS["img/clip_t"], words.IMAGE_METRICS["img/kid"]]
+    assert captions(folder) == [clip_score.ABOUT, kid.ABOUT], "what else they say has no curve"
+
+
+def captions(folder: RunFolder) -> list[str]:
+    return [caption for caption, _ in charts.image_charts(RunFacts(folder))]
+
+
+def with_glow(folder: RunFolder) -> RunFolder:
+    """A run whose images were measured by a plug-in of somebody else."""
+    for step, value in ((0, 0.25), (300, 0.5)):
+        folder.log_all(step, {"img/glow": value, "img/glow_spread": 1.0}, n=7, n_other=2, encoder_id="tiny@1")
+    return folder
+
+
+@pytest.mark.usefixtures("glow")
+def test_a_metric_that_was_put_into_the_folder_has_its_curve_and_its_words(make_run: Callable[..., RunFolder]) -> None:
+    folder = with_glow(make_run())
+    assert captions(folder) == ["Glow: how much brighter than the held-out images. Near 0 is better"]
+    html = run_document(folder).render()["report.html"]
+    assert 'aria-label="glow by step: 0.25 at step 0, 0.5 at the end"' in html and "Glow: how much brighter" in html
+
+
+def test_a_metric_that_is_not_installed_here_has_its_curve_under_its_bare_name(
+    make_run: Callable[..., RunFolder],
+) -> None:
+    assert captions(with_glow(make_run())) == ["glow"]

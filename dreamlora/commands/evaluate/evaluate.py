@@ -35,6 +35,7 @@ from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metric, measure
 from dreamlora.interfaces import ModelSource
+from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told before images are drawn
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import gather_lists, wait_for_everyone
@@ -294,7 +295,7 @@ def _place(evaluation: EvaluationContext) -> EncoderPlace:
 
 
 def _processes(state: PartialState) -> Processes:
-    return Processes(state.process_index, state.num_processes, gather_lists)
+    return Processes(state.process_index, state.num_processes, gather_lists, state.device)
 
 
 def _measure(

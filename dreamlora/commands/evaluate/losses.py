@@ -84,8 +84,7 @@ def _losses(under_test: UnderTest, items: EvalSet, processes: Processes) -> list
     for row in tqdm(under_test.rows, desc="loss", unit="LoRA", disable=processes.rank > 0):
         encoded.cache_clear()  # a LoRA may be of the text encoder too
         with applied(pipeline, row):
-            mine = evaluate_loss(measured, items, batch_size=batch, rank=processes.rank, world=processes.world)
-        found.append([loss for _, loss in sorted(processes.gather(list(mine.items())))])
+            found.append(evaluate_loss(measured, items, batch_size=batch, rank=processes.rank, world=processes.world))
     return found
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dreamlora import registry
-from dreamlora.evaluation.measure import Measurement, Value, load_metric
+from dreamlora import metrics
+from dreamlora.evaluation.measure import Measurement, Value
 from dreamlora.interfaces import ImageMetric
-from dreamlora.metric_names import relative, short
-
-HIDDEN = ("_p", "_negative", relative(""))
-"""Ends of the names of values that belong to another: shown with it."""
+from dreamlora.metric_names import COPIES, RELATIVE, main_values, of_metric, short
 
 
 def table(rows: Mapping[str, Measurement]) -> str:
@@ -18,7 +15,7 @@ def table(rows: Mapping[str, Measurement]) -> str:
     names = _columns(rows)
     if not names:
         return "\n".join(_notes(rows))
-    about = {load_metric(name).NAME: load_metric(name) for name in registry.names("metrics")}
+    about = metrics.by_value()
     heads = [short(name) + (" ↑" if _higher_is_better(about.get(name)) else " ↓") for name in names]
     cells = [[label.replace("\n", ", "), *(_cell(found, name) for name in names)] for label, found in rows.items()]
     grid = [["", *heads], *cells]
@@ -37,8 +34,7 @@ def _higher_is_better(metric: ImageMetric | None) -> bool:
 
 
 def _columns(rows: Mapping[str, Measurement]) -> list[str]:
-    found = [value.name for measured in rows.values() for value in measured.values]
-    return [name for name in dict.fromkeys(found) if not name.endswith(HIDDEN)]
+    return main_values(value.name for measured in rows.values() for value in measured.values)
 
 
 def _value(measured: Measurement, name: str) -> Value | None:
@@ -49,12 +45,18 @@ def _cell(measured: Measurement, name: str) -> str:
     value = _value(measured, name)
     if value is None:
         return "-"
-    p = _value(measured, f"{name}_p")
-    negative = _value(measured, f"{name}_negative")
-    alarm = " copies!" if negative and negative.value else ""
-    ratio = _value(measured, relative(name))
-    against_base = f" ({ratio.value - 1:+.1%})" if ratio and ratio.value != 1 else ""
-    return f"{value.value:.4f}" + (f" (p {p.value:.3f})" if p else "") + alarm + against_base
+    beginning = of_metric(name, "")
+    parts = {one.name.removeprefix(beginning): one.value for one in measured.values if one.name.startswith(beginning)}
+    return f"{value.value:.4f}" + "".join(_part(part, said) for part, said in parts.items())
+
+
+def _part(part: str, value: float) -> str:
+    """What a metric says besides its main value, behind it."""
+    if part == COPIES:
+        return " copies!" if value else ""
+    if part == RELATIVE:
+        return f" ({value - 1:+.1%})" if value != 1 else ""
+    return f" ({part} {value:.3f})"
 
 
 def _legend(name: str, rows: Mapping[str, Measurement], metric: ImageMetric | None) -> str:

@@ -122,6 +122,16 @@ def test_a_folder_of_images_is_measured_with_its_captions(photos: Path, tmp_path
     assert named["rows"][0]["values"] != captioned["rows"][0]["values"], "the rare token is not scored"
 
 
+@pytest.mark.usefixtures("glow")
+def test_a_metric_that_was_put_into_the_folder_is_measured(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(tmp_path / "out", photos, "--metrics", "Glow", "--references", photos)
+    assert set(values(result, 0)) == {"img/glow", "img/glow_spread"}
+    shown = capsys.readouterr().out
+    assert "glow ↓" in shown and "0.0000 (spread " in shown and "glow: 12 against 12 images, tiny@" in shown
+
+
 def test_a_run_whose_images_have_gone_says_so(run: RunFolder, tmp_path: Path) -> None:
     moved = RunFolder(tmp_path / "moved")
     shutil.copytree(run.path, moved.path)

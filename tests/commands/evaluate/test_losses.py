@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from tests.commands.sample.test_draw import save_lora
 from tests.training.conftest import cache, flags_of, photos, train_with
+from tests.training.test_processes import run_with_two
 
 __all__ = ["cache", "photos"]  # fixtures
 QUICK = ["--max_train_steps", "4", "--sample_steps", "0", "--no_save_best", "--eval_steps", "2", "--lora_alpha", "6"]
@@ -58,6 +60,24 @@ def test_it_is_the_loss_that_training_logged(
     assert not (tmp_path / "out" / "images").exists(), "nothing is drawn for it"
     table = capsys.readouterr().out
     assert "eval/loss ↓" in table and f"64 items, evalset {evalset['evalset_id']}" in table
+
+
+def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -> None:
+    """Of the loss and of images, with p-values and numbers; each process has its share alone, of 3 images and of 8."""
+    asked = ["--num_images_per_prompt", "3", "--references", photos, "--output_dir", tmp_path / "out"]
+    asked += ["--metrics", "eval_loss", "clip_score", "dino", "kid", "diversity"]
+    asked += ["--clip_model", "tiny", "--dino_model", "tiny", "--subject", "sks dog", "--lora", run.path]
+    found = []
+    for number, start in enumerate((main, functools.partial(run_with_two, "evaluate.py"))):
+        start([str(word) for word in [*asked, "--latents_cache_dir", tmp_path / f"cache{number}"]])
+        result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        found.append(result["rows"])
+    names = [value["name"] for value in found[0][1]["values"]]
+    assert {"eval/loss", "img/clip_t", "img/dino", "img/kid", "img/kid_p", "img/div"} <= set(names)
+    for one, two in zip(*found, strict=True):
+        assert two["notes"] == one["notes"]
+        for value, same in zip(one["values"], two["values"], strict=True):
+            assert same == {**value, "value": pytest.approx(value["value"], rel=1e-4, abs=1e-6)}, value["name"]
 
 
 def test_flow_models_too(flux_folder: Path, photos: Path, cache: Path, tmp_path: Path) -> None:
