@@ -7,7 +7,6 @@ preset of the embedded model, the dataclass. All of them together become one lis
 from __future__ import annotations
 
 import difflib
-import errno
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from dreamlora.cli import presets
 from dreamlora.cli.declared import Option, options_of, subgroups_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.config import RunConfig
-from dreamlora.errors import UserError
+from dreamlora.errors import DISK_FULL, UserError
 
 Config = TypeVar("Config")
 Values = list[str] | bool | None
@@ -150,7 +149,7 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
         sys.stderr.close()  # the reader of our output has gone; Python would complain once more while it exits
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         return _complain(

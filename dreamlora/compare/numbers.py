@@ -298,25 +298,25 @@ def _image_metric(name: str, at: str, values: Sequence[ImageValue]) -> ComparedI
 def samples(records: Sequence[Record], root: Path) -> Samples | None:
     """The images of the first run that drew some."""
     for record in records:
-        rows = list(read_jsonl(record.folder.samples_file))
+        rows = read_jsonl(record.folder.samples_file)
         if rows:
             return _samples(record, rows, root)
     return None
 
 
 def _samples(record: Record, rows: Sequence[Mapping[str, Any]], root: Path) -> Samples:
-    steps = sorted({int(row["step"]) for row in rows})
+    steps = sorted({row["step"] for row in rows})
     curve = dict(zip(record.steps, record.losses, strict=True))
     cells = []
     for row in rows:
         file = record.folder.samples / row["file"]
         cells.append(
             Cell(
-                step=int(row["step"]),
-                prompt_index=int(row["prompt_index"]),
-                image_index=int(row["image_index"]),
-                prompt=str(row["prompt"]),
-                seed=int(row["seed"]),
+                step=row["step"],
+                prompt_index=row["prompt_index"],
+                image_index=row["image_index"],
+                prompt=row["prompt"],
+                seed=row["seed"],
                 file=relative(file, root) if file.exists() else None,
             )
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from dreamlora.compare.schema import Status
@@ -20,7 +18,7 @@ from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, is_image_metric
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder, read_json
 
 OCTILES = 8
 
@@ -149,13 +147,8 @@ def read_record(path: Path, name: str) -> Record:
         UserError: there is no run, its config cannot be read, or it has not measured the base model.
     """
     folder = RunFolder(path)
-    if not folder.holds_run():
-        raise UserError(f"there is no run in {path}: config.yaml is missing")
-    try:
-        config = yaml.safe_load(folder.config_file.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read {folder.config_file}: {error}") from None
-    outcome, summary = read_json(folder.outcome_file), read_json(folder.summary_file)
+    config = folder.config()
+    outcome, summary = folder.outcome(), read_json(folder.summary_file)
     values, more = _metrics(folder)
     metric = next((candidate for candidate in EVAL_LOSSES if candidate in values), "")
     curve = values.get(metric, {})
@@ -170,7 +163,7 @@ def read_record(path: Path, name: str) -> Record:
     return Record(
         id=name,
         folder=folder,
-        config=config if isinstance(config, dict) else {},
+        config=config,
         summary=summary,
         method=outcome.get("method"),
         ended=ended,
@@ -187,15 +180,6 @@ def read_record(path: Path, name: str) -> Record:
         images={name: _image_values(rows) for name, rows in more.items() if is_image_metric(name)},
         scalars={name: points[max(points)] for name, points in values.items() if points},
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is missing or cut off."""
-    try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def subject_of(config: Mapping[str, Any]) -> str:
@@ -234,9 +218,9 @@ def _metrics(folder: RunFolder) -> tuple[dict[str, dict[int, float]], dict[str, 
     """Values by name and step; rows of evaluations with all their fields."""
     values: dict[str, dict[int, float]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in read_jsonl(folder.metrics_file):
-        value = math.nan if row.get("value") is None else float(row["value"])
-        values.setdefault(row["name"], {})[int(row["step"])] = value
+    for row in folder.metrics():
+        value = math.nan if row["value"] is None else float(row["value"])
+        values.setdefault(row["name"], {})[row["step"]] = value
         if row["name"] in EVAL_LOSSES or is_image_metric(row["name"]):
             rows.setdefault(row["name"], []).append(row)
     return values, rows
@@ -253,9 +237,9 @@ def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, 
 
 def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
     return [
-        ImageValue(int(row["step"]), float(row["value"]), row.get("encoder_id"), row.get("n"))
+        ImageValue(row["step"], float(row["value"]), row.get("encoder_id"), row.get("n"))
         for row in rows
-        if row.get("value") is not None
+        if row["value"] is not None
     ]
 
 
