@@ -88,7 +88,8 @@ def open_checkpoint(folder: RunFolder, which: str, settings: dict[str, Any]) -> 
         settings: of the run that wants to go on.
 
     Raises:
-        UserError: there is none; it is damaged or cannot be read; or it belongs to other settings (the message names the difference).
+        UserError: there is none; it is damaged or cannot be read; or it belongs to other settings (the message names
+            the difference).
     """
     path = _find(folder, which)
     other = RunFolder(path.parent.parent)
