@@ -23,7 +23,8 @@ from dreamlora.runfolder import RunFolder
 from dreamlora.sweep import plan
 from dreamlora.sweep.config import PROGRAM, CompareConfig, parse
 from dreamlora.sweep.plan import Job, Sweep, SweepMethod
-from dreamlora.sweep.pool import Ended, Pool, seats
+from dreamlora.sweep.pool import Ended, Pool
+from dreamlora.sweep.seats import seats
 
 COMPARISON = Path("outputs") / "comparison"
 LOGS = "logs"
@@ -66,7 +67,7 @@ class Sweeper:
 
     Args:
         sweep: what is wanted.
-        config: how many workers, see ``pool.seats``.
+        config: how many workers, see ``seats.seats``.
         command: the command line, for the report.
     """
 
