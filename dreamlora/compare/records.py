@@ -48,6 +48,7 @@ class Record:
         at_end: the larger set, with rows for the base model and the last step; None if it was not measured.
         images: image metrics by name.
         scalars: last value of every other metric.
+        damage: what could not be read, a sentence for each file.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Record:
     at_end: ItemLosses | None = None
     images: Mapping[str, Sequence[ImageValue]] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
+    damage: Sequence[str] = ()
 
     @property
     def command(self) -> str | None:
@@ -86,20 +88,28 @@ class Record:
 
     @property
     def base(self) -> float:
-        """Loss of the base model."""
-        return self.losses[0]
+        """Loss of the base model; NaN for a run that ended before it was measured."""
+        return self.losses[0] if self.losses else math.nan
 
     @property
     def final(self) -> float:
-        """Loss at the end; inf if the run diverged."""
-        return math.inf if self.status == "diverged" else self.losses[-1]
+        """Loss at the end; inf if there is none, as the run diverged or failed: worse than any other."""
+        return self.losses[-1] if self.sound else math.inf
+
+    @property
+    def sound(self) -> bool:
+        """Whether it has a loss at its end."""
+        return self.status == "finished"
+
+    @property
+    def above_base(self) -> bool:
+        """Whether the training did harm: the loss at the end is above the base model's."""
+        return self.sound and self.final > self.base
 
     @cached_property
     def status(self) -> Status:
-        """How it ended. Divergence goes by value too: a loss that is not finite, or above the base model's."""
-        if self.ended == "finished" and not self.losses[-1] <= self.losses[0]:
-            return "diverged"
-        return self.ended
+        """How it ended. Divergence goes by value too: a last loss that is not finite."""
+        return "diverged" if self.ended == "finished" and not math.isfinite(self.losses[-1]) else self.ended
 
     @property
     def best(self) -> float:
@@ -113,8 +123,8 @@ class Record:
 
     @property
     def log_auc(self) -> float:
-        """See ``stats.log_auc``; NaN for a diverged run."""
-        return math.nan if self.status == "diverged" else log_auc(self.losses[1:], self.base)
+        """See ``stats.log_auc``; inf for a run without a loss at its end."""
+        return log_auc(self.losses[1:], self.base) if self.sound else math.inf
 
     @property
     def seconds_per_step(self) -> float:
@@ -122,8 +132,8 @@ class Record:
         return self.seconds[-1] / self.steps[-1] if self.steps and self.steps[-1] and self.seconds else math.nan
 
     def to_target(self, target: float, along: Sequence[float]) -> float:
-        """Where on ``along`` (its steps or seconds) the curve reaches ``target``; inf for a diverged run."""
-        if self.status == "diverged":
+        """Where on ``along`` (its steps or seconds) the curve reaches ``target``; inf for a run without an end."""
+        if not self.sound:
             return math.inf
         return steps_to_target(along, self.losses, target) if len(along) else math.nan
 
@@ -179,6 +189,7 @@ def read_record(path: Path, name: str) -> Record:
         at_end=_at_end(folder, steps),
         images={name: _image_values(rows) for name, rows in more.items() if is_image_metric(name)},
         scalars={name: points[max(points)] for name, points in values.items() if points},
+        damage=tuple(folder.damage()),
     )
 
 

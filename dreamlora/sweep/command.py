@@ -162,8 +162,8 @@ class Sweeper:
 
     def _state(self, entry: SweepMethod) -> Group | None:
         """What is known of a method by now."""
-        jobs = [job for job in self._jobs.values() if job.method == entry.label and job.done]
-        records = [self._record(job) for job in jobs]
+        jobs = [job for job in self._jobs.values() if job.method == entry.label and RunFolder(job.folder).holds_run()]
+        records = [record for job in jobs if (record := self._record(job)).ended != "unfinished"]
         return group(entry.label, records, self._sweep.headline_seeds) if records else None
 
     def _record(self, job: Job) -> Record:
