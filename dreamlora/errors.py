@@ -1,4 +1,9 @@
-"""The one exception type for mistakes a person can mend."""
+"""The one exception type for mistakes a person can mend, and the errors of a full disk."""
+
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the ``OSError`` that the command line has a message for."""
 
 
 class UserError(Exception):

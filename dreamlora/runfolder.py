@@ -5,26 +5,49 @@ No torch here: reports read run folders on machines without it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import json
+import logging
 import math
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from dreamlora.errors import UserError
+import yaml
+
+from dreamlora.errors import DISK_FULL, UserError
 
 METRICS_VERSION = 1
+METRIC_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "step": (int,),
+    "name": (str,),
+    "value": (int, float, type(None)),
+}
+"""What every row of metrics.jsonl has, and its types."""
+SAMPLE_FIELDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "prompt_index", "image_index", "seed"), (int,)),
+    **dict.fromkeys(("prompt", "file"), (str,)),
+}
+"""The same of samples.jsonl."""
 ADOPTED = (
     *("metrics_file", "eval_items_file", "final_items_file", "candidates"),
     *("samples", "eval_images", "reference_dir"),
 )
 """What a run takes over that goes on from another's checkpoint."""
+
+_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+"""What network file systems without locks say."""
+_NAMED = 5
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -82,13 +105,31 @@ class RunFolder:
         Raises:
             UserError: the file is damaged.
         """
-        if not self.selection_file.exists():
-            return {}
+        return read_json(self.selection_file)
+
+    def config(self) -> dict[str, Any]:
+        """The options that the run was made with (config.yaml).
+
+        Raises:
+            UserError: there is no run, or the file is damaged.
+        """
         try:
-            found = json.loads(self.selection_file.read_text())
-        except ValueError as error:
-            raise UserError(f"cannot read {self.selection_file}: {error}") from None
-        return found if isinstance(found, dict) else {}
+            content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"there is no run in {self.path}: config.yaml is missing") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {self.config_file}: {error}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"cannot read {self.config_file}: it holds no options")
+        return content
+
+    def outcome(self) -> dict[str, Any]:
+        """How the run ended (outcome.json); empty if that is not known. A damaged file counts as none, with a word."""
+        try:
+            return read_json(self.outcome_file)
+        except UserError as error:
+            _tell_once(f"{error}. How this run ended is not known")
+            return {}
 
     def sample_dir(self, step: int) -> Path:
         """``samples/step_000100``."""
@@ -99,19 +140,38 @@ class RunFolder:
         return self.config_file.exists()
 
     def lock(self) -> None:
-        """Claim the folder for this process until it ends.
+        """Claim the folder for this process until it ends. Where there are no locks, that is told and nothing claimed.
 
         Raises:
-            UserError: another process trains into it.
+            UserError: another process trains into it, or it cannot be written to or locked.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise UserError(
+                f"cannot write into {self.path}: {error.strerror}. Mend that, or give another --output_dir"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                logger.warning(
+                    "the file system of %s has no locks (%s): nothing will keep a second process from training into it",
+                    self.path,
+                    error.strerror,
+                )
+                return
+            self.release()
+            if error.errno in _TAKEN:
+                raise UserError(
+                    f"another process is training into {self.path}: wait for it, or give another --output_dir"
+                ) from None
             raise UserError(
-                f"another process is training into {self.path}: wait for it, or give another --output_dir"
-            ) from None
+                f"cannot lock {self.path}: {error.strerror}. Mend that, or give another --output_dir"
+            ) from error
 
     def release(self) -> None:
         """Give the folder free again, if this process holds it."""
@@ -129,24 +189,29 @@ class RunFolder:
         """Append values of one step to metrics.jsonl; ``more`` are fields such as ``n`` and ``evalset_id``."""
         common = {"v": METRICS_VERSION, "run": self.path.name, "step": step}
         common["wall_s"] = round(time.monotonic() - self._started, 3)
-        rows = [
-            {**common, "name": name, "value": value if math.isfinite(value) else None, **more}
-            for name, value in values.items()
-        ]
-        with self.metrics_file.open("a") as file:
-            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        rows = [{**common, "name": name, "value": value, **more} for name, value in values.items()]
+        append_jsonl(self.metrics_file, [{name: _finite(value) for name, value in row.items()} for row in rows])
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; a last line cut off by a kill is left out."""
-        return list(read_jsonl(self.metrics_file))
+        """All rows of metrics.jsonl that can be read; a value that was not finite is None."""
+        return read_jsonl(self.metrics_file, METRIC_FIELDS)
+
+    def damage(self) -> list[str]:
+        """What cannot be read in the files of rows, a sentence for each such file."""
+        found = ((file, _parsed(file, fields)[1]) for file, fields in self._row_files)
+        return [_damage(file, numbers) for file, numbers in found if numbers]
+
+    @property
+    def _row_files(self) -> Sequence[tuple[Path, Mapping[str, tuple[type, ...]]]]:
+        samples = (self.samples_file, self.eval_images_file)
+        return ((self.metrics_file, METRIC_FIELDS), *((file, SAMPLE_FIELDS) for file in samples))
 
     def forget_after(self, step: int) -> None:
         """Drop what a resumed run will write again: the metrics of later steps, and those that come at the end."""
-        for file in (self.metrics_file, self.samples_file, self.eval_images_file):
+        for file, fields in self._row_files:
             if file.exists():
-                known = [row for row in read_jsonl(file) if row["step"] <= step and not row.get("at_end")]
-                rows = [json.dumps(row) + "\n" for row in known]
-                write_atomically(file, "".join(rows))
+                known = [row for row in read_jsonl(file, fields) if row["step"] <= step and not row.get("at_end")]
+                write_atomically(file, _lines(known))
         for place in (self.samples, self.eval_images):
             for folder in place.glob("step_" + "[0-9]" * 6):
                 if int(folder.name[5:]) > step:
@@ -162,16 +227,95 @@ class RunFolder:
                 shutil.copy2(theirs, ours)
 
 
-def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl file that are whole."""
+def read_jsonl(file: Path, fields: Mapping[str, tuple[type, ...]] = SAMPLE_FIELDS) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; none if it is missing. Lines that are no such rows are left out, and told once.
+
+    Args:
+        file: to read: rows of samples, or what ``fields`` says.
+        fields: that every row must have, and the types of each.
+    """
+    rows, damaged = _parsed(file, fields)
+    if damaged:
+        _tell_once(_damage(file, damaged))
+    return rows
+
+
+def append_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows, on lines of their own: a kill may have left half a line, which would spoil the next row too."""
+    with file.open("a+b") as target:
+        if target.tell():
+            target.seek(-1, os.SEEK_END)
+            if target.read(1) != b"\n":
+                target.write(b"\n")
+        target.write(_lines(rows).encode())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a .json file; empty if there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {file}: it holds a {type(content).__name__} instead of an object")
+    return content
+
+
+def _parsed(file: Path, fields: Mapping[str, tuple[type, ...]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows that have the fields, and the numbers of all other lines.
+
+    Blank lines are neither, nor is the beginning of a last line, which is what a kill leaves.
+    """
+    rows: list[dict[str, Any]] = []
+    damaged: list[int] = []
     if not file.exists():
-        return
-    with file.open() as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return  # a kill in the middle of the last line
+        return rows, damaged
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            row = _row(line, fields)
+            if row is not None:
+                rows.append(row)
+            elif line.strip() and line.endswith(b"\n"):
+                damaged.append(number)
+    return rows, damaged
+
+
+def _row(line: bytes, fields: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode())
+    except ValueError:  # also of bytes that are no UTF-8
+        return None
+    if not isinstance(row, dict) or not all(name in row and isinstance(row[name], fields[name]) for name in fields):
+        return None
+    return {name: _finite(value) for name, value in row.items()}
+
+
+def _finite(value: Any) -> Any:
+    """None for a number that is not finite, which is no JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _damage(file: Path, numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"{file}: line {numbers[0]} cannot be read and is left out"
+    named = ", ".join(map(str, numbers[:_NAMED]))
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    return f"{file}: lines {named}{more} cannot be read and are left out"
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    logger.warning(text)
 
 
 @contextmanager

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import fcntl
+import logging
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dreamlora.errors import UserError
-from dreamlora.runfolder import RunFolder, read_jsonl, replacing, write_atomically
+from dreamlora.runfolder import (
+    RunFolder,
+    append_jsonl,
+    read_json,
+    read_jsonl,
+    replacing,
+    write_atomically,
+)
+
+SAMPLE = {"step": 0, "prompt_index": 0, "image_index": 0, "prompt": "a dog", "seed": 42, "file": "step_000000/p00.png"}
 
 
 @pytest.fixture
@@ -38,10 +51,92 @@ def test_a_line_cut_off_by_a_kill_is_left_out(folder: RunFolder) -> None:
     for length in range(1, len(whole) - 1):
         folder.metrics_file.write_text(whole + whole[:length])
         assert [row["step"] for row in folder.metrics()] == [1]
+        assert folder.damage() == []
 
 
 def test_a_missing_file_has_no_rows(folder: RunFolder) -> None:
-    assert folder.metrics() == [] and list(read_jsonl(folder.samples_file)) == []
+    assert folder.metrics() == [] and read_jsonl(folder.samples_file) == []
+
+
+DAMAGED = {
+    "cut": b'{"v": 1, "step": 2, "na',
+    "no object": b"[1, 2]",
+    "no JSON": b"hello",
+    "zeros of a power cut": b"\0" * 40,
+    "zeros before a row": b'\0\0{"step": 2, "name": "train/loss", "value": 1.0}',
+    "no UTF-8": b'{"step": 2, "name": "train/loss\xff", "value": 1.0}',
+    "another program's row": b'{"epoch": 2, "loss": 1.0}',
+    "no step": b'{"name": "train/loss", "value": 1.0}',
+    "a step that is no number": b'{"step": "two", "name": "train/loss", "value": 1.0}',
+    "no name": b'{"step": 2, "value": 1.0}',
+    "a value that is no number": b'{"step": 2, "name": "train/loss", "value": "low"}',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_hides_no_other_and_is_told_once(
+    line: bytes, folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        folder.log_all(step, {"train/loss": 0.5})
+    first, _, third = folder.metrics_file.read_bytes().splitlines()
+    folder.metrics_file.write_bytes(b"\n".join([first, line, third, b""]))
+    with caplog.at_level(logging.WARNING):
+        assert [row["step"] for row in folder.metrics()] == [1, 3]
+        folder.metrics()
+    text = f"{folder.metrics_file}: line 2 cannot be read and is left out"
+    assert caplog.messages == [text] and folder.damage() == [text]
+
+
+def test_many_damaged_lines_are_counted(folder: RunFolder) -> None:
+    folder.metrics_file.write_text("x\n" * 12)
+    (text,) = folder.damage()
+    assert text.endswith("lines 1, 2, 3, 4, 5 and 7 more cannot be read and are left out")
+
+
+@pytest.mark.parametrize("missing", SAMPLE)
+def test_rows_of_samples_have_all_that_their_readers_need(missing: str, folder: RunFolder) -> None:
+    folder.samples.mkdir()
+    foreign = {name: value for name, value in SAMPLE.items() if name != missing}
+    append_jsonl(folder.samples_file, [foreign, SAMPLE])
+    assert read_jsonl(folder.samples_file) == [SAMPLE]
+    assert folder.damage() == [f"{folder.samples_file}: line 1 cannot be read and is left out"]
+
+
+def test_a_row_is_appended_on_a_line_of_its_own(folder: RunFolder) -> None:
+    """Also behind half a line, which a kill has left."""
+    folder.log_all(1, {"train/loss": 0.5})
+    whole = folder.metrics_file.read_bytes()
+    for rest in (whole[:20], b"\0" * 5, whole[:-1]):
+        folder.metrics_file.write_bytes(whole + rest)
+        folder.log_all(2, {"train/loss": 0.4})
+        assert [row["step"] for row in folder.metrics()] == [1, *([1] if rest == whole[:-1] else []), 2]
+
+
+def test_numbers_beside_a_value_may_be_infinite_too(folder: RunFolder) -> None:
+    folder.log_all(1, {"img/clip_t_change": 0.1}, n=1, se=math.nan)
+    (row,) = folder.metrics()
+    assert row["se"] is None and row["value"] == 0.1
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999"])
+def test_values_of_other_writers_that_are_not_finite_are_none_as_well(text: str, folder: RunFolder) -> None:
+    folder.metrics_file.write_text(f'{{"step": 1, "name": "train/loss", "value": {text}}}\n')
+    assert folder.metrics()[0]["value"] is None
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\0\0\0", b'{"a": "\xff"}'])
+def test_a_damaged_json_file_is_named(content: bytes, folder: RunFolder) -> None:
+    folder.summary_file.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*summary\.json: "):
+        read_json(folder.summary_file)
+    assert read_json(folder.outcome_file) == {}
+
+
+def test_a_damaged_outcome_is_none_and_that_is_told(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    folder.outcome_file.write_text("{")
+    assert folder.outcome() == {}
+    assert "outcome.json" in caplog.text
 
 
 def test_later_steps_are_forgotten_before_a_resume(folder: RunFolder) -> None:
@@ -49,8 +144,8 @@ def test_later_steps_are_forgotten_before_a_resume(folder: RunFolder) -> None:
     for step in (0, 50, 100):
         folder.log_all(step, {"train/loss": 0.5})
         folder.sample_dir(step).mkdir()
-        with folder.samples_file.open("a") as file:
-            file.write(json.dumps({"step": step}) + "\n")
+        append_jsonl(folder.samples_file, [{**SAMPLE, "step": step}])
+    folder.samples_file.write_text("half a line\n" + folder.samples_file.read_text())
     folder.forget_after(50)
     assert [row["step"] for row in folder.metrics()] == [0, 50]
     assert [row["step"] for row in read_jsonl(folder.samples_file)] == [0, 50]
@@ -69,6 +164,72 @@ def test_two_processes_cannot_train_into_one_folder(folder: RunFolder) -> None:
     other = RunFolder(folder.path)
     with pytest.raises(UserError, match="another process is training into"):
         other.lock()
+
+
+def fail_to_lock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES])
+def test_another_process_is_named_only_where_there_is_one(
+    number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_lock(monkeypatch, number)
+    with pytest.raises(UserError, match="another process is training into"):
+        folder.lock()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL])
+def test_where_there_are_no_locks_training_goes_on_with_a_warning(
+    number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail_to_lock(monkeypatch, number)
+    folder.lock()
+    (text,) = caplog.messages
+    assert str(folder.path) in text and "nothing will keep a second process from training into it" in text
+    folder.release()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_other_reasons_not_to_lock_are_told_as_they_are(
+    number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_lock(monkeypatch, number)
+    with pytest.raises(UserError, match=f"cannot lock {folder.path}: {os.strerror(number)}"):
+        folder.lock()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("method", ["mkdir", "open"])
+def test_a_folder_that_cannot_be_written_to_is_named(
+    method: str, number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(UserError, match=f"cannot write into {folder.path}: {os.strerror(number)}.*--output_dir"):
+        folder.lock()
+
+
+def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match=r"cannot write into .*run: File exists"):
+        RunFolder(tmp_path / "run").lock()
+
+
+def test_a_full_disk_is_no_matter_of_permissions(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line has a message of its own for it."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        folder.lock()
 
 
 def test_clearing_leaves_what_is_not_the_runs(folder: RunFolder) -> None:

@@ -167,7 +167,7 @@ class ImageMetricsCallback:
         for row in run.folder.metrics():
             if is_image_metric(row["name"]) and row["value"] is not None:
                 self._values.setdefault(row["step"], {})[row["name"]] = row["value"]
-            if row["name"] == CLIP_CHANGE:
+            if row["name"] == CLIP_CHANGE and None not in (row["value"], row["se"]):
                 self._changes[row["step"]] = Difference(row["value"], row["se"], row["n"])
 
     def _measure_if_due(self, run: Run) -> None:
@@ -203,8 +203,8 @@ class ImageMetricsCallback:
         for value in values:
             more = {} if value.n_other is None else {"n_other": value.n_other}
             run.folder.log_all(run.step, {value.name: value.value}, n=value.n, encoder_id=value.encoder_id, **more)
-        self._values[run.step] = {value.name: value.value for value in values}
-        if change:
+        self._values[run.step] = {value.name: value.value for value in values if math.isfinite(value.value)}
+        if change and math.isfinite(change[0].mean + change[0].se):
             difference, encoder_id = change
             self._changes[run.step] = difference
             run.folder.log_all(

@@ -82,11 +82,12 @@ class SampleCallback:
         return self._elsewhere or run.folder.samples
 
     def _complete(self, run: Run) -> bool:
-        rows = [row for row in read_jsonl(self._folder(run) / run.folder.samples_file.name) if row["step"] == run.step]
+        file = self._folder(run) / run.folder.samples_file.name
+        rows = [row for row in read_jsonl(file) if row["step"] == run.step]
         drawn = {(row["prompt"], row["seed"]) for row in rows if (self._folder(run) / row["file"]).exists()}
         return drawn >= {(item.prompt, item.seed) for item in self._plan.items()} and all(
-            row["num_inference_steps"] == self._plan.num_inference_steps
-            and row["guidance_scale"] == self._plan.guidance_scale
+            row.get("num_inference_steps") == self._plan.num_inference_steps
+            and row.get("guidance_scale") == self._plan.guidance_scale
             for row in rows
         )
 

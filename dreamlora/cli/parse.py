@@ -6,7 +6,6 @@ preset of the embedded model, the dataclass. Each is read once, into values of t
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -19,7 +18,7 @@ from dreamlora.cli.declared import options_of, subgroups_of
 from dreamlora.cli.given import from_argv, from_yaml, near_names, value_of
 from dreamlora.cli.help import page, settings
 from dreamlora.config import RunConfig
-from dreamlora.errors import UserError
+from dreamlora.errors import DISK_FULL, UserError
 
 Config = TypeVar("Config")
 
@@ -149,7 +148,7 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
         sys.stderr.close()  # the reader of our output has gone; Python would complain once more while it exits
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         return _complain(

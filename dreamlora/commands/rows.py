@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import EMBEDDED_MODEL, Model, Sample
@@ -79,10 +78,7 @@ def first_run(config: SampleConfig) -> RunFolder | None:
 
 def settings_of(run: RunFolder | None) -> dict[str, Any]:
     """The options that the run was trained with, by flag."""
-    if run is None:
-        return {}
-    loaded = yaml.safe_load(run.config_file.read_text())
-    return loaded if isinstance(loaded, dict) else {}
+    return {} if run is None else run.config()
 
 
 def model_of(config: SampleConfig, settings: dict[str, Any]) -> Model:

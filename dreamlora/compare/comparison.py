@@ -72,7 +72,7 @@ def compare_runs(folders: Sequence[Path], root: Path, plan: ComparisonPlan = Com
         judge=judge_of(record for one in groups for record in one.sound.values()),
         target=numbers.target_of(baseline),
         best=min((one.best.score for one in groups if one.best), default=math.nan),
-        base=float(np.median([record.base for record in records])),
+        base=float(np.median([record.base for record in records if math.isfinite(record.base)] or [math.nan])),
         root=root,
         added=plan.added,
     )
@@ -91,7 +91,7 @@ def _comparison(
 ) -> Comparison:
     baseline = groups[0]
     records = [record for one in groups for record in one.records]
-    one = records[0]
+    one = next(record for record in records if record.losses)
     methods = [numbers.method(one, against) for one in groups]
     found = [(method["delta"]["sentence"], method["delta"]["word"]) for method in methods if method["delta"]]
     held_out = one.metric == EVAL_LOSS
@@ -138,24 +138,25 @@ def _grouped(methods: Mapping[str, Sequence[Record]], headline_seeds: Collection
 
 
 def _ended(records: Sequence[Record]) -> tuple[list[Record], list[Dropped]]:
-    """Runs that finished or diverged with a base-model evaluation; why the others are left out."""
+    """Runs that finished, diverged or failed; why the others are left out."""
     kept, dropped = [], []
     for record in records:
-        if record.ended == "failed":
-            dropped.append(Dropped(run=record.id, reason=f"it failed: {record.message}"))
-        elif record.ended == "unfinished" or not record.losses:
-            dropped.append(Dropped(run=record.id, reason="it has not ended"))
-        else:
+        if record.ended in ("diverged", "failed") or (record.ended == "finished" and record.losses):
             kept.append(record)
-    if not kept:
-        first = f" ({dropped[0]['run']}: {dropped[0]['reason']})" if dropped else ""
+        else:
+            dropped.append(Dropped(run=record.id, reason="it has not ended"))
+    if not any(record.losses for record in kept):
+        reasons = [(record.id, f"it {record.ended}: {record.message}") for record in kept]
+        reasons += [(one["run"], one["reason"]) for one in dropped]
+        first = f" ({reasons[0][0]}: {reasons[0][1]})" if reasons else ""
         raise UserError(f"there is no run to compare that has ended{first}: finish the runs first")
     return kept, dropped
 
 
 def _check_pairable(records: Sequence[Record]) -> None:
-    first = records[0]
-    for record in records:
+    measured = [record for record in records if record.losses]
+    first = measured[0]
+    for record in measured:
         if record.metric != first.metric:
             raise UserError(
                 f"cannot compare {record.metric} (run {record.id}) with {first.metric} (run {first.id}): one run held "
@@ -218,7 +219,7 @@ def _task(records: Sequence[Record], judge: Judge) -> Task:
         data=data_name(config),
         instance_prompt=config.get("instance_prompt"),
         steps=config.get("max_train_steps"),
-        evalset_id=one.evalset_id,
+        evalset_id=next(record.evalset_id for record in records if record.losses),
         eval_items=judge.items,
         eval_images=judge.images,
         final_evalset_id=judge.evalset_id,

@@ -36,10 +36,16 @@ class Judge:
         return record.at_end.mean(0) if self.evalset_id and record.at_end else record.base
 
     def final(self, record: Record) -> float:
-        """Loss at the end; inf if the run diverged."""
-        if record.status == "diverged" or not (self.evalset_id and record.at_end):
+        """Loss at the end; inf if there is none."""
+        if not (record.sound and self.evalset_id and record.at_end):
             return record.final
-        return record.at_end.mean(record.steps[-1])
+        loss = record.at_end.mean(record.steps[-1])
+        return loss if math.isfinite(loss) else math.inf
+
+    def breakdown(self, record: Record) -> int:
+        """0: the training lowered the loss. 1: it ended above the base model's. 2: there is no loss at the end."""
+        final = self.final(record)
+        return 2 if math.isinf(final) else int(final > self.base(record))
 
     def images_se_pct(self, ours: Mapping[int, Record], theirs: Mapping[int, Record]) -> float:
         """Standard error, over the images, of the difference in percent of the baseline's loss.
@@ -62,7 +68,7 @@ class Judge:
 
 
 def judge_of(records: Iterable[Record]) -> Judge:
-    """What all of these runs, which did not diverge, can be judged on."""
+    """What all of these runs, which have a loss at their end, can be judged on."""
     records = list(records)
     sets = [record.at_end for record in records]
     ids = {found.evalset_id if found else None for found in sets}

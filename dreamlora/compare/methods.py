@@ -30,7 +30,7 @@ class Rates:
     """A method's runs at one learning rate that count for choosing it.
 
     Attributes:
-        score: median final loss, diverged runs as inf.
+        score: median final loss, runs without one as inf.
     """
 
     lr: float
@@ -42,7 +42,7 @@ class Rates:
 
     @property
     def n_diverged(self) -> int:
-        return sum(record.status == "diverged" for record in self.records)
+        return sum(not record.sound for record in self.records)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Group:
 
     Attributes:
         rates: ascending; each with the same seeds.
-        best: the rate with the lowest score; None if every run diverged.
+        best: the rate with the lowest score; None if most runs of every rate diverged or failed.
         headline: runs at the best rate, by seed, that the comparison is made of.
         fresh: whether no rate was chosen by the headline's seeds.
         dropped: runs that are left out.
@@ -89,8 +89,8 @@ class Group:
 
     @property
     def sound(self) -> dict[int, Record]:
-        """Headline runs that did not diverge, by seed."""
-        return {seed: record for seed, record in self.headline.items() if record.status == "finished"}
+        """Headline runs that have a loss at their end, by seed."""
+        return {seed: record for seed, record in self.headline.items() if record.sound}
 
 
 def labelled(records: Sequence[Record]) -> dict[str, list[Record]]:

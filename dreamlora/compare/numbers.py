@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from dreamlora.compare.schema import (
     Spread,
     ToTarget,
 )
-from dreamlora.compare.verdict import delta_sentence
+from dreamlora.compare.verdict import ABOVE_BASE_TEXT, delta_sentence
 from dreamlora.metric_names import UPDATE_RMS, main_values
 from dreamlora.runfolder import read_jsonl
 
@@ -69,7 +70,7 @@ def number(value: float) -> Number:
     value = float(value)
     if math.isnan(value):
         return None
-    return "inf" if math.isinf(value) else value
+    return value if math.isfinite(value) else "inf" if value > 0 else "-inf"
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -98,10 +99,9 @@ def method(group: Group, against: Against) -> Method:
     is_baseline = group.label == against.baseline.label
     config = group.records[0].config
     args = [str(word) for word in config.get("optimizer_args") or ()]
-    sound = list(group.sound.values())
-    final = spread(against.judge.final(record) for record in sound)
+    sound, every = list(group.sound.values()), list(group.headline.values())
+    final = spread(against.judge.final(record) for record in every)
     base = float(np.median([against.judge.base(record) for record in sound])) if sound else math.nan
-    every = list(group.headline.values())
     return Method(
         label=group.label,
         optimizer=str(config.get("optimizer", "?")),
@@ -114,18 +114,18 @@ def method(group: Group, against: Against) -> Method:
         at_grid_edge=group.edge,
         suggested_lrs=group.suggested,
         n_runs=len(group.records),
-        n_diverged=sum(record.status == "diverged" for record in group.records),
+        n_diverged=sum(not record.sound for record in group.records),
         tuning_seeds=[record.seed for record in group.rates[0].records] if group.rates else [],
         headline_seeds=sorted(group.headline),
         headline_diverged=len(every) - len(sound),
         final=final,
-        vs_base_pct=number(100 * (float(final["median"]) / base - 1)) if isinstance(final["median"], float) else None,
+        vs_base_pct=None if final["median"] is None else number(100 * (float(final["median"]) / base - 1)),
         delta=None if is_baseline else delta(group, against.baseline, against.judge),
         steps_to_target=_to_target(group, against, lambda record: record.steps),
         seconds_to_target=_to_target(group, against, lambda record: record.seconds),
         seconds_per_step=spread(record.seconds_per_step for record in every),
         peak_memory_gib=spread(float(record.summary.get("peak_memory_gib") or math.nan) for record in every),
-        log_auc=spread(record.log_auc for record in sound),
+        log_auc=spread(record.log_auc for record in every),
         lr_basin=[basin(group.rates, against.best, tolerance) for tolerance in TOLERANCES],
         octiles=[] if is_baseline else octiles(group, against.baseline),
         images=image_metrics(sound),
@@ -136,37 +136,43 @@ def method(group: Group, against: Against) -> Method:
 
 def delta(group: Group, baseline: Group, judge: Judge) -> Delta:
     """The paired difference at the end, with its verdict."""
-    ours, theirs = group.sound, baseline.sound
-    seeds = sorted(ours.keys() & theirs.keys())
-    ends = ([judge.final(runs[seed]) for seed in seeds] for runs in (ours, theirs))
-    found = stats.paired_delta(*ends)
-    word, suffixes = stats.verdict(found.pct), list(_suffixes(group, baseline))
-    if theirs and not ours and group.records:
-        word = "worse"  # nothing to compare is a finding, if it is because every run diverged
+    seeds = sorted(group.headline.keys() & baseline.headline.keys())
+    ours, theirs = ([one.headline[seed] for seed in seeds] for one in (group, baseline))
+    found = stats.paired_delta([judge.final(record) for record in ours], [judge.final(record) for record in theirs])
+    broke = [
+        int(np.sign(judge.breakdown(mine) - judge.breakdown(other))) for mine, other in zip(ours, theirs, strict=True)
+    ]
+    word, suffixes = stats.paired_verdict(found, broke), list(_suffixes(group, baseline, judge))
+    if baseline.sound and not group.headline and group.records:
+        word = "worse"  # nothing to compare is a finding, if it is because no learning rate worked
     return Delta(
         pct=interval(found.pct),
-        images_se_pct=number(judge.images_se_pct(ours, theirs)),
+        ended=interval(found.ended),
+        images_se_pct=number(judge.images_se_pct(group.sound, baseline.sound)),
         wins=found.wins,
         pairs=[Pair(seed=seed, pct=number(pct)) for seed, pct in zip(seeds, found.each, strict=True)],
         word=word,
         suffixes=suffixes,
         verdict="; ".join([word, *suffixes]),
-        sentence=delta_sentence(group.label, baseline.label, found, word),
+        sentence=delta_sentence(group.label, baseline.label, found, broke.count(1) - found.lost, word),
     )
 
 
-def _suffixes(group: Group, baseline: Group) -> Iterable[str]:
+def _suffixes(group: Group, baseline: Group, judge: Judge) -> Iterable[str]:
     if not group.tuned or not baseline.tuned:
         yield NOT_TUNED_TEXT
     edges = [label for label, edge in ((group.label, group.edge), (baseline.label, baseline.edge)) if edge]
     if edges:
         yield f"{EDGE_TEXT} ({' and '.join(edges)})"
     for which in (group, baseline):
-        lost = len(which.headline) - len(which.sound)
-        if lost:
-            yield f"{lost} of {len(which.headline)} seeds of {which.label} diverged"
+        runs = which.headline.values()
+        endings = Counter(str(record.status) for record in runs if not record.sound)
+        endings[ABOVE_BASE_TEXT] = sum(judge.breakdown(record) == 1 for record in runs)
+        for ending, count in endings.items():
+            if count:
+                yield f"{count} of {len(runs)} seeds of {which.label} {ending}"
     if group.records and group.best is None:
-        yield f"{group.label} diverged at every learning rate"
+        yield f"{group.label} diverged or failed at every learning rate"
     if group.headline and baseline.headline and not group.headline.keys() & baseline.headline.keys():
         yield "no common seeds"
 
@@ -227,9 +233,8 @@ def same_rates(groups: Sequence[Group], baseline: Group) -> list[SameRate]:
 
 
 def _same_rate(label: str, ours: Rates, theirs: Rates) -> SameRate:
-    sound = {record.seed: record.final for record in theirs.records if record.status == "finished"}
-    pairs = [(record.final, sound[record.seed]) for record in ours.records if record.seed in sound]
-    pairs = [pair for pair in pairs if math.isfinite(pair[0])]
+    other = {record.seed: record.final for record in theirs.records}
+    pairs = [(record.final, other[record.seed]) for record in ours.records if record.seed in other]
     pct = stats.paired_delta([pair[0] for pair in pairs], [pair[1] for pair in pairs]).pct
     return SameRate(
         method=label,
@@ -241,11 +246,11 @@ def _same_rate(label: str, ours: Rates, theirs: Rates) -> SameRate:
 
 
 def _rate_point(rate: Rates, added: bool) -> RatePoint:
-    sound = [record for record in rate.records if record.status == "finished"]
+    sound = [record for record in rate.records if record.sound]
     return RatePoint(
         lr=rate.lr,
         score=number(rate.score),
-        final=spread(record.final for record in sound),
+        final=spread(record.final for record in rate.records),
         n_diverged=rate.n_diverged,
         n_runs=len(rate.records),
         added=added,
@@ -297,25 +302,25 @@ def _image_metric(name: str, at: str, values: Sequence[ImageValue]) -> ComparedI
 def samples(records: Sequence[Record], root: Path) -> Samples | None:
     """The images of the first run that drew some."""
     for record in records:
-        rows = list(read_jsonl(record.folder.samples_file))
+        rows = read_jsonl(record.folder.samples_file)
         if rows:
             return _samples(record, rows, root)
     return None
 
 
 def _samples(record: Record, rows: Sequence[Mapping[str, Any]], root: Path) -> Samples:
-    steps = sorted({int(row["step"]) for row in rows})
+    steps = sorted({row["step"] for row in rows})
     curve = dict(zip(record.steps, record.losses, strict=True))
     cells = []
     for row in rows:
         file = record.folder.samples / row["file"]
         cells.append(
             Cell(
-                step=int(row["step"]),
-                prompt_index=int(row["prompt_index"]),
-                image_index=int(row["image_index"]),
-                prompt=str(row["prompt"]),
-                seed=int(row["seed"]),
+                step=row["step"],
+                prompt_index=row["prompt_index"],
+                image_index=row["image_index"],
+                prompt=row["prompt"],
+                seed=row["seed"],
                 file=relative(file, root) if file.exists() else None,
             )
         )

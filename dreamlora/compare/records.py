@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from dreamlora.compare.schema import Status
@@ -20,7 +18,7 @@ from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, is_image_metric
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder, read_json
 
 OCTILES = 8
 
@@ -51,6 +49,7 @@ class Record:
         at_end: the larger set, with rows for the base model and the last step; None if it was not measured.
         images: image metrics by name.
         scalars: last value of every other metric.
+        damage: what could not be read, a sentence for each file.
     """
 
     id: str
@@ -71,6 +70,7 @@ class Record:
     at_end: ItemLosses | None = None
     images: Mapping[str, Sequence[ImageValue]] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
+    damage: Sequence[str] = ()
 
     @property
     def command(self) -> str | None:
@@ -89,20 +89,28 @@ class Record:
 
     @property
     def base(self) -> float:
-        """Loss of the base model."""
-        return self.losses[0]
+        """Loss of the base model; NaN for a run that ended before it was measured."""
+        return self.losses[0] if self.losses else math.nan
 
     @property
     def final(self) -> float:
-        """Loss at the end; inf if the run diverged."""
-        return math.inf if self.status == "diverged" else self.losses[-1]
+        """Loss at the end; inf if there is none, as the run diverged or failed: worse than any other."""
+        return self.losses[-1] if self.sound else math.inf
+
+    @property
+    def sound(self) -> bool:
+        """Whether it has a loss at its end."""
+        return self.status == "finished"
+
+    @property
+    def above_base(self) -> bool:
+        """Whether the training did harm: the loss at the end is above the base model's."""
+        return self.sound and self.final > self.base
 
     @cached_property
     def status(self) -> Status:
-        """How it ended. Divergence goes by value too: a loss that is not finite, or above the base model's."""
-        if self.ended == "finished" and not self.losses[-1] <= self.losses[0]:
-            return "diverged"
-        return self.ended
+        """How it ended. Divergence goes by value too: a last loss that is not finite."""
+        return "diverged" if self.ended == "finished" and not math.isfinite(self.losses[-1]) else self.ended
 
     @property
     def best(self) -> float:
@@ -116,8 +124,8 @@ class Record:
 
     @property
     def log_auc(self) -> float:
-        """See ``stats.log_auc``; NaN for a diverged run."""
-        return math.nan if self.status == "diverged" else log_auc(self.losses[1:], self.base)
+        """See ``stats.log_auc``; inf for a run without a loss at its end."""
+        return log_auc(self.losses[1:], self.base) if self.sound else math.inf
 
     @property
     def seconds_per_step(self) -> float:
@@ -125,8 +133,8 @@ class Record:
         return self.seconds[-1] / self.steps[-1] if self.steps and self.steps[-1] and self.seconds else math.nan
 
     def to_target(self, target: float, along: Sequence[float]) -> float:
-        """Where on ``along`` (its steps or seconds) the curve reaches ``target``; inf for a diverged run."""
-        if self.status == "diverged":
+        """Where on ``along`` (its steps or seconds) the curve reaches ``target``; inf for a run without an end."""
+        if not self.sound:
             return math.inf
         return steps_to_target(along, self.losses, target) if len(along) else math.nan
 
@@ -150,13 +158,8 @@ def read_record(path: Path, name: str) -> Record:
         UserError: there is no run, its config cannot be read, or it has not measured the base model.
     """
     folder = RunFolder(path)
-    if not folder.holds_run():
-        raise UserError(f"there is no run in {path}: config.yaml is missing")
-    try:
-        config = yaml.safe_load(folder.config_file.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read {folder.config_file}: {error}") from None
-    outcome, summary = read_json(folder.outcome_file), read_json(folder.summary_file)
+    config = folder.config()
+    outcome, summary = folder.outcome(), read_json(folder.summary_file)
     values, more = _metrics(folder)
     metric = next((candidate for candidate in EVAL_LOSSES if candidate in values), "")
     curve = values.get(metric, {})
@@ -171,7 +174,7 @@ def read_record(path: Path, name: str) -> Record:
     return Record(
         id=name,
         folder=folder,
-        config=config if isinstance(config, dict) else {},
+        config=config,
         summary=summary,
         method=outcome.get("method"),
         ended=ended,
@@ -187,16 +190,8 @@ def read_record(path: Path, name: str) -> Record:
         at_end=_at_end(folder, steps),
         images={name: _image_values(rows) for name, rows in more.items() if is_image_metric(name)},
         scalars={name: points[max(points)] for name, points in values.items() if points},
+        damage=tuple(folder.damage()),
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is missing or cut off."""
-    try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def data_name(config: Mapping[str, Any]) -> str:
@@ -235,9 +230,9 @@ def _metrics(folder: RunFolder) -> tuple[dict[str, dict[int, float]], dict[str, 
     """Values by name and step; rows of evaluations with all their fields."""
     values: dict[str, dict[int, float]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in read_jsonl(folder.metrics_file):
-        value = math.nan if row.get("value") is None else float(row["value"])
-        values.setdefault(row["name"], {})[int(row["step"])] = value
+    for row in folder.metrics():
+        value = math.nan if row["value"] is None else float(row["value"])
+        values.setdefault(row["name"], {})[row["step"]] = value
         if row["name"] in EVAL_LOSSES or is_image_metric(row["name"]):
             rows.setdefault(row["name"], []).append(row)
     return values, rows
@@ -254,9 +249,9 @@ def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, 
 
 def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
     return [
-        ImageValue(int(row["step"]), float(row["value"]), row.get("encoder_id"), row.get("n"), row.get("n_other"))
+        ImageValue(row["step"], float(row["value"]), row.get("encoder_id"), row.get("n"), row.get("n_other"))
         for row in rows
-        if row.get("value") is not None
+        if row["value"] is not None
     ]
 
 

@@ -1,26 +1,26 @@
-"""The fields of compare.json, schema version 1: what the statistics write and the report reads.
+"""The fields of compare.json, schema version 2: what the statistics write and the report reads.
 
-Numbers are JSON numbers; infinity is written as the text "inf" (a target that was never reached), and what could not be
-computed as null. Losses are those of ``metric``, on one frozen evaluation set. Percentages are signed changes against
-the baseline: negative is better, since a loss is compared. Folders and files are relative to the folder of compare.json
-where they lie in it.
+Numbers are JSON numbers; infinity is written as the text "inf" (a target that was never reached; the loss of a run that
+diverged or failed, which is worse than any other) or "-inf", and what could not be computed as null. Losses are those
+of ``metric``, on one frozen evaluation set. Percentages are signed changes against the baseline: negative is better,
+since a loss is compared. Folders and files are relative to the folder of compare.json where they lie in it.
 """
 
 from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-Number = float | Literal["inf"] | None
-"""A number, "inf", or null for "not computed"."""
+Number = float | Literal["inf", "-inf"] | None
+"""A number, infinity, or null for "not computed"."""
 Word = Literal["better", "worse", "equivalent", "inconclusive", "insufficient seeds"]
 Status = Literal["finished", "diverged", "failed", "unfinished", "planned"]
 Edge = Literal["low", "high"]
 
 
 class Spread(TypedDict):
-    """A number over seeds. ``n`` counts the values that went in; those of diverged runs do not, unless they are inf."""
+    """A number over seeds. ``n`` counts the values that went in, also those that are inf."""
 
     median: Number
     min: Number
@@ -38,7 +38,10 @@ class Interval(TypedDict):
 
 
 class Pair(TypedDict):
-    """One seed of a method against the same seed of the baseline."""
+    """One seed of a method against the same seed of the baseline.
+
+    ``pct`` is "inf" where only the baseline has a loss, "-inf" where only the method has one, null where neither has.
+    """
 
     seed: int
     pct: Number
@@ -50,16 +53,19 @@ class Delta(TypedDict):
     The mean is that of log ratios, told as a percentage, so that swapping the two methods swaps the sign and no more.
 
     Attributes:
+        pct: over all seeds in which one of the two has a loss; "inf" or "-inf" if the other has none in some of them.
+        ended: over the seeds in which both have a loss: flatters who failed in the others.
         images_se_pct: standard error over the images that were measured, which the interval over seeds cannot contain;
             null where the last point of the curve is compared, or there is one image.
-        wins: pairs in which the method has the lower loss, of ``pct["n"]``.
-        word: the verdict.
+        wins: pairs in which the method has the lower loss, or alone has one, of ``pct["n"]``.
+        word: the verdict; see ``stats.paired_verdict`` for how failures count.
         suffixes: what qualifies it, such as "LR grid edge", "not tuned", "2 of 5 seeds diverged".
         verdict: word and suffixes in one text.
         sentence: the whole finding, such as "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], 5 of 5 seeds".
     """
 
     pct: Interval
+    ended: Interval
     images_se_pct: Number
     wins: int
     pairs: list[Pair]
@@ -104,8 +110,9 @@ class RatePoint(TypedDict):
     """One learning rate of a method, over its tuning seeds.
 
     Attributes:
-        final: of the runs that did not diverge.
-        score: median with diverged runs as inf: what the best rate is chosen by.
+        final: "inf" for runs that diverged or failed.
+        score: its median: what the best rate is chosen by.
+        n_diverged: runs that diverged or failed.
         added: whether the rate was added because the best lay at an edge of the grid.
         dw_norm: Frobenius norm of all weight changes B·A·scale together, of the final LoRA.
         update_rms: root mean square of the optimizer's last update, where the runs logged it.
@@ -124,7 +131,7 @@ class RatePoint(TypedDict):
 
 
 class Band(TypedDict):
-    """The loss by step over the headline runs that did not diverge; the lists are of the same length."""
+    """The loss by step over the headline runs that neither diverged nor failed; the lists are of the same length."""
 
     steps: list[int]
     median: list[Number]
@@ -195,16 +202,16 @@ class Method(TypedDict):
         options: flags that this method has besides those that all share.
         tuned: whether more than one learning rate was tried.
         rates: ascending.
-        best_lr: the lowest ``score``; null if every run diverged.
+        best_lr: the lowest ``score``; null if that is infinite at every rate.
         at_grid_edge: the best rate is the lowest ("low") or the highest ("high") that was tried.
         suggested_lrs: rates to try next, if it is.
-        n_diverged: of all runs, tuning and headline.
+        n_diverged: of all runs, tuning and headline, those that diverged or failed.
         headline_seeds: seeds of the runs at ``best_lr`` that the comparison is made of.
-        headline_diverged: how many of those diverged; they are left out of the means.
-        final: loss at the end of the headline runs.
+        headline_diverged: how many of those diverged or failed.
+        final: loss at the end of the headline runs; "inf" for those.
         vs_base_pct: its median against the base model without LoRA.
         delta: null for the baseline.
-        log_auc: mean over evaluations of ln(loss / base loss): lower is earlier and deeper.
+        log_auc: mean over evaluations of ln(loss / base loss): lower is earlier and deeper; "inf" for those.
         peak_memory_gib: of the device, while training; null on CPUs.
     """
 
@@ -243,7 +250,7 @@ class RunRow(TypedDict):
 
     Attributes:
         id: its folder, relative to compare.json's where it lies in it.
-        status: "diverged" is a loss that is not finite or above the base model's.
+        status: "diverged" is a loss that is not finite. One above the base model's is a loss like others.
         message: why it failed; empty otherwise.
         seconds: of training at each of ``steps``, without evaluations and samples.
     """

@@ -18,6 +18,8 @@ MIN_SEEDS = 3
 """Below it there is no interval: with two seeds it would be wider than any difference."""
 
 _TINY = 1e-300
+_HUGE = 1e6
+"""Stands for an infinite log ratio."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,29 @@ class PairedDelta:
     """Relative differences in percent, paired by seed.
 
     Attributes:
-        pct: interval of the mean.
-        each: one per pair, in the order given.
+        pct: interval of the mean over all pairs in which one of the two has a loss. Where the other has none the
+            difference is infinite; then so is the mean, and there is no interval.
+        ended: the same over the pairs in which both have a loss.
+        each: one per pair, in the order given; NaN where neither has a loss.
         wins: pairs with a negative difference.
+        logs: log ratios that all of it is made of, in the same order.
     """
 
     pct: TInterval
+    ended: TInterval
     each: tuple[float, ...]
     wins: int
+    logs: tuple[float, ...]
+
+    @property
+    def lost(self) -> int:
+        """Pairs in which only the baseline has a loss."""
+        return self.logs.count(math.inf)
+
+    @property
+    def gained(self) -> int:
+        """Pairs in which only the baseline has none."""
+        return self.logs.count(-math.inf)
 
 
 @dataclass(frozen=True)
@@ -122,8 +139,9 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> TInte
     A percentile bootstrap over three to five seeds covers the truth in 73 to 83 % of cases only; this one in 95 %.
     """
     n = len(values)
-    mean = float(np.mean(values)) if n else math.nan
-    if n < MIN_SEEDS:
+    with np.errstate(invalid="ignore"):  # inf - inf
+        mean = float(np.mean(values)) if n else math.nan
+    if n < MIN_SEEDS or not math.isfinite(mean):
         return TInterval(mean, math.nan, math.nan, n)
     half = t_quantile((1 + confidence) / 2, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return TInterval(mean, mean - half, mean + half, n)
@@ -136,21 +154,69 @@ def paired_delta(losses: Sequence[float], baseline: Sequence[float]) -> PairedDe
     the sign and nothing else.
 
     Args:
-        losses: one per seed, positive and finite.
+        losses: one per seed, positive; inf for a run without one, which is worse than any other.
         baseline: of the same seeds in the same order.
     """
-    logs = np.log(np.asarray(losses, dtype=float)) - np.log(np.asarray(baseline, dtype=float))
+    with np.errstate(invalid="ignore"):  # inf - inf
+        logs = np.log(np.asarray(losses, dtype=float)) - np.log(np.asarray(baseline, dtype=float))
+    pct, ended = (_interval_pct(logs[kept]) for kept in (~np.isnan(logs), np.isfinite(logs)))
+    each = tuple(_percent(log_ratio) for log_ratio in logs.tolist())
+    return PairedDelta(pct, ended, each, int((logs < 0).sum()), tuple(logs.tolist()))
+
+
+def _interval_pct(logs: np.ndarray) -> TInterval:
     inner = t_interval(logs.tolist())
-    pct = TInterval(_percent(inner.mean), _percent(inner.low), _percent(inner.high), inner.n)
-    return PairedDelta(pct, tuple((100 * np.expm1(logs)).tolist()), int((logs < 0).sum()))
+    return TInterval(_percent(inner.mean), _percent(inner.low), _percent(inner.high), inner.n)
 
 
 def _percent(log_ratio: float) -> float:
-    return 100 * math.expm1(log_ratio)
+    return log_ratio if math.isinf(log_ratio) else 100 * math.expm1(log_ratio)
+
+
+def paired_verdict(found: PairedDelta, broke: Sequence[int]) -> Word:
+    """The word for a paired difference of losses, in which failing never pays.
+
+    Without failures it is ``verdict`` of the interval. A mean cannot take in a run without a loss, and one huge loss
+    widens the interval until it says nothing, which would make a bad method look better. So where one of the two broke
+    down alone it cannot be better or equivalent; it is worse if the interval would exclude 0 with *some* loss in place
+    of each that broke down, as long as that is none worse than the real one.
+
+    Args:
+        found: the pairs.
+        broke: for each pair, 1: the method broke down and the baseline did not (or not as far), -1: the reverse, 0.
+    """
+    known = [(log_ratio, sign) for log_ratio, sign in zip(found.logs, broke, strict=True) if not math.isnan(log_ratio)]
+    signs = {sign for _, sign in known}
+    if len(known) < MIN_SEEDS or signs <= {0}:
+        return verdict(found.pct)
+    if {1, -1} <= signs:
+        return "inconclusive"
+    if 1 in signs:
+        return "worse" if _clearly_above(known) else "inconclusive"
+    mirrored = [(-log_ratio, -sign) for log_ratio, sign in known]
+    return "better" if _clearly_above(mirrored) else "inconclusive"
+
+
+def _clearly_above(pairs: Sequence[tuple[float, int]]) -> bool:
+    """Whether an interval lies above 0, with values in place of those that broke down that suit this best.
+
+    t rises in one of the values x up to x = sum(d^2) / sum(d) over the others, and for ever where sum(d) is not
+    positive. So each takes that value, or its own if that is lower, and then counts among the others.
+    """
+    fixed = [log_ratio for log_ratio, sign in pairs if not sign]
+    free = sorted(log_ratio for log_ratio, sign in pairs if sign)
+    while free and free[0] < _most_telling(fixed):
+        fixed.append(free.pop(0))
+    return t_interval([*fixed, *(min(_most_telling(fixed), _HUGE) for _ in free)]).low > 0
+
+
+def _most_telling(others: Sequence[float]) -> float:
+    total = sum(others)
+    return sum(value * value for value in others) / total if total > 0 else math.inf
 
 
 def verdict(pct: TInterval) -> Word:
-    """The word for a paired difference of losses in percent (negative is better)."""
+    """The word for a paired difference of losses in percent (negative is better); NaN says nothing."""
     if pct.n < MIN_SEEDS:
         return "insufficient seeds"
     if pct.high < 0:
@@ -180,9 +246,11 @@ def steps_to_target(steps: Sequence[float], losses: Sequence[float], target: flo
 
 
 def log_auc(losses: Sequence[float], base: float) -> float:
-    """Mean of ln(loss / base) over the measurements after the first step; NaN if one is not finite or none is there."""
-    if not losses or not all(math.isfinite(loss) and loss > 0 for loss in losses):
+    """Mean of ln(loss / base) over the measurements after the first step; inf if one is not finite, NaN without any."""
+    if not losses:
         return math.nan
+    if not all(math.isfinite(loss) and loss > 0 for loss in losses):
+        return math.inf
     return float(np.mean(np.log(np.asarray(losses) / base)))
 
 

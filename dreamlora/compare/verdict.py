@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from dreamlora.compare.methods import Group
 from dreamlora.compare.schema import Comparison, Edge, Number, Spread, Task, Word
-from dreamlora.compare.stats import EQUIVALENT_PCT, MIN_SEEDS, PairedDelta
+from dreamlora.compare.stats import EQUIVALENT_PCT, MIN_SEEDS, PairedDelta, TInterval
 
 EDGES: Mapping[Edge, str] = {"low": "lowest", "high": "highest"}
+ABOVE_BASE_TEXT = "ended above the base model's loss"
 
 
 def table(comparison: Comparison) -> str:
@@ -39,20 +40,38 @@ def _short(value: Number, form: str) -> str:
     return "–" if value is None else value if isinstance(value, str) else format(value, form)
 
 
-def delta_sentence(label: str, baseline: str, found: PairedDelta, word: Word) -> str:
-    """One finding: "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], better in 5 of 5 seeds"."""
-    pct = found.pct
-    if not pct.n and word == "worse":
-        return f"{label}: every run diverged, unlike those of {baseline}: worse"
-    if not pct.n:
+def delta_sentence(label: str, baseline: str, found: PairedDelta, broke: int, word: Word) -> str:
+    """One finding: "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], better in 5 of 5 seeds".
+
+    Seeds in which one of the two has no loss come first: without them the difference would flatter who failed.
+
+    Args:
+        label, baseline: the two methods.
+        found: their seeds.
+        broke: seeds that ended above the base model's loss, unlike the baseline's.
+        word: the verdict.
+    """
+    n, ended = found.pct.n, found.ended
+    if not n and word == "worse":
+        return f"{label}: diverged or failed at every learning rate, unlike {baseline}: worse"
+    if not n:
         return f"{label}: no pair of finished runs with {baseline}"
-    size, below = abs(pct.mean), pct.mean < 0
-    text = f"{label}: {_percent(size)} {'lower' if below else 'higher'} loss than {baseline}"
-    if not math.isnan(pct.low):
-        ends = sorted((-pct.low, -pct.high) if below else (pct.low, pct.high))
-        text += f" [{_percent(ends[0], unit='')}, {_percent(ends[1])}]"
-    lower = f"lower in {found.wins} of {pct.n} seeds"
-    return f"{text}, {lower}: {word}"
+    parts = [f"diverged or failed in {found.lost} of {n} seeds, unlike {baseline}"] if found.lost else []
+    parts += [f"{baseline} diverged or failed in {found.gained} of {n} seeds, unlike {label}"] if found.gained else []
+    if ended.n:
+        parts.append(_difference(baseline, ended) + (f" in the other {ended.n}" if ended.n < n else ""))
+    parts.append(f"lower in {found.wins} of {n} seeds")
+    parts += [f"{broke} of {n} seeds {ABOVE_BASE_TEXT}"] if broke else []
+    return f"{label}: {', '.join(parts)}: {word}"
+
+
+def _difference(baseline: str, pct: TInterval) -> str:
+    below = pct.mean < 0
+    text = f"{_percent(abs(pct.mean))} {'lower' if below else 'higher'} loss than {baseline}"
+    if math.isnan(pct.low):
+        return text
+    ends = sorted((-pct.low, -pct.high) if below else (pct.low, pct.high))
+    return f"{text} [{_percent(ends[0], unit='')}, {_percent(ends[1])}]"
 
 
 def headline_sentence(sentences: Sequence[tuple[str, Word]], baseline: str, complete: bool) -> str:
@@ -72,7 +91,7 @@ def budget(groups: Sequence[Group], baseline: Group, metric: str, task: Task) ->
         lines.append(
             f"{group.label}: {len(group.records)} runs; {len(group.rates)} learning rates ({rates}) "
             f"× {seeds} tuning seed{'s' if seeds != 1 else ''}, {len(group.headline)} headline runs at "
-            + (f"{group.best.lr:g}." if group.best else "none (every rate diverged).")
+            + (f"{group.best.lr:g}." if group.best else "none (runs diverged or failed at every rate).")
         )
     fresh = all(group.fresh for group in groups)
     lines += [
@@ -85,6 +104,8 @@ def budget(groups: Sequence[Group], baseline: Group, metric: str, task: Task) ->
         f"Verdicts compare final {metric} with {baseline.label}, paired by seed (same LoRA start, images, noise and "
         f"times), with a 95 % Student-t interval over seeds: better or worse if it excludes 0, equivalent if it lies "
         f"within ±{EQUIVALENT_PCT:g} %, else inconclusive; below {MIN_SEEDS} seeds there is no verdict.",
+        f"A run that diverged or failed counts as worse than any other. A method that has one, or one that "
+        f"{ABOVE_BASE_TEXT}, in a seed where {baseline.label} has none, is called neither better nor equivalent.",
         f"The loss at the end is measured on {task['eval_items']} items of {task['eval_images']} images, the same for "
         "all seeds: the intervals do not contain what other images would change.",
         f"One subject ({task['data']}), one base model ({task['model']}): other subjects and models can give other "
@@ -119,16 +140,29 @@ def warnings(groups: Sequence[Group], held_out: bool, options: Mapping[str, Mapp
                 f"{group.label}: the best learning rate is the {EDGES[group.edge]} tried; "
                 f"a better one may lie beyond. Try --learning_rates {tries} as well."
             )
-        diverged = sum(record.status == "diverged" for record in group.records)
-        if diverged:
-            found.append(
-                f"{group.label}: {diverged} of {len(group.records)} runs diverged; they count as the worst when the "
-                "learning rate is chosen, and are left out of the means."
-            )
+        found += _about_endings(group)
     for name in next(iter(options.values()), {}):
         values = ", ".join(f"{label}: {own[name]}" for label, own in options.items())
         found.append(f"Besides the optimizer and its learning rate, the methods differ in {name} ({values}).")
     return found
+
+
+def _about_endings(group: Group) -> list[str]:
+    """Runs that ended badly, and unreadable lines."""
+    found, count = [], len(group.records)
+    lost = [record for record in group.records if not record.sound]
+    if lost:
+        found.append(f"{group.label}: {len(lost)} of {count} runs diverged or failed; they count as the worst.")
+    failed = [record for record in lost if record.status == "failed"]
+    if failed:
+        found.append(
+            f"{group.label}: {len(failed)} runs failed, which may not be the method's fault, and are tried again by "
+            f"the next call. The first, {failed[0].id}: {failed[0].message}"
+        )
+    above = sum(record.above_base for record in group.records)
+    if above:
+        found.append(f"{group.label}: {above} of {count} runs {ABOVE_BASE_TEXT}.")
+    return found + [f"{text}." for record in group.records for text in record.damage]
 
 
 def _percent(value: float, unit: str = " %") -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dreamlora.data.images import ImageRecord
-from dreamlora.errors import UserError
+from dreamlora.errors import DISK_FULL, UserError
 from dreamlora.runfolder import replacing
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ KEYS_KEPT = 4096
 """Images whose variants' keys stay in RAM; drawing random crops again takes a fraction of a millisecond."""
 _OBJECT_BYTES = 1500
 """What an entry takes besides its numbers: a dictionary, keys and two tensor objects."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (*DISK_FULL, errno.EFBIG)
 
 
 class DamagedEntry(Exception):

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, Model
-from dreamlora.errors import UserError
+from dreamlora.errors import DISK_FULL, UserError
 from dreamlora.interfaces import Components, Family, ModelSource
 from dreamlora.models.fingerprint import fingerprint
 
@@ -257,6 +257,8 @@ def _download(repository: str, name: str, revision: str | None, cache_dir: Path 
     try:
         return Path(hf_hub_download(repository, name, revision=revision, cache_dir=cache_dir))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
         raise UserError(_explain(error, repository, name, revision)) from error
 
 

@@ -14,7 +14,7 @@ from dreamlora.report.facts import hidden, told_command
 from dreamlora.report.words import number
 
 FILE = "compare.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MINUS = "\N{MINUS SIGN}"
 NONE = "–"
 """Stands where there is no number."""
@@ -129,12 +129,12 @@ def _own_cautions(method: dict[str, Any]) -> tuple[str, ...]:
     diverged, seeds = method["headline_diverged"], len(method["headline_seeds"])
     found = [] if method["tuned"] else ["not tuned"]
     found += ["LR grid edge"] if method["at_grid_edge"] else []
-    found += [f"{diverged} of {seeds} seeds diverged"] if diverged else []
+    found += [f"{diverged} of {seeds} seeds diverged or failed"] if diverged else []
     return (*found, *(["few seeds"] if seeds < _FEW_SEEDS else []))
 
 
 def value_of(number_: Any) -> float | None:
-    """A number of compare.json: "inf" is infinity, null and NaN are None."""
+    """A number of compare.json: "inf" and "-inf" are infinite, null and NaN are None."""
     if number_ is None or (isinstance(number_, float) and math.isnan(number_)):
         return None
     return float(number_)
@@ -157,7 +157,7 @@ def percent(value: Any) -> str:
     if found is None:
         return NONE
     if math.isinf(found):
-        return "∞"
+        return "∞" if found > 0 else f"{MINUS}∞"
     digits = 2 if abs(found) < 1 else 1 if abs(found) < 100 else 0
     return f"{found:+.{digits}f}\u202f%".replace("-", MINUS)
 

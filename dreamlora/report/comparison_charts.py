@@ -19,6 +19,10 @@ _MARKERS = "osD^vPX*"
 _LINES: tuple[Any, ...] = ("-", "-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 _EQUIVALENT = 1.0
 _BASIN = 0.05
+_HIGHEST = 1.25
+"""Losses above so many times the base model's are left out of the picture, which they would squeeze."""
+_FARTHEST = 100.0
+"""The same for differences, in percent."""
 _LEAST_SPAN = 0.02
 _TALL = (WIDTH, 3.0)
 Found = dict[str, Any]
@@ -36,11 +40,11 @@ def all_of(comparison: ComparisonFile) -> dict[str, Chart]:
 
 
 def deltas(comparison: ComparisonFile) -> Chart | None:
-    """Each method's difference from the baseline with its interval; grey is "within 1 %"."""
+    """Each method's difference from the baseline with its interval, over seeds that both ended; grey: within 1 %."""
     compared = [
         (number, method)
         for number, method in enumerate(comparison.methods)
-        if method["delta"] and value_of(method["delta"]["pct"]["mean"]) is not None
+        if method["delta"] and value_of(method["delta"]["ended"]["mean"]) is not None
     ]
     if not compared:
         return None
@@ -49,17 +53,27 @@ def deltas(comparison: ComparisonFile) -> Chart | None:
         axes.axvspan(-_EQUIVALENT, _EQUIVALENT, color=INK, alpha=0.08, linewidth=0)
         axes.axvline(0, color=INK, alpha=0.5, linewidth=1)
         for height, (number, method) in enumerate(compared):
-            axes.text(0, height - 0.27, method["label"], transform=axes.get_yaxis_transform(), va="center", color=INK)
-            _interval(axes, method["delta"]["pct"], (height, number))
+            axes.text(
+                0, height - 0.27, _with_failures(method), transform=axes.get_yaxis_transform(), va="center", color=INK
+            )
+            _interval(axes, method["delta"]["ended"], (height, number))
             for pair in method["delta"]["pairs"]:
-                if (found := value_of(pair["pct"])) is not None:
+                if (found := value_of(pair["pct"])) is not None and np.isfinite(found):
                     axes.plot([found], [height + 0.22], marker="|", markersize=6, color=colour(number), alpha=0.7)
+        low_end, high_end = axes.get_xlim()
+        axes.set_xlim(max(low_end, -_FARTHEST), min(high_end, _FARTHEST))
         axes.set_yticks([])
         axes.set_ylim(len(compared) - 0.4, -0.7)
         axes.set_xlabel(f"final loss against {comparison.baseline}, % (left is better)")
 
     label = "; ".join(method["delta"]["sentence"] for _, method in compared)
     return chart("delta", label, draw, (WIDTH, 0.75 + 0.6 * len(compared)))
+
+
+def _with_failures(method: Found) -> str:
+    """A method's name, with the seeds that the picture cannot show."""
+    both, seeds = method["delta"]["ended"]["n"], method["delta"]["pct"]["n"]
+    return method["label"] + (f" (without {seeds - both} of {seeds} seeds that failed)" if both < seeds else "")
 
 
 def _interval(axes: Axes, pct: Found, place: tuple[float, int]) -> None:
@@ -96,6 +110,7 @@ def _curves(comparison: ComparisonFile, name: str, begin: float) -> Chart | None
         base, target = value_of(comparison["base_loss"]), value_of(comparison["target"])
         if base is not None and not begin:
             level(axes, base, "base model")
+        _crop(axes, base)
         low_end, high_end = axes.get_ylim()
         if target is not None and begin and low_end < target < high_end:
             level(axes, target, "target", "above right")
@@ -147,11 +162,12 @@ def rates(comparison: ComparisonFile) -> Chart | None:
         if base is not None:
             level(axes, base, "base model", "above left")
         _bests(axes, comparison, points)
+        _crop(axes, base)
         bottom, top = axes.get_ylim()
         axes.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the crosses
-        _diverged(axes, comparison)
+        _broken(axes, comparison, top)
         axes.set_ylabel("final loss")
-        axes.set_xlabel("learning rate (grey: within 5 %; ×: diverged)")
+        axes.set_xlabel("learning rate (grey: within 5 %; ×: a run diverged, failed, or lies above)")
         legend(axes)
 
     told = ", ".join(
@@ -161,13 +177,19 @@ def rates(comparison: ComparisonFile) -> Chart | None:
 
 
 def _finite(method: Found) -> list[tuple[float, float, float, float]]:
-    """Learning rate, median, least and greatest final loss, of rates where a run did not diverge."""
+    """Learning rate, median, least and greatest final loss, of rates whose median is finite."""
     found = []
     for point in method["rates"]:
         median, low, high = (value_of(point["final"][key]) for key in ("median", "min", "max"))
-        if median is not None and low is not None and high is not None and np.isfinite(high):
-            found.append((float(point["lr"]), median, low, high))
+        if median is not None and low is not None and high is not None and np.isfinite(median):
+            found.append((float(point["lr"]), median, low, high if np.isfinite(high) else median))
     return found
+
+
+def _crop(axes: Axes, base: float | None) -> None:
+    """End the picture not far above the base model's loss."""
+    if base is not None and axes.get_ylim()[1] > base * _HIGHEST:
+        axes.set_ylim(top=base * _HIGHEST)
 
 
 def _bests(axes: Axes, comparison: ComparisonFile, points: Sequence[Sequence[tuple[float, ...]]]) -> None:
@@ -178,13 +200,13 @@ def _bests(axes: Axes, comparison: ComparisonFile, points: Sequence[Sequence[tup
                 axes.plot([lr], [median], marker="o", markersize=12, color="none", mec=colour(number), mew=1.8)
 
 
-def _diverged(axes: Axes, comparison: ComparisonFile) -> None:
-    """Crosses on top where runs diverged, a row for each method."""
+def _broken(axes: Axes, comparison: ComparisonFile, top: float) -> None:
+    """Crosses on top where runs have no loss, or one above the picture; a row for each method."""
     from matplotlib.transforms import blended_transform_factory
 
     place = blended_transform_factory(axes.transData, axes.transAxes)
     for number, method in enumerate(comparison.methods):
-        lrs = [point["lr"] for point in method["rates"] if point["n_diverged"]]
+        lrs = [point["lr"] for point in method["rates"] if (value_of(point["final"]["max"]) or 0) > top]
         height = 0.98 - 0.04 * number
         axes.plot(
             lrs, [height] * len(lrs), "x", color=colour(number), markersize=5, mew=1.6, transform=place, clip_on=False

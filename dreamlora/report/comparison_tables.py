@@ -78,7 +78,8 @@ def results(comparison: ComparisonFile) -> Table:
     return Table(
         "results",
         "Every method at its own best learning rate. A negative percentage is a lower loss, which is better. The "
-        "interval is over the seeds; “± images” is the standard error that the choice of the images adds.",
+        "interval is over the seeds; a run that diverged or failed has an infinite loss. “± images” is the standard "
+        "error that the choice of the images adds.",
         tuple(heads),
         tuple(_result(comparison, method) for method in comparison.methods),
     )
@@ -92,7 +93,9 @@ def _result(comparison: ComparisonFile, method: Found) -> tuple[TableCell, ...]:
     return (
         _name(comparison, method),
         TableCell(said.word, said.word, {"good": "good", "bad": "bad"}.get(said.tone, ""), said.cautions),
-        TableCell(interval(delta["pct"]), _key(delta["pct"]["mean"])) if delta else TableCell(NONE),
+        TableCell(interval(delta["pct"]), _key(delta["pct"]["mean"]), notes=_of_ended(delta))
+        if delta
+        else TableCell(NONE),
         TableCell(NONE) if delta is None else _entry(delta["images_se_pct"], size_in_percent),
         _wins(delta),
         TableCell(spread(method["final"]), _key(method["final"]["median"]), notes=_of_seeds(method)),
@@ -109,9 +112,15 @@ def _wins(delta: Found | None) -> TableCell:
     return TableCell(f"{delta['wins']} of {delta['pct']['n']}", delta["wins"])
 
 
+def _of_ended(delta: Found) -> tuple[str, ...]:
+    """The difference without the seeds in which one of the two has no loss, if there are such."""
+    both, seeds = delta["ended"]["n"], delta["pct"]["n"]
+    return (f"{interval(delta['ended'])} in the {both} of {seeds} seeds that both ended",) if 0 < both < seeds else ()
+
+
 def _of_seeds(method: Found) -> tuple[str, ...]:
     seeds, diverged = len(method["headline_seeds"]), method["headline_diverged"]
-    return (f"{seeds - diverged} of {seeds} seeds: the others diverged",) if diverged else ()
+    return (f"{diverged} of {seeds} seeds diverged or failed",) if diverged else ()
 
 
 def speed(comparison: ComparisonFile) -> Table:
@@ -173,7 +182,7 @@ def _basin(basin: Found | None) -> TableCell:
 def rates(comparison: ComparisonFile) -> Table:
     """Every learning rate that was tried."""
     same = {(row["method"], row["lr"]): row for row in comparison["same_lr"] or []}
-    heads = [Head("method", False), Head("learning rate"), Head("final loss [min, max]"), Head("diverged")]
+    heads = [Head("method", False), Head("learning rate"), Head("final loss [min, max]"), Head("diverged or failed")]
     heads += [Head(f"against {comparison.baseline} at this rate"), Head("‖ΔW‖"), Head("update RMS")]
     rows = [
         _rate(comparison, method, point, same.get((method["label"], point["lr"])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections import defaultdict
@@ -11,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dreamlora.compare.records import model_name
 from dreamlora.config import as_flat_dict
@@ -19,7 +17,7 @@ from dreamlora.config.programs import program_of
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
 from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder, read_json, read_jsonl
 
 _SECRETS = re.compile(r"(--?hub[_-]token[= ]+)('[^']*'|\S+)")
 _LINE = 90
@@ -92,13 +90,11 @@ class RunFacts:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        require_run(folder)
         self.folder = folder
         self.name = folder.path.resolve().name
-        self.config: dict[str, Any] = _mapping(folder.config_file.read_text(), folder.config_file)
-        summary = folder.summary_file.read_text() if folder.summary_file.exists() else ""
-        self.finished = bool(summary)
-        self.summary: dict[str, Any] = _mapping(summary, folder.summary_file)
+        self.config: dict[str, Any] = folder.config()
+        self.summary = read_json(folder.summary_file)
+        self.finished = folder.summary_file.exists()
         self.curves, self._not_finite = _curves(folder)
 
     def curve(self, name: str) -> Curve:
@@ -140,7 +136,7 @@ class RunFacts:
     @cached_property
     def image_metrics(self) -> list[ImageMetricCurve]:
         """The metrics of drawn images, in the order they were logged."""
-        rows = {row["name"]: row for row in self.folder.metrics() if row.get("encoder_id")}
+        rows = {row["name"]: row for row in self.folder.metrics() if row.get("encoder_id") and "n" in row}
         return [
             ImageMetricCurve(name, self.curve(name), row["n"], row.get("n_other"), row["encoder_id"])
             for name, row in rows.items()
@@ -177,6 +173,7 @@ class RunFacts:
             found.append("No images were held out, so overfitting cannot be seen: the loss is that of training images.")
         if evaluation is None:
             found.append("No evaluation was logged: there is no number that tells whether the training helped.")
+        found += [f"{text}." for text in self.folder.damage()]
         for name, count in self._not_finite.items():
             found.append(f"{count} values of {name} were not finite (NaN or infinite).")
         return found
@@ -207,9 +204,7 @@ class RunFacts:
     @property
     def prompts(self) -> list[str]:
         """The prompts that were drawn, in the order of the grid's columns."""
-        return list(
-            dict.fromkeys(str(row["prompt"]) for row in read_jsonl(self.folder.samples_file) if "prompt" in row)
-        )
+        return list(dict.fromkeys(row["prompt"] for row in read_jsonl(self.folder.samples_file)))
 
     @property
     def speed(self) -> float | None:
@@ -253,21 +248,13 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _mapping(text: str, file: Any) -> dict[str, Any]:
-    try:
-        content = json.loads(text) if str(file).endswith(".json") and text else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
 def _curves(folder: RunFolder) -> tuple[dict[str, Curve], dict[str, int]]:
     points: dict[str, dict[int, float]] = defaultdict(dict)
     not_finite: dict[str, int] = defaultdict(int)
     for row in folder.metrics():
-        if row.get("value") is None:
+        if row["value"] is None:
             not_finite[row["name"]] += 1
         else:
-            points[row["name"]][int(row["step"])] = float(row["value"])
+            points[row["name"]][row["step"]] = float(row["value"])
     curves = {name: Curve(tuple(sorted(p)), tuple(p[step] for step in sorted(p))) for name, p in points.items()}
     return curves, dict(not_finite)

@@ -118,16 +118,18 @@ def _peak_memory(device: torch.device) -> float | None:
 
 
 def _eval_rows(folder: RunFolder) -> dict[str, Any]:
+    """First, last and lowest value of the curve; None where the loss was not finite."""
     rows = [row for row in folder.metrics() if row["name"] in EVAL_LOSSES]
     if not rows:
         return {}
-    best = min(rows, key=lambda row: row["value"])
+    finite = [row for row in rows if row["value"] is not None]
+    best = min(finite, key=lambda row: row["value"], default={"value": None, "step": None})
     return {"base": rows[0]["value"], "final": rows[-1]["value"], "best": best["value"], "best_step": best["step"]}
 
 
-def _final_rows(folder: RunFolder) -> dict[str, dict[str, float]]:
+def _final_rows(folder: RunFolder) -> dict[str, dict[str, float | None]]:
     """What was measured on the larger set, by step: value by metric."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     for row in folder.metrics():
         if row["name"] in FINAL_METRICS:
             found.setdefault(str(row["step"]), {})[row["name"]] = row["value"]

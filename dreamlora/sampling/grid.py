@@ -169,7 +169,7 @@ def grid_of_run(folder: RunFolder) -> bool:
 
     Rows are steps, columns prompts (by images). A file that is missing or broken becomes a grey cell.
     """
-    drawn = list(read_jsonl(folder.samples_file))
+    drawn = read_jsonl(folder.samples_file)
     if not drawn:
         return False
     keys = sorted({(row["prompt_index"], row["image_index"]) for row in drawn})
@@ -195,6 +195,8 @@ def _step_label(step: int) -> str:
 
 
 def _settings(row: dict) -> str:
+    if not {"num_inference_steps", "guidance_scale", "scheduler"} <= row.keys():
+        return "a column has the same seed in every row."
     return (
         f"{row['num_inference_steps']} denoising steps, guidance {row['guidance_scale']:g}, {row['scheduler']}; "
         f"a column has the same seed in every row."

@@ -23,7 +23,8 @@ from dreamlora.runfolder import RunFolder
 from dreamlora.sweep import plan
 from dreamlora.sweep.config import PROGRAM, CompareConfig, parse
 from dreamlora.sweep.plan import Job, Sweep, SweepMethod
-from dreamlora.sweep.pool import Ended, Pool, seats
+from dreamlora.sweep.pool import Ended, Pool
+from dreamlora.sweep.seats import seats
 
 COMPARISON = Path("outputs") / "comparison"
 LOGS = "logs"
@@ -66,7 +67,7 @@ class Sweeper:
 
     Args:
         sweep: what is wanted.
-        config: how many workers, see ``pool.seats``.
+        config: how many workers, see ``seats.seats``.
         command: the command line, for the report.
     """
 
@@ -161,8 +162,8 @@ class Sweeper:
 
     def _state(self, entry: SweepMethod) -> Group | None:
         """What is known of a method by now."""
-        jobs = [job for job in self._jobs.values() if job.method == entry.label and job.done]
-        records = [self._record(job) for job in jobs]
+        jobs = [job for job in self._jobs.values() if job.method == entry.label and RunFolder(job.folder).holds_run()]
+        records = [record for job in jobs if (record := self._record(job)).ended != "unfinished"]
         return group(entry.label, records, self._sweep.headline_seeds) if records else None
 
     def _record(self, job: Job) -> Record:

@@ -14,12 +14,11 @@ from dreamlora import registry
 from dreamlora.cli.declared import Option, options_of
 from dreamlora.cli.parse import parse_run
 from dreamlora.compare.methods import OWN_OF_A_RUN
-from dreamlora.compare.records import read_json
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import FINAL_SIZES
-from dreamlora.runfolder import RunFolder, write_atomically
+from dreamlora.runfolder import RunFolder, read_json, write_atomically
 from dreamlora.sweep.config import DECIDED_HERE, PROGRAM, CompareConfig, flags_in
 
 RATIO = math.sqrt(10)
@@ -87,7 +86,7 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether it finished or diverged: what failed otherwise is tried again."""
-        return read_json(RunFolder(self.folder).outcome_file).get("status") in ("finished", "diverged")
+        return RunFolder(self.folder).outcome().get("status") in ("finished", "diverged")
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def check_settings(sweep: Sweep) -> None:
     """Refuse a folder whose runs were made with other training flags; write down those of a new one.
 
     Raises:
-        UserError: they differ; the message says in what.
+        UserError: they differ; the message says in what. Or the file that tells is damaged.
     """
     file = sweep.root / "settings.json"
     now = {name: value for name, value in sweep.settings.items() if name not in OWN_OF_A_RUN}

@@ -1,46 +1,41 @@
-"""Runs are spread over processes: one per GPU, or several on the CPU, or several that share a run. No torch here."""
+"""Runs are spread over processes, one run after the other in each seat. No torch here."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
-import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from dreamlora.errors import UserError
+from dreamlora.errors import DISK_FULL
 from dreamlora.runfolder import RunFolder
 from dreamlora.sweep.plan import Job
+from dreamlora.sweep.seats import Seat
 from dreamlora.sweep.worker import write_outcome
 
 WORKER = (sys.executable, "-m", "dreamlora.sweep.worker")
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+STATUSES = ("finished", "diverged", "failed")
+"""How a run can end."""
 _POLL_SECONDS = 0.2
+_PATIENCE_S = 10.0
+"""So long a process has to end."""
+_DEATHS = 3
+"""After so many runs in a row that ended with its processes, a worker leaves what is left to the others, if any: they
+may not be to blame, and would all be failed by it."""
 
-
-@dataclass(frozen=True)
-class Seat:
-    """A place for one run at a time.
-
-    Attributes:
-        environment: which GPUs, or how many threads.
-        runs_per_process: 0: any number; 1: every run gets fresh processes, so that no GPU memory is left behind.
-        processes: that share a run.
-    """
-
-    environment: Mapping[str, str] = field(default_factory=dict)
-    runs_per_process: int = 0
-    processes: int = 1
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,52 +43,13 @@ class Ended:
     """A run that is over.
 
     Attributes:
-        status: "finished", "diverged" or "failed".
+        status: one of ``STATUSES``.
     """
 
     job: Job
     status: str
     message: str
     seconds: float
-
-
-def seats(workers: int | None, embedded: bool, processes: int = 1) -> list[Seat]:
-    """Where runs can go: the GPUs, else the cores.
-
-    Args:
-        workers: how many are wanted; None: as many as there are GPUs for; without one, one per core for the embedded
-            model, else one. The cores are shared out as threads, unless OMP_NUM_THREADS says how many a process gets.
-        embedded: whether the embedded model is trained, of which several copies fit into any memory.
-        processes: that share a run.
-
-    Raises:
-        UserError: there are fewer GPUs than processes that share a run.
-    """
-    gpus = visible_gpus()
-    if gpus and processes > len(gpus):
-        raise UserError(f"--processes_per_run {processes}: each needs a GPU of its own, and there are {len(gpus)}")
-    if gpus:
-        groups = [gpus[start : start + processes] for start in range(0, len(gpus) - processes + 1, processes)]
-        chosen = [groups[k % len(groups)] for k in range(workers or len(groups))]
-        return [Seat({"CUDA_VISIBLE_DEVICES": ",".join(ids)}, 1, processes) for ids in chosen]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = workers or (max(1, cores // processes) if embedded else 1)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // (count * processes)))
-    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if processes == 1:
-        return [Seat(environment)] * count
-    return [Seat({**environment, "ACCELERATE_USE_CPU": "true"}, 1, processes)] * count
-
-
-def visible_gpus() -> list[str]:
-    """Their ids as CUDA_VISIBLE_DEVICES takes them; asked of the driver, as torch would take seconds to load."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return [one for one in told.split(",") if one.strip() not in ("", "-1")]
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not shutil.which("nvidia-smi"):
-        return []
-    asked = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return [str(k) for k, _ in enumerate(line for line in asked.stdout.splitlines() if line.startswith("GPU "))]
 
 
 class Pool:
@@ -109,88 +65,207 @@ class Pool:
         logs.mkdir(parents=True, exist_ok=True)
         self._workers = [_Worker(seat, logs / f"worker-{k}.log", command) for k, seat in enumerate(places)]
         self._closed = threading.Event()
-        self._warm = threading.Event()
+        self._head_start = _HeadStart()
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        self._warm.set()
+        self._head_start.over.set()
         for worker in self._workers:
             worker.stop()
 
     def run(self, jobs: Sequence[Job], on_end: Callable[[Ended], None]) -> None:
-        """Make all runs; ``on_end`` is called in this thread, after each.
+        """Make all runs; ``on_end`` is called in this thread, after each. Every run ends, whatever goes wrong with it.
 
-        The very first run gets a head start until it trains: it fills the caches that all runs share (encoded images,
-        class images). Two processes that encode the same images in other batches would round them differently, and
-        their runs could then not be compared.
+        The first run gets a head start, see ``_HeadStart``.
+
+        Raises:
+            OSError: the disk is full.
         """
-        waiting, ended = deque(jobs), queue.Queue[Ended]()
-        for number, worker in enumerate(self._workers[: len(jobs)]):
-            first = number == 0 and not self._warm.is_set()
-            threading.Thread(target=self._serve, args=(worker, waiting, ended, first), daemon=True).start()
+        workers = self._workers[: len(jobs)]
+        waiting, ended = _Waiting(jobs, len(workers)), queue.Queue[Ended | BaseException]()
+        for worker in workers:
+            threading.Thread(target=self._serve, args=(worker, waiting, ended), daemon=True).start()
         for _ in jobs:
-            on_end(_next(ended))
+            result = _next(ended)
+            if isinstance(result, BaseException):
+                raise result
+            on_end(result)
 
-    def _serve(self, worker: _Worker, waiting: deque[Job], ended: queue.Queue[Ended], first: bool) -> None:
-        worker.start()  # its imports overlap with the head start
-        if not first:
-            self._warm.wait()
-        while not self._closed.is_set():
-            try:
-                job = waiting.popleft()
-            except IndexError:
-                return
-            if first:
-                threading.Thread(target=self._watch, args=(job,), daemon=True).start()
-                first = False
-            result = worker.make(job)
-            self._warm.set()
+    def _serve(self, worker: _Worker, waiting: _Waiting, ended: queue.Queue[Ended | BaseException]) -> None:
+        """Make runs with one worker until none is left. What is raised goes to the thread that waits for the ends."""
+        try:
+            with contextlib.suppress(Exception):  # the first run tells, if it lasts
+                worker.start()  # its imports overlap with the head start
+            worker.deaths = 0
+            while self._serve_one(worker, waiting, ended):
+                pass
+        except BaseException as error:
+            ended.put(error)
+
+    def _serve_one(self, worker: _Worker, waiting: _Waiting, ended: queue.Queue[Ended | BaseException]) -> bool:
+        """Make a run; whether this worker goes on."""
+        with self._head_start.turn():
+            job = waiting.take()
+            if job is None or self._closed.is_set():
+                return False
+            self._head_start.begin(job)
+            result = self._result(worker, job)
             if self._closed.is_set():
-                return  # stopped by us: the run is neither finished nor failed
-            if result.status == "failed":  # a process that died could not write it down
-                write_outcome(RunFolder(job.folder), job.method, result.status, result.message)
-            ended.put(result)
+                return False  # stopped by us: the run is neither finished nor failed
+            if result is None and waiting.leave(job):
+                logger.warning("%s: the other workers make what is left", worker.trouble)
+                return False
+            result = result or Ended(job, "failed", worker.trouble, 0.0)
+            if result.status != "failed":
+                self._head_start.over.set()
+            ended.put(_recorded(result))
+        if worker.deaths >= _DEATHS and waiting.leave():
+            text = "%d runs in a row ended with their process, see %s: the other workers make what is left"
+            logger.warning(text, worker.deaths, worker.log)
+            return False
+        return True
 
-    def _watch(self, job: Job) -> None:
-        """Let the others begin once this run has measured the base model: all caches are filled then."""
-        before = time.time()
-        file = RunFolder(job.folder).metrics_file
-        while not self._warm.wait(_POLL_SECONDS):
-            if file.exists() and file.stat().st_mtime > before:
-                self._warm.set()
+    def _result(self, worker: _Worker, job: Job) -> Ended | None:
+        """How a run ended, also if that is by an error here; None: the worker could not be started."""
+        began = time.monotonic()
+        try:
+            return worker.make(job) if worker.ready() else None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
+            worker.stop()
+            message = f"{type(error).__name__}: {error}; see {worker.log}"
+            return Ended(job, "failed", message, time.monotonic() - began)
+
+
+class _Waiting:
+    """Runs that wait for a worker, and how many workers take them."""
+
+    def __init__(self, jobs: Sequence[Job], workers: int) -> None:
+        self._jobs = deque(jobs)
+        self._workers = workers
+        self._lock = threading.Lock()
+
+    def take(self) -> Job | None:
+        """The next run; None: none is left, and the caller is done."""
+        with self._lock:
+            if self._jobs:
+                return self._jobs.popleft()
+            self._workers -= 1
+            return None
+
+    def leave(self, job: Job | None = None) -> bool:
+        """Whether other workers make what is left, and a run that is given back. Then the caller is done."""
+        with self._lock:
+            if self._workers == 1:
+                return False
+            self._workers -= 1
+            if job is not None:
+                self._jobs.appendleft(job)
+            return True
+
+
+class _HeadStart:
+    """The first run goes ahead until it trains: it fills the caches that all share (encoded images, class images).
+
+    Two processes that encode the same images in other batches would round them differently, and their runs could then
+    not be compared. If the first run fails before, the next one goes ahead.
+
+    Attributes:
+        over: set when all may begin.
+    """
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self._ahead = threading.Lock()
+        self._file: Path | None = None
+        self._began = 0.0
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """For a run: wait until all may begin, or nobody is ahead; then it is."""
+        ahead = self._wait()
+        try:
+            yield
+        finally:
+            if ahead:
+                self._ahead.release()
+
+    def begin(self, job: Job) -> None:
+        """The run that is ahead: once it has measured the base model, all caches are filled."""
+        self._file, self._began = RunFolder(job.folder).metrics_file, time.time()
+
+    def _wait(self) -> bool:
+        """Whether the caller is ahead now."""
+        while not self.over.is_set():
+            if self._ahead.acquire(blocking=False):
+                return True
+            if _modified(self._file) > self._began:
+                self.over.set()
+            self.over.wait(_POLL_SECONDS)
+        return False
 
 
 class _Worker:
-    """The processes of one seat; those that die, or have made their runs, are replaced."""
+    """The processes of one seat; those that die, or have made their runs, are replaced.
+
+    Attributes:
+        log: what the processes say.
+        trouble: why they could not be started.
+        deaths: runs in a row that ended without an answer.
+    """
 
     def __init__(self, seat: Seat, log: Path, command: Sequence[str]) -> None:
+        self.log = log
+        self.trouble = ""
+        self.deaths = 0
         self._seat = seat
-        self._log = log
         self._command = command
         self._processes: list[subprocess.Popen[str]] = []
         self._made = 0
 
-    def start(self) -> list[subprocess.Popen[str]]:
-        """The processes, the first one first; started if there are none."""
-        if not self._processes or self._processes[0].poll() is not None:
+    def ready(self) -> bool:
+        """Whether the processes run; started if there are none.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        try:
+            self.start()
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            self.trouble = f"a process could not be started: {error}"
+            return False
+        return True
+
+    def start(self) -> None:
+        """Start the processes if there are none."""
+        if self._processes and self._processes[0].poll() is None:
+            return
+        self.stop()
+        port = _free_port()
+        try:
+            for rank in range(self._seat.processes):
+                self._processes.append(self._start(rank, port))
+        except BaseException:
             self.stop()
-            port = _free_port()
-            self._processes = [self._start(rank, port) for rank in range(self._seat.processes)]
-            if self._seat.processes > 1:
-                for process in self._processes:
-                    threading.Thread(target=_end_together, args=(process, self._processes), daemon=True).start()
-            self._made = 0
-        return self._processes
+            raise
+        if self._seat.processes > 1:
+            together = tuple(self._processes)
+            for process in together:
+                threading.Thread(target=_end_together, args=(process, together), daemon=True).start()
+        self._made = 0
 
     def _start(self, rank: int, port: int) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
         if self._seat.processes > 1:  # what accelerate launch would set
             places = (rank, rank, self._seat.processes, "127.0.0.1", port)
             environment |= dict(zip(_LAUNCHER, map(str, places), strict=True))
-        with self._log.open("a") as log:
+        with self.log.open("a") as log:
             return subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -202,25 +277,31 @@ class _Worker:
             )
 
     def make(self, job: Job) -> Ended:
-        """Make a run and wait for its end; a process that dies meanwhile has failed at it."""
+        """Make a run with the processes that were started, and wait for its end; one that dies has failed at it."""
         began = time.monotonic()
-        processes = self.start()
         order = {"program": job.program, "argv": list(job.argv), "folder": str(job.folder), "method": job.method}
         answer = ""
         with contextlib.suppress(BrokenPipeError):
-            for process in processes:
+            for process in self._processes:
                 _pipe(process.stdin).write(json.dumps(order) + "\n")
                 _pipe(process.stdin).flush()
-            answer = _pipe(processes[0].stdout).readline()
-        if answer:
-            outcome = json.loads(answer)
-        else:
-            told = f"its process ended with status {processes[0].wait()}; see {self._log}"
-            outcome = {"status": "failed", "message": told}
+            answer = _pipe(self._processes[0].stdout).readline()
+        outcome = _outcome(answer)
+        self.deaths = 0 if outcome else self.deaths + 1
+        status, message = outcome or ("failed", f"{self._death(answer)}; see {self.log}")
         self._made += 1
-        if self._made == self._seat.runs_per_process:
+        if self._made == self._seat.runs_per_process or not outcome:
             self.stop()
-        return Ended(job, outcome["status"], outcome["message"], time.monotonic() - began)
+        return Ended(job, status, message, time.monotonic() - began)
+
+    def _death(self, answer: str) -> str:
+        """What became of processes that gave no answer."""
+        if answer.endswith("\n"):
+            return f"its process answered {answer[:80].strip()!r} instead of how it ended"
+        try:
+            return f"its process ended with status {self._processes[0].wait(_PATIENCE_S)}"
+        except subprocess.TimeoutExpired:
+            return "its process does not answer any more"
 
     def stop(self) -> None:
         """End the processes."""
@@ -228,10 +309,46 @@ class _Worker:
             process.terminate()
         for process in self._processes:
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=_PATIENCE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         self._processes = []
+
+
+def _outcome(answer: str) -> tuple[str, str] | None:
+    """Status and message of a worker's answer; None if it is none."""
+    try:
+        found = json.loads(answer)
+        status, message = found["status"], found["message"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return (status, message) if status in STATUSES and isinstance(message, str) else None
+
+
+def _recorded(result: Ended) -> Ended:
+    """The same, after a failure is written down, which a process that died could not do.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if result.status != "failed":
+        return result
+    try:
+        write_outcome(RunFolder(result.job.folder), result.job.method, result.status, result.message)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        return replace(result, message=f"{result.message}. That could not be written down: {error}")
+    return result
+
+
+def _modified(file: Path | None) -> float:
+    """When a file was last written; 0 if that cannot be said."""
+    try:
+        return file.stat().st_mtime if file else 0.0
+    except OSError:
+        return 0.0
 
 
 def _end_together(process: subprocess.Popen[str], together: Sequence[subprocess.Popen[str]]) -> None:
@@ -253,7 +370,7 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
     return stream
 
 
-def _next(ended: queue.Queue[Ended]) -> Ended:
+def _next(ended: queue.Queue[Ended | BaseException]) -> Ended | BaseException:
     """Wait in short pieces: a wait without end would not notice Ctrl-C on every system."""
     while True:
         try:

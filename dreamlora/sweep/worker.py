@@ -108,8 +108,12 @@ def _train(program: str, flags: list[str]) -> None:
 
 
 def _listen(source: IO[str], jobs: queue.Queue[dict[str, Any]]) -> None:
-    for line in source:
-        jobs.put(json.loads(line))
+    try:
+        for line in source:
+            jobs.put(json.loads(line))
+    except ValueError:  # half a line: whoever wrote it has gone, or waits for an answer that nobody would give
+        logger.error("%s", traceback.format_exc())
+        os._exit(1)
     os._exit(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -20,6 +21,8 @@ STATE_FILE = "training_state.pt"
 SETTINGS_FILE = "settings.json"
 TRAINABLES_FILE = "trainables.safetensors"
 """LoRA parameters by their names in the model, beside a LoRA file with diffusers' names."""
+_DAMAGED = (errno.ENOENT, errno.EINVAL, None)
+"""What reading a checkpoint says that lacks a file, or whose content cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def open_checkpoint(folder: RunFolder, which: str, settings: dict[str, Any]) -> 
         settings: of the run that wants to go on.
 
     Raises:
-        UserError: there is none; it is damaged; or it belongs to other settings (the message names the difference).
+        UserError: there is none; it is damaged or cannot be read; or it belongs to other settings (the message names
+            the difference).
     """
     path = _find(folder, which)
     other = RunFolder(path.parent.parent)
@@ -97,10 +101,16 @@ def open_checkpoint(folder: RunFolder, which: str, settings: dict[str, Any]) -> 
         saved = json.loads((path / SETTINGS_FILE).read_text())
         _check_settings(saved, settings, path)
         return Checkpoint(torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(
-            f"{path} is no checkpoint that can be read ({error}): remove it and resume from an earlier one"
-        ) from error
+    except OSError as error:
+        if error.errno not in _DAMAGED:  # it may be whole: nobody should be told to remove it
+            raise UserError(f"cannot read {path}: {error}. Mend that, and resume again") from error
+        raise _unreadable(path, error) from error
+    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is no checkpoint that can be read ({error}): remove it and resume from an earlier one")
 
 
 def _find(folder: RunFolder, which: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,12 @@ from dreamlora.callbacks import image_metrics
 from dreamlora.callbacks.image_metrics import CLIP_CHANGE, ImageMetricsCallback, Scenes
 from dreamlora.evaluation.measure import Measurement, Value
 from dreamlora.metrics import clip_score, dino
-from dreamlora.runfolder import RunFolder
+from dreamlora.runfolder import RunFolder, append_jsonl
 from dreamlora.sampling.sampler import SamplePlan
 
 PLAN = SamplePlan(("a sks dog", "a dog"), 2, 3.0)
+ROW = {"prompt_index": 0, "image_index": 0, "prompt": "a dog", "seed": 42, "file": "p00.png"}
+"""What a row of samples.jsonl has besides its step."""
 
 
 def knowing(folder: RunFolder, rows: dict[int, dict[str, float]], se: float = 0.01) -> ImageMetricsCallback:
@@ -50,6 +52,13 @@ def test_the_last_measurement_counts(tmp_path: Path) -> None:
     )
 
 
+def test_a_change_that_is_not_finite_says_nothing(tmp_path: Path) -> None:
+    """A resumed run reads it as None."""
+    rows = {50: {CLIP_CHANGE: -0.5}, 100: {CLIP_CHANGE: math.nan, dino.NAME: math.inf}}
+    assert list(knowing(RunFolder(tmp_path), rows, se=math.nan).vetoes([100])) == []
+    assert list(knowing(RunFolder(tmp_path / "other"), rows).vetoes([100])) == [100]
+
+
 def test_the_compromise_is_the_highest_product_of_trained_steps(tmp_path: Path) -> None:
     rows = {
         0: {dino.NAME: 0.9, clip_score.NAME: 0.9},
@@ -70,7 +79,7 @@ def test_images_that_are_not_finite_are_not_measured(tmp_path: Path) -> None:
         {"step": 6},
         {"step": 7},
     ]
-    (tmp_path / "samples.jsonl").write_text("".join(f"{row}\n".replace("'", '"') for row in rows))
+    append_jsonl(tmp_path / "samples.jsonl", [{**ROW, **row} for row in rows])
     assert scenes.problem(5) == "1 of 2 images are not finite"
     assert scenes.problem(6) is None
     assert scenes.problem(7) == "images are missing"
@@ -80,7 +89,7 @@ def test_a_broken_base_image_is_no_base(tmp_path: Path, monkeypatch: pytest.Monk
     """Step 1 is measured, but nothing is compared with the images of step 0, and the person is told."""
     PartialState(cpu=True)
     rows: list[dict[str, Any]] = [{"step": 0, "problem": "black"}, {"step": 0}, {"step": 1}, {"step": 1}]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    append_jsonl(tmp_path / "samples.jsonl", [{**ROW, **row} for row in rows])
     for step in (0, 1):
         folder = tmp_path / f"step_{step:06d}"
         folder.mkdir()

@@ -21,7 +21,9 @@ from PIL import Image, ImageDraw
 
 from dreamlora import compare
 from dreamlora.config import RunConfig, as_flat_dict
-from dreamlora.runfolder import RunFolder
+from dreamlora.eval_loss.items import ItemLosses
+from dreamlora.runfolder import RunFolder, append_jsonl
+from dreamlora.sweep.worker import write_outcome
 
 EXAMPLE = Path(__file__).parents[1] / "report" / "compare_example.json"
 STEPS = (0, 25, 50, 75, 100, 125, 150)
@@ -37,7 +39,7 @@ class Curve:
         best_lr: where the final loss is lowest.
         best: the final loss there.
         bend: ln(loss) rises by ``bend * ln(lr / best_lr)^2``.
-        diverges_at: this rate and higher ones diverge.
+        diverges_at: runs at this rate and higher ones end early, as a loss was not finite.
     """
 
     best_lr: float = 2e-3
@@ -83,21 +85,44 @@ def make_run(
     diverged = lr >= curve.diverges_at
     losses = [BASE + (final - BASE) * (1 - math.exp(-5 * step / steps[-1])) / (1 - math.exp(-5)) for step in steps]
     if diverged:
-        losses = [*losses[:2], *(BASE * 1.7 for _ in losses[2:])]
+        steps, losses = steps[:2], losses[:2]
     _write_metrics(folder, steps, losses, evalset, pictures)
     _write_items(folder.eval_items_file, steps, losses, evalset)
-    if final_set:
+    if final_set and not diverged:
         _write_items(
             folder.final_items_file, steps[:: len(steps) - 1], losses[:: len(losses) - 1], final_set, images=16
         )
     if pictures and not diverged:
         _draw(folder, steps, optimizer)
-    if ended:
+    if diverged and ended:
+        write_outcome(folder, method, "diverged", "the loss is not finite")
+    elif ended:
         command = f"dreamlora dreambooth --optimizer {optimizer} --learning_rate {lr:g} --seed {seed}"
         summary = {"command": command, "device": "x86_64 CPU, 2 threads", "git_commit": "0123456789ab"}
         folder.summary_file.write_text(json.dumps({**summary, "versions": {"torch": "2.13.0"}}))
-        folder.outcome_file.write_text(json.dumps({"status": "finished", "method": method}))
+        write_outcome(folder, method, "finished", "")
     return folder
+
+
+def spoil(folder: RunFolder, how: float | str) -> None:
+    """Make a finished run end worse: with ``how`` as its last loss, or "diverged" or "failed"."""
+    if isinstance(how, str):
+        outcome = folder.outcome()
+        write_outcome(folder, outcome["method"], how, "it was spoilt")
+        return
+    rows = folder.metrics()
+    last = max(row["step"] for row in rows)
+    for row in rows:
+        if row["step"] == last and row["name"] == "eval/loss":
+            row["value"] = how if math.isfinite(how) else None
+    folder.metrics_file.write_text("")
+    append_jsonl(folder.metrics_file, rows)
+    for file in (folder.eval_items_file, folder.final_items_file):
+        if file.exists():
+            losses = ItemLosses.load(file)
+            with np.errstate(invalid="ignore", over="ignore"):
+                losses.put(last, (losses.rows[last] * (how / losses.mean(last))).tolist())
+            losses.save(file)
 
 
 def _write_metrics(

@@ -147,7 +147,7 @@ def test_a_target_that_is_never_reached_is_infinitely_far() -> None:
 
 def test_log_auc() -> None:
     assert stats.log_auc([0.5, 0.25], 1.0) == pytest.approx(1.5 * math.log(0.5))
-    assert math.isnan(stats.log_auc([0.5, math.nan], 1.0))
+    assert stats.log_auc([0.5, math.nan], 1.0) == math.inf
     assert math.isnan(stats.log_auc([], 1.0))
 
 

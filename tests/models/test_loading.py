@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -227,6 +228,15 @@ def test_hub_errors(monkeypatch, error, words):
     monkeypatch.setattr(loading, "hf_hub_download", fail)
     with pytest.raises(UserError, match=words):
         source("owner/name", revision="v9")
+
+
+def test_a_full_disk_is_not_told_as_a_missing_model(monkeypatch):
+    def fail(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loading, "hf_hub_download", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        source("owner/name")
 
 
 def test_offline(tmp_path):

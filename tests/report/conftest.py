@@ -110,7 +110,11 @@ def draw_pictures(folder: RunFolder) -> None:
     for number, frame in enumerate(frames[:5]):
         frame.crop((0, 0, side, side)).save(folder.reference_dir / f"{number}.png")
     folder.samples.mkdir(exist_ok=True)
-    rows_of_samples = [{"step": step, "prompt": prompt, "seed": 42} for step in (0, 300) for prompt in PROMPTS]
+    rows_of_samples = [
+        {"step": step, "prompt_index": k, "image_index": 0, "prompt": prompt, "seed": 42, "file": f"{step}-{k}.png"}
+        for step in (0, 300)
+        for k, prompt in enumerate(PROMPTS)
+    ]
     folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows_of_samples))
 
 

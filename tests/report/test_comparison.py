@@ -80,8 +80,32 @@ def test_the_verdict_comes_first_and_warnings_stand_by_their_numbers(make_compar
 def test_a_method_that_was_not_tuned_or_diverged_says_so(make_comparison: Callable[..., Path]) -> None:
     changes = {"tuned": False, "headline_seeds": [3, 4], "headline_diverged": 1}
     rows = texts(comparison_tables.results(ComparisonFile(make_comparison(methods=method("adamw", **changes)))))
-    assert rows["adamw"][0] == "baseline not tuned 1 of 2 seeds diverged few seeds"
-    assert "1 of 2 seeds: the others diverged" in rows["adamw"][4]
+    assert rows["adamw"][0] == "baseline not tuned 1 of 2 seeds diverged or failed few seeds"
+    assert "1 of 2 seeds diverged or failed" in rows["adamw"][4]
+
+
+def test_both_figures_of_a_method_that_failed_in_a_seed_stand_side_by_side(
+    make_comparison: Callable[..., Path],
+) -> None:
+    methods = method("sgd")
+    methods[2]["delta"]["pct"] = {"mean": "inf", "low": None, "high": None, "n": 5}
+    methods[2]["delta"]["ended"] = {"mean": -2.0, "low": -3.0, "high": -1.0, "n": 4}
+    methods[2]["delta"]["pairs"][0]["pct"] = "inf"
+    comparison = ComparisonFile(make_comparison(methods=methods))
+    rows = texts(comparison_tables.results(comparison))
+    assert rows["sgd"][1] == "∞ −2.0\u202f% [−3.0, −1.0] in the 4 of 5 seeds that both ended"
+    assert comparison.findings[-1].startswith("sgd")
+    chart = comparison_charts.deltas(comparison)
+    assert chart is not None and "sgd (without 1 of 5 seeds that failed)" in chart.inline
+
+
+def test_losses_far_above_the_base_models_do_not_squeeze_the_picture() -> None:
+    def draw(axes: Any) -> None:
+        axes.plot([0, 1], [0.4, 1e6])
+        comparison_charts._crop(axes, 0.5)
+        assert axes.get_ylim()[1] == pytest.approx(0.625)
+
+    svg.chart("x", "x", draw)
 
 
 def test_below_three_seeds_there_is_no_interval(make_comparison: Callable[..., Path]) -> None:
@@ -105,9 +129,9 @@ def test_tables_tell_speed_basins_and_what_diverged(make_comparison: Callable[..
     assert list(tables) == ["results", "speed", "basins", "rates", "octiles", "images", "runs"]
     assert texts(tables["speed"])["sgd"][:3] == ["never", "0 of 5", "–"]
     assert texts(tables["speed"])["scaled_adamw:variant=split"][2] == "1.83\u202f×"
-    assert texts(tables["basins"])["sgd"] == ["none", "none", "none", "≥ 1.00 (2 … 20)"]
+    assert texts(tables["basins"])["sgd"] == ["none", "none", "none", "≥ 1.23 (1.17 … 20)"]
     rates = [[" ".join((entry.text, *entry.notes)) for entry in row] for row in tables["rates"].rows]
-    assert ["sgd", "0.2", "–", "3 of 3"] in [row[:4] for row in rates]
+    assert ["adamw", "0.02", "∞", "3 of 3"] in [row[:4] for row in rates]
     assert ["adamw", "0.002 best"] in [row[:2] for row in rates]
     assert len(tables["runs"].rows) == 60
     assert "memory" not in [head.text for head in tables["speed"].heads]  # the runs were on a CPU
@@ -251,9 +275,9 @@ def test_a_comparison_that_goes_on_says_how_far_it_is(make_comparison: Callable[
     [
         (None, r"there is no comparison in .*: compare\.json is missing"),
         ("{", r"cannot read .*compare\.json"),
-        ("[]", "has schema_version None; this dreamlora reads 1"),
-        ('{"schema_version": 2}', "has schema_version 2; this dreamlora reads 1"),
-        ('{"schema_version": 1, "name": "x"}', "lacks sentence, methods, runs, baseline, task, warnings"),
+        ("[]", "has schema_version None; this dreamlora reads 2"),
+        ('{"schema_version": 1}', "has schema_version 1; this dreamlora reads 2"),
+        ('{"schema_version": 2, "name": "x"}', "lacks sentence, methods, runs, baseline, task, warnings"),
     ],
 )
 def test_what_is_no_comparison_is_refused(text: str | None, problem: str, tmp_path: Path) -> None:

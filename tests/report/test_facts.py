@@ -47,6 +47,23 @@ def test_values_that_are_not_finite_are_counted(make_run: Callable[..., RunFolde
     assert "1 values of train/loss were not finite (NaN or infinite)." in RunFacts(folder).warnings
 
 
+def test_lines_that_cannot_be_read_are_told_and_hide_nothing(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run()
+    first, *others = folder.metrics_file.read_text().splitlines(keepends=True)
+    folder.metrics_file.write_text("".join([first, "\0\0\0\n", *others]))
+    facts = RunFacts(folder)
+    assert facts.steps == 300
+    assert f"{folder.metrics_file}: line 2 cannot be read and is left out." in facts.warnings
+
+
+@pytest.mark.parametrize("content", [b"rank: [", b"rank", b"rank: \xff"])
+def test_a_broken_config_is_named(content: bytes, make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run()
+    folder.config_file.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*config\.yaml"):
+        RunFacts(folder)
+
+
 def test_the_change_of_every_image_is_the_mean_over_its_items(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
     assert RunFacts(folder).fall_by_image == pytest.approx([0.1] * 5)

@@ -146,8 +146,9 @@ def test_what_was_compared_before_the_stop_is_there(compare: Any, fake: type[Fak
 def test_failed_runs_are_told_and_tried_again(compare: Any, fake: type[FakePool]) -> None:
     fake.broken = ("scaled_adamw",)
     _, found = compare("--quick")
-    assert [method["label"] for method in found["methods"]] == ["adamw"]
-    assert found["dropped"][0]["reason"] == "it failed: it broke"
+    assert not found["complete"] and {run["status"] for run in found["runs"]} == {"finished", "failed"}
+    assert found["methods"][1]["delta"]["word"] == "worse" and found["methods"][1]["n_diverged"] == 3
+    assert any("3 runs failed" in text and "it broke" in text for text in found["warnings"])
     fake.broken = ()
     made, found = compare("--quick")
     assert {job.method for job in made} == {"scaled_adamw"} and len(found["methods"]) == 2

@@ -167,3 +167,11 @@ def test_a_folder_of_other_flags_is_refused(tmp_path: Path) -> None:
     plan.check_settings(sweep("--optimizers", "adamw", "sgd", "--rank", "4", "--sample_steps", "7", *out))
     with pytest.raises(UserError, match=r"made with other flags \(rank: 4 then, 2 now\)"):
         plan.check_settings(sweep("--optimizers", "adamw", "--rank", "2", *out))
+
+
+def test_damaged_settings_are_told_instead_of_passed_over(tmp_path: Path) -> None:
+    out = ["--output_dir", str(tmp_path)]
+    plan.check_settings(sweep("--optimizers", "adamw", "--rank", "4", *out))
+    (tmp_path / "settings.json").write_text('{"rank": 4')
+    with pytest.raises(UserError, match=r"cannot read .*settings\.json"):
+        plan.check_settings(sweep("--optimizers", "adamw", "--rank", "2", *out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,13 +10,15 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dreamlora.errors import UserError
+from dreamlora.cli import parse
 from dreamlora.sweep import pool
 from dreamlora.sweep.plan import Job
-from dreamlora.sweep.pool import Ended, Pool, Seat
+from dreamlora.sweep.pool import Ended, Pool
+from dreamlora.sweep.seats import Seat
 
 FAKE = """
     import json, os, sys, time
@@ -32,8 +35,17 @@ FAKE = """
             time.sleep(0.01)
         if "die second" in job["argv"] and rank == "0":
             time.sleep(60)
-        if "die" in job["argv"] or "die second" in job["argv"]:
+        if "die" in job["argv"] or "die second" in job["argv"] or os.environ.get("BROKEN"):
             os._exit(9)
+        if "leave" in job["argv"]:
+            os.close(0), os.close(1), time.sleep(60)
+        answer = next((word[7:] for word in job["argv"] if word.startswith("answer ")), "")
+        if answer:
+            sys.stdout.buffer.write(answer.encode("latin-1").replace(b"|", b"\\n"))
+            sys.stdout.flush()
+            if not answer.endswith("|"):
+                os._exit(9)
+            continue
         if "hang" in job["argv"]:
             time.sleep(60)
         if "slow" in job["argv"]:
@@ -58,9 +70,24 @@ def jobs_of(tmp_path: Path, *kinds: str) -> list[Job]:
 
 
 def made(jobs: list[Job], seats: list[Seat], tmp_path: Path, worker: list[str]) -> dict[int, Ended]:
+    """All that is told of the jobs, at most 30 seconds later."""
     ended: list[Ended] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            running.run(jobs, ended.append)
+        except OSError as error:
+            errors.append(error)
+
     with Pool(seats, tmp_path / "logs", worker) as running:
-        running.run(jobs, ended.append)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive(), "the program waits for ever"
+    if errors:
+        raise errors[0]
+    assert len(ended) == len(jobs)
     return {one.job.seed: one for one in ended}
 
 
@@ -102,6 +129,153 @@ def test_a_death_is_recorded_and_the_others_go_on(tmp_path: Path, worker: list[s
     assert not jobs[1].done
 
 
+ANSWERS = {
+    "cut": 'answer {"status": "fin',
+    "cut, with its end": 'answer {"status": "fin|',
+    "no JSON": "answer hello|",
+    "no object": "answer [1]|",
+    "no keys": "answer {}|",
+    "no message": 'answer {"status": "finished"}|',
+    "another status": 'answer {"status": "fine", "message": ""}|',
+    "no text": "answer \xff\xfe|",
+    "none, but alive": "leave",
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_is_none_is_a_failure_and_the_others_go_on(
+    kind: str, tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_PATIENCE_S", 0.2)
+    jobs = jobs_of(tmp_path, "", kind, "")
+    ended = made(jobs, [Seat()], tmp_path, worker)
+    assert [ended[seed].status for seed in range(3)] == ["finished", "failed", "finished"]
+    assert "worker-0.log" in ended[1].message
+    assert json.loads((jobs[1].folder / "outcome.json").read_text())["message"] == ended[1].message
+
+
+@pytest.mark.parametrize("places", [1, 3])
+def test_if_no_process_can_be_started_every_run_says_why(places: int, tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "", "", "", "")
+    ended = made(jobs, [Seat()] * places, tmp_path, [str(tmp_path / "no-such-program")])
+    assert {one.status for one in ended.values()} == {"failed"}
+    assert all("could not be started" in one.message and "no-such-program" in one.message for one in ended.values())
+    assert all((job.folder / "outcome.json").exists() for job in jobs)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_seat_that_cannot_start_leaves_the_runs_to_the_others(
+    broken: int, tmp_path: Path, worker: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its log cannot be opened: a folder lies there."""
+    (tmp_path / "logs" / f"worker-{broken}.log").mkdir(parents=True)
+    ended = made(jobs_of(tmp_path, *[""] * 5), [Seat(), Seat()], tmp_path, worker)
+    assert {one.status for one in ended.values()} == {"finished"}
+    (text,) = caplog.messages
+    assert f"worker-{broken}.log" in text and "the other workers make what is left" in text
+
+
+def test_a_seat_whose_processes_die_does_not_swallow_all_runs(tmp_path: Path, worker: list[str]) -> None:
+    seats = [Seat({"BROKEN": "1"}), Seat()]
+    ended = made(jobs_of(tmp_path, *["slow"] * 9), seats, tmp_path, worker)
+    assert sum(one.status == "failed" for one in ended.values()) <= pool._DEATHS
+
+
+def test_the_last_seat_never_gives_up(tmp_path: Path, worker: list[str]) -> None:
+    ended = made(jobs_of(tmp_path, *["die"] * 5, ""), [Seat(), Seat()], tmp_path, worker)
+    assert [ended[seed].status for seed in range(6)] == ["failed"] * 5 + ["finished"]
+
+
+def test_a_second_process_that_cannot_be_started_ends_the_first(
+    tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, started = subprocess.Popen, []
+
+    def start(*args: Any, **options: Any) -> Any:
+        if options["env"]["RANK"] == "1":
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(real(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    ended = made(jobs_of(tmp_path, ""), [Seat(processes=2)], tmp_path, worker)
+    assert ended[0].status == "failed" and "Resource temporarily unavailable" in ended[0].message
+    assert started and all(process.poll() is not None for process in started)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_whatever_is_raised_in_a_thread_ends_one_run_alone(
+    error: Exception, tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pool._Worker.make
+
+    def make(self: Any, job: Job) -> Ended:
+        if job.seed == 1:
+            raise error
+        return real(self, job)
+
+    monkeypatch.setattr(pool._Worker, "make", make)
+    ended = made(jobs_of(tmp_path, "", "", ""), [Seat(), Seat()], tmp_path, worker)
+    assert [ended[seed].status for seed in range(3)] == ["finished", "failed", "finished"]
+    assert type(error).__name__ in ended[1].message and str(error) in ended[1].message
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "outcome.json")
+
+
+def test_a_full_disk_ends_the_program_with_its_own_message(
+    tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pool, "write_outcome", full)
+    jobs = jobs_of(tmp_path, "die", "", "")
+    assert parse.run(lambda _: made(jobs, [Seat(), Seat()], tmp_path, worker), []) == 1
+    assert "error: the disk is full while writing outcome.json" in capsys.readouterr().err
+
+
+def test_a_full_disk_before_the_first_start_ends_the_program_too(
+    tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool._Worker, "_start", full)
+    with pytest.raises(OSError, match="No space left"):
+        made(jobs_of(tmp_path, "", ""), [Seat(), Seat()], tmp_path, worker)
+
+
+def test_an_outcome_that_cannot_be_written_is_told_with_the_run(
+    tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "outcome.json")
+
+    monkeypatch.setattr(pool, "write_outcome", refuse)
+    ended = made(jobs_of(tmp_path, "die", ""), [Seat()], tmp_path, worker)
+    assert ended[0].status == "failed" and "status 9" in ended[0].message and "Permission denied" in ended[0].message
+    assert ended[1].status == "finished"
+
+
+def test_the_head_start_goes_to_the_next_run_if_the_first_fails(tmp_path: Path, worker: list[str]) -> None:
+    """Else the others would fill the caches all at once."""
+    jobs = jobs_of(tmp_path, "die", "slow", "", "")
+    made(jobs, [Seat(), Seat(), Seat()], tmp_path, worker)
+    trains = when(jobs[1], "began") + 0.3
+    assert all(when(job, "began") >= trains for job in jobs[2:])
+
+
+def test_a_run_whose_progress_cannot_be_seen_stops_no_others(
+    tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.stat
+
+    def stat(self: Path, **options: Any) -> Any:
+        if self.name == "metrics.jsonl":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    ended = made(jobs_of(tmp_path, "slow", "", ""), [Seat(), Seat()], tmp_path, worker)
+    assert {one.status for one in ended.values()} == {"finished"}
+
+
 def test_processes_that_share_a_run_know_each_other_and_end_together(tmp_path: Path, worker: list[str]) -> None:
     jobs = jobs_of(tmp_path, "", "die second", "")
     began = time.monotonic()
@@ -134,33 +308,18 @@ def test_a_worker_ends_with_its_input() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "dreamlora.sweep.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 0
 
 
-def test_gpus_get_a_process_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a")
-    assert pool.seats(None, embedded=True) == [
-        Seat({"CUDA_VISIBLE_DEVICES": "3"}, 1),
-        Seat({"CUDA_VISIBLE_DEVICES": "GPU-5a"}, 1),
-    ]
-    assert len(pool.seats(3, embedded=False)) == 3
-    assert pool.seats(None, embedded=True, processes=2) == [Seat({"CUDA_VISIBLE_DEVICES": "3,GPU-5a"}, 1, 2)]
-    with pytest.raises(UserError, match="--processes_per_run 3: each needs a GPU of its own, and there are 2"):
-        pool.seats(None, embedded=True, processes=3)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
-    assert [seat.environment["CUDA_VISIBLE_DEVICES"] for seat in pool.seats(None, False, 2)] == ["0,1", "2,3"]
-
-
-def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert [seat.environment["OMP_NUM_THREADS"] for seat in pool.seats(None, embedded=True)] == ["1"] * 8
-    assert [seat.environment["OMP_NUM_THREADS"] for seat in pool.seats(None, embedded=False)] == ["8"]
-    assert [seat.environment["OMP_NUM_THREADS"] for seat in pool.seats(2, embedded=False)] == ["4", "4"]
-    shared = pool.seats(None, embedded=True, processes=4)
-    assert len(shared) == 2 and shared[0].environment["OMP_NUM_THREADS"] == "1" and shared[0].processes == 4
-    assert shared[0].environment["ACCELERATE_USE_CPU"] == "true"
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert [seat.environment["OMP_NUM_THREADS"] for seat in pool.seats(None, embedded=False)] == ["2"]
+def test_a_worker_ends_with_an_order_that_it_cannot_read() -> None:
+    """Whoever gave it waits for an answer."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dreamlora.sweep.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    assert process.stdin is not None
+    process.stdin.write(b'{"program": "dream\n')
+    try:
+        assert process.wait(60) == 1
+    finally:
+        process.kill()

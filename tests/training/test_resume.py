@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
+from dreamlora.training import state
 from tests.training.test_run import same, values, weights
 
 Train = Callable[..., RunFolder]
@@ -132,6 +134,21 @@ def test_a_missing_or_damaged_checkpoint_is_named(train: Train, tmp_path: Path) 
     with pytest.raises(UserError, match=r"step-000006 is no checkpoint that can be read"):
         train("--resume_from_checkpoint", "latest")
     assert same(weights(run), weights(train("--resume_from_checkpoint", "step-000004")))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_checkpoint_that_may_be_whole_is_not_to_be_removed(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    folder = RunFolder(tmp_path)
+    (folder.checkpoint_dir(2)).mkdir(parents=True)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=f"cannot read .*{os.strerror(number)}") as error:
+        state.open_checkpoint(folder, "latest", {})
+    assert "remove" not in str(error.value)
 
 
 def test_a_checkpoint_of_another_folder_brings_its_history_along(train: Train, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -187,7 +186,7 @@ def _real_images(config: EvaluateConfig, run: RunFolder | None) -> Real:
 def _images_of(run: RunFolder) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
     """Training and held-out images of a run, and what is to be said of them."""
     try:
-        program = program_of(yaml.safe_load(run.config_file.read_text()))
+        program = program_of(run.config())
         config = parse(program, ["--config", str(run.config_file)], Program("dreamlora evaluate"))
         data = config.data
         if data.style:

@@ -50,7 +50,7 @@ def run(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def sample(output: Path, *argv: Any) -> list[dict[str, Any]]:
     flags = ["--output_dir", output, "--num_inference_steps", 2, "--resolution", 16]
     main([str(word) for word in [*argv, *flags]])
-    return list(read_jsonl(output / "samples.jsonl"))
+    return list(read_jsonl(output / "samples.jsonl", {}))
 
 
 def test_rows_are_base_checkpoints_and_scales(
