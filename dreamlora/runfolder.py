@@ -33,6 +33,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.base_model_file = self.path / "base_model.json"
         self.summary_file = self.path / "summary.json"
         self.outcome_file = self.path / "outcome.json"
         self.metrics_file = self.path / "metrics.jsonl"

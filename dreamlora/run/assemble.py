@@ -26,7 +26,7 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.models.loading import family_of, resolve_source
-from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.models.parts import DTYPES, Parts, allow_tf32
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.run import defaults, ending, provenance, resume, schedule, upload
 from dreamlora.run.context import RunContext
@@ -79,6 +79,7 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
+        provenance.write_base_model(context.source, folder)
     _start_trackers(context, folder)
     with context.timed("training"):
         loop.train(run)
@@ -110,8 +111,8 @@ def _start(config: RunConfig) -> RunContext:
     accelerator = _accelerator(config)
     if config.train.push_to_hub:
         upload.check_hub(config)
-    torch.backends.cuda.matmul.allow_tf32 = config.model.allow_tf32
-    source = resolve_source(config.model)
+    allow_tf32(config.model.allow_tf32)
+    source = resolve_source(config.model, config.train.prediction_type)
     family = family_of(source, config.model.family)
     config = defaults.by_model(config, family.resolution(source), family.SAMPLE_DEFAULTS, accelerator.num_processes)
     config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
@@ -172,8 +173,6 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         material = schedule.eval_material(context, pictures, how.fixed())
     context.parts.free("vae")
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
-    if config.train.prediction_type:  # samples must be drawn as the model is trained
-        components["scheduler"].register_to_config(prediction_type=config.train.prediction_type)
     model = _with_lora(context, components, text)
     trainables = trainable_parameters(model)
     model = accelerator.prepare(model)
