@@ -83,13 +83,15 @@ class RunFolder:
         Raises:
             UserError: the file is damaged.
         """
-        if not self.selection_file.exists():
-            return {}
-        try:
-            found = json.loads(self.selection_file.read_text())
-        except ValueError as error:
-            raise UserError(f"cannot read {self.selection_file}: {error}") from None
-        return found if isinstance(found, dict) else {}
+        return _read_json(self.selection_file)
+
+    def base_model(self) -> dict[str, Any]:
+        """What exactly was trained: id, and commits of the hub (base_model.json); empty if it was not noted.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return _read_json(self.base_model_file)
 
     def sample_dir(self, step: int) -> Path:
         """``samples/step_000100``."""
@@ -161,6 +163,16 @@ class RunFolder:
                 shutil.copytree(theirs, ours, dirs_exist_ok=True)
             elif theirs.exists():
                 shutil.copy2(theirs, ours)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    return found if isinstance(found, dict) else {}
 
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:

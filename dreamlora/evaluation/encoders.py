@@ -191,7 +191,9 @@ def _vectors(output: Any) -> Tensor:
 def _model(kind: Kind, place: _Place) -> nn.Module:
     model_class = getattr(transformers, kind.class_name, None)
     if model_class is None:
-        raise UserError(f"{place.path} needs {kind.class_name}, which the installed transformers does not have: update it")
+        raise UserError(
+            f"{place.path} needs {kind.class_name}, which the installed transformers does not have: update it"
+        )
     refuse_pickles(Path(place.path), "encoder")
     disable_progress_bar()
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, **dict(kind.options)}
@@ -208,8 +210,8 @@ def _from_pretrained(part_class: Any, place: _Place, **options: Any) -> Any:
         return part_class.from_pretrained(place.path, cache_dir=place.cache_dir, revision=place.commit, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"cannot load the encoder {place.path}: expected a {part_class.__name__} with weights as *.safetensors. Copy or "
-            f"download it again, or load and save it with save_pretrained. The reason given: {error}"
+            f"cannot load the encoder {place.path}: expected a {part_class.__name__} with weights as *.safetensors. Copy "
+            f"or download it again, or load and save it with save_pretrained. The reason given: {error}"
         ) from error
 
 

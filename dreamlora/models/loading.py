@@ -31,9 +31,7 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler"
 
 
-def resolve_source(
-    model: Model, prediction_type: str | None = None, vae_revision: str | None = None
-) -> ModelSource:
+def resolve_source(model: Model, prediction_type: str | None = None, vae_revision: str | None = None) -> ModelSource:
     """Where the model comes from, and the id that caches know it by.
 
     The id of a folder holds a fingerprint of its files, that of a hub repository its commit, and both hold the id of an

@@ -29,7 +29,7 @@ class Parts:
     def __init__(self, family: Family, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
         self.family = family
         self._source = source
-        self._device = device
+        self.device = device
         self._dtype = dtype
         self._loaded: dict[Role, Components] = {}
 
@@ -40,7 +40,7 @@ class Parts:
             self._loaded[role] = self.family.load(self._source, role, dtype)
         for module in self._loaded[role].values():
             if isinstance(module, nn.Module):
-                module.to(self._device)
+                module.to(self.device)
         return self._loaded[role]
 
     def free(self, *roles: Role) -> None:
@@ -56,7 +56,7 @@ class Parts:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let GPUs round float32 matrix products and convolutions to TF32, or forbid both; torch's own default allows one."""
+    """Let GPUs round float32 matrix products and convolutions to TF32, or neither; torch allows it for the latter."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 

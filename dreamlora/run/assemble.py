@@ -10,7 +10,6 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list

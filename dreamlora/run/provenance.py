@@ -36,7 +36,7 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
 
 
 def write_base_model(source: ModelSource, folder: RunFolder) -> None:
-    """base_model.json: what exactly was trained. config.yaml has what was given, and a branch or a folder can change."""
+    """base_model.json: what exactly was trained. config.yaml has what was given; a branch or a folder can change."""
     base = {"id": source.model_id, "revision": source.revision, "vae_revision": source.vae_revision}
     write_atomically(folder.base_model_file, json.dumps(base, indent=1))
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, CLIPModel, Dinov2Model, SiglipModel, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Model,
+    SiglipModel,
+    ViTModel,
+)
 
 from dreamlora import tiny
 from dreamlora.errors import UserError

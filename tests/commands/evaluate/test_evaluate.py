@@ -45,9 +45,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = drawing.draw_batch
 
-    def counting(pipeline: Any, plan: Any, items: Any) -> Any:
+    def counting(pipeline: Any, plan: Any, items: Any, embed: Any) -> Any:
         counts.append(len(items))
-        return original(pipeline, plan, items)
+        return original(pipeline, plan, items, embed)
 
     monkeypatch.setattr(drawing, "draw_batch", counting)
     return counts
@@ -142,8 +142,8 @@ def test_an_image_that_is_not_finite_is_left_out(
 ) -> None:
     original = drawing.draw_batch
 
-    def broken(pipeline: Any, plan: Any, items: Any) -> Any:
-        found = original(pipeline, plan, items)
+    def broken(pipeline: Any, plan: Any, items: Any, embed: Any) -> Any:
+        found = original(pipeline, plan, items, embed)
         return [type(one)(one.item, one.image, "not finite") if one.item.seed == 42 else one for one in found]
 
     monkeypatch.setattr(drawing, "draw_batch", broken)
