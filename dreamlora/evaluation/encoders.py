@@ -210,7 +210,7 @@ def _from_pretrained(part_class: Any, place: _Place, **options: Any) -> Any:
         return part_class.from_pretrained(place.path, cache_dir=place.cache_dir, revision=place.commit, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"cannot load the encoder {place.path}: expected a {part_class.__name__} with weights as *.safetensors. Copy "
+            f"cannot load the encoder {place.path}: expected a {part_class.__name__} with *.safetensors. Copy "
             f"or download it again, or load and save it with save_pretrained. The reason given: {error}"
         ) from error
 
