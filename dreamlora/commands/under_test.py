@@ -27,7 +27,8 @@ from dreamlora.commands.trained import (
 from dreamlora.interfaces import Conditioning, ModelSource
 from dreamlora.lora.files import apply_lora
 from dreamlora.models.loading import family_of
-from dreamlora.models.parts import Parts, allow_tf32, computing_in
+from dreamlora.models.parts import Parts, computing_in
+from dreamlora.models.tf32 import set_tf32
 from dreamlora.sampling.sampler import Embed, SamplePlan, embedding
 from dreamlora.training.stream import stack_conditioning
 
@@ -143,6 +144,6 @@ def prepared(
         notes = {row.label: differences(row.run, run, config, source, options) for row in rows if row.run}
         for note in dict.fromkeys(note for found in notes.values() for note in found):
             logger.warning(note)
-    allow_tf32(bool(settings.get("allow_tf32")))
+    set_tf32(bool(settings.get("allow_tf32")))
     dtype = dtype_of(config, settings, device)
     return UnderTest(settings, rows, source, Parts(family, source, device, dtype), dtype, notes)

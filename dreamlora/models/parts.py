@@ -55,12 +55,6 @@ class Parts:
         return self.family.pipeline({name: part for role in ROLES for name, part in self.get(role).items()})
 
 
-def allow_tf32(allowed: bool) -> None:
-    """Let GPUs round float32 matrix products and convolutions to TF32, or neither; torch allows it for the latter."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
-
-
 def computing_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """What accelerate gives a run of this precision: autocast, in which LoRAs stay float32; nothing for float32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -25,7 +25,8 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.models.loading import family_of, resolve_source
-from dreamlora.models.parts import DTYPES, Parts, allow_tf32
+from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.models.tf32 import set_tf32
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.run import defaults, ending, provenance, resume, schedule, upload
 from dreamlora.run.context import RunContext
@@ -110,7 +111,7 @@ def _start(config: RunConfig) -> RunContext:
     accelerator = _accelerator(config)
     if config.train.push_to_hub:
         upload.check_hub(config)
-    allow_tf32(config.model.allow_tf32)
+    set_tf32(config.model.allow_tf32)
     source = resolve_source(config.model, config.train.prediction_type)
     family = family_of(source, config.model.family)
     config = defaults.by_model(config, family.resolution(source), family.SAMPLE_DEFAULTS, accelerator.num_processes)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 from dreamlora import registry
@@ -125,7 +125,7 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         UserError: a LoRA, prompt file, image or model is missing or wrong, or a LoRA does not fit the model; or there
             was nothing that any metric could be had of.
     """
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # else processes on a CPU know nothing of others
     folders = [path for path in config.lora if _holds_images(path)]
     loras = tuple(path for path in config.lora if path not in folders)
     if not loras and LOSS_METRIC in config.metrics:
