@@ -5,7 +5,9 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test check clean
+OLDEST := .venv-oldest
+
+.PHONY: install demo test test-oldest check clean
 
 install: $(READY)
 
@@ -20,6 +22,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
 
+# The tests with the lowest versions that pyproject.toml allows; torch stays the pinned one.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,5 +39,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) tools/lower_bounds.py > $(OLDEST)/lower_bounds.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(OLDEST)/lower_bounds.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/lower_bounds.txt -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache

@@ -136,7 +136,7 @@ def test_every_module_says_what_it_is(file: Path) -> None:
 def test_tests_lie_where_their_subject_lies(file: Path) -> None:
     """tests/a/test_b.py tests dreamlora/a/b.py, a module of dreamlora/a whose name has b, or dreamlora/a as a whole."""
     place = file.parent.relative_to(ROOT / "tests")
-    folder = ROOT / place if place.name == "benchmarks" else ROOT / "dreamlora" / place
+    folder = ROOT / place if place.name in ("benchmarks", "tools") else ROOT / "dreamlora" / place
     assert folder.is_dir(), f"there is no {name_of(folder)}"
     subject = file.stem.removeprefix("test_")
     if folder == ROOT / "dreamlora" and subject not in ("architecture", "docs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -99,6 +100,7 @@ def measure(run: Run, items: EvalSet) -> list[float]:
     def conditioning(captions: Sequence[str]) -> Conditioning:
         return {name: value.to(accelerator.device) for name, value in run.conditioning(captions).items()}
 
+    started = time.perf_counter()
     run.model.eval()
     with accelerator.autocast():
         mine = evaluate_loss(
@@ -110,4 +112,5 @@ def measure(run: Run, items: EvalSet) -> list[float]:
         )
     run.model.train()
     merged = dict(sorted(pair for part in gather_object([mine]) for pair in part.items()))
+    run.eval_seconds += time.perf_counter() - started
     return list(merged.values())

@@ -7,17 +7,37 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-_NOUNS: dict[Any, tuple[str, str]] = {
-    int: ("a whole number", "INT"),
-    float: ("a number", "FLOAT"),
-    str: ("a text", "TEXT"),
-    Path: ("a path", "PATH"),
-    bool: ("true or false", ""),
+
+class _Kind(NamedTuple):
+    """What one value can be: in words, in the help text, and how a word becomes one (ValueError: it does not)."""
+
+    noun: str
+    metavar: str
+    read: Callable[[str], Any]
+
+
+def _path(word: str) -> Path:
+    if not word:  # a shell variable that is not set; Path would make it the current folder
+        raise ValueError("empty")
+    return Path(word)
+
+
+def _truth(word: str) -> bool:
+    return ("false", "true").index(word.lower()) == 1
+
+
+_KINDS: dict[Any, _Kind] = {
+    int: _Kind("a whole number", "INT", int),
+    float: _Kind("a number", "FLOAT", float),
+    str: _Kind("a text", "TEXT", str),
+    Path: _Kind("a path", "PATH", _path),
+    bool: _Kind("true or false", "", _truth),
 }
 
 
@@ -26,7 +46,6 @@ class Option:
     """One flag.
 
     Attributes:
-        annotation: the field's type as declared.
         kind: the type of one value: int, float, str, Path or bool.
         choices: the allowed words, or empty for any.
         several: whether it takes a list of values.
@@ -36,7 +55,6 @@ class Option:
     """
 
     name: str
-    annotation: Any
     kind: Any
     choices: tuple[str, ...]
     several: bool
@@ -47,44 +65,60 @@ class Option:
     @property
     def switch(self) -> bool:
         """Whether it is on or off and takes no value."""
-        return self.kind is bool
+        return self.kind is bool and not self.several
 
     @property
     def takes(self) -> str:
         """What it takes, in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        noun = _NOUNS.get(self.kind, ("a value", ""))[0]
+        noun = _KINDS[self.kind].noun
         return f"{self.count or 'any number of'} values, each {noun}" if self.several else noun
 
     @property
     def metavar(self) -> str:
         """What it takes, for the help text."""
-        one = f"{{{','.join(self.choices)}}}" if self.choices else _NOUNS.get(self.kind, ("", "VALUE"))[1]
+        one = f"{{{','.join(self.choices)}}}" if self.choices else _KINDS[self.kind].metavar
         return " ".join([one] * self.count) if self.count else f"{one} ..." if self.several else one
 
     @property
     def shown_default(self) -> str:
         """The default as one would type it."""
         if isinstance(self.default, tuple):
-            return ",".join(map(str, self.default))
+            return ("," if self.count else " ").join(map(str, self.default))
         return ("off", "on")[self.default] if isinstance(self.default, bool) else str(self.default)
 
-    def accepts(self, word: str) -> bool:
-        """Whether a word has the right form for one value (ranges are checked by the dataclass)."""
-        if self.choices:
-            return self.respelled(word) in self.choices
-        if self.kind not in (int, float):
-            return True
-        try:
-            self.kind(word)
-        except ValueError:
-            return False
-        return True
+    def read(self, words: Sequence[str]) -> Any:
+        """The value that words stand for: one, or a tuple. Ranges are for the dataclass to check.
 
-    def respelled(self, word: str) -> str:
-        """A choice in its own spelling: case does not matter."""
-        return next((choice for choice in self.choices if choice.lower() == word.lower()), word)
+        A fixed number of values may also be one word, with commas between them.
+
+        Raises:
+            ValueError: the words have not the right number or form; the message goes on after the option's name.
+        """
+        if self.count and len(words) == 1:
+            words = words[0].split(",")
+        if self.count and len(words) != self.count:
+            raise ValueError(f"takes {self.count} values (got {len(words)}: {' '.join(words)})")
+        if self.several:
+            return tuple(self._one(word) for word in words)
+        if not words:
+            hint = "; if it begins with a dash, put = before it" if self.kind is str and not self.choices else ""
+            raise ValueError(f"needs a value: {self.takes}{hint}")
+        if len(words) > 1:
+            got = f"got {len(words)}: {' '.join(words)}"
+            raise ValueError(f"takes one value ({got}); put quotes round a text with spaces")
+        return self._one(words[0])
+
+    def _one(self, word: str) -> Any:
+        try:
+            if self.choices:  # case does not matter
+                return self.choices[[choice.lower() for choice in self.choices].index(word.lower())]
+            return _KINDS[self.kind].read(word)
+        except ValueError:
+            near = get_close_matches(word.lower(), self.choices, n=1)
+            hint = f". Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"takes {self.takes} (got {word!r}){hint}") from None
 
 
 def subgroups_of(config_class: type[Any]) -> dict[str, type]:
@@ -113,19 +147,19 @@ def options_of(config_class: type[Any], deep: bool = True) -> dict[str, Option]:
     A class may have a mapping ``NOT_OFFERED``: options of these names are left out.
 
     Raises:
-        TypeError: two groups declare the same name.
+        TypeError: two groups declare the same name, or a field has a type that no word can stand for.
     """
     hints, groups = get_type_hints(config_class), subgroups_of(config_class)
     texts = _texts(config_class)
     options: dict[str, Option] = {}
     for declared in fields(config_class):
         if declared.name not in groups:
-            found = {declared.name: _option(declared, hints[declared.name], texts.get(declared.name, ""))}
+            more = {declared.name: _option(declared, hints[declared.name], texts.get(declared.name, ""))}
         else:
-            found = options_of(groups[declared.name]) if deep else {}
-        if options.keys() & found.keys():
-            raise TypeError(f"{config_class.__name__} declares {options.keys() & found.keys()} twice")
-        options |= found
+            more = options_of(groups[declared.name]) if deep else {}
+        if options.keys() & more.keys():
+            raise TypeError(f"{config_class.__name__} declares {options.keys() & more.keys()} twice")
+        options |= more
     hidden: Mapping[str, str] = getattr(config_class, "NOT_OFFERED", {})
     return {name: option for name, option in options.items() if name not in hidden}
 
@@ -135,18 +169,23 @@ def _option(declared: Field[Any], annotation: Any, text: str) -> Option:
     if default is MISSING and declared.default_factory is not MISSING:
         default = declared.default_factory()
     inner = _without_none(annotation)
-    several = get_origin(inner) in (tuple, list)
-    arguments = get_args(inner) if several else ()
-    count = len(arguments) if several and get_origin(inner) is tuple and Ellipsis not in arguments else 0
-    one = arguments[0] if several else inner
-    choices = tuple(map(str, get_args(one))) if get_origin(one) is Literal else ()
-    return Option(declared.name, annotation, str if choices else one, choices, several, count, default, text)
+    several = get_origin(inner) is tuple
+    parts = get_args(inner) if several else (inner,)
+    one = parts[0] if parts else None
+    choices = get_args(one) if get_origin(one) is Literal else ()
+    kind = str if choices else one
+    known = kind in _KINDS and all(isinstance(choice, str) for choice in choices)
+    if not known or any(part not in (one, Ellipsis) for part in parts):
+        raise TypeError(f"{declared.name}: no word of a command line can become a {annotation}")
+    count = len(parts) if several and Ellipsis not in parts else 0
+    return Option(declared.name, kind, choices, several, count, default, text)
 
 
 def _without_none(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(part for part in get_args(annotation) if part is not type(None))
-    return annotation
+    """``X`` of ``X | None``."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    own = [part for part in parts if part is not type(None)]
+    return own[0] if len(own) == 1 else annotation
 
 
 @functools.cache

@@ -12,9 +12,6 @@ from dreamlora.config import EMBEDDED_MODEL, RunConfig
 from dreamlora.config.measuring import IMAGES_FOR_METRICS
 from dreamlora.errors import UserError
 
-Given = list[str] | bool | None
-"""What is given for one flag, see ``parse.Values``."""
-
 _YIELDS = {
     "subject": ("instance_data_dir", "dataset_name"),
     "style": ("train_data_dir", "dataset_name"),
@@ -24,23 +21,26 @@ _YIELDS = {
 """Entries of the preset that make way when one of these flags is given."""
 
 
-def embedded(given: Mapping[str, Given], file: str) -> dict[str, Any]:
+def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
     """What ``file`` sets for the embedded model unless the user says otherwise; nothing for other models.
+
+    Args:
+        given: what the user says, by option.
 
     Raises:
         UserError: there is no such built-in subject.
     """
-    if _last(given, "pretrained_model_name_or_path", EMBEDDED_MODEL) != EMBEDDED_MODEL:
+    if given.get("pretrained_model_name_or_path") not in (None, EMBEDDED_MODEL):
         return {}
     preset: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text())
     by_optimizer = _rates(RunConfig.PRESET) | preset.pop("by_optimizer", {})
-    optimizer = _last(given, "optimizer", "adamw").lower().replace("-", "_")  # a wrong name is found later
+    optimizer = (given.get("optimizer") or "adamw").lower().replace("-", "_")  # a wrong name is found later
     preset |= by_optimizer.get(optimizer, {})
     if given.get("subject"):
-        preset |= _subject_prompts(_last(given, "subject", ""))
+        preset |= _subject_prompts(given["subject"])
     if preset.get("sample_prompts"):
         preset["sample_prompts"] = str(tiny.PRESETS / preset["sample_prompts"])
-    if _last(given, "sample_steps", "") == "0" and not any(given.get(flag) for flag in IMAGES_FOR_METRICS):
+    if given.get("sample_steps") == 0 and all(given.get(flag) is None for flag in IMAGES_FOR_METRICS):
         preset.pop("eval_metrics", None)  # there is nothing to measure
     for entry, flags in _YIELDS.items():
         if any(given.get(flag) is not None for flag in flags):
@@ -60,8 +60,3 @@ def _subject_prompts(subject: str) -> dict[str, str]:
     if subject not in subjects.SUBJECTS:
         raise UserError(f"--subject takes one of {', '.join(subjects.SUBJECTS)} (got {subject!r})")
     return {"instance_prompt": subjects.instance_prompt(subject), "class_prompt": subjects.class_prompt(subject)}
-
-
-def _last(given: Mapping[str, Given], name: str, default: str) -> str:
-    values = given.get(name)
-    return values[-1] if isinstance(values, list) and values else default

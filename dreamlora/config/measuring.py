@@ -47,13 +47,15 @@ class Eval:
     """The deterministic loss on held-out images, what is decided by it, and metrics of drawn images."""
 
     eval_steps: int | None = None
-    """Measure every N steps, at step 0 and at the end; 0 for never. Default: a twentieth of the run, at least 25."""
+    """Measure every N steps, at step 0 and at the end; 0 for never. Default: a twentieth of the run, at least 25; less
+    often where the evaluation would cost more than a tenth of the training."""
     eval_seed: int = 1234
     """Seed of the frozen times and noises; runs that are compared must share it."""
     eval_batch_size: int = 8
     """Items per forward pass."""
-    final_eval_items: int = 256
-    """Items of the larger set that the base model, the best checkpoint and the last step are measured on; 0: none."""
+    final_eval_items: int | None = None
+    """Items of the larger set that the base model, the best checkpoint and the last step are measured on; 0: none.
+    Default: 256; 128 or 64 where that would cost more than a twentieth of the training."""
     save_best: bool = True
     """Keep the best checkpoint, by the evaluation loss, in best/, with the reason why it is the best."""
     early_stopping: int | None = None

@@ -23,7 +23,7 @@ class TextToImageTrain(Train):
 
 @dataclass(frozen=True)
 class TextToImageConfig(RunConfig):
-    """All options of training on captioned images; defaults are those of diffusers' train_text_to_image_lora.py."""
+    """Train a LoRA on captioned images; defaults are those of diffusers' train_text_to_image_lora.py."""
 
     COMMAND: ClassVar[str] = "text-to-image"
     PRESET: ClassVar[str] = "preset_text_to_image.yaml"

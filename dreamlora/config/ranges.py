@@ -5,6 +5,7 @@ Options that are None were not given and are passed over. No torch here.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from dreamlora import registry
@@ -51,6 +52,14 @@ def within(part: Any, low: float, high: float, *names: str) -> None:
     for name, value in _given(part, names):
         if not low <= value < high:
             _fail(part, name, f"at least {low} and below {high}")
+
+
+def finite(part: Any, *names: str) -> None:
+    """A finite number, or a tuple of them."""
+    for name, value in _given(part, names):
+        for number in value if isinstance(value, tuple) else (value,):
+            if not math.isfinite(number):
+                raise UserError(f"--{name} must be finite (got {number})")
 
 
 def pairs(part: Any, name: str) -> None:

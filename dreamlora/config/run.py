@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
+from dreamlora.config.ranges import finite as _finite
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
 from dreamlora.config.ranges import within as _within
@@ -224,6 +225,7 @@ class Optim:
         _at_least(self, 0, "learning_rate", "text_encoder_lr", "lr_warmup_steps", "max_grad_norm")
         _at_least(self, 0, "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon")
         _at_least(self, 1, "lr_num_cycles")
+        _finite(self, "lr_power")
         _within(self, 0, 1, "adam_beta1", "adam_beta2")
         _pairs(self, "optimizer_args")
 
@@ -286,11 +288,14 @@ class Train:
         _at_least(self, 0, "seed", "checkpointing_steps", "noise_offset")
         _at_least(self, 1, "checkpoints_total_limit")
         _above(self, 0, "snr_gamma", "logit_std")
+        _finite(self, "logit_mean", "mode_scale", "guidance_scale")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All options of one training run; as they stand, those of DreamBooth (see ``programs`` for others).
+    """Train a LoRA on images of one subject (DreamBooth).
+
+    These are all options of one training run; ``programs`` has other programs. The first paragraph is in ``--help``.
 
     Attributes:
         COMMAND: the program's name.

@@ -19,14 +19,11 @@ from torch import Tensor
 
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
+from dreamlora.eval_loss.price import curve_times, final_design
 from dreamlora.interfaces import Conditioning, Objective
 from dreamlora.randomness import generator
 from dreamlora.runfolder import replacing, write_atomically
 
-CURVE_ITEMS = 64
-MIN_TIMES = 8
-FINAL_NOISES = 2
-"""Noises per image and time in the final set."""
 SCHEMA_VERSION = 1
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -122,7 +119,7 @@ def build_eval_set(
         seed: of the noises; runs that are compared share it.
         model_id: of the base model, for the set's id.
     """
-    image, bins, position = _spread(len(latents), max(MIN_TIMES, -(-CURVE_ITEMS // len(latents))))
+    image, bins, position = _spread(len(latents), curve_times(len(latents)))
     keys = tuple(f"{seed}/{names[i]}/{j}" for i, j in zip(image.tolist(), bins.tolist(), strict=True))
     times = objective.spread_times(position)
     identity = _identity(latents, captions, times, keys, model_id)
@@ -132,19 +129,19 @@ def build_eval_set(
 def build_final_set(
     curve: EvalSet, names: Sequence[str], objective: Objective, *, seed: int, n_items: int = 256
 ) -> EvalSet:
-    """The larger set for the end of a run: the curve's images at more times, each with two noises, none of the curve's.
+    """The larger set for the end of a run: the curve's images at more times, with one or two noises, none the curve's.
 
     Args:
         curve: gives images, captions and model.
         names: stable identity of every image.
         objective: maps positions to times.
         seed: of the noises.
-        n_items: at least so many items; 8 images give 8 x 16 x 2.
+        n_items: at least so many items; 256 of 8 images are 8 x 16 x 2.
     """
     n_images = len(curve.captions)
-    n_times = max(MIN_TIMES, -(-n_items // (n_images * FINAL_NOISES)))
-    image, bins, position = (part.repeat_interleave(FINAL_NOISES) for part in _spread(n_images, n_times))
-    numbers = list(range(FINAL_NOISES)) * (n_images * n_times)
+    n_times, n_noises = final_design(n_images, n_items)
+    image, bins, position = (part.repeat_interleave(n_noises) for part in _spread(n_images, n_times))
+    numbers = list(range(n_noises)) * (n_images * n_times)
     where = zip(image.tolist(), bins.tolist(), numbers, strict=True)
     keys = tuple(f"{seed}/final/{names[i]}/{j}/{k}" for i, j, k in where)
     times = objective.spread_times(position)

@@ -50,7 +50,7 @@ class Options:
         _checks.fraction("beta3", self.beta3)
         for name in ("eps", "d0", "d_coef"):
             _checks.above_zero(name, getattr(self, name))
-        if self.growth_rate <= 1:
+        if not self.growth_rate > 1:  # inf is no bound, nan is a mistake
             raise ValueError(f"growth_rate: got {self.growth_rate}, must be above 1")
 
 

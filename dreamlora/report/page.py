@@ -65,6 +65,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "timelapse": pictures.timelapse(folder.timelapse_file),
         "files": [(name, text) for name, text in _FILES if (folder.path / name).exists()],
         "evaluation_chart": charts.evaluation_chart(facts),
+        "evaluation_price": words.evaluation_price(facts),
         "training_chart": charts.training_chart(facts),
         "rate_chart": charts.rate_chart(facts),
         "health": words.health(facts),

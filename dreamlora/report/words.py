@@ -126,6 +126,15 @@ def parity(facts: RunFacts) -> tuple[str, str]:
     return "bad", f"The saved LoRA in a stock diffusers pipeline does not draw the image seen in training ({apart})."
 
 
+def evaluation_price(facts: RunFacts) -> str | None:
+    """What the evaluation loss cost; None if it was not measured, or the run has not ended."""
+    price, training = facts.summary.get("eval_price") or {}, dict(seconds_of(facts)).get("training")
+    if not price:
+        return None
+    took = f" They took {duration(price['seconds'])} of the {duration(training)} of training." if training else ""
+    return f"{price['sentence']}{took}"
+
+
 def health(facts: RunFacts) -> str | None:
     """What became of the LoRA's factors, in two or three sentences; None if it was not logged."""
     change, rank, balance = (facts.curve(name) for name in (DW_NORM, STABLE_RANK, BALANCE))

@@ -89,7 +89,11 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
 def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
     """All before the first step; a resumed run is where its checkpoint left it."""
     pictures = read_images(context, folder)
-    context.config = defaults.by_length(context.config, len(pictures.train), context.accelerator.num_processes)
+    counts = defaults.ImageCounts(len(pictures.train), len(pictures.measured), len(pictures.learned))
+    context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)
+    context.eval_price = defaults.eval_price(context.config, counts, context.accelerator.num_processes)
+    if context.eval_price.forwards:
+        context.tell(str(context.eval_price))
     images = (f"{record.content_hash()} {record.caption}" for record in pictures.train)
     settings = resume.settings(context, images, options)
     which = context.config.train.resume_from_checkpoint
@@ -216,13 +220,10 @@ def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Com
         text = context.parts.get("text")
         return tokenized(context, text), text
     plan = CaptionPlan.of(context.config.data, context.config.train.seed)
-    measured = pictures.held_out or pictures.train[: schedule.MOST_EVAL_IMAGES]
-    if context.config.eval.final_eval_items:
-        measured = [*measured, *pictures.train[: schedule.MOST_EVAL_IMAGES]]
     prompts = itertools.chain(
         ("", context.config.sample.negative_prompt or "", *pictures.prompts, *pictures.eval_prompts),
         (text for record in pictures.train for text in plan.texts(record.caption)),
-        (record.caption for record in itertools.chain(measured, pictures.classes)),
+        (record.caption for record in itertools.chain(pictures.measured, pictures.learned, pictures.classes)),
     )
     with context.timed("encoding prompts"):
         return encode_texts(context, prompts), None

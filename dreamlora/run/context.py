@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from dreamlora.config import RunConfig
 from dreamlora.data.cache import TensorCache, cache_folder
 from dreamlora.data.encode import Filling
+from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
@@ -26,6 +27,7 @@ class RunContext:
     """What every stage of a run works with.
 
     Attributes:
+        eval_price: of the evaluation loss, once it is known how often it is measured.
         timings: seconds by stage, for the report.
         warnings: what the person should know, for the report.
     """
@@ -35,6 +37,7 @@ class RunContext:
     family: Family
     source: ModelSource
     parts: Parts
+    eval_price: Price | None = None
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -44,6 +47,11 @@ class RunContext:
         started = time.perf_counter()
         yield
         self.timings[name] = round(self.timings.get(name, 0.0) + time.perf_counter() - started, 2)
+
+    def tell(self, text: str) -> None:
+        """Tell the person now."""
+        if self.accelerator.is_main_process:
+            logger.info(text)
 
     def warn(self, text: str) -> None:
         """Tell the person now and in the report."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,12 +15,12 @@ from dreamlora import registry
 from dreamlora.config import Data, RunConfig
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
+from dreamlora.eval_loss.price import Price, Workload, affordable
 from dreamlora.interfaces import SampleDefaults
 from dreamlora.runfolder import RunFolder
 
 DEFAULT_BATCH = 4
 DEFAULT_SAMPLES = 5
-DEFAULT_EVALS = 20
 MIN_EVAL_STEPS = 25
 RATES = ("learning_rate", "text_encoder_lr")
 
@@ -96,18 +96,41 @@ def bucket_step(data: Data, multiple: int) -> Data:
     return replace(data, bucket_step=step)
 
 
-def by_length(config: RunConfig, n_images: int, world: int) -> RunConfig:
-    """Fill in what the number of training images decides: steps, and how often to sample and to evaluate."""
-    global_batch = (config.train.train_batch_size or 1) * config.train.gradient_accumulation_steps * world
-    steps_per_epoch = math.ceil(n_images * config.data.repeats / global_batch)
+@dataclass(frozen=True)
+class ImageCounts:
+    """How many images a run has.
+
+    Attributes:
+        train: to learn.
+        measured: that the evaluation loss is about.
+        learned: training images that are measured too, for the gap.
+    """
+
+    train: int
+    measured: int
+    learned: int
+
+
+def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
+    """Fill in what the number of images decides: steps, and how often to sample and to evaluate.
+
+    Args:
+        config: with what the model decides.
+        images: of the run.
+        world: number of processes.
+    """
+    global_batch = _global_batch(config, world)
+    steps_per_epoch = math.ceil(images.train * config.data.repeats / global_batch)
     total = config.train.max_train_steps or steps_per_epoch * config.train.num_train_epochs
     sample_steps = config.sample.sample_steps
     if sample_steps is None and config.sample.validation_epochs:
         sample_steps = config.sample.validation_epochs * steps_per_epoch
     if sample_steps is None:
         sample_steps = math.ceil(total / DEFAULT_SAMPLES)
-    eval_steps = _first(config.eval.eval_steps, max(MIN_EVAL_STEPS, total // DEFAULT_EVALS))
-    evaluation = replace(config.eval, eval_steps=eval_steps)
+    config = replace(config, train=replace(config.train, max_train_steps=total))
+    work = _workload(config, images, world)
+    eval_steps, final_items = affordable(work, config.eval.eval_steps, config.eval.final_eval_items, MIN_EVAL_STEPS)
+    evaluation = replace(config.eval, eval_steps=eval_steps, final_eval_items=final_items)
     if evaluation.eval_metrics:
         usual = sample_steps or math.ceil(total / DEFAULT_SAMPLES)
         evaluation = replace(evaluation, eval_metrics_steps=_first(evaluation.eval_metrics_steps, usual))
@@ -123,10 +146,29 @@ def by_length(config: RunConfig, n_images: int, world: int) -> RunConfig:
     return replace(
         config,
         optim=optim,
-        train=replace(config.train, max_train_steps=total),
         sample=replace(config.sample, sample_steps=sample_steps),
         eval=evaluation,
     )
+
+
+def eval_price(config: RunConfig, images: ImageCounts, world: int) -> Price:
+    """What the evaluation loss costs a run all of whose options are decided."""
+    return _workload(config, images, world).price(config.eval.eval_steps or 0, config.eval.final_eval_items or 0)
+
+
+def _workload(config: RunConfig, images: ImageCounts, world: int) -> Workload:
+    sources = 2 if config.data.with_prior_preservation else 1
+    return Workload(
+        steps=config.train.max_train_steps or 0,
+        samples_per_step=_global_batch(config, world) * sources,
+        images=images.measured,
+        gap_images=images.learned,
+        checkpointing=config.model.gradient_checkpointing,
+    )
+
+
+def _global_batch(config: RunConfig, world: int) -> int:
+    return (config.train.train_batch_size or 1) * config.train.gradient_accumulation_steps * world
 
 
 def run_folder(config: RunConfig) -> RunFolder:

@@ -54,10 +54,24 @@ def write_summary(context: RunContext, run: Run, found: dict[str, Any]) -> None:
         "eval": metric,
         "best": run.folder.selection(),
         "final_eval": _final_rows(run.folder),
+        "eval_price": _price(context, run),
         "ended_early": run.ended_early,
         "command": provenance.command(),
     }
     write_atomically(run.folder.summary_file, json.dumps(summary, indent=1))
+
+
+def _price(context: RunContext, run: Run) -> dict[str, Any]:
+    """What the evaluation loss was to cost, and the seconds that it took."""
+    price = context.eval_price
+    if price is None or not price.forwards:
+        return {}
+    return {
+        "forwards": price.forwards,
+        "share": round(price.share, 4),
+        "sentence": str(price),
+        "seconds": round(run.eval_seconds, 2),
+    }
 
 
 def _peak_memory(device: torch.device) -> float | None:

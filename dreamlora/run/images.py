@@ -27,6 +27,8 @@ STYLE_IMAGES = 96
 """Images drawn in a built-in style; 16 of them are held out."""
 CAPTIONS_DRAWN = 4
 """Captions that become sample prompts where no prompt is given."""
+MOST_EVAL_IMAGES = 16
+"""Training images measured on, for the gap or where none is held out; more would cost time in every measurement."""
 CLASS_SEED = 0
 """Of the first class image; not the run's seed, so that runs with other seeds share the class images."""
 
@@ -48,6 +50,16 @@ class RunImages:
     classes: Sequence[ImageRecord]
     prompts: tuple[str, ...]
     eval_prompts: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> Sequence[ImageRecord]:
+        """What the evaluation loss is measured on."""
+        return self.held_out or self.train[:MOST_EVAL_IMAGES]
+
+    @property
+    def learned(self) -> Sequence[ImageRecord]:
+        """Training images that are measured for the gap; none where the evaluation itself is about training images."""
+        return self.train[:MOST_EVAL_IMAGES] if self.held_out else []
 
 
 def read_images(context: RunContext, folder: RunFolder) -> RunImages:

@@ -29,9 +29,6 @@ from dreamlora.run.images import RunImages
 from dreamlora.sampling.grid import MAX_REFERENCES
 from dreamlora.training.loop import Run
 
-MOST_EVAL_IMAGES = 16
-"""Training images measured on where none is held out; more would cost time in every measurement."""
-
 MOST_COMPARED_IMAGES = 256
 """Training images that drawn ones are compared with."""
 
@@ -51,10 +48,10 @@ class Material:
 
 def eval_material(context: RunContext, pictures: RunImages, how: Preparation) -> Material:
     """Encode the images to measure on; and, for the gap between the two, images that are trained on."""
-    training, options = pictures.train[:MOST_EVAL_IMAGES], context.config.eval
-    with_gap = pictures.held_out and options.eval_steps and options.final_eval_items
-    measured = encode_images(context, pictures.held_out or training, how)
-    return Material(measured, encode_images(context, training, how) if with_gap else None)
+    options = context.config.eval
+    with_gap = pictures.learned and options.eval_steps and options.final_eval_items
+    measured = encode_images(context, pictures.measured, how)
+    return Material(measured, encode_images(context, pictures.learned, how) if with_gap else None)
 
 
 def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Material) -> list[Callback]:
@@ -120,7 +117,7 @@ def _final(context: RunContext, run: Run, material: Material) -> FinalCallback:
         material.measured.content_hashes,
         run.objective,
         seed=options.eval_seed,
-        n_items=options.final_eval_items,
+        n_items=options.final_eval_items or 0,
     )
     return FinalCallback(items, _eval_set(context, run, material.learned) if material.learned else None)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dreamlora.cli.declared import options_of
+from dreamlora.cli.given import flag_in
 from dreamlora.cli.parse import Program
 from dreamlora.cli.parse import parse as parse_flags
 from dreamlora.errors import UserError
@@ -31,7 +32,8 @@ DECIDED_HERE = {
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Which optimizer is better, each at its own best learning rate? Flags of the training may stand beside."""
+    """Which optimizer is better, each at its own best learning rate? Flags of the training may stand beside; see
+    dreamlora dreambooth --help."""
 
     optimizers: tuple[str, ...] = ()
     """Methods: an optimizer, its settings after a colon, other training flags after a plus, such as adamw
@@ -92,8 +94,8 @@ def parse(argv: Sequence[str]) -> tuple[CompareConfig, list[str]]:
     training: list[str] = []
     taker = mine
     for word in argv:
-        if word.startswith("-") and not word[1:2].isdigit():
-            name = _flag(word)
+        name = flag_in(word)
+        if name is not None:
             taker = mine if name in own or name.removeprefix("no_") in own or word in ("-h", "--help") else training
             if name in DECIDED_HERE:
                 raise UserError(f"--{name} is decided by the comparison: {DECIDED_HERE[name]}")
@@ -108,8 +110,4 @@ def parse(argv: Sequence[str]) -> tuple[CompareConfig, list[str]]:
 
 def flags_in(words: Sequence[str]) -> set[str]:
     """The names of all flags among the words of a command line."""
-    return {_flag(word) for word in words if word.startswith("--")}
-
-
-def _flag(word: str) -> str:
-    return word.lstrip("-").partition("=")[0].replace("-", "_")
+    return {name for name in map(flag_in, words) if name is not None}

@@ -18,6 +18,7 @@ from dreamlora.compare.records import read_json
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import UserError
+from dreamlora.eval_loss.price import FINAL_SIZES
 from dreamlora.runfolder import RunFolder, write_atomically
 from dreamlora.sweep.config import DECIDED_HERE, PROGRAM, CompareConfig, flags_in
 
@@ -134,8 +135,10 @@ class Sweep:
         return [self._job(entry, lr, seed, less) for seed in self.seeds for lr in rates]
 
     def headline(self, entry: SweepMethod, lr: float) -> list[Job]:
-        """The runs that are compared: other seeds, with samples."""
-        return [self._job(entry, lr, seed, ()) for seed in self.headline_seeds]
+        """The runs that are compared: other seeds, with samples, and with the whole larger set, whatever it costs."""
+        given = self.settings["final_eval_items"] is not None or "final_eval_items" in flags_in(entry.words)
+        whole = () if given else ("--final_eval_items", str(FINAL_SIZES[0]))
+        return [self._job(entry, lr, seed, whole) for seed in self.headline_seeds]
 
     def _job(self, entry: SweepMethod, lr: float, seed: int, more: tuple[str, ...]) -> Job:
         own = ("--learning_rate", f"{lr:g}", "--seed", str(seed), *more)

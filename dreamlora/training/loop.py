@@ -65,6 +65,7 @@ class Run:
         settings: what a resumed run must share with this one.
         step: optimizer steps done.
         total_steps: where the run ends; ``end_here`` lowers it.
+        eval_seconds: that the evaluation loss has taken, in this process.
         ended_early: why the run ends before the steps it was to have.
     """
 
@@ -87,6 +88,7 @@ class Run:
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     skipped_steps: int = 0
+    eval_seconds: float = 0.0
     ended_early: str | None = None
 
     def pipeline(self) -> Any:

@@ -79,6 +79,13 @@ def test_robustness() -> None:
             assert_told(cell, value)
 
 
+@pytest.mark.parametrize("file", ["README.md", "docs/optimizers.md"])
+def test_who_was_tuned_on_the_benchmark_of_robustness_is_said_beside_it(file: str) -> None:
+    text = " ".join((ROOT / file).read_text().split())
+    assert "were tuned on th" in text and "contain the" in text
+    assert "does not close the gap" not in text and "the best one in every cell" not in text
+
+
 def test_the_comparison() -> None:
     found = {method["label"]: method for method in results("compare_embedded")["methods"]}
     rows = table("docs/compare.md", "Method")

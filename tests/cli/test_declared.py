@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
-from typing import Literal
+from dataclasses import MISSING, dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -22,6 +23,8 @@ class Example:
     switch: bool = True
     pair: tuple[float, float] = (0.9, 0.999)
     names: tuple[str, ...] = ()
+    scales: tuple[float, ...] = (1.0, 0.5)
+    place: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,11 @@ def test_help_is_the_docstring_under_the_field() -> None:
         ("switch", "true or false", "", "on"),
         ("pair", "2 values, each a number", "FLOAT FLOAT", "0.9,0.999"),
         ("names", "any number of values, each a text", "TEXT ...", ""),
+        ("scales", "any number of values, each a number", "FLOAT ...", "1.0 0.5"),
+        ("place", "a path", "PATH", "None"),
     ],
-    ids=["needed", "mode", "switch", "pair", "names"],  # MISSING's own text differs from process to process
+    # MISSING's own text differs from process to process
+    ids=["needed", "mode", "switch", "pair", "names", "scales", "place"],
 )
 def test_options_in_words(name: str, takes: str, metavar: str, default: str) -> None:
     option = OPTIONS[name]
@@ -66,17 +72,53 @@ def test_options_in_words(name: str, takes: str, metavar: str, default: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "word", "accepted"),
+    ("name", "words", "value"),
     [
-        ("needed", "3", True),
-        ("needed", "3.5", False),
-        ("mode", "A", True),
-        ("mode", "c", False),
-        ("pair", "1e-4", True),
+        ("needed", "3", 3),
+        ("needed", "-3", -3),
+        ("mode", "A", "a"),
+        ("switch", "False", False),
+        ("pair", "1e-4 -.5", (1e-4, -0.5)),
+        ("pair", "0.8,0.9", (0.8, 0.9)),
+        ("names", "a b a", ("a", "b", "a")),
+        ("names", "", ()),
+        ("place", "a/b", Path("a/b")),
+        ("place", "None", Path("None")),
     ],
 )
-def test_words_are_accepted_by_form(name: str, word: str, accepted: bool) -> None:
-    assert OPTIONS[name].accepts(word) is accepted
+def test_words_become_values(name: str, words: str, value: Any) -> None:
+    read = OPTIONS[name].read(words.split())
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        ("needed", [], "needs a value: a whole number"),
+        ("needed", ["3.5"], r"takes a whole number \(got '3.5'\)"),
+        ("needed", ["3.0"], r"takes a whole number \(got '3.0'\)"),
+        ("needed", [""], r"takes a whole number \(got ''\)"),
+        ("needed", ["1", "2"], r"takes one value \(got 2: 1 2\); put quotes round a text with spaces"),
+        ("mode", ["c"], r"takes one of a, b \(got 'c'\)"),
+        ("switch", ["1"], r"takes true or false \(got '1'\)"),
+        ("pair", ["1"], r"takes 2 values \(got 1: 1\)"),
+        ("pair", ["1", "x"], r"takes 2 values, each a number \(got 'x'\)"),
+        ("place", [""], r"takes a path \(got ''\)"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(name: str, words: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        OPTIONS[name].read(words)
+
+
+@pytest.mark.parametrize(
+    "annotation", [dict[str, int], int | str, tuple[int, float], Literal[1, 2], list[int], tuple[()], int | str | None]
+)
+def test_a_type_that_no_word_can_stand_for_fails_at_once(annotation: Any) -> None:
+    odd = make_dataclass("Odd", [("name", annotation)])
+    odd.__module__ = __name__  # its source, for the texts
+    with pytest.raises(TypeError, match="name: no word of a command line can become a"):
+        options_of(odd)
 
 
 def test_groups_are_flattened_on_request() -> None:

@@ -58,7 +58,8 @@ def test_times_cover_the_schedule_evenly_and_differ_from_image_to_image():
     assert len(items.times) == 64
     assert torch.equal(torch.sort(items.position).values, (torch.arange(64) + 0.5) / 64)
     assert len(make_set(images=1).times) == 64
-    assert len(make_set(images=16).times) == 16 * 8
+    assert len(make_set(images=16).times) == 16 * 4
+    assert len(make_set(images=8).times) == 8 * 8
 
 
 def test_noise_belongs_to_the_item_not_to_the_batch_or_the_other_images():
@@ -110,7 +111,8 @@ def test_the_final_set_has_two_noises_at_every_time_and_at_least_256_items(image
 
 
 def test_a_small_final_set_still_covers_the_schedule():
-    assert len(make_final(make_set(4), n_items=10).times) == 4 * 8 * 2
+    assert len(make_final(make_set(4), n_items=10).times) == 4 * 4
+    assert len(make_final(make_set(4), n_items=64).times) == 4 * 8 * 2
 
 
 def test_a_stored_set_gives_the_same_losses(tmp_path: Path):

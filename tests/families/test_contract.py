@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dreamlora import registry
 from dreamlora.config import Lora, Model, Train
@@ -296,3 +298,20 @@ def test_long_prompts_are_cut_as_the_pipeline_cuts_them_and_reported(case, parts
     assert tokens["input_ids"].shape == (2, tinymodels.CLIP_LENGTH)
     assert tokens["input_ids"][0, -1] == parts["tokenizer"].eos_token_id
     assert sum("first 16 of" in record.message for record in caplog.records) == 1
+
+
+def test_weights_of_older_transformers_load_with_their_names(case, tmp_path):
+    """Real SD 1.5 and FLUX.1 have CLIP's weights as "text_model. ...", and SD 1.5 position_ids besides."""
+    old = tmp_path / "old"
+    shutil.copytree(case.folder, old)
+    file = old / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name}": tensor for name, tensor in load_file(file).items()}
+    assert not any(name.startswith("text_model.text_model") for name in weights), "the small model has them already"
+    positions = torch.arange(tinymodels.CLIP_LENGTH)[None]
+    save_file({**weights, "text_model.embeddings.position_ids": positions}, file, metadata={"format": "pt"})
+    source = loading.resolve_source(Model(pretrained_model_name_or_path=str(old)))
+    new, other = (case.family.load(one, "text", torch.float32) for one in (case.source, source))
+    first, second = (
+        case.family.encode_tokens(text, case.family.tokenize(text, PROMPTS, None)) for text in (new, other)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)

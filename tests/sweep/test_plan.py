@@ -141,6 +141,7 @@ def test_grids_grow_at_the_edge() -> None:
         (["--optimizers", "adamw", "--seed", "1"], "give --seeds"),
         (["--optimizers", "adamw", "--optimizer=sgd"], "give --optimizers"),
         (["--optimizers", "adamw", "--learning_rates", "0"], "--learning_rates must be above 0"),
+        (["--optimizers", "adamw", "--learning_rates", "-.5"], "--learning_rates must be above 0 (got -0.5)"),
         (["--optimizers", "adamw", "--seeds", "1", "1"], "--seeds has a value twice"),
         (["--optimizers", "adamw", "--workers", "0"], "--workers must be at least 1"),
         (["--optimizers", "adamw", "--baseline", "sgd"], "--baseline must be one of --optimizers"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from dreamlora.errors import UserError
 from dreamlora.run import ending
 from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.training import loop
 
 Train = Callable[..., RunFolder]
 
@@ -273,3 +274,23 @@ def test_a_bucket_step_must_fit_the_family(train_captioned: Train, captioned: Pa
     more = f"--pretrained_model_name_or_path {flux_folder} --train_data_dir {captioned} --resolution 32 --bucket_step 8"
     with pytest.raises(UserError, match=r"--bucket_step must be a multiple of 16 \(got 8\)"):
         train_captioned("--buckets", *more.split())
+
+
+def test_the_evaluation_costs_what_was_said_before(
+    train: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    passes: list[int] = []
+    original = loop.Run.predict
+
+    def counting(run: loop.Run, noisy: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passes.append(len(noisy))
+        return original(run, noisy, *rest)
+
+    monkeypatch.setattr(loop.Run, "predict", counting)
+    caplog.set_level("INFO", logger="dreamlora")
+    run = train("--sample_steps", "0", "--learning_rate", "0.5")  # too high: the best step is not the last
+    price = json.loads(run.summary_file.read_text())["eval_price"]
+    assert run.selection()["step"] != 6
+    assert price["forwards"] == sum(passes)
+    assert price["sentence"] in caplog.text and price["sentence"] in run.report_md.read_text()
+    assert price["share"] == round(sum(passes) / (6 * 4 * 2), 4) and price["seconds"] > 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dreamlora.config.ranges import finite
 from dreamlora.errors import UserError
 
 
@@ -66,6 +67,7 @@ class SampleConfig:
             raise UserError("--lora needs at least one file or folder")
         if not self.lora_scales:
             raise UserError("--lora_scales needs at least one number")
+        finite(self, "lora_scales")
         if self.prompts and self.sample_prompts:
             raise UserError("give either --prompts or --sample_prompts, not both")
         for name, lowest in (

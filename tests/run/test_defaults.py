@@ -1,0 +1,43 @@
+"""What is left open is decided by the model, then by the number of images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dreamlora.config import RunConfig
+from dreamlora.run import defaults
+from dreamlora.run.defaults import ImageCounts
+
+
+def flux_recipe(**eval_options: int) -> RunConfig:
+    """README's command for FLUX.1, as far as the evaluation's price depends on it."""
+    plain = RunConfig()
+    return replace(
+        plain,
+        model=replace(plain.model, gradient_checkpointing=True),
+        train=replace(plain.train, train_batch_size=1, gradient_accumulation_steps=4, max_train_steps=800),
+        eval=replace(plain.eval, **eval_options),
+    )
+
+
+def test_the_evaluation_of_the_flux_recipe_costs_a_tenth_at_most() -> None:
+    for images in (ImageCounts(5, 5, 0), ImageCounts(24, 5, 16), ImageCounts(100, 16, 16)):
+        config = defaults.by_length(flux_recipe(), images, world=1)
+        assert config.eval.eval_steps and config.eval.final_eval_items
+        assert defaults.eval_price(config, images, world=1).share <= 0.1
+
+
+def test_class_images_and_processes_count_as_training() -> None:
+    images = ImageCounts(20, 4, 16)
+    plain = flux_recipe()
+    prior = replace(plain, data=replace(plain.data, with_prior_preservation=True, class_prompt="a dog"))
+    one, two, with_prior = (
+        defaults.eval_price(defaults.by_length(config, images, world), images, world).training
+        for config, world in ((plain, 1), (plain, 2), (prior, 1))
+    )
+    assert two == with_prior == 2 * one
+
+
+def test_decided_options_stay() -> None:
+    config = defaults.by_length(flux_recipe(eval_steps=10, final_eval_items=0), ImageCounts(5, 5, 0), world=1)
+    assert (config.eval.eval_steps, config.eval.final_eval_items) == (10, 0)
