@@ -186,5 +186,12 @@ def differences(
     for name in options:
         theirs, used = run.options.get(name), first.options.get(name)
         if theirs != used and getattr(config, name, None) is None:
-            notes.append(f"{run.name} was trained with --{name} {theirs}, but here it is {used}, as for {first.name}")
+            notes.append(
+                f"{run.name} was trained {_with(name, theirs)}, and is treated here as {first.name} was, "
+                f"{_with(name, used)}"
+            )
     return notes
+
+
+def _with(name: str, value: Any) -> str:
+    return f"without --{name}" if value is None else f"with --{name} {value}"

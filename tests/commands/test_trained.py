@@ -62,11 +62,15 @@ def test_the_precision_is_that_of_the_run_unless_another_is_given(run: Any, tmp_
 def test_runs_that_are_not_alike_are_told_by_name(run: Any, caplog: pytest.LogCaptureFixture) -> None:
     first = run("first", mixed_precision="bf16", resolution=16, tokenizer_max_length=8)
     other = run("other", mixed_precision="no", resolution=32, tokenizer_max_length=9)
-    assert notes(first) == {} == notes(first, run("same", mixed_precision="bf16", resolution=16, tokenizer_max_length=8))
+    same = run("same", mixed_precision="bf16", resolution=16, tokenizer_max_length=8)
+    assert notes(first) == {} == notes(first, same)
     expected = [
-        "other was trained with --mixed_precision no, but here it is bf16, as for first",
-        "other was trained with --tokenizer_max_length 9, but here it is 8, as for first",
-        "other was trained with --resolution 32, but here it is 16, as for first",
+        f"other was trained with --{theirs}, and is treated here as first was, with --{ours}"
+        for theirs, ours in (
+            ("mixed_precision no", "mixed_precision bf16"),
+            ("tokenizer_max_length 9", "tokenizer_max_length 8"),
+            ("resolution 32", "resolution 16"),
+        )
     ]
     assert notes(first, other) == {"other": expected}
     assert expected[0] in caplog.text

@@ -125,7 +125,8 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         UserError: a LoRA, prompt file, image or model is missing or wrong, or a LoRA does not fit the model; or there
             was nothing that any metric could be had of.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # else processes on a CPU know nothing of others
+    # accelerate heeds its flag for CPUs in training alone; without it each process would think that there is no other.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     folders = [path for path in config.lora if _holds_images(path)]
     loras = tuple(path for path in config.lora if path not in folders)
     if not loras and LOSS_METRIC in config.metrics:
@@ -166,6 +167,8 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     for label, problems in facts["problems"].items():
         kinds = " or ".join(sorted(set(problems.values())))
         found[label].notes.append(f"images that came out {kinds} do not count: {', '.join(problems)}")
+    facts["references"] = _described(evaluation.real.references, _processes(state))
+    facts["training"] = _described(evaluation.real.training, _processes(state))
     file = evaluation.output / "metrics.json"
     if state.is_main_process:
         _write(file, evaluation, found, facts)
@@ -336,8 +339,6 @@ def _write(
         **facts,
         "subject": evaluation.subject.name,
         "class_prompt": evaluation.subject.class_prompt,
-        "references": _described(evaluation.real.references),
-        "training": _described(evaluation.real.training),
         "rows": [
             {"label": label.replace("\n", ", "), "values": list(map(asdict, measured.values)), "notes": measured.notes}
             for label, measured in found.items()
@@ -348,7 +349,8 @@ def _write(
     write_atomically(file, json.dumps(result, indent=1, allow_nan=False))
 
 
-def _described(records: Sequence[ImageRecord]) -> dict[str, Any]:
-    """How many, and a hash that tells other images."""
-    contents = "".join(sorted(record.content_hash() for record in records))
+def _described(records: Sequence[ImageRecord], processes: Processes) -> dict[str, Any]:
+    """How many, and a hash that tells other images; the processes share the reading."""
+    mine = [record.content_hash() for record in records[processes.rank :: processes.world]]
+    contents = "".join(sorted(processes.gather(mine)))
     return {"n": len(records), "sha256": hashlib.sha256(contents.encode()).hexdigest()[:16]}
