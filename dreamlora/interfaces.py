@@ -31,6 +31,10 @@ class ModelSource:
     Attributes:
         path: folder or hub name of a diffusers pipeline.
         model_id: how caches and reports name it; a folder's id includes what its files hold.
+        revision: commit of the hub repository that every part is loaded from; None for a folder.
+        vae_path: folder or hub name of an autoencoder that takes the place of the pipeline's own.
+        vae_revision: commit of its repository; None for a folder.
+        prediction_type: what the denoiser predicts, where that is not what its scheduler's config says.
     """
 
     path: str
@@ -38,8 +42,15 @@ class ModelSource:
     revision: str | None = None
     variant: str | None = None
     vae_path: str | None = None
+    vae_revision: str | None = None
     cache_dir: Path | None = None
     allow_pickle: bool = False
+    prediction_type: str | None = None
+
+    @property
+    def predictor_id(self) -> str:
+        """How losses and images name the model: with the prediction type, where that is not the scheduler's own."""
+        return self.model_id + (f" with {self.prediction_type}" if self.prediction_type else "")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.base_model_file = self.path / "base_model.json"
         self.summary_file = self.path / "summary.json"
         self.outcome_file = self.path / "outcome.json"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -130,6 +131,14 @@ class RunFolder:
         except UserError as error:
             _tell_once(f"{error}. How this run ended is not known")
             return {}
+
+    def base_model(self) -> dict[str, Any]:
+        """What exactly was trained: id, and commits of the hub (base_model.json); empty if it was not noted.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return read_json(self.base_model_file)
 
     def sample_dir(self, step: int) -> Path:
         """``samples/step_000100``."""

@@ -96,7 +96,7 @@ class SampleCallback:
         accelerator, pipeline = run.accelerator, run.pipeline()
         scheduler = type(deterministic(pipeline.scheduler)[0]).__name__
 
-        def embed(prompts: list[str]) -> dict[str, Any]:
+        def embed(prompts: Sequence[str]) -> dict[str, Any]:
             arguments = run.call_arguments(prompts).items()
             return {
                 name: value.to(accelerator.device) if isinstance(value, Tensor) else value for name, value in arguments

@@ -20,7 +20,7 @@ from torch import Tensor
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.price import curve_times, final_design
-from dreamlora.interfaces import Conditioning, ModelSource, Objective
+from dreamlora.interfaces import Conditioning, Objective
 from dreamlora.randomness import generator
 from dreamlora.runfolder import replacing, write_atomically
 
@@ -161,11 +161,6 @@ def _identity(latents: Tensor, captions: Sequence[str], times: Tensor, keys: tup
     digest = hashlib.sha256(repr((keys, tuple(captions), model_id, times.tolist())).encode())
     digest.update(latents.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def eval_model_id(source: ModelSource, prediction_type: str | None) -> str:
-    """The model as an evaluation set names it: with the prediction type, where that is not the model's own."""
-    return source.model_id + (f" with {prediction_type}" if prediction_type else "")
 
 
 @dataclass(frozen=True)

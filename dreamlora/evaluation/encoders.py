@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from dreamlora import tiny
-from dreamlora.config import EMBEDDED_MODEL, Model
+from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.evaluation.preprocessing import DINO, Picture, Preprocessing, read_preprocessing
-from dreamlora.models.loading import find_file, identity, refuse_pickles
+from dreamlora.models.loading import commit_of, find_file, identity, refuse_pickles
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,22 @@ KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A folder, or a hub repository at one commit: a branch may move between two of its files.
+
+    Attributes:
+        commit: of the repository; None for a folder.
+    """
+
+    path: str
+    commit: str | None
+    cache_dir: Path | None
+
+    def file(self, name: str) -> Path:
+        return find_file(self.path, name, self.commit, self.cache_dir)
+
+
 def load_encoder(name: str, device: torch.device, cache_dir: Path | None = None) -> TransformersEncoder:
     """The encoder called ``name``, frozen, in float32; random states are left as they were.
 
@@ -67,17 +84,16 @@ def load_encoder(name: str, device: torch.device, cache_dir: Path | None = None)
         UserError: it cannot be found or read, has no safetensors, or is of no supported type.
     """
     path = str(tiny.clip_path()) if name == EMBEDDED_MODEL else name
-    config_file = find_file(path, "config.json", None, cache_dir)
-    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    place = _Place(path, commit_of(path, CONFIG, None, cache_dir), cache_dir)
+    model_type = json.loads(place.file(CONFIG).read_text(encoding="utf-8")).get("model_type")
     if model_type not in KINDS:
         raise UserError(f"{name} is a {model_type!r} model, which is no supported encoder: choose a {', '.join(KINDS)}")
     kind = KINDS[model_type]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model = _model(kind, path, cache_dir).to(device)
-    preprocessing = kind.preprocessing or _preprocessing(kind, path, cache_dir)
-    tokenizer = _from_pretrained(transformers.AutoTokenizer, path, cache_dir) if kind.texts else None
-    called = EMBEDDED_MODEL if name == EMBEDDED_MODEL else name
-    model_id = identity(called, path, Model(cache_dir=cache_dir), "config.json")
+        model = _model(kind, place).to(device)
+    preprocessing = kind.preprocessing or _preprocessing(kind, place)
+    tokenizer = _from_pretrained(transformers.AutoTokenizer, place) if kind.texts else None
+    model_id = identity(name, path, place.commit)
     pooling = "projection" if kind.texts else "cls"
     return TransformersEncoder(f"{model_id}/{preprocessing.id}/{pooling}", model, preprocessing, tokenizer)
 
@@ -172,37 +188,39 @@ def _vectors(output: Any) -> Tensor:
     return vectors.float().cpu()
 
 
-def _model(kind: Kind, path: str, cache_dir: Path | None) -> nn.Module:
+def _model(kind: Kind, place: _Place) -> nn.Module:
     model_class = getattr(transformers, kind.class_name, None)
     if model_class is None:
-        raise UserError(f"{path} needs {kind.class_name}, which the installed transformers does not have: update it")
-    refuse_pickles(Path(path), "encoder")
+        raise UserError(
+            f"{place.path} needs {kind.class_name}, which the installed transformers does not have: update it"
+        )
+    refuse_pickles(Path(place.path), "encoder")
     disable_progress_bar()
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, **dict(kind.options)}
-    model, info = _from_pretrained(model_class, path, cache_dir, **options)
+    model, info = _from_pretrained(model_class, place, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise UserError(f"{path}: the weights lack {len(missing)} tensors, {missing[0]} first: download it again")
+        raise UserError(f"{place.path}: the weights lack {len(missing)} tensors, {missing[0]} first: download it again")
     frozen: nn.Module = model.requires_grad_(False).eval()
     return frozen
 
 
-def _from_pretrained(part_class: Any, path: str, cache_dir: Path | None, **options: Any) -> Any:
+def _from_pretrained(part_class: Any, place: _Place, **options: Any) -> Any:
     try:
-        return part_class.from_pretrained(path, cache_dir=cache_dir, **options)
+        return part_class.from_pretrained(place.path, cache_dir=place.cache_dir, revision=place.commit, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"cannot load the encoder {path}: expected a {part_class.__name__} with weights as *.safetensors. Copy or "
-            f"download it again, or load and save it with save_pretrained. The reason given: {error}"
+            f"cannot load the encoder {place.path}: expected a {part_class.__name__} with *.safetensors. Copy "
+            f"or download it again, or load and save it with save_pretrained. The reason given: {error}"
         ) from error
 
 
-def _preprocessing(kind: Kind, path: str, cache_dir: Path | None) -> Preprocessing:
+def _preprocessing(kind: Kind, place: _Place) -> Preprocessing:
     try:
-        file = find_file(path, "preprocessor_config.json", None, cache_dir)
+        file = place.file("preprocessor_config.json")
     except UserError as error:
         try:
-            file = find_file(path, "processor_config.json", None, cache_dir)  # as transformers 5 saves processors
+            file = place.file("processor_config.json")  # as transformers 5 saves processors
         except UserError:
             raise error from None
     return read_preprocessing(file, kind.keeps_proportions)

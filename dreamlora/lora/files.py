@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from safetensors import SafetensorError, safe_open
 
 from dreamlora.errors import UserError
+from dreamlora.lora.fused import fuse
+from dreamlora.lora.pairs import ADAPTER
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
@@ -69,7 +75,10 @@ def same_lora(first: Path, second: Path) -> bool:
 
 
 def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
-    """Load a LoRA into a stock pipeline as the adapter "dreamlora", with its effect multiplied by ``scale``.
+    """Load a LoRA into a stock pipeline, with its effect multiplied by ``scale``, as it was while it trained.
+
+    Its weights keep their own precision, as float32 (diffusers rounds them to that of the base model), and its layers
+    compute in the same order as in training.
 
     Raises:
         UserError: see :func:`read_lora`; or it was made for another model.
@@ -79,10 +88,24 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
         state = type(pipeline).lora_state_dict(str(lora.path), use_safetensors=True)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"{lora.path}: diffusers cannot read this {lora.format} file: {error}") from error
-    _check_fit(pipeline, lora, state[0] if isinstance(state, tuple) else state)
-    pipeline.load_lora_weights(str(lora.path), adapter_name="dreamlora", use_safetensors=True)
-    pipeline.set_adapters(["dreamlora"], [scale])
+    state = state[0] if isinstance(state, tuple) else state
+    _check_fit(pipeline, lora, state)
+    pipeline.load_lora_weights(str(lora.path), adapter_name=ADAPTER, use_safetensors=True)
+    pipeline.set_adapters([ADAPTER], [scale])
+    for component, tensors in _by_component(state).items():
+        _unround(getattr(pipeline, component), tensors)
+        fuse(getattr(pipeline, component))
     return lora
+
+
+def _unround(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Give the adapter of ``module`` the values of the file again, given by PEFT's names, in float32."""
+    if not hasattr(module, "text_model"):
+        tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    for name, parameter in module.named_parameters():
+        if f".{ADAPTER}." in name:
+            exact = tensors.get(name.replace(f".{ADAPTER}.", "."), parameter)
+            parameter.data = exact.detach().to(parameter.device, torch.float32)
 
 
 def _find(path: Path) -> Path:
@@ -101,7 +124,8 @@ def _find(path: Path) -> Path:
 
 def _check_fit(pipeline: Any, lora: LoraFile, state: dict[str, torch.Tensor]) -> None:
     """Refuse names and sizes that the pipeline does not have; the loader would skip such names silently."""
-    wrong = [problem for key, value in _peft_names(state).items() if (problem := _problem(pipeline, key, value))]
+    named = {f"{part}.{name}": value for part, found in _by_component(state).items() for name, value in found.items()}
+    wrong = [problem for key, value in named.items() if (problem := _problem(pipeline, key, value))]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(
@@ -110,18 +134,18 @@ def _check_fit(pipeline: Any, lora: LoraFile, state: dict[str, torch.Tensor]) ->
         )
 
 
-def _peft_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Text encoder keys under PEFT's names, through the two steps the loader takes; the others as they are."""
-    text: dict[str, dict[str, torch.Tensor]] = {}
+def _by_component(state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors under PEFT's names by component, through the steps that the loader takes."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
         component, _, name = key.partition(".")
+        parts.setdefault(component, {})[name] = value
+    for component, tensors in parts.items():
         if component.startswith("text_encoder"):
-            text.setdefault(component, {})[name] = value
-    renamed = {key: value for key, value in state.items() if not key.startswith("text_encoder")}
-    for component, tensors in text.items():
-        peft = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
-        renamed |= {f"{component}.{name}": value for name, value in peft.items()}
-    return renamed
+            parts[component] = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
+        elif not any("lora_A" in name for name in tensors):
+            parts[component] = convert_unet_state_dict_to_peft(tensors)
+    return parts
 
 
 def _problem(pipeline: Any, key: str, value: torch.Tensor) -> str | None:
@@ -131,7 +155,7 @@ def _problem(pipeline: Any, key: str, value: torch.Tensor) -> str | None:
         return f"{key} is for a {component!r}, which is not loaded"
     if parts is None:
         return None
-    layer_name = parts["layer"].replace(".processor", "")
+    layer_name = parts["layer"]
     if not hasattr(module, "text_model"):
         layer_name = layer_name.removeprefix("text_model.")
     try:

@@ -28,31 +28,42 @@ from dreamlora.interfaces import Components, Family, ModelSource
 from dreamlora.models.fingerprint import fingerprint
 
 INDEX = "model_index.json"
+SCHEDULER = "scheduler"
 
 
-def resolve_source(model: Model) -> ModelSource:
+def resolve_source(model: Model, prediction_type: str | None = None, vae_revision: str | None = None) -> ModelSource:
     """Where the model comes from, and the id that caches know it by.
 
     The id of a folder holds a fingerprint of its files, that of a hub repository its commit, and both hold the id of an
-    autoencoder that replaces theirs: latents made by another model are never taken for this one's.
+    autoencoder that replaces theirs: latents made by another model are never taken for this one's. What a branch of the
+    hub points to is looked up here alone, and every part is loaded from that commit, though the branch may move.
+
+    Args:
+        model: the options.
+        prediction_type: of the run, instead of the scheduler's own; None: that.
+        vae_revision: of the other autoencoder's repository.
 
     Raises:
         UserError: no such folder or repository, or it is no diffusers pipeline.
     """
-    name = model.pretrained_model_name_or_path
+    name, cache = model.pretrained_model_name_or_path, model.cache_dir
     path = _embedded() if name == EMBEDDED_MODEL else name
-    parts = [identity(name, path, model, INDEX), *([model.variant] if model.variant else [])]
+    revision = commit_of(path, INDEX, model.revision, cache)
+    parts = [identity(name, path, revision), *([model.variant] if model.variant else [])]
     vae = model.pretrained_vae_model_name_or_path
     if vae:
-        parts.append("vae:" + identity(vae, vae, Model(cache_dir=model.cache_dir), _vae_file(vae)))
+        vae_revision = commit_of(vae, _vae_file(vae), vae_revision, cache)
+        parts.append("vae:" + identity(vae, vae, vae_revision))
     return ModelSource(
         path=path,
         model_id="+".join(parts),
-        revision=model.revision,
+        revision=revision,
         variant=model.variant,
         vae_path=vae,
-        cache_dir=model.cache_dir,
+        vae_revision=vae_revision if vae else None,
+        cache_dir=cache,
         allow_pickle=model.allow_pickle,
+        prediction_type=prediction_type,
     )
 
 
@@ -97,15 +108,16 @@ def family_of(source: ModelSource, name: str | None = None) -> Family:
 
 
 def read_config(source: ModelSource, component: str) -> dict[str, Any]:
-    """``config.json`` of one part, without its weights.
+    """``config.json`` of one part, without its weights; of the scheduler its ``scheduler_config.json``.
 
     Raises:
         UserError: there is none.
     """
     if component == "vae" and source.vae_path:
-        file = find_file(source.vae_path, _vae_file(source.vae_path), None, source.cache_dir)
+        file = find_file(source.vae_path, _vae_file(source.vae_path), source.vae_revision, source.cache_dir)
     else:
-        file = find_file(source.path, f"{component}/config.json", source.revision, source.cache_dir)
+        name = "scheduler_config.json" if component == SCHEDULER else "config.json"
+        file = find_file(source.path, f"{component}/{name}", source.revision, source.cache_dir)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -127,12 +139,18 @@ def _load(source: ModelSource, name: str, index: dict[str, Any], dtype: torch.dt
             source.vae_path,
             _class("diffusers", read_config(source, "vae")["_class_name"], source.vae_path),
         )
-        arguments["subfolder"] = str(Path(_vae_file(path)).parent).removeprefix(".")
+        arguments |= {
+            "subfolder": str(Path(_vae_file(path)).parent).removeprefix("."),
+            "revision": source.vae_revision,
+        }
     else:
         path, part_class = source.path, _class(*_entry(source, name, index), source.path)
         arguments |= {"subfolder": name, "revision": source.revision}
     if not issubclass(part_class, torch.nn.Module):
-        return _from_pretrained(part_class, path, name, arguments)
+        part = _from_pretrained(part_class, path, name, arguments)
+        if name == SCHEDULER and source.prediction_type:
+            part.register_to_config(prediction_type=source.prediction_type)
+        return part
     if path == source.path:
         arguments["variant"] = source.variant
     if not source.allow_pickle:
@@ -212,19 +230,33 @@ def _embedded() -> str:
     return str(tiny.pipeline_path())
 
 
-def identity(name: str, path: str, model: Model, file: str) -> str:
+def commit_of(path: str, file: str, revision: str | None, cache_dir: Path | None) -> str | None:
+    """The commit that a revision of a hub repository stands for now; None for a folder, which has none.
+
+    Offline it is the one that was downloaded last.
+
+    Args:
+        path: folder or hub repository.
+        file: one that must be there.
+        revision: branch, tag or commit; None: the default branch.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        UserError: as ``find_file``.
+    """
+    found = find_file(path, file, revision, cache_dir)
+    return None if Path(path).is_dir() else found.parents[file.count("/")].name
+
+
+def identity(name: str, path: str, commit: str | None) -> str:
     """A short name and what the files hold: ``name@fingerprint`` for folders, ``name@commit`` for the hub.
 
     Args:
         name: as the user gave it.
         path: folder or hub repository that it stands for.
-        model: for revision and cache.
-        file: one that must be there.
+        commit: of the repository; None for a folder.
     """
-    found = find_file(path, file, model.revision, model.cache_dir)
-    if Path(path).is_dir():
-        return f"{Path(name).resolve().name}@{fingerprint(Path(path))}"
-    return f"{name}@{found.parents[file.count('/')].name}"
+    return f"{name}@{commit}" if commit else f"{Path(name).resolve().name}@{fingerprint(Path(path))}"
 
 
 def _vae_file(path: str) -> str:

@@ -55,6 +55,11 @@ class Parts:
         return self.family.pipeline({name: part for role in ROLES for name, part in self.get(role).items()})
 
 
+def computing_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What accelerate gives a run of this precision: autocast, in which LoRAs stay float32; nothing for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
 def give_back_memory() -> None:
     """Return what has been freed to the device and the system; torch and the C library keep it otherwise."""
     if torch.cuda.is_available():

@@ -85,6 +85,7 @@ def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.End
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
+        provenance.write_base_model(context.source, folder)
     _start_trackers(context, folder)
     with context.timed("training"):
         loop.train(run)
@@ -123,7 +124,7 @@ def _start(config: RunConfig) -> RunContext:
     if config.train.push_to_hub:
         upload.check_hub(config)
     set_tf32(config.model.allow_tf32)
-    source = resolve_source(config.model)
+    source = resolve_source(config.model, config.train.prediction_type)
     family = family_of(source, config.model.family)
     if config.lora.train_text_encoder and not family.TEXT_ENCODERS:
         raise UserError(
@@ -171,8 +172,6 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         material = schedule.eval_material(context, pictures, how.fixed())
     context.parts.free("vae")
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
-    if config.train.prediction_type:  # samples must be drawn as the model is trained
-        components["scheduler"].register_to_config(prediction_type=config.train.prediction_type)
     model = _with_lora(context, components, text)
     trainables = trainable_parameters(model)
     model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from dreamlora.data.transforms import Preparation
 from dreamlora.interfaces import Components, Conditioning, Latents
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
+from dreamlora.sampling.sampler import Embed, embedding
 from dreamlora.training.stream import stack_conditioning
 
 MOST_TOKENIZED = 1000
@@ -68,9 +68,7 @@ def prompt_length(context: RunContext) -> int | None:
     return length
 
 
-def pipeline_inputs(
-    context: RunContext, encode: Encode, text: Components | None
-) -> Callable[[Sequence[str]], dict[str, Any]]:
+def pipeline_inputs(context: RunContext, encode: Encode, text: Components | None) -> Embed:
     """Prompts to keyword arguments of the pipeline: embeddings on the device, with negative ones under guidance.
 
     Args:
@@ -79,14 +77,10 @@ def pipeline_inputs(
         text: the text components, if a text encoder trains.
     """
     device = context.accelerator.device
-    guided = (context.config.sample.sample_guidance_scale or 0) > 1
+    sample = context.config.sample
 
-    def embed(prompts: Sequence[str]) -> Conditioning:
+    def conditioning(prompts: Sequence[str]) -> Conditioning:
         encoded = {name: value.to(device) for name, value in encode(prompts).items()}
         return context.family.encode_tokens(text, encoded) if text else encoded
 
-    def arguments(prompts: Sequence[str]) -> dict[str, Any]:
-        negative = embed([context.config.sample.negative_prompt or ""] * len(prompts)) if guided else None
-        return dict(context.family.call_arguments(embed(prompts), negative))
-
-    return arguments
+    return embedding(context.family, conditioning, sample.sample_guidance_scale or 0, sample.negative_prompt)

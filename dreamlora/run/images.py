@@ -131,7 +131,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
         return loaded
 
     with context.timed("class images"):
-        prior.ensure_class_images(images, plan, pipeline, context.source.model_id, rank, world)
+        prior.ensure_class_images(images, plan, pipeline, context.source.predictor_id, rank, world)
         base.free(*ROLES)
         wait_for_everyone()
     records = load_folder(images, data.class_prompt, flag="--class_data_dir").records
@@ -143,6 +143,6 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
 def _class_folder(context: RunContext, outputs: Path) -> Path:
     """``outputs/class_images/<prompt>-<hash>``: other prompts, models and sizes have folders of their own."""
     prompt = context.config.data.class_prompt or ""
-    kind = f"{prompt}/{context.source.model_id}/{context.config.data.resolution}"
+    kind = f"{prompt}/{context.source.predictor_id}/{context.config.data.resolution}"
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:40]
     return outputs / "class_images" / f"{slug}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"

@@ -10,7 +10,7 @@ import os
 
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 
 from dreamlora.config import RunConfig
 from dreamlora.errors import UserError
@@ -60,7 +60,8 @@ def processes() -> PartialState:
         UserError: accelerate was set to something that they cannot do.
     """
     _check_strategy()
-    state = PartialState()
+    # accelerate heeds its flag for CPUs in training alone; without it each process would think that there is no other
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     _check_kind(state.distributed_type)
     return state
 

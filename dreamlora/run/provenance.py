@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shlex
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import torch
 import yaml
 
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.interfaces import ModelSource
 from dreamlora.runfolder import RunFolder, write_atomically
 
 _PACKAGES = ("dreamlora", "torch", "diffusers", "transformers", "peft", "accelerate", "tokenizers", "numpy", "Pillow")
+COMMIT_DIGITS = 12
 
 
 def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> None:
@@ -32,6 +35,12 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     write_atomically(folder.config_file, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
 
+def write_base_model(source: ModelSource, folder: RunFolder) -> None:
+    """base_model.json: what exactly was trained. config.yaml has what was given; a branch or a folder can change."""
+    base = {"id": source.model_id, "revision": source.revision, "vae_revision": source.vae_revision}
+    write_atomically(folder.base_model_file, json.dumps(base, indent=1))
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     found = {"python": platform.python_version()}
@@ -44,14 +53,31 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the dreamlora checkout (with "+" if it was changed since), or None for an installed package."""
-    here = Path(__file__).parents[1]
+    """Commit of the dreamlora checkout (with "+" if it was changed since), or the one that pip installed; else None."""
+    package = Path(__file__).resolve().parents[1]
     try:
-        commit = _git("rev-parse", "--short=12", "HEAD", folder=here)
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", str(here), folder=here)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        # A virtual environment often lies in its owner's repository, whose commit says nothing of this package.
+        if Path(_git("rev-parse", "--show-toplevel", folder=package)).resolve() != package.parent:
+            return _installed_commit(package)
+        _git("ls-files", "--error-unmatch", "__init__.py", folder=package)
+        commit = _git("rev-parse", f"--short={COMMIT_DIGITS}", "HEAD", folder=package)
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", str(package), folder=package)
+    except (OSError, subprocess.SubprocessError):
+        return _installed_commit(package)
     return commit + ("+" if changed else "")
+
+
+def _installed_commit(package: Path) -> str | None:
+    """What pip noted when it installed this very package from a repository (direct_url.json)."""
+    try:
+        installed = distribution(package.name)
+        noted = json.loads(installed.read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return None
+    if Path(str(installed.locate_file(package.name))).resolve() != package:
+        return None
+    commit = noted.get("vcs_info", {}).get("commit_id")
+    return commit[:COMMIT_DIGITS] if commit else None
 
 
 def device_name(device: torch.device) -> str:

@@ -14,12 +14,12 @@ FREE_ON_RESUME = {
     *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir", "dataloader_num_workers"),
     *("push_to_hub", "hub_token", "hub_model_id", "sample_batch_size", "num_validation_images", "validation_epochs"),
     *("sample_prompts", "train_batch_size", "gradient_accumulation_steps", "instance_data_dir", "validation_prompt"),
-    *("pretrained_model_name_or_path", "pre_compute_text_embeddings", "num_train_epochs", "allow_pickle", "subject"),
+    *("pretrained_model_name_or_path", "revision", "pre_compute_text_embeddings", "num_train_epochs", "allow_pickle"),
     *("sample_steps", "sample_seed", "num_images_per_prompt", "negative_prompt", "eval_steps", "eval_batch_size"),
     *("optimizer_args", "prior_generation_precision", "final_eval_items", "save_best", "early_stopping"),
     *("eval_metrics", "eval_metrics_steps", "eval_prompts", "eval_num_images"),
     *("clip_model", "dino_model", "inception_weights"),
-    *("train_data_dir", "style", "streaming", "parity_check"),
+    *("train_data_dir", "subject", "style", "streaming", "parity_check"),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
 model's id, the images' hashes, the global batch size)."""

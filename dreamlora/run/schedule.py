@@ -18,7 +18,7 @@ from dreamlora.callbacks.meet import MeetCallback
 from dreamlora.callbacks.sample import SampleCallback
 from dreamlora.data.cache import LatentStore
 from dreamlora.data.transforms import Preparation
-from dreamlora.eval_loss.evalset import EvalSet, build_eval_set, build_final_set, eval_model_id
+from dreamlora.eval_loss.evalset import EvalSet, build_eval_set, build_final_set
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.interfaces import Callback
@@ -131,5 +131,5 @@ def _eval_set(context: RunContext, run: Run, images: LatentStore) -> EvalSet:
         images.content_hashes,
         run.objective,
         seed=context.config.eval.eval_seed,
-        model_id=eval_model_id(context.source, context.config.train.prediction_type),
+        model_id=context.source.predictor_id,
     )

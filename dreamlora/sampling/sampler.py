@@ -22,13 +22,32 @@ from torch import Tensor, nn
 
 from dreamlora.config import Sample
 from dreamlora.errors import UserError
-from dreamlora.interfaces import SampleDefaults
+from dreamlora.interfaces import Conditioning, Family, SampleDefaults
 from dreamlora.sampling.schedulers import deterministic
 
 logger = logging.getLogger(__name__)
 
-Embed = Callable[[list[str]], dict[str, Any]]
+Embed = Callable[[Sequence[str]], dict[str, Any]]
 """Prompts to keyword arguments of the pipeline: ready prompt embeddings, batch first, negative ones included."""
+
+
+def embedding(
+    family: Family, encode: Callable[[Sequence[str]], Conditioning], guidance_scale: float, negative: str | None
+) -> Embed:
+    """What gives a family's pipeline prompt embeddings, in training and afterwards.
+
+    Args:
+        family: of the pipeline.
+        encode: prompts to batched conditioning on the pipeline's device.
+        guidance_scale: of the samples; above 1 the pipeline wants negative embeddings.
+        negative: the negative prompt; None: the empty one.
+    """
+
+    def embed(prompts: Sequence[str]) -> dict[str, Any]:
+        unwanted = encode([negative or ""] * len(prompts)) if guidance_scale > 1 else None
+        return dict(family.call_arguments(encode(prompts), unwanted))
+
+    return embed
 
 
 @dataclass(frozen=True)

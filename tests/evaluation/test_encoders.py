@@ -10,13 +10,22 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model, SiglipModel, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Model,
+    SiglipModel,
+    ViTModel,
+)
 
 from dreamlora import tiny
 from dreamlora.errors import UserError
 from dreamlora.evaluation import encoders
 from dreamlora.evaluation.encoders import TransformersEncoder, load_encoder
 from dreamlora.evaluation.preprocessing import DINO
+from tests.hubcache import FakeHub
 from tests.tinymodels import CLIP_LENGTH
 
 CPU = torch.device("cpu")
@@ -140,3 +149,28 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match=r"is a 'bert' model.*choose a clip, siglip, vit, dinov2"):
         load(tmp_path)
+
+
+@torch.no_grad()
+def test_all_of_an_encoder_is_of_the_commit_that_its_id_names(
+    encoder_folders: dict[str, Path], pictures: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors are kept by this id. The branch of the hub moves between the weights and what comes after them."""
+    first, second = "1" * 40, "2" * 40
+    hub = FakeHub(tmp_path)
+    other = Path(shutil.copytree(encoder_folders["clip"], tmp_path / "other"))
+    sizes = {"size": {"shortest_edge": 40}, "crop_size": {"height": 24, "width": 24}}
+    CLIPImageProcessor(**sizes).save_pretrained(other)
+    hub.commit("owner/clip", second, other)
+    hub.commit("owner/clip", first, encoder_folders["clip"])
+    original = encoders._model
+
+    def load_slowly(*arguments: Any) -> Any:
+        model = original(*arguments)
+        hub.move("owner/clip", second)
+        return model
+
+    monkeypatch.setattr(encoders, "_model", load_slowly)
+    encoder = load_encoder("owner/clip", CPU, hub.cache)
+    assert encoder.id.startswith(f"owner/clip@{first}/")
+    assert torch.equal(encoder.images(pictures), load(encoder_folders["clip"]).images(pictures))

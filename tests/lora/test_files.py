@@ -177,3 +177,17 @@ def test_lora_of_another_model(pipeline, lora):
     with pytest.raises(UserError, match="is for a 'transformer', which is not loaded"):
         apply_lora(pipeline, lora)
     assert not hasattr(pipeline.unet, "peft_config")
+
+
+@pytest.mark.parametrize("kohya", [False, True], ids=["diffusers", "kohya"])
+def test_weights_keep_their_precision_in_a_model_of_another(sd_folder, lora, tmp_path, kohya):
+    """Training keeps them in float32 too; diffusers' loader would round them."""
+    pipeline = DiffusionPipeline.from_pretrained(sd_folder, safety_checker=None, torch_dtype=torch.bfloat16)
+    apply_lora(pipeline, as_kohya(lora, tmp_path / "kohya.safetensors") if kohya else lora)
+    expected = sorted(float(tensor.double().sum()) for tensor in load_file(lora).values())
+    loaded = [p for m in (pipeline.unet, pipeline.text_encoder) for n, p in m.named_parameters() if ".lora_" in n]
+    assert {parameter.dtype for parameter in loaded} == {torch.float32}
+    assert sorted(float(parameter.double().sum()) for parameter in loaded) == expected
+    assert pipeline.unet.dtype == torch.bfloat16
+    pipeline.unload_lora_weights()
+    assert not any(".lora_" in name for name, _ in pipeline.unet.named_parameters())

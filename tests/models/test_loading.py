@@ -20,6 +20,7 @@ from dreamlora.families import _parts, flux, sd
 from dreamlora.interfaces import ModelSource
 from dreamlora.models import fingerprint, loading
 from tests import tinymodels
+from tests.hubcache import FakeHub
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -250,6 +251,63 @@ def test_hub_id_holds_the_commit(sd_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "hf_hub_download", lambda _, name, **_options: str(snapshot / name))
     found = source("owner/name", pretrained_vae_model_name_or_path="owner/vae")
     assert found.model_id == "owner/name@c0ffee+vae:owner/vae@c0ffee"
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+"""Commits."""
+
+
+@pytest.fixture
+def hub(sd_folder, tmp_path) -> FakeHub:
+    """A pipeline and an autoencoder with two commits each, whose branches point to the first."""
+    hub = FakeHub(tmp_path / "hub")
+    second = Path(shutil.copytree(sd_folder, tmp_path / "second"))
+    for file in second.rglob("*.safetensors"):
+        tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    for file in (second / "vae/config.json", second / "scheduler/scheduler_config.json"):
+        content = {"scaling_factor": 2.0, "prediction_type": "v_prediction"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | content))
+    for commit, content in ((SECOND, second), (FIRST, sd_folder)):
+        hub.commit("owner/name", commit, content)
+        hub.commit("owner/vae", commit, content / "vae")
+    return hub
+
+
+@pytest.mark.parametrize("vae", [None, "owner/vae"], ids=["own autoencoder", "another autoencoder"])
+def test_all_parts_come_from_the_commit_that_caches_name(hub, sd_folder, vae):
+    """A branch of the hub may move while a run loads one part after the other, or between two processes."""
+    found = source("owner/name", cache_dir=hub.cache, pretrained_vae_model_name_or_path=vae)
+    assert found.model_id == f"owner/name@{FIRST}" + (f"+vae:owner/vae@{FIRST}" if vae else "")
+    hub.move("owner/name", SECOND)
+    hub.move("owner/vae", SECOND)
+    for role in ("text", "vae", "denoiser"):
+        parts = sd.load(found, role, torch.float32)
+        expected = sd.load(source(sd_folder), role, torch.float32)
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                ours, theirs = next(part.parameters()), next(expected[name].parameters())
+                assert torch.equal(ours, theirs), f"{name} is of the second commit"
+    assert loading.read_config(found, "vae")["scaling_factor"] != 2.0
+    assert sd.load(found, "scheduler", None)["scheduler"].config.prediction_type == "epsilon"
+    assert loading.read_config(found, "scheduler")["prediction_type"] == "epsilon"
+    assert source("owner/name", cache_dir=hub.cache).model_id == f"owner/name@{SECOND}"
+
+
+def test_a_commit_can_be_asked_for(hub):
+    found = source("owner/name", cache_dir=hub.cache, revision=SECOND)
+    assert found.model_id == f"owner/name@{SECOND}" and found.revision == SECOND
+    with pytest.raises(UserError, match="was not downloaded before"):
+        source("owner/name", cache_dir=hub.cache, revision="3" * 40)
+
+
+def test_the_prediction_type_of_a_run_takes_the_place_of_the_schedulers(sd_folder):
+    model = Model(pretrained_model_name_or_path=str(sd_folder))
+    found = loading.resolve_source(model, prediction_type="v_prediction")
+    assert sd.load(found, "scheduler", None)["scheduler"].config.prediction_type == "v_prediction"
+    own = loading.resolve_source(model)
+    assert found.model_id == own.model_id == own.predictor_id, "latents and embeddings are the same"
+    assert found.predictor_id == f"{own.model_id} with v_prediction"
 
 
 def test_v_prediction_model(tmp_path):

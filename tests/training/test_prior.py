@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from dreamlora.errors import UserError
+from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.sampler import SamplePlan
 from dreamlora.training.prior import ensure_class_images
 
@@ -115,3 +117,15 @@ def test_broken_images_are_refused(tmp_path: Path, value: float, problem: str) -
     with pytest.raises(UserError, match=rf"{problem}.*--prior_generation_precision"):
         ensure_class_images(tmp_path, PLAN, lambda: FakePipeline(value=value))
     assert not contents(tmp_path)
+
+
+def test_the_base_model_draws_them_as_the_run_says_that_it_predicts(
+    train: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    quick = ["--max_train_steps", "1", "--sample_steps", "0", "--eval_steps", "0", "--checkpointing_steps", "0"]
+    prior = ["--with_prior_preservation", "--class_prompt", "dog", "--num_class_images", "1"]
+    for prediction in ("epsilon", "v_prediction"):
+        train(*quick, *prior, "--prediction_type", prediction, "--output_dir", str(tmp_path / prediction / "run"))
+    images = [next((tmp_path / name).rglob("class_images/*/*.png")) for name in ("epsilon", "v_prediction")]
+    assert images[0].read_bytes() != images[1].read_bytes()
+    assert images[0].name != images[1].name and images[0].parent.name != images[1].parent.name

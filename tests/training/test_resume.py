@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import state
+from tests.hubcache import FakeHub
 from tests.training.test_run import same, values, weights
 
 Train = Callable[..., RunFolder]
@@ -104,6 +105,23 @@ def test_sigkill_at_any_moment(flags: list[str], train: Train, tmp_path: Path) -
         process.wait()
     if run.checkpoint_steps():
         assert_equal_runs(whole, train("--resume_from_checkpoint", "latest"))
+
+
+def test_a_branch_of_the_hub_that_moved_is_refused_and_the_commit_can_be_given(
+    train: Train, sd_folder: Path, tmp_path: Path
+) -> None:
+    first, second = "1" * 40, "2" * 40
+    hub = FakeHub(tmp_path / "hub")
+    hub.commit("owner/name", first, sd_folder)
+    quick = ["--max_train_steps", "2", "--sample_steps", "0", "--eval_steps", "0"]
+    run = train(*quick, "--pretrained_model_name_or_path", "owner/name", "--cache_dir", str(hub.cache))
+    assert run.base_model() == {"id": f"owner/name@{first}", "revision": first, "vae_revision": None}
+    hub.commit("owner/name", second, sd_folder)
+    again = [*quick, "--pretrained_model_name_or_path", "owner/name", "--cache_dir", str(hub.cache)]
+    again += ["--max_train_steps", "3", "--resume_from_checkpoint", "latest"]
+    with pytest.raises(UserError, match=f"base model: 'owner/name@{first}' then, 'owner/name@{second}' now"):
+        train(*again)
+    assert train(*again, "--revision", first).checkpoint_steps()[-1] == 3
 
 
 def test_other_settings_are_refused_by_name(train: Train, flux_folder: Path) -> None:

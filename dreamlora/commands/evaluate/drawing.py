@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dreamlora.runfolder import replacing
-from dreamlora.sampling.sampler import SampleItem, SamplePlan, draw_batch
+from dreamlora.sampling.sampler import Embed, SampleItem, SamplePlan, draw_batch
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Sheet:
     Attributes:
         folder: where they lie.
         plan: what is drawn, and how.
-        made_of: everything else that decides an image: model, LoRA, scale, precision; as JSON can say it.
+        made_of: everything else that decides an image: model, LoRA, scale, precision, ...; as JSON can say it.
     """
 
     folder: Path
@@ -34,32 +34,44 @@ class Sheet:
         text = json.dumps([dict(self.made_of), how, item.prompt, item.seed], sort_keys=True)
         return self.folder / f"{item.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.png"
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[SampleItem]:
-        """Those of this process's share (every ``world``-th image) that are not there."""
-        return [item for item in self.plan.items()[rank::world] if not _whole(self.file(item))]
+    def missing(self) -> list[SampleItem]:
+        """Those that are not there."""
+        return [item for item in self.plan.items() if not _whole(self.file(item))]
+
+
+Job = tuple[int, SampleItem]
+"""An image to draw: number of its sheet, and what it shows."""
+
+
+def share_of(jobs: Sequence[Job], rank: int, world: int) -> dict[int, list[SampleItem]]:
+    """What one process draws, by sheet: as much as the others, within one image, whatever is missing where.
+
+    A part of the list, rather than every ``world``-th of it: fewer LoRAs are loaded, and more images fill a batch.
+    """
+    share: dict[int, list[SampleItem]] = {}
+    for number, item in jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]:
+        share.setdefault(number, []).append(item)
+    return share
 
 
 def draw_sheet(
-    pipeline: Any, sheet: Sheet, items: Sequence[SampleItem], done: Callable[[int], object]
-) -> Iterator[tuple[SampleItem, str]]:
-    """Draw and write images; yields those that came out wrong, with the problem. Those are not written.
+    pipeline: Any, sheet: Sheet, items: Sequence[SampleItem], embed: Embed
+) -> Iterator[tuple[SampleItem, str | None]]:
+    """Draw images; yields each with what is wrong with it, if anything is. Such an image is not written.
 
     Args:
         pipeline: with the LoRA.
         sheet: where and how.
         items: of the sheet's plan.
-        done: called with the number of images just drawn.
+        embed: gives the prompt embeddings.
     """
     size = sheet.plan.batch_size
     for start in range(0, len(items), size):
-        batch = items[start : start + size]
-        for drawn in draw_batch(pipeline, sheet.plan, batch):
-            if drawn.problem:
-                yield drawn.item, drawn.problem
-                continue
-            with replacing(sheet.file(drawn.item)) as temporary:
-                drawn.image.save(temporary)
-        done(len(batch))
+        for drawn in draw_batch(pipeline, sheet.plan, items[start : start + size], embed):
+            if not drawn.problem:
+                with replacing(sheet.file(drawn.item)) as temporary:
+                    drawn.image.save(temporary)
+            yield drawn.item, drawn.problem
 
 
 def _whole(file: Path) -> bool:

@@ -17,12 +17,21 @@ from tqdm import tqdm
 
 from dreamlora import registry
 from dreamlora.cli.parse import Program, parse
-from dreamlora.commands.evaluate.drawing import Sheet, draw_sheet
+from dreamlora.commands.evaluate.drawing import Job, Sheet, draw_sheet, share_of
 from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
 from dreamlora.commands.evaluate.losses import measure_losses
 from dreamlora.commands.evaluate.table import table
-from dreamlora.commands.evaluate.under_test import UnderTest, applied, prepared
-from dreamlora.commands.rows import Row, first_run, model_of, plan_for, prompts_of, settings_of
+from dreamlora.commands.rows import Row, rows_of
+from dreamlora.commands.trained import (
+    DRAWN_WITH,
+    MEASURED_WITH,
+    TrainedRun,
+    first_run,
+    model_of,
+    plan_for,
+    prompts_of,
+)
+from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.config import EMBEDDED_MODEL, Encoders
 from dreamlora.config.programs import program_of
 from dreamlora.data.cache import TensorCache, cache_folder
@@ -33,11 +42,10 @@ from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metric, measure
-from dreamlora.interfaces import ModelSource
 from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told before images are drawn
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
-from dreamlora.processes import gather_lists, wait_for_everyone
+from dreamlora.processes import gather_lists, tell_everyone, wait_for_everyone
 from dreamlora.run import provenance
 from dreamlora.run.launch import processes
 from dreamlora.runfolder import RunFolder, write_atomically
@@ -125,38 +133,44 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     if not loras and LOSS_METRIC in config.metrics:
         raise UserError(f"--metrics {LOSS_METRIC}: only LoRAs have a loss, and {config.lora[0]} holds images")
     run = first_run(config)
-    settings = settings_of(run)
+    settings = run.options if run else {}
     set_tf32(bool(settings.get("allow_tf32")))
     evaluation = EvaluationContext(
         config=config,
         subject=Subject.of(
             settings.get("instance_prompt"), config.class_prompt or settings.get("class_prompt"), name=config.subject
         ),
-        real=_real_images(config, run),
+        real=_real_images(config, run.folder if run else None),
         state=state,
         device=state.device if state.device.type == "cuda" else torch.device("cpu"),
     )
     shown = {str(path): _shown_in(evaluation, path) for path in folders}
     facts: dict[str, Any] = {"problems": {}}
     losses: dict[str, Measurement] = {}
+    of_runs: dict[str, list[str]] = {}
     if loras:
-        under_test = prepared(replace(config, lora=loras), settings, evaluation.device)
-        facts["base_model"] = under_test.source.model_id
+        under_test = _under_test(evaluation, loras, run)
+        of_runs = under_test.notes
+        facts |= {"base_model": under_test.source.predictor_id, "precision": under_test.precision}
         if evaluation.loss_asked:  # first, as it is quick, and what is wrong with its items should be told soon
-            losses = measure_losses(under_test, run, _processes(state))
+            losses = measure_losses(config, under_test, run.folder if run else None, _processes(state))
         if evaluation.image_metrics:
             drawn, of_drawing = _draw(evaluation, under_test)
             facts |= of_drawing
             shown = {**drawn, **shown}
         under_test.parts.free(*ROLES)
-    embedded = bool(loras or run) and model_of(config, settings).pretrained_model_name_or_path == EMBEDDED_MODEL
+    embedded = bool(loras or run) and model_of(config, run).pretrained_model_name_or_path == EMBEDDED_MODEL
     found = _measure(evaluation, shown, Embedders(_encoders(config, settings), embedded, _place(evaluation)))
     for label, measured in losses.items():
         images = found.get(label, Measurement())
         found[label] = Measurement([*measured.values, *images.values], [*measured.notes, *images.notes])
+    for label, notes in of_runs.items():
+        found[label].notes.extend(notes)
     for label, problems in facts["problems"].items():
         kinds = " or ".join(sorted(set(problems.values())))
         found[label].notes.append(f"images that came out {kinds} do not count: {', '.join(problems)}")
+    facts["references"] = _described(evaluation.real.references, _processes(state))
+    facts["training"] = _described(evaluation.real.training, _processes(state))
     file = evaluation.output / "metrics.json"
     if state.is_main_process:
         _write(file, evaluation, found, facts)
@@ -165,6 +179,15 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     if not any(row.values for row in found.values()):
         raise UserError("nothing could be measured: the notes above say what every metric lacks")
     return file
+
+
+def _under_test(evaluation: EvaluationContext, loras: tuple[Path, ...], run: TrainedRun | None) -> UnderTest:
+    """The base model with these LoRAs; rows with equal labels get the path of their LoRA."""
+    rows = rows_of(replace(evaluation.config, lora=loras))
+    labels = [row.label for row in rows]
+    rows = [replace(row, label=f"{row.label}\n{row.lora}") if labels.count(row.label) > 1 else row for row in rows]
+    options = (DRAWN_WITH if evaluation.image_metrics else ()) + (MEASURED_WITH if evaluation.loss_asked else ())
+    return prepared(evaluation.config, rows, run, evaluation.device, options)
 
 
 def _holds_images(path: Path) -> bool:
@@ -212,9 +235,9 @@ def _shown_in(evaluation: EvaluationContext, folder: Path) -> MeasuredImages:
 
 def _draw(evaluation: EvaluationContext, under_test: UnderTest) -> tuple[dict[str, MeasuredImages], dict[str, Any]]:
     """Draw what is missing of the base model and all LoRAs; their galleries by label, and facts for metrics.json."""
-    config, rows, source, settings = under_test.config, under_test.rows, under_test.source, under_test.settings
+    config, rows, settings = evaluation.config, under_test.rows, under_test.settings
     plan = plan_for(config, settings, under_test.parts.family, prompts_of(config, settings))
-    sheets = [_sheet(evaluation.output, row, plan, source, under_test.dtype) for row in rows]
+    sheets = [_sheet(evaluation.output, row, plan, under_test.made_of) for row in rows]
     broken = _draw_missing(evaluation.state, under_test, sheets)
     galleries = {
         row.label: _gallery(evaluation, sheet, sheets[0], broken) for row, sheet in zip(rows, sheets, strict=True)
@@ -233,29 +256,28 @@ def _draw(evaluation: EvaluationContext, under_test: UnderTest) -> tuple[dict[st
     return galleries, facts
 
 
-def _sheet(output: Path, row: Row, plan: SamplePlan, source: ModelSource, dtype: torch.dtype) -> Sheet:
+def _sheet(output: Path, row: Row, plan: SamplePlan, base: Mapping[str, Any]) -> Sheet:
     lora = hashlib.sha256(row.lora.read_bytes()).hexdigest() if row.lora else None
-    made_of = {"model": source.model_id, "lora": lora, "scale": row.scale, "dtype": str(dtype)}
+    made_of = {**base, "lora": lora, "scale": row.scale}
     slug = re.sub(r"[^\w.]+", "-", row.label).strip("-")
     return Sheet(output / "images" / slug, plan, made_of)
 
 
 def _draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[Sheet]) -> dict[Path, str]:
     """Draw this process's share of what is missing; the images of all processes that came out wrong, with why."""
-    jobs = [
-        (row, sheet, missing)
-        for row, sheet in zip(under_test.rows, sheets, strict=True)
-        if (missing := sheet.missing(state.process_index, state.num_processes))
-    ]
+    missing: list[Job] = [(number, item) for number, sheet in enumerate(sheets) for item in sheet.missing()]
+    # One process says what is missing: for the others it changes as soon as the first one draws.
+    share = share_of(tell_everyone(missing), state.process_index, state.num_processes)
+    total = sum(map(len, share.values()))
     wrong: list[tuple[Path, str]] = []
-    if jobs:
-        pipeline = under_test.parts.pipeline()
-        total = sum(len(missing) for _, _, missing in jobs)
-        with tqdm(total=total, desc="drawing", unit="image", disable=not state.is_main_process) as bar:
-            for row, sheet, missing in jobs:
-                with applied(pipeline, row):
-                    problems = draw_sheet(pipeline, sheet, missing, bar.update)
-                    wrong += [(sheet.file(item), problem) for item, problem in problems]
+    with tqdm(total=total, desc="drawing", unit="image", disable=not (total and state.is_main_process)) as bar:
+        for number, items in share.items():
+            sheet = sheets[number]
+            with under_test.applied(under_test.rows[number]) as pipeline, under_test.computing():
+                for item, problem in draw_sheet(pipeline, sheet, items, under_test.embed(sheet.plan)):
+                    bar.update()
+                    if problem:
+                        wrong.append((sheet.file(item), problem))
     return dict(gather_lists(wrong))
 
 
@@ -319,8 +341,6 @@ def _write(
         **facts,
         "subject": evaluation.subject.name,
         "class_prompt": evaluation.subject.class_prompt,
-        "references": _described(evaluation.real.references),
-        "training": _described(evaluation.real.training),
         "rows": [
             {"label": label.replace("\n", ", "), "values": list(map(asdict, measured.values)), "notes": measured.notes}
             for label, measured in found.items()
@@ -331,7 +351,8 @@ def _write(
     write_atomically(file, json.dumps(result, indent=1, allow_nan=False))
 
 
-def _described(records: Sequence[ImageRecord]) -> dict[str, Any]:
-    """How many, and a hash that tells other images."""
-    contents = "".join(sorted(record.content_hash() for record in records))
+def _described(records: Sequence[ImageRecord], processes: Processes) -> dict[str, Any]:
+    """How many, and a hash that tells other images; the processes share the reading."""
+    mine = [record.content_hash() for record in records[processes.rank :: processes.world]]
+    contents = "".join(sorted(processes.gather(mine)))
     return {"n": len(records), "sha256": hashlib.sha256(contents.encode()).hexdigest()[:16]}

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 from torch import Tensor
 from tqdm import tqdm
 
-from dreamlora.commands.evaluate.flags import LOSS_METRIC
-from dreamlora.commands.evaluate.under_test import UnderTest, applied
+from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
+from dreamlora.commands.under_test import UnderTest
 from dreamlora.config import Train
 from dreamlora.errors import UserError
-from dreamlora.eval_loss.evalset import EvalSet, Measured, eval_model_id, evaluate_loss
+from dreamlora.eval_loss.evalset import EvalSet, Measured, evaluate_loss
 from dreamlora.eval_loss.items import values_of
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.measure import Measurement, Value
 from dreamlora.interfaces import Conditioning
 from dreamlora.metric_names import EVAL_LOSS, relative
 from dreamlora.runfolder import RunFolder
-from dreamlora.training.stream import stack_conditioning
 
 SHOWN = (EVAL_LOSS, relative(EVAL_LOSS))
 
 
-def measure_losses(under_test: UnderTest, run: RunFolder | None, processes: Processes) -> dict[str, Measurement]:
+def measure_losses(
+    config: EvaluateConfig, under_test: UnderTest, run: RunFolder | None, processes: Processes
+) -> dict[str, Measurement]:
     """Values by label; a note instead where there is nothing to measure on.
 
     Args:
+        config: for the items, and how many are measured at a time.
+        under_test: what is measured.
         run: gives the items if no others are given.
         processes: that share the work; all must call with the same arguments.
 
     Raises:
         UserError: the set that was given cannot be read, or is for another model.
     """
-    given = under_test.config.evalset
+    given = config.evalset
     file = given or (run.evalset_file if run and run.evalset_file.exists() else None)
     labels = [row.label for row in under_test.rows]
     if file is None:
         return dict.fromkeys(labels, _left_out("there is no evaluation set (--evalset outputs/<run>/evalset.json)"))
     items = EvalSet.load(file)
-    model = eval_model_id(under_test.source, under_test.settings.get("prediction_type"))
+    model = under_test.source.predictor_id
     if items.model_id != model:
         wrong = f"{file} is for the model {items.model_id}, not for {model}"
         if given:
@@ -49,41 +51,29 @@ def measure_losses(under_test: UnderTest, run: RunFolder | None, processes: Proc
                 f"--evalset: {wrong}. Values of different models cannot be compared: give that of a run with this model"
             )
         return dict.fromkeys(labels, _left_out(wrong))
-    return dict(zip(labels, _values(items, _losses(under_test, items, processes)), strict=True))
+    return dict(zip(labels, _values(items, _losses(config, under_test, items, processes)), strict=True))
 
 
 def _left_out(why: str) -> Measurement:
     return Measurement(notes=[f"{LOSS_METRIC} is left out: {why}"])
 
 
-def _losses(under_test: UnderTest, items: EvalSet, processes: Processes) -> list[list[float]]:
+def _losses(config: EvaluateConfig, under_test: UnderTest, items: EvalSet, processes: Processes) -> list[list[float]]:
     """Every row's loss of every item, measured as the first run did it; with the family's settings if there is none."""
-    settings, parts = under_test.settings, under_test.parts
-    train = Train(
-        prediction_type=settings.get("prediction_type"),
-        guidance_scale=settings.get("guidance_scale", Train.guidance_scale),
-    )
-    pipeline, family = parts.pipeline(), parts.family
-    text, denoiser, device = parts.get("text"), parts.get("denoiser")[family.DENOISER], pipeline.device
-
-    @functools.cache
-    def encoded(caption: str) -> Conditioning:
-        tokens = family.tokenize(text, [caption], settings.get(family.PROMPT_LENGTH))
-        return family.encode_tokens(text, {name: value.to(device) for name, value in tokens.items()})
+    parts, family = under_test.parts, under_test.parts.family
+    train = Train(guidance_scale=under_test.settings.get("guidance_scale", Train.guidance_scale))
+    denoiser = parts.get("denoiser")[family.DENOISER]
 
     def predict(noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        return family.predict(denoiser, noisy, times, conditioning, train.guidance_scale)
-
-    def conditioning(captions: Sequence[str]) -> Conditioning:
-        return stack_conditioning([encoded(caption) for caption in captions])
+        with under_test.computing():
+            return family.predict(denoiser, noisy, times, conditioning, train.guidance_scale)
 
     objective = family.objective(parts.get("scheduler")["scheduler"], train)
-    measured = Measured(predict, objective, conditioning, device)
-    batch = under_test.config.eval_batch_size
+    measured = Measured(predict, objective, under_test.encode, parts.device)
+    batch = config.eval_batch_size
     found = []
     for row in tqdm(under_test.rows, desc="loss", unit="LoRA", disable=processes.rank > 0):
-        encoded.cache_clear()  # a LoRA may be of the text encoder too
-        with applied(pipeline, row):
+        with under_test.applied(row):
             found.append(evaluate_loss(measured, items, batch_size=batch, rank=processes.rank, world=processes.world))
     return found
 

@@ -28,14 +28,14 @@ class SampleConfig:
     """Text file with one prompt per line, instead of --prompts."""
     subject: str | None = None
     """Takes the place of {} in the prompts, such as "sks dog". Default: read from the run's --instance_prompt."""
-    num_images_per_prompt: int = 1
-    """Images per prompt, each from a seed of its own."""
+    num_images_per_prompt: int | None = None
+    """Images per prompt, each from a seed of its own. Default: the run's, or 1."""
     num_inference_steps: int | None = None
     """Denoising steps. Default: the run's, or the family's."""
     sample_guidance_scale: float | None = None
     """Classifier-free guidance. Default: the run's, or the family's."""
-    sample_seed: int = 42
-    """Seed of the first image of a row; the others count up from it."""
+    sample_seed: int | None = None
+    """Seed of the first image of a row; the others count up from it. Default: the run's, or 42."""
     negative_prompt: str | None = None
     """Negative prompt, for families that know one. Default: the run's."""
     sample_batch_size: int = 4
@@ -49,7 +49,7 @@ class SampleConfig:
     family: str | None = None
     """Model family; by default read from the pipeline's model_index.json."""
     revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
+    """Branch, tag or commit of the hub repository. Default: the commit that the first run was trained on."""
     variant: str | None = None
     """Weight variant of the hub repository, such as fp16."""
     pretrained_vae_model_name_or_path: str | None = None
@@ -59,7 +59,8 @@ class SampleConfig:
     allow_pickle: bool = False
     """Accept .bin/.ckpt weights of the base model. They can run any code while they load."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of denoiser and text encoders. Default: bf16 on a GPU that knows it, else fp16; no on a CPU."""
+    """Precision of denoiser and text encoders; LoRAs are fp32. Default: the first run's; for LoRAs without a run, bf16
+    on a GPU that knows it, else fp16, and no on a CPU."""
 
     def __post_init__(self) -> None:
         if not self.lora:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from dreamlora.tiny.subjects import write_instance_images
 from tests.commands.sample.test_draw import save_lora
+
+SCRIPT = Path(__file__).parents[3] / "train_scripts" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +51,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = drawing.draw_batch
 
-    def counting(pipeline: Any, plan: Any, items: Any) -> Any:
+    def counting(pipeline: Any, plan: Any, items: Any, embed: Any) -> Any:
         counts.append(len(items))
-        return original(pipeline, plan, items)
+        return original(pipeline, plan, items, embed)
 
     monkeypatch.setattr(drawing, "draw_batch", counting)
     return counts
@@ -152,8 +158,8 @@ def test_an_image_that_is_not_finite_is_left_out(
 ) -> None:
     original = drawing.draw_batch
 
-    def broken(pipeline: Any, plan: Any, items: Any) -> Any:
-        found = original(pipeline, plan, items)
+    def broken(pipeline: Any, plan: Any, items: Any, embed: Any) -> Any:
+        found = original(pipeline, plan, items, embed)
         return [type(one)(one.item, one.image, "not finite") if one.item.seed == 42 else one for one in found]
 
     monkeypatch.setattr(drawing, "draw_batch", broken)
@@ -193,3 +199,45 @@ def test_several_prompts_for_a_folder_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")
     with pytest.raises(UserError, match="can all have one prompt, or captions beside them"):
         evaluate(tmp_path / "out", tmp_path / "images", "--prompts", "a", "b")
+
+
+def test_images_of_another_prediction_are_other_images(run: RunFolder, tmp_path: Path, drawn: list[int]) -> None:
+    moved = RunFolder(Path(shutil.copytree(run.path, tmp_path / "creature")))
+    asked = ("--metrics", "clip_score", "--num_images_per_prompt", 1)
+    evaluate(tmp_path / "out", moved.path, *asked)
+    moved.config_file.write_text(moved.config_file.read_text() + "prediction_type: v_prediction\n")
+    result = evaluate(tmp_path / "out", moved.path, *asked)
+    assert sum(drawn) == 8, "those that are there are of epsilon"
+    assert result["base_model"].endswith(" with v_prediction") and result["precision"] == "float32"
+
+
+def test_what_runs_do_not_share_is_told_with_their_values(run: RunFolder, tmp_path: Path) -> None:
+    other = RunFolder(Path(shutil.copytree(run.path, tmp_path / "other")))
+    other.config_file.write_text(other.config_file.read_text() + "mixed_precision: bf16\n")
+    asked = ("--metrics", "clip_score", "--num_images_per_prompt", 1)
+    rows = evaluate(tmp_path / "out", run.path, other.path, *asked)["rows"]
+    note = "other was trained with --mixed_precision bf16, and is treated here as creature-adamw was, without"
+    assert [any(note in told for told in row["notes"]) for row in rows] == [False, False, True]
+
+
+def test_two_processes_share_the_work(run: RunFolder, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = ["--metrics", "clip_score", "--num_images_per_prompt", "1", "--clip_model", "tiny"]
+    words = ["--output_dir", tmp_path / "two", "--latents_cache_dir", tmp_path / "cache", *flags]
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", port]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, SCRIPT, run.path, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("clip_t ↑") == 1, "one process speaks"
+    one = evaluate(tmp_path / "one", run.path, "--metrics", "clip_score", "--num_images_per_prompt", 1)
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert [row["values"] for row in two["rows"]] == [row["values"] for row in one["rows"]]
+    assert two["references"] == one["references"] and two["training"] == one["training"]

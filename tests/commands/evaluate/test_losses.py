@@ -80,6 +80,24 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
             assert same == {**value, "value": pytest.approx(value["value"], rel=1e-4, abs=1e-6)}, value["name"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--mixed_precision", "bf16"],
+        ["--mixed_precision", "bf16", "--train_text_encoder"],
+        ["--prediction_type", "v_prediction", "--tokenizer_max_length", "5"],
+    ],
+    ids=["bf16", "bf16 with a text encoder", "another prediction and short prompts"],
+)
+def test_it_is_measured_as_the_run_computed(
+    more: list[str], sd_folder: Path, photos: Path, cache: Path, tmp_path: Path
+) -> None:
+    run = run_of(sd_folder, tmp_path / "dog", photos, cache, *more, "--learning_rate", "0.1")
+    found = evaluate(tmp_path / "out", run.path)
+    for label, step in (("base model", 0), ("dog", 4)):
+        assert found[label]["eval/loss"]["value"] == pytest.approx(logged(run, "eval/loss")[step], rel=1e-6), label
+
+
 def test_flow_models_too(flux_folder: Path, photos: Path, cache: Path, tmp_path: Path) -> None:
     run = run_of(flux_folder, tmp_path / "flux", photos, cache, "--max_train_steps", "2", "--guidance_scale", "2")
     found = evaluate(tmp_path / "out", run.path)

@@ -1,0 +1,195 @@
+"""What LoRAs were trained with, as far as their runs tell: whatever is not asked for otherwise is done as there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamlora.commands.sample.flags import SampleConfig
+from dreamlora.config import EMBEDDED_MODEL, Model, Sample
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Family, ModelSource
+from dreamlora.models.loading import SCHEDULER, read_config, resolve_source
+from dreamlora.models.parts import DTYPES
+from dreamlora.runfolder import RunFolder
+from dreamlora.sampling.prompts import Subject, read_prompts, sample_prompts
+from dreamlora.sampling.sampler import SamplePlan, plan_of
+
+COMPUTED_WITH = ("mixed_precision", "allow_tf32")
+"""Options of a run that decide what its model computes; the family's PROMPT_LENGTH is another."""
+DRAWN_WITH = ("resolution", "num_inference_steps", "sample_guidance_scale", "negative_prompt")
+"""Those that decide an image besides."""
+MEASURED_WITH = ("guidance_scale",)
+"""Those that decide the loss besides."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that a LoRA is from.
+
+    Attributes:
+        folder: of the run.
+        options: that it was trained with, by flag.
+        base: what exactly was trained (base_model.json); empty for runs that have not noted it.
+    """
+
+    folder: RunFolder
+    options: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.path.resolve().name
+
+
+def run_of(path: Path) -> TrainedRun | None:
+    """The run whose folder this is, or lies around it."""
+    for folder in (path, *path.resolve().parents[:3]):
+        run = RunFolder(folder)
+        if run.holds_run():
+            options = run.config()
+            if options.get("mixed_precision") is False:  # YAML reads a bare no so
+                options["mixed_precision"] = "no"
+            return TrainedRun(run, options, run.base_model())
+    return None
+
+
+def first_run(config: SampleConfig) -> TrainedRun | None:
+    """That of the first ``--lora`` that has one."""
+    return next((run for path in config.lora if (run := run_of(path))), None)
+
+
+def source_of(config: SampleConfig, run: TrainedRun | None) -> ModelSource:
+    """The base model, as the run had it: from the same commit, and with the same prediction type.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    base = run.base if run and _takes_over(config, run) else {}
+    prediction_type = run.options.get("prediction_type") if run else None
+    return resolve_source(model_of(config, run), prediction_type, base.get("vae_revision"))
+
+
+def _takes_over(config: SampleConfig, run: TrainedRun) -> bool:
+    """Whether the base model is that of the run."""
+    return config.pretrained_model_name_or_path in (None, run.options.get("pretrained_model_name_or_path"))
+
+
+def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
+    """The base model: the one given, else the run's, else the embedded one."""
+    inherited = run.options if run and _takes_over(config, run) else {}
+    commit = run.base.get("revision") if run and inherited else None
+    return Model(
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path
+        or inherited.get("pretrained_model_name_or_path")
+        or EMBEDDED_MODEL,
+        family=config.family or inherited.get("family"),
+        revision=config.revision or commit or inherited.get("revision"),
+        variant=config.variant or inherited.get("variant"),
+        pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path
+        or inherited.get("pretrained_vae_model_name_or_path"),
+        cache_dir=config.cache_dir,
+        allow_pickle=config.allow_pickle,
+    )
+
+
+def prompts_of(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...]:
+    """The prompts given, else the run's, with the subject in its place.
+
+    Raises:
+        UserError: there are none, or no subject for a placeholder.
+    """
+    subject = Subject.of(settings.get("instance_prompt"), settings.get("class_prompt"), name=config.subject)
+    if config.prompts:
+        return tuple(subject.put_into(prompt, "--prompts") for prompt in config.prompts)
+    if config.sample_prompts:
+        return read_prompts(config.sample_prompts, subject)
+    file = settings.get("sample_prompts")
+    trained = Sample(
+        sample_prompts=Path(file) if file and Path(file).exists() else None,
+        validation_prompt=settings.get("validation_prompt"),
+    )
+    if not (trained.sample_prompts or trained.validation_prompt or subject.instance_prompt):
+        raise UserError('which prompts? Give --prompts "a photo of sks dog" ..., or --sample_prompts FILE')
+    return sample_prompts(trained, subject)
+
+
+def plan_for(config: SampleConfig, settings: dict[str, Any], family: Family, prompts: tuple[str, ...]) -> SamplePlan:
+    """What was not given is as the run drew it, so that the images can be compared with the run's own."""
+
+    def given(name: str, otherwise: Any = None) -> Any:
+        value = getattr(config, name)
+        return settings.get(name, otherwise) if value is None else value
+
+    sample = Sample(
+        num_images_per_prompt=given("num_images_per_prompt", Sample.num_images_per_prompt),
+        num_inference_steps=given("num_inference_steps"),
+        sample_guidance_scale=given("sample_guidance_scale"),
+        sample_seed=given("sample_seed", Sample.sample_seed),
+        negative_prompt=given("negative_prompt"),
+    )
+    return plan_of(sample, family.SAMPLE_DEFAULTS, prompts, given("resolution"), config.sample_batch_size)
+
+
+def dtype_of(config: SampleConfig, settings: dict[str, Any], device: torch.device) -> torch.dtype:
+    """Of denoiser and text encoders: what is given, else the run's, else what suits the device."""
+    precision = config.mixed_precision or settings.get("mixed_precision")
+    if precision in DTYPES:
+        return DTYPES[precision]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def refuse_other_predictions(runs: Iterable[TrainedRun], source: ModelSource) -> None:
+    """Nothing, if all runs were trained to predict the same.
+
+    Raises:
+        UserError: they were not: drawn or measured as the other, a LoRA gives nonsense.
+    """
+    asked = {run.name: run.options.get("prediction_type") for run in runs}
+    if len(set(asked.values())) < 2:
+        return
+    own = read_config(source, SCHEDULER).get("prediction_type", "epsilon")
+    predictions = {name: prediction or own for name, prediction in asked.items()}
+    if len(set(predictions.values())) > 1:
+        several = ", ".join(f"{name} to predict {prediction}" for name, prediction in predictions.items())
+        raise UserError(
+            f"--lora: these were trained for different things, {several}. No model draws both: "
+            "give those that predict the same, and the others in a command of their own"
+        )
+
+
+def differences(
+    run: TrainedRun, first: TrainedRun, config: SampleConfig, source: ModelSource, options: Sequence[str]
+) -> list[str]:
+    """What of a run is not as it is done here, in words: LoRAs are drawn and measured alike, as the first run was.
+
+    Args:
+        run: that a LoRA is from.
+        first: whose options hold.
+        config: whose flags win; what they say is no difference, as it was asked for.
+        source: the base model.
+        options: names of those that matter.
+    """
+    notes = []
+    trained_on = run.base.get("id", source.model_id)
+    if trained_on != source.model_id:
+        notes.append(f"{run.name} was trained on {trained_on}, and is put into {source.model_id}")
+    for name in options:
+        theirs, used = run.options.get(name), first.options.get(name)
+        if theirs != used and getattr(config, name, None) is None:
+            notes.append(
+                f"{run.name} was trained {_with(name, theirs)}, and is treated here as {first.name} was, "
+                f"{_with(name, used)}"
+            )
+    return notes
+
+
+def _with(name: str, value: Any) -> str:
+    return f"without --{name}" if value is None else f"with --{name} {value}"

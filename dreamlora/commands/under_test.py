@@ -1,0 +1,149 @@
+"""The base model, and the LoRAs that are put into it one after the other: what ``sample`` and ``evaluate`` work on.
+
+It computes as the first run did while it trained: in the same precision, with LoRAs in float32 under autocast, and with
+prompts of the same number of tokens, each encoded by itself. So a LoRA gives the images and the loss that its run saw.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dreamlora.commands.rows import Row
+from dreamlora.commands.sample.flags import SampleConfig
+from dreamlora.commands.trained import (
+    COMPUTED_WITH,
+    TrainedRun,
+    differences,
+    dtype_of,
+    refuse_other_predictions,
+    source_of,
+)
+from dreamlora.interfaces import Conditioning, ModelSource
+from dreamlora.lora.files import apply_lora
+from dreamlora.models.loading import family_of
+from dreamlora.models.parts import Parts, computing_in
+from dreamlora.models.tf32 import set_tf32
+from dreamlora.sampling.sampler import Embed, SamplePlan, embedding
+from dreamlora.training.stream import stack_conditioning
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class UnderTest:
+    """The base model and LoRAs that are drawn with or measured.
+
+    Attributes:
+        settings: options of the first run among them, by flag; empty if there is none.
+        rows: the base model first.
+        source, parts: the model.
+        dtype: of denoiser and text encoders.
+        notes: by a row's label, what of its run is not as it is done here.
+    """
+
+    settings: dict[str, Any]
+    rows: Sequence[Row]
+    source: ModelSource
+    parts: Parts
+    dtype: torch.dtype
+    notes: dict[str, list[str]]
+    _encoded: dict[str, Conditioning] = field(default_factory=dict)
+
+    @contextmanager
+    def applied(self, row: Row) -> Iterator[Any]:
+        """A pipeline with the row's LoRA; afterwards the model is without."""
+        pipeline = self.parts.pipeline()
+        self._encoded.clear()  # a LoRA may be of the text encoder too
+        if row.lora is None:
+            yield pipeline
+            return
+        apply_lora(pipeline, row.lora, row.scale)
+        try:
+            yield pipeline
+        finally:
+            pipeline.unload_lora_weights()
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """In here the denoiser computes as in training."""
+        return computing_in(self.dtype, self.parts.device)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Conditioning:
+        """Batched conditioning of captions, by the text encoders as they are now."""
+        for caption in captions:
+            if caption not in self._encoded:
+                self._encoded[caption] = self._encode(caption)
+        return stack_conditioning([self._encoded[caption] for caption in captions])
+
+    def embed(self, plan: SamplePlan) -> Embed:
+        """What gives a pipeline the prompt embeddings of a plan's images."""
+        return embedding(self.parts.family, self.encode, plan.guidance_scale, plan.negative_prompt)
+
+    @property
+    def prompt_length(self) -> int | None:
+        """Tokens of a prompt; None: the family's."""
+        length: int | None = self.settings.get(self.parts.family.PROMPT_LENGTH)
+        return length
+
+    @property
+    def precision(self) -> str:
+        """Such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What decides an image besides LoRA and plan, as JSON can say it."""
+        return {
+            "model": self.source.predictor_id,
+            "precision": self.precision,
+            "prompt_length": self.prompt_length,
+            "text_in_autocast": self._text_trained,
+            "tf32": bool(self.settings.get("allow_tf32")),
+        }
+
+    @property
+    def _text_trained(self) -> bool:
+        return bool(self.settings.get("train_text_encoder"))
+
+    def _encode(self, caption: str) -> Conditioning:
+        """A text encoder that trains is a part of what runs under autocast; one that does not has run before."""
+        family, text, device = self.parts.family, self.parts.get("text"), self.parts.device
+        with self.computing() if self._text_trained else torch.autocast(device.type, enabled=False):
+            tokens = family.tokenize(text, [caption], self.prompt_length)
+            return family.encode_tokens(text, {name: value.to(device) for name, value in tokens.items()})
+
+
+def prepared(
+    config: SampleConfig, rows: Sequence[Row], run: TrainedRun | None, device: torch.device, options: Sequence[str]
+) -> UnderTest:
+    """All rows in one model; nothing is loaded yet, but that GPUs round from now on as they did in the run.
+
+    Args:
+        config: the flags.
+        rows: with labels of their own.
+        run: whose options hold where the flags leave something open.
+        device: of the model.
+        options: of a run that decide about what the rows are for: DRAWN_WITH, MEASURED_WITH.
+
+    Raises:
+        UserError: there is no such model, or no model fits all LoRAs.
+    """
+    settings = run.options if run else {}
+    source = source_of(config, run)
+    family = family_of(source, config.family or settings.get("family"))
+    refuse_other_predictions([row.run for row in rows if row.run], source)
+    notes = {}
+    if run:
+        options = (*COMPUTED_WITH, family.PROMPT_LENGTH, *options)
+        notes = {row.label: differences(row.run, run, config, source, options) for row in rows if row.run}
+        for note in dict.fromkeys(note for found in notes.values() for note in found):
+            logger.warning(note)
+    set_tf32(bool(settings.get("allow_tf32")))
+    dtype = dtype_of(config, settings, device)
+    return UnderTest(settings, rows, source, Parts(family, source, device, dtype), dtype, notes)
