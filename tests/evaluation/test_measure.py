@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from dreamlora import registry
 from dreamlora.commands.evaluate.table import table
 from dreamlora.data.cache import TensorCache
+from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Embedder
 from dreamlora.evaluation.measure import MeasuredImages, load_metric, measure
@@ -57,6 +61,24 @@ def test_every_plug_in_keeps_the_contract(gallery: MeasuredImages, embedder: Emb
     for value in found.values:
         assert value.encoder_id == "colours" and value.n in (2, 4) and value.n_other in (None, 2)
         assert torch.tensor(value.value).isfinite()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_values_are_those_of_the_pure_function(name: str, gallery: MeasuredImages, embedder: Embedder) -> None:
+    """Of the vectors of these images, prompts and groups, put together by hand."""
+
+    def colours(records: Sequence[ImageRecord]) -> Tensor:
+        return torch.tensor(
+            [ast.literal_eval(record.name.removesuffix(".png")) for record in records], dtype=torch.float32
+        )
+
+    sides = {side: colours(getattr(gallery, side)) for side in ("generated", "references", "training", "base")}
+    prompts = torch.tensor([[5.0, 1, 1], [5, 1, 1], [14, 1, 1], [14, 1, 1]])
+    labels = torch.tensor(gallery.groups), torch.tensor(gallery.with_subject)
+    expected = load_metric(name).compute(MetricInputs(sides.pop("generated"), *labels, prompts=prompts, **sides))
+    found = measure([name], gallery, lambda role: embedder).values
+    assert [value.value for value in found] == pytest.approx([expected.value, *expected.parts.values()], rel=1e-6)
+    assert {(value.n, value.n_other) for value in found} == {(expected.n, expected.n_other)}
 
 
 def test_images_and_texts_are_encoded_once_for_all_metrics(gallery: MeasuredImages, embedder: Embedder) -> None:
