@@ -156,8 +156,8 @@ def _about_endings(group: Group) -> list[str]:
     failed = [record for record in lost if record.status == "failed"]
     if failed:
         found.append(
-            f"{group.label}: {len(failed)} runs failed, which may not be the method's fault, and are tried again by "
-            f"the next call. The first, {failed[0].id}: {failed[0].message}"
+            f"{group.label}: {len(failed)} of {count} runs failed, which may not be the method's fault; the next call "
+            f"tries again. The first, {failed[0].id}: {failed[0].message}"
         )
     above = sum(record.above_base for record in group.records)
     if above:

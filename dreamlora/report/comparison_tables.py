@@ -151,7 +151,7 @@ def _speed(comparison: ComparisonFile, method: Found) -> tuple[TableCell, ...]:
         _entry(seconds["speedup"], _times),
         TableCell(spread(method["seconds_per_step"], amount), _key(method["seconds_per_step"]["median"])),
         TableCell(NONE if memory is None else f"{memory:.3g}\u202fGiB", memory),
-        TableCell(spread(method["log_auc"], amount), _key(method["log_auc"]["median"])),
+        TableCell(spread(method["log_auc"], _log_auc), _key(method["log_auc"]["median"])),
     )
 
 
@@ -310,6 +310,11 @@ def _key(value: Any) -> float | None:
     if found is None or math.isfinite(found):
         return found
     return math.copysign(1e308, found)
+
+
+def _log_auc(value: Any) -> str:
+    found = value_of(value)
+    return "∞" if found is not None and math.isinf(found) else amount(found)
 
 
 def _times(value: Any) -> str:

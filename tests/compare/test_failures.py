@@ -208,6 +208,8 @@ def word_of(apart: Sequence[float], broke: Sequence[int]) -> str:
         ((math.inf,) * 2, (1,) * 2, "insufficient seeds"),
         ((0.3, 0.4, 3.0), (1, 1, 1), "worse"),
         ((0.01, 0.011, -math.inf, 0.01, math.inf), (0, 0, -1, 0, 1), "inconclusive"),
+        ((0.005, 0.05, 0.03, 0.04, 0.0001), (0, 0, 0, 0, 1), "inconclusive"),  # 0.04 in its place would be too much
+        ((0.01, 0.011, 0.009, -0.0001, 5.0), (0, 0, 0, -1, 1), "inconclusive"),
         ((-0.01, -0.011, -0.009, -0.01, -math.inf), (0, 0, 0, 0, -1), "better"),
     ],
 )

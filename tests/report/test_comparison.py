@@ -91,7 +91,9 @@ def test_both_figures_of_a_method_that_failed_in_a_seed_stand_side_by_side(
     methods[2]["delta"]["pct"] = {"mean": "inf", "low": None, "high": None, "n": 5}
     methods[2]["delta"]["ended"] = {"mean": -2.0, "low": -3.0, "high": -1.0, "n": 4}
     methods[2]["delta"]["pairs"][0]["pct"] = "inf"
+    methods[2]["log_auc"]["max"] = "inf"
     comparison = ComparisonFile(make_comparison(methods=methods))
+    assert texts(comparison_tables.speed(comparison))["sgd"][-1].endswith(", ∞]")
     rows = texts(comparison_tables.results(comparison))
     assert rows["sgd"][1] == "∞ −2.0\u202f% [−3.0, −1.0] in the 4 of 5 seeds that both ended"
     assert comparison.findings[-1].startswith("sgd")

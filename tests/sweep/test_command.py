@@ -148,7 +148,7 @@ def test_failed_runs_are_told_and_tried_again(compare: Any, fake: type[FakePool]
     _, found = compare("--quick")
     assert not found["complete"] and {run["status"] for run in found["runs"]} == {"finished", "failed"}
     assert found["methods"][1]["delta"]["word"] == "worse" and found["methods"][1]["n_diverged"] == 3
-    assert any("3 runs failed" in text and "it broke" in text for text in found["warnings"])
+    assert any("3 of 3 runs failed" in text and "it broke" in text for text in found["warnings"])
     fake.broken = ()
     made, found = compare("--quick")
     assert {job.method for job in made} == {"scaled_adamw"} and len(found["methods"]) == 2
