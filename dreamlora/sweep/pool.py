@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import queue
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import IO
 
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
+from dreamlora.sweep.gpus import MIG, visible_gpus
 from dreamlora.sweep.plan import Job
 from dreamlora.sweep.worker import write_outcome
 
@@ -67,9 +67,14 @@ def seats(workers: int | None, embedded: bool, processes: int = 1) -> list[Seat]
         processes: that share a run.
 
     Raises:
-        UserError: there are fewer GPUs than processes that share a run.
+        UserError: there are fewer GPUs than processes that share a run, or they are MIG instances.
     """
     gpus = visible_gpus()
+    if processes > 1 and any(one.startswith(MIG) for one in gpus):
+        raise UserError(
+            f"--processes_per_run {processes}: the GPU is divided (MIG), a process sees one MIG instance only, and "
+            "instances cannot work together: leave it out, so that each instance makes runs of its own"
+        )
     if gpus and processes > len(gpus):
         raise UserError(f"--processes_per_run {processes}: each needs a GPU of its own, and there are {len(gpus)}")
     if gpus:
@@ -83,17 +88,6 @@ def seats(workers: int | None, embedded: bool, processes: int = 1) -> list[Seat]
     if processes == 1:
         return [Seat(environment)] * count
     return [Seat({**environment, "ACCELERATE_USE_CPU": "true"}, 1, processes)] * count
-
-
-def visible_gpus() -> list[str]:
-    """Their ids as CUDA_VISIBLE_DEVICES takes them; asked of the driver, as torch would take seconds to load."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return [one for one in told.split(",") if one.strip() not in ("", "-1")]
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not shutil.which("nvidia-smi"):
-        return []
-    asked = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return [str(k) for k, _ in enumerate(line for line in asked.stdout.splitlines() if line.startswith("GPU "))]
 
 
 class Pool:
