@@ -14,7 +14,7 @@ _LINE = re.compile(r"(?:GPU (?P<number>\d+):|\s+MIG ).*\(UUID: (?P<id>[^)]+)\)")
 
 
 def visible_gpus() -> list[str]:
-    """Ids of the devices as CUDA_VISIBLE_DEVICES takes them, which decides if it is set: "0", "GPU-..." or "MIG-..."."""
+    """Ids of the devices as CUDA_VISIBLE_DEVICES takes them ("0", "GPU-...", "MIG-..."); it decides if it is set."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         ids = [one.strip() for one in chosen.split(",")]
