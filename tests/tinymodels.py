@@ -22,11 +22,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 CLIP_LENGTH = 16
 
 
-def save_sd(folder: Path, *, prediction_type: str = "epsilon", **scheduler: Any) -> Path:
-    """A StableDiffusionPipeline for 16 x 16 pixels (latents 4 x 8 x 8)."""
+def save_sd(
+    folder: Path,
+    *,
+    unet: UNet2DConditionModel | None = None,
+    prediction_type: str = "epsilon",
+    **scheduler: Any,
+) -> Path:
+    """A StableDiffusionPipeline for 16 x 16 pixels (latents 4 x 8 x 8); with another UNet, twice its sample_size."""
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
-    unet = UNet2DConditionModel(
+    unet = unet or UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -48,7 +54,7 @@ def save_sd(folder: Path, *, prediction_type: str = "epsilon", **scheduler: Any)
     )
     StableDiffusionPipeline(
         vae=_vae(scaling_factor=0.18215),
-        text_encoder=_clip(tokenizer),
+        text_encoder=_clip(tokenizer, unet.config.cross_attention_dim),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=schedule,
@@ -113,10 +119,10 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=CLIP_LENGTH)
 
 
-def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _clip(tokenizer: CLIPTokenizer, width: int = 16) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dreamlora.errors import UserError
+from dreamlora.sweep.gpus import MIG, visible_gpus
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,14 @@ def seats(workers: int | None, embedded: bool, processes: int = 1) -> list[Seat]
         processes: that share a run.
 
     Raises:
-        UserError: there are fewer GPUs than processes that share a run.
+        UserError: there are fewer GPUs than processes that share a run, or they are MIG instances.
     """
     gpus = visible_gpus()
+    if processes > 1 and any(one.startswith(MIG) for one in gpus):
+        raise UserError(
+            f"--processes_per_run {processes}: the GPU is divided (MIG), a process sees one MIG instance only, and "
+            "instances cannot work together: leave it out, so that each instance makes runs of its own"
+        )
     if gpus and processes > len(gpus):
         raise UserError(f"--processes_per_run {processes}: each needs a GPU of its own, and there are {len(gpus)}")
     if gpus:
@@ -52,14 +56,3 @@ def seats(workers: int | None, embedded: bool, processes: int = 1) -> list[Seat]
     if processes == 1:
         return [Seat(environment)] * count
     return [Seat({**environment, "ACCELERATE_USE_CPU": "true"}, 1, processes)] * count
-
-
-def visible_gpus() -> list[str]:
-    """Their ids as CUDA_VISIBLE_DEVICES takes them; asked of the driver, as torch would take seconds to load."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return [one for one in told.split(",") if one.strip() not in ("", "-1")]
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not shutil.which("nvidia-smi"):
-        return []
-    asked = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return [str(k) for k, _ in enumerate(line for line in asked.stdout.splitlines() if line.startswith("GPU "))]
