@@ -44,11 +44,9 @@ class EvaluateCallback:
         if run.accelerator.is_main_process:
             self._items.save(run.folder.evalset_file)
         # The main process decides: others may not see its disk.
-        known = tell_everyone(bool(run.step and file.exists()))
-        if not known:
+        main = run.accelerator.is_main_process
+        if not tell_everyone(main and run.step > 0 and file.exists() and self.losses.take_up(file, until=run.step)):
             self._measure(run)
-        elif run.accelerator.is_main_process:
-            self.losses.take_up(file, until=run.step)
         self._stop_if_in_vain(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:

@@ -14,6 +14,7 @@ from dreamlora.callbacks.evaluate import measure
 from dreamlora.eval_loss.evalset import EvalSet
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.interfaces import StepResult
+from dreamlora.lora.pairs import adapted_layers
 from dreamlora.metric_names import FINAL_LOSS, GAP, relative
 from dreamlora.processes import tell_everyone, wait_for_everyone
 from dreamlora.training import state
@@ -34,14 +35,21 @@ class FinalCallback:
         self._losses: ItemLosses = items.losses()
 
     def on_start(self, run: Run) -> None:
-        """Measure the base model, or take up its measurement in a resumed run."""
-        file = run.folder.final_items_file
+        """Measure the base model, or take up its measurement in a resumed run.
+
+        A run that is resumed to more steps, or with another number of items, has another set.
+        """
         if run.accelerator.is_main_process:
             self._items.save(run.folder.final_evalset_file)
-            if run.step and file.exists():
-                self._losses.take_up(file, until=0)
-        if run.step == 0:
-            self._measure(run, 0)
+        if not tell_everyone(run.accelerator.is_main_process and self._is_known(run)):
+            with _kept_weights(run):
+                _put_base_model(run)
+                self._measure(run, 0)
+
+    def _is_known(self, run: Run) -> bool:
+        """Whether the base model was measured on these items before this process began."""
+        file = run.folder.final_items_file
+        return run.step > 0 and file.exists() and self._losses.take_up(file, until=0) and 0 in self._losses
 
     def on_step(self, run: Run, result: StepResult) -> None:
         """Nothing: this is for the end."""
@@ -50,7 +58,8 @@ class FinalCallback:
         """Measure the last step and the best one."""
         best = tell_everyone(run.folder.selection().get("step") if run.accelerator.is_main_process else None)
         if best not in (None, run.step):
-            with _weights_of(run, best):
+            with _kept_weights(run):
+                _put_candidate(run, best)
                 self._measure(run, best)
         self._measure(run, run.step)
 
@@ -72,17 +81,31 @@ class FinalCallback:
 
 
 @contextlib.contextmanager
-def _weights_of(run: Run, step: int) -> Iterator[None]:
-    """The model with the LoRA of a candidate in here; afterwards as it was. The main process reads the file."""
-    main = run.accelerator.is_main_process
-    stored: Mapping[str, Tensor] = load_file(run.folder.candidate_dir(step) / state.TRAINABLES_FILE) if main else {}
+def _kept_weights(run: Run) -> Iterator[None]:
+    """The LoRA may be changed in here; afterwards it is as it was."""
     before = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
-    wait_for_everyone()  # the file may come from a slow disk
-    for name, parameter in run.trainables.items():
-        value = stored[name].to(parameter) if main else torch.empty_like(parameter)
-        parameter.data.copy_(broadcast(value))
     try:
         yield
     finally:
         for name, parameter in run.trainables.items():
             parameter.data.copy_(before[name])
+
+
+def _put_candidate(run: Run, step: int) -> None:
+    """The LoRA of a step that was kept. The main process reads the file."""
+    main = run.accelerator.is_main_process
+    stored: Mapping[str, Tensor] = load_file(run.folder.candidate_dir(step) / state.TRAINABLES_FILE) if main else {}
+    wait_for_everyone()  # the file may come from a slow disk
+    for name, parameter in run.trainables.items():
+        value = stored[name].to(parameter) if main else torch.empty_like(parameter)
+        parameter.data.copy_(broadcast(value))
+
+
+def _put_base_model(run: Run) -> None:
+    """A LoRA without effect."""
+    for layer in adapted_layers(run.accelerator.unwrap_model(run.model)):
+        if layer.start is None:
+            layer.B.data.zero_()
+        else:
+            layer.A.data.copy_(layer.start.A)
+            layer.B.data.copy_(layer.start.B)

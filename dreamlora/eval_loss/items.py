@@ -91,9 +91,13 @@ class ItemLosses:
         """How a step's losses differ from those of another step."""
         return paired_difference(self.rows[step], self.rows[reference])
 
-    def take_up(self, file: Path, until: int) -> None:
-        """Read the measurements of an interrupted run, up to and including a step."""
-        self.rows = {step: row for step, row in ItemLosses.load(file).rows.items() if step <= until}
+    def take_up(self, file: Path, until: int) -> bool:
+        """Read the measurements of an interrupted run, up to and including a step; False if they are of other items."""
+        before = ItemLosses.load(file)
+        if before.evalset_id != self.evalset_id:
+            return False
+        self.rows = {step: row for step, row in before.rows.items() if step <= until}
+        return True
 
     @classmethod
     def load(cls, file: Path) -> ItemLosses:

@@ -40,7 +40,7 @@ def test_the_file_holds_everything_and_a_resume_takes_up_its_part(tmp_path: Path
     again = ItemLosses.load(tmp_path / "items.npz")
     assert (again.evalset_id, again.steps) == ("abcd", [0, 50, 100])
     assert all(np.array_equal(again.rows[step], losses.rows[step]) for step in values)
-    again.take_up(tmp_path / "items.npz", until=50)
+    assert again.take_up(tmp_path / "items.npz", until=50)
     assert again.steps == [0, 50] and 100 not in again
     assert again.mean(0) == losses.mean(0)
     assert {file.name for file in tmp_path.iterdir()} == {"items.npz"}

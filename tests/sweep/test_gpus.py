@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dreamlora.errors import UserError
-from dreamlora.sweep import pool
 from dreamlora.sweep.gpus import visible_gpus
+from dreamlora.sweep.seats import seats
 
 PLAIN = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa)
@@ -76,7 +76,7 @@ def test_what_the_environment_says_comes_first(driver, monkeypatch: pytest.Monke
 
 def test_each_instance_gets_a_run_and_no_run_gets_two(driver) -> None:
     driver(DIVIDED)
-    places = [seat.environment["CUDA_VISIBLE_DEVICES"] for seat in pool.seats(None, embedded=True)]
+    places = [seat.environment["CUDA_VISIBLE_DEVICES"] for seat in seats(None, embedded=True)]
     assert places == ["MIG-0a", "MIG-0b", "MIG-GPU-bbbb/7/0"]
     with pytest.raises(UserError, match=r"--processes_per_run 2: .* MIG instance.*leave it out"):
-        pool.seats(None, embedded=True, processes=2)
+        seats(None, embedded=True, processes=2)

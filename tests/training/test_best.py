@@ -113,6 +113,22 @@ def test_every_checkpoint_goes_on_to_the_same_best(
     assert np.array_equal(*(np.load(run.final_items_file)["items"] for run in (whole, resumed)))
 
 
+@pytest.mark.parametrize("init", ["gaussian", "pissa"])
+def test_a_resumed_run_with_another_larger_set_measures_the_base_model_on_it(
+    init: str, train: Train, tmp_path: Path
+) -> None:
+    """A run that goes on to more steps may afford more items."""
+    flags = [*OFTEN, "--init", init, "--max_train_steps", "2", "--checkpointing_steps", "1"]
+    run = train(*flags, "--final_eval_items", "32")
+    more = [*flags[:-4], "--max_train_steps", "3", "--final_eval_items", "64"]
+    resumed = train(*more, "--resume_from_checkpoint", "latest")
+    whole = train(*more, "--output_dir", str(tmp_path / "whole"))
+    assert len(finals(run)) == len(finals(whole)) and same(weights(resumed), weights(whole))
+    (first, second) = (ItemLosses.load(one.final_items_file) for one in (resumed, whole))
+    assert first.evalset_id == second.evalset_id and len(first.rows[0]) == 64
+    assert np.allclose(first.rows[0], second.rows[0], rtol=1e-5) and np.array_equal(first.rows[3], second.rows[3])
+
+
 def test_weights_that_are_gone_cannot_be_selected(
     whole: RunFolder, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
