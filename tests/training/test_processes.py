@@ -23,8 +23,8 @@ def train_with_two(flags: list[str]) -> None:
     run_with_two("dreambooth_lora.py", flags)
 
 
-def run_with_two(script: str, flags: list[str]) -> None:
-    """Run one of the scripts in two processes."""
+def run_with_two(script: str, flags: list[str]) -> str:
+    """Run one of the scripts in two processes; what they wrote."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -48,7 +48,8 @@ def run_with_two(script: str, flags: list[str]) -> None:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-30000:]
+    assert done.returncode == 0, done.stderr[-10000:]
+    return done.stdout
 
 
 def test_two_processes_equal_one(flags: list[str], train: Callable[..., RunFolder], tmp_path: Path) -> None:

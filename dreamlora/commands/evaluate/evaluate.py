@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 from dreamlora import registry
@@ -120,7 +120,8 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         UserError: a LoRA, prompt file, image or model is missing or wrong, or a LoRA does not fit the model; or there
             was nothing that any metric could be had of.
     """
-    state = PartialState()
+    # Told that it is a CPU, for otherwise accelerate takes every process that has no GPU for the only one.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
     folders = [path for path in config.lora if _holds_images(path)]
     loras = tuple(path for path in config.lora if path not in folders)
     if not loras and LOSS_METRIC in config.metrics:
