@@ -72,9 +72,15 @@ class GatheredRows(Metric):
         super().sync(*args, **kwargs)
 
     def rows(self, name: str) -> Tensor:
-        """All rows of a side by their places, on the CPU."""
+        """All rows of a side by their places, on the CPU.
+
+        Raises:
+            RuntimeError: two have one place.
+        """
         held, places = (dim_zero_cat(getattr(self, state)).cpu() for state in (_state(name), _places(name)))
-        return held[places.argsort(stable=True)]
+        if len(places.unique()) < len(places):  # such as of processes that do not know that they share the work
+            raise RuntimeError(f"{type(self).__name__} was given rows of {name} twice for one place")
+        return held[places.argsort()]
 
     def _put_empty_rows(self) -> None:
         """Every process has a tensor of the right shape to gather, else those that have data would wait for ever."""

@@ -24,12 +24,12 @@ def exact(vectors: Tensor) -> Tensor:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Rows of length 1, ``[n, d]`` float64.
+    """Rows of length 1, ``[n, d]`` float64 on the CPU.
 
     Raises:
         ValueError: a row is zero or not finite, so it has no direction.
     """
-    rows = vectors.double()
+    rows = vectors.cpu().double()
     lengths = rows.norm(dim=1, keepdim=True)
     wrong = ~(lengths.isfinite() & (lengths > 0)).flatten()
     if wrong.any():

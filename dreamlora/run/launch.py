@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
@@ -60,8 +61,8 @@ def processes() -> PartialState:
         UserError: accelerate was set to something that they cannot do.
     """
     _check_strategy()
-    # accelerate heeds its flag for CPUs in training alone; without it each process would think that there is no other
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # told that it is a CPU: accelerate would take every process without a GPU for the only one
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
     _check_kind(state.distributed_type)
     return state
 

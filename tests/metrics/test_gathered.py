@@ -33,6 +33,14 @@ def test_rows_stand_at_their_places_whatever_the_order_of_the_updates() -> None:
     assert metric.rows("training")[:, 0].tolist() == [0, 1, 3] and metric.rows("labels").tolist() == [0, 30]
 
 
+def test_a_row_that_is_there_twice_is_refused() -> None:
+    """Processes that do not know of each other would each hold them all, and every mean would look right."""
+    metric = made()
+    metric.update(torch.tensor([0, 1, 0]), training=torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match="Sums was given rows of training twice for one place"):
+        metric.compute()
+
+
 def test_a_reset_forgets_and_a_second_compute_goes_on() -> None:
     metric = made().eval()  # "training" is an attribute of every torch module, which eval() overwrites
     metric.update(torch.arange(2), training=torch.ones(2, 2))
