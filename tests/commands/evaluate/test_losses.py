@@ -16,7 +16,7 @@ from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from tests.commands.sample.test_draw import save_lora
 from tests.training.conftest import cache, flags_of, photos, train_with
-from tests.training.test_processes import run_with_two
+from tests.training.test_processes import REPOSITORY, train_with_two
 
 __all__ = ["cache", "photos"]  # fixtures
 QUICK = ["--max_train_steps", "4", "--sample_steps", "0", "--no_save_best", "--eval_steps", "2", "--lora_alpha", "6"]
@@ -68,7 +68,8 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
     asked += ["--metrics", "eval_loss", "clip_score", "dino", "kid", "diversity"]
     asked += ["--clip_model", "tiny", "--dino_model", "tiny", "--subject", "sks dog", "--lora", run.path]
     found = []
-    for number, start in enumerate((main, functools.partial(run_with_two, "evaluate.py"))):
+    two = functools.partial(train_with_two, script=REPOSITORY / "train_scripts" / "evaluate.py")
+    for number, start in enumerate((main, two)):
         start([str(word) for word in [*asked, "--latents_cache_dir", tmp_path / f"cache{number}"]])
         result = json.loads((tmp_path / "out" / "metrics.json").read_text())
         found.append(result["rows"])
