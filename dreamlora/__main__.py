@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreamlora import __version__
-from dreamlora.cli.messages import shown_messages
+from dreamlora.cli.messages import console_messages
 from dreamlora.cli.parse import Program, parse, parse_run, run
 from dreamlora.config import RunConfig
 from dreamlora.config.programs import TextToImageConfig
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Their warnings (no torchvision, adapters without a text encoder, ...) are not about anything the user did.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    with shown_messages():
+    with console_messages():
         return run(dispatch, sys.argv[1:] if argv is None else argv)
 
 

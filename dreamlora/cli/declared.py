@@ -82,7 +82,7 @@ class Option:
         return " ".join([one] * self.count) if self.count else f"{one} ..." if self.several else one
 
     @property
-    def shown_default(self) -> str:
+    def default_text(self) -> str:
         """The default as one would type it."""
         if isinstance(self.default, tuple):
             return ("," if self.count else " ").join(map(str, self.default))
@@ -160,8 +160,8 @@ def options_of(config_class: type[Any], deep: bool = True) -> dict[str, Option]:
         if options.keys() & more.keys():
             raise TypeError(f"{config_class.__name__} declares {options.keys() & more.keys()} twice")
         options |= more
-    hidden: Mapping[str, str] = getattr(config_class, "NOT_OFFERED", {})
-    return {name: option for name, option in options.items() if name not in hidden}
+    not_offered: Mapping[str, str] = getattr(config_class, "NOT_OFFERED", {})
+    return {name: option for name, option in options.items() if name not in not_offered}
 
 
 def _option(declared: Field[Any], annotation: Any, text: str) -> Option:

@@ -53,7 +53,7 @@ def settings(options: Mapping[str, Option]) -> str:
     """A plug-in's settings, for the message that one of them does not exist."""
     if not options:
         return "\nIt has no settings."
-    lines = [f"  {name} {option.takes} (default {option.shown_default})" for name, option in options.items()]
+    lines = [f"  {name} {option.takes} (default {option.default_text})" for name, option in options.items()]
     texts = [option.help for option in options.values()]
     return "\nIts settings:\n" + "\n".join(f"{line}: {text}" for line, text in zip(lines, texts, strict=True))
 
@@ -88,10 +88,10 @@ def _row(option: Option) -> tuple[str, str]:
     flag = f"--{option.name}, --no_{option.name}" if option.switch else f"--{option.name} {option.metavar}"
     if option.default is MISSING:
         return flag, f"{option.help} (required)"
-    # What is decided later, or not there, needs no words; some texts speak of their default themselves.
+    # A default that is decided later, or is empty, needs no words; some texts speak of their default themselves.
     if option.default is None or option.default is False or option.default == () or "Default:" in option.help:
         return flag, filled(option.help)
-    return flag, f"{filled(option.help)} (default:{_UNBROKEN}{option.shown_default})"
+    return flag, f"{filled(option.help)} (default:{_UNBROKEN}{option.default_text})"
 
 
 def _table(rows: Mapping[str, str], column: int, width: int) -> Iterator[str]:

@@ -14,7 +14,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 @contextmanager
-def shown_messages() -> Iterator[None]:
+def console_messages() -> Iterator[None]:
     """Show the messages of this package, each once: the root's handlers, if there are any, do not get them.
 
     Of several processes the first one shows all, the others their warnings alone, with their number: what one of them

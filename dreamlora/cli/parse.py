@@ -65,7 +65,7 @@ def parse(config_class: type[Config], argv: Sequence[str], program: Program = Pr
 
 
 def _built(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """The dataclass with its groups; what is not among the values has its default. Every check runs once."""
+    """The dataclass with its groups; a field without a value has its default. Every check runs once."""
     groups: dict[str, Any] = {name: _built(group, values) for name, group in subgroups_of(config_class).items()}
     own = {name: values[name] for name in options_of(config_class, deep=False) if name in values}
     return config_class(**own, **groups)

@@ -50,7 +50,7 @@ def compare_runs(folders: Sequence[Path], root: Path, plan: ComparisonPlan = Com
 
     Args:
         folders: of the runs.
-        root: folder that compare.json will lie in; files are told relative to it.
+        root: folder that compare.json will lie in; files are named relative to it.
         plan: what is known besides.
 
     Raises:
@@ -93,7 +93,7 @@ def _comparison(
     records = [record for one in groups for record in one.records]
     one = next(record for record in records if record.losses)
     methods = [numbers.method(one, against) for one in groups]
-    found = [(method["delta"]["sentence"], method["delta"]["word"]) for method in methods if method["delta"]]
+    findings = [(method["delta"]["sentence"], method["delta"]["word"]) for method in methods if method["delta"]]
     held_out = one.metric == EVAL_LOSS
     task = _task(records, against.judge)
     headline = {record.id for one in groups for record in one.headline.values()}
@@ -103,7 +103,7 @@ def _comparison(
         complete=plan.missing == 0,
         metric=one.metric,
         held_out=held_out,
-        sentence=verdict.headline_sentence(found, baseline.label, plan.missing == 0),
+        sentence=verdict.headline_sentence(findings, baseline.label, plan.missing == 0),
         task=task,
         baseline=baseline.label,
         base_loss=numbers.number(against.base),

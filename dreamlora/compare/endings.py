@@ -71,7 +71,7 @@ def judge_of(records: Iterable[Record]) -> Judge:
     """What all of these runs, which have a loss at their end, can be judged on."""
     records = list(records)
     sets = [record.at_end for record in records]
-    ids = {found.evalset_id if found else None for found in sets}
+    ids = {losses.evalset_id if losses else None for losses in sets}
     if len(ids) == 1 and sets[0] is not None:
         return Judge(sets[0].evalset_id, len(sets[0].image), len(np.unique(sets[0].image)))
     first = records[0] if records else None

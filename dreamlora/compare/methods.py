@@ -102,27 +102,33 @@ def labelled(records: Sequence[Record]) -> dict[str, list[Record]]:
     by_optimizer: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_optimizer[_optimizer_label(record.config)].append(record)
-    found: dict[str, list[Record]] = defaultdict(list)
+    methods: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         label = _optimizer_label(record.config)
         alike = by_optimizer[label]
         usual = {name: _most_common(alike, name) for name in _varying(alike)}
-        own = [f"+{name}={_told(record.config.get(name))}" for name in usual if record.config.get(name) != usual[name]]
-        found[record.method or label + "".join(own)].append(record)
-    return dict(found)
+        own = [
+            f"+{name}={_value_text(record.config.get(name))}"
+            for name in usual
+            if record.config.get(name) != usual[name]
+        ]
+        methods[record.method or label + "".join(own)].append(record)
+    return dict(methods)
 
 
 def differing_options(methods: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, str]]:
     """By method, the options that are not the same in all methods (besides the optimizer and its rate)."""
     names = _varying([record for records in methods.values() for record in records])
-    return {label: {name: _told(records[0].config.get(name)) for name in names} for label, records in methods.items()}
+    return {
+        label: {name: _value_text(records[0].config.get(name)) for name in names} for label, records in methods.items()
+    }
 
 
 def shared_options(records: Sequence[Record]) -> dict[str, str]:
     """The options that decide the training and are the same in all runs."""
     varying = _varying(records)
     config = records[0].config
-    return {name: _told(config[name]) for name in config if name not in OWN_OF_A_RUN and name not in varying}
+    return {name: _value_text(config[name]) for name in config if name not in OWN_OF_A_RUN and name not in varying}
 
 
 def group(label: str, records: Sequence[Record], fresh_seeds: Collection[int] | None) -> Group:
@@ -190,7 +196,7 @@ def _most_common(records: Sequence[Record], name: str) -> Any:
     return next(value for record in records if repr(value := record.config.get(name)) == usual)
 
 
-def _told(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     if isinstance(value, bool) or value is None:

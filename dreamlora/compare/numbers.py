@@ -52,7 +52,7 @@ class Against:
         judge: what the end of the headline runs is measured on.
         best: the lowest median loss of any method at any rate.
         base: loss of the base model.
-        root: folder that files are told relative to.
+        root: folder that files are named relative to.
         added: (label, rate) of the rates that were added to the grid.
     """
 
@@ -83,9 +83,9 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(median=number(median), min=number(min(known)), max=number(max(known)), n=len(known))
 
 
-def interval(found: stats.TInterval) -> Interval:
+def interval(estimate: stats.TInterval) -> Interval:
     """As compare.json has it."""
-    return Interval(mean=number(found.mean), low=number(found.low), high=number(found.high), n=found.n)
+    return Interval(mean=number(estimate.mean), low=number(estimate.low), high=number(estimate.high), n=estimate.n)
 
 
 def target_of(baseline: Group) -> float:
@@ -138,23 +138,25 @@ def delta(group: Group, baseline: Group, judge: Judge) -> Delta:
     """The paired difference at the end, with its verdict."""
     seeds = sorted(group.headline.keys() & baseline.headline.keys())
     ours, theirs = ([one.headline[seed] for seed in seeds] for one in (group, baseline))
-    found = stats.paired_delta([judge.final(record) for record in ours], [judge.final(record) for record in theirs])
+    difference = stats.paired_delta(
+        [judge.final(record) for record in ours], [judge.final(record) for record in theirs]
+    )
     broke = [
         int(np.sign(judge.breakdown(mine) - judge.breakdown(other))) for mine, other in zip(ours, theirs, strict=True)
     ]
-    word, suffixes = stats.paired_verdict(found, broke), list(_suffixes(group, baseline, judge))
+    word, suffixes = stats.paired_verdict(difference, broke), list(_suffixes(group, baseline, judge))
     if baseline.sound and not group.headline and group.records:
         word = "worse"  # nothing to compare is a finding, if it is because no learning rate worked
     return Delta(
-        pct=interval(found.pct),
-        ended=interval(found.ended),
+        pct=interval(difference.pct),
+        ended=interval(difference.ended),
         images_se_pct=number(judge.images_se_pct(group.sound, baseline.sound)),
-        wins=found.wins,
-        pairs=[Pair(seed=seed, pct=number(pct)) for seed, pct in zip(seeds, found.each, strict=True)],
+        wins=difference.wins,
+        pairs=[Pair(seed=seed, pct=number(pct)) for seed, pct in zip(seeds, difference.each, strict=True)],
         word=word,
         suffixes=suffixes,
         verdict="; ".join([word, *suffixes]),
-        sentence=delta_sentence(group.label, baseline.label, found, broke.count(1) - found.lost, word),
+        sentence=delta_sentence(group.label, baseline.label, difference, broke.count(1) - difference.lost, word),
     )
 
 
@@ -179,14 +181,14 @@ def _suffixes(group: Group, baseline: Group, judge: Judge) -> Iterable[str]:
 
 def basin(rates: Sequence[Rates], best: float, tolerance: float) -> Basin:
     """See ``stats.lr_basin``."""
-    found = stats.lr_basin([rate.lr for rate in rates], [rate.score for rate in rates], best, tolerance)
+    width = stats.lr_basin([rate.lr for rate in rates], [rate.score for rate in rates], best, tolerance)
     return Basin(
         tolerance=tolerance,
-        low=number(found.low),
-        high=number(found.high),
-        decades=number(found.decades),
-        censored_low=found.censored_low,
-        censored_high=found.censored_high,
+        low=number(width.low),
+        high=number(width.high),
+        decades=number(width.decades),
+        censored_low=width.censored_low,
+        censored_high=width.censored_high,
     )
 
 
@@ -194,14 +196,14 @@ def octiles(group: Group, baseline: Group) -> list[Octile]:
     """The paired difference on each eighth of the timesteps."""
     ours, theirs = group.sound, baseline.sound
     seeds = [seed for seed in sorted(ours.keys() & theirs.keys()) if ours[seed].octiles and theirs[seed].octiles]
-    found = []
+    rows = []
     for k in range(OCTILES):
         pairs = [(ours[seed].octiles[k], theirs[seed].octiles[k]) for seed in seeds]
         pairs = [pair for pair in pairs if not math.isnan(sum(pair))]
         if pairs:
             pct = stats.paired_delta([pair[0] for pair in pairs], [pair[1] for pair in pairs]).pct
-            found.append(Octile(octile=k, pct=interval(pct)))
-    return found
+            rows.append(Octile(octile=k, pct=interval(pct)))
+    return rows
 
 
 def band(records: Sequence[Record]) -> Band:
@@ -213,9 +215,9 @@ def band(records: Sequence[Record]) -> Band:
     return Band(
         steps=steps,
         median=[number(float(np.median(values))) for values in at],
-        mean=[number(found.mean) for found in intervals],
-        low=[number(found.low) for found in intervals],
-        high=[number(found.high) for found in intervals],
+        mean=[number(estimate.mean) for estimate in intervals],
+        low=[number(estimate.low) for estimate in intervals],
+        high=[number(estimate.high) for estimate in intervals],
         min=[number(min(values)) for values in at],
         max=[number(max(values)) for values in at],
     )

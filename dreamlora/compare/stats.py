@@ -173,7 +173,7 @@ def _percent(log_ratio: float) -> float:
     return log_ratio if math.isinf(log_ratio) else 100 * math.expm1(log_ratio)
 
 
-def paired_verdict(found: PairedDelta, broke: Sequence[int]) -> Word:
+def paired_verdict(delta: PairedDelta, broke: Sequence[int]) -> Word:
     """The word for a paired difference of losses, in which failing never pays.
 
     Without failures it is ``verdict`` of the interval. A mean cannot take in a run without a loss, and one huge loss
@@ -182,13 +182,13 @@ def paired_verdict(found: PairedDelta, broke: Sequence[int]) -> Word:
     of each that broke down, as long as that is none worse than the real one.
 
     Args:
-        found: the pairs.
+        delta: the pairs.
         broke: for each pair, 1: the method broke down and the baseline did not (or not as far), -1: the reverse, 0.
     """
-    known = [(log_ratio, sign) for log_ratio, sign in zip(found.logs, broke, strict=True) if not math.isnan(log_ratio)]
+    known = [(log_ratio, sign) for log_ratio, sign in zip(delta.logs, broke, strict=True) if not math.isnan(log_ratio)]
     signs = {sign for _, sign in known}
     if len(known) < MIN_SEEDS or signs <= {0}:
-        return verdict(found.pct)
+        return verdict(delta.pct)
     if {1, -1} <= signs:
         return "inconclusive"
     if 1 in signs:

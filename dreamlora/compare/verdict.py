@@ -40,27 +40,27 @@ def _short(value: Number, form: str) -> str:
     return "–" if value is None else value if isinstance(value, str) else format(value, form)
 
 
-def delta_sentence(label: str, baseline: str, found: PairedDelta, broke: int, word: Word) -> str:
+def delta_sentence(label: str, baseline: str, delta: PairedDelta, broke: int, word: Word) -> str:
     """One finding: "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], better in 5 of 5 seeds".
 
     Seeds in which one of the two has no loss come first: without them the difference would flatter who failed.
 
     Args:
         label, baseline: the two methods.
-        found: their seeds.
+        delta: their seeds.
         broke: seeds that ended above the base model's loss, unlike the baseline's.
         word: the verdict.
     """
-    n, ended = found.pct.n, found.ended
+    n, ended = delta.pct.n, delta.ended
     if not n and word == "worse":
         return f"{label}: diverged or failed at every learning rate, unlike {baseline}: worse"
     if not n:
         return f"{label}: no pair of finished runs with {baseline}"
-    parts = [f"diverged or failed in {found.lost} of {n} seeds, unlike {baseline}"] if found.lost else []
-    parts += [f"{baseline} diverged or failed in {found.gained} of {n} seeds, unlike {label}"] if found.gained else []
+    parts = [f"diverged or failed in {delta.lost} of {n} seeds, unlike {baseline}"] if delta.lost else []
+    parts += [f"{baseline} diverged or failed in {delta.gained} of {n} seeds, unlike {label}"] if delta.gained else []
     if ended.n:
         parts.append(_difference(baseline, ended) + (f" in the other {ended.n}" if ended.n < n else ""))
-    parts.append(f"lower in {found.wins} of {n} seeds")
+    parts.append(f"lower in {delta.wins} of {n} seeds")
     parts += [f"{broke} of {n} seeds {ABOVE_BASE_TEXT}"] if broke else []
     return f"{label}: {', '.join(parts)}: {word}"
 
@@ -121,48 +121,48 @@ def budget(groups: Sequence[Group], baseline: Group, metric: str, task: Task) ->
 
 def warnings(groups: Sequence[Group], held_out: bool, options: Mapping[str, Mapping[str, str]]) -> list[str]:
     """What a reader must know before believing the numbers."""
-    found = []
+    texts = []
     if not held_out:
-        found.append("No held-out images: the loss is that of training images, and overfitting cannot be seen.")
+        texts.append("No held-out images: the loss is that of training images, and overfitting cannot be seen.")
     counts = {len(group.rates) for group in groups}
     if len(counts) > 1 and not all(group.fresh for group in groups):
-        found.append(
+        texts.append(
             "The methods had different numbers of learning rates, and no fresh seeds: the one with more is favoured."
         )
     for group in groups:
         if not group.tuned:
-            found.append(
+            texts.append(
                 f"{group.label} was run at one learning rate: the effects of rate and method cannot be told apart."
             )
         if group.edge:
             tries = " ".join(f"{lr:g}" for lr in group.suggested)
-            found.append(
+            texts.append(
                 f"{group.label}: the best learning rate is the {EDGES[group.edge]} tried; "
                 f"a better one may lie beyond. Try --learning_rates {tries} as well."
             )
-        found += _about_endings(group)
+        texts += _about_endings(group)
     for name in next(iter(options.values()), {}):
         values = ", ".join(f"{label}: {own[name]}" for label, own in options.items())
-        found.append(f"Besides the optimizer and its learning rate, the methods differ in {name} ({values}).")
-    return found
+        texts.append(f"Besides the optimizer and its learning rate, the methods differ in {name} ({values}).")
+    return texts
 
 
 def _about_endings(group: Group) -> list[str]:
     """Runs that ended badly, and unreadable lines."""
-    found, count = [], len(group.records)
+    texts, count = [], len(group.records)
     lost = [record for record in group.records if not record.sound]
     if lost:
-        found.append(f"{group.label}: {len(lost)} of {count} runs diverged or failed; they count as the worst.")
+        texts.append(f"{group.label}: {len(lost)} of {count} runs diverged or failed; they count as the worst.")
     failed = [record for record in lost if record.status == "failed"]
     if failed:
-        found.append(
+        texts.append(
             f"{group.label}: {len(failed)} of {count} runs failed, which may not be the method's fault; the next call "
             f"tries again. The first, {failed[0].id}: {failed[0].message}"
         )
     above = sum(record.above_base for record in group.records)
     if above:
-        found.append(f"{group.label}: {above} of {count} runs {ABOVE_BASE_TEXT}.")
-    return found + [f"{text}." for record in group.records for text in record.damage]
+        texts.append(f"{group.label}: {above} of {count} runs {ABOVE_BASE_TEXT}.")
+    return texts + [f"{text}." for record in group.records for text in record.damage]
 
 
 def _percent(value: float, unit: str = " %") -> str:

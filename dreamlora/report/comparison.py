@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.errors import UserError
-from dreamlora.report.facts import hidden, told_command
+from dreamlora.report.facts import command_without_secrets, readable_command
 from dreamlora.report.words import number
 
 FILE = "compare.json"
@@ -74,29 +74,29 @@ class ComparisonFile:
     @property
     def warnings(self) -> list[str]:
         """What a reader must know before believing the numbers."""
-        found = [str(text) for text in self.raw["warnings"]]
+        texts = [str(text) for text in self.raw["warnings"]]
         if not self.raw.get("complete", True):
             ended = sum(run["status"] in ("finished", "diverged", "failed") for run in self.runs)
-            found.insert(0, f"Not complete: {ended} runs have ended, others are to come. The numbers will change.")
-        found += [f"Left out: {dropped['run']} ({dropped['reason']})." for dropped in self.raw.get("dropped") or []]
-        return found
+            texts.insert(0, f"Not complete: {ended} runs have ended, others are to come. The numbers will change.")
+        texts += [f"Left out: {dropped['run']} ({dropped['reason']})." for dropped in self.raw.get("dropped") or []]
+        return texts
 
     @property
     def command(self) -> str | None:
         """The command line that makes the comparison again."""
-        return told_command(self.raw.get("command"))
+        return readable_command(self.raw.get("command"))
 
     @property
     def commands(self) -> list[tuple[str, str]]:
         """Every run's id and command line, where it is known."""
-        told = ((run["id"], told_command(run.get("command"))) for run in self.runs)
-        return [(name, command) for name, command in told if command]
+        commands = ((run["id"], readable_command(run.get("command"))) for run in self.runs)
+        return [(name, command) for name, command in commands if command]
 
 
 def without_secrets(raw: dict[str, Any]) -> dict[str, Any]:
     """compare.json as it may be shown to others."""
-    runs = [{**run, "command": run.get("command") and hidden(run["command"])} for run in raw["runs"]]
-    return {**raw, "runs": runs, "command": raw.get("command") and hidden(raw["command"])}
+    runs = [{**run, "command": run.get("command") and command_without_secrets(run["command"])} for run in raw["runs"]]
+    return {**raw, "runs": runs, "command": raw.get("command") and command_without_secrets(raw["command"])}
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def verdict(method: dict[str, Any]) -> Verdict:
 def _own_cautions(method: dict[str, Any]) -> tuple[str, ...]:
     """For a baseline, which has no delta that would carry them."""
     diverged, seeds = method["headline_diverged"], len(method["headline_seeds"])
-    found = [] if method["tuned"] else ["not tuned"]
-    found += ["LR grid edge"] if method["at_grid_edge"] else []
-    found += [f"{diverged} of {seeds} seeds diverged or failed"] if diverged else []
-    return (*found, *(["few seeds"] if seeds < _FEW_SEEDS else []))
+    cautions = [] if method["tuned"] else ["not tuned"]
+    cautions += ["LR grid edge"] if method["at_grid_edge"] else []
+    cautions += [f"{diverged} of {seeds} seeds diverged or failed"] if diverged else []
+    return (*cautions, *(["few seeds"] if seeds < _FEW_SEEDS else []))
 
 
 def value_of(number_: Any) -> float | None:
@@ -140,10 +140,10 @@ def value_of(number_: Any) -> float | None:
     return float(number_)
 
 
-def loss(value: Any) -> str:
+def loss(entry: Any) -> str:
     """A loss with four significant digits."""
-    found = value_of(value)
-    return NONE if found is None else "∞" if math.isinf(found) else number(found)
+    value = value_of(entry)
+    return NONE if value is None else "∞" if math.isinf(value) else number(value)
 
 
 def size_in_percent(value: Any) -> str:
@@ -151,47 +151,47 @@ def size_in_percent(value: Any) -> str:
     return percent(value).removeprefix("+")
 
 
-def percent(value: Any) -> str:
+def percent(entry: Any) -> str:
     """A signed percentage with two or three digits."""
-    found = value_of(value)
-    if found is None:
+    value = value_of(entry)
+    if value is None:
         return NONE
-    if math.isinf(found):
-        return "∞" if found > 0 else f"{MINUS}∞"
-    digits = 2 if abs(found) < 1 else 1 if abs(found) < 100 else 0
-    return f"{found:+.{digits}f}\u202f%".replace("-", MINUS)
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    digits = 2 if abs(value) < 1 else 1 if abs(value) < 100 else 0
+    return f"{value:+.{digits}f}\u202f%".replace("-", MINUS)
 
 
-def amount(value: Any) -> str:
+def amount(entry: Any) -> str:
     """A number with three significant digits, whole from 100 on."""
-    found = value_of(value)
-    if found is None:
+    value = value_of(entry)
+    if value is None:
         return NONE
-    if math.isinf(found):
+    if math.isinf(value):
         return "never"
-    return (f"{found:.0f}" if abs(found) >= 100 else f"{found:.3g}").replace("-", MINUS)
+    return (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}").replace("-", MINUS)
 
 
-def rate(value: Any) -> str:
+def rate(entry: Any) -> str:
     """A learning rate."""
-    found = value_of(value)
-    return NONE if found is None else f"{found:.3g}".replace("-0", "-")
+    value = value_of(entry)
+    return NONE if value is None else f"{value:.3g}".replace("-0", "-")
 
 
-def interval(found: dict[str, Any], write: Any = percent) -> str:
+def interval(estimate: dict[str, Any], write: Any = percent) -> str:
     """``−2.1 % [−3.0, −1.2]``, without brackets where there is no interval."""
-    if value_of(found["low"]) is None:
-        return str(write(found["mean"]))
-    return f"{write(found['mean'])} [{_bare(write(found['low']))}, {_bare(write(found['high']))}]"
+    if value_of(estimate["low"]) is None:
+        return str(write(estimate["mean"]))
+    return f"{write(estimate['mean'])} [{_bare(write(estimate['low']))}, {_bare(write(estimate['high']))}]"
 
 
-def spread(found: dict[str, Any], write: Any = loss) -> str:
+def spread(summary: dict[str, Any], write: Any = loss) -> str:
     """``0.4012 [0.3990, 0.4100]``: median, smallest and largest."""
-    if value_of(found["median"]) is None:
+    if value_of(summary["median"]) is None:
         return NONE
-    if found["n"] < 2 or found["min"] == found["max"]:
-        return str(write(found["median"]))
-    return f"{write(found['median'])} [{write(found['min'])}, {write(found['max'])}]"
+    if summary["n"] < 2 or summary["min"] == summary["max"]:
+        return str(write(summary["median"]))
+    return f"{write(summary['median'])} [{write(summary['min'])}, {write(summary['max'])}]"
 
 
 def _bare(text: str) -> str:

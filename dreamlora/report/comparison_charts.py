@@ -25,7 +25,7 @@ _FARTHEST = 100.0
 """The same for differences, in percent."""
 _LEAST_SPAN = 0.02
 _TALL = (WIDTH, 3.0)
-Found = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 def colour(number: int) -> str:
@@ -36,7 +36,7 @@ def colour(number: int) -> str:
 def all_of(comparison: ComparisonFile) -> dict[str, Chart]:
     """The charts by name, without those that would be empty."""
     makers = (deltas, curves, ends, rates, octiles)
-    return {found.name: found for make in makers if (found := make(comparison)) is not None}
+    return {picture.name: picture for make in makers if (picture := make(comparison)) is not None}
 
 
 def deltas(comparison: ComparisonFile) -> Chart | None:
@@ -58,8 +58,8 @@ def deltas(comparison: ComparisonFile) -> Chart | None:
             )
             _interval(axes, method["delta"]["ended"], (height, number))
             for pair in method["delta"]["pairs"]:
-                if (found := value_of(pair["pct"])) is not None and np.isfinite(found):
-                    axes.plot([found], [height + 0.22], marker="|", markersize=6, color=colour(number), alpha=0.7)
+                if (pct := value_of(pair["pct"])) is not None and np.isfinite(pct):
+                    axes.plot([pct], [height + 0.22], marker="|", markersize=6, color=colour(number), alpha=0.7)
         low_end, high_end = axes.get_xlim()
         axes.set_xlim(max(low_end, -_FARTHEST), min(high_end, _FARTHEST))
         axes.set_yticks([])
@@ -70,13 +70,13 @@ def deltas(comparison: ComparisonFile) -> Chart | None:
     return chart("delta", label, draw, (WIDTH, 0.75 + 0.6 * len(compared)))
 
 
-def _with_failures(method: Found) -> str:
+def _with_failures(method: JsonObject) -> str:
     """A method's name, with the seeds that the picture cannot show."""
     both, seeds = method["delta"]["ended"]["n"], method["delta"]["pct"]["n"]
     return method["label"] + (f" (without {seeds - both} of {seeds} seeds that failed)" if both < seeds else "")
 
 
-def _interval(axes: Axes, pct: Found, place: tuple[float, int]) -> None:
+def _interval(axes: Axes, pct: JsonObject, place: tuple[float, int]) -> None:
     """A horizontal interval at a height, in a method's colour."""
     height, number = place
     mean, low, high = (value_of(pct[key]) for key in ("mean", "low", "high"))
@@ -98,7 +98,7 @@ def ends(comparison: ComparisonFile) -> Chart | None:
 
 
 def _curves(comparison: ComparisonFile, name: str, begin: float) -> Chart | None:
-    bands = [(number, found) for number, m in enumerate(comparison.methods) if (found := _band(m["curve"], begin))]
+    bands = [(number, band) for number, m in enumerate(comparison.methods) if (band := _band(m["curve"], begin))]
     if not bands:
         return None
 
@@ -121,20 +121,20 @@ def _curves(comparison: ComparisonFile, name: str, begin: float) -> Chart | None
         by_step(axes)
         legend(axes)
 
-    ended = ", ".join(f"{comparison.labels[number]} {found[1][-1]:.4g}" for number, found in bands)
+    ended = ", ".join(f"{comparison.labels[number]} {band[1][-1]:.4g}" for number, band in bands)
     return chart(name, f"Loss by step from step {bands[0][1][0][0]}; at the end: {ended}", draw, _TALL)
 
 
-def _band(curve: Found, begin: float) -> tuple[list[float], list[float], list[float], list[float]] | None:
+def _band(curve: JsonObject, begin: float) -> tuple[list[float], list[float], list[float], list[float]] | None:
     """Steps, mean (or median) and interval (or range) from a step on; without an interval if there is one seed."""
     middle, low, high = ("mean", "low", "high")
     if not any(value_of(value) is not None for value in curve[low]):
         middle, low, high = ("median", "min", "max")
     rows = []
     for step, *values in zip(curve["steps"], curve[middle], curve[low], curve[high], strict=True):
-        found = [value_of(value) for value in values]
-        if step >= begin and found[0] is not None:
-            rows.append((step, found[0], *(found[0] if value is None else value for value in found[1:])))
+        numbers = [value_of(value) for value in values]
+        if step >= begin and numbers[0] is not None:
+            rows.append((step, numbers[0], *(numbers[0] if value is None else value for value in numbers[1:])))
     if not rows:
         return None
     steps, means, lows, highs = (list(column) for column in zip(*rows, strict=True))
@@ -144,8 +144,8 @@ def _band(curve: Found, begin: float) -> tuple[list[float], list[float], list[fl
 def rates(comparison: ComparisonFile) -> Chart | None:
     """Final loss by learning rate: the basins."""
     points = [_finite(method) for method in comparison.methods]
-    medians = [median for found in points for _, median, _, _ in found]
-    if not medians or len({lr for found in points for lr, *_ in found}) < 2:
+    medians = [median for method_points in points for _, median, _, _ in method_points]
+    if not medians or len({lr for method_points in points for lr, *_ in method_points}) < 2:
         return None
     best = min(medians)
     base = value_of(comparison["base_loss"])
@@ -153,10 +153,10 @@ def rates(comparison: ComparisonFile) -> Chart | None:
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
         axes.axhspan(best, best * (1 + _BASIN), color=INK, alpha=0.08, linewidth=0)
-        for number, found in enumerate(points):
-            if not found:
+        for number, method_points in enumerate(points):
+            if not method_points:
                 continue
-            lrs, middle, low, high = (np.array(column) for column in zip(*found, strict=True))
+            lrs, middle, low, high = (np.array(column) for column in zip(*method_points, strict=True))
             axes.vlines(lrs, low, high, color=colour(number), alpha=0.5, linewidth=1.5)
             axes.plot(lrs, middle, label=comparison.labels[number], marker=_marker(number), **_style(number))
         if base is not None:
@@ -170,20 +170,20 @@ def rates(comparison: ComparisonFile) -> Chart | None:
         axes.set_xlabel("learning rate (grey: within 5 %; ×: a run diverged, failed, or lies above)")
         legend(axes)
 
-    told = ", ".join(
+    best_rates = ", ".join(
         f"{method['label']} best at {method['best_lr']:.3g}" for method in comparison.methods if method["best_lr"]
     )
-    return chart("rates", f"Final loss by learning rate: {told}", draw, _TALL)
+    return chart("rates", f"Final loss by learning rate: {best_rates}", draw, _TALL)
 
 
-def _finite(method: Found) -> list[tuple[float, float, float, float]]:
+def _finite(method: JsonObject) -> list[tuple[float, float, float, float]]:
     """Learning rate, median, least and greatest final loss, of rates whose median is finite."""
-    found = []
+    points = []
     for point in method["rates"]:
         median, low, high = (value_of(point["final"][key]) for key in ("median", "min", "max"))
         if median is not None and low is not None and high is not None and np.isfinite(median):
-            found.append((float(point["lr"]), median, low, high if np.isfinite(high) else median))
-    return found
+            points.append((float(point["lr"]), median, low, high if np.isfinite(high) else median))
+    return points
 
 
 def _crop(axes: Axes, base: float | None) -> None:
@@ -194,8 +194,8 @@ def _crop(axes: Axes, base: float | None) -> None:
 
 def _bests(axes: Axes, comparison: ComparisonFile, points: Sequence[Sequence[tuple[float, ...]]]) -> None:
     """A ring round each method's best rate."""
-    for number, (method, found) in enumerate(zip(comparison.methods, points, strict=True)):
-        for lr, median, *_ in found:
+    for number, (method, method_points) in enumerate(zip(comparison.methods, points, strict=True)):
+        for lr, median, *_ in method_points:
             if lr == method["best_lr"]:
                 axes.plot([lr], [median], marker="o", markersize=12, color="none", mec=colour(number), mew=1.8)
 
@@ -215,14 +215,14 @@ def _broken(axes: Axes, comparison: ComparisonFile, top: float) -> None:
 
 def octiles(comparison: ComparisonFile) -> Chart | None:
     """Difference from the baseline by noise level."""
-    found = [(number, method["octiles"]) for number, method in enumerate(comparison.methods) if method["octiles"]]
-    if not found:
+    series = [(number, method["octiles"]) for number, method in enumerate(comparison.methods) if method["octiles"]]
+    if not series:
         return None
 
     def draw(axes: Axes) -> None:
         axes.axhline(0, color=INK, alpha=0.5, linewidth=1)
-        for place, (number, rows) in enumerate(found):
-            shift = (place - (len(found) - 1) / 2) * 0.14
+        for place, (number, rows) in enumerate(series):
+            shift = (place - (len(series) - 1) / 2) * 0.14
             known = [row for row in rows if value_of(row["pct"]["mean"]) is not None]
             at = [row["octile"] + 1 + shift for row in known]
             for position, row in zip(at, known, strict=True):
@@ -239,7 +239,7 @@ def octiles(comparison: ComparisonFile) -> Chart | None:
     return chart("octiles", f"Loss against {comparison.baseline} by eighths of the timesteps", draw, _TALL)
 
 
-def _style(number: int) -> Found:
+def _style(number: int) -> dict[str, Any]:
     return {"color": colour(number), "linewidth": 2, "linestyle": _LINES[number % len(_LINES)], "markersize": 5}
 
 

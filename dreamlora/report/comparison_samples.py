@@ -13,7 +13,7 @@ from dreamlora.sampling.grid import MAX_COLUMNS, MAX_ROWS, spread
 _PIXELS = 192
 _REFERENCE_PIXELS = 128
 _REFERENCES = 8
-Found = dict[str, Any]
+JsonObject = dict[str, Any]
 Key = tuple[int, int]
 
 
@@ -50,7 +50,7 @@ class SampleGallery:
     Attributes:
         steps: ascending; 0 is the base model.
         runs: by method, which run the images are of.
-        left_out: what there was no room for; empty if nothing.
+        left_out: how many of the steps and images are shown; empty if all are.
     """
 
     steps: tuple[int, ...]
@@ -68,49 +68,49 @@ def gallery(comparison: ComparisonFile) -> SampleGallery | None:
         return None
     steps = sorted({cell["step"] for cell in cells})
     keys = sorted({_key(cell) for cell in cells})
-    shown = [steps[index] for index in spread(len(steps), MAX_ROWS)]
+    kept_steps = [steps[index] for index in spread(len(steps), MAX_ROWS)]
     texts = {_key(cell): (str(cell["prompt"]), int(cell["seed"])) for cell in cells}
     views = []
     for key in keys[:MAX_COLUMNS]:
-        rows = tuple(tuple(_shot(comparison, number, step, key) for number, _ in drawn) for step in shown)
+        rows = tuple(tuple(_shot(comparison, number, step, key) for number, _ in drawn) for step in kept_steps)
         views.append(PromptView(*texts[key], rows))
     return SampleGallery(
-        steps=tuple(shown),
+        steps=tuple(kept_steps),
         views=tuple(views),
         runs=tuple((number, _run(samples)) for number, samples in drawn),
         references=_references(comparison, drawn[0][1]),
-        left_out=_left_out((len(shown), len(steps)), (len(views), len(keys))),
+        left_out=_left_out((len(kept_steps), len(steps)), (len(views), len(keys))),
     )
 
 
-def _key(cell: Found) -> Key:
+def _key(cell: JsonObject) -> Key:
     return cell["prompt_index"], cell["image_index"]
 
 
-def _run(samples: Found) -> str:
+def _run(samples: JsonObject) -> str:
     return f"learning rate {rate(samples['lr'])}, training seed {samples['training_seed']}"
 
 
 def _shot(comparison: ComparisonFile, number: int, step: int, key: Key) -> Shot:
     samples = comparison.methods[number]["samples"]
     measured = samples["losses"].get(str(step))
-    told = loss(measured) if value_of(measured) is not None else ""
+    loss_text = loss(measured) if value_of(measured) is not None else ""
     cell = next((cell for cell in samples["cells"] if cell["step"] == step and _key(cell) == key), None)
     if cell is None or not cell["file"]:
-        return Shot(number, None, "not drawn", told)
+        return Shot(number, None, "not drawn", loss_text)
     picture = pictures.embedded(comparison.folder / cell["file"], _PIXELS)
-    return Shot(number, picture, "" if picture else "file is missing", told)
+    return Shot(number, picture, "" if picture else "file is missing", loss_text)
 
 
-def _references(comparison: ComparisonFile, samples: Found) -> tuple[Picture, ...]:
+def _references(comparison: ComparisonFile, samples: JsonObject) -> tuple[Picture, ...]:
     files = [comparison.folder / name for name in samples["references"][:_REFERENCES]]
-    return tuple(found for file in files if (found := pictures.embedded(file, _REFERENCE_PIXELS)))
+    return tuple(picture for file in files if (picture := pictures.embedded(file, _REFERENCE_PIXELS)))
 
 
 def _left_out(steps: tuple[int, int], prompts: tuple[int, int]) -> str:
     parts = [
-        f"{shown} of {all_} {noun}"
-        for (shown, all_), noun in ((steps, "steps"), (prompts, "images per step"))
-        if shown < all_
+        f"{count} of {total} {noun}"
+        for (count, total), noun in ((steps, "steps"), (prompts, "images per step"))
+        if count < total
     ]
     return f"Shown: {' and '.join(parts)}." if parts else ""

@@ -23,7 +23,7 @@ from dreamlora.report.comparison import (
 )
 from dreamlora.report.words import duration
 
-Found = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def results(comparison: ComparisonFile) -> Table:
     )
 
 
-def _result(comparison: ComparisonFile, method: Found) -> tuple[TableCell, ...]:
-    delta, said = method["delta"], verdict(method)
+def _result(comparison: ComparisonFile, method: JsonObject) -> tuple[TableCell, ...]:
+    delta, finding = method["delta"], verdict(method)
     edge = (f"at the {'lower' if method['at_grid_edge'] == 'low' else 'upper'} edge of the grid",)
     suggested = ", ".join(map(rate, method.get("suggested_lrs") or []))
     tried = (f"try {suggested}",) if suggested else ()
     return (
         _name(comparison, method),
-        TableCell(said.word, said.word, {"good": "good", "bad": "bad"}.get(said.tone, ""), said.cautions),
+        TableCell(finding.word, finding.word, {"good": "good", "bad": "bad"}.get(finding.tone, ""), finding.cautions),
         TableCell(interval(delta["pct"]), _key(delta["pct"]["mean"]), notes=_of_ended(delta))
         if delta
         else TableCell(NONE),
@@ -106,19 +106,19 @@ def _result(comparison: ComparisonFile, method: Found) -> tuple[TableCell, ...]:
     )
 
 
-def _wins(delta: Found | None) -> TableCell:
+def _wins(delta: JsonObject | None) -> TableCell:
     if delta is None or not delta["pct"]["n"]:
         return TableCell(NONE)
     return TableCell(f"{delta['wins']} of {delta['pct']['n']}", delta["wins"])
 
 
-def _of_ended(delta: Found) -> tuple[str, ...]:
+def _of_ended(delta: JsonObject) -> tuple[str, ...]:
     """The difference without the seeds in which one of the two has no loss, if there are such."""
     both, seeds = delta["ended"]["n"], delta["pct"]["n"]
     return (f"{interval(delta['ended'])} in the {both} of {seeds} seeds that both ended",) if 0 < both < seeds else ()
 
 
-def _of_seeds(method: Found) -> tuple[str, ...]:
+def _of_seeds(method: JsonObject) -> tuple[str, ...]:
     seeds, diverged = len(method["headline_seeds"]), method["headline_diverged"]
     return (f"{diverged} of {seeds} seeds diverged or failed",) if diverged else ()
 
@@ -139,7 +139,7 @@ def speed(comparison: ComparisonFile) -> Table:
     )
 
 
-def _speed(comparison: ComparisonFile, method: Found) -> tuple[TableCell, ...]:
+def _speed(comparison: ComparisonFile, method: JsonObject) -> tuple[TableCell, ...]:
     steps, seconds = method["steps_to_target"], method["seconds_to_target"]
     memory = value_of(method["peak_memory_gib"]["median"])
     return (
@@ -161,8 +161,8 @@ def basins(comparison: ComparisonFile) -> Table:
     heads = [Head("method", False), *(Head(f"within {100 * tolerance:g} %") for tolerance in tolerances)]
     rows = []
     for method in comparison.methods:
-        found = {basin["tolerance"]: basin for basin in method["lr_basin"]}
-        rows.append((_name(comparison, method), *(_basin(found.get(tolerance)) for tolerance in tolerances)))
+        by_tolerance = {basin["tolerance"]: basin for basin in method["lr_basin"]}
+        rows.append((_name(comparison, method), *(_basin(by_tolerance.get(tolerance)) for tolerance in tolerances)))
     caption = (
         "Decades of learning rates whose median loss lies within so much of the best of all methods; ≥ where the "
         "range goes on beyond the rates that were tried."
@@ -170,7 +170,7 @@ def basins(comparison: ComparisonFile) -> Table:
     return Table("basins", caption, tuple(heads), tuple(rows))
 
 
-def _basin(basin: Found | None) -> TableCell:
+def _basin(basin: JsonObject | None) -> TableCell:
     decades = value_of(basin["decades"]) if basin else None
     if not basin or decades is None or value_of(basin["low"]) is None:
         return TableCell("none", 0.0 if basin else None)
@@ -196,7 +196,9 @@ def rates(comparison: ComparisonFile) -> Table:
     return Table("rates", caption, tuple(heads), tuple(rows))
 
 
-def _rate(comparison: ComparisonFile, method: Found, point: Found, same: Found | None) -> tuple[TableCell, ...]:
+def _rate(
+    comparison: ComparisonFile, method: JsonObject, point: JsonObject, same: JsonObject | None
+) -> tuple[TableCell, ...]:
     notes: tuple[str, ...] = ("best",) if point["lr"] == method["best_lr"] else ()
     notes += ("added",) if point["added"] else ()
     diverged = point["n_diverged"]
@@ -220,9 +222,10 @@ def octiles(comparison: ComparisonFile) -> Table | None:
         return None
     rows = []
     for method in others:
-        found = {octile["octile"]: octile["pct"] for octile in method["octiles"]}
+        by_octile = {octile["octile"]: octile["pct"] for octile in method["octiles"]}
         cells = [
-            TableCell(interval(found[n]), _key(found[n]["mean"])) if n in found else TableCell(NONE) for n in numbers
+            TableCell(interval(by_octile[n]), _key(by_octile[n]["mean"])) if n in by_octile else TableCell(NONE)
+            for n in numbers
         ]
         rows.append((_name(comparison, method), *cells))
     caption = f"Loss against {comparison.baseline} by eighths of the timesteps: 1 is the least noisy, 8 the noisiest."
@@ -231,15 +234,15 @@ def octiles(comparison: ComparisonFile) -> Table | None:
 
 def images(comparison: ComparisonFile) -> Table | None:
     """The image metrics; None if none were computed."""
-    columns: dict[tuple[str, str], Found] = {}
+    columns: dict[tuple[str, str], JsonObject] = {}
     for method in comparison.methods:
-        for found in method["images"]:
-            columns.setdefault((found["name"], found["at"]), found)
+        for metric in method["images"]:
+            columns.setdefault((metric["name"], metric["at"]), metric)
     if not columns:
         return None
     rows = []
     for method in comparison.methods:
-        mine = {(found["name"], found["at"]): found["value"] for found in method["images"]}
+        mine = {(metric["name"], metric["at"]): metric["value"] for metric in method["images"]}
         cells = [
             TableCell(interval(mine[key], amount), _key(mine[key]["mean"]))
             if key in mine
@@ -252,12 +255,12 @@ def images(comparison: ComparisonFile) -> Table | None:
     return Table("images", caption, (Head("method", False), *heads), tuple(rows))
 
 
-def _seen_by(columns: Mapping[tuple[str, str], Found]) -> str:
+def _seen_by(columns: Mapping[tuple[str, str], JsonObject]) -> str:
     """Which encoder saw how many images, metric by metric where they differ."""
     names: dict[tuple[str, int | None], list[str]] = {}
-    for (name, _), found in columns.items():
-        encoder = found["encoder_id"] or "an encoder that was not logged"
-        names.setdefault((encoder, found["images"]), []).append(short(name))
+    for (name, _), metric in columns.items():
+        encoder = metric["encoder_id"] or "an encoder that was not logged"
+        names.setdefault((encoder, metric["images"]), []).append(short(name))
     seen = [
         (" and ".join(dict.fromkeys(those)), f"by {encoder}" + (f", {count} images" if count else ""))
         for (encoder, count), those in names.items()
@@ -274,7 +277,7 @@ def runs(comparison: ComparisonFile) -> Table:
     return Table("runs", f"{len(rows)} runs.", tuple(heads), rows)
 
 
-def _run(comparison: ComparisonFile, run: Found) -> tuple[TableCell, ...]:
+def _run(comparison: ComparisonFile, run: JsonObject) -> tuple[TableCell, ...]:
     bad = run["status"] in ("diverged", "failed")
     seconds = value_of(run["seconds"][-1]) if run["seconds"] else None
     number = comparison.labels.index(run["method"]) if run["method"] in comparison.labels else None
@@ -295,7 +298,7 @@ def _run(comparison: ComparisonFile, run: Found) -> tuple[TableCell, ...]:
     )
 
 
-def _name(comparison: ComparisonFile, method: Found) -> TableCell:
+def _name(comparison: ComparisonFile, method: JsonObject) -> TableCell:
     label = method["label"]
     return TableCell(label, label, method=comparison.labels.index(label))
 
@@ -304,22 +307,22 @@ def _entry(value: Any, write: Callable[[Any], str]) -> TableCell:
     return TableCell(write(value), _key(value))
 
 
-def _key(value: Any) -> float | None:
+def _key(entry: Any) -> float | None:
     """For sorting; infinity becomes a number that the page's script can read."""
-    found = value_of(value)
-    if found is None or math.isfinite(found):
-        return found
-    return math.copysign(1e308, found)
+    value = value_of(entry)
+    if value is None or math.isfinite(value):
+        return value
+    return math.copysign(1e308, value)
 
 
-def _log_auc(value: Any) -> str:
-    found = value_of(value)
-    return "∞" if found is not None and math.isinf(found) else amount(found)
+def _log_auc(entry: Any) -> str:
+    value = value_of(entry)
+    return "∞" if value is not None and math.isinf(value) else amount(value)
 
 
-def _times(value: Any) -> str:
-    found = value_of(value)
-    return NONE if found is None or math.isinf(found) else f"{found:.2f}\u202f×"
+def _times(entry: Any) -> str:
+    value = value_of(entry)
+    return NONE if value is None or math.isinf(value) else f"{value:.2f}\u202f×"
 
 
 def all_of(comparison: ComparisonFile) -> dict[str, Table]:

@@ -103,8 +103,8 @@ class RunFacts:
 
     def groups(self, name: str) -> dict[str, Curve]:
         """The curves of a metric's layer groups; that of all layers, under "", if there are no groups."""
-        found = {key[len(name) + 1 :]: curve for key, curve in self.curves.items() if key.startswith(f"{name}/")}
-        return found or ({"": self.curve(name)} if self.curve(name) else {})
+        curves = {key[len(name) + 1 :]: curve for key, curve in self.curves.items() if key.startswith(f"{name}/")}
+        return curves or ({"": self.curve(name)} if self.curve(name) else {})
 
     @property
     def steps(self) -> int:
@@ -164,19 +164,19 @@ class RunFacts:
     @property
     def warnings(self) -> list[str]:
         """What a reader must know before believing the numbers."""
-        found = [str(text) for text in self.summary.get("warnings") or []]
+        texts = [str(text) for text in self.summary.get("warnings") or []]
         if not self.finished:
             of = f" of {self.total_steps}" if self.total_steps else ""
-            found.append(f"The run has not ended (or was stopped): this is its state at step {self.steps}{of}.")
+            texts.append(f"The run has not ended (or was stopped): this is its state at step {self.steps}{of}.")
         evaluation = self.evaluation
-        if evaluation and not evaluation.held_out and not any("held" in text for text in found):
-            found.append("No images were held out, so overfitting cannot be seen: the loss is that of training images.")
+        if evaluation and not evaluation.held_out and not any("held" in text for text in texts):
+            texts.append("No images were held out, so overfitting cannot be seen: the loss is that of training images.")
         if evaluation is None:
-            found.append("No evaluation was logged: there is no number that tells whether the training helped.")
-        found += [f"{text}." for text in self.folder.damage()]
+            texts.append("No evaluation was logged: there is no number that tells whether the training helped.")
+        texts += [f"{text}." for text in self.folder.damage()]
         for name, count in self._not_finite.items():
-            found.append(f"{count} values of {name} were not finite (NaN or infinite).")
-        return found
+            texts.append(f"{count} values of {name} were not finite (NaN or infinite).")
+        return texts
 
     @property
     def options(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
@@ -186,15 +186,15 @@ class RunFacts:
         defaults = as_flat_dict(program_of(self.config)())
         for name, value in self.config.items():
             default = defaults.get(name)
-            told = "(hidden)" if name == "hub_token" and value else shown(value)
-            row = (name, told, "automatic" if default in (None, []) else shown(default))
+            text = "(hidden)" if name == "hub_token" and value else value_text(value)
+            row = (name, text, "automatic" if default in (None, []) else value_text(default))
             (unchanged if value == default else changed).append(row)
         return changed, unchanged
 
     @property
     def command(self) -> str | None:
         """The command line that made the run, without secrets; long ones with a line for every flag."""
-        return told_command(self.summary.get("command"))
+        return readable_command(self.summary.get("command"))
 
     @property
     def model(self) -> str:
@@ -223,21 +223,21 @@ def require_run(folder: RunFolder) -> None:
         raise UserError(f"there is no run in {folder.path}: config.yaml is missing")
 
 
-def hidden(command: str) -> str:
+def command_without_secrets(command: str) -> str:
     """A command line without secrets."""
     return _SECRETS.sub(r"\1***", command)
 
 
-def told_command(command: str | None) -> str | None:
+def readable_command(command: str | None) -> str | None:
     """A command line without secrets; a long one with a line for every flag."""
-    text = hidden(str(command or ""))
+    text = command_without_secrets(str(command or ""))
     if len(text) > _LINE:
         words = [shlex.quote(word) for word in shlex.split(text)]
         text = " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in words)
     return text.replace("'***'", "***") or None
 
 
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """An option's value as a person would write it."""
     if value is None:
         return "–"

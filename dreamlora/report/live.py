@@ -86,11 +86,11 @@ class LivePage:
         states = []
         for file in self.document.sources:
             try:
-                found = file.stat()
+                status = file.stat()
             except OSError:
                 states.append("missing")
             else:
-                states.append(f"{found.st_mtime_ns} {found.st_size} {found.st_ino}")
+                states.append(f"{status.st_mtime_ns} {status.st_size} {status.st_ino}")
         return hashlib.sha256("\n".join(states).encode()).hexdigest()[:16]
 
 

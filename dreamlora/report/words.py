@@ -57,10 +57,10 @@ def spread(facts: RunFacts) -> str | None:
 
 def best(facts: RunFacts) -> str | None:
     """Which checkpoint is the best, and why."""
-    found = facts.selection
-    if not found:
+    selection = facts.selection
+    if not selection:
         return None
-    text = str(found["reason"])
+    text = str(selection["reason"])
     apart = facts.best_against_last
     if apart is None:
         return text
@@ -110,10 +110,10 @@ def parity(facts: RunFacts) -> tuple[str, str]:
     same = _same_call(call)
     if same is False:
         text = "The saved LoRA in a stock diffusers pipeline does not do what it did in training"
-        return "bad", f"{text}: {_told(call)}."
+        return "bad", f"{text}: {_call_text(call)}."
     verdict, text = _of_image(check, coarse=_coarse(call))
     if same:
-        return verdict, f"{text} One call of the denoiser does the same: {_told(call)}."
+        return verdict, f"{text} One call of the denoiser does the same: {_call_text(call)}."
     return verdict, text
 
 
@@ -128,7 +128,7 @@ def _coarse(call: dict[str, float]) -> bool:
     return call.get("rounding", 0.0) * call.get("effect", 0.0) > _COARSE
 
 
-def _told(call: dict[str, float]) -> str:
+def _call_text(call: dict[str, float]) -> str:
     error, rounding = (f"{call[name]:.2g}" for name in ("error", "rounding"))
     return (
         f"it has {call['scale']:.2f} times the effect, and differs by {error} of the effect (rounding makes {rounding})"
@@ -196,22 +196,22 @@ def numbers(facts: RunFacts) -> list[tuple[str, str]]:
     """The few figures at the top: label and value."""
     data, lora = facts.summary.get("data") or {}, facts.summary.get("lora") or {}
     timings = seconds_of(facts)
-    found: list[tuple[str, str]] = []
+    figures: list[tuple[str, str]] = []
     if data.get("instance"):
         held_out = len(facts.fall_by_image) if facts.evaluation and facts.evaluation.held_out else 0
         kinds = ((held_out, "held out"), (data.get("class"), "class"))
-        found.append(
+        figures.append(
             ("images", str(data["instance"]) + "".join(f" + {count} {kind}" for count, kind in kinds if count))
         )
     if lora.get("parameters"):
-        found.append(("LoRA parameters", f"{lora['parameters']:,}".replace(",", "\u202f")))
+        figures.append(("LoRA parameters", f"{lora['parameters']:,}".replace(",", "\u202f")))
     if facts.evaluation:
-        found.append(("best step", str(facts.selection.get("step", facts.evaluation.best_step))))
+        figures.append(("best step", str(facts.selection.get("step", facts.evaluation.best_step))))
     if facts.speed:
-        found.append(("steps per second", f"{facts.speed:.3g}"))
+        figures.append(("steps per second", f"{facts.speed:.3g}"))
     if timings:
-        found.append(("total time", duration(sum(value for _, value in timings))))
-    return found
+        figures.append(("total time", duration(sum(value for _, value in timings))))
+    return figures
 
 
 def seconds_of(facts: RunFacts) -> list[tuple[str, float]]:

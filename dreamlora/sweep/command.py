@@ -39,11 +39,11 @@ def main(argv: Sequence[str]) -> None:
     config, training = parse(argv)
     command = shlex.join([*PROGRAM.split(), *argv])
     if config.runs:
-        root, found = _existing(config, command)
+        root, comparison = _existing(config, command)
     else:
         sweep = plan.sweep_of(config, training)
-        root, found = sweep.root, Sweeper(sweep, config, command).run()
-    sys.stdout.write(f"\n{table(found)}\n\n{found['sentence']}\n{write_compare_report(root)}\n")
+        root, comparison = sweep.root, Sweeper(sweep, config, command).run()
+    sys.stdout.write(f"\n{table(comparison)}\n\n{comparison['sentence']}\n{write_compare_report(root)}\n")
 
 
 def _existing(config: CompareConfig, command: str) -> tuple[Path, Comparison]:
@@ -55,11 +55,11 @@ def _existing(config: CompareConfig, command: str) -> tuple[Path, Comparison]:
         if not inside:
             raise UserError(f"--runs: there is no run in {path} (no config.yaml)")
         folders += inside
-    found = compare.compare_runs(
+    comparison = compare.compare_runs(
         list(dict.fromkeys(folders)), root, ComparisonPlan(baseline=config.baseline, command=command)
     )
-    compare.write_comparison(found, root)
-    return root, found
+    compare.write_comparison(comparison, root)
+    return root, comparison
 
 
 class Sweeper:
@@ -129,8 +129,10 @@ class Sweeper:
             if state is not None and state.edge is not None:
                 rates = plan.extended(self._grids[entry.label], state.edge, self._sweep.effort.extension)
                 self._grids[entry.label] = sorted([*self._grids[entry.label], *rates])
-                told = " ".join(f"{lr:g}" for lr in rates)
-                bar.write(f"{entry.label}: the best learning rate is the {EDGES[state.edge]} tried: {told} as well")
+                rates_text = " ".join(f"{lr:g}" for lr in rates)
+                bar.write(
+                    f"{entry.label}: the best learning rate is the {EDGES[state.edge]} tried: {rates_text} as well"
+                )
         bar.total = (bar.total or 0) + len(self._tuning()) - before
 
     def _headline(self, bar: tqdm) -> list[Job]:
@@ -170,9 +172,9 @@ class Sweeper:
         return read_record(job.folder, job.folder.relative_to(self._sweep.root).as_posix())
 
     def _compare(self) -> Comparison:
-        """Compare what there is, and write it down."""
+        """Compare the runs made so far, and write the comparison down."""
         sweep = self._sweep
-        there = [job.folder for job in self._jobs.values() if RunFolder(job.folder).holds_run()]
+        folders = [job.folder for job in self._jobs.values() if RunFolder(job.folder).holds_run()]
         if self._failure and not any(job.done for job in self._jobs.values()):
             raise UserError(f"no run could be made; the first one ended with: {self._failure}")
         known = {(entry.label, lr) for entry in sweep.entries for lr in sweep.grid(entry)}
@@ -184,9 +186,9 @@ class Sweeper:
             missing=sum(not job.done for job in self._jobs.values()),
             command=self._command,
         )
-        found = compare.compare_runs(there, sweep.root, details)
-        compare.write_comparison(found, sweep.root)
-        return found
+        comparison = compare.compare_runs(folders, sweep.root, details)
+        compare.write_comparison(comparison, sweep.root)
+        return comparison
 
 
 def _line(ended: Ended) -> str:

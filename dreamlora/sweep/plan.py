@@ -96,7 +96,7 @@ class Sweep:
     Attributes:
         program: that trains, one of ``PROGRAMS``.
         training: its flags that all methods share, as typed.
-        settings: what they mean, by option: runs that are there must have been made with the same.
+        settings: what they mean, by option: runs already in the folder must have been made with the same.
     """
 
     root: Path
@@ -230,9 +230,9 @@ def check_settings(sweep: Sweep) -> None:
     before = read_json(file)
     names = [name for name in before if name in now and before[name] != now[name]]
     if names:
-        told = "; ".join(f"{name}: {before[name]!r} then, {now[name]!r} now" for name in names)
+        changes = "; ".join(f"{name}: {before[name]!r} then, {now[name]!r} now" for name in names)
         raise UserError(
-            f"the runs in {sweep.root} were made with other flags ({told}): give the same, or another --output_dir"
+            f"the runs in {sweep.root} were made with other flags ({changes}): give the same, or another --output_dir"
         )
     write_atomically(file, json.dumps({**before, **now}, indent=1))
 

@@ -319,8 +319,8 @@ class _Worker:
 def _outcome(answer: str) -> tuple[str, str] | None:
     """Status and message of a worker's answer; None if it is none."""
     try:
-        found = json.loads(answer)
-        status, message = found["status"], found["message"]
+        fields = json.loads(answer)
+        status, message = fields["status"], fields["message"]
     except (ValueError, TypeError, KeyError):
         return None
     return (status, message) if status in STATUSES and isinstance(message, str) else None

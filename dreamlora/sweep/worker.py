@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
-from dreamlora.cli.messages import shown_messages
+from dreamlora.cli.messages import console_messages
 from dreamlora.cli.parse import parse_run
 from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import DivergedError, UserError
@@ -118,5 +118,5 @@ def _listen(source: IO[str], jobs: queue.Queue[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    with shown_messages():
+    with console_messages():
         main()

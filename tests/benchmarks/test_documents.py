@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.benchmarks.test_benchmarks import load
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -55,6 +57,13 @@ def test_the_time_of_a_step() -> None:
         key = names.get(name, name.strip("`"))
         for cell, case in zip(cells, cases, strict=True):
             assert_told(cell, found[case]["optimizers"][key]["times_fused_adamw"])
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("gpu_check_*.json")), ids=lambda file: file.stem)
+def test_the_check_of_a_gpu(file: Path) -> None:
+    found = json.loads(file.read_text())
+    assert load("gpu_check").table(found) in (ROOT / "benchmarks" / "README.md").read_text()
+    assert found["tier"]["status"] == 0 and not found["failed"]
 
 
 def test_the_speed_of_training() -> None:

@@ -68,7 +68,7 @@ def test_help_is_the_docstring_under_the_field() -> None:
 )
 def test_options_in_words(name: str, takes: str, metavar: str, default: str) -> None:
     option = OPTIONS[name]
-    assert (option.takes, option.metavar, option.shown_default) == (takes, metavar, default)
+    assert (option.takes, option.metavar, option.default_text) == (takes, metavar, default)
 
 
 @pytest.mark.parametrize(

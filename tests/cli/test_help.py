@@ -61,7 +61,7 @@ def test_the_page_has_every_option_with_its_text_and_default_once(case: Case, wi
         assert flat.count(row) == 1, name
         after = flat.partition(row)[2]
         concrete = option.default is not None and option.default is not False and option.default != ()
-        told = "(required)" if option.default is MISSING else squeezed(f"(default: {option.shown_default})")
+        told = "(required)" if option.default is MISSING else squeezed(f"(default: {option.default_text})")
         expected = concrete and "Default:" not in option.help
         assert after.startswith(("(default:", "(required)")) == expected, name
         assert after.startswith(told) == expected, name

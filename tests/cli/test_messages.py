@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 from dreamlora.__main__ import COMMANDS, main
-from dreamlora.cli.messages import shown_messages
+from dreamlora.cli.messages import console_messages
 
 logger = logging.getLogger("dreamlora.some.module")
 
@@ -50,7 +50,7 @@ def test_of_several_processes_one_shows_the_notes_and_warnings_of_others_have_th
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")
-    with shown_messages():
+    with console_messages():
         speak()
     assert capsys.readouterr().err == "process 3: a warning\n"
 
@@ -58,7 +58,7 @@ def test_of_several_processes_one_shows_the_notes_and_warnings_of_others_have_th
 def test_who_imports_the_package_has_its_loggers_as_they_were(root_handler: io.StringIO) -> None:
     package = logging.getLogger("dreamlora")
     before = package.level, package.propagate, list(package.handlers)
-    with pytest.raises(ZeroDivisionError), shown_messages():
+    with pytest.raises(ZeroDivisionError), console_messages():
         raise ZeroDivisionError
     assert (package.level, package.propagate, package.handlers) == before
     speak()
@@ -66,7 +66,7 @@ def test_who_imports_the_package_has_its_loggers_as_they_were(root_handler: io.S
 
 
 def test_a_progress_bar_stays_in_one_piece(capsys: pytest.CaptureFixture[str]) -> None:
-    with shown_messages(), tqdm(total=2, desc="bar", ncols=40) as bar:
+    with console_messages(), tqdm(total=2, desc="bar", ncols=40) as bar:
         bar.update()
         logger.info("a note")
         bar.update()

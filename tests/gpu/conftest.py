@@ -81,7 +81,7 @@ def flags(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> lis
         f"--train_batch_size 2 --max_train_steps {STEPS} --eval_steps {STEPS} --final_eval_items 0 --sample_steps 0 "
         f"--num_inference_steps 2 --checkpointing_steps {STEPS // 2} --latents_cache_dir {folder / 'cache'}"
     )
-    return [*text.split(), "--instance_prompt", "a photo of sks creature"]
+    return [*text.split(), "--instance_prompt", "sks dog"]
 
 
 @pytest.fixture(scope="session")

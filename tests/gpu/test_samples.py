@@ -17,7 +17,7 @@ from tests.gpu.conftest import STEPS, Train, peak_mib
 
 pytestmark = pytest.mark.gpu
 
-LEAST_PSNR = {"no": 45.0, "bf16": 20.0, "fp16": 30.0}
+LEAST_PSNR = {"no": 45.0, "bf16": 25.0, "fp16": 30.0}
 """dB between the training's last sample and a fresh stock pipeline's; rounding adds up over the denoising steps."""
 SAMPLING_OF_TRAINING = 1.0
 """Memory of drawing, beyond the model's own, of what a training step takes: four guided images are eight predictions

@@ -35,11 +35,11 @@
     });
   }
 
-  // Samples: without this script all of them are there, one below the other.
+  // Samples: without this script all of them are visible, one below the other.
   const controls = document.getElementById("controls");
   if (!controls) return;
   const slider = document.getElementById("step");
-  const told = document.getElementById("step-told");
+  const stepOutput = document.getElementById("step-told");
   const prompt = document.getElementById("prompt");
   const all = document.getElementById("all-steps");
   const views = [...document.querySelectorAll(".view")];
@@ -48,7 +48,7 @@
   function show() {
     const step = steps[slider.value];
     const text = step === "0" ? "base model" : `step ${step}`;
-    told.textContent = all.checked ? "all" : text;
+    stepOutput.textContent = all.checked ? "all" : text;
     slider.setAttribute("aria-valuetext", text);
     slider.disabled = all.checked;
     views.forEach((view, index) => {

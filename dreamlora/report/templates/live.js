@@ -6,7 +6,7 @@
   const version = bar.dataset.version;
   const key = "dreamlora live";
   const seconds = 1;
-  const shown = new Date().toLocaleTimeString();
+  const loadedAt = new Date().toLocaleTimeString();
   let paused = false;
 
   const details = () => [...document.querySelectorAll("details")];
@@ -55,9 +55,9 @@
           location.reload();
           return;
         }
-        say(`Live, as of ${shown}.`);
+        say(`Live, as of ${loadedAt}.`);
       } catch {
-        say(`Not live any more: the program that showed it has ended. As of ${shown}.`);
+        say(`Not live any more: the program that showed it has ended. As of ${loadedAt}.`);
       }
     }
     setTimeout(look, seconds * 1000);
@@ -67,7 +67,7 @@
   button.addEventListener("click", () => {
     paused = !paused;
     button.setAttribute("aria-pressed", String(paused));
-    say(paused ? `Paused, as of ${shown}.` : `Live, as of ${shown}.`);
+    say(paused ? `Paused, as of ${loadedAt}.` : `Live, as of ${loadedAt}.`);
   });
 
   const kept = sessionStorage.getItem(key);
@@ -76,6 +76,6 @@
     history.scrollRestoration = "manual";
     restore(JSON.parse(kept));
   }
-  say(`Live, as of ${shown}.`);
+  say(`Live, as of ${loadedAt}.`);
   setTimeout(look, seconds * 1000);
 })();
