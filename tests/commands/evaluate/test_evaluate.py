@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,7 @@ from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from dreamlora.tiny.subjects import write_instance_images
 from tests.commands.sample.test_draw import save_lora
-
-SCRIPT = Path(__file__).parents[3] / "train_scripts" / "evaluate.py"
+from tests.training.test_processes import REPOSITORY, train_with_two
 
 
 @pytest.fixture(scope="module")
@@ -221,22 +216,10 @@ def test_what_runs_do_not_share_is_told_with_their_values(run: RunFolder, tmp_pa
 
 
 def test_two_processes_share_the_work(run: RunFolder, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = ["--metrics", "clip_score", "--num_images_per_prompt", "1", "--clip_model", "tiny"]
-    words = ["--output_dir", tmp_path / "two", "--latents_cache_dir", tmp_path / "cache", *flags]
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", port]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, SCRIPT, run.path, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("clip_t ↑") == 1, "one process speaks"
+    asked = ["--metrics", "clip_score", "--num_images_per_prompt", "1", "--clip_model", "tiny"]
+    place = ["--output_dir", str(tmp_path / "two"), "--latents_cache_dir", str(tmp_path / "cache")]
+    said = train_with_two([str(run.path), *place, *asked], script=REPOSITORY / "train_scripts" / "evaluate.py")
+    assert said.count("clip_t ↑") == 1, "one process speaks"
     one = evaluate(tmp_path / "one", run.path, "--metrics", "clip_score", "--num_images_per_prompt", 1)
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert [row["values"] for row in two["rows"]] == [row["values"] for row in one["rows"]]

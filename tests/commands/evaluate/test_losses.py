@@ -68,9 +68,8 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
     asked += ["--metrics", "eval_loss", "clip_score", "dino", "kid", "diversity"]
     asked += ["--clip_model", "tiny", "--dino_model", "tiny", "--subject", "sks dog", "--lora", run.path]
     found, written = [], None
-    for number, start in enumerate(
-        (main, functools.partial(run_with_two, REPOSITORY / "train_scripts" / "evaluate.py"))
-    ):
+    two = functools.partial(run_with_two, REPOSITORY / "train_scripts" / "evaluate.py")
+    for number, start in enumerate((main, two)):
         written = start([str(word) for word in [*asked, "--latents_cache_dir", tmp_path / f"cache{number}"]])
         result = json.loads((tmp_path / "out" / "metrics.json").read_text())
         found.append(result["rows"])
