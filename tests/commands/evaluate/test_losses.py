@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -64,15 +63,19 @@ def test_it_is_the_loss_that_training_logged(
 
 def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -> None:
     """Of the loss and of images, with p-values and numbers; each process has its share alone, of 3 images and of 8."""
-    asked = ["--num_images_per_prompt", "3", "--references", photos, "--output_dir", tmp_path / "out"]
+    asked = ["--num_images_per_prompt", "3", "--references", photos]
     asked += ["--metrics", "eval_loss", "clip_score", "dino", "kid", "diversity"]
     asked += ["--clip_model", "tiny", "--dino_model", "tiny", "--subject", "sks dog", "--lora", run.path]
-    found = []
-    two = functools.partial(train_with_two, script=REPOSITORY / "train_scripts" / "evaluate.py")
-    for number, start in enumerate((main, two)):
-        start([str(word) for word in [*asked, "--latents_cache_dir", tmp_path / f"cache{number}"]])
-        result = json.loads((tmp_path / "out" / "metrics.json").read_text())
-        found.append(result["rows"])
+    words = [
+        [str(word) for word in [*asked, "--output_dir", place, "--latents_cache_dir", place / "cache"]]
+        for place in (tmp_path / "one", tmp_path / "two")
+    ]
+    main(words[0])
+    said = train_with_two(words[1], script=REPOSITORY / "train_scripts" / "evaluate.py")
+    assert said.count("clip_t ↑") == 1, "one process speaks"
+    results = [json.loads((tmp_path / place / "metrics.json").read_text()) for place in ("one", "two")]
+    assert results[0]["references"] == results[1]["references"] and results[0]["references"]["n"] == 8
+    found = [result["rows"] for result in results]
     names = [value["name"] for value in found[0][1]["values"]]
     assert {"eval/loss", "img/clip_t", "img/dino", "img/kid", "img/kid_p", "img/div"} <= set(names)
     for one, two in zip(*found, strict=True):
