@@ -24,7 +24,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callab
         raise AssertionError("it went on to the model")
 
     monkeypatch.setattr(assemble, "resolve_source", looked)
-    monkeypatch.setattr("dreamlora.commands.evaluate.under_test.resolve_source", looked)
+    monkeypatch.setattr("dreamlora.commands.trained.resolve_source", looked)
 
     def message(program: Callable[[], Any]) -> str:
         with pytest.raises(UserError) as error:
@@ -113,7 +113,7 @@ def test_every_kind_of_launch_is_known_to_work_or_refused_by_name(
 ) -> None:
     state = SimpleNamespace(distributed_type=kind)
     monkeypatch.setattr(launch, "Accelerator", lambda **_: state)
-    monkeypatch.setattr(launch, "PartialState", lambda: state)
+    monkeypatch.setattr(launch, "PartialState", lambda **_: state)
     if kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
         assert launch.accelerator_of(RunConfig()) is launch.processes() is state
         return

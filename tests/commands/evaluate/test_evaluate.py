@@ -16,7 +16,6 @@ from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from dreamlora.tiny.subjects import write_instance_images
 from tests.commands.sample.test_draw import save_lora
-from tests.training.test_processes import REPOSITORY, train_with_two
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +212,3 @@ def test_what_runs_do_not_share_is_told_with_their_values(run: RunFolder, tmp_pa
     rows = evaluate(tmp_path / "out", run.path, other.path, *asked)["rows"]
     note = "other was trained with --mixed_precision bf16, and is treated here as creature-adamw was, without"
     assert [any(note in told for told in row["notes"]) for row in rows] == [False, False, True]
-
-
-def test_two_processes_share_the_work(run: RunFolder, tmp_path: Path) -> None:
-    asked = ["--metrics", "clip_score", "--num_images_per_prompt", "1", "--clip_model", "tiny"]
-    place = ["--output_dir", str(tmp_path / "two"), "--latents_cache_dir", str(tmp_path / "cache")]
-    said = train_with_two([str(run.path), *place, *asked], script=REPOSITORY / "train_scripts" / "evaluate.py")
-    assert said.count("clip_t ↑") == 1, "one process speaks"
-    one = evaluate(tmp_path / "one", run.path, "--metrics", "clip_score", "--num_images_per_prompt", 1)
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert [row["values"] for row in two["rows"]] == [row["values"] for row in one["rows"]]
-    assert two["references"] == one["references"] and two["training"] == one["training"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -64,9 +63,10 @@ def test_it_is_the_loss_that_training_logged(
 
 def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -> None:
     """Of the loss and of images, with p-values and numbers; each process has its share alone, of 3 images and of 8."""
-    asked = ["--num_images_per_prompt", "3", "--references", photos, "--output_dir", tmp_path / "out"]
+    asked = ["--num_images_per_prompt", "3", "--references", photos]
     asked += ["--metrics", "eval_loss", "clip_score", "dino", "kid", "diversity"]
     asked += ["--clip_model", "tiny", "--dino_model", "tiny", "--subject", "sks dog", "--lora", run.path]
+<<<<<<< HEAD
     found, written = [], None
     two = functools.partial(run_with_two, REPOSITORY / "train_scripts" / "evaluate.py")
     for number, start in enumerate((main, two)):
@@ -74,6 +74,18 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
         result = json.loads((tmp_path / "out" / "metrics.json").read_text())
         found.append(result["rows"])
     assert written and written.count("kid ↓") == 1, "accelerate may start two that take themselves for the only one"
+=======
+    words = [
+        [str(word) for word in [*asked, "--output_dir", place, "--latents_cache_dir", place / "cache"]]
+        for place in (tmp_path / "one", tmp_path / "two")
+    ]
+    main(words[0])
+    said = train_with_two(words[1], script=REPOSITORY / "train_scripts" / "evaluate.py")
+    assert said.count("clip_t ↑") == 1, "one process speaks"
+    results = [json.loads((tmp_path / place / "metrics.json").read_text()) for place in ("one", "two")]
+    assert results[0]["references"] == results[1]["references"] and results[0]["references"]["n"] == 8
+    found = [result["rows"] for result in results]
+>>>>>>> h-evalprec
     names = [value["name"] for value in found[0][1]["values"]]
     assert {"eval/loss", "img/clip_t", "img/dino", "img/kid", "img/kid_p", "img/div"} <= set(names)
     for one, two in zip(*found, strict=True):

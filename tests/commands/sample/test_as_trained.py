@@ -44,7 +44,7 @@ def test_it_draws_the_very_images_that_training_drew(
     flags = [*flags_of(photos, cache, model, tmp_path / "run"), *QUICK, "--learning_rate", "0.3", *more]
     run: RunFolder = train_with(flags)
     main([str(run.path), "--output_dir", str(tmp_path / "out")])
-    drawn = list(read_jsonl(tmp_path / "out" / "samples.jsonl"))
+    drawn = list(read_jsonl(tmp_path / "out" / "samples.jsonl", {}))
     trained = list(read_jsonl(run.samples_file))
     for step, lora in ((0, False), (3, True)):
         ours = images([row for row in drawn if bool(row["lora"]) == lora], tmp_path / "out")
