@@ -31,12 +31,7 @@ QUICK = "--optimizer sgd --learning_rate 0.1 --sample_steps 0 --eval_steps 0 --h
 
 
 def train_with_two(flags: list[str], script: Path = SCRIPT) -> str:
-    """Run the training script in two processes."""
-    return run_with_two(script, flags)
-
-
-def run_with_two(script: Path, flags: list[str]) -> str:
-    """Run a script in two processes; what they printed, and then what they said on standard error."""
+    """Run a script, that of the training by default, in two processes; what they printed, then what they said."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -15,7 +15,7 @@ from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from tests.commands.sample.test_draw import save_lora
 from tests.training.conftest import cache, flags_of, photos, train_with
-from tests.training.test_processes import REPOSITORY, run_with_two
+from tests.training.test_processes import REPOSITORY, train_with_two
 
 __all__ = ["cache", "photos"]  # fixtures
 QUICK = ["--max_train_steps", "4", "--sample_steps", "0", "--no_save_best", "--eval_steps", "2", "--lora_alpha", "6"]
@@ -66,15 +66,6 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
     asked = ["--num_images_per_prompt", "3", "--references", photos]
     asked += ["--metrics", "eval_loss", "clip_score", "dino", "kid", "diversity"]
     asked += ["--clip_model", "tiny", "--dino_model", "tiny", "--subject", "sks dog", "--lora", run.path]
-<<<<<<< HEAD
-    found, written = [], None
-    two = functools.partial(run_with_two, REPOSITORY / "train_scripts" / "evaluate.py")
-    for number, start in enumerate((main, two)):
-        written = start([str(word) for word in [*asked, "--latents_cache_dir", tmp_path / f"cache{number}"]])
-        result = json.loads((tmp_path / "out" / "metrics.json").read_text())
-        found.append(result["rows"])
-    assert written and written.count("kid ↓") == 1, "accelerate may start two that take themselves for the only one"
-=======
     words = [
         [str(word) for word in [*asked, "--output_dir", place, "--latents_cache_dir", place / "cache"]]
         for place in (tmp_path / "one", tmp_path / "two")
@@ -85,7 +76,6 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
     results = [json.loads((tmp_path / place / "metrics.json").read_text()) for place in ("one", "two")]
     assert results[0]["references"] == results[1]["references"] and results[0]["references"]["n"] == 8
     found = [result["rows"] for result in results]
->>>>>>> h-evalprec
     names = [value["name"] for value in found[0][1]["values"]]
     assert {"eval/loss", "img/clip_t", "img/dino", "img/kid", "img/kid_p", "img/div"} <= set(names)
     for one, two in zip(*found, strict=True):
