@@ -48,22 +48,17 @@ def outcomes(report: str) -> dict[str, Any]:
     """What a JUnit report says: ``counts`` by outcome, and of every test its name, outcome, seconds and message."""
     tests = []
     for case in ElementTree.fromstring(report).iter("testcase"):
-        problem = next(iter(case), None)
-        problem = problem if problem is not None and problem.tag in ("failure", "error", "skipped") else None
-        outcome = (
-            {"failure": "failed", "error": "failed", "skipped": "skipped"}[problem.tag]
-            if problem is not None
-            else "passed"
-        )
-        test = {
-            "name": f"{case.get('classname')}::{case.get('name')}",
-            "outcome": outcome,
-            "seconds": float(case.get("time", 0)),
-        }
-        if problem is not None:
-            test["message"] = (problem.get("message") or "")[:LONGEST_MESSAGE]
-        tests.append(test)
+        test = {"name": f"{case.get('classname')}::{case.get('name')}", "seconds": float(case.get("time", 0))}
+        problem = next((part for part in case if part.tag in _OUTCOMES), None)
+        if problem is None:
+            tests.append({**test, "outcome": "passed"})
+        else:
+            message = (problem.get("message") or "")[:LONGEST_MESSAGE]
+            tests.append({**test, "outcome": _OUTCOMES[problem.tag], "message": message})
     return {"counts": dict(Counter(test["outcome"] for test in tests)), "tests": tests}
+
+
+_OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
 def _environment(device: str) -> dict[str, str]:

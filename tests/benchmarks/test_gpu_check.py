@@ -19,6 +19,7 @@ from dreamlora.lora.fused import FusedLinear
 from dreamlora.lora.inject import add_lora
 from dreamlora.lora.offset import ADAPTER, adapted_layers
 from tests.benchmarks.test_benchmarks import BENCHMARKS, load
+from tests.gpu.conftest import chosen_device
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +58,15 @@ def test_all_of_it_works_on_a_cpu(check: ModuleType, tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in json.dumps(result)
 
 
-def test_without_a_gpu_the_tests_are_skipped_and_say_so(tier: ModuleType) -> None:
-    files = tier.files()
-    assert {f"tests/gpu/test_{name}.py" for name in ("runs", "fused", "resume", "samples", "devices")} <= set(files)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(BENCHMARKS.parent)}
-    environment.pop("DREAMLORA_GPU_TESTS_DEVICE", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        "tests/gpu/test_devices.py",
-    ]
-    done = subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, capture_output=True, text=True, check=True)
-    assert "2 skipped" in done.stdout and "there is no GPU; with DREAMLORA_GPU_TESTS_DEVICE=cpu" in done.stdout
+def test_without_a_gpu_the_tests_are_skipped_and_say_so(tier: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {f"tests/gpu/test_{name}.py" for name in ("runs", "fused", "resume", "samples", "devices")}
+    assert modules <= set(tier.files())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("DREAMLORA_GPU_TESTS_DEVICE", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="there is no GPU; with DREAMLORA_GPU_TESTS_DEVICE=cpu a small"):
+        chosen_device()
+    monkeypatch.setenv("DREAMLORA_GPU_TESTS_DEVICE", "cpu")
+    assert chosen_device() == torch.device("cpu")
 
 
 def test_outcomes_are_read_from_the_report(tier: ModuleType) -> None:

@@ -53,16 +53,22 @@ class Trained:
 Train = Callable[..., Trained]
 
 
-@pytest.fixture(scope="session")
-def device() -> Iterator[torch.device]:
-    """The GPU; the CPU if the switch says so."""
+def chosen_device() -> torch.device:
+    """The GPU, or the CPU if the switch says so; without either, the test is skipped."""
     kind = os.environ.get(SWITCH, "cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"there is no GPU; with {SWITCH}=cpu a small model runs on the CPU")
+    return torch.device(kind)
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[torch.device]:
+    """Where the runs train."""
+    chosen = chosen_device()
     with pytest.MonkeyPatch.context() as patch:
-        if kind == "cpu":
+        if chosen.type == "cpu":
             patch.setenv("ACCELERATE_USE_CPU", "true")
-        yield torch.device(kind)
+        yield chosen
 
 
 @pytest.fixture(scope="session")
