@@ -19,7 +19,7 @@ from dreamlora.config import Lora
 from dreamlora.families.sd import LORA_LAYERS
 from dreamlora.lora.fused import FusedLinear
 from dreamlora.lora.inject import add_lora
-from dreamlora.lora.offset import adapted_layers
+from dreamlora.lora.pairs import adapted_layers
 
 TOKENS = 77
 WARM_UP = 2
@@ -55,7 +55,7 @@ class Step:
         if self.load.checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
-        layers = [layer for _, layer in adapted_layers(self.unet)]
+        layers = [adapted.layer for adapted in adapted_layers(self.unet)]
         self.adapter = nn.ModuleList(nn.ModuleDict({"lora_A": la.lora_A, "lora_B": la.lora_B}) for la in layers)
         self._inputs, self._target = _inputs(self.unet, self.load.batch, device)
         self._device = device

@@ -17,7 +17,7 @@ import torch
 from dreamlora.config import Lora
 from dreamlora.lora.fused import FusedLinear
 from dreamlora.lora.inject import add_lora
-from dreamlora.lora.offset import ADAPTER, adapted_layers
+from dreamlora.lora.pairs import adapted_layers
 from tests.benchmarks.test_benchmarks import BENCHMARKS, load
 from tests.gpu.conftest import chosen_device
 
@@ -152,8 +152,8 @@ def test_the_unets_are_those_of_the_real_models(check: ModuleType, model: str, p
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
     assert torch.get_default_dtype() == torch.float32
     add_lora(unet, Lora(rank=4), load("_whole_step").LORA_LAYERS)
-    factors = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for _, layer in adapted_layers(unet)]
-    assert sorted((B.shape[0], A.shape[1]) for A, B in factors) == sorted(check.optimizer_step.SHAPES[model])
+    shapes = [(layer.B.shape[0], layer.A.shape[1]) for layer in adapted_layers(unet)]
+    assert sorted(shapes) == sorted(check.optimizer_step.SHAPES[model])
 
 
 SMALL_SDXL = {
@@ -178,7 +178,7 @@ def test_a_step_gives_gradients_to_the_adapter_alone_and_layers_are_exchanged(
     gradients = []
     for layer in (FusedLinear, steps.Linear):
         step.use(layer)
-        assert {type(each) for _, each in adapted_layers(step.unet)} == {layer}
+        assert {type(each.layer) for each in adapted_layers(step.unet)} == {layer}
         step.gradients()
         assert {id(parameter) for parameter in step.unet.parameters() if parameter.grad is not None} == adapter
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in step.adapter.parameters()]))

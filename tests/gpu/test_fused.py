@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from dreamlora.lora.fused import FusedLinear, fuse
-from dreamlora.lora.offset import ADAPTER
+from dreamlora.lora.pairs import ADAPTER
 from tests.gpu.conftest import peak_mib
 
 pytestmark = pytest.mark.gpu
