@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from dreamlora.callbacks.sample import SampleCallback
+from dreamlora.report import words
+from dreamlora.report.facts import RunFacts
 from dreamlora.runfolder import read_jsonl
 from dreamlora.training import loop
 from tests.gpu.conftest import STEPS, Train, peak_mib
@@ -41,6 +43,8 @@ def test_samples_are_what_a_stock_pipeline_draws(
         with Image.open(folder.samples / row["file"]) as image:
             assert np.asarray(image).std() > 1
     assert json.loads(folder.summary_file.read_text())["parity"]["psnr_db"] > LEAST_PSNR[precision]
+    verdict, reason = words.parity(RunFacts(folder))
+    assert verdict == "good" or (verdict == "fair" and precision != "no"), reason
 
     assert len(peaks["sampling"]) == 2 and len(peaks["training"]) == STEPS
     if device.type == "cuda":
