@@ -207,8 +207,8 @@ class RunFolder:
 
     def damage(self) -> list[str]:
         """What cannot be read in the files of rows, a sentence for each such file."""
-        found = ((file, _parsed(file, fields)[1]) for file, fields in self._row_files)
-        return [_damage(file, numbers) for file, numbers in found if numbers]
+        damaged_lines = ((file, _parsed(file, fields)[1]) for file, fields in self._row_files)
+        return [_damage(file, numbers) for file, numbers in damaged_lines if numbers]
 
     @property
     def _row_files(self) -> Sequence[tuple[Path, Mapping[str, tuple[type, ...]]]]:

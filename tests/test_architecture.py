@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,27 @@ def test_processes_wait_for_each_other_in_one_way_only(file: Path) -> None:
     names = {alias.name for node in foreign for alias in node.names}
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert not names & {"wait_for_everyone", "barrier", "broadcast_object_list", "gather_object", "main_process_first"}
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    """Every plug-in has its Options."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for file in SOURCES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name != "Options":
+                places[node.name.strip("_")].append(name_of(file))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_a_file_name_stands_for_one_thing() -> None:
+    """Names that say what a file is for in every folder may come again; a plug-in's kind is its folder."""
+    everywhere = {"__init__", "__main__", "flags", "command", "config"}
+    plugins = {name for kind in ("optimizers", "inits", "families", "metrics") for name in registry.names(kind)}
+    places: dict[str, list[str]] = defaultdict(list)
+    for file in SOURCES:
+        if file.stem.strip("_") not in everywhere | plugins and not file.stem.startswith("_"):
+            places[file.stem].append(name_of(file))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)

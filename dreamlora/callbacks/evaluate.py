@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dreamlora.eval_loss.evalset import EvalSet, Measured, evaluate_loss
 from dreamlora.eval_loss.items import ItemLosses, values_of
-from dreamlora.eval_loss.selection import stalled, told
+from dreamlora.eval_loss.selection import difference_text, stalled
 from dreamlora.interfaces import Conditioning, StepResult
 from dreamlora.processes import tell_everyone
 from dreamlora.training.loop import Run
@@ -82,7 +82,7 @@ class EvaluateCallback:
         if stall is None:
             return None
         reference = f"that of step {stall.step}" if stall.step else "the base model's"
-        now = f"{told(stall.apart)} {'above' if stall.apart.mean > 0 else 'below'} it"
+        now = f"{difference_text(stall.apart)} {'above' if stall.apart.mean > 0 else 'below'} it"
         return (
             f"Stopped early at step {run.step} of {run.total_steps}: {self._name} has not clearly fallen below "
             f"{reference} for {stall.waited} evaluations; it is {now}. To go on from here, give a larger "

@@ -11,7 +11,7 @@ from typing import Any
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, paired_difference
-from dreamlora.eval_loss.selection import told
+from dreamlora.eval_loss.selection import difference_text
 from dreamlora.evaluation.embedders import Embedders
 from dreamlora.evaluation.measure import MeasuredImages, Value, measure, read
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading, StepResult
@@ -142,13 +142,13 @@ class ImageMetricsCallback:
         That is, CLIP-T on the run's images had fallen by more than 0.02 below the base model's on the same prompts and
         seeds, and by two paired standard errors more than that.
         """
-        found = {}
+        reasons = {}
         for step in steps:
             measured = max((other for other in self._changes if other <= step), default=None)
             if measured is not None and _forgotten(self._changes[measured]):
-                size = told(self._changes[measured])
-                found[step] = f"at step {measured} the images follow their prompts less: CLIP-T fell by {size}"
-        return found
+                size = difference_text(self._changes[measured])
+                reasons[step] = f"at step {measured} the images follow their prompts less: CLIP-T fell by {size}"
+        return reasons
 
     def compromise(self) -> dict[str, Any] | None:
         """The step with the highest DINO x CLIP-T, the usual compromise of subject and prompt; None if not measured."""
@@ -189,15 +189,15 @@ class ImageMetricsCallback:
         gallery = self._scenes.gallery(run.step, with_base=with_base)
         change = None
         try:
-            found = measure(self._names, gallery, self._embedders)
-            if run.step and with_base and any(value.name == clip_score.NAME for value in found.values):
+            measurement = measure(self._names, gallery, self._embedders)
+            if run.step and with_base and any(value.name == clip_score.NAME for value in measurement.values):
                 change = self._change(gallery)
         except UserError as error:  # every process has it; the training does not depend on these numbers
             self._say([f"no image metrics: {error}"])
             return
-        self._say(found.notes)
+        self._say(measurement.notes)
         if run.accelerator.is_main_process:
-            self._log(run, found.values, change)
+            self._log(run, measurement.values, change)
 
     def _log(self, run: Run, values: Sequence[Value], change: tuple[Difference, str] | None) -> None:
         for value in values:

@@ -42,17 +42,17 @@ def _files_of(path: Path, config: SampleConfig) -> list[tuple[str, Path]]:
     run = RunFolder(path)
     steps = run.checkpoint_steps() if config.checkpoints else []
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    found = [(f"{name}\nstep {step:,}", read_lora(run.checkpoint_dir(step)).path) for step in steps]
+    files = [(f"{name}\nstep {step:,}", read_lora(run.checkpoint_dir(step)).path) for step in steps]
     if config.best and run.holds_run():
-        found.append(_best_of(run, name))
+        files.append(_best_of(run, name))
     elif run.path.name == "best" and (parent := RunFolder(path.resolve().parent)).selection():
         return [_best_of(parent, parent.path.name)]
     if steps and not run.lora_file.exists():  # a run that is not finished
-        return found
+        return files
     final = read_lora(path).path
-    if not steps or not same_lora(final, found[len(steps) - 1][1]):
-        found.append((f"{name}\nfinal" if found else name, final))
-    return found
+    if not steps or not same_lora(final, files[len(steps) - 1][1]):
+        files.append((f"{name}\nfinal" if files else name, final))
+    return files
 
 
 def _best_of(run: RunFolder, name: str) -> tuple[str, Path]:

@@ -142,7 +142,7 @@ def prepared(
     if run:
         options = (*COMPUTED_WITH, family.PROMPT_LENGTH, *options)
         notes = {row.label: differences(row.run, run, config, source, options) for row in rows if row.run}
-        for note in dict.fromkeys(note for found in notes.values() for note in found):
+        for note in dict.fromkeys(note for row_notes in notes.values() for note in row_notes):
             logger.warning(note)
     set_tf32(bool(settings.get("allow_tf32")))
     dtype = dtype_of(config, settings, device)

@@ -24,7 +24,7 @@ from dreamlora.data.images import ImageFacts, ImageRecord
 
 _SCHEMA = """
 CREATE TABLE rows (id INTEGER PRIMARY KEY, name BLOB, caption TEXT, hash BLOB, width INTEGER, height INTEGER);
-CREATE TABLE found (name BLOB PRIMARY KEY, image INTEGER, sidecar INTEGER, caption TEXT, line INTEGER, sort BLOB);
+CREATE TABLE files (name BLOB PRIMARY KEY, image INTEGER, sidecar INTEGER, caption TEXT, line INTEGER, sort BLOB);
 """
 _COLUMNS = "name, caption, hash, width, height"
 
@@ -49,7 +49,7 @@ class Catalog(Sequence[ImageRecord]):
         place: where the image files are.
 
     Attributes:
-        db: its SQLite connection in this process; ``found`` is a table for whoever fills the catalogue.
+        db: its SQLite connection in this process; ``files`` is a table for whoever fills the catalogue.
     """
 
     def __init__(self, place: ImageSource) -> None:
@@ -110,8 +110,8 @@ class Catalog(Sequence[ImageRecord]):
         if isinstance(row, slice):
             return RecordSubset(self, range(len(self))[row])
         row = range(self._length)[row]
-        found = self.db.execute(f"SELECT {_COLUMNS} FROM rows WHERE id = ?", (row,)).fetchone()
-        return self._record(row, *found)
+        values = self.db.execute(f"SELECT {_COLUMNS} FROM rows WHERE id = ?", (row,)).fetchone()
+        return self._record(row, *values)
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return (self[row] for row in range(self._length))

@@ -37,17 +37,17 @@ def load_images(data: Data, cache_dir: Path | None = None, progress: bool = Fals
         UserError: see ``load_folder`` and ``load_hub``; or a file is no image.
     """
     if data.dataset_name:
-        found = Images(load_hub(data, cache_dir, progress))
+        images = Images(load_hub(data, cache_dir, progress))
     elif data.train_data_dir:
-        found = load_folder(data.train_data_dir, None, data.caption_column, "--train_data_dir")
+        images = load_folder(data.train_data_dir, None, data.caption_column, "--train_data_dir")
     elif data.instance_data_dir:
-        found = load_folder(data.instance_data_dir, data.instance_prompt, data.caption_column)
+        images = load_folder(data.instance_data_dir, data.instance_prompt, data.caption_column)
     else:
         raise UserError("nothing to train on: give a folder of images or --dataset_name")
     if data.max_train_samples is not None:
-        found.records.truncate(data.max_train_samples)
-    examine(found.records, cache_folder(data.latents_cache_dir), progress)
-    return found
+        images.records.truncate(data.max_train_samples)
+    examine(images.records, cache_folder(data.latents_cache_dir), progress)
+    return images
 
 
 def examine(records: Catalog, cache: Path, progress: bool = False) -> None:

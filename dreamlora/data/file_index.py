@@ -46,12 +46,12 @@ class FileIndex:
             return None
         try:
             query = "SELECT hash, width, height FROM files WHERE path = ? AND stamp = ?"
-            found = self._db.execute(query, (path, stamp)).fetchone()
+            row = self._db.execute(query, (path, stamp)).fetchone()
         except (sqlite3.Error, UnicodeEncodeError) as error:  # a name that is not UTF-8 cannot be looked up
             if isinstance(error, sqlite3.Error):
                 self._give_up(error)
             return None
-        return ImageFacts(found[0].hex(), (found[1], found[2])) if found else None
+        return ImageFacts(row[0].hex(), (row[1], row[2])) if row else None
 
     def put(self, path: str, stamp: str, facts: ImageFacts) -> None:
         """Remember a file; written when enough have come together, or by ``close``."""

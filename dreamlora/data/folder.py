@@ -33,7 +33,7 @@ MOST_NAMED = 100
 
 
 class Images(NamedTuple):
-    """What was found.
+    """The images of a data set.
 
     Attributes:
         records: the images.
@@ -84,12 +84,12 @@ def load_folder(
     with catalog.filling() as db:
         _list_files(db, folder, flag)
         _read_metadata(db, folder, caption_column)
-        if not db.execute("SELECT 1 FROM found WHERE image LIMIT 1").fetchone():
+        if not db.execute("SELECT 1 FROM files WHERE image LIMIT 1").fetchone():
             raise UserError(_no_images(folder, flag))
         _refuse_unreadable(db)
         _add_captioned(catalog, folder, tidy(prompt), flag)
         skipped = db.execute(
-            "SELECT name FROM found WHERE NOT image AND NOT sidecar ORDER BY sort LIMIT ?", (MOST_NAMED,)
+            "SELECT name FROM files WHERE NOT image AND NOT sidecar ORDER BY sort LIMIT ?", (MOST_NAMED,)
         )
         return Images(
             catalog, tuple(os.fsdecode(name) for (name,) in skipped if os.fsdecode(name) not in METADATA_FILES)
@@ -137,15 +137,15 @@ def _list_files(db: Any, folder: Path, flag: str) -> None:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith(".") and entry.is_file():
-                    _found(db, entry.name)
+                    _add_file(db, entry.name)
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be read: {error.strerror}") from error
 
 
-def _found(db: Any, name: str) -> None:
+def _add_file(db: Any, name: str) -> None:
     suffix = Path(name).suffix.lower()
     row = (os.fsencode(name), suffix in FORMATS, suffix in CAPTION_SUFFIXES, natural_key(name))
-    db.execute("INSERT INTO found (name, image, sidecar, sort) VALUES (?, ?, ?, ?)", row)
+    db.execute("INSERT INTO files (name, image, sidecar, sort) VALUES (?, ?, ?, ?)", row)
 
 
 def _no_images(folder: Path, flag: str) -> str:
@@ -158,7 +158,7 @@ def _no_images(folder: Path, flag: str) -> str:
 def _refuse_unreadable(db: Any) -> None:
     """Photos left out silently would be worse than a stop."""
     first, count = None, 0
-    for (name,) in db.execute("SELECT name FROM found WHERE image ORDER BY sort"):
+    for (name,) in db.execute("SELECT name FROM files WHERE image ORDER BY sort"):
         if not readable(Path(os.fsdecode(name))):
             first, count = first or os.fsdecode(name), count + 1
     if first:
@@ -171,7 +171,7 @@ def _refuse_unreadable(db: Any) -> None:
 def _add_captioned(catalog: Catalog, folder: Path, prompt: str, flag: str) -> None:
     """Every image, in natural order, as a row of the catalogue; refuses images without a caption."""
     bare, count = None, 0
-    for encoded, metadata in catalog.db.execute("SELECT name, caption FROM found WHERE image ORDER BY sort"):
+    for encoded, metadata in catalog.db.execute("SELECT name, caption FROM files WHERE image ORDER BY sort"):
         name = os.fsdecode(encoded)
         caption = _sidecar(catalog.db, folder, name) or metadata or prompt
         if not caption:
@@ -198,7 +198,7 @@ def _exists(db: Any, folder: Path, name: str) -> bool:
     """Whether there is such a file; those of sub-folders are not listed."""
     if Path(name).parent != Path():
         return (folder / name).is_file()
-    return db.execute("SELECT 1 FROM found WHERE name = ?", (os.fsencode(name),)).fetchone() is not None
+    return db.execute("SELECT 1 FROM files WHERE name = ?", (os.fsencode(name),)).fetchone() is not None
 
 
 def _text(file: Path) -> str:
@@ -211,27 +211,27 @@ def _text(file: Path) -> str:
 
 
 def _read_metadata(db: Any, folder: Path, caption_column: str | None) -> None:
-    """Put the captions of the metadata file, if there is one, beside the names that were found."""
-    there = [folder / name for name in METADATA_FILES if _exists(db, folder, name)]
-    if len(there) > 1:
+    """Put the captions of the metadata file, if there is one, beside the names of the files."""
+    metadata_files = [folder / name for name in METADATA_FILES if _exists(db, folder, name)]
+    if len(metadata_files) > 1:
         raise UserError(f"{folder} has both metadata.jsonl and metadata.csv: keep one")
-    if not there:
+    if not metadata_files:
         return
-    file = there[0]
+    file = metadata_files[0]
     column = _caption_column(file, caption_column)
     for line, row in _rows(file):
         if not row.get("file_name"):
             raise UserError(f"{file}, line {line}: no file_name (columns: {', '.join(map(str, row))})")
         name = Path(str(row["file_name"])).as_posix()
-        known = db.execute("SELECT line FROM found WHERE name = ?", (os.fsencode(name),)).fetchone()
+        known = db.execute("SELECT line FROM files WHERE name = ?", (os.fsencode(name),)).fetchone()
         if known and known[0]:
             raise UserError(f"{file}, line {line}: {name} was named before: keep one row per image")
         if not known and not (folder / name).is_file():
             raise UserError(f"{file}, line {line}: there is no file {folder / name}: correct the row or take it out")
         if not known:
-            _found(db, name)
+            _add_file(db, name)
         caption = tidy(row.get(column)) if column else ""
-        db.execute("UPDATE found SET caption = ?, line = ? WHERE name = ?", (caption, line, os.fsencode(name)))
+        db.execute("UPDATE files SET caption = ?, line = ? WHERE name = ?", (caption, line, os.fsencode(name)))
 
 
 def _caption_column(file: Path, wanted: str | None) -> str | None:

@@ -91,16 +91,16 @@ class EvalSet:
             about = json.loads(file.read_text())
             tensors = load_file(file.with_suffix(".safetensors"))
             keys, captions = tuple(about["noise_keys"]), tuple(about["captions"])
-            model, told = about["model_id"], about["evalset_id"]
+            model, claimed_id = about["model_id"], about["evalset_id"]
             parts = [tensors[name] for name in ("latents", "image", "times", "position")]
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{file} is no evaluation set that can be read ({type(error).__name__})") from error
         latents, image, times, position = parts
-        if _identity(latents, captions, times, keys, model) != told:
+        if _identity(latents, captions, times, keys, model) != claimed_id:
             raise UserError(
                 f"{file} and {file.with_suffix('.safetensors').name} do not belong together: copy both again"
             )
-        return cls(latents, captions, image, times, position, keys, model, told)
+        return cls(latents, captions, image, times, position, keys, model, claimed_id)
 
 
 def build_eval_set(

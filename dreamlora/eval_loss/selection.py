@@ -132,7 +132,7 @@ def _main_reason(losses: ItemLosses, metric: str, step: int, lowest: int) -> str
     apart = losses.difference(step, lowest)
     return (
         f"Best: step {step}, because it is the earliest whose loss ({loss}) cannot be told from the lowest: step "
-        f"{lowest} has {losses.mean(lowest):.4g}, which is {told(apart)} lower."
+        f"{lowest} has {losses.mean(lowest):.4g}, which is {difference_text(apart)} lower."
     )
 
 
@@ -142,7 +142,7 @@ def _against_runner_up(losses: ItemLosses, step: int, lowest: int, runner_up: in
     if step != lowest:  # the sentence before was about it
         return ""
     apart = losses.difference(runner_up, step)
-    return f"The runner-up, step {runner_up} with {losses.mean(runner_up):.4g}, is {told(apart)} higher."
+    return f"The runner-up, step {runner_up} with {losses.mean(runner_up):.4g}, is {difference_text(apart)} higher."
 
 
 def _against_base(losses: ItemLosses, step: int) -> str:
@@ -169,7 +169,7 @@ def _about_images(metric: str) -> str:
     return "No images were held out: the loss of training images cannot see overfitting." if "_train" in metric else ""
 
 
-def told(apart: Difference) -> str:
+def difference_text(apart: Difference) -> str:
     """A paired difference in words: size and standard errors."""
     errors = abs(apart.standard_errors)
     size = f"{abs(apart.mean):.2g}"

@@ -41,9 +41,9 @@ class MeasuredImages:
     base: Sequence[ImageRecord] = ()
 
     def lacks(self, needed: Iterable[Need]) -> list[Need]:
-        """Those of ``needed`` that are not there."""
-        there = {"prompts": self.texts, "references": self.references, "training": self.training, "base": self.base}
-        return [need for need in sorted(needed) if not there[need]]
+        """Those of ``needed`` that the gallery does not have."""
+        inputs = {"prompts": self.texts, "references": self.references, "training": self.training, "base": self.base}
+        return [need for need in sorted(needed) if not inputs[need]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found.
+    """Values of a set of images, and notes on them.
 
     Attributes:
         values: by the order of the metrics asked for.
@@ -113,32 +113,32 @@ def measure(
     Raises:
         UserError: an image cannot be read.
     """
-    found = Measurement()
+    measurement = Measurement()
     embedders: dict[EncoderRole, Embedder | UserError] = {}
     known: Known = {}
     for name in names:
         metric = load_metric(name)
         missing = gallery.lacks(metric.NEEDS)
         if missing:
-            found.notes.append(f"{name} is left out: {'; '.join(_REMEDIES[need] for need in missing)}")
+            measurement.notes.append(f"{name} is left out: {'; '.join(_REMEDIES[need] for need in missing)}")
             continue
         embedder = _embedder(metric.ENCODER, embedder_of, embedders)
         if isinstance(embedder, UserError):
-            found.notes.append(f"{name} is left out: {embedder}")
+            measurement.notes.append(f"{name} is left out: {embedder}")
             continue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
                 reading = read(metric, gallery, embedder, known)
             except ValueError as error:
-                found.notes.append(f"{name} is left out: {error}")
+                measurement.notes.append(f"{name} is left out: {error}")
                 continue
-        found.notes.extend(f"{name}: {warning.message}" for warning in caught if warning.category is UserWarning)
+        measurement.notes.extend(f"{name}: {warning.message}" for warning in caught if warning.category is UserWarning)
         values = {metric.NAME: reading.value}
         values |= {of_metric(metric.NAME, part): value for part, value in reading.parts.items()}
         for value_name, value in values.items():
-            found.values.append(Value(value_name, value, embedder.encoder.id, reading.n, reading.n_other))
-    return found
+            measurement.values.append(Value(value_name, value, embedder.encoder.id, reading.n, reading.n_other))
+    return measurement
 
 
 def read(metric: ImageMetric, gallery: MeasuredImages, embedder: Embedder, known: Known | None = None) -> Reading:

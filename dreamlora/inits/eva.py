@@ -85,7 +85,7 @@ def _components(targets: Sequence[Target], options: Options, probe: Probe) -> di
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=1.0, tau=options.tau, whiten=options.whiten),
     )
-    found: dict[str, Tensor] = get_eva_state_dict(
+    state_dict: dict[str, Tensor] = get_eva_state_dict(
         _on_the_cpu(probe.model),
         [torch.tensor(number) for number in range(count)],
         config,
@@ -95,7 +95,7 @@ def _components(targets: Sequence[Target], options: Options, probe: Probe) -> di
         gather_distributed_inputs=False,
         show_progress_bar=False,
     )
-    return found
+    return state_dict
 
 
 def _on_the_cpu(model: Module) -> Module:

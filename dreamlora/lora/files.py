@@ -110,11 +110,11 @@ def _unround(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        found = [path / LORA_FILE] if (path / LORA_FILE).is_file() else sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "no *.safetensors"
+        files = [path / LORA_FILE] if (path / LORA_FILE).is_file() else sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "no *.safetensors"
             raise UserError(f"{path}: expected {LORA_FILE}, found {names}; name the file itself")
-        return found[0]
+        return files[0]
     if not path.is_file():
         raise UserError(f"no such LoRA file or folder: {path}")
     if path.suffix != ".safetensors":
@@ -124,7 +124,8 @@ def _find(path: Path) -> Path:
 
 def _check_fit(pipeline: Any, lora: LoraFile, state: dict[str, torch.Tensor]) -> None:
     """Refuse names and sizes that the pipeline does not have; the loader would skip such names silently."""
-    named = {f"{part}.{name}": value for part, found in _by_component(state).items() for name, value in found.items()}
+    components = _by_component(state).items()
+    named = {f"{part}.{name}": value for part, tensors in components for name, value in tensors.items()}
     wrong = [problem for key, value in named.items() if (problem := _problem(pipeline, key, value))]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

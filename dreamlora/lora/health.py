@@ -134,10 +134,10 @@ def _balance(A: Tensor, B: Tensor) -> Tensor:
 
 def _alike(layers: Sequence[AdaptedLayer]) -> list[list[int]]:
     """Numbers of layers whose factors have the same shape, with or without a frozen start."""
-    found: dict[Any, list[int]] = defaultdict(list)
+    numbers_by_shape: dict[Any, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
-        found[layer.A.shape, layer.B.shape, layer.start is None].append(number)
-    return list(found.values())
+        numbers_by_shape[layer.A.shape, layer.B.shape, layer.start is None].append(number)
+    return list(numbers_by_shape.values())
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ def _scaling(layers: Sequence[AdaptedLayer]) -> Tensor:
 
 def _groups(layers: Sequence[AdaptedLayer]) -> dict[str, list[int]]:
     """Members of ``TOTAL`` and of every group, in the order of the model; one group alone is the total."""
-    found: dict[str, list[int]] = defaultdict(list)
+    members: dict[str, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
-        found[layer.name.partition(".")[0]].append(number)
-    return {TOTAL: list(range(len(layers))), **(found if len(found) > 1 else {})}
+        members[layer.name.partition(".")[0]].append(number)
+    return {TOTAL: list(range(len(layers))), **(members if len(members) > 1 else {})}

@@ -78,8 +78,8 @@ def adapted_layers(module: nn.Module, prefix: str = "") -> Iterator[AdaptedLayer
 
 def starts_of(module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """All frozen starts by layer, on the CPU, for a checkpoint."""
-    found = ((layer.name, layer.start) for layer in adapted_layers(module))
-    return {name: {"A": start.A.cpu(), "B": start.B.cpu()} for name, start in found if start is not None}
+    starts = ((layer.name, layer.start) for layer in adapted_layers(module))
+    return {name: {"A": start.A.cpu(), "B": start.B.cpu()} for name, start in starts if start is not None}
 
 
 def restore_starts(module: nn.Module, saved: dict[str, dict[str, Tensor]]) -> None:

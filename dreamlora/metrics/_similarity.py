@@ -38,5 +38,5 @@ def image_similarity(generated: Tensor, references: Tensor) -> float:
 def compare_with_references(inputs: MetricInputs) -> Reading:
     """The images whose prompts name the subject, against the references."""
     assert inputs.references is not None
-    shown = of_subject(inputs)
-    return Reading(image_similarity(shown, inputs.references), len(shown), len(inputs.references))
+    images = of_subject(inputs)
+    return Reading(image_similarity(images, inputs.references), len(images), len(inputs.references))

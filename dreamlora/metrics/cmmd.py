@@ -39,8 +39,8 @@ def cmmd(first: Tensor, second: Tensor, permutations: int = PERMUTATIONS, seed: 
         ValueError: fewer than two images on a side, or a vector is zero or not finite.
     """
     need("cmmd", 2, len(first), len(second))
-    found = mmd(unit(first), unit(second), _gaussian, permutations, seed)
-    return Discrepancy(SCALE * found.value, found.p, found.p_closer)
+    discrepancy = mmd(unit(first), unit(second), _gaussian, permutations, seed)
+    return Discrepancy(SCALE * discrepancy.value, discrepancy.p, discrepancy.p_closer)
 
 
 def _gaussian(x: Tensor, y: Tensor) -> Tensor:
@@ -51,6 +51,6 @@ def _gaussian(x: Tensor, y: Tensor) -> Tensor:
 def compute(inputs: MetricInputs) -> Reading:
     """Of the images whose prompts name the subject, with the test's p-value and whether it is an alarm of copies."""
     assert inputs.references is not None
-    shown = of_subject(inputs)
-    found = cmmd(shown, inputs.references)
-    return Reading(found.value, len(shown), len(inputs.references), found.parts)
+    images = of_subject(inputs)
+    discrepancy = cmmd(images, inputs.references)
+    return Reading(discrepancy.value, len(images), len(inputs.references), discrepancy.parts)

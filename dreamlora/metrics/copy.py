@@ -44,5 +44,5 @@ def copy_score(generated: Tensor, training: Tensor, references: Tensor) -> float
 def compute(inputs: MetricInputs) -> Reading:
     """Of the images whose prompts name the subject."""
     assert inputs.training is not None and inputs.references is not None
-    shown = of_subject(inputs)
-    return Reading(copy_score(shown, inputs.training, inputs.references), len(shown), len(inputs.training))
+    images = of_subject(inputs)
+    return Reading(copy_score(images, inputs.training, inputs.references), len(images), len(inputs.training))

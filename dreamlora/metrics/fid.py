@@ -66,5 +66,5 @@ def _centred(rows: Tensor) -> Tensor:
 def compute(inputs: MetricInputs) -> Reading:
     """Of the images whose prompts name the subject."""
     assert inputs.references is not None
-    shown = of_subject(inputs)
-    return Reading(frechet(shown, inputs.references), len(shown), len(inputs.references))
+    images = of_subject(inputs)
+    return Reading(frechet(images, inputs.references), len(images), len(inputs.references))

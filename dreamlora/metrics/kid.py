@@ -39,6 +39,6 @@ def kid(first: Tensor, second: Tensor, permutations: int = PERMUTATIONS, seed: i
 def compute(inputs: MetricInputs) -> Reading:
     """Of the images whose prompts name the subject, with the test's p-value and whether it is an alarm of copies."""
     assert inputs.references is not None
-    shown = of_subject(inputs)
-    found = kid(shown, inputs.references)
-    return Reading(found.value, len(shown), len(inputs.references), found.parts)
+    images = of_subject(inputs)
+    discrepancy = kid(images, inputs.references)
+    return Reading(discrepancy.value, len(images), len(inputs.references), discrepancy.parts)

@@ -212,14 +212,14 @@ def refuse_pickles(folder: Path, name: str) -> None:
     """
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = (
+        weights_text = (
             f"only pickled weights ({', '.join(pickles)}), which can run any code while they load"
             if pickles
             else "none"
         )
         remedy = "load it and save it again as safetensors; for a base model that you trust there is --allow_pickle"
         raise UserError(
-            f"{folder}: the weights of {name!r} are expected as *.safetensors, but there are {found}. "
+            f"{folder}: the weights of {name!r} are expected as *.safetensors, but there are {weights_text}. "
             + (f"To go on: {remedy}." if pickles else "The folder is incomplete: copy or download it again.")
         )
 
@@ -244,8 +244,8 @@ def commit_of(path: str, file: str, revision: str | None, cache_dir: Path | None
     Raises:
         UserError: as ``find_file``.
     """
-    found = find_file(path, file, revision, cache_dir)
-    return None if Path(path).is_dir() else found.parents[file.count("/")].name
+    local_file = find_file(path, file, revision, cache_dir)
+    return None if Path(path).is_dir() else local_file.parents[file.count("/")].name
 
 
 def identity(name: str, path: str, commit: str | None) -> str:

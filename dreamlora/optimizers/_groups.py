@@ -230,9 +230,9 @@ def _named_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair]]:
     parameters = {f".{name}": p for name, p in module.named_parameters(remove_duplicate=False)}
     for name, A in parameters.items():
         for mark_a, mark_b in _NAME_PAIRS:
-            head, found, tail = name.rpartition(mark_a)
+            head, mark, tail = name.rpartition(mark_a)
             # Only the last occurrence is replaced: a block may itself be called "down" or "lora_A".
-            B = parameters.get(head + mark_b + tail) if found and tail.endswith("weight") else None
+            B = parameters.get(head + mark_b + tail) if mark and tail.endswith("weight") else None
             if B is None or (mark_a == ".down." and "lora" not in head):
                 continue
             yield _adapter_of(name) or "default", LoraPair(head[1:], A, B, _named_scaling(module, head[1:], A))
@@ -247,8 +247,8 @@ def _named_scaling(module: nn.Module, owner: str, A: Tensor) -> float:
 
 def _adapter_of(name: str) -> str | None:
     """The adapter a parameter belongs to, None if it belongs to none (or the layer has no names for adapters)."""
-    found = _ADAPTER.findall(name)
-    return None if not found or found[-1] in ("weight", "bias") else found[-1]
+    names = _ADAPTER.findall(name)
+    return None if not names or names[-1] in ("weight", "bias") else names[-1]
 
 
 def _accept(candidates: list[LoraPair]) -> list[LoraPair]:
@@ -278,11 +278,11 @@ def _other_trainables(
     modules: Iterable[nn.Module], in_pairs: set[int], adapter_names: Collection[str] | None
 ) -> list[nn.Parameter]:
     """Parameters that train and are in no pair, those of adapters that were not chosen left out."""
-    found: dict[int, nn.Parameter] = {}
+    trainables: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module.named_parameters():
             adapter = _adapter_of(f".{name}")
             chosen = adapter_names is None or adapter is None or adapter in adapter_names
             if parameter.requires_grad and chosen and id(parameter) not in in_pairs:
-                found[id(parameter)] = parameter
-    return list(found.values())
+                trainables[id(parameter)] = parameter
+    return list(trainables.values())

@@ -218,5 +218,5 @@ def rank_spaces(work: list[tuple[Group, list[PairBatch]]]) -> Iterator[RankSpace
 
 def count(total: dict[torch.device, Tensor], flags: Tensor) -> None:
     """Add the number of true flags to the device's total, without waiting for the device."""
-    found = flags.sum()
-    total[found.device] = total[found.device] + found if found.device in total else found
+    number = flags.sum()
+    total[number.device] = total[number.device] + number if number.device in total else number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dreamlora.eval_loss.selection import told
+from dreamlora.eval_loss.selection import difference_text
 from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, short
 from dreamlora.report.facts import RunFacts
 
@@ -65,7 +65,7 @@ def best(facts: RunFacts) -> str | None:
     if apart is None:
         return text
     direction = "below" if apart.mean < 0 else "above"
-    return f"{text} On the {apart.n} items of the larger set it is {told(apart)} {direction} the last step."
+    return f"{text} On the {apart.n} items of the larger set it is {difference_text(apart)} {direction} the last step."
 
 
 def final_table(facts: RunFacts) -> list[tuple[str, str, str, str]]:

@@ -36,7 +36,7 @@ class Ended:
         pairs: of factors A and B.
         eval_seconds: that the evaluation loss took.
         ended_early: why, if it did.
-        shown: what the saved file must do again; or why that is not checked.
+        expected: what the saved file must do again; or why that is not checked.
     """
 
     images: dict[str, int]
@@ -44,7 +44,7 @@ class Ended:
     pairs: int
     eval_seconds: float
     ended_early: str | None
-    shown: parity.Shown | str
+    expected: parity.ExpectedOutput | str
 
 
 def conclude(context: RunContext, run: Run) -> Ended:
@@ -57,7 +57,7 @@ def conclude(context: RunContext, run: Run) -> Ended:
         pairs=len(run.trainables) // 2,
         eval_seconds=run.eval_seconds,
         ended_early=run.ended_early,
-        shown=_shown(context, run) if run.accelerator.is_main_process else "the main process does that",
+        expected=_expected_output(context, run) if run.accelerator.is_main_process else "the main process does that",
     )
 
 
@@ -67,19 +67,19 @@ def finish(context: RunContext, folder: RunFolder, ended: Ended) -> None:
     The main process's work alone, of any length: the others have been let go.
     """
     with context.timed("parity check"):
-        found = _parity(context, ended.shown)
-    write_summary(context, folder, ended, found)
+        parity_result = _parity(context, ended.expected)
+    write_summary(context, folder, ended, parity_result)
     give_back_memory()  # the charts' library would come on top of what the check has used
     write_report(folder.path)
     if context.config.train.push_to_hub:
         push_to_hub(context.config, folder)
 
 
-def write_summary(context: RunContext, folder: RunFolder, ended: Ended, found: dict[str, Any]) -> None:
+def write_summary(context: RunContext, folder: RunFolder, ended: Ended, parity_result: dict[str, Any]) -> None:
     """summary.json: what the report shows besides options and metrics."""
     device = context.accelerator.device
     summary = {
-        "parity": found,
+        "parity": parity_result,
         "timings": context.timings,
         "versions": provenance.versions(),
         "device": provenance.device_name(device),
@@ -129,14 +129,14 @@ def _eval_rows(folder: RunFolder) -> dict[str, Any]:
 
 def _final_rows(folder: RunFolder) -> dict[str, dict[str, float | None]]:
     """What was measured on the larger set, by step: value by metric."""
-    found: dict[str, dict[str, float | None]] = {}
+    values: dict[str, dict[str, float | None]] = {}
     for row in folder.metrics():
         if row["name"] in FINAL_METRICS:
-            found.setdefault(str(row["step"]), {})[row["name"]] = row["value"]
-    return found
+            values.setdefault(str(row["step"]), {})[row["name"]] = row["value"]
+    return values
 
 
-def _shown(context: RunContext, run: Run) -> parity.Shown | str:
+def _expected_output(context: RunContext, run: Run) -> parity.ExpectedOutput | str:
     """The first image of the last step, and one call of the denoiser for the same prompt; or why there is none."""
     if not run.config.train.parity_check:
         return "it was switched off (--no_parity_check)"
@@ -148,16 +148,16 @@ def _shown(context: RunContext, run: Run) -> parity.Shown | str:
         call = parity.ask(run, sample["prompt"], prompt_length(context))
     except (UserError, RuntimeError) as error:
         return f"the check could not be made: {error}"
-    return parity.Shown(run.folder.path, sample, run.folder.samples / sample["file"], call)
+    return parity.ExpectedOutput(run.folder.path, sample, run.folder.samples / sample["file"], call)
 
 
-def _parity(context: RunContext, shown: parity.Shown | str) -> dict[str, Any]:
+def _parity(context: RunContext, expected: parity.ExpectedOutput | str) -> dict[str, Any]:
     """The figures of the check, or why there are none."""
-    if isinstance(shown, str):
-        return {"reason": shown}
+    if isinstance(expected, str):
+        return {"reason": expected}
     accelerator = context.accelerator
     fresh = Parts(context.family, context.source, accelerator.device, DTYPES[accelerator.mixed_precision])
     try:
-        return parity.check(fresh, shown)
+        return parity.check(fresh, expected)
     except (UserError, OSError, RuntimeError, ValueError) as error:  # out of memory, ...: the report is still written
         return {"reason": f"the check could not be made: {error}"}

@@ -68,12 +68,12 @@ def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     data, main = context.config.data, context.accelerator.is_main_process
     if not (data.instance_data_dir or data.train_data_dir or data.dataset_name):
         data = _draw_built_in(context, folder)
-    found = load_images(data, context.config.model.cache_dir, progress=main)
-    if found.skipped:
-        names = ", ".join(found.skipped[:3]) + (", ..." if len(found.skipped) > 3 else "")
+    images = load_images(data, context.config.model.cache_dir, progress=main)
+    if images.skipped:
+        names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
         place = data.train_data_dir or data.instance_data_dir
-        context.warn(f"{len(found.skipped)} files in {place} are no images and were skipped: {names}")
-    training, held_out = split_holdout(found.records, data.holdout)
+        context.warn(f"{len(images.skipped)} files in {place} are no images and were skipped: {names}")
+    training, held_out = split_holdout(images.records, data.holdout)
     if not held_out and context.config.eval.eval_steps != 0:
         context.warn(
             "no image could be held out: the evaluation loss is that of training images and cannot see overfitting"

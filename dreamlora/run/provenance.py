@@ -43,13 +43,13 @@ def write_base_model(source: ModelSource, folder: RunFolder) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
+    version_by_package = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package.lower()] = version(package)
+            version_by_package[package.lower()] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return version_by_package
 
 
 def git_commit() -> str | None:

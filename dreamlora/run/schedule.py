@@ -60,30 +60,30 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
     else of their step is on disk; and then the processes meet again.
     """
     config = context.config
-    found: list[Callback] = [LogCallback()]
+    callback_list: list[Callback] = [LogCallback()]
     if every := config.eval.eval_steps or config.sample.sample_steps:
-        found.append(HealthCallback(every))
+        callback_list.append(HealthCallback(every))
     metric = EVAL_LOSS if pictures.held_out else EVAL_LOSS_TRAIN
     evaluate = None
     if config.eval.eval_steps:
         items = _eval_set(context, run, material.measured)
         evaluate = EvaluateCallback(items, config.eval.eval_steps, metric, config.eval.early_stopping)
-        found.append(evaluate)
+        callback_list.append(evaluate)
     if config.sample.sample_steps:
         plan = context.sample_plan(pictures.prompts)
-        found.append(SampleCallback(plan, config.sample.sample_steps, pictures.train[:MAX_REFERENCES]))
+        callback_list.append(SampleCallback(plan, config.sample.sample_steps, pictures.train[:MAX_REFERENCES]))
     images = None
     if config.eval.eval_metrics:
         *drawing, images = _image_metrics(context, run, pictures)
-        found += [*drawing, images]
+        callback_list += [*drawing, images]
     if evaluate and config.eval.save_best:
-        found.append(BestCallback(evaluate.losses, metric, images))
+        callback_list.append(BestCallback(evaluate.losses, metric, images))
     if evaluate and config.eval.final_eval_items:
-        found.append(_final(context, run, material))
+        callback_list.append(_final(context, run, material))
     if config.train.checkpointing_steps:
-        found.append(CheckpointCallback())
+        callback_list.append(CheckpointCallback())
     occasions = (config.eval.eval_steps, config.sample.sample_steps, config.eval.eval_metrics_steps)
-    return [*found, MeetCallback((*occasions, config.train.checkpointing_steps))]
+    return [*callback_list, MeetCallback((*occasions, config.train.checkpointing_steps))]
 
 
 def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[Any]:

@@ -58,11 +58,12 @@ def capped(
     rows: Sequence[GridRow], columns: Sequence[str], most: tuple[int, int] = (MAX_ROWS, MAX_COLUMNS)
 ) -> tuple[list[GridRow], list[str], str]:
     """At most so many rows (``spread``) and columns, and a note on what is left out ("" if nothing)."""
-    kept = [rows[index] for index in spread(len(rows), most[0])]
-    shown = list(columns[: most[1]])
-    if len(kept) == len(rows) and len(shown) == len(columns):
-        return kept, shown, ""
-    return kept, shown, f"Shown: {len(kept)} of {len(rows)} rows, {len(shown)} of {len(columns)} columns."
+    kept_rows = [rows[index] for index in spread(len(rows), most[0])]
+    kept_columns = list(columns[: most[1]])
+    if len(kept_rows) == len(rows) and len(kept_columns) == len(columns):
+        return kept_rows, kept_columns, ""
+    note = f"Shown: {len(kept_rows)} of {len(rows)} rows, {len(kept_columns)} of {len(columns)} columns."
+    return kept_rows, kept_columns, note
 
 
 def write_grid(
@@ -183,9 +184,9 @@ def grid_of_run(folder: RunFolder) -> bool:
         GridRow(_step_label(step), [_picture(folder, by_step[step].get(key)) for key in keys])
         for step in sorted(by_step)
     ]
-    shown, headings, left_out = capped(rows, columns)
+    kept_rows, kept_columns, left_out = capped(rows, columns)
     note = f"{_settings(drawn[-1])} {left_out}".strip()
-    write_grid(folder.grid_file, shown, headings, references_of(folder), folder.path.name, note)
+    write_grid(folder.grid_file, kept_rows, kept_columns, references_of(folder), folder.path.name, note)
     write_timelapse(folder.timelapse_file, rows, columns, folder.path.name)
     return True
 

@@ -53,8 +53,8 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What training showed of its last step.
+class ExpectedOutput:
+    """What the saved file must do again: what training showed of its last step.
 
     Attributes:
         lora_folder: holds ``pytorch_lora_weights.safetensors``.
@@ -103,21 +103,21 @@ def _precision(run: Run) -> float:
     return max(own, TF32) if tf32 and run.accelerator.device.type == "cuda" else own
 
 
-def check(fresh: Parts, shown: Shown) -> dict[str, Any]:
+def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
     """Load the LoRA as a user would, do again what training did, and compare.
 
     Args:
         fresh: the untouched base model, not loaded yet.
-        shown: what training showed.
+        expected: what training showed.
 
     Returns:
         Prompt, seed and step; the figures of ``compare_images``; and as ``call`` those of ``compare_calls``.
     """
-    pipeline, sample = fresh.pipeline(), shown.sample
-    without_lora = _answer(fresh, shown)
-    pipeline.load_lora_weights(str(shown.lora_folder))
-    call = compare_calls(shown.call, _answer(fresh, shown), without_lora)
-    with Image.open(shown.image_file) as opened:
+    pipeline, sample = fresh.pipeline(), expected.sample
+    without_lora = _answer(fresh, expected)
+    pipeline.load_lora_weights(str(expected.lora_folder))
+    call = compare_calls(expected.call, _answer(fresh, expected), without_lora)
+    with Image.open(expected.image_file) as opened:
         seen = opened.convert("RGB")
     plan = SamplePlan(
         prompts=(sample["prompt"],),
@@ -134,11 +134,11 @@ def check(fresh: Parts, shown: Shown) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _answer(fresh: Parts, shown: Shown) -> Tensor:
+def _answer(fresh: Parts, expected: ExpectedOutput) -> Tensor:
     """The same call in the modules of the fresh pipeline, from the prompt's text, without autocast."""
-    family, call, text = fresh.family, shown.call, fresh.get("text")
+    family, call, text = fresh.family, expected.call, fresh.get("text")
     denoiser = fresh.get("denoiser")[family.DENOISER]
-    conditioning = family.encode_tokens(text, family.tokenize(text, [shown.sample["prompt"]], call.prompt_length))
+    conditioning = family.encode_tokens(text, family.tokenize(text, [expected.sample["prompt"]], call.prompt_length))
     noisy, times = (tensor.to(fresh.device) for tensor in (call.noisy, call.times))
     return family.predict(denoiser, noisy, times, conditioning, call.guidance_scale).float().cpu()
 

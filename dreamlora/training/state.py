@@ -125,8 +125,8 @@ def _find(folder: RunFolder, which: str) -> Path:
     for path in (Path(which), folder.checkpoints / which):
         if (path / STATE_FILE).exists():
             return path
-    found = ", ".join(folder.checkpoint_dir(step).name for step in steps) or "none"
-    raise UserError(f"--resume_from_checkpoint {which}: no checkpoint there. In {folder.checkpoints}: {found}")
+    names = ", ".join(folder.checkpoint_dir(step).name for step in steps) or "none"
+    raise UserError(f"--resume_from_checkpoint {which}: no checkpoint there. In {folder.checkpoints}: {names}")
 
 
 def _check_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -187,5 +187,5 @@ def arranged(order: Sequence[int], buckets: Sequence[int], size: int, start: int
 
 
 def stack_conditioning(rows: Sequence[Conditioning]) -> Conditioning:
-    """Batch what there is for single captions, each tensor with a leading 1."""
+    """Batch the conditioning of single captions, each tensor with a leading 1."""
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

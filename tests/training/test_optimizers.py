@@ -44,7 +44,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     from dreamlora.run import ending
 
     monkeypatch.setattr(gc, "collect", lambda: 0)
-    monkeypatch.setattr(ending, "_shown", lambda *_: "not of interest")
+    monkeypatch.setattr(ending, "_expected_output", lambda *_: "not of interest")
     monkeypatch.setattr(ending, "finish", lambda *_: None)
 
 

@@ -67,15 +67,15 @@ def test_a_good_file_passes_and_a_wrong_one_is_seen(
     """The figures that report/words.py cites come from here."""
     check, found = parity.check, {}
 
-    def check_others_too(fresh: Parts, shown: parity.Shown) -> dict[str, Any]:
-        good, wrong = RunFolder(shown.lora_folder), RunFolder(shown.lora_folder / "wrong")
+    def check_others_too(fresh: Parts, expected: parity.ExpectedOutput) -> dict[str, Any]:
+        good, wrong = RunFolder(expected.lora_folder), RunFolder(expected.lora_folder / "wrong")
         wrong.path.mkdir()
         for name, (change, _) in FAULTS.items():
             wrong.lora_file.write_bytes(good.lora_file.read_bytes())
             edit(wrong.lora_file, change)
-            found[name] = check(fresh, replace(shown, lora_folder=wrong.path))
+            found[name] = check(fresh, replace(expected, lora_folder=wrong.path))
             fresh.free(*ROLES)
-        return check(fresh, shown)
+        return check(fresh, expected)
 
     monkeypatch.setattr(parity, "check", check_others_too)
     model = request.getfixturevalue(f"{family}_folder")

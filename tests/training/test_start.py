@@ -88,7 +88,7 @@ def test_the_exported_file_predicts_what_the_adapter_in_training_does(
             seen.append(stage.family.predict(denoiser, noisy, times, conditioning, 3.5))
         return "looked at elsewhere"
 
-    monkeypatch.setattr(ending, "_shown", look)
+    monkeypatch.setattr(ending, "_expected_output", look)
     model = ["--pretrained_model_name_or_path", str(folder), "--lora_alpha", "3", "--max_train_steps", "3"]
     train(*flags_of(init), *model, "--sample_steps", "0", "--eval_steps", "0")
     training, loaded, base = seen

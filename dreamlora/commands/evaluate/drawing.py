@@ -35,7 +35,7 @@ class Sheet:
         return self.folder / f"{item.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.png"
 
     def missing(self) -> list[SampleItem]:
-        """Those that are not there."""
+        """The items that have no whole image yet."""
         return [item for item in self.plan.items() if not _whole(self.file(item))]
 
 

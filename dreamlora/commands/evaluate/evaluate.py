@@ -1,4 +1,4 @@
-"""``dreamlora evaluate``: draw what is not there yet, measure every LoRA, write metrics.json and print the table."""
+"""``dreamlora evaluate``: draw the missing images, measure every LoRA, write metrics.json and print the table."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         state=state,
         device=state.device if state.device.type == "cuda" else torch.device("cpu"),
     )
-    shown = {str(path): _shown_in(evaluation, path) for path in folders}
+    galleries = {str(path): _folder_gallery(evaluation, path) for path in folders}
     facts: dict[str, Any] = {"problems": {}}
     losses: dict[str, Measurement] = {}
     of_runs: dict[str, list[str]] = {}
@@ -157,26 +157,26 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         if evaluation.image_metrics:
             drawn, of_drawing = _draw(evaluation, under_test)
             facts |= of_drawing
-            shown = {**drawn, **shown}
+            galleries = {**drawn, **galleries}
         under_test.parts.free(*ROLES)
     embedded = bool(loras or run) and model_of(config, run).pretrained_model_name_or_path == EMBEDDED_MODEL
-    found = _measure(evaluation, shown, Embedders(_encoders(config, settings), embedded, _place(evaluation)))
+    measurements = _measure(evaluation, galleries, Embedders(_encoders(config, settings), embedded, _place(evaluation)))
     for label, measured in losses.items():
-        images = found.get(label, Measurement())
-        found[label] = Measurement([*measured.values, *images.values], [*measured.notes, *images.notes])
+        images = measurements.get(label, Measurement())
+        measurements[label] = Measurement([*measured.values, *images.values], [*measured.notes, *images.notes])
     for label, notes in of_runs.items():
-        found[label].notes.extend(notes)
+        measurements[label].notes.extend(notes)
     for label, problems in facts["problems"].items():
         kinds = " or ".join(sorted(set(problems.values())))
-        found[label].notes.append(f"images that came out {kinds} do not count: {', '.join(problems)}")
+        measurements[label].notes.append(f"images that came out {kinds} do not count: {', '.join(problems)}")
     facts["references"] = _described(evaluation.real.references, _processes(state))
     facts["training"] = _described(evaluation.real.training, _processes(state))
     file = evaluation.output / "metrics.json"
     if state.is_main_process:
-        _write(file, evaluation, found, facts)
-        sys.stdout.write(f"{table(found)}\n\n{file}\n")
+        _write(file, evaluation, measurements, facts)
+        sys.stdout.write(f"{table(measurements)}\n\n{file}\n")
     wait_for_everyone()
-    if not any(row.values for row in found.values()):
+    if not any(row.values for row in measurements.values()):
         raise UserError("nothing could be measured: the notes above say what every metric lacks")
     return file
 
@@ -216,14 +216,14 @@ def _images_of(run: RunFolder) -> tuple[list[ImageRecord], list[ImageRecord], li
             data = replace(data, train_data_dir=run.instance_images)
         elif not (data.instance_data_dir or data.train_data_dir or data.dataset_name):
             data = replace(data, instance_data_dir=run.instance_images)
-        found = load_images(data, config.model.cache_dir).records
-        training, held_out = map(list, split_holdout(found, data.holdout))
+        records = load_images(data, config.model.cache_dir).records
+        training, held_out = map(list, split_holdout(records, data.holdout))
     except UserError as error:
         return [], [], [f"the images of the run {run.path} cannot be used: {error}"]
     return training, held_out, [] if held_out else [f"the run {run.path} held out no images to compare with"]
 
 
-def _shown_in(evaluation: EvaluationContext, folder: Path) -> MeasuredImages:
+def _folder_gallery(evaluation: EvaluationContext, folder: Path) -> MeasuredImages:
     """A folder of images, with the captions beside them as their prompts, or the one prompt of ``--prompts``."""
     given = evaluation.config.prompts
     if len(given) > 1:
@@ -284,11 +284,11 @@ def _draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[S
 def _gallery(evaluation: EvaluationContext, sheet: Sheet, base: Sheet, broken: Mapping[Path, str]) -> MeasuredImages:
     """The images of a sheet that came out right."""
     items = [item for item in sheet.plan.items() if sheet.file(item) not in broken]
-    shown = evaluation.gallery([_record(sheet.file(item), item.prompt) for item in items], [i.prompt for i in items])
+    gallery = evaluation.gallery([_record(sheet.file(item), item.prompt) for item in items], [i.prompt for i in items])
     files = [base.file(item) for item in items]
     if any(file in broken for file in files):
-        return shown
-    return replace(shown, base=[_record(file, item.prompt) for file, item in zip(files, items, strict=True)])
+        return gallery
+    return replace(gallery, base=[_record(file, item.prompt) for file, item in zip(files, items, strict=True)])
 
 
 def _record(file: Path, caption: str) -> ImageRecord:
@@ -320,20 +320,21 @@ def _processes(state: PartialState) -> Processes:
 
 
 def _measure(
-    evaluation: EvaluationContext, shown: Mapping[str, MeasuredImages], embedders: Embedders
+    evaluation: EvaluationContext, galleries: Mapping[str, MeasuredImages], embedders: Embedders
 ) -> dict[str, Measurement]:
     """The measurements by label."""
     wait_for_everyone()
-    found = {}
-    for label, gallery in shown.items():
+    measurements = {}
+    for label, gallery in galleries.items():
         names = evaluation.image_metrics
-        found[label] = measure(names, gallery, embedders) if gallery.generated else Measurement(notes=["no images"])
-        found[label].notes.extend(evaluation.real.notes)
-    return found
+        measured = measure(names, gallery, embedders) if gallery.generated else Measurement(notes=["no images"])
+        measured.notes.extend(evaluation.real.notes)
+        measurements[label] = measured
+    return measurements
 
 
 def _write(
-    file: Path, evaluation: EvaluationContext, found: Mapping[str, Measurement], facts: Mapping[str, Any]
+    file: Path, evaluation: EvaluationContext, measurements: Mapping[str, Measurement], facts: Mapping[str, Any]
 ) -> None:
     """metrics.json: every value with its encoder and its numbers of images."""
     result = {
@@ -343,7 +344,7 @@ def _write(
         "class_prompt": evaluation.subject.class_prompt,
         "rows": [
             {"label": label.replace("\n", ", "), "values": list(map(asdict, measured.values)), "notes": measured.notes}
-            for label, measured in found.items()
+            for label, measured in measurements.items()
         ],
         "versions": provenance.versions(),
         "command": provenance.command(),

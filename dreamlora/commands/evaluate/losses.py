@@ -71,11 +71,11 @@ def _losses(config: EvaluateConfig, under_test: UnderTest, items: EvalSet, proce
     objective = family.objective(parts.get("scheduler")["scheduler"], train)
     measured = Measured(predict, objective, under_test.encode, parts.device)
     batch = config.eval_batch_size
-    found = []
+    losses = []
     for row in tqdm(under_test.rows, desc="loss", unit="LoRA", disable=processes.rank > 0):
         with under_test.applied(row):
-            found.append(evaluate_loss(measured, items, batch_size=batch, rank=processes.rank, world=processes.world))
-    return found
+            losses.append(evaluate_loss(measured, items, batch_size=batch, rank=processes.rank, world=processes.world))
+    return losses
 
 
 def _values(items: EvalSet, rows: Sequence[Sequence[float]]) -> list[Measurement]:
@@ -84,11 +84,11 @@ def _values(items: EvalSet, rows: Sequence[Sequence[float]]) -> list[Measurement
     for number, losses in enumerate(rows):
         table.put(number, list(losses))
     by, count = f"evalset {items.id}", len(items.noise_keys)
-    found = []
+    measurements = []
     for number in table.steps:
         values = values_of(table, number, SHOWN[0])
         if all(math.isfinite(values[name]) for name in SHOWN):
-            found.append(Measurement([Value(name, values[name], by, count, None) for name in SHOWN]))
+            measurements.append(Measurement([Value(name, values[name], by, count, None) for name in SHOWN]))
         else:
-            found.append(_left_out("the loss is not finite"))
-    return found
+            measurements.append(_left_out("the loss is not finite"))
+    return measurements

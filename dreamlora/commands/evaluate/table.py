@@ -17,7 +17,7 @@ def table(rows: Mapping[str, Measurement]) -> str:
         return "\n".join(_notes(rows))
     about = metrics.by_value()
     heads = [short(name) + (" ↑" if _higher_is_better(about.get(name)) else " ↓") for name in names]
-    cells = [[label.replace("\n", ", "), *(_cell(found, name) for name in names)] for label, found in rows.items()]
+    cells = [[label.replace("\n", ", "), *(_cell(row, name) for name in names)] for label, row in rows.items()]
     grid = [["", *heads], *cells]
     widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
     lines = [
