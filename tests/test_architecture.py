@@ -134,17 +134,6 @@ def test_a_class_name_stands_for_one_thing() -> None:
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
-def test_a_file_name_stands_for_one_thing() -> None:
-    """Names that say what a file is for in every folder may come again; a plug-in's kind is its folder."""
-    everywhere = {"__init__", "__main__", "flags", "command", "config"}
-    plugins = {name for kind in ("optimizers", "inits", "families", "metrics") for name in registry.names(kind)}
-    places: dict[str, list[str]] = defaultdict(list)
-    for file in SOURCES:
-        if file.stem.strip("_") not in everywhere | plugins and not file.stem.startswith("_"):
-            places[file.stem].append(name_of(file))
-    assert {name: files for name, files in places.items() if len(files) > 1} == {}
-
-
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)
 def test_importing_reads_and_writes_nothing(file: Path) -> None:
     """No call at module level that opens files or starts processes (constants made of paths are fine)."""

@@ -20,7 +20,7 @@ from dreamlora.runfolder import replacing
 
 
 @dataclass(frozen=True)
-class _Row:
+class _HubRow:
     """Reads one row's image file, undecoded."""
 
     dataset: Any
@@ -41,7 +41,7 @@ class _Rows:
 
     def reader(self, row: int, name: str) -> Callable[[], bytes]:
         """Reads the row."""
-        return _Row(self.dataset, self.column, row)
+        return _HubRow(self.dataset, self.column, row)
 
     def where(self, row: int, name: str) -> str:
         """Row and data set."""

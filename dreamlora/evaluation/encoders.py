@@ -28,7 +28,7 @@ CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class Kind:
+class EncoderKind:
     """A type of model, by ``model_type`` of its config.json.
 
     Attributes:
@@ -47,12 +47,12 @@ class Kind:
 
 
 KINDS = {
-    "clip": Kind("CLIPModel", texts=True, keeps_proportions=True),
-    "siglip": Kind("SiglipModel", texts=True),
+    "clip": EncoderKind("CLIPModel", texts=True, keeps_proportions=True),
+    "siglip": EncoderKind("SiglipModel", texts=True),
     # A pooler that the weights lack would be made of random numbers.
-    "vit": Kind("ViTModel", options=(("add_pooling_layer", False),), preprocessing=DINO),
-    "dinov2": Kind("Dinov2Model", keeps_proportions=True),
-    "dinov2_with_registers": Kind("Dinov2WithRegistersModel", keeps_proportions=True),
+    "vit": EncoderKind("ViTModel", options=(("add_pooling_layer", False),), preprocessing=DINO),
+    "dinov2": EncoderKind("Dinov2Model", keeps_proportions=True),
+    "dinov2_with_registers": EncoderKind("Dinov2WithRegistersModel", keeps_proportions=True),
 }
 
 
@@ -188,7 +188,7 @@ def _vectors(output: Any) -> Tensor:
     return vectors.float().cpu()
 
 
-def _model(kind: Kind, place: _Place) -> nn.Module:
+def _model(kind: EncoderKind, place: _Place) -> nn.Module:
     model_class = getattr(transformers, kind.class_name, None)
     if model_class is None:
         raise UserError(
@@ -215,7 +215,7 @@ def _from_pretrained(part_class: Any, place: _Place, **options: Any) -> Any:
         ) from error
 
 
-def _preprocessing(kind: Kind, place: _Place) -> Preprocessing:
+def _preprocessing(kind: EncoderKind, place: _Place) -> Preprocessing:
     try:
         file = place.file("preprocessor_config.json")
     except UserError as error:

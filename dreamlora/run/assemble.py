@@ -78,7 +78,7 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
         ending.finish(context, folder, ended)
 
 
-def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Ended:
+def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Conclusion:
     """The stages that need the model; it is held in here and by what accelerate keeps, nowhere else."""
     run = _prepare(context, folder, options)
     wait_for_everyone()

@@ -27,7 +27,7 @@ FINAL_METRICS = (FINAL_LOSS, relative(FINAL_LOSS), GAP)
 
 
 @dataclass(frozen=True)
-class Ended:
+class Conclusion:
     """What is known of a run when its model has gone.
 
     Attributes:
@@ -47,11 +47,11 @@ class Ended:
     expected: parity.ExpectedOutput | str
 
 
-def conclude(context: RunContext, run: Run) -> Ended:
+def conclude(context: RunContext, run: Run) -> Conclusion:
     """Write the LoRA, and keep what the end of the run needs to know. The model cannot train on afterwards."""
     if run.accelerator.is_main_process:
         state.save_lora(run, run.folder.path)
-    return Ended(
+    return Conclusion(
         images={source.name: len(source.store.names) for source in run.stream.sources},
         parameters=sum(parameter.numel() for parameter in run.trainables.values()),
         pairs=len(run.trainables) // 2,
@@ -61,7 +61,7 @@ def conclude(context: RunContext, run: Run) -> Ended:
     )
 
 
-def finish(context: RunContext, folder: RunFolder, ended: Ended) -> None:
+def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:
     """Compare the saved file with what training showed, sum up, write the report, upload if asked to.
 
     The main process's work alone, of any length: the others have been let go.
@@ -75,7 +75,7 @@ def finish(context: RunContext, folder: RunFolder, ended: Ended) -> None:
         push_to_hub(context.config, folder)
 
 
-def write_summary(context: RunContext, folder: RunFolder, ended: Ended, parity_result: dict[str, Any]) -> None:
+def write_summary(context: RunContext, folder: RunFolder, ended: Conclusion, parity_result: dict[str, Any]) -> None:
     """summary.json: what the report shows besides options and metrics."""
     device = context.accelerator.device
     summary = {
