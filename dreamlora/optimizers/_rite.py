@@ -41,7 +41,7 @@ SECOND_MOMENT, BASIS, ESCAPED = "second_moment", "basis", "escaped"
 
 
 @dataclass
-class _Step:
+class _FactorStep:
     """One rank space in the middle of a step.
 
     Attributes:
@@ -132,7 +132,7 @@ class LoRARITE(LoraPairOptimizer):
         for each in works:
             self._update(each)
 
-    def _begin(self, space: RankSpace) -> _Step:
+    def _begin(self, space: RankSpace) -> _FactorStep:
         """``Ū``, and which factors are skipped."""
         count(self._counts["fallbacks"], space.failed)
         unmagnified, moment = space.whitened([side.gradients() for side in space.sides])
@@ -142,9 +142,9 @@ class LoRARITE(LoraPairOptimizer):
             mean_square = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
             kept = (mean_square <= limit**2).to(moment.dtype)
             count(self._counts["skipped"], kept == 0)
-        return _Step(space, unmagnified, moment, kept)
+        return _FactorStep(space, unmagnified, moment, kept)
 
-    def _clip(self, works: list[_Step]) -> None:
+    def _clip(self, works: list[_FactorStep]) -> None:
         """Scale ``Ū`` by the one norm of all pairs of all groups."""
         if not works:
             return
@@ -162,7 +162,7 @@ class LoRARITE(LoraPairOptimizer):
             if limit:
                 work.kept = work.kept * (limit / norm).clamp(max=1.0).to(work.kept.device)
 
-    def _update(self, work: _Step) -> None:
+    def _update(self, work: _FactorStep) -> None:
         space, group = work.space, work.space.group
         self._make_states(space)
         steps = space.state(self, STEP).to(space.gram_dtype) + 1
@@ -186,7 +186,7 @@ class LoRARITE(LoraPairOptimizer):
         space.keep(self, BASIS, self._descend(space, directions))
         space.keep(self, STEP, steps.float())
 
-    def _momentum(self, work: _Step, carry: Tensor, precondition: Tensor) -> list[Tensor]:
+    def _momentum(self, work: _FactorStep, carry: Tensor, precondition: Tensor) -> list[Tensor]:
         """``M ← carry·M + precondition·Ū`` by side."""
         space, cap = work.space, work.space.group["update_capping"]
         matrices = zip(space.split(carry.to(space.dtype)), space.split(precondition.to(space.dtype)), strict=True)

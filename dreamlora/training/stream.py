@@ -106,14 +106,14 @@ class Stream:
 
     def batches(self, step: int, micro: int) -> list[Batch]:
         """Micro-batch ``micro`` of step ``step`` (both from 0) of this process, on the CPU: a batch for every size."""
-        by_shape: dict[tuple[int, ...], list[_Sample]] = defaultdict(list)
+        by_shape: dict[tuple[int, ...], list[_PlacedSample]] = defaultdict(list)
         for source in self.sources:
             for position in self.layout.positions(step, micro):
                 drawn = self._sample(source, position)
                 by_shape[tuple(drawn.latents.shape)].append(drawn)
         return [self._batch(samples) for samples in by_shape.values()]
 
-    def _batch(self, samples: Sequence[_Sample]) -> Batch:
+    def _batch(self, samples: Sequence[_PlacedSample]) -> Batch:
         share = self.layout.batch_size * self.layout.accumulation
         return Batch(
             latents=torch.stack([drawn.latents for drawn in samples]),
@@ -131,7 +131,7 @@ class Stream:
             return order
         return arranged(order, buckets, self.layout.global_batch_size, epoch * length)
 
-    def _sample(self, source: Source, position: int) -> _Sample:
+    def _sample(self, source: Source, position: int) -> _PlacedSample:
         length = len(source.store.names)
         epoch, place = divmod(position, length)
         index = self._order(source.name, length, epoch)[place]
@@ -144,10 +144,10 @@ class Stream:
         if self._noise_offset:
             noise = noise + self._noise_offset * torch.randn(mean.shape[0], 1, 1, generator=draw)
         caption = source.caption(source.store.captions[index], source.name, position)
-        return _Sample(latents, noise, uniforms, caption, source.store.names[index], source.weight)
+        return _PlacedSample(latents, noise, uniforms, caption, source.store.names[index], source.weight)
 
 
-class _Sample(NamedTuple):
+class _PlacedSample(NamedTuple):
     """One sample."""
 
     latents: torch.Tensor
