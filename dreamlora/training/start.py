@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dreamlora import registry
 from dreamlora.inits._start import Probe, Target
 from dreamlora.lora.pairs import ADAPTER, adapted_layers
+from dreamlora.processes import wait_for_everyone
 from dreamlora.randomness import seed_of
 from dreamlora.training import loop
 from dreamlora.training.loop import Run
@@ -30,6 +31,7 @@ def initialise(run: Run, options: Any) -> None:
         UserError: the init cannot do a layer.
     """
     method = registry.load("inits", run.config.lora.init)
+    wait_for_everyone()  # another process may still load its model: here is the first collective after that
     run.model.train()  # gradient checkpointing is only on then
     targets = list(targets_of(run))
     # The generator holds one layer's start at a time, hence no list.

@@ -64,7 +64,7 @@ def impatient(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    assemble._accelerator = impatient(assemble._accelerator)
+    assemble.accelerator_of = impatient(assemble.accelerator_of)
     slow(RunFolder, "lock", rank=0)
     slow(Parts, "get", rank=1, when=lambda _, role: role == "denoiser")
     slow(sample, "grid_of_run", rank=0)
