@@ -41,8 +41,8 @@ def tell_everyone(value: T) -> T:
     if not distributed.is_initialized():
         return value
     wait_for_everyone()
-    told: T = broadcast_object_list([value])[0]
-    return told
+    values: list[T] = broadcast_object_list([value])
+    return values[0]
 
 
 def gather_lists(part: list[Any]) -> list[Any]:

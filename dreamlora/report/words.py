@@ -123,10 +123,10 @@ def parity(facts: RunFacts) -> tuple[str, str]:
     same = _same_call(call)
     if same is False:
         text = "The saved LoRA in a stock diffusers pipeline does not do what it did in training"
-        return "bad", f"{text}: {_told(call)}."
+        return "bad", f"{text}: {_figures_of(call)}."
     verdict, text = _of_image(check, coarse=_coarse(call))
     if same:
-        return verdict, f"{text} One call of the denoiser does the same: {_told(call)}."
+        return verdict, f"{text} One call of the denoiser does the same: {_figures_of(call)}."
     return verdict, text
 
 
@@ -141,7 +141,7 @@ def _coarse(call: dict[str, float]) -> bool:
     return call.get("rounding", 0.0) * call.get("effect", 0.0) > _COARSE
 
 
-def _told(call: dict[str, float]) -> str:
+def _figures_of(call: dict[str, float]) -> str:
     error, rounding = (f"{call[name]:.2g}" for name in ("error", "rounding"))
     return (
         f"it has {call['scale']:.2f} times the effect, and differs by {error} of the effect (rounding makes {rounding})"

@@ -155,7 +155,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 def _claim_folder(context: RunContext) -> RunFolder:
     """The run folder, chosen and locked by the main process; an earlier run there is removed if that was asked for."""
-    told: Any = None
+    outcome: Any = None
     folder = None
     if context.accelerator.is_main_process:
         try:
@@ -163,13 +163,13 @@ def _claim_folder(context: RunContext) -> RunFolder:
             folder.lock()
             if folder.holds_run() and not context.config.train.resume_from_checkpoint:
                 folder.clear()  # defaults.run_folder has made sure that this was asked for
-            told = folder.path
+            outcome = folder.path
         except UserError as error:
-            told = error
-    told = tell_everyone(told)
-    if isinstance(told, UserError):
-        raise told
-    folder = folder or RunFolder(told)
+            outcome = error
+    outcome = tell_everyone(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    folder = folder or RunFolder(outcome)
     context.config = replace(context.config, train=replace(context.config.train, output_dir=folder.path))
     return folder
 
