@@ -55,7 +55,7 @@ class Eval:
     """Items per forward pass."""
     final_eval_items: int | None = None
     """Items of the larger set that the base model, the best checkpoint and the last step are measured on; 0: none.
-    Default: 256; 128 or 64 where that would cost more than a twentieth of the training."""
+    Default: 256; 128 or 96 where that would cost more than a twentieth of the training."""
     save_best: bool = True
     """Keep the best checkpoint, by the evaluation loss, in best/, with the reason why it is the best."""
     early_stopping: int | None = None

@@ -20,8 +20,9 @@ LARGEST_SHARE = 0.1
 """Of the training's forward-equivalents that the evaluation takes unless it is told how often to measure what."""
 MOST_OCCASIONS, LEAST_OCCASIONS = 20, 5
 """Measurements of the curve after the base model's. With fewer than five, the best checkpoint is a guess."""
-FINAL_SIZES = (256, 128, 64)
-"""Items of the larger set. A comparison takes the first, whatever it costs: its verdicts rest on it."""
+FINAL_SIZES = (256, 128, 96)
+"""Items of the larger set, more than the curve has. A comparison takes the first, whatever it costs: its verdicts rest
+on it."""
 FINAL_MEASUREMENTS = 3
 """Of the larger set: base model, best checkpoint, last step."""
 
