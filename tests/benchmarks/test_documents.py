@@ -59,7 +59,9 @@ def test_the_time_of_a_step() -> None:
             assert_told(cell, found[case]["optimizers"][key]["times_fused_adamw"])
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("gpu_check_*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, id=file.stem) for file in sorted(RESULTS.glob("gpu_check_*.json"))]
+)
 def test_the_check_of_a_gpu(file: Path) -> None:
     found = json.loads(file.read_text())
     assert load("gpu_check").table(found) in (ROOT / "benchmarks" / "README.md").read_text()

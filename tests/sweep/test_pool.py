@@ -31,7 +31,7 @@ FAKE = """
         rank = os.environ.get("RANK", "")
         (folder / f"who{rank}").write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
         (folder / f"launched{rank}").write_text(" ".join(os.environ.get(n, "") for n in ("WORLD_SIZE", "MASTER_PORT")))
-        while rank == "0" and not (folder / "launched1").exists():
+        while rank and not (folder / f"launched{1 - int(rank)}").exists():
             time.sleep(0.01)
         if "die second" in job["argv"] and rank == "0":
             time.sleep(60)
