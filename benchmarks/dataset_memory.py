@@ -32,7 +32,7 @@ from dreamlora.data.cache import TensorCache
 from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.dataset import load_images, split_holdout
 from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
-from dreamlora.data.transforms import Preparation, bucket_numbers
+from dreamlora.data.transforms import Preparation, Preparations, bucket_numbers
 from dreamlora.interfaces import Latents
 from dreamlora.objectives import Diffusion
 from dreamlora.training.stream import Layout, Source, Stream, stack_conditioning
@@ -103,10 +103,10 @@ def measure(place: Path, steps: int) -> dict[str, Any]:
     prompts = encode_prompts((text for record in train for text in plan.texts(record.caption)), _text, filling)
     encode_prompts([""], _text, filling)
     done("prompts")
-    how = Preparation(SIDE, center_crop=True, sizes=bucket_sizes(SIDE, 8))
+    how = Preparations((Preparation(SIDE, center_crop=True, sizes=bucket_sizes(SIDE, 8)),))
     store = encode_dataset(train, how, _images, filling)
     done("images")
-    source = Source("instance", store, 1.0, plan.draw, bucket_numbers(train, how.sizes))
+    source = Source("instance", store, 1.0, plan.draw, bucket_numbers(train, how))
     stream = Stream(
         [source],
         Diffusion(torch.linspace(0.99, 0.01, 1000), "epsilon", None),

@@ -77,6 +77,7 @@ class Batch:
         conditioning: prompt embeddings, or token ids while the text encoder trains.
         weights: ``[B]`` float32: the loss is ``sum(weights * per_sample_loss)``.
         names: file of every sample, for error messages.
+        masks: ``[B, 1, h, w]`` float32 in [0, 1], how much of the loss every place has; None: the same everywhere.
     """
 
     latents: Tensor
@@ -85,6 +86,7 @@ class Batch:
     conditioning: Conditioning
     weights: Tensor
     names: tuple[str, ...]
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)

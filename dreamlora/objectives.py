@@ -18,6 +18,19 @@ from dreamlora.errors import UserError
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
+def squared_errors(prediction: Tensor, target: Tensor, masks: Tensor | None = None) -> Tensor:
+    """Mean squared error of every sample, in float32: two ``[B, C, h, w]`` of any precision give ``[B]``.
+
+    Args:
+        masks: ``[B, 1, h, w]`` in [0, 1]: the mean is weighted by it, so that a small subject counts as much as a large
+            one. A sample whose mask is black has no error: there is nothing to learn of it.
+    """
+    squared = (prediction.float() - target.float()).square()
+    if masks is None:
+        return squared.flatten(1).mean(1)
+    return (squared.mean(1, keepdim=True) * masks).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp(min=1e-6)
+
+
 def _like(values: Tensor, latents: Tensor) -> Tensor:
     """``[B]`` as ``[B, 1, 1, 1]`` in the latents' precision."""
     return values.to(latents.dtype).reshape(-1, *[1] * (latents.dim() - 1))

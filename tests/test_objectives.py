@@ -15,7 +15,7 @@ from diffusers.training_utils import (
 )
 
 from dreamlora.errors import UserError
-from dreamlora.objectives import Diffusion, RectifiedFlow
+from dreamlora.objectives import Diffusion, RectifiedFlow, squared_errors
 
 PREDICTIONS = ["epsilon", "v_prediction"]
 SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
@@ -187,3 +187,15 @@ def test_constants_go_to_a_device_once(batch: SimpleNamespace, monkeypatch: pyte
     for _ in range(3):
         objective.corrupt(latents, noise, times), objective.target(latents, noise, times), objective.weight(times)
     assert copied.count(objective.alphas_cumprod.shape) == 1
+
+
+def test_errors_count_where_the_mask_is_white():
+    prediction, target = torch.zeros(3, 2, 4, 4), torch.zeros(3, 2, 4, 4)
+    target[:, :, :, :2] = 2.0  # an error of 4 on the left, none on the right
+    left, both, none = torch.zeros(1, 4, 4), torch.ones(1, 4, 4), torch.zeros(1, 4, 4)
+    left[:, :, :2] = 1.0
+    masks = torch.stack([left, both, none])
+    assert squared_errors(prediction, target, masks).tolist() == [4.0, 2.0, 0.0]
+    assert squared_errors(prediction, target).tolist() == [2.0, 2.0, 2.0]
+    grey = torch.full((3, 1, 4, 4), 0.5)  # what matters is the share of a place, not how bright the mask is
+    assert squared_errors(prediction, target, grey).tolist() == [2.0, 2.0, 2.0]

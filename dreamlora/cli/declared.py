@@ -46,7 +46,8 @@ class Option:
     """One flag.
 
     Attributes:
-        kind: the type of one value: int, float, str, Path or bool.
+        kind: the type of one value: int, float, str, Path or bool; or a dataclass, for a list of entries that only
+            a YAML file can hold.
         choices: the allowed words, or empty for any.
         several: whether it takes a list of values.
         count: how many values exactly; 0 for any number.
@@ -68,8 +69,15 @@ class Option:
         return self.kind is bool and not self.several
 
     @property
+    def entries(self) -> bool:
+        """Whether its values are mappings, with the fields of ``kind``."""
+        return is_dataclass(self.kind)
+
+    @property
     def takes(self) -> str:
         """What it takes, in words."""
+        if self.entries:
+            return "a list of entries, each with keys and values, in a --config file"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         noun = _KINDS[self.kind].noun
@@ -78,6 +86,8 @@ class Option:
     @property
     def metavar(self) -> str:
         """What it takes, for the help text."""
+        if self.entries:
+            return "(in a --config file)"
         one = f"{{{','.join(self.choices)}}}" if self.choices else _KINDS[self.kind].metavar
         return " ".join([one] * self.count) if self.count else f"{one} ..." if self.several else one
 
@@ -96,6 +106,8 @@ class Option:
         Raises:
             ValueError: the words have not the right number or form; the message goes on after the option's name.
         """
+        if self.entries:
+            raise ValueError(f"takes {self.takes}")
         if self.count and len(words) == 1:
             words = words[0].split(",")
         if self.count and len(words) != self.count:
@@ -174,7 +186,7 @@ def _option(declared: Field[Any], annotation: Any, text: str) -> Option:
     one = parts[0] if parts else None
     choices = get_args(one) if get_origin(one) is Literal else ()
     kind = str if choices else one
-    known = kind in _KINDS and all(isinstance(choice, str) for choice in choices)
+    known = (kind in _KINDS or is_dataclass(kind)) and all(isinstance(choice, str) for choice in choices)
     if not known or any(part not in (one, Ellipsis) for part in parts):
         raise TypeError(f"{declared.name}: no word of a command line can become a {annotation}")
     count = len(parts) if several and Ellipsis not in parts else 0

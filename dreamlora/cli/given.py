@@ -81,11 +81,38 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for key, value in flat.items():
         name = str(key).replace("-", "_")
-        if name in options:
+        if name in options and options[name].entries:
+            given[name] = _entries(options[name], value, str(file), config_class)
+        elif name in options:
             given[name] = value_of(options[name], value, str(file))
         elif not _unneeded(name, options) and value is not None:
             raise UserError(_unknown(f"key {key!r} in {file}", name, options, config_class))
     return given
+
+
+def _entries(option: Option, given: Any, file: str, config_class: type) -> tuple[Any, ...] | None:
+    """A list of mappings as records of the option's dataclass; without what the program does not offer."""
+    if given is None:
+        return None
+    if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
+        raise UserError(f"{file}: {option.name} takes {option.takes} (got {given!r:.80})")
+    not_offered: Mapping[str, str] = getattr(config_class, "NOT_OFFERED", {})
+    offered = {name: own for name, own in options_of(option.kind).items() if name not in not_offered}
+    records = []
+    for number, entry in enumerate(given, start=1):
+        where = f"{file}, entry {number} of {option.name}"
+        values: dict[str, Any] = {}
+        for key, value in entry.items():
+            name = str(key).replace("-", "_")
+            if name not in offered:
+                why = f"not offered: {not_offered[name]}" if name in not_offered else "unknown"
+                raise UserError(f"{where}: {key!r} is {why}. An entry takes {', '.join(offered)}")
+            values[name] = value_of(offered[name], value, where)
+        try:
+            records.append(option.kind(**{name: value for name, value in values.items() if value is not None}))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    return tuple(records)
 
 
 def value_of(option: Option, given: Any, where: str = "") -> Any:

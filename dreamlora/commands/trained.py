@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dreamlora.commands.sample.flags import SampleConfig
-from dreamlora.config import EMBEDDED_MODEL, Model, Sample
+from dreamlora.config import EMBEDDED_MODEL, Model, Sample, instance_prompt_of
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.loading import SCHEDULER, read_config, resolve_source
@@ -104,7 +104,7 @@ def prompts_of(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...
     Raises:
         UserError: there are none, or no subject for a placeholder.
     """
-    subject = Subject.of(settings.get("instance_prompt"), settings.get("class_prompt"), name=config.subject)
+    subject = Subject.of(instance_prompt_of(settings), settings.get("class_prompt"), name=config.subject)
     if config.prompts:
         return tuple(subject.put_into(prompt, "--prompts") for prompt in config.prompts)
     if config.sample_prompts:

@@ -18,6 +18,7 @@ from dreamlora.compare.methods import Group, differing_options, group, labelled,
 from dreamlora.compare.records import Record, data_name, model_name, read_record
 from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
+from dreamlora.config import instance_prompt_of
 from dreamlora.errors import UserError
 from dreamlora.metric_names import EVAL_LOSS, main_values
 from dreamlora.runfolder import write_atomically
@@ -217,7 +218,7 @@ def _task(records: Sequence[Record], judge: Judge) -> Task:
     return Task(
         model=model_name(config),
         data=data_name(config),
-        instance_prompt=config.get("instance_prompt"),
+        instance_prompt=instance_prompt_of(config),
         steps=config.get("max_train_steps"),
         evalset_id=next(record.evalset_id for record in records if record.losses),
         eval_items=judge.items,

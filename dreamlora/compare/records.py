@@ -199,6 +199,8 @@ def data_name(config: Mapping[str, Any]) -> str:
     folder = config.get("instance_data_dir") or config.get("train_data_dir")
     if folder:
         return Path(folder).name
+    if config.get("datasets"):
+        return " + ".join(data_name(entry) for entry in config["datasets"])
     return str(config.get("dataset_name") or config.get("subject") or config.get("style") or "?")
 
 

@@ -1,5 +1,6 @@
 """What can be set of a run: every option once. ``run`` has the groups and the whole, ``programs`` the programs."""
 
+from dreamlora.config.datasets import DataSet, instance_prompt_of
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
 from dreamlora.config.programs import PROGRAMS, TextToImageConfig, program_of
 from dreamlora.config.run import (
@@ -20,6 +21,7 @@ __all__ = [
     "IMAGES_FOR_METRICS",
     "PROGRAMS",
     "Data",
+    "DataSet",
     "Encoders",
     "Eval",
     "Lora",
@@ -32,5 +34,6 @@ __all__ = [
     "Tracker",
     "Train",
     "as_flat_dict",
+    "instance_prompt_of",
     "program_of",
 ]

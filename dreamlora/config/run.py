@@ -7,10 +7,11 @@ length of the run, as the text says. Nothing here imports torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from dreamlora.config.datasets import SOURCES, DataSet
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
@@ -93,6 +94,10 @@ class Data:
     """The first N tags stay where they are."""
     caption_variants: int = 4
     """Random orders of the tags kept in the cache for each caption; each time an image is seen, one is drawn."""
+    datasets: tuple[DataSet, ...] = ()
+    """Several data sets instead of one: a list in a --config file, each with its folder, repeats, prompt, ..."""
+    mask_data_dir: Path | None = None
+    """Folder with masks named like their images: white is learned, black is left alone, grey in between."""
     class_data_dir: Path | None = None
     """Folder with images of the class; missing ones are made by the base model. Default: outputs/class_images/..."""
     class_prompt: str | None = None
@@ -147,12 +152,43 @@ class Data:
         _at_least(self, 3, "tokenizer_max_length")
         if self.train_data_dir and self.dataset_name:
             raise UserError("give either --train_data_dir or --dataset_name, not both")
-        if self.streaming and not self.dataset_name:
+        of_one = next((name for name in (*SOURCES, "max_train_samples", "mask_data_dir") if getattr(self, name)), None)
+        if self.datasets and of_one:
+            raise UserError(f"give either --{of_one} or datasets, not both: it can be said in each of its entries")
+        if self.mask_data_dir and self.dataset_name:
+            raise UserError("--mask_data_dir belongs to a folder of images: a --dataset_name cannot have masks")
+        if self.streaming and not any(one.dataset_name for one in self.each()):
             raise UserError("--streaming is only used together with --dataset_name")
         if self.keep_tags and not self.shuffle_tags:
             raise UserError("--keep_tags is only used together with --shuffle_tags")
         if self.bucket_step and not self.buckets:
             raise UserError("--bucket_step is only used together with --buckets")
+
+    def each(self) -> tuple[Data, ...]:
+        """The options of every data set by themselves: those of its entry, and for the others the flags."""
+        if not self.datasets:
+            return (self,)
+        common = replace(self, datasets=(), streaming=False)
+        entries = ((entry, {k: v for k, v in entry.given().items() if k != "loss_weight"}) for entry in self.datasets)
+        return tuple(
+            replace(common, **own, streaming=self.streaming and entry.dataset_name is not None)
+            for entry, own in entries
+        )
+
+    @property
+    def given(self) -> bool:
+        """Whether a person's images are named: none means those of the embedded model."""
+        return bool(self.datasets) or any(getattr(self, name) for name in SOURCES)
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Factor of the loss of every data set's images."""
+        return tuple(entry.loss_weight for entry in self.datasets) or (1.0,)
+
+    @property
+    def subject_prompt(self) -> str | None:
+        """The prompt that names the subject: the flag's, or that of the first data set with one."""
+        return next((one.instance_prompt for one in (self, *self.each()) if one.instance_prompt), None)
 
 
 @dataclass(frozen=True)
@@ -362,7 +398,13 @@ def as_flat_dict(config: RunConfig) -> dict[str, Any]:
         part = getattr(config, group.name)
         for option in (option for option in fields(part) if option.name not in config.NOT_OFFERED):
             value = getattr(part, option.name)
-            flat[option.name] = (
-                list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-            )
+            flat[option.name] = _as_yaml(value)
     return flat
+
+
+def _as_yaml(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_as_yaml(part) for part in value]
+    if isinstance(value, DataSet):
+        return {name: _as_yaml(part) for name, part in value.given().items()}
+    return str(value) if isinstance(value, Path) else value

@@ -22,6 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import DISK_FULL, UserError
@@ -230,6 +231,7 @@ class LatentStore:
         records: the images.
         keys: gives the cache keys of an image's variants.
         entries: of the cache.
+        mask_keys: the same of its mask; none for an image without one.
 
     Attributes:
         names: one per image, for error messages.
@@ -238,13 +240,18 @@ class LatentStore:
     """
 
     def __init__(
-        self, records: Sequence[ImageRecord], keys: Callable[[ImageRecord], Sequence[str]], entries: Recent
+        self,
+        records: Sequence[ImageRecord],
+        keys: Callable[[ImageRecord], Sequence[str]],
+        entries: Recent,
+        mask_keys: Callable[[ImageRecord], Sequence[str]] = lambda record: (),
     ) -> None:
         self.names: Sequence[str] = Column(records, lambda record: record.name)
         self.captions: Sequence[str] = Column(records, lambda record: record.caption)
         self.content_hashes: Sequence[str] = Column(records, lambda record: record.content_hash())
         self._records = records
         self._keys = functools.lru_cache(maxsize=KEYS_KEPT)(lambda index: keys(records[index]))
+        self._mask_keys = functools.lru_cache(maxsize=KEYS_KEPT)(lambda index: mask_keys(records[index]))
         self._entries = entries
 
     def __len__(self) -> int:
@@ -262,6 +269,25 @@ class LatentStore:
         """
         entry = self._entries[self._keys(index)[variant]]
         return entry["mean"], entry["std"]
+
+    def mask(self, index: int, variant: int) -> Tensor | None:
+        """How much of the loss every place of the latents has: ``[1, h, w]`` float32 in [0, 1]; None: all the same.
+
+        Raises:
+            UserError: see ``latents``.
+        """
+        keys = self._mask_keys(index)
+        if not keys:
+            return None
+        mask = self._entries[keys[variant]]["mask"].float().div(255)
+        height, width = self.latents(index, variant)[0].shape[-2:]
+        return adaptive_avg_pool2d(mask, (height, width))
+
+    def masks(self) -> Tensor | None:
+        """``[images, 1, h, w]`` of the first variants, white for an image without a mask; None if none has one."""
+        masks = [self.mask(index, 0) for index in range(len(self))]
+        white = next((torch.ones_like(mask) for mask in masks if mask is not None), None)
+        return None if white is None else torch.stack([white if mask is None else mask for mask in masks])
 
 
 class PromptStore:

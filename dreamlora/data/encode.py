@@ -17,7 +17,8 @@ from tqdm import tqdm
 from dreamlora.data.cache import RAM_BYTES, Entry, KeyPart, LatentStore, PromptStore, Recent, TensorCache, content_key
 from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.images import ImageRecord, decode
-from dreamlora.data.transforms import Preparation, Variant, crop, to_tensor, variants
+from dreamlora.data.masks import mask_plan, store_masks
+from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents
 
@@ -65,13 +66,13 @@ class Filling:
 
 
 def encode_dataset(
-    records: Sequence[ImageRecord], how: Preparation, encode: Callable[[Tensor], Latents], filling: Filling
+    records: Sequence[ImageRecord], how: Preparations, encode: Callable[[Tensor], Latents], filling: Filling
 ) -> LatentStore:
-    """Encode all variants of all images that the cache lacks.
+    """Encode all variants of all images that the cache lacks, and crop their masks.
 
     Args:
         records: the images.
-        how: resolution, crops and mirroring.
+        how: resolution, crops and mirroring, by data set.
         encode: takes pixels ``[B, 3, H, W]`` float32 in [-1, 1] on the CPU. Not called if nothing is missing, so it may
             load the autoencoder when first called.
         filling: where and how.
@@ -90,10 +91,12 @@ def encode_dataset(
     with torch.no_grad():
         for batch in _batches(filling.bar(crops, "image", len(jobs)), filling.batch_size):
             _store(batch, encode, filling.cache)
+    store_masks(records[filling.rank :: filling.world], how, filling.cache)
     return LatentStore(
         records,
         lambda record: [key for key, _ in _plan(record, how, filling.key_parts)],
         Recent(filling.cache, filling.ram_bytes),
+        lambda record: [key for key, _ in mask_plan(record, how)],
     )
 
 
@@ -146,15 +149,15 @@ Plan = list[tuple[str, Variant]]
 """The cache key of every variant of one image."""
 
 
-def _plan(record: ImageRecord, how: Preparation, key_parts: Mapping[str, KeyPart]) -> Plan:
-    facts = record.facts
+def _plan(record: ImageRecord, how: Preparations, key_parts: Mapping[str, KeyPart]) -> Plan:
+    facts, own = record.facts, how[record]
     return [
-        (content_key("latents", facts.content_hash, variant, how.resolution, how.interpolation, key_parts), variant)
-        for variant in variants(facts.size, facts.content_hash, how)
+        (content_key("latents", facts.content_hash, variant, own.resolution, own.interpolation, key_parts), variant)
+        for variant in variants(facts.size, facts.content_hash, own)
     ]
 
 
-def _jobs(records: Sequence[ImageRecord], how: Preparation, filling: Filling) -> array[int]:
+def _jobs(records: Sequence[ImageRecord], how: Preparations, filling: Filling) -> array[int]:
     """Which images this process is to encode. Copies count once.
 
     Shared out before looking what is missing: that changes while others work.
@@ -183,7 +186,7 @@ class _Crops(Dataset):
     value, because DataLoader would wrap its message in a traceback.
     """
 
-    def __init__(self, records: Sequence[ImageRecord], jobs: array[int], how: Preparation, filling: Filling) -> None:
+    def __init__(self, records: Sequence[ImageRecord], jobs: array[int], how: Preparations, filling: Filling) -> None:
         self._records = records
         self._jobs = jobs
         self._how = how
@@ -206,7 +209,7 @@ class _Crops(Dataset):
             image = decode(data, record.where)
         except UserError as error:
             return error
-        return [_Crop(key, record.where, crop(image, variant, self._how)) for key, variant in wanted.items()]
+        return [_Crop(key, record.where, crop(image, variant, self._how[record])) for key, variant in wanted.items()]
 
 
 def _as_is(crops: Any) -> Any:

@@ -63,6 +63,8 @@ class ImageRecord:
         read: gives the bytes of the image file; can be pickled.
         where: full path, or data set and row, for error messages.
         known: hash and size, where these were found out before.
+        dataset: number of its data set in the run.
+        mask: another image of the same shape: where it is white, the image is learned.
     """
 
     name: str
@@ -70,6 +72,8 @@ class ImageRecord:
     read: Callable[[], bytes]
     where: str
     known: ImageFacts | None = None
+    dataset: int = 0
+    mask: ImageRecord | None = None
 
     @classmethod
     def from_image(cls, name: str, caption: str, image: Image.Image) -> ImageRecord:

@@ -64,6 +64,26 @@ class Preparation:
         return nearest(size, self.sizes) if self.sizes else (self.resolution, self.resolution)
 
 
+@dataclass(frozen=True)
+class Preparations:
+    """The preparation of every data set of a run, by the number that its images carry."""
+
+    each: tuple[Preparation, ...]
+
+    @classmethod
+    def of(cls, data: Data, resolution: int, seed: int) -> Preparations:
+        """As the options of every data set say."""
+        return cls(tuple(Preparation.of(one, resolution, seed) for one in data.each()))
+
+    def __getitem__(self, record: ImageRecord) -> Preparation:
+        """How an image is prepared."""
+        return self.each[record.dataset]
+
+    def fixed(self, resolution: int) -> Preparations:
+        """Squares of one size without anything random, for images that are measured on."""
+        return Preparations(tuple(replace(how.fixed(), resolution=resolution) for how in self.each))
+
+
 class Variant(NamedTuple):
     """One crop of an image.
 
@@ -99,10 +119,14 @@ def variants(size: Size, content_hash: str, how: Preparation) -> list[Variant]:
     return [Variant(box, flipped) for box in boxes for flipped in ([False, True] if how.random_flip else [False])]
 
 
-def bucket_numbers(records: Iterable[ImageRecord], sizes: Sequence[Size]) -> Sequence[int] | None:
-    """For every image the number of its size among ``sizes``, two bytes each; None without buckets."""
+def bucket_numbers(records: Iterable[ImageRecord], how: Preparations) -> Sequence[int] | None:
+    """For every image the number of the size that it is trained at, two bytes each; None if there is but one."""
+    squares = {(one.resolution, one.resolution) for one in how.each}
+    if len(squares) == 1 and not any(one.sizes for one in how.each):
+        return None
+    sizes = sorted(squares.union(*(one.sizes for one in how.each)))
     number = {size: place for place, size in enumerate(sizes)}
-    return array("H", (number[nearest(record.facts.size, tuple(sizes))] for record in records)) if sizes else None
+    return array("H", (number[how[record].target(record.facts.size)] for record in records))
 
 
 def crop(image: Image.Image, variant: Variant, how: Preparation) -> np.ndarray:

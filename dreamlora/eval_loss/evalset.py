@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class EvalSet:
     Attributes:
         latents: ``[images, C, h, w]`` float32, means of the posterior.
         captions: one per image.
+        masks: ``[images, 1, h, w]`` in [0, 1], how much of the loss every place has; None: all the same.
         image: ``[items]`` int64.
         times: ``[items]``, as the objective takes them.
         position: ``[items]`` float32 in (0, 1): how far along the schedule, whatever its units.
@@ -53,6 +54,14 @@ class EvalSet:
     noise_keys: tuple[str, ...]
     model_id: str
     id: str
+    masks: Tensor | None = None
+
+    def masked(self, masks: Tensor | None) -> EvalSet:
+        """The same items with masks ``[images, 1, h, w]``, which are part of the identity; itself without any."""
+        if masks is None:
+            return self
+        identity = _identity(self.latents, self.captions, self.times, self.noise_keys, self.model_id, masks)
+        return replace(self, masks=masks, id=identity)
 
     def noise(self, items: Sequence[int]) -> Tensor:
         """``[len(items), C, h, w]`` float32; drawn anew each time, so that it need not be stored."""
@@ -66,6 +75,7 @@ class EvalSet:
     def save(self, file: Path) -> None:
         """Write ``file`` (.json) and the tensors beside it (.safetensors), so that other runs can be measured on it."""
         tensors = {"latents": self.latents, "image": self.image, "times": self.times, "position": self.position}
+        tensors |= {} if self.masks is None else {"masks": self.masks}
         with replacing(file.with_suffix(".safetensors")) as temporary:
             # for flow models times and positions are one tensor, which safetensors does not take
             save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary)
@@ -96,11 +106,12 @@ class EvalSet:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{file} is no evaluation set that can be read ({type(error).__name__})") from error
         latents, image, times, position = parts
-        if _identity(latents, captions, times, keys, model) != claimed_id:
+        masks = tensors.get("masks")
+        if _identity(latents, captions, times, keys, model, masks) != claimed_id:
             raise UserError(
                 f"{file} and {file.with_suffix('.safetensors').name} do not belong together: copy both again"
             )
-        return cls(latents, captions, image, times, position, keys, model, claimed_id)
+        return cls(latents, captions, image, times, position, keys, model, claimed_id, masks)
 
 
 def build_eval_set(
@@ -145,8 +156,8 @@ def build_final_set(
     where = zip(image.tolist(), bins.tolist(), numbers, strict=True)
     keys = tuple(f"{seed}/final/{names[i]}/{j}/{k}" for i, j, k in where)
     times = objective.spread_times(position)
-    identity = _identity(curve.latents, curve.captions, times, keys, curve.model_id)
-    return EvalSet(curve.latents, curve.captions, image, times, position, keys, curve.model_id, identity)
+    identity = _identity(curve.latents, curve.captions, times, keys, curve.model_id, curve.masks)
+    return EvalSet(curve.latents, curve.captions, image, times, position, keys, curve.model_id, identity, curve.masks)
 
 
 def _spread(n_images: int, n_times: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,9 +168,17 @@ def _spread(n_images: int, n_times: int) -> tuple[Tensor, Tensor, Tensor]:
     return image, bins, ((bins + shift) / n_times).to(torch.float32)
 
 
-def _identity(latents: Tensor, captions: Sequence[str], times: Tensor, keys: tuple[str, ...], model_id: str) -> str:
+def _identity(
+    latents: Tensor,
+    captions: Sequence[str],
+    times: Tensor,
+    keys: tuple[str, ...],
+    model_id: str,
+    masks: Tensor | None = None,
+) -> str:
     digest = hashlib.sha256(repr((keys, tuple(captions), model_id, times.tolist())).encode())
-    digest.update(latents.contiguous().numpy().tobytes())
+    for tensor in (latents, masks):
+        digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -182,7 +201,8 @@ class Measured:
 
 @torch.no_grad()
 def evaluate_loss(model: Measured, items: EvalSet, *, batch_size: int, rank: int = 0, world: int = 1) -> list[float]:
-    """Mean squared error of every item, unweighted, in float32. Every process must call it, and gets all losses.
+    """Mean squared error of every item in float32, unweighted but for its mask. Every process must call it, and gets
+    all losses.
 
     Args:
         model: what is measured.
@@ -207,5 +227,6 @@ def evaluate_loss(model: Measured, items: EvalSet, *, batch_size: int, rank: int
         noisy = model.objective.corrupt(latents, noise, times)
         prediction = model.predict(noisy, times, model.conditioning([items.captions[i] for i in image.tolist()]))
         target = model.objective.target(latents, noise, times)
-        losses.update(torch.tensor(chunk), prediction, target)
+        masks = None if items.masks is None else items.masks[image].to(model.device)
+        losses.update(torch.tensor(chunk), prediction, target, masks)
     return losses.compute().tolist()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamlora.metrics._gathered import GatheredRows
+from dreamlora.objectives import squared_errors
 
 
 class EvalLoss(GatheredRows):
@@ -16,15 +17,12 @@ class EvalLoss(GatheredRows):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__({"losses": torch.zeros(0)}, **kwargs)
 
-    def update(self, items: Tensor, prediction: Tensor, target: Tensor) -> None:  # type: ignore[override]
-        """Add items: their numbers ``[n]`` int64, and two ``[n, ...]``."""
-        super().update(items, losses=item_losses(prediction, target))
+    def update(  # type: ignore[override]
+        self, items: Tensor, prediction: Tensor, target: Tensor, masks: Tensor | None = None
+    ) -> None:
+        """Add items: their numbers ``[n]`` int64, and what ``squared_errors`` takes."""
+        super().update(items, losses=squared_errors(prediction, target, masks))
 
     def compute(self) -> Tensor:
         """``[items]`` float32 of all processes, by the numbers of the items."""
         return self.rows("losses")
-
-
-def item_losses(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every item: two ``[n, ...]`` of any precision give ``[n]`` float32."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)

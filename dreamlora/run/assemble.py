@@ -16,7 +16,8 @@ from dreamlora import registry
 from dreamlora.cli.parse import method_options
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.data.captions import CaptionPlan
-from dreamlora.data.transforms import Preparation, bucket_numbers
+from dreamlora.data.sets import epoch_length, loss_shares, places
+from dreamlora.data.transforms import Preparations, bucket_numbers
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.inject import add_lora, trainable_parameters
@@ -95,7 +96,8 @@ def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Con
 def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
     """All before the first step; a resumed run is where its checkpoint left it."""
     pictures = read_images(context, folder)
-    counts = defaults.ImageCounts(len(pictures.train), len(pictures.measured), len(pictures.learned))
+    epoch = epoch_length(pictures.train, context.config.data)
+    counts = defaults.ImageCounts(epoch, len(pictures.measured), len(pictures.learned))
     context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)
     context.eval_price = defaults.eval_price(context.config, counts, context.accelerator.num_processes)
     if context.eval_price.forwards:
@@ -165,11 +167,13 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     """Encode everything once, then load the denoiser, inject the LoRA and put the run together."""
     config, accelerator = context.config, context.accelerator
     encode, text = _conditioning(context, pictures)
-    how = Preparation.of(config.data, config.data.resolution or 0, config.train.seed)
+    side = config.data.resolution or 0
+    how = Preparations.of(config.data, side, config.train.seed)
     with context.timed("encoding images"):
         store = encode_images(context, pictures.train, how)
-        class_store = encode_images(context, pictures.classes, how) if pictures.classes else None
-        material = schedule.eval_material(context, pictures, how.fixed())
+        alike = Preparations.of(replace(config.data, datasets=()), side, config.train.seed)  # class images are one set
+        class_store = encode_images(context, pictures.classes, alike) if pictures.classes else None
+        material = schedule.eval_material(context, pictures, how.fixed(side))
     context.parts.free("vae")
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
     model = _with_lora(context, components, text)
@@ -178,7 +182,15 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     optimizer, lr_scheduler = _optimizer(context, accelerator.unwrap_model(model), options)
     objective = context.family.objective(components["scheduler"], config.train)
     caption = CaptionPlan.of(config.data, config.train.seed).draw
-    sources = [Source("instance", store, 1.0, caption, bucket_numbers(pictures.train, how.sizes))]
+    learned, data = pictures.train, config.data
+    sources = [
+        Source(
+            *("instance", store, 1.0, caption),
+            buckets=bucket_numbers(learned, how),
+            places=places(learned, data),
+            shares=loss_shares(learned, data),
+        )
+    ]
     if class_store:
         sources.append(Source("class", class_store, config.data.prior_loss_weight))
     run = Run(

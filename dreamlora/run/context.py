@@ -62,7 +62,7 @@ class RunContext:
     @property
     def subject(self) -> Subject:
         """What is learned, as the options name it."""
-        return Subject.of(self.config.data.instance_prompt, self.config.data.class_prompt)
+        return Subject.of(self.config.data.subject_prompt, self.config.data.class_prompt)
 
     @property
     def cache(self) -> TensorCache:

@@ -101,12 +101,12 @@ class ImageCounts:
     """How many images a run has.
 
     Attributes:
-        train: to learn.
+        epoch: samples in an epoch: training images, each as often as its repeats say.
         measured: that the evaluation loss is about.
         learned: training images that are measured too, for the gap.
     """
 
-    train: int
+    epoch: int
     measured: int
     learned: int
 
@@ -120,7 +120,7 @@ def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
         world: number of processes.
     """
     global_batch = _global_batch(config, world)
-    steps_per_epoch = math.ceil(images.train * config.data.repeats / global_batch)
+    steps_per_epoch = math.ceil(images.epoch / global_batch)
     total = config.train.max_train_steps or steps_per_epoch * config.train.num_train_epochs
     sample_steps = config.sample.sample_steps
     if sample_steps is None and config.sample.validation_epochs:
@@ -196,6 +196,8 @@ def _default_folder(config: RunConfig, new: bool) -> RunFolder:
     name = Path(data.dataset_name or data.subject or data.style or "run").name
     if folder := data.instance_data_dir or data.train_data_dir:
         name = folder.resolve().name
+    if data.datasets:
+        name = data.datasets[0].name
     path = Path("outputs") / f"{name}-{config.optim.optimizer}"
     number = 1
     while RunFolder(_numbered(path, number)).holds_run():

@@ -10,7 +10,7 @@ from torch import Tensor
 from dreamlora.data.cache import LatentStore
 from dreamlora.data.encode import encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
-from dreamlora.data.transforms import Preparation
+from dreamlora.data.transforms import Preparations
 from dreamlora.interfaces import Components, Conditioning, Latents
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
@@ -24,7 +24,7 @@ Encode = Callable[[Sequence[str]], Conditioning]
 """Captions to batched conditioning."""
 
 
-def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Preparation) -> LatentStore:
+def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Preparations) -> LatentStore:
     """Latents of all images, made by the autoencoder where the cache lacks them."""
 
     def encode(pixels: Tensor) -> Latents:

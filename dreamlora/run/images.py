@@ -10,9 +10,10 @@ from typing import Any
 
 from dreamlora.config import Data
 from dreamlora.data.cache import cache_folder
-from dreamlora.data.dataset import examine, load_images, split_holdout
+from dreamlora.data.dataset import examine, split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
+from dreamlora.data.sets import load_sets
 from dreamlora.errors import UserError
 from dreamlora.lora.inject import target_layers
 from dreamlora.models.parts import DTYPES, ROLES, Parts
@@ -66,13 +67,15 @@ class RunImages:
 def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     """Images to learn and to measure on, and the prompts to draw; a file that is no image stops the run here."""
     data, main = context.config.data, context.accelerator.is_main_process
-    if not (data.instance_data_dir or data.train_data_dir or data.dataset_name):
+    if not data.given:
         data = _draw_built_in(context, folder)
-    images = load_images(data, context.config.model.cache_dir, progress=main)
+    images = load_sets(data, context.config.model.cache_dir, progress=main)
     if images.skipped:
         names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
-        place = data.train_data_dir or data.instance_data_dir
+        place = data.train_data_dir or data.instance_data_dir or "the data sets"
         context.warn(f"{len(images.skipped)} files in {place} are no images and were skipped: {names}")
+    if images.unmasked:
+        context.warn(f"{images.unmasked} images have no mask: they are learned everywhere")
     training, held_out = split_holdout(images.records, data.holdout)
     if not held_out and context.config.eval.eval_steps != 0:
         context.warn(

@@ -17,7 +17,7 @@ from dreamlora.callbacks.log import LogCallback
 from dreamlora.callbacks.meet import MeetCallback
 from dreamlora.callbacks.sample import SampleCallback
 from dreamlora.data.cache import LatentStore
-from dreamlora.data.transforms import Preparation
+from dreamlora.data.transforms import Preparations
 from dreamlora.eval_loss.evalset import EvalSet, build_eval_set, build_final_set
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
@@ -47,7 +47,7 @@ class Material:
     learned: LatentStore | None
 
 
-def eval_material(context: RunContext, pictures: RunImages, how: Preparation) -> Material:
+def eval_material(context: RunContext, pictures: RunImages, how: Preparations) -> Material:
     """Encode the images to measure on; and, for the gap between the two, images that are trained on."""
     options = context.config.eval
     with_gap = pictures.learned and options.eval_steps and options.final_eval_items
@@ -132,4 +132,4 @@ def _eval_set(context: RunContext, run: Run, images: LatentStore) -> EvalSet:
         run.objective,
         seed=context.config.eval.eval_seed,
         model_id=context.source.predictor_id,
-    )
+    ).masked(images.masks())

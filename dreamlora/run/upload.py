@@ -34,7 +34,7 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
         repo_id_or_path=name,
         from_training=True,
         base_model=config.model.pretrained_model_name_or_path,
-        prompt=config.data.instance_prompt,
+        prompt=config.data.subject_prompt,
         model_description=f"A LoRA of rank {config.lora.rank}, trained by dreamlora.",
     )
     populate_model_card(card, tags=["lora", "text-to-image", "diffusers"]).save(folder.path / "README.md")

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dreamlora.config import RunConfig
 from dreamlora.errors import DivergedError
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
+from dreamlora.objectives import squared_errors
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
@@ -171,8 +172,7 @@ def _batch_loss(run: Run, batch: Batch, micro: int, part: int) -> Tensor:
     _seed_dropout(run, micro, part)
     noisy = run.objective.corrupt(batch.latents, batch.noise, batch.times)
     target = run.objective.target(batch.latents, batch.noise, batch.times)
-    prediction = run.model(noisy, batch.times, batch.conditioning)
-    error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    error = squared_errors(run.model(noisy, batch.times, batch.conditioning), target, batch.masks)
     return (batch.weights * run.objective.weight(batch.times) * error).sum()
 
 
@@ -199,6 +199,7 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
         conditioning={name: _onto(value, device) for name, value in batch.conditioning.items()},
         weights=_onto(batch.weights, device),
         names=batch.names,
+        masks=None if batch.masks is None else _onto(batch.masks, device),
     )
 
 

@@ -65,6 +65,8 @@ class Source:
         weight: of their loss.
         caption: what becomes of a caption at a sample position, by (caption, source's name, position).
         buckets: number of every image's bucket; None if all have one size.
+        places: the image at every place of an epoch, before it is shuffled; None: every image once, in order.
+        shares: factor of every image's loss besides ``weight``; None: 1.
     """
 
     name: str
@@ -72,6 +74,13 @@ class Source:
     weight: float
     caption: Callable[..., str] = lambda caption, *position: caption
     buckets: Sequence[int] | None = None
+    places: Sequence[int] | None = None
+    shares: Sequence[float] | None = None
+
+    @property
+    def length(self) -> int:
+        """Samples in an epoch."""
+        return len(self.store.names if self.places is None else self.places)
 
 
 class Stream:
@@ -122,19 +131,22 @@ class Stream:
             conditioning=self._conditioning([drawn.caption for drawn in samples]),
             weights=torch.tensor([drawn.weight / share for drawn in samples]),
             names=tuple(drawn.name for drawn in samples),
+            masks=_masks(samples),
         )
 
     def _order_of_epoch(self, name: str, length: int, epoch: int) -> Sequence[int]:
+        """The image at every place."""
+        source = next(source for source in self.sources if source.name == name)
         order = array("q", permutation(length, self._seed, name, "order", epoch))
-        buckets = next(source.buckets for source in self.sources if source.name == name)
-        if buckets is None:
+        if source.places is not None:
+            order = array("q", (source.places[place] for place in order))
+        if source.buckets is None:
             return order
-        return arranged(order, buckets, self.layout.global_batch_size, epoch * length)
+        return arranged(order, source.buckets, self.layout.global_batch_size, epoch * length)
 
     def _sample(self, source: Source, position: int) -> _PlacedSample:
-        length = len(source.store.names)
-        epoch, place = divmod(position, length)
-        index = self._order(source.name, length, epoch)[place]
+        epoch, place = divmod(position, source.length)
+        index = self._order(source.name, source.length, epoch)[place]
         draw = generator(self._seed, source.name, position)
         uniforms = torch.rand(2, generator=draw)
         variant = int(torch.randint(source.store.count(index), (), generator=draw))
@@ -144,7 +156,9 @@ class Stream:
         if self._noise_offset:
             noise = noise + self._noise_offset * torch.randn(mean.shape[0], 1, 1, generator=draw)
         caption = source.caption(source.store.captions[index], source.name, position)
-        return _PlacedSample(latents, noise, uniforms, caption, source.store.names[index], source.weight)
+        weight = source.weight * (1.0 if source.shares is None else source.shares[index])
+        mask = source.store.mask(index, variant)
+        return _PlacedSample(latents, noise, uniforms, caption, source.store.names[index], weight, mask)
 
 
 class _PlacedSample(NamedTuple):
@@ -156,6 +170,15 @@ class _PlacedSample(NamedTuple):
     caption: str
     name: str
     weight: float
+    mask: torch.Tensor | None
+
+
+def _masks(samples: Sequence[_PlacedSample]) -> torch.Tensor | None:
+    """``[B, 1, h, w]``, white for samples without a mask; None if none has one."""
+    if all(drawn.mask is None for drawn in samples):
+        return None
+    white = torch.ones(1, *samples[0].latents.shape[1:])
+    return torch.stack([white if drawn.mask is None else drawn.mask for drawn in samples])
 
 
 def arranged(order: Sequence[int], buckets: Sequence[int], size: int, start: int) -> Sequence[int]:

@@ -21,11 +21,12 @@ from dreamlora.data.cache import Recent, TensorCache, cache_folder, content_key
 from dreamlora.data.dataset import examine
 from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
 from dreamlora.data.folder import load_folder
-from dreamlora.data.transforms import Preparation, prepare, variants
+from dreamlora.data.transforms import Preparation, Preparations, prepare, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Latents
 
 HOW = Preparation(resolution=16)
+EACH = Preparations((HOW,))
 
 
 class Encoder:
@@ -73,7 +74,7 @@ def filling(tmp_path: Path) -> Filling:
 def encode(folder: Path, filling: Filling, how: Preparation = HOW):
     """The store, and how many images were encoded for it."""
     encoder = Encoder()
-    store = encode_dataset(load_folder(folder, "p").records, how, encoder, filling)
+    store = encode_dataset(load_folder(folder, "p").records, Preparations((how,)), encoder, filling)
     return store, encoder.images
 
 
@@ -269,7 +270,7 @@ def test_image_changed_while_read(folder, filling):
     examine(records, filling.cache.folder)
     (folder / "a.png").write_bytes((folder / "c.png").read_bytes())
     with pytest.raises(UserError, match=r"a\.png changed while"):
-        encode_dataset(records, HOW, Encoder(), filling)
+        encode_dataset(records, EACH, Encoder(), filling)
 
 
 def test_non_finite_latents_stop(folder, filling):
@@ -277,7 +278,7 @@ def test_non_finite_latents_stop(folder, filling):
         return Latents(pixels * float("nan"), pixels)
 
     with pytest.raises(UserError, match=r"not finite for the image .*a\.png"):
-        encode_dataset(load_folder(folder, "p").records, HOW, broken, filling)
+        encode_dataset(load_folder(folder, "p").records, EACH, broken, filling)
     assert entries(filling) == []
 
 
@@ -300,7 +301,7 @@ def test_global_random_state_is_untouched(folder, filling):
 
 def test_batches(folder, filling):
     encoder = Encoder()
-    encode_dataset(load_folder(folder, "p").records, HOW, encoder, replace(filling, batch_size=4))
+    encode_dataset(load_folder(folder, "p").records, EACH, encoder, replace(filling, batch_size=4))
     assert encoder.images == len(entries(filling)) and encoder.calls == -(-encoder.images // 4)
 
 
@@ -349,10 +350,10 @@ def test_entries_that_another_run_made_meanwhile_are_not_made_again(folder, fill
 
     def overtaken(pixels: Tensor) -> Latents:
         if outer.calls == 0:
-            encode_dataset(records, HOW, inner, filling)
+            encode_dataset(records, EACH, inner, filling)
         return outer(pixels)
 
-    encode_dataset(records, HOW, overtaken, filling)
+    encode_dataset(records, EACH, overtaken, filling)
     assert inner.images == len(entries(filling)) <= made
     assert outer.images <= 4  # the crops of the image it had begun
 

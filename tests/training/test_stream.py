@@ -22,6 +22,9 @@ class Store:
     def latents(self, index, variant):
         return torch.full((3, 4, 4), float(10 * index + variant)), torch.zeros(3, 4, 4)
 
+    def mask(self, index, variant):
+        return None
+
 
 OBJECTIVE = SimpleNamespace(draw_times=lambda uniforms: uniforms[:, 0])
 
@@ -213,3 +216,40 @@ def test_captions_go_by_position_and_leave_the_other_draws_alone():
     batch = stream.batches(1, 0)[0]
     assert [(name, number) for _, name, number in asked] == [("instance", 2), ("instance", 3)] and seen == ["", ""]
     assert torch.equal(batch.noise, make_stream(2).batches(1, 0)[0].noise)
+
+
+def test_places_say_how_often_an_image_is_seen_in_an_epoch():
+    source = Source("instance", Store(3), 1.0, places=[0, 1, 2, 2, 2])
+    stream = make_stream(5, sources=[source])
+    epochs = [stream.batches(step, 0)[0].names for step in range(4)]
+    assert all(sorted(names) == ["0.png", "1.png", "2.png", "2.png", "2.png"] for names in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_places_with_buckets_keep_every_place():
+    class Two(Store):
+        def latents(self, index, variant):
+            side = 4 if index < 2 else 2
+            return torch.full((3, side, side), float(index)), torch.zeros(3, side, side)
+
+    source = Source("instance", Two(4), 1.0, buckets=[0, 0, 1, 1], places=[0, 0, 1, 1, 2, 3])
+    stream = make_stream(2, sources=[source])
+    names = [name for step in range(3) for batch in stream.batches(step, 0) for name in batch.names]
+    assert sorted(names) == ["0.png", "0.png", "1.png", "1.png", "2.png", "3.png"]
+
+
+def test_shares_weigh_single_images():
+    batch = make_stream(3, sources=[Source("instance", Store(3), 1.0, shares=[1.0, 0.5, 0.0])]).batches(0, 0)[0]
+    weights = dict(zip(batch.names, batch.weights.tolist(), strict=True))
+    assert weights == pytest.approx({"0.png": 1 / 3, "1.png": 1 / 6, "2.png": 0})
+
+
+def test_masks_are_white_where_there_is_none():
+    class Masked(Store):
+        def mask(self, index, variant):
+            return torch.full((1, 4, 4), 0.25) if index == 1 else None
+
+    batch = make_stream(2, sources=[Source("instance", Masked(2), 1.0)]).batches(0, 0)[0]
+    means = dict(zip(batch.names, batch.masks.flatten(1).mean(1).tolist(), strict=True))
+    assert means == {"0.png": 1.0, "1.png": 0.25} and batch.masks.shape == (2, 1, 4, 4)
+    assert make_stream().batches(0, 0)[0].masks is None

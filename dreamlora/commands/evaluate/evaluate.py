@@ -32,12 +32,13 @@ from dreamlora.commands.trained import (
     prompts_of,
 )
 from dreamlora.commands.under_test import UnderTest, prepared
-from dreamlora.config import EMBEDDED_MODEL, Encoders
+from dreamlora.config import EMBEDDED_MODEL, Encoders, instance_prompt_of
 from dreamlora.config.programs import program_of
 from dreamlora.data.cache import TensorCache, cache_folder
-from dreamlora.data.dataset import load_images, split_holdout
+from dreamlora.data.dataset import split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import FORMATS, ImageRecord
+from dreamlora.data.sets import load_sets
 from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
@@ -138,7 +139,7 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     evaluation = EvaluationContext(
         config=config,
         subject=Subject.of(
-            settings.get("instance_prompt"), config.class_prompt or settings.get("class_prompt"), name=config.subject
+            instance_prompt_of(settings), config.class_prompt or settings.get("class_prompt"), name=config.subject
         ),
         real=_real_images(config, run.folder if run else None),
         state=state,
@@ -214,9 +215,9 @@ def _images_of(run: RunFolder) -> tuple[list[ImageRecord], list[ImageRecord], li
         data = config.data
         if data.style:
             data = replace(data, train_data_dir=run.instance_images)
-        elif not (data.instance_data_dir or data.train_data_dir or data.dataset_name):
+        elif not data.given:
             data = replace(data, instance_data_dir=run.instance_images)
-        records = load_images(data, config.model.cache_dir).records
+        records = load_sets(data, config.model.cache_dir).records
         training, held_out = map(list, split_holdout(records, data.holdout))
     except UserError as error:
         return [], [], [f"the images of the run {run.path} cannot be used: {error}"]

@@ -1,0 +1,128 @@
+"""The data sets of a run as one: their images in a row, and what differs from one to the other."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, overload
+
+from dreamlora.config import Data
+from dreamlora.data.cache import cache_folder
+from dreamlora.data.catalog import RecordSubset
+from dreamlora.data.dataset import examine, load_images
+from dreamlora.data.folder import load_folder
+from dreamlora.data.images import ImageRecord
+from dreamlora.data.masks import MaskedRecords
+from dreamlora.errors import UserError
+
+
+class DataSets(NamedTuple):
+    """All images of a run.
+
+    Attributes:
+        records: the images, data set by data set.
+        skipped: names of files that are no images.
+        unmasked: how many images lack a mask, of those data sets that have masks.
+    """
+
+    records: Sequence[ImageRecord]
+    skipped: tuple[str, ...] = ()
+    unmasked: int = 0
+
+
+class JoinedRecords(Sequence[ImageRecord]):
+    """The images of several data sets, one set after the other; each carries the number of its set.
+
+    Args:
+        sets: images by data set.
+        names: of the sets: before the names of their images.
+    """
+
+    def __init__(self, sets: Sequence[Sequence[ImageRecord]], names: Sequence[str]) -> None:
+        self._sets = sets
+        self._names = names
+        self._starts = list(itertools.accumulate(map(len, sets), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, row: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
+    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
+        if isinstance(row, slice):
+            return RecordSubset(self, range(len(self))[row])
+        row = range(len(self))[row]
+        number = bisect.bisect_right(self._starts, row) - 1
+        record = self._sets[number][row - self._starts[number]]
+        return replace(record, name=f"{self._names[number]}/{record.name}", dataset=number)
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return (self[row] for row in range(len(self)))
+
+
+def load_sets(data: Data, cache_dir: Path | None = None, progress: bool = False) -> DataSets:
+    """The images of all data sets that ``data`` names, with their masks; see ``load_images`` for a single one.
+
+    Raises:
+        UserError: as ``load_images``; where there are several, the message says which data set is meant.
+    """
+    several = [_load(one, cache_dir, progress) for one in data.each()]
+    if not data.datasets:
+        return several[0]
+    names = _different([entry.name for entry in data.datasets])
+    skipped = tuple(f"{name}/{file}" for name, images in zip(names, several, strict=True) for file in images.skipped)
+    unmasked = sum(images.unmasked for images in several)
+    return DataSets(JoinedRecords([images.records for images in several], names), skipped, unmasked)
+
+
+def places(records: Sequence[ImageRecord], data: Data) -> Sequence[int] | None:
+    """The image at every place of an epoch, before it is shuffled: as often as its data set's ``repeats`` says.
+
+    What all repeats have in common only makes epochs longer, and is left out. None: every image once.
+    """
+    repeats = [one.repeats for one in data.each()]
+    common = math.gcd(*repeats)
+    if all(number == common for number in repeats):
+        return None
+    return array("q", (i for i, record in enumerate(records) for _ in range(repeats[record.dataset] // common)))
+
+
+def epoch_length(records: Sequence[ImageRecord], data: Data) -> int:
+    """Samples in an epoch: every image as often as its data set's ``repeats`` says."""
+    repeats = [one.repeats for one in data.each()]
+    return sum(repeats[record.dataset] for record in records)
+
+
+def loss_shares(records: Sequence[ImageRecord], data: Data) -> Sequence[float] | None:
+    """Factor of every image's loss; None if it is 1 for all."""
+    weights = data.loss_weights
+    if set(weights) == {1.0}:
+        return None
+    return array("d", (weights[record.dataset] for record in records))
+
+
+def _load(data: Data, cache_dir: Path | None, progress: bool) -> DataSets:
+    """One data set, with its masks."""
+    images = load_images(data, cache_dir, progress)
+    folder = data.mask_data_dir
+    if folder is None:
+        return DataSets(images.records, images.skipped)
+    source = data.instance_data_dir or data.train_data_dir
+    if source and folder.resolve() == source.resolve():
+        raise UserError(f"--mask_data_dir {folder} is the folder of the images: put the masks into one of their own")
+    masks = load_folder(folder, "mask", flag="--mask_data_dir").records
+    examine(masks, cache_folder(data.latents_cache_dir), progress)
+    masked = MaskedRecords(images.records, masks, folder)
+    return DataSets(masked, images.skipped, masked.without)
+
+
+def _different(names: Sequence[str]) -> list[str]:
+    """Names, numbered where they are the same."""
+    return [name if names.count(name) == 1 else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)]
