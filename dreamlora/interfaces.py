@@ -162,6 +162,9 @@ class Family(Protocol):
     PROMPT_LENGTH: str
     """The option of ``config.Data`` that limits this family's prompts: its value is ``tokenize``'s ``max_length``."""
 
+    PROMPT_TOKENIZER: str
+    """Component name of the tokenizer whose tokens decide how much of a prompt counts."""
+
     def load(self, source: ModelSource, role: Role, dtype: Any) -> Components:
         """Load one part of the pipeline on the CPU, frozen, in eval mode.
 
@@ -171,6 +174,13 @@ class Family(Protocol):
 
     def resolution(self, source: ModelSource) -> int:
         """The model's own image side in pixels."""
+
+    def prompt_limit(self, tokenizer: Any, max_length: int | None) -> int:
+        """Tokens that count of a prompt, begin and end included; ``max_length`` is the value of ``PROMPT_LENGTH``.
+
+        Raises:
+            UserError: the text encoder cannot take so many.
+        """
 
     def tokenize(self, text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
         """Token ids by name, batch first."""

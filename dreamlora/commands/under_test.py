@@ -28,6 +28,7 @@ from dreamlora.interfaces import Conditioning, ModelSource
 from dreamlora.lora.files import apply_lora
 from dreamlora.models.loading import family_of
 from dreamlora.models.parts import Parts, computing_in
+from dreamlora.models.prompts import cut_prompts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.sampling.sampler import Embed, SamplePlan, embedding
 from dreamlora.training.stream import stack_conditioning
@@ -80,6 +81,14 @@ class UnderTest:
             if caption not in self._encoded:
                 self._encoded[caption] = self._encode(caption)
         return stack_conditioning([self._encoded[caption] for caption in captions])
+
+    def warn_of_cut(self, texts: Sequence[str]) -> None:
+        """Tell how many of these are longer than the text encoder reads."""
+        limit, cut = cut_prompts(self.parts.family, self.source, texts, self.prompt_length)
+        if count := sum(cut):
+            logger.warning(
+                "%d of %d prompts have more than %d tokens: the rest does not count", count, len(texts), limit
+            )
 
     def embed(self, plan: SamplePlan) -> Embed:
         """What gives a pipeline the prompt embeddings of a plan's images."""

@@ -135,7 +135,9 @@ class Data:
     latents_cache_dir: Path | None = None
     """Where encoded images and prompts are kept. Default: .cache/dreamlora in the home folder."""
     tokenizer_max_length: int | None = None
-    """Tokens kept of a prompt. Default: the tokenizer's."""
+    """Tokens kept of a prompt, begin and end included. Default: the tokenizer's."""
+    max_token_length: int | None = None
+    """Tokens kept of a prompt for CLIP encoders, which take 75, in chunks of 75: 150 or 225."""
     max_sequence_length: int = 512
     """Tokens kept of a prompt for T5 encoders."""
     dataloader_num_workers: int = 0
@@ -150,6 +152,9 @@ class Data:
         _within(self, 0, 1, "caption_dropout")
         _at_least(self, 8, "resolution", "max_sequence_length")
         _at_least(self, 3, "tokenizer_max_length")
+        _at_least(self, 1, "max_token_length")
+        if self.max_token_length and self.tokenizer_max_length not in (None, self.max_token_length + 2):
+            raise UserError("give either --max_token_length or --tokenizer_max_length, not both")
         if self.train_data_dir and self.dataset_name:
             raise UserError("give either --train_data_dir or --dataset_name, not both")
         of_one = next((name for name in (*SOURCES, "max_train_samples", "mask_data_dir") if getattr(self, name)), None)

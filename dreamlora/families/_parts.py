@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from dreamlora.errors import UserError
 from dreamlora.interfaces import Latents
 from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
 
+MARKS = 2
+"""Begin and end of a text."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-log = logging.getLogger(__name__)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -29,12 +29,61 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], max_length: int) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` ``[B, max_length]``, padded or cut; warns when a prompt is cut."""
+    """``input_ids`` and ``attention_mask`` ``[B, max_length]``, padded or cut (``models.prompts`` tells of that)."""
     batch = tokenizer(list(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    for prompt, length in zip(prompts, map(len, tokenizer(list(prompts)).input_ids), strict=True):
-        if length > max_length:
-            log.warning("only the first %d of %d tokens are used of the prompt %r", max_length, length, prompt)
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def clip_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Tokens of a prompt that CLIP is given, begin and end included: the encoder's own 77, fewer, or whole chunks more.
+
+    Raises:
+        UserError: more are asked for, and not the 75 of a chunk, twice or three times these, ..., and begin and end.
+    """
+    longest: int = tokenizer.model_max_length
+    limit = max_length or longest
+    chunk = longest - MARKS
+    if limit > longest and (limit - MARKS) % chunk:
+        raise UserError(
+            f"--tokenizer_max_length must be at most {longest}, the text encoder's limit (got {limit}); longer prompts "
+            f"are read in chunks: --max_token_length {2 * chunk} or {3 * chunk}"
+        )
+    return limit
+
+
+def clip_hidden_states(encoder: Any, tokenizer: Any, tokens: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden states ``[B, L, D]`` of ``input_ids`` and ``attention_mask`` ``[B, L]``.
+
+    More tokens than the encoder has positions are encoded in chunks, each between a begin and an end of its own. What
+    is kept is what kohya's sd-scripts keep (``--max_token_length``): the first begin, all tokens, the last end.
+    """
+    config, device = bare(encoder).config, bare(encoder).device
+    ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+    batch, chunk = len(ids), config.max_position_embeddings - MARKS
+    whole = ids.shape[1] <= config.max_position_embeddings
+    if not whole:
+        ids, mask = _in_chunks(ids, mask, chunk, tokenizer)
+    states: Tensor = encoder(ids, attention_mask=mask if getattr(config, "use_attention_mask", False) else None)[0]
+    if whole:
+        return states
+    states = states.unflatten(0, (batch, -1))
+    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
+
+
+def _in_chunks(ids: Tensor, mask: Tensor, chunk: int, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Begin, tokens, end ``[B, n * chunk + 2]`` as ``[B * n, chunk + 2]``, and the mask so.
+
+    Where padding is another token than the end, a text has one end, in the chunk where it ends, before its padding; a
+    chunk that it fills, or does not reach, has one all the same: CLIP has seen no text without.
+    """
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    body, seen = (tensor[:, 1:-1].reshape(-1, chunk) for tensor in (ids, mask))
+    n = len(body) // len(ids)
+    last = body[:, -1:]
+    ends = torch.where((last == pad) | (last == end), pad, end)
+    body = torch.cat([torch.where(body[:, :1] == pad, end, body[:, :1]), body[:, 1:]], dim=1)
+    begins = ids[:, :1].repeat_interleave(n, dim=0)
+    return torch.cat([begins, body, ends], dim=1), torch.cat([torch.ones_like(begins), seen, seen[:, -1:]], dim=1)
 
 
 def encode_images(vae: Any, pixels: Tensor) -> Latents:

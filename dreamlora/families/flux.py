@@ -38,6 +38,7 @@ LORA_LAYERS: tuple[str, ...] = (
 TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=28, guidance_scale=3.5)
 PROMPT_LENGTH: str = "max_sequence_length"
+PROMPT_TOKENIZER: str = "tokenizer_2"
 
 LONGEST_PROMPT = 512
 """T5 tokens that FluxPipeline takes at most."""
@@ -65,8 +66,8 @@ def resolution(source: ModelSource) -> int:
     return 128 * 2 ** (levels - 1)
 
 
-def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
-    """``input_ids`` ``[B, 77]`` for CLIP and ``input_ids_2`` ``[B, L]`` for T5; ``max_length`` is T5's.
+def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Tokens that count of a prompt, T5's end included.
 
     Raises:
         UserError: more than 512 tokens are asked for.
@@ -74,6 +75,18 @@ def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -
     length = LONGEST_PROMPT if max_length is None else max_length
     if length > LONGEST_PROMPT:
         raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
+    return length
+
+
+def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+    """``input_ids`` ``[B, 77]`` for CLIP and ``input_ids_2`` ``[B, L]`` for T5; ``max_length`` is T5's.
+
+    CLIP's summary of the prompt is of its beginning, as in FluxPipeline.
+
+    Raises:
+        UserError: see ``prompt_limit``.
+    """
+    length = prompt_limit(text["tokenizer_2"], max_length)
     clip = _parts.token_ids(text["tokenizer"], prompts, text["tokenizer"].model_max_length)
     t5 = _parts.token_ids(text["tokenizer_2"], prompts, length)
     return {"input_ids": clip["input_ids"], "input_ids_2": t5["input_ids"]}

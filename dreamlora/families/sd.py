@@ -9,7 +9,6 @@ from typing import Any
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from dreamlora.errors import UserError
 from dreamlora.families import _parts
 from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
 from dreamlora.models import loading
@@ -23,6 +22,7 @@ LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
 PROMPT_LENGTH: str = "tokenizer_max_length"
+PROMPT_TOKENIZER: str = "tokenizer"
 
 _PARTS: dict[Role, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),
@@ -48,26 +48,29 @@ def resolution(source: ModelSource) -> int:
     return int(side if isinstance(side, int) else side[0]) * 2 ** (levels - 1)
 
 
+def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Tokens that count of a prompt, begin and end included.
+
+    Raises:
+        UserError: more are asked for than the text encoder has positions, and not whole chunks of these.
+    """
+    return _parts.clip_limit(tokenizer, max_length)
+
+
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
     """``input_ids`` and ``attention_mask`` ``[B, L]``.
 
     Raises:
-        UserError: more tokens are asked for than the text encoder has positions.
+        UserError: see ``prompt_limit``.
     """
-    longest = text["tokenizer"].model_max_length
-    if max_length is not None and max_length > longest:
-        raise UserError(
-            f"--tokenizer_max_length must be at most {longest}, the text encoder's limit (got {max_length})"
-        )
-    return _parts.token_ids(text["tokenizer"], prompts, max_length or longest)
+    return _parts.token_ids(text["tokenizer"], prompts, prompt_limit(text["tokenizer"], max_length))
 
 
 def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
-    """``prompt_embeds`` ``[B, L, D]``: the last hidden states, as StableDiffusionPipeline.encode_prompt gives them."""
-    encoder = text["text_encoder"]
-    config, device = _parts.bare(encoder).config, _parts.bare(encoder).device
-    mask = tokens["attention_mask"].to(device) if getattr(config, "use_attention_mask", False) else None
-    return {"prompt_embeds": encoder(tokens["input_ids"].to(device), attention_mask=mask)[0]}
+    """``prompt_embeds`` ``[B, L, D]``: the last hidden states, as StableDiffusionPipeline.encode_prompt gives them; of
+    longer prompts those of their chunks.
+    """
+    return {"prompt_embeds": _parts.clip_hidden_states(text["text_encoder"], text["tokenizer"], tokens)}
 
 
 def encode_images(vae: Components, pixels: Tensor) -> Latents:

@@ -28,7 +28,7 @@ from dreamlora.optimizers import lora_param_groups
 from dreamlora.processes import tell_everyone, wait_for_everyone
 from dreamlora.run import defaults, ending, provenance, resume, schedule, upload
 from dreamlora.run.context import RunContext
-from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized
+from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized, warn_of_cut_texts
 from dreamlora.run.images import RunImages, read_images, with_class_images
 from dreamlora.run.launch import accelerator_of
 from dreamlora.runfolder import RunFolder
@@ -96,6 +96,7 @@ def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Con
 def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
     """All before the first step; a resumed run is where its checkpoint left it."""
     pictures = read_images(context, folder)
+    warn_of_cut_texts(context, pictures)
     epoch = epoch_length(pictures.train, context.config.data)
     counts = defaults.ImageCounts(epoch, len(pictures.measured), len(pictures.learned))
     context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)
@@ -137,7 +138,8 @@ def _start(config: RunConfig) -> RunContext:
     config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
     if (config.data.resolution or 0) % family.SIDE_MULTIPLE:
         raise UserError(f"--resolution must be a multiple of {family.SIDE_MULTIPLE} (got {config.data.resolution})")
-    config = replace(config, data=defaults.bucket_step(config.data, family.SIDE_MULTIPLE))
+    data = defaults.prompt_length(defaults.bucket_step(config.data, family.SIDE_MULTIPLE), family.PROMPT_LENGTH)
+    config = replace(config, data=data)
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     return RunContext(config, accelerator, family, source, parts)
 

@@ -53,11 +53,11 @@ class RunContext:
         if self.accelerator.is_main_process:
             logger.info(text)
 
-    def warn(self, text: str) -> None:
-        """Tell the person now and in the report."""
+    def warn(self, text: str, details: str = "") -> None:
+        """Tell the person now and in the report, and there with details that are too long for a terminal."""
         if self.accelerator.is_main_process:
             logger.warning(text)
-        self.warnings.append(text)
+        self.warnings.append(f"{text}{details}")
 
     @property
     def subject(self) -> Subject:

@@ -96,6 +96,26 @@ def bucket_step(data: Data, multiple: int) -> Data:
     return replace(data, bucket_step=step)
 
 
+def prompt_length(data: Data, option: str) -> Data:
+    """Fill in the length of prompts in tokens, begin and end included, where that of several chunks is asked for.
+
+    Args:
+        data: the options.
+        option: that the model's family goes by.
+
+    Raises:
+        UserError: the family reads no prompts in chunks.
+    """
+    if data.max_token_length is None:
+        return data
+    if option != "tokenizer_max_length":
+        raise UserError(
+            "--max_token_length is for models whose prompts CLIP reads in chunks; for this one there is "
+            f"--{option} (now {getattr(data, option)})"
+        )
+    return replace(data, tokenizer_max_length=data.max_token_length + 2)
+
+
 @dataclass(frozen=True)
 class ImageCounts:
     """How many images a run has.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
@@ -12,11 +13,15 @@ from dreamlora.data.encode import encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations
 from dreamlora.interfaces import Components, Conditioning, Latents
+from dreamlora.models.prompts import cut_prompts
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
+from dreamlora.run.images import RunImages
 from dreamlora.sampling.sampler import Embed, embedding
 from dreamlora.training.stream import stack_conditioning
 
+MOST_NAMED = 100
+"""Texts that are told by name in the report."""
 MOST_TOKENIZED = 1000
 """Captions whose token ids stay in memory while the text encoder trains."""
 
@@ -50,6 +55,37 @@ def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
     wait_for_everyone()
     context.parts.free("text")
     return lambda captions: stack_conditioning([table[caption] for caption in captions])
+
+
+def warn_of_cut_texts(context: RunContext, pictures: RunImages) -> None:
+    """Tell how many captions and prompts are longer than the text encoder reads; in the report, which ones.
+
+    Raises:
+        UserError: the prompt length that was asked for is none that the text encoder can take.
+    """
+    if not context.accelerator.is_main_process:
+        return
+    records = itertools.chain(pictures.train, pictures.held_out)
+    prompts = dict.fromkeys((*pictures.prompts, *pictures.eval_prompts))
+    texts = itertools.chain(
+        ((f"of {record.name}", caption) for record in records for caption in (record.caption,)),
+        ((repr(prompt), prompt) for prompt in prompts),
+    )
+    names, captions = itertools.tee(texts)
+    limit, cut = cut_prompts(context.family, context.source, (text for _, text in captions), prompt_length(context))
+    count, named = 0, list[str]()
+    for (name, _), is_cut in zip(names, cut, strict=True):
+        count += is_cut
+        if is_cut and len(named) < MOST_NAMED:
+            named.append(name)
+    if count:
+        more = f", and {count - len(named)} more" if count > len(named) else ""
+        longer = {"tokenizer_max_length": "; --max_token_length 150 or 225 reads longer ones"}
+        context.warn(
+            f"{count} captions or prompts have more than {limit} tokens: what is beyond does not count"
+            + longer.get(context.family.PROMPT_LENGTH, ""),
+            f" ({', '.join(named)}{more})",
+        )
 
 
 def tokenized(context: RunContext, text: Components) -> Encode:

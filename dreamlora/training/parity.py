@@ -7,6 +7,7 @@ precision it differs by rounding that adds up over the denoising steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreamlora.interfaces import Conditioning
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.randomness import generator
-from dreamlora.sampling.sampler import SamplePlan, draw
+from dreamlora.sampling.sampler import Embed, SamplePlan, draw, embedding
 from dreamlora.training.loop import Run
 
 MIDDLE = 0.5
@@ -128,9 +130,24 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
         width=seen.width,
         height=seen.height,
     )
-    [drawn] = draw(pipeline, plan)
+    [drawn] = draw(pipeline, plan, _embed(fresh, expected))
     of_sample = {key: sample[key] for key in ("prompt", "seed", "step")}
     return {**of_sample, **compare_images(seen, drawn.image), "call": call}
+
+
+def _embed(fresh: Parts, expected: ExpectedOutput) -> Embed | None:
+    """None: the pipeline reads the prompt itself, as a user's does. It cannot read another number of tokens."""
+    family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
+    tokenizer = text[family.PROMPT_TOKENIZER]
+    if family.prompt_limit(tokenizer, length) == family.prompt_limit(tokenizer, None):
+        return None
+
+    @torch.no_grad()
+    def conditioning(prompts: Sequence[str]) -> Conditioning:
+        return family.encode_tokens(text, family.tokenize(text, prompts, length))
+
+    sample = expected.sample
+    return embedding(family, conditioning, sample["guidance_scale"], sample.get("negative_prompt"))
 
 
 @torch.no_grad()

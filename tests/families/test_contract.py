@@ -21,7 +21,7 @@ from dreamlora.config import Lora, Model, Train
 from dreamlora.interfaces import Components, Family, ModelSource
 from dreamlora.lora.files import apply_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.models import loading
+from dreamlora.models import loading, prompts
 from tests import tinymodels
 
 PROMPTS = ["a cat", "two red dogs"]
@@ -293,11 +293,21 @@ def test_gradients_reach_every_lora_parameter_in_bf16(case, tmp_path):
         assert parameter.grad.isfinite().all(), name
 
 
-def test_long_prompts_are_cut_as_the_pipeline_cuts_them_and_reported(case, parts, caplog):
+def test_long_prompts_are_cut_as_the_pipeline_cuts_them(case, parts):
     tokens = case.family.tokenize(parts, ["dog " * 40, "cat"], None)
     assert tokens["input_ids"].shape == (2, tinymodels.CLIP_LENGTH)
     assert tokens["input_ids"][0, -1] == parts["tokenizer"].eos_token_id
-    assert sum("first 16 of" in record.message for record in caplog.records) == 1
+
+
+def test_prompts_that_are_too_long_are_found_by_the_tokenizer_alone(case, monkeypatch):
+    """The text encoder, which may take gigabytes, is not loaded for that."""
+    loaded = []
+    inner = loading._load
+    monkeypatch.setattr(loading, "_load", lambda source, name, *more: loaded.append(name) or inner(source, name, *more))
+    fits = {"tokenizer": "a" * 14, "tokenizer_2": "a" * 510}[case.family.PROMPT_TOKENIZER]
+    limit, cut = prompts.cut_prompts(case.family, case.source, ["", fits, fits + "bcd"], None)
+    assert list(cut) == [False, False, True] and loaded == [case.family.PROMPT_TOKENIZER]
+    assert limit == {"tokenizer": tinymodels.CLIP_LENGTH, "tokenizer_2": 512}[case.family.PROMPT_TOKENIZER]
 
 
 def test_weights_of_older_transformers_load_with_their_names(case, tmp_path):

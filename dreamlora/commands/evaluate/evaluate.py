@@ -238,6 +238,7 @@ def _draw(evaluation: EvaluationContext, under_test: UnderTest) -> tuple[dict[st
     """Draw what is missing of the base model and all LoRAs; their galleries by label, and facts for metrics.json."""
     config, rows, settings = evaluation.config, under_test.rows, under_test.settings
     plan = plan_for(config, settings, under_test.parts.family, prompts_of(config, settings))
+    under_test.warn_of_cut(plan.prompts)
     sheets = [_sheet(evaluation.output, row, plan, under_test.made_of) for row in rows]
     broken = _draw_missing(evaluation.state, under_test, sheets)
     galleries = {

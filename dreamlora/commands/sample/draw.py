@@ -32,6 +32,7 @@ def sample_loras(config: SampleConfig) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     under_test = prepared(config, rows, run, device, DRAWN_WITH)
     plan = plan_for(config, under_test.settings, under_test.parts.family, prompts)
+    under_test.warn_of_cut(prompts)
     output = config.output_dir or Path("outputs") / f"sample-{Path(config.lora[0]).resolve().stem}"
     drawn = [record for number in range(len(rows)) for record in _draw_row(under_test, plan, number, output)]
     write_atomically(output / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in drawn))
