@@ -16,8 +16,7 @@ from dreamlora import registry
 from dreamlora.cli.declared import Option, options_of, subgroups_of
 from dreamlora.cli.given import flag_in, from_argv, from_yaml
 from dreamlora.cli.parse import method_options, parse
-from dreamlora.config import RunConfig
-from dreamlora.config import DataSet
+from dreamlora.config import DataSet, RunConfig
 from dreamlora.errors import UserError
 from tests.cli.conftest import Case
 
