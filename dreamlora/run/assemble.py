@@ -26,7 +26,7 @@ from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.processes import tell_everyone, wait_for_everyone
-from dreamlora.run import defaults, ending, provenance, resume, schedule, upload
+from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule, upload
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized, warn_of_cut_texts
 from dreamlora.run.images import RunImages, read_images, with_class_images
@@ -64,7 +64,7 @@ def prepare(config: RunConfig, options: Any) -> Run:
         UserError: as ``train``.
     """
     context = _start(config)
-    return _prepare(context, _claim_folder(context), options)
+    return _prepare(context, _claim_folder(context), options)[0]
 
 
 def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
@@ -81,19 +81,20 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
 
 def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Conclusion:
     """The stages that need the model; it is held in here and by what accelerate keeps, nowhere else."""
-    run = _prepare(context, folder, options)
+    run, pictures = _prepare(context, folder, options)
     wait_for_everyone()
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
         provenance.write_base_model(context.source, folder)
+        image_list.write(folder.images_file, pictures)
     _start_trackers(context, folder)
     with context.timed("training"):
         loop.train(run)
     return ending.conclude(context, run)
 
 
-def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
+def _prepare(context: RunContext, folder: RunFolder, options: Any) -> tuple[Run, RunImages]:
     """All before the first step; a resumed run is where its checkpoint left it."""
     pictures = read_images(context, folder)
     warn_of_cut_texts(context, pictures)
@@ -103,11 +104,14 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
     context.eval_price = defaults.eval_price(context.config, counts, context.accelerator.num_processes)
     if context.eval_price.forwards:
         context.tell(str(context.eval_price))
-    images = (f"{record.content_hash()} {record.caption}" for record in pictures.train)
-    settings = resume.settings(context, images, options)
     which = context.config.train.resume_from_checkpoint
-    checkpoint = state.open_checkpoint(folder, which, settings) if which else None
+    checkpoint = state.open_checkpoint(folder, which) if which else None
+    if checkpoint:
+        resume.require_same(checkpoint, resume.settings(context, pictures, options), pictures)
     pictures = with_class_images(context, folder, pictures)
+    settings = resume.settings(context, pictures, options)
+    if checkpoint:
+        resume.require_same(checkpoint, settings, pictures)
     run = _build(context, folder, pictures, options)
     run.settings = settings
     if checkpoint:
@@ -116,7 +120,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
         lora = context.config.lora
         with context.timed("starting the LoRA"):
             start.initialise(run, method_options("inits", lora.init, lora.init_args, {}))
-    return run
+    return run, pictures
 
 
 def _start(config: RunConfig) -> RunContext:

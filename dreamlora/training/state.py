@@ -27,8 +27,16 @@ _DAMAGED = (errno.ENOENT, errno.EINVAL, None)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that fits the run: all that ``restore`` needs."""
+    """A checkpoint that was read.
 
+    Attributes:
+        path: its folder.
+        settings: what a run that goes on from it must share.
+        state: all that ``restore`` needs.
+    """
+
+    path: Path
+    settings: dict[str, Any]
     state: dict[str, Any]
 
 
@@ -79,7 +87,7 @@ def rotate(folder: RunFolder, limit: int | None) -> None:
         shutil.rmtree(folder.checkpoint_dir(step))
 
 
-def open_checkpoint(folder: RunFolder, which: str, settings: dict[str, Any]) -> Checkpoint:
+def open_checkpoint(folder: RunFolder, which: str) -> Checkpoint:
     """Read the checkpoint that ``--resume_from_checkpoint`` means.
 
     A checkpoint of another run folder brings that run's measurements and samples along.
@@ -87,20 +95,17 @@ def open_checkpoint(folder: RunFolder, which: str, settings: dict[str, Any]) -> 
     Args:
         folder: of the run.
         which: "latest", a path, or the name of a folder in checkpoints/.
-        settings: of the run that wants to go on.
 
     Raises:
-        UserError: there is none; it is damaged or cannot be read; or it belongs to other settings (the message names
-            the difference).
+        UserError: there is none, or it is damaged or cannot be read.
     """
     path = _find(folder, which)
     other = RunFolder(path.parent.parent)
     if other.path.resolve() != folder.path.resolve() and other.holds_run() and not folder.holds_run():
         folder.adopt(other)
     try:
-        saved = json.loads((path / SETTINGS_FILE).read_text())
-        _check_settings(saved, settings, path)
-        return Checkpoint(torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
+        settings = json.loads((path / SETTINGS_FILE).read_text())
+        return Checkpoint(path, settings, torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
     except OSError as error:
         if error.errno not in _DAMAGED:  # it may be whole: nobody should be told to remove it
             raise UserError(f"cannot read {path}: {error}. Mend that, and resume again") from error
@@ -127,16 +132,3 @@ def _find(folder: RunFolder, which: str) -> Path:
             return path
     names = ", ".join(folder.checkpoint_dir(step).name for step in steps) or "none"
     raise UserError(f"--resume_from_checkpoint {which}: no checkpoint there. In {folder.checkpoints}: {names}")
-
-
-def _check_settings(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    different = [
-        f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name)
-    ]
-    if different:
-        raise UserError(
-            f"{folder} was made with other settings: {'; '.join(different)}. Give the same flags, or begin a new run "
-            "with another --output_dir"
-        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dreamlora.errors import UserError
-from dreamlora.runfolder import RunFolder
+from dreamlora.run import image_list
+from dreamlora.runfolder import RunFolder, read_jsonl
 from dreamlora.training import state
 from tests.hubcache import FakeHub
 from tests.training.test_run import same, values, weights
@@ -165,7 +169,7 @@ def test_a_checkpoint_that_may_be_whole_is_not_to_be_removed(
     (folder.checkpoint_dir(2)).mkdir(parents=True)
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(UserError, match=f"cannot read .*{os.strerror(number)}") as error:
-        state.open_checkpoint(folder, "latest", {})
+        state.open_checkpoint(folder, "latest")
     assert "remove" not in str(error.value)
 
 
@@ -177,11 +181,85 @@ def test_a_checkpoint_of_another_folder_brings_its_history_along(train: Train, t
     assert_equal_runs(whole, resumed)
 
 
-def test_another_caption_is_another_data_set(train: Train, photos: Path, tmp_path: Path) -> None:
+def test_what_changed_of_the_images_is_named(train: Train, photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
-    train("--max_train_steps", "2", "--instance_data_dir", str(folder))
-    (folder / "0.txt").write_text("a photo of something else")
-    (folder / "1.txt").write_text("a photo of something else")
-    with pytest.raises(UserError, match="training images"):
-        train("--resume_from_checkpoint", "latest", "--instance_data_dir", str(folder))
+    flags = ["--max_train_steps", "2", "--instance_data_dir", str(folder), "--holdout", "0", "--sample_steps", "0"]
+    run = train(*flags)
+    rows = read_jsonl(run.images_file, image_list.FIELDS)
+    assert [(row["name"], row["role"], row["captions"]) for row in rows] == [
+        (f"{number}.png", "trained", ["a photo of sks dog"]) for number in range(8)
+    ]
+
+    def refused() -> str:
+        with pytest.raises(
+            UserError, match=r"images or captions are others than when .*step-000002 was written"
+        ) as error:
+            train(*flags, "--resume_from_checkpoint", "latest")
+        return str(error.value)
+
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"another {number}")
+    assert (
+        "(another caption: 0.png ('a photo of sks dog' then, 'another 0' now), 1.png ('a photo of sks dog' then, "
+        "'another 1' now), 2.png ('a photo of sks dog' then, 'another 2' now) and 2 more)" in refused()
+    )
+    for number in range(5):
+        (folder / f"{number}.txt").unlink()
+    Image.new("RGB", (20, 20), "red").save(folder / "8.png")
+    (folder / "7.png").rename(folder / "07.png")
+    (folder / "3.png").unlink()
+    Image.new("RGB", (20, 20), "blue").save(folder / "4.png")
+    message = refused()
+    for part in ("added: 8.png;", "removed: 3.png;", "renamed: 7.png to 07.png", "another picture: 4.png"):
+        assert part in message
+    assert "another --output_dir" in message
+    shutil.rmtree(folder)
+    shutil.copytree(photos, folder)
+    (folder / "0.png").rename(folder / "9.png")  # the same images in another order, which is another run
+    assert "(renamed: 0.png to 9.png)" in refused()
+    (folder / "9.png").rename(folder / "0.png")
+    train(*flags, "--resume_from_checkpoint", "latest")
+
+
+def test_an_image_that_is_no_longer_held_out_is_named(train: Train, photos: Path, tmp_path: Path) -> None:
+    """One more photo can take the place of another among those that are held out."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    flags = ["--max_train_steps", "2", "--instance_data_dir", str(folder), "--sample_steps", "0", "--holdout", "2"]
+    rows = read_jsonl(train(*flags).images_file, image_list.FIELDS)
+    held_out = {row["name"]: row["sha256"] for row in rows if row["role"] == "held out"}
+    for red in range(256):  # until the new one's hash is the smallest
+        file = folder / "new.png"
+        Image.new("RGB", (20, 20), (red, 0, 0)).save(file)
+        if hashlib.sha256(file.read_bytes()).hexdigest() < min(held_out.values()):
+            break
+    last = max(held_out, key=held_out.__getitem__)
+    with pytest.raises(UserError, match=rf"added: new.png; no longer held out: {last}\)"):
+        train(*flags, "--resume_from_checkpoint", "latest")
+
+
+def test_other_class_images_are_refused(train: Train, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(folder / f"{number}.png")
+    flags = ["--max_train_steps", "2", "--sample_steps", "0", "--with_prior_preservation", "--class_prompt", "a dog"]
+    flags += ["--class_data_dir", str(folder), "--num_class_images", "2"]
+    train(*flags)
+    train(*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+    Image.new("RGB", (20, 20), "green").save(folder / "1.png")
+    with pytest.raises(UserError, match=r"class images or their captions are others than when .*step-000003"):
+        train(*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "4")
+
+
+def test_a_checkpoint_of_an_older_version_fits(train: Train) -> None:
+    """It knew fewer options and no class images; what it does not say is as the default is."""
+    run = train("--max_train_steps", "2")
+    file = run.checkpoint_dir(2) / "settings.json"
+    settings = json.loads(file.read_text())
+    for name in ("datasets", "max_token_length"):
+        del settings[name]
+    file.write_text(json.dumps(settings))
+    run.images_file.unlink()
+    assert train("--max_train_steps", "3", "--resume_from_checkpoint", "latest").checkpoint_steps()[-1] == 3
