@@ -84,7 +84,9 @@ class Data:
     image_column: str = "image"
     """Its column with the images."""
     caption_column: str | None = None
-    """Its column with the captions; by default text or caption."""
+    """Its column with the captions, or that of a folder's metadata and .json captions; by default text or caption."""
+    captions_per_line: bool = False
+    """Every line of a .txt or .caption file is a caption of its own; each time its image is seen, one is drawn."""
     caption_dropout: float = 0.0
     """Probability that an image is seen without its caption, which keeps classifier-free guidance working."""
     shuffle_tags: bool = False

@@ -54,11 +54,6 @@ def content_key(kind: str, *parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cache_folder(latents_cache_dir: Path | None = None) -> Path:
-    """``latents_cache_dir``, or the environment's DREAMLORA_CACHE, or ~/.cache/dreamlora."""
-    return Path(latents_cache_dir or os.environ.get("DREAMLORA_CACHE") or Path.home() / ".cache" / "dreamlora")
-
-
 class TensorCache:
     """Named tensors by key, one safetensors file each: ``<folder>/ab/abcdef....safetensors``.
 
@@ -233,7 +228,7 @@ class LatentStore:
 
     Attributes:
         names: one per image, for error messages.
-        captions: one per image.
+        captions: one or several per image.
         content_hashes: one per image: its identity, whatever its name.
     """
 
@@ -241,7 +236,7 @@ class LatentStore:
         self, records: Sequence[ImageRecord], keys: Callable[[ImageRecord], Sequence[str]], entries: Recent
     ) -> None:
         self.names: Sequence[str] = Column(records, lambda record: record.name)
-        self.captions: Sequence[str] = Column(records, lambda record: record.caption)
+        self.captions: Sequence[tuple[str, ...]] = Column(records, lambda record: record.captions)
         self.content_hashes: Sequence[str] = Column(records, lambda record: record.content_hash())
         self._records = records
         self._keys = functools.lru_cache(maxsize=KEYS_KEPT)(lambda index: keys(records[index]))

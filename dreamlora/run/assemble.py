@@ -100,7 +100,9 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
     context.eval_price = defaults.eval_price(context.config, counts, context.accelerator.num_processes)
     if context.eval_price.forwards:
         context.tell(str(context.eval_price))
-    images = (f"{record.content_hash()} {record.caption}" for record in pictures.train)
+    images = (
+        "\n".join((f"{record.content_hash()} {record.caption}", *record.other_captions)) for record in pictures.train
+    )
     settings = resume.settings(context, images, options)
     which = context.config.train.resume_from_checkpoint
     checkpoint = state.open_checkpoint(folder, which, settings) if which else None
@@ -180,7 +182,9 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     caption = CaptionPlan.of(config.data, config.train.seed).draw
     sources = [Source("instance", store, 1.0, caption, bucket_numbers(pictures.train, how.sizes))]
     if class_store:
-        sources.append(Source("class", class_store, config.data.prior_loss_weight))
+        sources.append(
+            Source("class", class_store, config.data.prior_loss_weight, CaptionPlan(seed=config.train.seed).draw)
+        )
     run = Run(
         config=config,
         folder=folder,
@@ -217,8 +221,9 @@ def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Com
     plan = CaptionPlan.of(context.config.data, context.config.train.seed)
     prompts = itertools.chain(
         ("", context.config.sample.negative_prompt or "", *pictures.prompts, *pictures.eval_prompts),
-        (text for record in pictures.train for text in plan.texts(record.caption)),
-        (record.caption for record in itertools.chain(pictures.measured, pictures.learned, pictures.classes)),
+        (text for record in pictures.train for text in plan.texts(record.captions)),
+        (record.caption for record in itertools.chain(pictures.measured, pictures.learned)),
+        (caption for record in pictures.classes for caption in record.captions),
     )
     with context.timed("encoding prompts"):
         return encode_texts(context, prompts), None

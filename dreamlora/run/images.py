@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.config import Data
-from dreamlora.data.cache import cache_folder
 from dreamlora.data.dataset import examine, load_images, split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
+from dreamlora.data.places import cache_folder
 from dreamlora.errors import UserError
 from dreamlora.lora.inject import target_layers
 from dreamlora.models.parts import DTYPES, ROLES, Parts
@@ -69,10 +69,8 @@ def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     if not (data.instance_data_dir or data.train_data_dir or data.dataset_name):
         data = _draw_built_in(context, folder)
     images = load_images(data, context.config.model.cache_dir, progress=main)
-    if images.skipped:
-        names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
-        place = data.train_data_dir or data.instance_data_dir
-        context.warn(f"{len(images.skipped)} files in {place} are no images and were skipped: {names}")
+    for note in images.notes:
+        context.warn(note)
     training, held_out = split_holdout(images.records, data.holdout)
     if not held_out and context.config.eval.eval_steps != 0:
         context.warn(

@@ -1,0 +1,278 @@
+"""The entries of a data folder, as rows of a table beside the catalogue: none is passed over, however many there are.
+
+An entry is first taken for what its name and kind of file say (``Kind``). Whoever reads captions then writes down what
+became of it: its use, or the reason why it has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+import stat
+import unicodedata
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+
+from dreamlora.data.images import FORMATS
+from dreamlora.errors import UserError
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+"""Of caption files, in their order of precedence."""
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".ods")
+"""Of files that could hold captions, and are not read."""
+SYSTEM_NAMES = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "lost+found"),
+}
+"""What operating systems put into folders, in lower case; hidden ones (.DS_Store) need no name here."""
+NOTES = re.compile(r"(readme|licen[cs]e|copying|notes?|credits|attribution|changelog|about|sources?|urls?|todo)\b.*")
+"""Names of text files that are meant for people."""
+KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.+)")
+"""kohya's convention, ``<repeats>_<prompt>``: "10_sks dog"."""
+MOST_WALKED = 20_000
+"""Entries of sub-folders that are looked at to count images there; a wrong folder can hold a whole disk."""
+
+SCHEMA = """
+CREATE TABLE entries (name BLOB PRIMARY KEY, kind TEXT, stem BLOB, sort BLOB, identity TEXT, listed INTEGER,
+                      captions TEXT, line INTEGER, use TEXT, reason TEXT);
+CREATE INDEX stems ON entries (stem);
+CREATE INDEX identities ON entries (identity);
+"""
+
+
+class Kind(StrEnum):
+    """What an entry seems to be."""
+
+    IMAGE = "image"
+    CAPTION = "caption"
+    METADATA = "metadata"
+    HIDDEN = "hidden"
+    SYSTEM = "system"
+    FOLDER = "folder"
+    OTHER = "other"
+    BELOW = "below"
+    """An image of a sub-folder, which only the metadata can make one of the data set's."""
+
+
+class Entries:
+    """The entries of one folder; images that its metadata name in sub-folders are added to them.
+
+    Args:
+        db: of the catalogue that is being filled.
+        folder: where they lie.
+    """
+
+    def __init__(self, db: sqlite3.Connection, folder: Path) -> None:
+        self.db = db
+        self.folder = folder
+        self._below: set[str] = set()
+        db.executescript(SCHEMA)
+
+    def read(self, flag: str) -> None:
+        """List the folder.
+
+        Raises:
+            UserError: it is no folder, cannot be read, or holds something with a name of an image, caption or metadata
+                file that is no file.
+        """
+        check_folder(self.folder, flag)
+        try:
+            with os.scandir(self.folder) as found:
+                for entry in found:
+                    self._list(entry)
+        except OSError as error:
+            raise UserError(f"{flag} {self.folder} cannot be read: {error.strerror}") from error
+
+    def add(self, name: str, status: os.stat_result | None, kind: Kind | None = None, listed: bool = True) -> None:
+        """Put an entry down.
+
+        Args:
+            name: path inside the folder.
+            status: of the file that it is, or points to.
+            kind: None: what its name says.
+            listed: whether it is an entry of the folder itself.
+        """
+        kind = kind or kind_of(Path(name).name)
+        identity = f"{status.st_dev}/{status.st_ino}" if status is not None and status.st_ino else None
+        row = (os.fsencode(name), kind, _stem(name, kind), natural_key(name), identity, listed)
+        self.db.execute("INSERT INTO entries (name, kind, stem, sort, identity, listed) VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def names(self, kind: Kind, where: str = "1", parameters: tuple[object, ...] = ()) -> Iterator[str]:
+        """Names of one kind, in natural order."""
+        query = f"SELECT name FROM entries WHERE kind = ? AND {where} ORDER BY sort"
+        return (os.fsdecode(name) for (name,) in self.db.execute(query, (kind, *parameters)))
+
+    def like(self, name: str, kind: Kind) -> list[str]:
+        """Names of one kind that differ from ``name`` in case, spelling in Unicode and endings alone."""
+        return list(self.names(kind, "stem = ?", (_stem(name, self.kind(name) or kind_of(name)),)))
+
+    def kind(self, name: str) -> Kind | None:
+        """What the entry of exactly this name is; None if there is none."""
+        row = self.db.execute("SELECT kind FROM entries WHERE name = ?", (os.fsencode(name),)).fetchone()
+        return Kind(row[0]) if row else None
+
+    def read_below(self, parent: str) -> None:
+        """Put down the images of a sub-folder, and the caption files beside them, once."""
+        if parent in self._below:
+            return
+        self._below.add(parent)
+        with contextlib.suppress(OSError), os.scandir(self.folder / parent) as found:  # none of them is there, then
+            for entry in found:
+                kind = kind_of(entry.name)
+                if kind in (Kind.IMAGE, Kind.CAPTION) and entry.is_file():
+                    name = (Path(parent) / entry.name).as_posix()
+                    self.add(name, entry.stat(), Kind.BELOW if kind is Kind.IMAGE else kind, listed=False)
+
+    def take_as_image(self, name: str) -> None:
+        """Make an image of one that is hidden or lies in a sub-folder."""
+        query = "UPDATE entries SET kind = ?, stem = ? WHERE name = ?"
+        self.db.execute(query, (Kind.IMAGE, _stem(name, Kind.IMAGE), os.fsencode(name)))
+
+    def used(self, name: str, use: str) -> None:
+        """Write down what an entry is used for; several uses are joined."""
+        query = "UPDATE entries SET reason = NULL, use = coalesce(use || ', ', '') || ? WHERE name = ?"
+        self.db.execute(query, (use, os.fsencode(name)))
+
+    def use_of(self, name: str) -> str:
+        """What an entry is used for so far."""
+        row = self.db.execute("SELECT use FROM entries WHERE name = ?", (os.fsencode(name),)).fetchone()
+        return str(row[0] or "")
+
+    def unused(self, name: str, reason: str) -> None:
+        """Write down why an entry is not used, unless it is."""
+        query = "UPDATE entries SET reason = ? WHERE name = ? AND use IS NULL"
+        self.db.execute(query, (reason, os.fsencode(name)))
+
+    def _list(self, entry: os.DirEntry[str]) -> None:
+        name = entry.name
+        if name.startswith("."):
+            return self.add(name, None, Kind.HIDDEN)
+        if name.lower() in SYSTEM_NAMES:
+            return self.add(name, None, Kind.SYSTEM)
+        try:
+            status: os.stat_result | None = entry.stat()
+        except OSError:
+            status = None
+        kind = kind_of(name)
+        if status is not None and stat.S_ISREG(status.st_mode):
+            return self.add(name, status, kind)
+        what = _what(status, entry)
+        if kind is Kind.IMAGE or kind is Kind.METADATA or (kind is Kind.CAPTION and not _is_folder(status)):
+            raise UserError(f"{self.folder / name} is {what}, not a file: take it out of the folder, or rename it")
+        if _is_folder(status):
+            return self.add(name, None, Kind.FOLDER)
+        self.add(name, None, Kind.OTHER)
+        self.unused(name, what)
+        return None
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Nothing, if ``folder`` is one.
+
+    Raises:
+        UserError: it is a file, or there is none.
+    """
+    try:
+        if folder.is_dir():
+            return
+        there = folder.exists()
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be read: {error.strerror}") from error
+    if there:
+        raise UserError(f"{flag} {folder} is a file: give the folder it lies in")
+    raise UserError(f"{flag} {folder}: there is no such folder (looked from {Path.cwd()})")
+
+
+def kind_of(name: str) -> Kind:
+    """What a file's name says it is."""
+    suffix = Path(name).suffix.lower()
+    if suffix in FORMATS:
+        return Kind.IMAGE
+    if name.lower() in METADATA_FILES:
+        return Kind.METADATA
+    return Kind.CAPTION if suffix in CAPTION_SUFFIXES else Kind.OTHER
+
+
+def may_hold_captions(name: str) -> bool:
+    """Whether a file that is not used could have been meant to give captions."""
+    path = Path(name.lower())
+    return path.suffix in (*CAPTION_SUFFIXES, *TABLE_SUFFIXES) and not NOTES.fullmatch(path.stem)
+
+
+def folded(text: str) -> str:
+    """``text`` as it compares to others that differ in case or in Unicode's two spellings of accents."""
+    return text.lower() if text.isascii() else unicodedata.normalize("NFC", text.casefold())
+
+
+def spelled(text: str) -> str:
+    """``text`` in the one of Unicode's two spellings of accents that is not macOS's."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def shown(names: Iterable[str], count: int, most: int = 3) -> str:
+    """The first names of ``count``."""
+    first = [name for name, _ in zip(names, range(most), strict=False)]
+    return ", ".join(first) + (", ..." if count > len(first) else "")
+
+
+def _stem(name: str, kind: Kind) -> bytes:
+    stem = folded(name)
+    if kind is Kind.CAPTION:
+        stem = stem.removesuffix(Path(stem).suffix)
+    while kind in (Kind.CAPTION, Kind.IMAGE, Kind.BELOW) and Path(stem).suffix in FORMATS:
+        stem = stem.removesuffix(Path(stem).suffix)
+    return stem.encode("utf-8", "surrogateescape")
+
+
+def _is_folder(status: os.stat_result | None) -> bool:
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def _what(status: os.stat_result | None, entry: os.DirEntry[str]) -> str:
+    if status is None:
+        return "a link to something that is not there" if entry.is_symlink() else "something that cannot be looked at"
+    if stat.S_ISDIR(status.st_mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(status.st_mode) else "a socket" if stat.S_ISSOCK(status.st_mode) else "a device"
+
+
+def natural_key(name: str) -> bytes:
+    """Sorts numbers inside names by value, ignoring case; equal ones by their spelling.
+
+    Names are split into texts and numbers in turn. A text ends in the lowest character; a number is its digits without
+    leading zeros after their count, so that as text, too, the longer one is the larger.
+    """
+    parts = re.split(r"(\d+)", name.casefold())
+    texts = [f"{len(str(int(part))):03d}{int(part)}" if part.isdecimal() else f"{part}\0" for part in parts]
+    return "".join([*texts, "\0", name]).encode("utf-8", "surrogateescape")
+
+
+def images_below(folder: Path, known: Iterable[str] = ()) -> dict[str, int]:
+    """How many image files lie in each folder under ``folder``, by path; links are not followed.
+
+    Args:
+        folder: not counted itself.
+        known: paths that are not counted.
+    """
+    counts: dict[str, int] = {}
+    waiting, left, passed = [folder], MOST_WALKED, set(known)
+    while waiting and left > 0:
+        place = waiting.pop(0)
+        try:
+            with os.scandir(place) as found:
+                for entry in found:
+                    left -= 1
+                    if left < 0:
+                        break
+                    if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+                    elif kind_of(entry.name) is Kind.IMAGE and entry.is_file() and entry.path not in passed:
+                        counts[str(place)] = counts.get(str(place), 0) + 1
+        except OSError:  # one that cannot be looked into cannot be meant
+            continue
+    return counts
