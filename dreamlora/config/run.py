@@ -236,6 +236,8 @@ class Optim:
 class Train:
     """Length of the run, its loss, its folder and its checkpoints."""
 
+    dry_run: bool = False
+    """Check all flags and data, print what becomes of every file of the data, and end: no model, nothing written."""
     output_dir: Path | None = None
     """The run's folder. Default: outputs/<subject or data folder>-<optimizer>."""
     overwrite_output_dir: bool = False

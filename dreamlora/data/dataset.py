@@ -9,12 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dreamlora.config import Data
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import Catalog, RecordSubset, hash_prefixes
 from dreamlora.data.file_index import FileIndex
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.hub import load_hub
 from dreamlora.data.images import ImageRecord
-from dreamlora.data.places import cache_folder
 from dreamlora.errors import UserError
 
 FEWEST_TO_SPLIT = 6

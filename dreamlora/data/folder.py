@@ -31,7 +31,7 @@ from dreamlora.data.account import (
 )
 from dreamlora.data.caption_text import listed, tidy
 from dreamlora.data.catalog import Catalog
-from dreamlora.data.entries import KOHYA_FOLDER, Entries, Kind, images_below, may_hold_captions, shown
+from dreamlora.data.entries import KOHYA_FOLDER, Entries, Kind, images_below, kind_of, may_hold_captions, shown
 from dreamlora.data.file_index import stamp_of
 from dreamlora.data.images import FORMATS, readable
 from dreamlora.data.metadata import Metadata, read_metadata
@@ -121,6 +121,11 @@ def load_folder(
             )
         notes = (*folder_name_note(folder), *captions.notes(), *unused_note(entries))
     return Images(catalog, notes, FolderAccount(catalog))
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether images lie in the folder itself."""
+    return any(entry.is_file() and kind_of(entry.name) is Kind.IMAGE for entry in os.scandir(folder))
 
 
 @dataclass

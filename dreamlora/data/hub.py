@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from dreamlora.config import Data
 from dreamlora.data.account import RowAccount
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.caption_text import CAPTION_COLUMNS, captions_of, pick_caption_column, plain, tidy
 from dreamlora.data.catalog import Catalog
 from dreamlora.data.folder import FolderPlace, Images
-from dreamlora.data.places import cache_folder
 from dreamlora.errors import UserError
+from dreamlora.registry import check_installed
 from dreamlora.runfolder import replacing
 
 
@@ -181,11 +182,27 @@ def _columns(dataset: Any, name: str) -> list[str]:
     return list(columns)
 
 
-def _load(name: str, data: Data, cache_dir: Path | None) -> Any:
+def check_dataset(name: str) -> None:
+    """Nothing, if ``name`` is there or may be a data set of the hub, and the package is installed.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
-        import datasets
-    except ImportError:
-        raise UserError('--dataset_name needs the package datasets: pip install "dreamlora[datasets]"') from None
+        check_installed(("datasets",), "datasets")
+    except UserError as error:
+        raise UserError(f"--dataset_name: {error}") from None
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"--dataset_name {name} is a file: give the folder it lies in, or a hub name")
+    if not path.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"--dataset_name {name}: there is no such folder (looked from {Path.cwd()})")
+
+
+def _load(name: str, data: Data, cache_dir: Path | None) -> Any:
+    check_dataset(name)
+    import datasets
+
     try:
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(name)

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 from dreamlora.config import RunConfig
 from dreamlora.data.cache import TensorCache
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.encode import Filling
-from dreamlora.data.places import cache_folder
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.parts import Parts

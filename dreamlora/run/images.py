@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.config import Data
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine, load_images, split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
-from dreamlora.data.places import cache_folder
 from dreamlora.errors import UserError
 from dreamlora.lora.inject import target_layers
 from dreamlora.models.parts import DTYPES, ROLES, Parts

@@ -18,10 +18,10 @@ from dreamlora.data import cache as cache_module
 from dreamlora.data import encode as encode_module
 from dreamlora.data.buckets import bucket_sizes
 from dreamlora.data.cache import Recent, TensorCache, content_key
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine
 from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
 from dreamlora.data.folder import load_folder
-from dreamlora.data.places import cache_folder
 from dreamlora.data.transforms import Preparation, prepare, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Latents

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 import json
 import re
 import time
@@ -292,15 +292,8 @@ def test_missing_dataset_and_package(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="cannot load --dataset_name"):
-        load_images(Data(dataset_name=str(tmp_path / "gone"), instance_prompt="p"))
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+        load_images(Data(dataset_name="gone/set", instance_prompt="p"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install .dreamlora\[datasets\]"):
         load_images(Data(dataset_name="x"))
 

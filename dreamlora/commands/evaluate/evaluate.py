@@ -35,10 +35,10 @@ from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.config import EMBEDDED_MODEL, Encoders
 from dreamlora.config.programs import program_of
 from dreamlora.data.cache import TensorCache
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import load_images, split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import FORMATS, ImageRecord
-from dreamlora.data.places import cache_folder
 from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
