@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dreamlora.data.catalog import Catalog
-from dreamlora.data.entries import KOHYA_FOLDER, Entries, Kind, images_below, shown
+from dreamlora.data.entries import KOHYA_FOLDER, Entries, EntryKind, images_below, shown
 
 HIDDEN = "entries whose names begin with a dot are left alone"
 NO_ROLE = "no image, caption or metadata"
@@ -47,12 +47,12 @@ class FolderAccount:
         hidden = 0
         for name, kind, use, reason in self._catalog.db.execute(query):
             spelled = os.fsdecode(name)
-            if kind == Kind.IMAGE:
+            if kind == EntryKind.IMAGE:
                 yield _image(self._catalog, row, spelled)
                 row += 1
             elif use:
                 yield Entry(spelled, kind, "", (use,))
-            elif kind == Kind.HIDDEN:
+            elif kind == EntryKind.HIDDEN:
                 hidden += 1
             else:
                 yield Entry(spelled, "not used", "", (reason or "",))
@@ -67,8 +67,12 @@ class RowAccount:
         self._catalog = catalog
 
     def __iter__(self) -> Iterator[Entry]:
-        for row, record in enumerate(self._catalog):
-            yield _image(self._catalog, row, record.name)
+        return (_image(self._catalog, row, row_name(row)) for row in range(len(self._catalog)))
+
+
+def row_name(row: int) -> str:
+    """What a row without a name of its own is called."""
+    return f"row-{row:06d}"
 
 
 def _image(catalog: Catalog, row: int, name: str) -> Entry:
@@ -82,8 +86,8 @@ _LISTED = "(listed OR use IS NOT NULL OR kind = 'image')"
 
 def explain_unused(entries: Entries) -> None:
     """Write down why each entry without a use has none."""
-    images = {str(entries.folder / name) for name in entries.names(Kind.IMAGE, "NOT listed")}
-    for name in list(entries.names(Kind.FOLDER)):
+    images = {str(entries.folder / name) for name in entries.names(EntryKind.IMAGE, "NOT listed")}
+    for name in list(entries.names(EntryKind.FOLDER)):
         path = entries.folder / name
         if entries.folder.resolve().is_relative_to(path.resolve()):
             entries.unused(name, "a link to the folder itself, or to one above it")
@@ -91,9 +95,9 @@ def explain_unused(entries: Entries) -> None:
             entries.unused(name, _folder_text(name, sum(images_below(path, images).values())))
     db = entries.db
     for kind, reason in (
-        (Kind.SYSTEM, "a file of the operating system"),
-        (Kind.OTHER, NO_ROLE),
-        (Kind.CAPTION, NO_SUCH_IMAGE),
+        (EntryKind.SYSTEM, "a file of the operating system"),
+        (EntryKind.OTHER, NO_ROLE),
+        (EntryKind.CAPTION, NO_SUCH_IMAGE),
     ):
         db.execute(
             "UPDATE entries SET reason = ? WHERE kind = ? AND use IS NULL AND reason IS NULL AND listed", (reason, kind)
@@ -123,7 +127,7 @@ def unused_note(entries: Entries) -> list[str]:
         "GROUP BY reason ORDER BY MIN(sort) LIMIT ?"
     )
     told, total = [], 0
-    for reason, count in entries.db.execute(query, (Kind.SYSTEM, MOST_REASONS)).fetchall():
+    for reason, count in entries.db.execute(query, (EntryKind.SYSTEM, MOST_REASONS)).fetchall():
         names = _names(entries.db, reason)
         told.append(f"{shown(names, count)} ({reason})")
         total += count

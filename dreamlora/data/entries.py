@@ -1,7 +1,7 @@
 """The entries of a data folder, as rows of a table beside the catalogue: none is passed over, however many there are.
 
-An entry is first taken for what its name and kind of file say (``Kind``). Whoever reads captions then writes down what
-became of it: its use, or the reason why it has none.
+An entry is first taken for what its name and kind of file say (``EntryKind``). Whoever reads captions then writes down
+what became of it: its use, or the reason why it has none.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CREATE INDEX identities ON entries (identity);
 """
 
 
-class Kind(StrEnum):
+class EntryKind(StrEnum):
     """What an entry seems to be."""
 
     IMAGE = "image"
@@ -86,7 +86,7 @@ class Entries:
         except OSError as error:
             raise UserError(f"{flag} {self.folder} cannot be read: {error.strerror}") from error
 
-    def add(self, name: str, status: os.stat_result | None, kind: Kind | None = None, listed: bool = True) -> None:
+    def add(self, name: str, status: os.stat_result | None, kind: EntryKind | None = None, listed: bool = True) -> None:
         """Put an entry down.
 
         Args:
@@ -100,19 +100,19 @@ class Entries:
         row = (os.fsencode(name), kind, _stem(name, kind), natural_key(name), identity, listed)
         self.db.execute("INSERT INTO entries (name, kind, stem, sort, identity, listed) VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def names(self, kind: Kind, where: str = "1", parameters: tuple[object, ...] = ()) -> Iterator[str]:
+    def names(self, kind: EntryKind, where: str = "1", parameters: tuple[object, ...] = ()) -> Iterator[str]:
         """Names of one kind, in natural order."""
         query = f"SELECT name FROM entries WHERE kind = ? AND {where} ORDER BY sort"
         return (os.fsdecode(name) for (name,) in self.db.execute(query, (kind, *parameters)))
 
-    def like(self, name: str, kind: Kind) -> list[str]:
+    def like(self, name: str, kind: EntryKind) -> list[str]:
         """Names of one kind that differ from ``name`` in case, spelling in Unicode and endings alone."""
         return list(self.names(kind, "stem = ?", (_stem(name, self.kind(name) or kind_of(name)),)))
 
-    def kind(self, name: str) -> Kind | None:
+    def kind(self, name: str) -> EntryKind | None:
         """What the entry of exactly this name is; None if there is none."""
         row = self.db.execute("SELECT kind FROM entries WHERE name = ?", (os.fsencode(name),)).fetchone()
-        return Kind(row[0]) if row else None
+        return EntryKind(row[0]) if row else None
 
     def read_below(self, parent: str) -> None:
         """Put down the images of a sub-folder, and the caption files beside them, once."""
@@ -122,14 +122,14 @@ class Entries:
         with contextlib.suppress(OSError), os.scandir(self.folder / parent) as found:  # none of them is there, then
             for entry in found:
                 kind = kind_of(entry.name)
-                if kind in (Kind.IMAGE, Kind.CAPTION) and entry.is_file():
+                if kind in (EntryKind.IMAGE, EntryKind.CAPTION) and entry.is_file():
                     name = (Path(parent) / entry.name).as_posix()
-                    self.add(name, entry.stat(), Kind.BELOW if kind is Kind.IMAGE else kind, listed=False)
+                    self.add(name, entry.stat(), EntryKind.BELOW if kind is EntryKind.IMAGE else kind, listed=False)
 
     def take_as_image(self, name: str) -> None:
         """Make an image of one that is hidden or lies in a sub-folder."""
         query = "UPDATE entries SET kind = ?, stem = ? WHERE name = ?"
-        self.db.execute(query, (Kind.IMAGE, _stem(name, Kind.IMAGE), os.fsencode(name)))
+        self.db.execute(query, (EntryKind.IMAGE, _stem(name, EntryKind.IMAGE), os.fsencode(name)))
 
     def used(self, name: str, use: str) -> None:
         """Write down what an entry is used for; several uses are joined."""
@@ -149,9 +149,9 @@ class Entries:
     def _list(self, entry: os.DirEntry[str]) -> None:
         name = entry.name
         if name.startswith("."):
-            return self.add(name, None, Kind.HIDDEN)
+            return self.add(name, None, EntryKind.HIDDEN)
         if name.lower() in SYSTEM_NAMES:
-            return self.add(name, None, Kind.SYSTEM)
+            return self.add(name, None, EntryKind.SYSTEM)
         try:
             status: os.stat_result | None = entry.stat()
         except OSError:
@@ -160,11 +160,15 @@ class Entries:
         if status is not None and stat.S_ISREG(status.st_mode):
             return self.add(name, status, kind)
         what = _what(status, entry)
-        if kind is Kind.IMAGE or kind is Kind.METADATA or (kind is Kind.CAPTION and not _is_folder(status)):
+        if (
+            kind is EntryKind.IMAGE
+            or kind is EntryKind.METADATA
+            or (kind is EntryKind.CAPTION and not _is_folder(status))
+        ):
             raise UserError(f"{self.folder / name} is {what}, not a file: take it out of the folder, or rename it")
         if _is_folder(status):
-            return self.add(name, None, Kind.FOLDER)
-        self.add(name, None, Kind.OTHER)
+            return self.add(name, None, EntryKind.FOLDER)
+        self.add(name, None, EntryKind.OTHER)
         self.unused(name, what)
         return None
 
@@ -186,14 +190,14 @@ def check_folder(folder: Path, flag: str) -> None:
     raise UserError(f"{flag} {folder}: there is no such folder (looked from {Path.cwd()})")
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str) -> EntryKind:
     """What a file's name says it is."""
     suffix = Path(name).suffix.lower()
     if suffix in FORMATS:
-        return Kind.IMAGE
+        return EntryKind.IMAGE
     if name.lower() in METADATA_FILES:
-        return Kind.METADATA
-    return Kind.CAPTION if suffix in CAPTION_SUFFIXES else Kind.OTHER
+        return EntryKind.METADATA
+    return EntryKind.CAPTION if suffix in CAPTION_SUFFIXES else EntryKind.OTHER
 
 
 def may_hold_captions(name: str) -> bool:
@@ -218,11 +222,11 @@ def shown(names: Iterable[str], count: int, most: int = 3) -> str:
     return ", ".join(first) + (", ..." if count > len(first) else "")
 
 
-def _stem(name: str, kind: Kind) -> bytes:
+def _stem(name: str, kind: EntryKind) -> bytes:
     stem = folded(name)
-    if kind is Kind.CAPTION:
+    if kind is EntryKind.CAPTION:
         stem = stem.removesuffix(Path(stem).suffix)
-    while kind in (Kind.CAPTION, Kind.IMAGE, Kind.BELOW) and Path(stem).suffix in FORMATS:
+    while kind in (EntryKind.CAPTION, EntryKind.IMAGE, EntryKind.BELOW) and Path(stem).suffix in FORMATS:
         stem = stem.removesuffix(Path(stem).suffix)
     return stem.encode("utf-8", "surrogateescape")
 
@@ -271,7 +275,7 @@ def images_below(folder: Path, known: Iterable[str] = ()) -> dict[str, int]:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(Path(entry.path))
-                    elif kind_of(entry.name) is Kind.IMAGE and entry.is_file() and entry.path not in passed:
+                    elif kind_of(entry.name) is EntryKind.IMAGE and entry.is_file() and entry.path not in passed:
                         counts[str(place)] = counts.get(str(place), 0) + 1
         except OSError:  # one that cannot be looked into cannot be meant
             continue

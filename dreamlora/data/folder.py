@@ -31,7 +31,7 @@ from dreamlora.data.account import (
 )
 from dreamlora.data.caption_text import listed, tidy
 from dreamlora.data.catalog import Catalog
-from dreamlora.data.entries import KOHYA_FOLDER, Entries, Kind, images_below, kind_of, may_hold_captions, shown
+from dreamlora.data.entries import KOHYA_FOLDER, Entries, EntryKind, images_below, kind_of, may_hold_captions, shown
 from dreamlora.data.file_index import stamp_of
 from dreamlora.data.images import FORMATS, readable
 from dreamlora.data.metadata import Metadata, read_metadata
@@ -103,7 +103,7 @@ def load_folder(
     with catalog.filling():
         entries.read(flag)
         metadata = read_metadata(entries, caption_column)
-        if next(entries.names(Kind.IMAGE), None) is None:
+        if next(entries.names(EntryKind.IMAGE), None) is None:
             raise UserError(_no_images(folder, flag))
         _refuse_unreadable(entries)
         captions = _Captions(entries, SidecarReader(entries, caption_column, captions_per_line), tidy(prompt), flag)
@@ -125,7 +125,7 @@ def load_folder(
 
 def holds_images(folder: Path) -> bool:
     """Whether images lie in the folder itself."""
-    return any(entry.is_file() and kind_of(entry.name) is Kind.IMAGE for entry in os.scandir(folder))
+    return any(entry.is_file() and kind_of(entry.name) is EntryKind.IMAGE for entry in os.scandir(folder))
 
 
 @dataclass
@@ -167,9 +167,9 @@ class _Captions:
 
     def add_to(self, catalog: Catalog) -> None:
         """Every image, in natural order, as a row of the catalogue."""
-        metadata = next(self.entries.names(Kind.METADATA), "")
+        metadata = next(self.entries.names(EntryKind.METADATA), "")
         query = "SELECT name, captions, line FROM entries WHERE kind = ? ORDER BY sort"
-        for encoded, cell, line in self.entries.db.execute(query, (Kind.IMAGE,)).fetchall():
+        for encoded, cell, line in self.entries.db.execute(query, (EntryKind.IMAGE,)).fetchall():
             name = os.fsdecode(encoded)
             row = Sidecar(f"{metadata}, line {line}", tuple((cell or "").split("\n")) if cell else ())
             captions, source = self._of(name, self._sidecars.of(name), row)
@@ -267,7 +267,7 @@ def _no_images(folder: Path, flag: str) -> str:
 def _refuse_unreadable(entries: Entries) -> None:
     """Photos left out silently would be worse than a stop."""
     unreadable = _Named()
-    for name in entries.names(Kind.IMAGE):
+    for name in entries.names(EntryKind.IMAGE):
         if not readable(Path(name)):
             unreadable.add(name)
     if unreadable.count:
@@ -283,7 +283,7 @@ def _refuse_same_file(entries: Entries) -> None:
         "SELECT a.name, b.name FROM entries a JOIN entries b ON a.identity = b.identity AND a.sort < b.sort "
         "WHERE a.kind = ? AND b.kind = ? ORDER BY a.sort LIMIT 1"
     )
-    same = entries.db.execute(query, (Kind.IMAGE, Kind.IMAGE)).fetchone()
+    same = entries.db.execute(query, (EntryKind.IMAGE, EntryKind.IMAGE)).fetchone()
     if same:
         first, second = map(os.fsdecode, same)
         raise UserError(
@@ -309,7 +309,7 @@ def _refuse_stray(captions: _Captions) -> None:
     """Files that seem to hold captions and belong to no image, while images have none of their own."""
     without = captions.missing if captions.missing.count else captions.by_prompt
     stray = _Named()
-    for kind, reason in ((Kind.CAPTION, NO_SUCH_IMAGE), (Kind.OTHER, NO_ROLE)):
+    for kind, reason in ((EntryKind.CAPTION, NO_SUCH_IMAGE), (EntryKind.OTHER, NO_ROLE)):
         for name in filter(may_hold_captions, captions.entries.names(kind, "reason = ?", (reason,))):
             stray.add(name)
     if stray.count and without.count:

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dreamlora.config import Data
-from dreamlora.data.account import RowAccount
+from dreamlora.data.account import RowAccount, row_name
 from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.caption_text import CAPTION_COLUMNS, captions_of, pick_caption_column, plain, tidy
 from dreamlora.data.catalog import Catalog
@@ -87,7 +87,7 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
         count = min(len(dataset), data.max_train_samples or len(dataset))
         with catalog.filling():
             for row in range(count):
-                catalog.add(_row_name(row), *captions.of(texts[row][wanted] if wanted else None, row))
+                catalog.add(row_name(row), *captions.of(texts[row][wanted] if wanted else None, row))
     if not len(catalog):
         raise UserError(f"--dataset_name {name} has no rows")
     return Images(catalog, tuple(captions.notes(columns)), RowAccount(catalog))
@@ -119,10 +119,6 @@ def _streamed(data: Data, dataset: Any, captions: _RowCaptions, progress: bool) 
 
 def _bar(rows: Iterator[Any], progress: bool) -> Any:
     return tqdm(rows, "streaming rows", unit="row", delay=3, leave=False, disable=not progress)
-
-
-def _row_name(row: int) -> str:
-    return f"row-{row:06d}"
 
 
 class _RowCaptions:

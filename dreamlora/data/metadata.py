@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreamlora.data.caption_text import captions_of, listed, not_utf8, pick_caption_column, plain
-from dreamlora.data.entries import Entries, Kind, folded, kind_of, spelled
+from dreamlora.data.entries import Entries, EntryKind, folded, kind_of, spelled
 from dreamlora.errors import UserError
 
 NAME_COLUMN = "file_name"
@@ -40,7 +40,7 @@ def read_metadata(entries: Entries, caption_column: str | None) -> Metadata:
     Raises:
         UserError: it cannot be read, has rows that fit neither its header nor the folder, or there are two.
     """
-    names = list(entries.names(Kind.METADATA))
+    names = list(entries.names(EntryKind.METADATA))
     if len(names) > 1:
         raise UserError(f"{entries.folder} has {' and '.join(names)}: keep one")
     if not names:
@@ -116,13 +116,13 @@ def _refuse_list(given: tuple[str, ...], where: str) -> None:
 def _resolve(entries: Entries, written: str, where: str) -> str:
     """The image's name in its folder, however a row spells it."""
     name = _inside(entries.folder, written, where)
-    if kind_of(name) is not Kind.IMAGE:
+    if kind_of(name) is not EntryKind.IMAGE:
         raise UserError(f"{where}: {written} has no ending of an image: correct the row or take it out")
     if "/" in name:
         entries.read_below(Path(name).parent.as_posix())
     if entries.kind(name):
         return name
-    similar = [other for kind in (Kind.IMAGE, Kind.BELOW) for other in entries.like(name, kind)]
+    similar = [other for kind in (EntryKind.IMAGE, EntryKind.BELOW) for other in entries.like(name, kind)]
     same = [other for other in similar if spelled(other) == spelled(name)]
     same = same or [other for other in similar if folded(other) == folded(name)]
     if len(same) == 1:
@@ -160,7 +160,7 @@ def _nearly(entries: Entries, written: str) -> str:
 
 def _claim(entries: Entries, name: str, line: int, where: str) -> None:
     """Each image has one row."""
-    if entries.kind(name) is not Kind.IMAGE:
+    if entries.kind(name) is not EntryKind.IMAGE:
         entries.take_as_image(name)
     query = "SELECT line FROM entries WHERE name = ?"
     before = entries.db.execute(query, (os.fsencode(name),)).fetchone()[0]
@@ -287,7 +287,7 @@ def _check_swallowed(entries: Entries, cells: list[str], where: str) -> None:
     for cell in cells:
         for text in cell.splitlines()[1:]:
             name = text.split(",")[0].strip().strip('"')
-            if name and kind_of(name) is Kind.IMAGE and entries.kind(name):
+            if name and kind_of(name) is EntryKind.IMAGE and entries.kind(name):
                 raise UserError(
                     f"{where}: the row goes on over the line of {name}: a quotation mark is missing, or one too many"
                 )

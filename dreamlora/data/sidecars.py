@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dreamlora.data.caption_text import captions_of, pick_caption_column, read_text, tidy
-from dreamlora.data.entries import CAPTION_SUFFIXES, Entries, Kind, folded, spelled
+from dreamlora.data.entries import CAPTION_SUFFIXES, Entries, EntryKind, folded, spelled
 from dreamlora.errors import UserError
 
 
@@ -50,7 +50,7 @@ class SidecarReader:
         Raises:
             UserError: one cannot be read, or could belong to another image as well.
         """
-        files = [name for name in self._entries.like(image, Kind.CAPTION) if self._belongs(name, image)]
+        files = [name for name in self._entries.like(image, EntryKind.CAPTION) if self._belongs(name, image)]
         files.sort(key=lambda name: CAPTION_SUFFIXES.index(Path(name).suffix.lower()))
         return [self._read(name) for name in files]
 
@@ -61,7 +61,7 @@ class SidecarReader:
             return True
         if not _names(image, base, folded):
             return False
-        others = [other for other in self._entries.like(name, Kind.IMAGE) if _names(other, base, folded)]
+        others = [other for other in self._entries.like(name, EntryKind.IMAGE) if _names(other, base, folded)]
         if any(_names(other, base, spelled) for other in others):
             return False
         if len({spelled(_without_ending(other)) for other in others}) > 1:

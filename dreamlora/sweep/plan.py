@@ -18,7 +18,6 @@ from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import FINAL_SIZES
-from dreamlora.run import preflight
 from dreamlora.runfolder import RunFolder, read_json, write_atomically
 from dreamlora.sweep.config import DECIDED_HERE, PROGRAM, CompareConfig, flags_in
 
@@ -162,7 +161,6 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
     base, _ = parse_run(training, trained, PROGRAM)
     if base.train.dry_run:
         raise UserError("--dry_run looks at the data of one run: give it to dreamlora dreambooth or text-to-image")
-    preflight.check_inputs(base)
     if base.eval.eval_steps == 0:
         raise UserError("--eval_steps 0 leaves nothing to compare: leave the flag out, or give a number above 0")
     entries = tuple(parse_entry(text, training, trained) for text in config.optimizers)
