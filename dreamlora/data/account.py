@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
     Attributes:
         name: in its folder, or the row.
-        use: "image", "caption", "metadata" or "not used".
+        use: "image", "caption", "metadata", "folder" or "not used".
         source: where an image's captions come from: a file, a line of the metadata, or a flag.
         texts: an image's captions; else what the entry is used for, or why it is not.
     """
@@ -86,13 +86,8 @@ _LISTED = "(listed OR use IS NOT NULL OR kind = 'image')"
 
 def explain_unused(entries: Entries) -> None:
     """Write down why each entry without a use has none."""
-    images = {str(entries.folder / name) for name in entries.names(EntryKind.IMAGE, "NOT listed")}
     for name in list(entries.names(EntryKind.FOLDER)):
-        path = entries.folder / name
-        if entries.folder.resolve().is_relative_to(path.resolve()):
-            entries.unused(name, "a link to the folder itself, or to one above it")
-        else:
-            entries.unused(name, _folder_text(name, sum(images_below(path, images).values())))
+        _explain_folder(entries, name)
     db = entries.db
     for kind, reason in (
         (EntryKind.SYSTEM, "a file of the operating system"),
@@ -104,12 +99,23 @@ def explain_unused(entries: Entries) -> None:
         )
 
 
-def _folder_text(name: str, count: int) -> str:
-    if not count:
-        return "a folder without images"
-    convention = KOHYA_FOLDER.fullmatch(name)
-    meant = f"; {kohya_meaning(convention[1], convention[2])}" if convention else ""
-    return f"a folder, whose images ({count}) are not used: give it as a data set of its own{meant}"
+def _explain_folder(entries: Entries, name: str) -> None:
+    folder = entries.folder
+    if folder.resolve().is_relative_to((folder / name).resolve()):
+        return entries.unused(name, "a link to the folder itself, or to one above it")
+
+    def known(path: str) -> bool:
+        return entries.kind(Path(path).relative_to(folder).as_posix()) is EntryKind.IMAGE
+
+    count = sum(images_below(folder / name, known).values())
+    if count:
+        convention = KOHYA_FOLDER.fullmatch(name)
+        meant = f"; {kohya_meaning(convention[1], convention[2])}" if convention else ""
+        reason = f"a folder, whose images ({count}) are not used: give it as a data set of its own{meant}"
+        return entries.unused(name, reason)
+    if entries.uses_below(name):
+        return entries.used(name, "its images are named in the metadata")
+    return entries.unused(name, "a folder without images")
 
 
 def kohya_meaning(repeats: str, prompt: str) -> str:

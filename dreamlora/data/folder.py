@@ -169,7 +169,7 @@ class _Captions:
         """Every image, in natural order, as a row of the catalogue."""
         metadata = next(self.entries.names(EntryKind.METADATA), "")
         query = "SELECT name, captions, line FROM entries WHERE kind = ? ORDER BY sort"
-        for encoded, cell, line in self.entries.db.execute(query, (EntryKind.IMAGE,)).fetchall():
+        for encoded, cell, line in self.entries.db.execute(query, (EntryKind.IMAGE,)):  # sorted before the first comes
             name = os.fsdecode(encoded)
             row = Sidecar(f"{metadata}, line {line}", tuple((cell or "").split("\n")) if cell else ())
             captions, source = self._of(name, self._sidecars.of(name), row)

@@ -105,6 +105,18 @@ def test_a_row_may_spell_its_image_in_another_way(tmp_path: Path) -> None:
     assert captions(tmp_path)["sub/Cafe\u0301.png"] == ("\u00e9.png",)
 
 
+def test_a_folder_whose_images_are_all_named(tmp_path: Path) -> None:
+    picture(tmp_path / "sub" / "deep" / "a.png")
+    write(tmp_path, "metadata.csv", "file_name,text\nsub/deep/a.png,red\n")
+    images = load_folder(tmp_path)
+    assert [(entry.name, entry.use, entry.texts) for entry in images.account] == [
+        ("metadata.csv", "metadata", ("1 rows",)),
+        ("sub", "folder", ("its images are named in the metadata",)),
+        ("sub/deep/a.png", "image", ("red",)),
+    ]
+    assert images.notes == ()
+
+
 def test_exact_names_win_over_another_case(tmp_path: Path) -> None:
     for number, name in enumerate(("B.png", "b.png")):
         picture(tmp_path / name, number)
