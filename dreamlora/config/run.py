@@ -151,6 +151,8 @@ class Data:
             raise UserError("give either --train_data_dir or --dataset_name, not both")
         if self.streaming and not self.dataset_name:
             raise UserError("--streaming is only used together with --dataset_name")
+        if self.captions_per_line and self.dataset_name:
+            raise UserError("--captions_per_line is about text files beside images, which --dataset_name has none of")
         if self.keep_tags and not self.shuffle_tags:
             raise UserError("--keep_tags is only used together with --shuffle_tags")
         if self.bucket_step and not self.buckets:

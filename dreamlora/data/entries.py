@@ -126,6 +126,14 @@ class Entries:
                     name = (Path(parent) / entry.name).as_posix()
                     self.add(name, entry.stat(), EntryKind.BELOW if kind is EntryKind.IMAGE else kind, listed=False)
 
+    def same_files(self, kind: EntryKind) -> Iterator[tuple[str, str]]:
+        """Pairs of names of one kind that the file system says are one file."""
+        query = (
+            "SELECT a.name, min(b.name) FROM entries a JOIN entries b ON a.identity = b.identity AND a.name < b.name "
+            "WHERE a.kind = ? AND b.kind = ? GROUP BY a.name ORDER BY a.sort"
+        )
+        return ((os.fsdecode(a), os.fsdecode(b)) for a, b in self.db.execute(query, (kind, kind)))
+
     def take_as_image(self, name: str) -> None:
         """Make an image of one that is hidden or lies in a sub-folder."""
         query = "UPDATE entries SET kind = ?, stem = ? WHERE name = ?"
@@ -223,9 +231,9 @@ def spelled(text: str) -> str:
 
 
 def shown(names: Iterable[str], count: int, most: int = 3) -> str:
-    """The first names of ``count``."""
+    """The first names of ``count``, and how many more there are."""
     first = [name for name, _ in zip(names, range(most), strict=False)]
-    return ", ".join(first) + (", ..." if count > len(first) else "")
+    return ", ".join(first) + (f" and {count - len(first)} more" if count > len(first) else "")
 
 
 def _stem(name: str, kind: EntryKind) -> bytes:

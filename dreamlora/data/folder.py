@@ -13,6 +13,7 @@ see ``account``.
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -163,7 +164,7 @@ class _Captions:
         self.missing = _Named()
         self._sidecars = sidecars
         self._flag = flag
-        self._several_lines, self._shared = _Named(), _Named()
+        self._several_lines, self._shared, self._empty = _Named(), _Named(), 0
 
     def add_to(self, catalog: Catalog) -> None:
         """Every image, in natural order, as a row of the catalogue."""
@@ -171,7 +172,7 @@ class _Captions:
         query = "SELECT name, captions, line FROM entries WHERE kind = ? ORDER BY sort"
         for encoded, cell, line in self.entries.db.execute(query, (EntryKind.IMAGE,)):  # sorted before the first comes
             name = os.fsdecode(encoded)
-            row = Sidecar(f"{metadata}, line {line}", tuple((cell or "").split("\n")) if cell else ())
+            row = Sidecar(f"{metadata}, line {line}" if line else "", tuple((cell or "").split("\n")) if cell else ())
             captions, source = self._of(name, self._sidecars.of(name), row)
             catalog.add(name, captions, source)
 
@@ -181,6 +182,7 @@ class _Captions:
         for one in sidecars:
             self._settle(image, one, given)
         if given is None:
+            self._empty += bool(sidecars or row.name)
             (self.by_prompt if self.prompt else self.missing).add(image)
             prompt_flag = "--class_prompt" if self._flag == "--class_data_dir" else "--instance_prompt"
             return (self.prompt,), prompt_flag
@@ -218,7 +220,7 @@ class _Captions:
     def notes(self) -> Iterator[str]:
         """What is to be said of the captions."""
         place = self.entries.folder
-        if self.own.count and self.by_prompt.count:
+        if self.by_prompt.count and (self.own.count or self._empty):
             yield (
                 f"{self.by_prompt.count} of {self.own.count + self.by_prompt.count} images in {place} have no caption "
                 f'of their own and get the prompt "{self.prompt}": {self.by_prompt}'
@@ -279,17 +281,13 @@ def _refuse_unreadable(entries: Entries) -> None:
 
 def _refuse_same_file(entries: Entries) -> None:
     """One photo under two names would be learned twice as often, and could be held out and learned at once."""
-    query = (
-        "SELECT a.name, b.name FROM entries a JOIN entries b ON a.identity = b.identity AND a.sort < b.sort "
-        "WHERE a.kind = ? AND b.kind = ? ORDER BY a.sort LIMIT 1"
-    )
-    same = entries.db.execute(query, (EntryKind.IMAGE, EntryKind.IMAGE)).fetchone()
-    if same:
-        first, second = map(os.fsdecode, same)
-        raise UserError(
-            f"{entries.folder / first} and {second} are one file (a link): keep one of the names. An image that should "
-            "be seen more often belongs into a data set with --repeats"
-        )
+    for first, second in entries.same_files(EntryKind.IMAGE):
+        # there are file systems whose numbers of files mean nothing
+        if filecmp.cmp(entries.folder / first, entries.folder / second, shallow=False):
+            raise UserError(
+                f"{entries.folder / first} and {second} are one file (a link): keep one of the names. An image that "
+                "should be seen more often belongs into a data set with --repeats"
+            )
 
 
 def _refuse_uncounted(captions: _Captions, metadata: Metadata) -> None:

@@ -60,7 +60,9 @@ def read_metadata(entries: Entries, caption_column: str | None) -> Metadata:
         entries.db.execute(
             "UPDATE entries SET captions = ?, line = ? WHERE name = ?", ("\n".join(given), line, os.fsencode(name))
         )
-    entries.used(names[0], f"{count} rows")
+    if not count:
+        raise UserError(f"{file} has no rows: write one for each image, or move the file elsewhere")
+    entries.used(names[0], f"{count} row{'s' * (count > 1)}")
     return Metadata(file, count, () if column else tuple(texts))
 
 

@@ -116,9 +116,9 @@ def _totals(listed: Listed, counts: Counter[str], sources: Counter[str]) -> Iter
     yield "captions: " + ", ".join(f"{count} from {source}" for source, count in sources.most_common())
     training, held_out = split_holdout(listed.images.records, listed.holdout)
     several = sum(len(record.captions) > 1 for record in listed.images.records)
-    told = f"{len(training)} images to learn, {len(held_out)} held out"
-    told += f"; {several} with several captions, of which one is drawn each time" if several else ""
-    yield f"{told}; repeats: {listed.repeats}"
+    told = f"images to learn: {len(training)}, held out: {len(held_out)}"
+    told += f", with several captions, of which one is drawn each time: {several}" if several else ""
+    yield f"{told}, repeats: {listed.repeats}"
 
 
 def _texts(entry: Entry) -> Sequence[str]:

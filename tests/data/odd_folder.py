@@ -235,6 +235,8 @@ STOPPERS = {
     "a list in a cell": _csv(
         'file_name,text\na.png,"[""x"", ""y""]"\n', r"line 2: .*several captions.*metadata\.jsonl"
     ),
+    "no rows": _csv("file_name,text\n", r"metadata\.csv has no rows"),
+    "empty metadata": _csv("", r"metadata\.csv has no rows"),
     "wrong column": _csv(
         "file_name,text\na.png,x\n", r"no column 'words'.*file_name, text", "--caption_column", "words"
     ),

@@ -110,7 +110,7 @@ def test_a_folder_whose_images_are_all_named(tmp_path: Path) -> None:
     write(tmp_path, "metadata.csv", "file_name,text\nsub/deep/a.png,red\n")
     images = load_folder(tmp_path)
     assert [(entry.name, entry.use, entry.texts) for entry in images.account] == [
-        ("metadata.csv", "metadata", ("1 rows",)),
+        ("metadata.csv", "metadata", ("1 row",)),
         ("sub", "folder", ("its images are named in the metadata",)),
         ("sub/deep/a.png", "image", ("red",)),
     ]
@@ -145,6 +145,25 @@ def test_images_without_captions_among_others_are_named(tmp_path: Path) -> None:
     [note] = load_folder(tmp_path, "the prompt").notes
     assert note.endswith('2 of 3 images in ' + str(tmp_path) + ' have no caption of their own and get the prompt '
                          '"the prompt": b.png, c.png')  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.txt", " \n"), ("metadata.jsonl", '{"file_name": "a.png"}'), ("a.json", '{"text": []}')]
+)
+def test_empty_captions_are_told(tmp_path: Path, name: str, text: str) -> None:
+    picture(tmp_path / "a.png")
+    write(tmp_path, name, text)
+    assert "1 of 1 images in" in load_folder(tmp_path, "the prompt").notes[0]
+
+
+def test_numbers_of_files_may_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems have one for all."""
+    for number, name in enumerate(("a.png", "b.png", "c.png")):
+        picture(tmp_path / name, number)
+    add = entries.Entries.add
+    same = tmp_path.stat()
+    monkeypatch.setattr(entries.Entries, "add", lambda self, name, status, *rest: add(self, name, same, *rest))
+    assert len(captions(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("name", ["README.txt", "license.txt", "notes.txt", "Readme.en.txt"])

@@ -64,7 +64,10 @@ def test_every_entry_of_an_odd_folder_is_in_the_table(tmp_path: Path) -> None:
         assert expected[name].text in text, name
     assert told.keys() == expected.keys()
     assert "2. second of two" in told["d.tif"][2]
-    assert "75 entries: " in table and "22 images to learn, 5 held out; 2 with several captions" in table
+    assert (
+        "75 entries: " in table
+        and "images to learn: 22, held out: 5, with several captions, of which one is drawn each time: 2" in table
+    )
     assert "16 from .txt files, 6 from metadata.jsonl, 3 from .json files, 2 from .caption files" in table
     assert table.endswith("no model was loaded and nothing written\n")
 
