@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dreamlora.data.catalog import Catalog
+from dreamlora.data.catalog import Catalog, to_bytes, to_text
 from dreamlora.data.entries import KOHYA_FOLDER, Entries, EntryKind, images_below, shown
 
 HIDDEN = "entries whose names begin with a dot are left alone"
@@ -51,11 +51,11 @@ class FolderAccount:
                 yield _image(self._catalog, row, spelled)
                 row += 1
             elif use:
-                yield Entry(spelled, kind, "", (use,))
+                yield Entry(spelled, kind, "", (to_text(use),))
             elif kind == EntryKind.HIDDEN:
                 hidden += 1
             else:
-                yield Entry(spelled, "not used", "", (reason or "",))
+                yield Entry(spelled, "not used", "", (to_text(reason or b""),))
         if hidden:
             yield Entry(f"{hidden} hidden", "not used", "", (HIDDEN,))
 
@@ -94,9 +94,8 @@ def explain_unused(entries: Entries) -> None:
         (EntryKind.OTHER, NO_ROLE),
         (EntryKind.CAPTION, NO_SUCH_IMAGE),
     ):
-        db.execute(
-            "UPDATE entries SET reason = ? WHERE kind = ? AND use IS NULL AND reason IS NULL AND listed", (reason, kind)
-        )
+        query = "UPDATE entries SET reason = ? WHERE kind = ? AND use IS NULL AND reason IS NULL AND listed"
+        db.execute(query, (to_bytes(reason), kind))
 
 
 def _explain_folder(entries: Entries, name: str) -> None:
@@ -135,16 +134,21 @@ def unused_note(entries: Entries) -> list[str]:
     told, total = [], 0
     for reason, count in entries.db.execute(query, (EntryKind.SYSTEM, MOST_REASONS)).fetchall():
         names = _names(entries.db, reason)
-        told.append(f"{shown(names, count)} ({reason})")
+        told.append(f"{shown(names, count)} ({to_text(reason)})")
         total += count
     if not told:
         return []
     return [f"{entries.folder} has {total} entr{'y' if total == 1 else 'ies'} that are not used: {'; '.join(told)}"]
 
 
-def _names(db: sqlite3.Connection, reason: str) -> Iterator[str]:
+def _names(db: sqlite3.Connection, reason: bytes) -> Iterator[str]:
     query = "SELECT name FROM entries WHERE use IS NULL AND reason = ? AND listed ORDER BY sort"
     return (os.fsdecode(name) for (name,) in db.execute(query, (reason,)))
+
+
+def printable(text: str) -> str:
+    """``text`` without what would move a terminal's cursor, and with names that are no Unicode spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def folder_name_note(folder: Path) -> list[str]:

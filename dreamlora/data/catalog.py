@@ -24,7 +24,7 @@ from dreamlora.data.images import ImageFacts, ImageRecord
 
 _SCHEMA = """
 CREATE TABLE rows
-    (id INTEGER PRIMARY KEY, name BLOB, captions TEXT, source TEXT, hash BLOB, width INTEGER, height INTEGER);
+    (id INTEGER PRIMARY KEY, name BLOB, captions TEXT, source BLOB, hash BLOB, width INTEGER, height INTEGER);
 """
 _COLUMNS = "name, captions, hash, width, height"
 
@@ -90,13 +90,13 @@ class Catalog(Sequence[ImageRecord]):
             captions: at least one, each on one line.
             source: where they are from.
         """
-        row = (self._length, os.fsencode(name), "\n".join(captions), source)
+        row = (self._length, os.fsencode(name), "\n".join(captions), to_bytes(source))
         self.db.execute("INSERT INTO rows (id, name, captions, source) VALUES (?, ?, ?, ?)", row)
         self._length += 1
 
     def source(self, row: int) -> str:
         """Where the captions of a row are from."""
-        return str(self.db.execute("SELECT source FROM rows WHERE id = ?", (row,)).fetchone()[0])
+        return to_text(self.db.execute("SELECT source FROM rows WHERE id = ?", (row,)).fetchone()[0])
 
     def copies(self) -> int:
         """How many rows have an image that an earlier one has, byte for byte, among those that were examined."""
@@ -155,6 +155,16 @@ class RecordSubset(Sequence[ImageRecord]):
         if isinstance(row, slice):
             return RecordSubset(self._records, self._rows[row])
         return self._records[self._rows[row]]
+
+
+def to_bytes(text: str) -> bytes:
+    """``text`` as SQLite can keep it: names of files that are no Unicode are no text to it."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def to_text(stored: bytes) -> str:
+    """What ``to_bytes`` was given."""
+    return stored.decode("utf-8", "surrogateescape")
 
 
 def hash_prefixes(records: Iterable[ImageRecord]) -> np.ndarray:

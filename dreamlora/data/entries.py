@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 
+from dreamlora.data.catalog import to_bytes, to_text
 from dreamlora.data.images import FORMATS
 from dreamlora.errors import UserError
 
@@ -37,7 +38,7 @@ MOST_WALKED = 20_000
 
 SCHEMA = """
 CREATE TABLE entries (name BLOB PRIMARY KEY, kind TEXT, stem BLOB, sort BLOB, identity TEXT, listed INTEGER,
-                      captions TEXT, line INTEGER, use TEXT, reason TEXT);
+                      captions TEXT, line INTEGER, use BLOB, reason BLOB);
 CREATE INDEX stems ON entries (stem);
 CREATE INDEX identities ON entries (identity);
 """
@@ -100,6 +101,10 @@ class Entries:
         row = (os.fsencode(name), kind, _stem(name, kind), natural_key(name), identity, listed)
         self.db.execute("INSERT INTO entries (name, kind, stem, sort, identity, listed) VALUES (?, ?, ?, ?, ?, ?)", row)
 
+    def unused_as(self, kind: EntryKind, reason: str) -> Iterator[str]:
+        """Names of one kind that are not used for this reason, in natural order."""
+        return self.names(kind, "use IS NULL AND reason = ?", (to_bytes(reason),))
+
     def names(self, kind: EntryKind, where: str = "1", parameters: tuple[object, ...] = ()) -> Iterator[str]:
         """Names of one kind, in natural order."""
         query = f"SELECT name FROM entries WHERE kind = ? AND {where} ORDER BY sort"
@@ -147,18 +152,20 @@ class Entries:
 
     def used(self, name: str, use: str) -> None:
         """Write down what an entry is used for; several uses are joined."""
-        query = "UPDATE entries SET reason = NULL, use = coalesce(use || ', ', '') || ? WHERE name = ?"
-        self.db.execute(query, (use, os.fsencode(name)))
+        before = self.use_of(name)
+        joined = f"{before}, {use}" if before else use
+        query = "UPDATE entries SET reason = NULL, use = ? WHERE name = ?"
+        self.db.execute(query, (to_bytes(joined), os.fsencode(name)))
 
     def use_of(self, name: str) -> str:
         """What an entry is used for so far."""
         row = self.db.execute("SELECT use FROM entries WHERE name = ?", (os.fsencode(name),)).fetchone()
-        return str(row[0] or "")
+        return to_text(row[0] or b"")
 
     def unused(self, name: str, reason: str) -> None:
         """Write down why an entry is not used, unless it is."""
         query = "UPDATE entries SET reason = ? WHERE name = ? AND use IS NULL"
-        self.db.execute(query, (reason, os.fsencode(name)))
+        self.db.execute(query, (to_bytes(reason), os.fsencode(name)))
 
     def _list(self, entry: os.DirEntry[str]) -> None:
         name = entry.name
@@ -243,7 +250,7 @@ def _stem(name: str, kind: EntryKind) -> bytes:
         base, ending = _split(stem := base)
     while ending in FORMATS and kind in (EntryKind.CAPTION, EntryKind.IMAGE, EntryKind.BELOW):
         base, ending = _split(stem := base)
-    return stem.encode("utf-8", "surrogateescape")
+    return to_bytes(stem)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -273,7 +280,7 @@ def natural_key(name: str) -> bytes:
     """
     parts = re.split(r"(\d+)", name.casefold())
     texts = [f"{len(str(int(part))):03d}{int(part)}" if part.isdecimal() else f"{part}\0" for part in parts]
-    return "".join([*texts, "\0", name]).encode("utf-8", "surrogateescape")
+    return to_bytes("".join([*texts, "\0", name]))
 
 
 def images_below(folder: Path, known: Callable[[str], bool] = lambda path: False) -> dict[str, int]:

@@ -28,6 +28,7 @@ from dreamlora.data.account import (
     explain_unused,
     folder_name_note,
     kohya_meaning,
+    printable,
     unused_note,
 )
 from dreamlora.data.caption_text import listed, tidy
@@ -121,7 +122,7 @@ def load_folder(
                 "leave the flag out"
             )
         notes = (*folder_name_note(folder), *captions.notes(), *unused_note(entries))
-    return Images(catalog, notes, FolderAccount(catalog))
+    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog))
 
 
 def holds_images(folder: Path) -> bool:
@@ -308,7 +309,7 @@ def _refuse_stray(captions: _Captions) -> None:
     without = captions.missing if captions.missing.count else captions.by_prompt
     stray = _Named()
     for kind, reason in ((EntryKind.CAPTION, NO_SUCH_IMAGE), (EntryKind.OTHER, NO_ROLE)):
-        for name in filter(may_hold_captions, captions.entries.names(kind, "reason = ?", (reason,))):
+        for name in filter(may_hold_captions, captions.entries.unused_as(kind, reason)):
             stray.add(name)
     if stray.count and without.count:
         raise UserError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dreamlora.config import Data, RunConfig
-from dreamlora.data.account import Entry
+from dreamlora.data.account import Entry, printable
 from dreamlora.data.dataset import copies_note, examine, list_images, split_holdout
 from dreamlora.data.folder import Images, holds_images, load_folder
 
@@ -138,8 +138,3 @@ def _line(cells: Sequence[str], widths: Sequence[int], width: int | None) -> str
     line = f"{begin}  {cells[-1]}".rstrip()
     most = max(width or len(line), len(begin) + NARROWEST)
     return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def printable(text: str) -> str:
-    """``text`` without what would move a terminal's cursor, and with names that are no Unicode spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -201,6 +201,20 @@ def test_advice_for_folders_without_images(tmp_path: Path) -> None:
         load_folder(tmp_path, "p")
 
 
+def test_names_that_are_no_unicode_or_no_text(tmp_path: Path) -> None:
+    """What is said of them can be written to any file and terminal."""
+    for number, name in enumerate((os.fsdecode(b"caf\xe9"), "a\nb\x1b[2J")):
+        picture(tmp_path / f"{name}.png", number)
+        picture(tmp_path / f"{name}.jpg", number + 5)
+        write(tmp_path, f"{name}.txt", "red")
+        write(tmp_path, f"{name}.pdf", "")
+    images = load_folder(tmp_path)
+    assert [entry.use for entry in images.account] == ["image", "not used", "image", "caption"] * 2
+    assert [record.caption for record in images.records] == ["red"] * 4
+    notes = " ".join(images.notes)
+    assert r"caf\udce9.pdf" in notes and r"a\nb\x1b[2J.pdf" in notes and notes.isprintable()
+
+
 def test_name_of_the_folder_itself(tmp_path: Path) -> None:
     picture(tmp_path / "10_sks dog" / "a.png")
     [note] = load_folder(tmp_path / "10_sks dog", "p").notes

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dreamlora.data.folder import load_folder
-from dreamlora.run.dry_run import Listed, describe, printable
+from dreamlora.run.dry_run import Listed, describe
 from tests.data.odd_folder import HIDDEN, make, picture
 from tests.run.test_preflight import NO_TORCH, ROOT
 
@@ -123,10 +123,6 @@ def test_lines_are_shortened_for_a_terminal(tmp_path: Path) -> None:
     listed = Listed("photos", load_folder(tmp_path))
     assert max(map(len, describe(listed, 60))) == 60
     assert "word " * 99 in "".join(describe(listed))
-
-
-def test_names_that_a_terminal_cannot_show() -> None:
-    assert printable("a\nb\x1b[2J") == "a\\nb\\x1b[2J" and printable("caf\udce9") == "caf\\udce9"
 
 
 def test_compare_has_none(tmp_path: Path) -> None:
