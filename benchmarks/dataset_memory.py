@@ -100,7 +100,7 @@ def measure(place: Path, steps: int) -> dict[str, Any]:
     done("captions and hashes")
     filling = Filling(TensorCache(place / "cache"), {"model": "stand-in"}, progress=False)
     plan = CaptionPlan(dropout=0.1)
-    prompts = encode_prompts((text for record in train for text in plan.texts(record.caption)), _text, filling)
+    prompts = encode_prompts((text for record in train for text in plan.texts(record.captions)), _text, filling)
     encode_prompts([""], _text, filling)
     done("prompts")
     how = Preparations((Preparation(SIDE, center_crop=True, sizes=bucket_sizes(SIDE, 8)),))

@@ -51,6 +51,13 @@ def text_to_image(argv: Sequence[str]) -> None:
 
 def _train(argv: Sequence[str], config_class: type[RunConfig]) -> None:
     config, optimizer_options = parse_run(argv, config_class)
+    from dreamlora.run import preflight
+
+    preflight.check(config)
+    if config.train.dry_run:
+        from dreamlora.run.dry_run import dry_run
+
+        return dry_run(config)
     from accelerate import PartialState
 
     from dreamlora.run import assemble
@@ -58,6 +65,7 @@ def _train(argv: Sequence[str], config_class: type[RunConfig]) -> None:
     folder = assemble.train(config, optimizer_options)
     if PartialState().is_main_process:  # the others are done before the report is
         print(f"{folder.path}: LoRA, samples and report.html")
+    return None
 
 
 def sample(argv: Sequence[str]) -> None:

@@ -189,6 +189,18 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def named_checkpoint(self, name: str) -> Path:
+        """The folder of a checkpoint: a path, or the name of one in checkpoints/.
+
+        Raises:
+            UserError: there is none; the message lists those that are there.
+        """
+        for path in (Path(name), self.checkpoints / name):
+            if path.is_dir() and path != self.checkpoints:
+                return path
+        names = ", ".join(self.checkpoint_dir(step).name for step in self.checkpoint_steps()) or "none"
+        raise UserError(f"--resume_from_checkpoint {name}: no checkpoint there. In {self.checkpoints}: {names}")
+
     def clear(self) -> None:
         """Remove what an earlier run wrote here (and nothing else that lies in the folder)."""
         for entry in vars(self).values():

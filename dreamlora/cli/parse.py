@@ -88,9 +88,6 @@ def parse_run(argv: Sequence[str], config_class: type[RunConfig] = RunConfig, na
 
     config = parse(config_class, argv, Program(name or f"dreamlora {config_class.COMMAND}", preset=preset))
     for flag, path in (
-        *(("instance_data_dir", one.instance_data_dir) for one in config.data.each()),
-        *(("train_data_dir", one.train_data_dir) for one in config.data.each()),
-        *(("mask_data_dir", one.mask_data_dir) for one in config.data.each()),
         ("sample_prompts", config.sample.sample_prompts),
         ("eval_prompts", config.eval.eval_prompts),
         ("inception_weights", config.encoders.inception_weights),

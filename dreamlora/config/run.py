@@ -85,7 +85,9 @@ class Data:
     image_column: str = "image"
     """Its column with the images."""
     caption_column: str | None = None
-    """Its column with the captions; by default text or caption."""
+    """Its column with the captions, or that of a folder's metadata and .json captions; by default text or caption."""
+    captions_per_line: bool = False
+    """Every line of a .txt or .caption file is a caption of its own; each time its image is seen, one is drawn."""
     caption_dropout: float = 0.0
     """Probability that an image is seen without its caption, which keeps classifier-free guidance working."""
     shuffle_tags: bool = False
@@ -164,6 +166,8 @@ class Data:
             raise UserError("--mask_data_dir belongs to a folder of images: a --dataset_name cannot have masks")
         if self.streaming and not any(one.dataset_name for one in self.each()):
             raise UserError("--streaming is only used together with --dataset_name")
+        if self.captions_per_line and self.dataset_name:
+            raise UserError("--captions_per_line is about text files beside images, which --dataset_name has none of")
         if self.keep_tags and not self.shuffle_tags:
             raise UserError("--keep_tags is only used together with --shuffle_tags")
         if self.bucket_step and not self.buckets:
@@ -275,6 +279,8 @@ class Optim:
 class Train:
     """Length of the run, its loss, its folder and its checkpoints."""
 
+    dry_run: bool = False
+    """Check all flags and data, print what becomes of every file of the data, and end: no model, nothing written."""
     output_dir: Path | None = None
     """The run's folder. Default: outputs/<subject or data folder>-<optimizer>."""
     overwrite_output_dir: bool = False

@@ -55,11 +55,6 @@ def content_key(kind: str, *parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cache_folder(latents_cache_dir: Path | None = None) -> Path:
-    """``latents_cache_dir``, or the environment's DREAMLORA_CACHE, or ~/.cache/dreamlora."""
-    return Path(latents_cache_dir or os.environ.get("DREAMLORA_CACHE") or Path.home() / ".cache" / "dreamlora")
-
-
 class TensorCache:
     """Named tensors by key, one safetensors file each: ``<folder>/ab/abcdef....safetensors``.
 
@@ -235,7 +230,7 @@ class LatentStore:
 
     Attributes:
         names: one per image, for error messages.
-        captions: one per image.
+        captions: one or several per image.
         content_hashes: one per image: its identity, whatever its name.
     """
 
@@ -247,7 +242,7 @@ class LatentStore:
         mask_keys: Callable[[ImageRecord], Sequence[str]] = lambda record: (),
     ) -> None:
         self.names: Sequence[str] = Column(records, lambda record: record.name)
-        self.captions: Sequence[str] = Column(records, lambda record: record.caption)
+        self.captions: Sequence[tuple[str, ...]] = Column(records, lambda record: record.captions)
         self.content_hashes: Sequence[str] = Column(records, lambda record: record.content_hash())
         self._records = records
         self._keys = functools.lru_cache(maxsize=KEYS_KEPT)(lambda index: keys(records[index]))

@@ -1,8 +1,8 @@
 """Rows of a data set on disk, so that memory does not grow with their number.
 
-A row is an image's name, caption, hash and size. All rows lie in one SQLite file that lives as long as the catalogue,
-and an ``ImageRecord`` is made when it is asked for. Processes that inherit a catalogue, or are sent one, read the same
-file.
+A row is an image's name, captions and where they are from, hash and size. All rows lie in one SQLite file that lives as
+long as the catalogue, and an ``ImageRecord`` is made when it is asked for. Processes that inherit a catalogue, or are
+sent one, read the same file.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numpy as np
 from dreamlora.data.images import ImageFacts, ImageRecord
 
 _SCHEMA = """
-CREATE TABLE rows (id INTEGER PRIMARY KEY, name BLOB, caption TEXT, hash BLOB, width INTEGER, height INTEGER);
-CREATE TABLE files (name BLOB PRIMARY KEY, image INTEGER, sidecar INTEGER, caption TEXT, line INTEGER, sort BLOB);
+CREATE TABLE rows
+    (id INTEGER PRIMARY KEY, name BLOB, captions TEXT, source BLOB, hash BLOB, width INTEGER, height INTEGER);
 """
-_COLUMNS = "name, caption, hash, width, height"
+_COLUMNS = "name, captions, hash, width, height"
 
 
 class ImageSource(Protocol):
@@ -49,7 +49,7 @@ class Catalog(Sequence[ImageRecord]):
         place: where the image files are.
 
     Attributes:
-        db: its SQLite connection in this process; ``files`` is a table for whoever fills the catalogue.
+        db: its SQLite connection in this process; whoever fills the catalogue may have tables there.
     """
 
     def __init__(self, place: ImageSource) -> None:
@@ -82,12 +82,25 @@ class Catalog(Sequence[ImageRecord]):
         finally:
             self.db.execute("COMMIT")
 
-    def add(self, name: str, caption: str) -> None:
-        """Append a row."""
-        self.db.execute(
-            "INSERT INTO rows (id, name, caption) VALUES (?, ?, ?)", (self._length, os.fsencode(name), caption)
-        )
+    def add(self, name: str, captions: Sequence[str], source: str = "") -> None:
+        """Append a row.
+
+        Args:
+            name: of the image.
+            captions: at least one, each on one line.
+            source: where they are from.
+        """
+        row = (self._length, os.fsencode(name), "\n".join(captions), to_bytes(source))
+        self.db.execute("INSERT INTO rows (id, name, captions, source) VALUES (?, ?, ?, ?)", row)
         self._length += 1
+
+    def source(self, row: int) -> str:
+        """Where the captions of a row are from."""
+        return to_text(self.db.execute("SELECT source FROM rows WHERE id = ?", (row,)).fetchone()[0])
+
+    def copies(self) -> int:
+        """How many rows have an image that an earlier one has, byte for byte, among those that were examined."""
+        return int(self.db.execute("SELECT COUNT(hash) - COUNT(DISTINCT hash) FROM rows").fetchone()[0])
 
     def examined(self, row: int, facts: ImageFacts) -> None:
         """Keep hash and size of a row's image."""
@@ -116,12 +129,12 @@ class Catalog(Sequence[ImageRecord]):
     def __iter__(self) -> Iterator[ImageRecord]:
         return (self[row] for row in range(self._length))
 
-    def _record(self, row: int, name: bytes, caption: str, digest: bytes | None, *size: int) -> ImageRecord:
+    def _record(self, row: int, name: bytes, captions: str, digest: bytes | None, *size: int) -> ImageRecord:
         spelled = os.fsdecode(name)
+        caption, *others = captions.split("\n")
         known = ImageFacts(digest.hex(), (size[0], size[1])) if digest is not None else None
-        return ImageRecord(
-            spelled, caption, self.place.reader(row, spelled), self.place.where(row, spelled), known=known
-        )
+        reader, where = self.place.reader(row, spelled), self.place.where(row, spelled)
+        return ImageRecord(spelled, caption, reader, where, known, tuple(others))
 
 
 class RecordSubset(Sequence[ImageRecord]):
@@ -142,6 +155,16 @@ class RecordSubset(Sequence[ImageRecord]):
         if isinstance(row, slice):
             return RecordSubset(self._records, self._rows[row])
         return self._records[self._rows[row]]
+
+
+def to_bytes(text: str) -> bytes:
+    """``text`` as SQLite can keep it: names of files that are no Unicode are no text to it."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def to_text(stored: bytes) -> str:
+    """What ``to_bytes`` was given."""
+    return stored.decode("utf-8", "surrogateescape")
 
 
 def hash_prefixes(records: Iterable[ImageRecord]) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dreamlora.config import Data
-from dreamlora.data.cache import cache_folder
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import Catalog, RecordSubset, hash_prefixes
 from dreamlora.data.file_index import FileIndex
 from dreamlora.data.folder import Images, load_folder
@@ -22,11 +22,8 @@ MOST_HELD_OUT = 16
 
 
 def load_images(data: Data, cache_dir: Path | None = None, progress: bool = False) -> Images:
-    """The images that ``data`` names, from a folder or from Hugging Face ``datasets``, and what was skipped.
-
-    Every file is hashed here (see ``examine``), so that one that is no image is found before a model is loaded. Of
-    ``data``'s options ``max_train_samples`` is applied; ``repeats`` is not: it changes the length of an epoch, not the
-    images.
+    """The images that ``data`` names, each looked at (see ``examine``), so that one that is no image is found before a
+    model is loaded.
 
     Args:
         data: the options.
@@ -34,46 +31,76 @@ def load_images(data: Data, cache_dir: Path | None = None, progress: bool = Fals
         progress: show a bar.
 
     Raises:
-        UserError: see ``load_folder`` and ``load_hub``; or a file is no image.
+        UserError: see ``list_images``; or a file is no image.
+    """
+    images = list_images(data, cache_dir, progress)
+    examine(images.records, cache_folder(data.latents_cache_dir), progress)
+    return images._replace(notes=(*images.notes, *copies_note(images.records)))
+
+
+def list_images(data: Data, cache_dir: Path | None = None, progress: bool = False) -> Images:
+    """The images that ``data`` names, from a folder or from Hugging Face ``datasets``, with their captions; no image is
+    opened.
+
+    Of ``data``'s options ``max_train_samples`` is applied; ``repeats`` is not: it changes the length of an epoch, not
+    the images.
+
+    Args:
+        data: the options.
+        cache_dir: where downloads of ``datasets`` are kept.
+        progress: show a bar.
+
+    Raises:
+        UserError: see ``load_folder`` and ``load_hub``.
     """
     if data.dataset_name:
-        images = Images(load_hub(data, cache_dir, progress))
-    elif data.train_data_dir:
-        images = load_folder(data.train_data_dir, None, data.caption_column, "--train_data_dir")
-    elif data.instance_data_dir:
-        images = load_folder(data.instance_data_dir, data.instance_prompt, data.caption_column)
+        images = load_hub(data, cache_dir, progress)
+    elif folder := data.train_data_dir or data.instance_data_dir:
+        flag = "--train_data_dir" if data.train_data_dir else "--instance_data_dir"
+        prompt = None if data.train_data_dir else data.instance_prompt
+        images = load_folder(folder, prompt, data.caption_column, flag, captions_per_line=data.captions_per_line)
     else:
         raise UserError("nothing to train on: give a folder of images or --dataset_name")
     if data.max_train_samples is not None:
         images.records.truncate(data.max_train_samples)
-    examine(images.records, cache_folder(data.latents_cache_dir), progress)
     return images
 
 
-def examine(records: Catalog, cache: Path, progress: bool = False) -> None:
+def copies_note(records: Catalog) -> list[str]:
+    """What is to be said of images that are there several times, byte for byte."""
+    copies = records.copies()
+    if not copies:
+        return []
+    return [f"{copies} of {len(records)} images {'is a copy' if copies == 1 else 'are copies'} of another one"]
+
+
+def examine(records: Catalog, cache: Path | None, progress: bool = False) -> None:
     """Find out hash and size of every image; files that were read before and have not changed since are not read.
 
     Args:
         records: get what was found out.
-        cache: folder of the index of known files.
+        cache: folder of the index of known files; None: every file is read, and nothing written.
         progress: show a bar.
 
     Raises:
         UserError: a file is no image.
     """
-    index = FileIndex(cache)
+    index = FileIndex(cache) if cache else None
     rows = tqdm(range(len(records)), "reading images", unit="image", delay=3, leave=False, disable=not progress)
     with records.filling():
         for row in rows:
             record = records[row]
-            stamp = records.place.stamp(row, record.name)
-            facts = record.known or (index.get(*stamp) if stamp else None)
+            stamp = records.place.stamp(row, record.name) if index else None
+            facts = record.known or (index.get(*stamp) if index and stamp else None)
             if facts is None:
                 facts = record.facts
-                if stamp and stamp == records.place.stamp(row, record.name):  # else it changed while it was read
+                if (
+                    index and stamp and stamp == records.place.stamp(row, record.name)
+                ):  # else it changed while it was read
                     index.put(*stamp, facts)
             records.examined(row, facts)
-    index.close()
+    if index:
+        index.close()
 
 
 def split_holdout(

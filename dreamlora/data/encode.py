@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dreamlora.data.cache import RAM_BYTES, Entry, KeyPart, LatentStore, PromptStore, Recent, TensorCache, content_key
 from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.images import ImageRecord, decode
-from dreamlora.data.masks import mask_plan, store_masks
+from dreamlora.data.mask_crops import mask_plan, store_masks
 from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents

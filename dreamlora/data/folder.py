@@ -1,35 +1,44 @@
 """A folder of images with captions beside them.
 
 Images are taken in natural order of their names (img2 before img10). Sub-folders are not descended; only images that a
-metadata file names may lie in one. The caption of an image is the first of these that is not empty:
+metadata file names may lie in one. The captions of an image come from the first of these that has any:
 
-1. ``name.txt``, then ``name.caption``, beside ``name.jpg``; line breaks become spaces,
-2. its row in ``metadata.jsonl`` or ``metadata.csv``: columns ``file_name`` and ``text`` or ``caption`` (the
-   convention of Hugging Face's image folders),
+1. ``name.txt``, ``name.caption`` or ``name.json`` beside ``name.jpg``, see ``sidecars``,
+2. its row in ``metadata.jsonl`` or ``metadata.csv``, see ``metadata``,
 3. the prompt for all.
+
+Two that say different things stop the run: one of them would not count. What becomes of every entry is written down,
+see ``account``.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import filecmp
 import os
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dreamlora.data.account import (
+    NO_ROLE,
+    NO_SUCH_IMAGE,
+    Entry,
+    FolderAccount,
+    explain_unused,
+    folder_name_note,
+    kohya_meaning,
+    printable,
+    unused_note,
+)
+from dreamlora.data.caption_text import listed, tidy
 from dreamlora.data.catalog import Catalog
+from dreamlora.data.entries import KOHYA_FOLDER, Entries, EntryKind, images_below, kind_of, may_hold_captions, shown
 from dreamlora.data.file_index import stamp_of
 from dreamlora.data.images import FORMATS, readable
+from dreamlora.data.metadata import Metadata, read_metadata
+from dreamlora.data.sidecars import Sidecar, SidecarReader
 from dreamlora.errors import UserError
-
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-CAPTION_SUFFIXES = (".txt", ".caption")
-CAPTION_COLUMNS = ("text", "caption")
-MOST_NAMED = 100
-"""Skipped files that are told by name; a folder can hold any number."""
 
 
 class Images(NamedTuple):
@@ -37,11 +46,13 @@ class Images(NamedTuple):
 
     Attributes:
         records: the images.
-        skipped: names of files that are neither images nor captions, the first 100 of them.
+        notes: what the person should know of them, a sentence each.
+        account: what became of every entry.
     """
 
     records: Catalog
-    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    account: Iterable[Entry] = ()
 
 
 @dataclass(frozen=True)
@@ -66,206 +77,244 @@ class FolderPlace:
 
 
 def load_folder(
-    folder: Path, prompt: str | None = None, caption_column: str | None = None, flag: str = "--instance_data_dir"
+    folder: Path,
+    prompt: str | None = None,
+    caption_column: str | None = None,
+    flag: str = "--instance_data_dir",
+    *,
+    captions_per_line: bool = False,
+    strict: bool = True,
 ) -> Images:
     """The images of ``folder`` with their captions; no image is opened yet.
 
     Args:
         folder: where the images lie.
         prompt: caption of images without one.
-        caption_column: column of the metadata file, instead of ``text`` or ``caption``.
+        caption_column: column of the metadata file and key of .json captions, instead of ``text`` or ``caption``.
         flag: option that names the folder, for error messages.
+        captions_per_line: every line of a text file is a caption of its own; else line breaks become spaces.
+        strict: whether captions that would not count, and one file under two names, stop the run. Not where the images
+            are only compared with.
 
     Raises:
-        UserError: no folder or no image there, an image without caption, metadata that do not fit the folder, an image
-            format that cannot be read.
+        UserError: no folder or no image there, an image without caption, captions or metadata that do not fit the
+            folder, an image format that cannot be read.
     """
     catalog = Catalog(FolderPlace(folder))
-    with catalog.filling() as db:
-        _list_files(db, folder, flag)
-        _read_metadata(db, folder, caption_column)
-        if not db.execute("SELECT 1 FROM files WHERE image LIMIT 1").fetchone():
+    entries = Entries(catalog.db, folder)
+    with catalog.filling():
+        entries.read(flag)
+        metadata = read_metadata(entries, caption_column)
+        if next(entries.names(EntryKind.IMAGE), None) is None:
             raise UserError(_no_images(folder, flag))
-        _refuse_unreadable(db)
-        _add_captioned(catalog, folder, tidy(prompt), flag)
-        skipped = db.execute(
-            "SELECT name FROM files WHERE NOT image AND NOT sidecar ORDER BY sort LIMIT ?", (MOST_NAMED,)
-        )
-        return Images(
-            catalog, tuple(os.fsdecode(name) for (name,) in skipped if os.fsdecode(name) not in METADATA_FILES)
-        )
+        _refuse_unreadable(entries)
+        captions = _Captions(entries, SidecarReader(entries, caption_column, captions_per_line), tidy(prompt), flag)
+        captions.add_to(catalog)
+        explain_unused(entries)
+        if strict:
+            _refuse_same_file(entries)
+            _refuse_uncounted(captions, metadata)
+            _refuse_stray(captions)
+        captions.refuse_missing(len(catalog))
+        if caption_column and not metadata.file and not captions.from_json:
+            raise UserError(
+                f"--caption_column {caption_column}: {folder} has no metadata.jsonl, metadata.csv or .json captions: "
+                "leave the flag out"
+            )
+        notes = (*folder_name_note(folder), *captions.notes(), *unused_note(entries))
+    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog))
 
 
-def natural_key(name: str) -> bytes:
-    """Sorts numbers inside names by value, ignoring case; equal ones by their spelling.
+def holds_images(folder: Path) -> bool:
+    """Whether images lie in the folder itself."""
+    return any(entry.is_file() and kind_of(entry.name) is EntryKind.IMAGE for entry in os.scandir(folder))
 
-    Names are split into texts and numbers in turn. A text ends in the lowest character; a number is its digits without
-    leading zeros after their count, so that as text, too, the longer one is the larger.
+
+@dataclass
+class _Named:
+    """Files with something in common: how many, and the first names."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.first) < 4:
+            self.first.append(name)
+
+    def __str__(self) -> str:
+        return shown(self.first, self.count)
+
+
+class _Captions:
+    """Gives every image its captions, and keeps what is to be said of them.
+
+    Attributes:
+        from_json: whether a .json file gave any.
+        own, by_prompt, missing: images with captions of their own, with the prompt for all, and with neither.
+        conflict: first two sources of one image that say different things, as a sentence.
     """
-    parts = re.split(r"(\d+)", name.casefold())
-    texts = [f"{len(str(int(part))):03d}{int(part)}" if part.isdecimal() else f"{part}\0" for part in parts]
-    return "".join([*texts, "\0", name]).encode("utf-8", "surrogateescape")
+
+    def __init__(self, entries: Entries, sidecars: SidecarReader, prompt: str, flag: str) -> None:
+        self.entries = entries
+        self.prompt = prompt
+        self.from_json = False
+        self.conflict = ""
+        self.own = _Named()
+        self.by_prompt = _Named()
+        self.missing = _Named()
+        self._sidecars = sidecars
+        self._flag = flag
+        self._several_lines, self._shared, self._empty = _Named(), _Named(), 0
+
+    def add_to(self, catalog: Catalog) -> None:
+        """Every image, in natural order, as a row of the catalogue."""
+        metadata = next(self.entries.names(EntryKind.METADATA), "")
+        query = "SELECT name, captions, line FROM entries WHERE kind = ? ORDER BY sort"
+        for encoded, cell, line in self.entries.db.execute(query, (EntryKind.IMAGE,)):  # sorted before the first comes
+            name = os.fsdecode(encoded)
+            row = Sidecar(f"{metadata}, line {line}" if line else "", tuple((cell or "").split("\n")) if cell else ())
+            captions, source = self._of(name, self._sidecars.of(name), row)
+            catalog.add(name, captions, source)
+
+    def _of(self, image: str, sidecars: list[Sidecar], row: Sidecar) -> tuple[tuple[str, ...], str]:
+        """An image's captions and where they are from."""
+        given = next((one for one in (*sidecars, row) if one.captions), None)
+        for one in sidecars:
+            self._settle(image, one, given)
+        if given is None:
+            self._empty += bool(sidecars or row.name)
+            (self.by_prompt if self.prompt else self.missing).add(image)
+            prompt_flag = "--class_prompt" if self._flag == "--class_data_dir" else "--instance_prompt"
+            return (self.prompt,), prompt_flag
+        self.own.add(image)
+        for one in (*sidecars, row):
+            if one.captions and one.captions != given.captions and not self.conflict:
+                self.conflict = f"{self.entries.folder / image} has two captions: {_quoted(given)} and {_quoted(one)}"
+        return given.captions, given.name
+
+    def _settle(self, image: str, one: Sidecar, given: Sidecar | None) -> None:
+        """Write down what becomes of a caption file."""
+        if not one.captions:
+            self.entries.unused(one.name, "an empty caption file")
+        elif given is not None and one is not given:
+            self.entries.unused(one.name, f"{given.name} is the caption of {image}")
+        else:
+            before = self.entries.use_of(one.name)
+            if before:
+                self._shared.add(f"{one.name} ({before.removeprefix('of ')}, {image})")
+            self.entries.used(one.name, image if before else f"of {image}")
+            self.from_json |= one.name.lower().endswith(".json")
+            if one.lines > 1:
+                self._several_lines.add(one.name)
+
+    def refuse_missing(self, count: int) -> None:
+        """Raises UserError if an image has no caption at all."""
+        if self.missing.count:
+            bare = self.missing.first[0]
+            otherwise = "" if self._flag == "--train_data_dir" else ", or give --instance_prompt for all that have none"
+            raise UserError(
+                f"{self.entries.folder / bare} has no caption, or an empty one ({self.missing.count} of {count} "
+                f"images): write it to {Path(bare).with_suffix('.txt')} beside it{otherwise}"
+            )
+
+    def notes(self) -> Iterator[str]:
+        """What is to be said of the captions."""
+        place = self.entries.folder
+        if self.by_prompt.count and (self.own.count or self._empty):
+            yield (
+                f"{self.by_prompt.count} of {self.own.count + self.by_prompt.count} images in {place} have no caption "
+                f'of their own and get the prompt "{self.prompt}": {self.by_prompt}'
+            )
+        if self._several_lines.count:
+            yield (
+                f"{_files(self._several_lines)} in {place} {_have(self._several_lines)} several lines, read as one "
+                f"caption: {self._several_lines}. With --captions_per_line each line is one"
+            )
+        if self._shared.count:
+            yield f"{_files(self._shared)} in {place} {_are(self._shared)} used for several images: {self._shared}"
 
 
-def tidy(value: Any) -> str:
-    """A caption on one line; the first of several; "" for none."""
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    text = " ".join(str(value).split()) if value is not None else ""
-    return text.encode("utf-8", "replace").decode()  # JSON can spell halves of characters, which no tokenizer takes
+def _quoted(given: Sidecar) -> str:
+    first = given.captions[0]
+    text = first if len(first) <= 60 else first[:57] + "..."
+    more = f" and {len(given.captions) - 1} more" if len(given.captions) > 1 else ""
+    return f'"{text}"{more} ({given.name})'
 
 
-def pick_caption_column(columns: list[str], wanted: str | None, place: str) -> str | None:
-    """``wanted``, or whichever of ``text`` and ``caption`` there is.
-
-    Raises:
-        UserError: there is no column ``wanted``; the message lists the columns.
-    """
-    if wanted is None:
-        return next((column for column in CAPTION_COLUMNS if column in columns), None)
-    if wanted not in columns:
-        raise UserError(f"{place} has no column {wanted!r} (--caption_column): it has {', '.join(columns)}")
-    return wanted
+def _files(named: _Named) -> str:
+    return f"{named.count} caption file{'s' * (named.count > 1)}"
 
 
-def _list_files(db: Any, folder: Path, flag: str) -> None:
-    if folder.is_file():
-        raise UserError(f"{flag} {folder} is a file: give the folder it lies in")
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: there is no such folder (looked from {Path.cwd()})")
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith(".") and entry.is_file():
-                    _add_file(db, entry.name)
-    except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be read: {error.strerror}") from error
+def _are(named: _Named) -> str:
+    return "is" if named.count == 1 else "are"
 
 
-def _add_file(db: Any, name: str) -> None:
-    suffix = Path(name).suffix.lower()
-    row = (os.fsencode(name), suffix in FORMATS, suffix in CAPTION_SUFFIXES, natural_key(name))
-    db.execute("INSERT INTO files (name, image, sidecar, sort) VALUES (?, ?, ?, ?)", row)
+def _have(named: _Named) -> str:
+    return "has" if named.count == 1 else "have"
 
 
 def _no_images(folder: Path, flag: str) -> str:
-    below = next((file for file in sorted(folder.rglob("*")) if file.suffix.lower() in FORMATS), None)
-    if below:
-        return f"{flag} {folder} holds images only in sub-folders, which are not searched: give {below.parent}"
-    return f"{flag} {folder} holds no images (looked for {', '.join(FORMATS)})"
+    below = images_below(folder)
+    if not below:
+        return f"{flag} {folder} holds no images (looked for {', '.join(FORMATS)})"
+    told = f"{flag} {folder} holds images only in sub-folders, which are not searched: give "
+    if len(below) > 1:
+        told += "one of these, or each as a data set of its own: "
+    told += shown(below, len(below), most=5)
+    conventions = (KOHYA_FOLDER.fullmatch(Path(place).name) for place in below)
+    meant = next((kohya_meaning(found[1], found[2]) for found in conventions if found), "")
+    return told + (f"; {meant}" if meant else "")
 
 
-def _refuse_unreadable(db: Any) -> None:
+def _refuse_unreadable(entries: Entries) -> None:
     """Photos left out silently would be worse than a stop."""
-    first, count = None, 0
-    for (name,) in db.execute("SELECT name FROM files WHERE image ORDER BY sort"):
-        if not readable(Path(os.fsdecode(name))):
-            first, count = first or os.fsdecode(name), count + 1
-    if first:
+    unreadable = _Named()
+    for name in entries.names(EntryKind.IMAGE):
+        if not readable(Path(name)):
+            unreadable.add(name)
+    if unreadable.count:
         raise UserError(
-            f"the installed Pillow cannot read {first} ({count} such files): convert them to JPEG or PNG, "
-            "or move them elsewhere"
+            f"the installed Pillow cannot read {unreadable.first[0]} ({unreadable.count} such files): convert them to "
+            "JPEG or PNG, or move them elsewhere"
         )
 
 
-def _add_captioned(catalog: Catalog, folder: Path, prompt: str, flag: str) -> None:
-    """Every image, in natural order, as a row of the catalogue; refuses images without a caption."""
-    bare, count = None, 0
-    for encoded, metadata in catalog.db.execute("SELECT name, caption FROM files WHERE image ORDER BY sort"):
-        name = os.fsdecode(encoded)
-        caption = _sidecar(catalog.db, folder, name) or metadata or prompt
-        if not caption:
-            bare, count = bare or name, count + 1
-        catalog.add(name, caption)
-    if bare:
-        otherwise = "" if flag == "--train_data_dir" else ", or give --instance_prompt for all that have none"
+def _refuse_same_file(entries: Entries) -> None:
+    """One photo under two names would be learned twice as often, and could be held out and learned at once."""
+    for first, second in entries.same_files(EntryKind.IMAGE):
+        # there are file systems whose numbers of files mean nothing
+        if filecmp.cmp(entries.folder / first, entries.folder / second, shallow=False):
+            raise UserError(
+                f"{entries.folder / first} and {second} are one file (a link): keep one of the names. An image that "
+                "should be seen more often belongs into a data set with --repeats"
+            )
+
+
+def _refuse_uncounted(captions: _Captions, metadata: Metadata) -> None:
+    """Captions that would not count."""
+    if captions.conflict:
         raise UserError(
-            f"{folder / bare} has no caption, or an empty one ({count} of {len(catalog)} images): write it to "
-            f"{Path(bare).with_suffix('.txt')} beside it{otherwise}"
+            f"{captions.conflict}. Keep one of them; several captions of an image belong into a list in metadata.jsonl"
+        )
+    if metadata.other_texts:
+        raise UserError(
+            f"{metadata.file} has no column text or caption: it has {listed(('file_name', *metadata.other_texts))}. "
+            "Say which one has the captions with --caption_column"
         )
 
 
-def _sidecar(db: Any, folder: Path, name: str) -> str:
-    """The caption beside an image, or ""."""
-    for suffix in (*CAPTION_SUFFIXES, *(suffix.upper() for suffix in CAPTION_SUFFIXES)):
-        beside = str(Path(name).with_suffix(suffix))
-        if _exists(db, folder, beside) and (caption := tidy(_text(folder / beside))):
-            return caption
-    return ""
-
-
-def _exists(db: Any, folder: Path, name: str) -> bool:
-    """Whether there is such a file; those of sub-folders are not listed."""
-    if Path(name).parent != Path():
-        return (folder / name).is_file()
-    return db.execute("SELECT 1 FROM files WHERE name = ?", (os.fsencode(name),)).fetchone() is not None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: save it with that encoding") from None
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-
-
-def _read_metadata(db: Any, folder: Path, caption_column: str | None) -> None:
-    """Put the captions of the metadata file, if there is one, beside the names of the files."""
-    metadata_files = [folder / name for name in METADATA_FILES if _exists(db, folder, name)]
-    if len(metadata_files) > 1:
-        raise UserError(f"{folder} has both metadata.jsonl and metadata.csv: keep one")
-    if not metadata_files:
-        return
-    file = metadata_files[0]
-    column = _caption_column(file, caption_column)
-    for line, row in _rows(file):
-        if not row.get("file_name"):
-            raise UserError(f"{file}, line {line}: no file_name (columns: {', '.join(map(str, row))})")
-        name = Path(str(row["file_name"])).as_posix()
-        known = db.execute("SELECT line FROM files WHERE name = ?", (os.fsencode(name),)).fetchone()
-        if known and known[0]:
-            raise UserError(f"{file}, line {line}: {name} was named before: keep one row per image")
-        if not known and not (folder / name).is_file():
-            raise UserError(f"{file}, line {line}: there is no file {folder / name}: correct the row or take it out")
-        if not known:
-            _add_file(db, name)
-        caption = tidy(row.get(column)) if column else ""
-        db.execute("UPDATE files SET caption = ?, line = ? WHERE name = ?", (caption, line, os.fsencode(name)))
-
-
-def _caption_column(file: Path, wanted: str | None) -> str | None:
-    """The column of the captions, from the columns of all rows."""
-    columns: dict[str, None] = {}
-    for _, row in _rows(file):
-        columns.update(dict.fromkeys(row))
-    return pick_caption_column(list(columns), wanted, str(file)) if columns else None
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and columns of every row; the file is read bit by bit."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None) as lines:
-            yield from _jsonl_rows(file, lines) if file.suffix == ".jsonl" else _csv_rows(lines)
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: save it with that encoding") from None
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-
-
-def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise UserError(f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}')
-            yield number, row
-
-
-def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(lines)
-    for row in reader:
-        yield reader.line_num, {column: value for column, value in row.items() if column is not None}
+def _refuse_stray(captions: _Captions) -> None:
+    """Files that seem to hold captions and belong to no image, while images have none of their own."""
+    without = captions.missing if captions.missing.count else captions.by_prompt
+    stray = _Named()
+    for kind, reason in ((EntryKind.CAPTION, NO_SUCH_IMAGE), (EntryKind.OTHER, NO_ROLE)):
+        for name in filter(may_hold_captions, captions.entries.unused_as(kind, reason)):
+            stray.add(name)
+    if stray.count and without.count:
+        raise UserError(
+            f"{captions.entries.folder / stray.first[0]} seems to hold captions, but belongs to no image "
+            f"({stray.count} such file{'s' * (stray.count > 1)}), while {without.count} images have none of "
+            f"their own, {without.first[0]} among them. Name it as its image, such as "
+            f"{Path(without.first[0]).with_suffix('.txt')}, or as metadata.jsonl or metadata.csv, or move it elsewhere"
+        )

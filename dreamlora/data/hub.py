@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 from dreamlora.config import Data
-from dreamlora.data.cache import cache_folder
+from dreamlora.data.account import RowAccount, row_name
+from dreamlora.data.cache_folder import cache_folder
+from dreamlora.data.caption_text import CAPTION_COLUMNS, captions_of, pick_caption_column, plain, tidy
 from dreamlora.data.catalog import Catalog
-from dreamlora.data.folder import FolderPlace, pick_caption_column, tidy
+from dreamlora.data.folder import FolderPlace, Images
 from dreamlora.errors import UserError
+from dreamlora.registry import check_installed
 from dreamlora.runfolder import replacing
 
 
@@ -52,7 +55,7 @@ class _Rows:
         return f"datasets/{row}/{self.name}", str(self.dataset._fingerprint)
 
 
-def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) -> Catalog:
+def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) -> Images:
     """The first ``max_train_samples`` rows (all by default) of the split "train", or of the only split.
 
     Without ``caption_column``, ``instance_prompt`` is the caption of every row (as in diffusers' scripts); without that
@@ -60,7 +63,8 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
     files are kept in the cache.
 
     Raises:
-        UserError: the package is missing, the data set or a column does not exist, or a row has no caption.
+        UserError: the package is missing, the data set or a column does not exist, or a row has no caption, or one that
+            is no text.
     """
     name = str(data.dataset_name)
     dataset = _train_split(_load(name, data, cache_dir), name)
@@ -74,25 +78,26 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
         raise UserError(
             f"give --caption_column (one of {', '.join(columns)}), or in DreamBooth --instance_prompt, for {name}"
         )
+    captions = _RowCaptions(data, wanted)
     if data.streaming:
-        catalog = _streamed(data, dataset, wanted, progress)
+        catalog = _streamed(data, dataset, captions, progress)
     else:
         catalog = Catalog(_Rows(_undecoded(dataset, data.image_column, name), data.image_column, name))
         texts = dataset.select_columns([wanted]) if wanted else dataset
         count = min(len(dataset), data.max_train_samples or len(dataset))
         with catalog.filling():
             for row in range(count):
-                text = texts[row][wanted] if wanted else None
-                catalog.add(_row_name(row), _caption(text, data, row))
+                catalog.add(row_name(row), *captions.of(texts[row][wanted] if wanted else None, row))
     if not len(catalog):
         raise UserError(f"--dataset_name {name} has no rows")
-    return catalog
+    return Images(catalog, tuple(captions.notes(columns)), RowAccount(catalog))
 
 
-def _streamed(data: Data, dataset: Any, wanted: str | None, progress: bool) -> Catalog:
+def _streamed(data: Data, dataset: Any, captions: _RowCaptions, progress: bool) -> Catalog:
     """Rows in the order of the stream. Images lie as files in the cache, named by their hashes: each once."""
     folder = cache_folder(data.latents_cache_dir) / "streamed"
     folder.mkdir(parents=True, exist_ok=True)
+    wanted = captions.column
     kept = dataset.select_columns([data.image_column, *([wanted] if wanted else [])])
     rows = _undecoded(kept, data.image_column, str(data.dataset_name))
     catalog = Catalog(FolderPlace(folder))
@@ -108,7 +113,7 @@ def _streamed(data: Data, dataset: Any, wanted: str | None, progress: bool) -> C
             if not file.exists():
                 with replacing(file) as temporary:
                     temporary.write_bytes(content)
-            catalog.add(f"{digest[:2]}/{digest}", _caption(cells[wanted] if wanted else None, data, row))
+            catalog.add(f"{digest[:2]}/{digest}", *captions.of(cells[wanted] if wanted else None, row))
     return catalog
 
 
@@ -116,17 +121,45 @@ def _bar(rows: Iterator[Any], progress: bool) -> Any:
     return tqdm(rows, "streaming rows", unit="row", delay=3, leave=False, disable=not progress)
 
 
-def _row_name(row: int) -> str:
-    return f"row-{row:06d}"
+class _RowCaptions:
+    """Captions of rows, and what is to be said of them.
 
+    Attributes:
+        column: that they are from; None: the prompt is every row's.
+    """
 
-def _caption(text: Any, data: Data, row: int) -> str:
-    caption = tidy(text) or tidy(data.instance_prompt)
-    if not caption:
-        raise UserError(
-            f"row {row} of {data.dataset_name} has no caption: mend it, or give an --instance_prompt to DreamBooth"
-        )
-    return caption
+    def __init__(self, data: Data, column: str | None) -> None:
+        self.column = column
+        self._name = data.dataset_name
+        self._prompt = tidy(data.instance_prompt)
+        self._rows = self._empty = 0
+
+    def of(self, cell: Any, row: int) -> tuple[tuple[str, ...], str]:
+        """The captions of a row and where they are from."""
+        captions = captions_of(cell, f"row {row} of {self._name}, column {self.column}")
+        self._rows += 1
+        if captions:
+            return captions, f"column {self.column}"
+        self._empty += self.column is not None
+        if not self._prompt:
+            raise UserError(
+                f"row {row} of {self._name} has no caption: mend it, or give an --instance_prompt to DreamBooth"
+            )
+        return (self._prompt,), "--instance_prompt"
+
+    def notes(self, columns: Sequence[str]) -> Iterator[str]:
+        """What is to be said of them, once all were read."""
+        if self._empty:
+            yield (
+                f"{self._empty} of {self._rows} rows of {self._name} have an empty {self.column} and get the prompt "
+                f'"{self._prompt}"'
+            )
+        unused = [column for column in columns if plain(column) in CAPTION_COLUMNS]
+        if unused and self.column is None:
+            yield (
+                f"the column {unused[0]} of {self._name} is not used: --instance_prompt is the caption of every row. "
+                f"With --caption_column {unused[0]} it would be"
+            )
 
 
 def _file(cell: Any) -> bytes:
@@ -145,11 +178,27 @@ def _columns(dataset: Any, name: str) -> list[str]:
     return list(columns)
 
 
-def _load(name: str, data: Data, cache_dir: Path | None) -> Any:
+def check_dataset(name: str) -> None:
+    """Nothing, if ``name`` is there or may be a data set of the hub, and the package is installed.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
-        import datasets
-    except ImportError:
-        raise UserError('--dataset_name needs the package datasets: pip install "dreamlora[datasets]"') from None
+        check_installed(("datasets",), "datasets")
+    except UserError as error:
+        raise UserError(f"--dataset_name: {error}") from None
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"--dataset_name {name} is a file: give the folder it lies in, or a hub name")
+    if not path.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"--dataset_name {name}: there is no such folder (looked from {Path.cwd()})")
+
+
+def _load(name: str, data: Data, cache_dir: Path | None) -> Any:
+    check_dataset(name)
+    import datasets
+
     try:
         if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(name)

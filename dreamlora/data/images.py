@@ -59,10 +59,11 @@ class ImageRecord:
 
     Attributes:
         name: short name for reports: the file's path inside its folder, or the row of a data set.
-        caption: what the image shows; never empty.
+        caption: what the image shows; never empty. Of several, the first.
         read: gives the bytes of the image file; can be pickled.
         where: full path, or data set and row, for error messages.
         known: hash and size, where these were found out before.
+        other_captions: more of them, of which one is drawn each time the image is seen.
         dataset: number of its data set in the run.
         mask: another image of the same shape: where it is white, the image is learned.
     """
@@ -74,6 +75,12 @@ class ImageRecord:
     known: ImageFacts | None = None
     dataset: int = 0
     mask: ImageRecord | None = None
+    other_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of them, at least one."""
+        return (self.caption, *self.other_captions)
 
     @classmethod
     def from_image(cls, name: str, caption: str, image: Image.Image) -> ImageRecord:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple, overload
 
 from dreamlora.config import Data
-from dreamlora.data.cache import cache_folder
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import RecordSubset
 from dreamlora.data.dataset import examine, load_images
-from dreamlora.data.folder import load_folder
+from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.images import ImageRecord
-from dreamlora.data.masks import MaskedRecords
+from dreamlora.data.mask_files import MaskedRecords
 from dreamlora.errors import UserError
 
 
@@ -26,13 +26,11 @@ class DataSets(NamedTuple):
 
     Attributes:
         records: the images, data set by data set.
-        skipped: names of files that are no images.
-        unmasked: how many images lack a mask, of those data sets that have masks.
+        notes: what the person should know of them, a sentence each.
     """
 
     records: Sequence[ImageRecord]
-    skipped: tuple[str, ...] = ()
-    unmasked: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class JoinedRecords(Sequence[ImageRecord]):
@@ -74,12 +72,16 @@ def load_sets(data: Data, cache_dir: Path | None = None, progress: bool = False)
         UserError: as ``load_images``; where there are several, the message says which data set is meant.
     """
     several = [_load(one, cache_dir, progress) for one in data.each()]
+    return joined(several, data)
+
+
+def joined(several: Sequence[DataSets], data: Data) -> DataSets:
+    """The images of all data sets in a row; those of a single one as they are."""
     if not data.datasets:
         return several[0]
     names = _different([entry.name for entry in data.datasets])
-    skipped = tuple(f"{name}/{file}" for name, images in zip(names, several, strict=True) for file in images.skipped)
-    unmasked = sum(images.unmasked for images in several)
-    return DataSets(JoinedRecords([images.records for images in several], names), skipped, unmasked)
+    notes = tuple(dict.fromkeys(note for images in several for note in images.notes))
+    return DataSets(JoinedRecords([images.records for images in several], names), notes)
 
 
 def places(records: Sequence[ImageRecord], data: Data) -> Sequence[int] | None:
@@ -108,19 +110,40 @@ def loss_shares(records: Sequence[ImageRecord], data: Data) -> Sequence[float] |
     return array("d", (weights[record.dataset] for record in records))
 
 
-def _load(data: Data, cache_dir: Path | None, progress: bool) -> DataSets:
-    """One data set, with its masks."""
-    images = load_images(data, cache_dir, progress)
+def list_masks(data: Data) -> Images | None:
+    """The masks of one data set; no file is opened.
+
+    Raises:
+        UserError: their folder is missing, or is that of the images.
+    """
     folder = data.mask_data_dir
     if folder is None:
-        return DataSets(images.records, images.skipped)
+        return None
     source = data.instance_data_dir or data.train_data_dir
     if source and folder.resolve() == source.resolve():
         raise UserError(f"--mask_data_dir {folder} is the folder of the images: put the masks into one of their own")
-    masks = load_folder(folder, "mask", flag="--mask_data_dir").records
-    examine(masks, cache_folder(data.latents_cache_dir), progress)
-    masked = MaskedRecords(images.records, masks, folder)
-    return DataSets(masked, images.skipped, masked.without)
+    return load_folder(folder, "mask", flag="--mask_data_dir", strict=False)
+
+
+def with_masks(images: Images, masks: Images | None, data: Data) -> DataSets:
+    """One data set whose images, and masks, have been looked at.
+
+    Raises:
+        UserError: see ``MaskedRecords``.
+    """
+    if masks is None or data.mask_data_dir is None:
+        return DataSets(images.records, images.notes)
+    masked = MaskedRecords(images.records, masks.records, data.mask_data_dir)
+    missing = f"{masked.without} of {len(masked)} images have no mask in {data.mask_data_dir}: all of them is learned"
+    return DataSets(masked, (*images.notes, *([missing] if masked.without else [])))
+
+
+def _load(data: Data, cache_dir: Path | None, progress: bool) -> DataSets:
+    masks = list_masks(data)
+    images = load_images(data, cache_dir, progress)
+    if masks:
+        examine(masks.records, cache_folder(data.latents_cache_dir), progress)
+    return with_masks(images, masks, data)
 
 
 def _different(names: Sequence[str]) -> list[str]:

@@ -26,8 +26,8 @@ from dreamlora.config import EMBEDDED_MODEL, Model
 from dreamlora.errors import DISK_FULL, UserError
 from dreamlora.interfaces import Components, Family, ModelSource
 from dreamlora.models.fingerprint import fingerprint
+from dreamlora.models.local import INDEX, local_file, vae_file
 
-INDEX = "model_index.json"
 SCHEDULER = "scheduler"
 
 
@@ -52,7 +52,7 @@ def resolve_source(model: Model, prediction_type: str | None = None, vae_revisio
     parts = [identity(name, path, revision), *([model.variant] if model.variant else [])]
     vae = model.pretrained_vae_model_name_or_path
     if vae:
-        vae_revision = commit_of(vae, _vae_file(vae), vae_revision, cache)
+        vae_revision = commit_of(vae, vae_file(vae), vae_revision, cache)
         parts.append("vae:" + identity(vae, vae, vae_revision))
     return ModelSource(
         path=path,
@@ -114,7 +114,7 @@ def read_config(source: ModelSource, component: str) -> dict[str, Any]:
         UserError: there is none.
     """
     if component == "vae" and source.vae_path:
-        file = find_file(source.vae_path, _vae_file(source.vae_path), source.vae_revision, source.cache_dir)
+        file = find_file(source.vae_path, vae_file(source.vae_path), source.vae_revision, source.cache_dir)
     else:
         name = "scheduler_config.json" if component == SCHEDULER else "config.json"
         file = find_file(source.path, f"{component}/{name}", source.revision, source.cache_dir)
@@ -140,7 +140,7 @@ def _load(source: ModelSource, name: str, index: dict[str, Any], dtype: torch.dt
             _class("diffusers", read_config(source, "vae")["_class_name"], source.vae_path),
         )
         arguments |= {
-            "subfolder": str(Path(_vae_file(path)).parent).removeprefix("."),
+            "subfolder": str(Path(vae_file(path)).parent).removeprefix("."),
             "revision": source.vae_revision,
         }
     else:
@@ -259,30 +259,13 @@ def identity(name: str, path: str, commit: str | None) -> str:
     return f"{name}@{commit}" if commit else f"{Path(name).resolve().name}@{fingerprint(Path(path))}"
 
 
-def _vae_file(path: str) -> str:
-    """An autoencoder given by itself has its config at the top; a whole pipeline may be named as well."""
-    return "vae/config.json" if Path(path, "vae", "config.json").is_file() else "config.json"
-
-
 def find_file(path: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:
     """A file of a folder or hub repository; fetched if it is not here yet.
 
     Raises:
         UserError: no such folder, repository or file, or the hub cannot be reached.
     """
-    local = Path(path)
-    if local.is_file():
-        raise UserError(
-            f"{path} is a single file, but a folder written by save_pretrained is needed: load a pipeline's file with "
-            "the pipeline class's from_single_file and save it with save_pretrained"
-        )
-    if local.is_dir():
-        if not (local / name).is_file():
-            raise UserError(f"{path}: no {name}; the folder of a whole model, written by save_pretrained, is needed")
-        return local / name
-    if path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise UserError(f"no such folder: {path}")
-    return _download(path, name, revision, cache_dir)
+    return local_file(path, name) or _download(path, name, revision, cache_dir)
 
 
 def _download(repository: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:

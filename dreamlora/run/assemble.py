@@ -198,7 +198,9 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         )
     ]
     if class_store:
-        sources.append(Source("class", class_store, config.data.prior_loss_weight))
+        sources.append(
+            Source("class", class_store, config.data.prior_loss_weight, CaptionPlan(seed=config.train.seed).draw)
+        )
     run = Run(
         config=config,
         folder=folder,
@@ -235,8 +237,9 @@ def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Com
     plan = CaptionPlan.of(context.config.data, context.config.train.seed)
     prompts = itertools.chain(
         ("", context.config.sample.negative_prompt or "", *pictures.prompts, *pictures.eval_prompts),
-        (text for record in pictures.train for text in plan.texts(record.caption)),
-        (record.caption for record in itertools.chain(pictures.measured, pictures.learned, pictures.classes)),
+        (text for record in pictures.train for text in plan.texts(record.captions)),
+        (record.caption for record in itertools.chain(pictures.measured, pictures.learned)),
+        (caption for record in pictures.classes for caption in record.captions),
     )
     with context.timed("encoding prompts"):
         return encode_texts(context, prompts), None

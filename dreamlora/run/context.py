@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from accelerate import Accelerator
 
 from dreamlora.config import RunConfig
-from dreamlora.data.cache import TensorCache, cache_folder
+from dreamlora.data.cache import TensorCache
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource

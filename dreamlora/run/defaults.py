@@ -39,16 +39,12 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         world: number of processes.
 
     Raises:
-        UserError: the rank is none that the init can start.
+        UserError: see ``check_rank``.
     """
+    check_rank(config)
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
     method = registry.load("optimizers", config.optim.optimizer)
     start = registry.load("inits", config.lora.init)
-    if config.lora.rank % start.RANK_MULTIPLE:
-        raise UserError(
-            f"--init {config.lora.init} needs a --rank that is a multiple of {start.RANK_MULTIPLE} "
-            f"(got {config.lora.rank})"
-        )
     learning_rate = _first(config.optim.learning_rate, method.DEFAULT_LR)
     # Decay pulls B A to zero; where it is counted from another start, that is no way back to the base model.
     default_decay = 0.0 if start.OFFSET else method.DEFAULT_WEIGHT_DECAY
@@ -76,6 +72,19 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         sample=sample,
         train=replace(config.train, train_batch_size=batch_size),
     )
+
+
+def check_rank(config: RunConfig) -> None:
+    """Nothing, if the init can start a LoRA of the rank.
+
+    Raises:
+        UserError: it cannot.
+    """
+    multiple = registry.load("inits", config.lora.init).RANK_MULTIPLE
+    if config.lora.rank % multiple:
+        raise UserError(
+            f"--init {config.lora.init} needs a --rank that is a multiple of {multiple} (got {config.lora.rank})"
+        )
 
 
 def bucket_step(data: Data, multiple: int) -> Data:

@@ -68,7 +68,7 @@ def warn_of_cut_texts(context: RunContext, pictures: RunImages) -> None:
     records = itertools.chain(pictures.train, pictures.held_out)
     prompts = dict.fromkeys((*pictures.prompts, *pictures.eval_prompts))
     texts = itertools.chain(
-        ((f"of {record.name}", caption) for record in records for caption in (record.caption,)),
+        ((f"of {record.name}", caption) for record in records for caption in record.captions),
         ((repr(prompt), prompt) for prompt in prompts),
     )
     names, captions = itertools.tee(texts)

@@ -30,7 +30,7 @@ def fingerprint(records: Iterable[ImageRecord]) -> str:
     digest = hashlib.sha256()
     for record in records:
         mask = f" mask {record.mask.content_hash()}" if record.mask else ""
-        digest.update(f"{record.content_hash()} {record.caption}{mask}".encode())
+        digest.update("\n".join((f"{record.content_hash()} {record.caption}{mask}", *record.other_captions)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -66,7 +66,7 @@ def changes(file: Path, pictures: RunImages) -> str:
 
 def _rows(role: str, records: Iterable[ImageRecord]) -> Iterator[dict[str, Any]]:
     for record in records:
-        row = {"name": record.name, "role": role, "sha256": record.content_hash(), "captions": [record.caption]}
+        row = {"name": record.name, "role": role, "sha256": record.content_hash(), "captions": list(record.captions)}
         yield row | ({"mask": record.mask.content_hash()} if record.mask else {})
 
 

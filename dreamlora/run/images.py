@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.config import Data
-from dreamlora.data.cache import cache_folder
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine, split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
@@ -70,12 +70,8 @@ def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     if not data.given:
         data = _draw_built_in(context, folder)
     images = load_sets(data, context.config.model.cache_dir, progress=main)
-    if images.skipped:
-        names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
-        place = data.train_data_dir or data.instance_data_dir or "the data sets"
-        context.warn(f"{len(images.skipped)} files in {place} are no images and were skipped: {names}")
-    if images.unmasked:
-        context.warn(f"{images.unmasked} images have no mask: they are learned everywhere")
+    for note in images.notes:
+        context.warn(note)
     training, held_out = split_holdout(images.records, data.holdout)
     if not held_out and context.config.eval.eval_steps != 0:
         context.warn(

@@ -127,7 +127,7 @@ def _final(context: RunContext, run: Run, material: Material) -> FinalCallback:
 def _eval_set(context: RunContext, run: Run, images: LatentStore) -> EvalSet:
     return build_eval_set(
         torch.stack([images.latents(index, 0)[0] for index in range(len(images))]),
-        images.captions,
+        [captions[0] for captions in images.captions],
         images.content_hashes,
         run.objective,
         seed=context.config.eval.eval_seed,

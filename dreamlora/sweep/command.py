@@ -11,14 +11,16 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from dreamlora import compare
+from dreamlora.cli.parse import parse_run
 from dreamlora.compare.comparison import ComparisonPlan
 from dreamlora.compare.methods import Group, group
 from dreamlora.compare.records import Record, read_record
 from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import EDGES, table
-from dreamlora.config import EMBEDDED_MODEL
+from dreamlora.config import EMBEDDED_MODEL, PROGRAMS
 from dreamlora.errors import UserError
 from dreamlora.report import write_compare_report
+from dreamlora.run import preflight
 from dreamlora.runfolder import RunFolder
 from dreamlora.sweep import plan
 from dreamlora.sweep.config import PROGRAM, CompareConfig, parse
@@ -42,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
         root, comparison = _existing(config, command)
     else:
         sweep = plan.sweep_of(config, training)
+        preflight.check_inputs(parse_run(training, PROGRAMS[config.program], PROGRAM)[0])
         root, comparison = sweep.root, Sweeper(sweep, config, command).run()
     sys.stdout.write(f"\n{table(comparison)}\n\n{comparison['sentence']}\n{write_compare_report(root)}\n")
 

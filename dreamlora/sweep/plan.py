@@ -159,6 +159,8 @@ def sweep_of(config: CompareConfig, training: Sequence[str]) -> Sweep:
     """
     trained = PROGRAMS[config.program]
     base, _ = parse_run(training, trained, PROGRAM)
+    if base.train.dry_run:
+        raise UserError("--dry_run looks at the data of one run: give it to dreamlora dreambooth or text-to-image")
     if base.eval.eval_steps == 0:
         raise UserError("--eval_steps 0 leaves nothing to compare: leave the flag out, or give a number above 0")
     entries = tuple(parse_entry(text, training, trained) for text in config.optimizers)

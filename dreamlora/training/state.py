@@ -127,8 +127,4 @@ def _find(folder: RunFolder, which: str) -> Path:
                 "with --overwrite_output_dir if the folder holds a run"
             )
         return folder.checkpoint_dir(steps[-1])
-    for path in (Path(which), folder.checkpoints / which):
-        if (path / STATE_FILE).exists():
-            return path
-    names = ", ".join(folder.checkpoint_dir(step).name for step in steps) or "none"
-    raise UserError(f"--resume_from_checkpoint {which}: no checkpoint there. In {folder.checkpoints}: {names}")
+    return folder.named_checkpoint(which)

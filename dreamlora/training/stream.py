@@ -63,7 +63,8 @@ class Source:
         name: "instance" or "class"; separates their random draws.
         store: encoded images.
         weight: of their loss.
-        caption: what becomes of a caption at a sample position, by (caption, source's name, position).
+        caption: which of an image's captions is seen at a sample position, and what becomes of it, by (captions,
+            source's name, position).
         buckets: number of every image's bucket; None if all have one size.
         places: the image at every place of an epoch, before it is shuffled; None: every image once, in order.
         shares: factor of every image's loss besides ``weight``; None: 1.
@@ -72,7 +73,7 @@ class Source:
     name: str
     store: LatentStore
     weight: float
-    caption: Callable[..., str] = lambda caption, *position: caption
+    caption: Callable[..., str] = lambda captions, *position: captions[0]
     buckets: Sequence[int] | None = None
     places: Sequence[int] | None = None
     shares: Sequence[float] | None = None

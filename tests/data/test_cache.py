@@ -17,7 +17,8 @@ from torch import Tensor
 from dreamlora.data import cache as cache_module
 from dreamlora.data import encode as encode_module
 from dreamlora.data.buckets import bucket_sizes
-from dreamlora.data.cache import Recent, TensorCache, cache_folder, content_key
+from dreamlora.data.cache import Recent, TensorCache, content_key
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine
 from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
 from dreamlora.data.folder import load_folder
@@ -86,7 +87,9 @@ def test_store_holds_every_variant(folder, filling):
     how = replace(HOW, random_flip=True)
     store, _ = encode(folder, filling, how)
     records = load_folder(folder, "p").records
-    assert [*store.names] == ["a.png", "b.png", "c.png", "d.png"] and [*store.captions] == ["p"] * 4 and len(store) == 4
+    assert (
+        [*store.names] == ["a.png", "b.png", "c.png", "d.png"] and [*store.captions] == [("p",)] * 4 and len(store) == 4
+    )
     assert list(store.content_hashes) == [record.content_hash() for record in records]
     for index, record in enumerate(records):
         expected = variants(record.facts.size, record.content_hash(), how)

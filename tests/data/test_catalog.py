@@ -21,7 +21,7 @@ def catalog(tmp_path: Path) -> Catalog:
         for number, name in enumerate(["a.png", "sub/é.png", "c\udcff.png"]):
             (tmp_path / "sub").mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(name.encode("utf-8", "surrogateescape"))
-            catalog.add(name, f"caption {number}")
+            catalog.add(name, [f"caption {number}"])
             catalog.examined(number, ImageFacts(f"{number:064x}", (number + 1, 7)))
     return catalog
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 import json
 import re
 import time
@@ -15,7 +15,8 @@ from PIL import Image
 from dreamlora.config import Data
 from dreamlora.data import file_index
 from dreamlora.data.dataset import load_images, split_holdout
-from dreamlora.data.folder import load_folder, natural_key
+from dreamlora.data.entries import natural_key
+from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 
@@ -38,23 +39,25 @@ def test_natural_order_and_skipped_files(tmp_path):
         (tmp_path / name).write_text("")
     images = load_folder(tmp_path, "p")
     assert [record.name for record in images.records] == ["IMG1.jpg", "img2.PNG", "img10.png", "z.jpeg"]
-    assert images.skipped == ("movie.mov", "notes.pdf")
+    assert images.notes[-1].endswith(
+        "has 5 entries that are not used: deeper (a folder, whose images (1) are not used: give it as a data set of "
+        "its own); img2.txt, img10.caption (an empty caption file); movie.mov, notes.pdf (no image, caption "
+        "or metadata)"
+    )
 
 
 def test_precedence_of_captions(tmp_path):
     save(tmp_path, "a.png", "b.png", "c.png", "d.png", "e.png")
-    rows = [{"file_name": f"{name}.png", "text": f"{name} row"} for name in "abc"] + [
-        {"file_name": "d.png", "text": ""}
-    ]
+    rows = [{"file_name": f"{name}.png", "text": f"{name} row"} for name in "bc"] + [{"file_name": "d.png", "text": ""}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "a.txt").write_text("\ufeffa,\n file \n", encoding="utf-8")
-    (tmp_path / "a.caption").write_text("not this")
+    (tmp_path / "a.caption").write_text("a, file")
     (tmp_path / "b.txt").write_text("  \n")
-    (tmp_path / "c.TXT").write_text("c file")
+    (tmp_path / "c.TXT").write_text("c  row")
     assert captions(tmp_path, " for  all ") == {
         "a.png": "a, file",
         "b.png": "b row",
-        "c.png": "c file",
+        "c.png": "c row",
         "d.png": "for all",
         "e.png": "for all",
     }
@@ -156,7 +159,9 @@ def test_many_skipped_files_are_named_up_to_a_limit(tmp_path):
     save(tmp_path, "a.png")
     for number in range(120):
         (tmp_path / f"{number}.pdf").write_text("")
-    assert load_folder(tmp_path, "p").skipped == tuple(f"{number}.pdf" for number in range(100))
+    assert (
+        "has 120 entries that are not used: 0.pdf, 1.pdf, 2.pdf and 117 more (" in load_folder(tmp_path, "p").notes[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,6 +202,9 @@ def test_dataset_columns(saved):
     assert read(instance_prompt="p") == ["p", "p", "p"]
     assert read(instance_prompt="p", caption_column="text") == ["one", "two", "p"]
     assert read(caption_column="title", max_train_samples=2) == ["t0", "t1"]
+    assert read(caption_column="TEXT", instance_prompt="p") == ["one", "two", "p"]
+    with pytest.raises(UserError, match=r"row 0 of .*, column n: a caption is a text or a list of texts \(got 1\)"):
+        read(caption_column="n")
     assert read(max_train_samples=2) == ["one", "two"]
     with pytest.raises(UserError, match=r"row 2 of .* has no caption"):
         read()
@@ -206,6 +214,32 @@ def test_dataset_columns(saved):
         read(caption_column="words")
     with pytest.raises(UserError, match=r"column 'n' of .* holds no images"):
         read(image_column="n")
+
+
+def test_what_is_said_of_a_data_set(saved):
+    def images(**options):
+        return load_images(Data(dataset_name=str(saved), instance_prompt="p", **options))
+
+    [note] = images().notes
+    assert note.startswith("the column text of") and "With --caption_column text it would be" in note
+    [note] = images(caption_column="text").notes
+    assert note.startswith("1 of 3 rows") and note.endswith('have an empty text and get the prompt "p"')
+    titled = images(caption_column="title", max_train_samples=2)
+    assert titled.notes == () and titled.records[0].captions == ("t0", "u0")
+    assert [(e.name, e.use, e.source, e.texts) for e in titled.account] == [
+        ("row-000000", "image", "column title", ("t0", "u0")),
+        ("row-000001", "image", "column title", ("t1",)),
+    ]
+    assert [entry.source for entry in images(caption_column="text").account][1:] == ["column text", "--instance_prompt"]
+
+
+def test_both_usual_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [Image.new("RGB", (8, 8))], "text": ["a"], "caption": ["b"]}
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(UserError, match="the columns 'text' and 'caption': say which one"):
+        load_images(Data(dataset_name=str(tmp_path / "both")))
+    assert load_images(Data(dataset_name=str(tmp_path / "both"), instance_prompt="p")).records[0].caption == "p"
 
 
 def test_dataset_images(saved):
@@ -260,15 +294,8 @@ def test_missing_dataset_and_package(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="cannot load --dataset_name"):
-        load_images(Data(dataset_name=str(tmp_path / "gone"), instance_prompt="p"))
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+        load_images(Data(dataset_name="gone/set", instance_prompt="p"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install .dreamlora\[datasets\]"):
         load_images(Data(dataset_name="x"))
 

@@ -14,7 +14,7 @@ class Store:
 
     def __init__(self, length=6):
         self.names = [f"{i}.png" for i in range(length)]
-        self.captions = [f"caption {i}" for i in range(length)]
+        self.captions = [(f"caption {i}",) for i in range(length)]
 
     def count(self, index):
         return 2

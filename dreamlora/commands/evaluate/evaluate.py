@@ -34,7 +34,8 @@ from dreamlora.commands.trained import (
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.config import EMBEDDED_MODEL, Encoders, instance_prompt_of
 from dreamlora.config.programs import program_of
-from dreamlora.data.cache import TensorCache, cache_folder
+from dreamlora.data.cache import TensorCache
+from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import FORMATS, ImageRecord
@@ -201,9 +202,9 @@ def _real_images(config: EvaluateConfig, run: RunFolder | None) -> Real:
     """The images that the flags name; what they leave open is taken from the run, as far as it is still there."""
     training, held_out, notes = _images_of(run) if run else ([], [], [])
     if config.references:
-        held_out = list(load_folder(config.references, NO_CAPTION, flag="--references").records)
+        held_out = list(load_folder(config.references, NO_CAPTION, flag="--references", strict=False).records)
     if config.training_images:
-        training = list(load_folder(config.training_images, NO_CAPTION, flag="--training_images").records)
+        training = list(load_folder(config.training_images, NO_CAPTION, flag="--training_images", strict=False).records)
     return Real(held_out, training, () if config.references and config.training_images else tuple(notes))
 
 
@@ -229,7 +230,7 @@ def _folder_gallery(evaluation: EvaluationContext, folder: Path) -> MeasuredImag
     given = evaluation.config.prompts
     if len(given) > 1:
         raise UserError(f"--prompts: the images of {folder} can all have one prompt, or captions beside them")
-    records = list(load_folder(folder, given[0] if given else NO_CAPTION, flag="--lora").records)
+    records = list(load_folder(folder, given[0] if given else NO_CAPTION, flag="--lora", strict=False).records)
     prompts = [record.caption for record in records]
     return evaluation.gallery(records, [] if NO_CAPTION in prompts else prompts)
 

@@ -1,0 +1,104 @@
+"""Caption files beside images: ``photo.txt``, ``photo.caption`` or ``photo.json`` for ``photo.jpg``.
+
+A file may carry the image's ending too (``photo.jpg.txt``), and may differ from the image in case where no other image
+could be meant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from dreamlora.data.caption_text import captions_of, pick_caption_column, read_text, tidy
+from dreamlora.data.entries import CAPTION_SUFFIXES, Entries, EntryKind, folded, spelled
+from dreamlora.errors import UserError
+
+
+class Sidecar(NamedTuple):
+    """One caption file of an image.
+
+    Attributes:
+        name: of the file.
+        captions: none if it is empty.
+        lines: how many it has that are not blank, where line breaks became spaces; else 1.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    lines: int = 1
+
+
+class SidecarReader:
+    """Finds and reads the caption files of images.
+
+    Args:
+        entries: of the folder.
+        caption_column: key of the captions in .json files, instead of ``text`` or ``caption``.
+        per_line: every line of a text file is a caption.
+    """
+
+    def __init__(self, entries: Entries, caption_column: str | None, per_line: bool) -> None:
+        self._entries = entries
+        self._column = caption_column
+        self._per_line = per_line
+
+    def of(self, image: str) -> list[Sidecar]:
+        """The caption files of an image, in their order of precedence.
+
+        Raises:
+            UserError: one cannot be read, or could belong to another image as well.
+        """
+        files = [name for name in self._entries.like(image, EntryKind.CAPTION) if self._belongs(name, image)]
+        files.sort(key=lambda name: CAPTION_SUFFIXES.index(Path(name).suffix.lower()))
+        return [self._read(name) for name in files]
+
+    def _belongs(self, name: str, image: str) -> bool:
+        """Whether a caption file is this image's: by its exact name, or by another case if no image has that."""
+        base = name.removesuffix(Path(name).suffix)
+        if _names(image, base, spelled):
+            return True
+        if not _names(image, base, folded):
+            return False
+        others = [other for other in self._entries.like(name, EntryKind.IMAGE) if _names(other, base, folded)]
+        if any(_names(other, base, spelled) for other in others):
+            return False
+        if len({spelled(_without_ending(other)) for other in others}) > 1:
+            raise UserError(
+                f"{self._entries.folder / name} differs in case from {' and '.join(others)}: name it as its image"
+            )
+        return True
+
+    def _read(self, name: str) -> Sidecar:
+        file = self._entries.folder / name
+        if file.suffix.lower() == ".json":
+            return Sidecar(name, self._json(file))
+        lines = [line for line in map(tidy, read_text(file).splitlines()) if line]
+        if self._per_line:
+            return Sidecar(name, captions_of(lines, str(file)))
+        return Sidecar(name, captions_of(" ".join(lines), str(file)), max(1, len(lines)))
+
+    def _json(self, file: Path) -> tuple[str, ...]:
+        try:
+            content = json.loads(read_text(file))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is not JSON ({error}): mend it, or move it elsewhere") from None
+        if not isinstance(content, dict):
+            return captions_of(content, str(file))
+        key = pick_caption_column(list(content), self._column, str(file))
+        if key is None:
+            keys = ", ".join(content) or "nothing"
+            raise UserError(
+                f"{file} has no text or caption: it has {keys}. Say which one is the caption with --caption_column, or "
+                "move the file elsewhere"
+            )
+        return captions_of(content[key], str(file))
+
+
+def _names(image: str, base: str, alike: Callable[[str], str]) -> bool:
+    return alike(base) in (alike(image), alike(_without_ending(image)))
+
+
+def _without_ending(image: str) -> str:
+    return image.removesuffix(Path(image).suffix)

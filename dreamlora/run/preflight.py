@@ -1,0 +1,66 @@
+"""What can be known to be wrong before torch is imported, which takes seconds, is told by then. Nothing is written."""
+
+from __future__ import annotations
+
+from dreamlora.config import RunConfig
+from dreamlora.data.dataset import list_images
+from dreamlora.data.entries import check_folder
+from dreamlora.data.hub import check_dataset
+from dreamlora.data.sets import list_masks
+from dreamlora.errors import UserError
+from dreamlora.models.local import check_model
+from dreamlora.run import defaults
+from dreamlora.sampling.prompts import Subject, read_prompts
+
+
+def check(config: RunConfig) -> None:
+    """All checks that need neither torch nor a download.
+
+    A folder of images is listed and its captions are read, which the run does once more: some seconds where there are a
+    hundred thousand.
+
+    Raises:
+        UserError: an option cannot be used, see ``check_inputs``; or the run's folder cannot, or there is no such
+            checkpoint.
+    """
+    check_inputs(config)
+    folder = defaults.run_folder(config)
+    which = config.train.resume_from_checkpoint
+    if which and which != "latest":
+        folder.named_checkpoint(which)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """The same without the run's own folder.
+
+    Raises:
+        UserError: images, captions, prompts, model or a place of files cannot be used.
+    """
+    _check_places(config)
+    check_model(config.model)
+    defaults.check_rank(config)
+    data = config.data
+    subject = Subject.of(data.subject_prompt, data.class_prompt)
+    for file in (config.sample.sample_prompts, config.eval.eval_prompts):
+        if file:
+            read_prompts(file, subject)
+    for one in data.each() if data.given else ():
+        list_masks(one)
+        if one.dataset_name:
+            check_dataset(one.dataset_name)
+        else:
+            list_images(one)
+    if data.class_data_dir and data.class_data_dir.exists():
+        check_folder(data.class_data_dir, "--class_data_dir")
+
+
+def _check_places(config: RunConfig) -> None:
+    for flag, path in (
+        ("cache_dir", config.model.cache_dir),
+        ("latents_cache_dir", config.data.latents_cache_dir),
+    ):
+        if path is not None and path.exists() and not path.is_dir():
+            raise UserError(f"--{flag} {path} is a file: give a folder")
+    weights = config.encoders.inception_weights
+    if weights is not None and weights.is_dir():
+        raise UserError(f"--inception_weights {weights} is a folder: give the file in it")
