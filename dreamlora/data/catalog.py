@@ -134,7 +134,7 @@ class Catalog(Sequence[ImageRecord]):
         caption, *others = captions.split("\n")
         known = ImageFacts(digest.hex(), (size[0], size[1])) if digest is not None else None
         reader, where = self.place.reader(row, spelled), self.place.where(row, spelled)
-        return ImageRecord(spelled, caption, reader, where, known, tuple(others))
+        return ImageRecord(spelled, caption, reader, where, known, other_captions=tuple(others))
 
 
 class RecordSubset(Sequence[ImageRecord]):
