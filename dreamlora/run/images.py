@@ -186,7 +186,8 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
         base.free(*ROLES)
         wait_for_everyone()
     found = _class_images(context, images, plan, pictures)
-    _warn_of_skipped(context, found.skipped, images)
+    if found.images:
+        _warn_of_skipped(context, found.images.skipped, images)
     _warn_of_quality(context, "class images", [(found.counted, _preparation(context))])
     return replace(pictures, classes=found.counted)
 
@@ -198,11 +199,11 @@ def _class_images(context: RunContext, folder: Path, plan: SamplePlan, pictures:
         UserError: see ``prior.find_class_images`` and ``examine``; or there are images to learn among them.
     """
     found = prior.find_class_images(folder, plan, context.source.predictor_id)
-    if found.records is None:
+    if found.images is None:
         return found
     with main_first():
         cache = cache_folder(context.config.data.latents_cache_dir)
-        examine(found.records, cache, context.accelerator.is_main_process, found.rows)
+        examine(found.images.records, cache, context.accelerator.is_main_process, found.rows)
     to_learn = itertools.chain(pictures.train, pictures.held_out)
     shared = np.flatnonzero(np.isin(hash_prefixes(found.counted), hash_prefixes(to_learn)))
     if len(shared):

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dreamlora.data.catalog import Catalog, RecordSubset
-from dreamlora.data.folder import load_folder
+from dreamlora.data.catalog import RecordSubset
+from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.images import FORMATS, holds_images
 from dreamlora.errors import DISK_FULL, UserError
 from dreamlora.runfolder import replacing
@@ -32,20 +32,18 @@ class ClassImages:
     there should be, the first ones first.
 
     Attributes:
-        records: of the folder's images; none if it is empty or not there yet.
+        images: of the folder, and what else lies there; None if there are none yet.
         own: rows of a person's images.
         made: rows of the base model's images that count.
         surplus: how many more of these there are, from a run that wanted more.
         missing: images that are still to be made.
-        skipped: files that are no images, see ``folder.Images``.
     """
 
-    records: Catalog | None
+    images: Images | None
     own: tuple[int, ...]
     made: tuple[int, ...]
     surplus: int
     missing: tuple[SampleItem, ...]
-    skipped: tuple[str, ...]
 
     @property
     def rows(self) -> list[int]:
@@ -55,7 +53,7 @@ class ClassImages:
     @property
     def counted(self) -> RecordSubset:
         """The images that count."""
-        return RecordSubset(self.records or (), self.rows)
+        return RecordSubset(self.images.records if self.images else (), self.rows)
 
 
 def find_class_images(folder: Path, plan: SamplePlan, model_id: str = "") -> ClassImages:
@@ -77,7 +75,7 @@ def find_class_images(folder: Path, plan: SamplePlan, model_id: str = "") -> Cla
         raise ValueError(f"class images have one prompt (got {len(plan.prompts)})")
     if not holds_images(folder, FLAG):
         _refuse_sub_folders(folder)
-        return ClassImages(None, (), (), 0, tuple(plan.items()), ())
+        return ClassImages(None, (), (), 0, tuple(plan.items()))
     images = load_folder(folder, plan.prompts[0], flag=FLAG)
     mark = fingerprint(plan, model_id)
     own: list[int] = []
@@ -96,7 +94,7 @@ def find_class_images(folder: Path, plan: SamplePlan, model_id: str = "") -> Cla
     wanted = plan.items()[: max(plan.num_images_per_prompt - len(own), 0)]
     counted = tuple(made[item.image_index] for item in wanted if item.image_index in made)
     missing = tuple(item for item in wanted if item.image_index not in made)
-    return ClassImages(images.records, tuple(own), counted, len(made) - len(counted), missing, images.skipped)
+    return ClassImages(images, tuple(own), counted, len(made) - len(counted), missing)
 
 
 def make_class_images(

@@ -110,16 +110,19 @@ def lab_of_inks(inks: tuple[int, ...]) -> np.ndarray:
 
 
 def cmyk_profile() -> bytes:
-    """A table of 2^4 corners (lut8), with curves that change nothing."""
+    """Tables of corners (lut8), with curves that change nothing; the perceptual one has a grey paper."""
     ramp = bytes(range(256))
-    lab = np.array([lab_of_inks(inks) for inks in INKS])
-    table = np.rint(lab * [2.55, 1, 1] + [0, 128, 128]).astype(np.uint8)
+    exact = np.array([lab_of_inks(inks) for inks in INKS])
+    perceptual = np.concatenate([[[80, 0, 0]], exact[1:]])
     head = struct.pack(">4sIBBBx", b"mft1", 0, 4, 3, 2) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1)
-    to_lab = head + ramp * 4 + table.tobytes() + ramp * 3
+    to_lab = [
+        head + ramp * 4 + np.rint(lab * [2.55, 1, 1] + [0, 128, 128]).astype(np.uint8).tobytes() + ramp * 3
+        for lab in (perceptual, exact)
+    ]
     # back, as far as LittleCMS asks to find the darkest black: all black ink at L = 0, none at 100
     head = struct.pack(">4sIBBBx", b"mft1", 0, 3, 4, 2) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1)
     to_inks = head + ramp * 3 + bytes([0, 0, 0, 255] * 4 + [0, 0, 0, 0] * 4) + ramp * 4
-    tags = {b"A2B0": to_lab, b"B2A0": to_inks, b"wtpt": b"XYZ \0\0\0\0" + s15(*D50_XYZ)}
+    tags = {b"A2B0": to_lab[0], b"A2B1": to_lab[1], b"B2A0": to_inks, b"wtpt": b"XYZ \0\0\0\0" + s15(*D50_XYZ)}
     return profile(b"CMYK", tags, b"prtr", b"Lab ")
 
 
