@@ -6,11 +6,13 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from torch import distributed
 from torch.distributed import distributed_c10d
 
+from dreamlora import processes
 from dreamlora.errors import UserError
 from dreamlora.processes import gather_lists, main_first, tell_everyone, wait_for_everyone
 
@@ -66,6 +68,7 @@ def test_the_main_process_goes_first(monkeypatch: pytest.MonkeyPatch, fails: boo
     monkeypatch.setattr(distributed, "get_world_size", lambda: world)
     monkeypatch.setattr(distributed, "get_rank", lambda: ranks.own)
     monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=10))
     passed: list[int] = []
 
     def process(rank: int) -> None:

@@ -73,6 +73,10 @@ def test_folders_apart(places: Path) -> None:
     parse_run(["--dataset_name", "someone/photos", "--output_dir", "someone"])
 
 
+def test_a_folder_that_is_not_there_yet_by_a_link_to_where_it_will_be(places: Path) -> None:
+    assert lies_in(Path("photos/new/run"), Path("link/new")) and not lies_in(Path("photos/newer"), Path("link/new"))
+
+
 def test_one_folder_by_two_spellings(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where case does not count: here the file system is told to say so."""
     monkeypatch.setattr(Path, "exists", lambda path: True)

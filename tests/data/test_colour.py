@@ -83,15 +83,20 @@ def profile(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr", pcs: 
     return struct.pack(">I", 4 + len(body)) + body
 
 
-def curve_tag(curve: Curve) -> bytes:
-    values = np.rint(65535 * curve(np.linspace(0, 1, 4096))).astype(">u2")
+def curve_tag(curve: Curve, points: int = 4096) -> bytes:
+    values = np.rint(65535 * curve(np.linspace(0, 1, points))).astype(">u2")
     return struct.pack(">4sII", b"curv", 0, len(values)) + values.tobytes()
 
 
-def rgb_profile(name: str) -> bytes:
-    columns = zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix(name).T, strict=True)
-    tags = {tag: b"XYZ \0\0\0\0" + s15(*column) for tag, column in columns}
-    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve_tag(CURVES[name]))
+HP_SRGB = np.array([[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.7141]]).T
+"""The columns of "sRGB IEC61966-2.1", which most tagged files have, as they are rounded there."""
+
+
+def rgb_profile(name: str, columns: np.ndarray | None = None, points: int = 4096) -> bytes:
+    colours = matrix(name) if columns is None else columns
+    named = zip((b"rXYZ", b"gXYZ", b"bXYZ"), colours.T, strict=True)
+    tags = {tag: b"XYZ \0\0\0\0" + s15(*column) for tag, column in named}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve_tag(CURVES[name], points))
     return profile(b"RGB ", {**tags, b"wtpt": b"XYZ \0\0\0\0" + s15(*D50_XYZ)})
 
 
@@ -110,10 +115,10 @@ def lab_of_inks(inks: tuple[int, ...]) -> np.ndarray:
 
 
 def cmyk_profile() -> bytes:
-    """Tables of corners (lut8), with curves that change nothing; the perceptual one has a grey paper."""
+    """Tables of corners (lut8), with curves that change nothing; the perceptual one has a dark cyan."""
     ramp = bytes(range(256))
     exact = np.array([lab_of_inks(inks) for inks in INKS])
-    perceptual = np.concatenate([[[80, 0, 0]], exact[1:]])
+    perceptual = np.where(np.array(INKS) @ (1, 0, 0, 0) == 1, 30, exact.T).T
     head = struct.pack(">4sIBBBx", b"mft1", 0, 4, 3, 2) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1)
     to_lab = [
         head + ramp * 4 + np.rint(lab * [2.55, 1, 1] + [0, 128, 128]).astype(np.uint8).tobytes() + ramp * 3
@@ -164,9 +169,9 @@ def test_rgb_profiles(name: str, kind: str) -> None:
     assert np.abs(stored - expected(stored, name)).max() > 40, "the profile does make a difference"
 
 
-@pytest.mark.parametrize("source", ["LittleCMS", "by hand"])
+@pytest.mark.parametrize("source", ["LittleCMS", "by hand", "rounded", "coarse"])
 def test_srgb_by_any_profile_keeps_every_bit(source: str) -> None:
-    given = rgb_profile("sRGB")
+    given = rgb_profile("sRGB", HP_SRGB if source != "by hand" else None, 26 if source == "coarse" else 1024)
     if source == "LittleCMS":
         given = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for mode in ("RGB", "L", "RGBA", "P"):
