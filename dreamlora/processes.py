@@ -7,6 +7,8 @@ then do they begin a collective, which none of them has to wait in.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,6 +36,22 @@ def wait_for_everyone() -> None:
     if arrival % world == 0:
         store.set(everyone, "here")
     store.wait([everyone], PATIENCE)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """A block that the main process goes through before the others begin, which find on disk what it left there.
+
+    An error in it lets the others begin too: they meet it themselves.
+    """
+    main = not distributed.is_initialized() or distributed.get_rank() == 0
+    if not main:
+        wait_for_everyone()
+    try:
+        yield
+    finally:
+        if main:
+            wait_for_everyone()
 
 
 def tell_everyone(value: T) -> T:

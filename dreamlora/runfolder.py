@@ -201,11 +201,14 @@ class RunFolder:
         names = ", ".join(self.checkpoint_dir(step).name for step in self.checkpoint_steps()) or "none"
         raise UserError(f"--resume_from_checkpoint {name}: no checkpoint there. In {self.checkpoints}: {names}")
 
+    def entries(self) -> list[Path]:
+        """All files and folders that a run may write here."""
+        return [entry for entry in vars(self).values() if isinstance(entry, Path) and entry != self.path]
+
     def clear(self) -> None:
         """Remove what an earlier run wrote here (and nothing else that lies in the folder)."""
-        for entry in vars(self).values():
-            if isinstance(entry, Path) and entry != self.path:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        for entry in self.entries():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
     def log_all(self, step: int, values: Mapping[str, float], **more: Any) -> None:
         """Append values of one step to metrics.jsonl; ``more`` are fields such as ``n`` and ``evalset_id``."""

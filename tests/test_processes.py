@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from dreamlora.processes import gather_lists, tell_everyone, wait_for_everyone
+from dreamlora import processes
+from dreamlora.errors import UserError
+from dreamlora.processes import gather_lists, main_first, tell_everyone, wait_for_everyone
 
 
 def test_one_process_waits_for_nobody() -> None:
@@ -54,3 +58,30 @@ def test_the_wait_is_longer_than_a_collective_s(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(distributed_c10d, "_get_default_store", Store)
     wait_for_everyone()
     assert waited[0] > 10 * distributed_c10d.default_pg_timeout
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_main_process_goes_first(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """An error in the main process, which it may survive, leaves nobody waiting for ever."""
+    world, store, ranks = 3, distributed.HashStore(), threading.local()
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: world)
+    monkeypatch.setattr(distributed, "get_rank", lambda: ranks.own)
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=10))
+    passed: list[int] = []
+
+    def process(rank: int) -> None:
+        ranks.own = rank
+        for _ in range(5):
+            with contextlib.suppress(UserError), main_first():
+                time.sleep(0.01 * (rank == 0))
+                passed.append(rank)
+                if fails:
+                    raise UserError("a broken image")
+            wait_for_everyone()
+
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(process, range(world)))
+    assert [sorted(passed[n : n + world]) for n in range(0, 15, world)] == [[0, 1, 2]] * 5
+    assert passed[::world] == [0] * 5

@@ -17,6 +17,7 @@ from dreamlora.cli import presets
 from dreamlora.cli.declared import options_of, subgroups_of
 from dreamlora.cli.given import from_argv, from_yaml, near_names, value_of
 from dreamlora.cli.help import page, settings
+from dreamlora.cli.places import check_folders
 from dreamlora.config import RunConfig
 from dreamlora.errors import DISK_FULL, UserError
 
@@ -95,6 +96,7 @@ def parse_run(argv: Sequence[str], config_class: type[RunConfig] = RunConfig, na
     ):
         if path is not None and not path.exists():
             raise UserError(f"--{flag}: there is no {path} (looked from {Path.cwd()})")
+    check_folders(config)
     optim = config.optim
     registry.check_needs("optimizers", optim.optimizer)
     common = {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_epsilon}

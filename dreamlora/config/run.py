@@ -109,7 +109,7 @@ class Data:
     prior_loss_weight: float = 1.0
     """Weight of the class images' loss."""
     num_class_images: int = 100
-    """How many class images there should be."""
+    """How many class images there should be; all that you give count, and what is missing is made."""
     sample_batch_size: int = 4
     """Images made at a time, class images and samples alike."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None

@@ -30,8 +30,11 @@ from dreamlora.runfolder import replacing
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
-"""Part of every key: to be raised whenever images are decoded, resized or stored differently."""
+CACHE_FORMAT = 2
+"""Part of every key: to be raised whenever images are decoded, resized or stored differently.
+
+2: colours are converted to sRGB by the profiles in the files.
+"""
 
 Entry = dict[str, Tensor]
 KeyPart = str | int | float | bool | None

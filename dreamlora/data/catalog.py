@@ -23,10 +23,10 @@ import numpy as np
 from dreamlora.data.images import ImageFacts, ImageRecord
 
 _SCHEMA = """
-CREATE TABLE rows
-    (id INTEGER PRIMARY KEY, name BLOB, captions TEXT, source BLOB, hash BLOB, width INTEGER, height INTEGER);
+CREATE TABLE rows (id INTEGER PRIMARY KEY, name BLOB, captions TEXT, source BLOB, hash BLOB, width INTEGER,
+    height INTEGER, profile_unused INTEGER);
 """
-_COLUMNS = "name, captions, hash, width, height"
+_COLUMNS = "name, captions, hash, width, height, profile_unused"
 
 
 class ImageSource(Protocol):
@@ -103,9 +103,9 @@ class Catalog(Sequence[ImageRecord]):
         return int(self.db.execute("SELECT COUNT(hash) - COUNT(DISTINCT hash) FROM rows").fetchone()[0])
 
     def examined(self, row: int, facts: ImageFacts) -> None:
-        """Keep hash and size of a row's image."""
-        values = (bytes.fromhex(facts.content_hash), *facts.size, row)
-        self.db.execute("UPDATE rows SET hash = ?, width = ?, height = ? WHERE id = ?", values)
+        """Keep what was found out about a row's image."""
+        values = (bytes.fromhex(facts.content_hash), *facts.size, facts.profile_unused, row)
+        self.db.execute("UPDATE rows SET hash = ?, width = ?, height = ?, profile_unused = ? WHERE id = ?", values)
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows only."""
@@ -129,10 +129,10 @@ class Catalog(Sequence[ImageRecord]):
     def __iter__(self) -> Iterator[ImageRecord]:
         return (self[row] for row in range(self._length))
 
-    def _record(self, row: int, name: bytes, captions: str, digest: bytes | None, *size: int) -> ImageRecord:
+    def _record(self, row: int, name: bytes, captions: str, digest: bytes | None, *more: int) -> ImageRecord:
         spelled = os.fsdecode(name)
         caption, *others = captions.split("\n")
-        known = ImageFacts(digest.hex(), (size[0], size[1])) if digest is not None else None
+        known = ImageFacts(digest.hex(), (more[0], more[1]), bool(more[2])) if digest is not None else None
         reader, where = self.place.reader(row, spelled), self.place.where(row, spelled)
         return ImageRecord(spelled, caption, reader, where, known, other_captions=tuple(others))
 

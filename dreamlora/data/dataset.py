@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -14,16 +18,20 @@ from dreamlora.data.catalog import Catalog, RecordSubset, hash_prefixes
 from dreamlora.data.file_index import FileIndex
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.hub import load_hub
-from dreamlora.data.images import ImageRecord
+from dreamlora.data.images import BrokenImage, ImageFacts, ImageRecord
 from dreamlora.errors import UserError
 
 FEWEST_TO_SPLIT = 6
 MOST_HELD_OUT = 16
+MOST_THREADS = 8
+"""That decode images. More would seldom be faster, and each holds a decoded image."""
+MOST_NAMED = 10
+"""Broken images that are told by name."""
 
 
 def load_images(data: Data, cache_dir: Path | None = None, progress: bool = False) -> Images:
-    """The images that ``data`` names, each looked at (see ``examine``), so that one that is no image is found before a
-    model is loaded.
+    """The images that ``data`` names, each decoded once (see ``examine``), so that broken ones are found before a model
+    is loaded.
 
     Args:
         data: the options.
@@ -31,7 +39,7 @@ def load_images(data: Data, cache_dir: Path | None = None, progress: bool = Fals
         progress: show a bar.
 
     Raises:
-        UserError: see ``list_images``; or a file is no image.
+        UserError: see ``list_images``; or images are broken.
     """
     images = list_images(data, cache_dir, progress)
     examine(images.records, cache_folder(data.latents_cache_dir), progress)
@@ -74,33 +82,79 @@ def copies_note(records: Catalog) -> list[str]:
     return [f"{copies} of {len(records)} images {'is a copy' if copies == 1 else 'are copies'} of another one"]
 
 
-def examine(records: Catalog, cache: Path | None, progress: bool = False) -> None:
-    """Find out hash and size of every image; files that were read before and have not changed since are not read.
+def examine(records: Catalog, cache: Path | None, progress: bool = False, rows: Sequence[int] | None = None) -> None:
+    """Decode every image once, so that a broken one is found before a model is loaded, and keep hash and size.
+
+    Threads decode (Pillow lets them run at the same time); as many images are in memory as there are threads. Files
+    that were decoded before and have not changed since are not read.
 
     Args:
         records: get what was found out.
-        cache: folder of the index of known files; None: every file is read, and nothing written.
+        cache: folder of the index of known files; None: nothing is looked up or written.
         progress: show a bar.
+        rows: to look at; by default all.
 
     Raises:
-        UserError: a file is no image.
+        BrokenImage: an image is broken or cannot be read.
+        UserError: several are; the message names up to 10 of them, each with its reason.
     """
-    index = FileIndex(cache) if cache else None
-    rows = tqdm(range(len(records)), "reading images", unit="image", delay=3, leave=False, disable=not progress)
-    with records.filling():
-        for row in rows:
-            record = records[row]
-            stamp = records.place.stamp(row, record.name) if index else None
-            facts = record.known or (index.get(*stamp) if index and stamp else None)
-            if facts is None:
-                facts = record.facts
-                if (
-                    index and stamp and stamp == records.place.stamp(row, record.name)
-                ):  # else it changed while it was read
-                    index.put(*stamp, facts)
+    index = FileIndex(cache)
+    asked = range(len(records)) if rows is None else rows
+    bar = tqdm(asked, "reading images", unit="image", delay=3, leave=False, disable=not progress)
+    broken: list[BrokenImage] = []
+    with records.filling(), ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as pool:
+        for job, decoded in _ahead(pool, _unknown(records, bar, index)):
+            try:
+                facts = decoded.result()
+            except BrokenImage as error:
+                broken.append(error)
+                continue
+            if job.stamp and job.stamp == records.place.stamp(job.row, job.record.name):  # else it changed meanwhile
+                index.put(*job.stamp, facts)
+            records.examined(job.row, facts)
+    index.close()
+    if broken:
+        raise _told_together(broken, len(asked))
+
+
+class _Undecoded(NamedTuple):
+    """An image to decode, and its stamp before that."""
+
+    row: int
+    record: ImageRecord
+    stamp: tuple[str, str] | None
+
+
+def _unknown(records: Catalog, rows: Iterable[int], index: FileIndex) -> Iterator[_Undecoded]:
+    """The rows whose image must be decoded; of the others what is known is kept."""
+    for row in rows:
+        record = records[row]
+        stamp = records.place.stamp(row, record.name)
+        facts = record.known or (index.get(*stamp) if stamp else None)
+        if facts is None:
+            yield _Undecoded(row, record, stamp)
+        else:
             records.examined(row, facts)
-    if index:
-        index.close()
+
+
+def _ahead(pool: ThreadPoolExecutor, jobs: Iterable[_Undecoded]) -> Iterator[tuple[_Undecoded, Future[ImageFacts]]]:
+    """Every job with its result to come, in order; a few are begun before they are asked for."""
+    begun: deque[tuple[_Undecoded, Future[ImageFacts]]] = deque()
+    for job in jobs:
+        begun.append((job, pool.submit(job.record.decoded_facts)))
+        if len(begun) > 2 * MOST_THREADS:
+            yield begun.popleft()
+    yield from begun
+
+
+def _told_together(broken: Sequence[BrokenImage], count: int) -> UserError:
+    if len(broken) == 1:
+        return broken[0]
+    lines = [f"  {error.where}: {error.reason}" for error in broken[:MOST_NAMED]]
+    if len(broken) > MOST_NAMED:
+        lines.append(f"  and {len(broken) - MOST_NAMED} more")
+    remedy = "Repair them, save them anew or take them out"
+    return UserError("\n".join([f"{len(broken)} of {count} images cannot be read:", *lines, remedy]))
 
 
 def split_holdout(

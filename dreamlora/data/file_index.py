@@ -1,6 +1,7 @@
-"""Hash and size of image files that were read before, so that a start does not read all of them again.
+"""Facts of image files that were decoded before, so that a start does not read all of them again.
 
-An entry counts only while the file's size and times are those it had when it was read. The time of the last change of
+An entry counts only for the Pillow that decoded the file (another one may find it broken), and while the file's size
+and times are those it had when it was read. The time of the last change of
 the inode is among them: programs can set a file's modification time back, but not that. A file that changed within the
 last seconds before it was read is not remembered: it might change again without another time stamp.
 """
@@ -12,6 +13,8 @@ import sqlite3
 import time
 from pathlib import Path
 
+import PIL
+
 from dreamlora.data.images import ImageFacts
 
 INDEX_FILE = "files.sqlite"
@@ -19,43 +22,50 @@ SETTLED_S = 2.0
 """A file must be unchanged for so long before it is remembered; file systems have time stamps as coarse as that."""
 _COMMIT_EVERY = 500
 
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS images (
+    path TEXT PRIMARY KEY, stamp TEXT, decoder TEXT, hash BLOB, width INT, height INT, profile_unused INT
+)
+"""
+
 logger = logging.getLogger(__name__)
 
 
 class FileIndex:
     """``<folder>/files.sqlite``; a convenience: where it cannot be read or written, files are read anew.
 
-    Several processes may use it at the same time.
+    Several processes may use it at the same time. Without a folder it knows nothing, and writes nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._db: sqlite3.Connection | None = None
-        self._waiting: list[tuple[str, str, bytes, int, int]] = []
+        self._waiting: list[tuple[str, str, str, bytes, int, int, bool]] = []
+        if folder is None:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(folder / INDEX_FILE, timeout=10, isolation_level=None)
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, stamp TEXT, hash BLOB, width INT, height INT)"
-            )
+            self._db.execute(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             self._give_up(error)
 
     def get(self, path: str, stamp: str) -> ImageFacts | None:
-        """What is known of a file, if its ``stamp`` is the one it had then."""
+        """What is known of a file, if its ``stamp`` is the one it had then, and this Pillow decoded it."""
         if self._db is None:
             return None
         try:
-            query = "SELECT hash, width, height FROM files WHERE path = ? AND stamp = ?"
-            row = self._db.execute(query, (path, stamp)).fetchone()
+            query = "SELECT hash, width, height, profile_unused FROM images WHERE (path, stamp, decoder) = (?, ?, ?)"
+            row = self._db.execute(query, (path, stamp, PIL.__version__)).fetchone()
         except (sqlite3.Error, UnicodeEncodeError) as error:  # a name that is not UTF-8 cannot be looked up
             if isinstance(error, sqlite3.Error):
                 self._give_up(error)
             return None
-        return ImageFacts(row[0].hex(), (row[1], row[2])) if row else None
+        return ImageFacts(row[0].hex(), (row[1], row[2]), bool(row[3])) if row else None
 
     def put(self, path: str, stamp: str, facts: ImageFacts) -> None:
         """Remember a file; written when enough have come together, or by ``close``."""
-        self._waiting.append((path, stamp, bytes.fromhex(facts.content_hash), *facts.size))
+        content_hash = bytes.fromhex(facts.content_hash)
+        self._waiting.append((path, stamp, PIL.__version__, content_hash, *facts.size, facts.profile_unused))
         if len(self._waiting) >= _COMMIT_EVERY:
             self._write()
 
@@ -71,7 +81,7 @@ class FileIndex:
             return
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
+            self._db.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             self._db.execute("COMMIT")
         except UnicodeEncodeError:
             self._db.execute("ROLLBACK")

@@ -125,11 +125,6 @@ def load_folder(
     return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog))
 
 
-def holds_images(folder: Path) -> bool:
-    """Whether images lie in the folder itself."""
-    return any(entry.is_file() and kind_of(entry.name) is EntryKind.IMAGE for entry in os.scandir(folder))
-
-
 @dataclass
 class _Named:
     """Files with something in common: how many, and the first names."""
@@ -257,7 +252,7 @@ def _have(named: _Named) -> str:
 def _no_images(folder: Path, flag: str) -> str:
     below = images_below(folder)
     if not below:
-        return f"{flag} {folder} holds no images (looked for {', '.join(FORMATS)})"
+        return f"{flag} {folder} holds no images (it looked for {', '.join(sorted({kind for kind in FORMATS.values() if kind}))})"
     told = f"{flag} {folder} holds images only in sub-folders, which are not searched: give "
     if len(below) > 1:
         told += "one of these, or each as a data set of its own: "

@@ -13,22 +13,35 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
+from dreamlora.data import colour
 from dreamlora.errors import UserError
 
-FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".gif": "GIF",
-    ".avif": "AVIF",
-    ".heic": "HEIF",
-    ".heif": "HEIF",
+_READ = {
+    "JPEG": ".jpg .jpeg .jpe .jfif .jif .jfi .pjpeg .pjp .jpg_large .mpo .jps .insp",
+    "PNG": ".png .apng",
+    "WEBP": ".webp",
+    "BMP": ".bmp .dib",
+    "TIFF": ".tif .tiff",
+    "GIF": ".gif",
+    "AVIF": ".avif .avifs",
+    "HEIF": ".heic .heif .heics .heifs .hif",
+    "JPEG2000": ".jp2 .j2k .j2c .jpc .jpx .jpf .jpeg2000",
+    "JXL": ".jxl",
+    "PPM": ".ppm .pgm .pbm .pnm .pfm",
+    "QOI": ".qoi",
 }
-"""Suffixes of images, and Pillow's name of the format. Pillow reads AVIF from 11.3 on and HEIF only with a plug-in."""
+"""Suffixes by Pillow's name of the format. Pillow reads AVIF from 11.3 on, HEIF and JPEG XL only with a plug-in."""
+_NEVER_READ = (
+    ".arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf "
+    ".srw .x3f .3fr .fff .jxr .wdp .hdp .bpg .flif .exr .hdr .psd .psb .xcf .kra .ora .ai .eps .svg .svgz .wmf .emf "
+    ".tga .pcx .dds .sgi .ico .icns"
+)
+"""Photos and pictures that need a program of their own, or a decoder that takes any file for one of its kind."""
+FORMATS: dict[str, str | None] = {
+    **{suffix: name for name, suffixes in _READ.items() for suffix in suffixes.split()},
+    **dict.fromkeys(_NEVER_READ.split()),
+}
+"""Suffixes of images, and Pillow's name of the format: None for one that is not read here."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,10 +60,30 @@ class ImageFacts(NamedTuple):
     Attributes:
         content_hash: SHA-256 of the file's bytes, in hexadecimal.
         size: width and height in pixels, upright.
+        profile_unused: its colour profile cannot be used (see ``colour``): its colours are taken for sRGB. Known once
+            it was decoded.
     """
 
     content_hash: str
     size: tuple[int, int]
+    profile_unused: bool = False
+
+
+class BrokenImage(UserError):
+    """An image that cannot be read.
+
+    Args:
+        where: full path, or data set and row.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot read the image {self.where}: {self.reason}. Repair it, save it anew or take it out"
 
 
 @dataclass(frozen=True)
@@ -93,18 +126,18 @@ class ImageRecord:
         """The bytes of the image file.
 
         Raises:
-            UserError: it cannot be read.
+            BrokenImage: it cannot be read.
         """
         try:
             return self.read()
         except OSError as error:
-            raise UserError(f"cannot read the image {self.where}: {error.strerror or error}") from error
+            raise BrokenImage(self.where, error.strerror or str(error)) from error
 
     def open(self) -> Image.Image:
         """The upright RGB image.
 
         Raises:
-            UserError: it cannot be read, or is broken.
+            BrokenImage: it cannot be read, or is broken.
         """
         return decode(self.load(), self.where)
 
@@ -113,12 +146,22 @@ class ImageRecord:
         """Hash and size. Reads the file once, if they are not known; what was read then stays the answer.
 
         Raises:
-            UserError: it cannot be read, or is no image.
+            BrokenImage: it cannot be read, or is no image.
         """
         if self.known is not None:
             return self.known
         data = self.load()
         return ImageFacts(hashlib.sha256(data).hexdigest(), upright_size(data, self.where))
+
+    def decoded_facts(self) -> ImageFacts:
+        """The facts of the file as it is now, decoded whole.
+
+        Raises:
+            BrokenImage: it cannot be read, or is broken.
+        """
+        data = self.load()
+        image, profile_unused = _decoded(data, self.where)
+        return ImageFacts(hashlib.sha256(data).hexdigest(), image.size, profile_unused)
 
     def content_hash(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal."""
@@ -139,26 +182,39 @@ def readable(file: Path) -> bool:
     return FORMATS.get(file.suffix.lower()) in Image.OPEN
 
 
-def decode(data: bytes, where: str) -> Image.Image:
-    """The first frame of an image file as upright RGB; see ``to_rgb`` for what becomes of other modes.
+def holds_images(folder: Path, flag: str) -> bool:
+    """Whether files with names of images lie in the folder itself; False if there is no such folder.
+
+    Args:
+        folder: to look into.
+        flag: that names it, for error messages.
 
     Raises:
-        UserError: truncated, damaged, too large or no image; the message names ``where``.
+        UserError: it is a file, or cannot be read.
     """
     try:
-        with _opened(data) as image:
-            image.load()
-            turn = _TURNS.get(_orientation(image, data))
-            return to_rgb(image if turn is None else image.transpose(turn))
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise _broken(where, error) from error
+        files = list(folder.iterdir()) if folder.exists() else []
+    except NotADirectoryError:
+        raise UserError(f"{flag} {folder} is a file: give a folder") from None
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be read: {error.strerror}") from error
+    return any(file.suffix.lower() in FORMATS and not file.name.startswith(".") and file.is_file() for file in files)
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """The first frame of an image file as upright RGB; see ``to_rgb`` for what becomes of other modes and colours.
+
+    Raises:
+        BrokenImage: truncated, damaged, too large or no image; the message names ``where``.
+    """
+    return _decoded(data, where)[0]
 
 
 def upright_size(data: bytes, where: str) -> tuple[int, int]:
     """Width and height that ``decode`` will give, from the header alone (TIFF: decoded).
 
     Raises:
-        UserError: no image, or one that is too large; the message names ``where``.
+        BrokenImage: no image, or one that is too large; the message names ``where``.
     """
     try:
         with _opened(data) as image:
@@ -173,15 +229,49 @@ def upright_size(data: bytes, where: str) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: transparency on white, deep grey scaled (not clipped), anything else as Pillow converts it."""
+    """8-bit sRGB: transparency on white, deep grey scaled (not clipped), colours converted by an embedded profile.
+
+    Colours without a profile, or with one that cannot be used, are taken for sRGB (CMYK: as Pillow converts it).
+    """
+    return _rgb(image)[0]
+
+
+def _decoded(data: bytes, where: str) -> tuple[Image.Image, bool]:
+    """The image as ``decode`` gives it, and whether it has a profile that cannot be used."""
+    try:
+        with _opened(data) as image:
+            image.load()
+            if colour.says_adobe_rgb(image):
+                image.info["icc_profile"] = colour.adobe_rgb()
+            turn = _TURNS.get(_orientation(image, data))
+            return _rgb(image if turn is None else image.transpose(turn))
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise _broken(where, error) from error
+
+
+def _rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image as ``to_rgb`` gives it, and whether it has a profile that cannot be used."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):
         image = _eight_bit(image)
     if image.mode == "La":
         image = image.convert("LA")
+    grey, alpha = image.mode in ("1", "L", "LA"), None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        alpha = image.getchannel("A")
+        image = image.getchannel("R") if grey else image.convert("RGB")
+    profile_unused = False
+    try:
+        image = colour.to_srgb(image, profile)
+    except colour.UnusableProfile:
+        image, profile_unused = colour.to_srgb(image, None), True
+    image = image.convert("RGB")
+    if alpha:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.info.pop("icc_profile", None)  # it is no longer true
+    return image, profile_unused
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -197,8 +287,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def _opened(data: bytes) -> Image.Image:
     """Only the formats above: Pillow's others include some that start external programs (EPS)."""
     Image.init()
-    formats = [name for name in {*FORMATS.values(), "MPO", "PPM"} if name in Image.OPEN]
-    return Image.open(BytesIO(data), formats=formats)
+    return Image.open(BytesIO(data), formats=[name for name in _READ if name in Image.OPEN])
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
@@ -211,8 +300,12 @@ def _orientation(image: Image.Image, data: bytes) -> int:
         return 1
 
 
-def _broken(where: str, error: Exception) -> UserError:
+def _broken(where: str, error: Exception) -> BrokenImage:
     if isinstance(error, Image.DecompressionBombError):
-        return UserError(f"the image {where} has too many pixels: shrink it, the training resolution is far below")
-    reason = "its content is no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-    return UserError(f"cannot read the image {where}: {reason}. Repair it, save it anew or take it out")
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6  # Pillow warns above the limit and refuses above its double
+        return BrokenImage(
+            where, f"it has too many pixels (more than {most:.0f} million), far above any resolution here"
+        )
+    if isinstance(error, Image.UnidentifiedImageError):
+        return BrokenImage(where, "its content is no known image format")
+    return BrokenImage(where, str(error) or type(error).__name__)

@@ -103,6 +103,11 @@ def resized(size: Size, target: Size) -> Size:
     return target[1] * size[0] // size[1], target[1]
 
 
+def enlargement(size: Size, target: Size) -> float:
+    """How many times as long the sides of an image of ``size`` become to cover ``target``; below 1 it is shrunk."""
+    return max(wanted / side for side, wanted in zip(size, target, strict=True))
+
+
 def variants(size: Size, content_hash: str, how: Preparation) -> list[Variant]:
     """The crops to encode of an image of ``size``: one, or ``crop_variants`` random ones if anything is cut off.
 

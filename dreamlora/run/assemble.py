@@ -29,7 +29,7 @@ from dreamlora.processes import tell_everyone, wait_for_everyone
 from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule, upload
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized, warn_of_cut_texts
-from dreamlora.run.images import RunImages, read_images, with_class_images
+from dreamlora.run.images import RunImages, for_classes, read_images, with_class_images
 from dreamlora.run.launch import accelerator_of
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
@@ -177,8 +177,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     how = Preparations.of(config.data, side, config.train.seed)
     with context.timed("encoding images"):
         store = encode_images(context, pictures.train, how)
-        alike = Preparations.of(replace(config.data, datasets=()), side, config.train.seed)  # class images are one set
-        class_store = encode_images(context, pictures.classes, alike) if pictures.classes else None
+        class_store = encode_images(context, pictures.classes, for_classes(context)) if pictures.classes else None
         material = schedule.eval_material(context, pictures, how.fixed(side))
     context.parts.free("vae")
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dreamlora import registry
+from dreamlora.cli.places import DEFAULT_OUTPUTS, check_folders, image_folders, lies_in
 from dreamlora.config import Data, RunConfig
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
@@ -204,12 +205,17 @@ def run_folder(config: RunConfig) -> RunFolder:
     """The folder that ``config`` asks for; without ``--output_dir`` a new one under outputs/, or the newest to resume.
 
     Raises:
-        UserError: it holds a run and neither ``--resume_from_checkpoint`` nor ``--overwrite_output_dir`` is given.
+        UserError: it holds a run and neither ``--resume_from_checkpoint`` nor ``--overwrite_output_dir`` is given; or
+            it would mix with a folder of images.
     """
+    check_folders(config)
     resume = config.train.resume_from_checkpoint
     if config.train.output_dir is None:
-        return _default_folder(config, new=not resume and not config.train.overwrite_output_dir)
+        folder = _default_folder(config, new=not resume and not config.train.overwrite_output_dir)
+        _refuse_images_in(folder, config)
+        return folder
     folder = RunFolder(config.train.output_dir)
+    _refuse_images_in(folder, config)
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--output_dir {folder.path} is a file: give a folder")
     if folder.holds_run() and not resume and not config.train.overwrite_output_dir:
@@ -220,6 +226,16 @@ def run_folder(config: RunConfig) -> RunFolder:
     return folder
 
 
+def _refuse_images_in(folder: RunFolder, config: RunConfig) -> None:
+    """Images where the run writes: ``--overwrite_output_dir`` would remove them."""
+    for flag, images in image_folders(config):
+        if any(lies_in(images, entry) for entry in folder.entries()):
+            raise UserError(
+                f"{flag} {images} is where the run writes files of its own: move the images elsewhere, or give another "
+                "--output_dir"
+            )
+
+
 def _default_folder(config: RunConfig, new: bool) -> RunFolder:
     data = config.data
     name = Path(data.dataset_name or data.subject or data.style or "run").name
@@ -227,7 +243,7 @@ def _default_folder(config: RunConfig, new: bool) -> RunFolder:
         name = folder.resolve().name
     if data.datasets:
         name = data.datasets[0].name
-    path = Path("outputs") / f"{name}-{config.optim.optimizer}"
+    path = DEFAULT_OUTPUTS / f"{name}-{config.optim.optimizer}"
     number = 1
     while RunFolder(_numbered(path, number)).holds_run():
         number += 1

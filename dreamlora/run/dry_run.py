@@ -15,8 +15,8 @@ from typing import NamedTuple
 from dreamlora.config import Data, RunConfig
 from dreamlora.data.account import Entry, printable
 from dreamlora.data.dataset import copies_note, examine, list_images, split_holdout
-from dreamlora.data.folder import Images, holds_images, load_folder
-from dreamlora.data.images import ImageRecord
+from dreamlora.data.folder import Images, load_folder
+from dreamlora.data.images import ImageRecord, holds_images
 from dreamlora.data.sets import epoch_length, joined, list_masks, with_masks
 
 HEADS = ("entry", "use", "captions from", "captions, or why it is not used")
@@ -79,7 +79,7 @@ def _data_sets(config: RunConfig, scratch: Path) -> Iterator[Listed]:
     if data.datasets:
         sys.stdout.writelines(f"{line}\n" for line in _of_all(joined(several, data).records, data))
     classes = data.class_data_dir
-    if classes and classes.is_dir() and holds_images(classes):
+    if classes and holds_images(classes, "--class_data_dir"):
         images = _examined(load_folder(classes, data.class_prompt, flag="--class_data_dir"))
         yield Listed(f"class images: {classes}", images, holdout=0)
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dreamlora.config import Data
 from dreamlora.data.cache_folder import cache_folder
+from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.dataset import examine, split_holdout
-from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.sets import load_sets
+from dreamlora.data.transforms import Preparations, enlargement
 from dreamlora.errors import UserError
 from dreamlora.lora.inject import target_layers
 from dreamlora.models.parts import DTYPES, ROLES, Parts
-from dreamlora.processes import wait_for_everyone
+from dreamlora.processes import main_first, wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import read_prompts, sample_prompts
+from dreamlora.sampling.sampler import SamplePlan
 from dreamlora.training import prior
 
 SUBJECT_IMAGES = 40
@@ -69,10 +75,14 @@ def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     data, main = context.config.data, context.accelerator.is_main_process
     if not data.given:
         data = _draw_built_in(context, folder)
-    images = load_sets(data, context.config.model.cache_dir, progress=main)
+    with main_first():
+        images = load_sets(data, context.config.model.cache_dir, progress=main)
     for note in images.notes:
         context.warn(note)
     training, held_out = split_holdout(images.records, data.holdout)
+    side = data.resolution or 0
+    how = Preparations.of(data, side, context.config.train.seed)
+    _warn_of_quality(context, "images", [(training, how), (held_out, how.fixed(side))])
     if not held_out and context.config.eval.eval_steps != 0:
         context.warn(
             "no image could be held out: the evaluation loss is that of training images and cannot see overfitting"
@@ -84,6 +94,40 @@ def read_images(context: RunContext, folder: RunFolder) -> RunImages:
         prompts = sample_prompts(sample, context.subject, captions)
     eval_prompts = _eval_prompts(context, captions) if context.config.draws_for_metrics else ()
     return RunImages(training, held_out, [], prompts, eval_prompts)
+
+
+def for_classes(context: RunContext) -> Preparations:
+    """How class images are prepared: as one data set, by the flags alone."""
+    data = replace(context.config.data, datasets=())
+    return Preparations.of(data, data.resolution or 0, context.config.train.seed)
+
+
+def _warn_of_quality(
+    context: RunContext, what: str, groups: Sequence[tuple[Sequence[ImageRecord], Preparations]]
+) -> None:
+    """Tell of images that are too small, and of colour profiles that cannot be used."""
+    enlarged = unused = 0
+    largest, smallest, odd = 1.0, "", ""
+    for record, how in ((record, how) for records, how in groups for record in records):
+        facts = record.facts
+        factor = enlargement(facts.size, how[record].target(facts.size))
+        enlarged += factor > 1
+        if factor > largest:
+            largest, smallest = factor, f"{record.name}, {facts.size[0]} x {facts.size[1]} pixels"
+        unused += facts.profile_unused
+        odd = odd or (record.name if facts.profile_unused else "")
+    total = sum(len(records) for records, _ in groups)
+    if enlarged:
+        context.warn(
+            f"{enlarged} of {total} {what} are smaller than what they are trained at and get enlarged, at most "
+            f"{math.ceil(largest * 100) / 100:.3g} times ({smallest}): their blur is learned. Use larger ones, or a "
+            f"--resolution below {context.config.data.resolution}"
+        )
+    if unused:
+        context.warn(
+            f"{unused} of {total} {what} have a colour profile that is damaged or of another kind of image, such as "
+            f"{odd}: their colours are taken for sRGB"
+        )
 
 
 def _eval_prompts(context: RunContext, captions: Sequence[str]) -> tuple[str, ...]:
@@ -111,7 +155,10 @@ def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:
 
 
 def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImages) -> RunImages:
-    """Class images for prior preservation, made by the base model where they are missing."""
+    """Class images for prior preservation, made by the base model where they are missing.
+
+    Those that are there are looked at before it is loaded.
+    """
     data = context.config.data
     if not data.with_prior_preservation or data.class_prompt is None:
         return pictures
@@ -119,6 +166,8 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
     precision = data.prior_generation_precision or context.accelerator.mixed_precision
     plan = context.sample_plan((data.class_prompt,))
     plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
+    found = _class_images(context, images, plan, pictures)
+    context.tell(_what_is_found(images, found))
     base = Parts(context.family, context.source, context.accelerator.device, DTYPES[precision])
     rank, world = context.accelerator.process_index, context.accelerator.num_processes
 
@@ -130,13 +179,48 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
         return loaded
 
     with context.timed("class images"):
-        prior.ensure_class_images(images, plan, pipeline, context.source.predictor_id, rank, world)
+        prior.make_class_images(images, plan, pipeline, context.source.predictor_id, rank, world)
         base.free(*ROLES)
         wait_for_everyone()
-    records = load_folder(images, data.class_prompt, flag="--class_data_dir").records
-    records.truncate(data.num_class_images)
-    examine(records, cache_folder(data.latents_cache_dir))
-    return replace(pictures, classes=records)
+    found = _class_images(context, images, plan, pictures)
+    for note in found.images.notes if found.images else ():
+        context.warn(note)
+    _warn_of_quality(context, "class images", [(found.counted, for_classes(context))])
+    return replace(pictures, classes=found.counted)
+
+
+def _class_images(context: RunContext, folder: Path, plan: SamplePlan, pictures: RunImages) -> prior.ClassImages:
+    """What is in the folder, decoded once.
+
+    Raises:
+        UserError: see ``prior.find_class_images`` and ``examine``; or there are images to learn among them.
+    """
+    found = prior.find_class_images(folder, plan, context.source.predictor_id)
+    if found.images is None:
+        return found
+    with main_first():
+        cache = cache_folder(context.config.data.latents_cache_dir)
+        examine(found.images.records, cache, context.accelerator.is_main_process, found.rows)
+    to_learn = itertools.chain(pictures.train, pictures.held_out)
+    shared = np.flatnonzero(np.isin(hash_prefixes(found.counted), hash_prefixes(to_learn)))
+    if len(shared):
+        first = found.counted[int(shared[0])].where
+        raise UserError(
+            f"{len(shared)} of {len(found.counted)} class images are images to learn as well, such as {first}: what "
+            "they show would be learned as the class. Take them out of one of the two folders"
+        )
+    return found
+
+
+def _what_is_found(folder: Path, found: prior.ClassImages) -> str:
+    new = "" if folder.exists() else " (a new folder)"
+    counts = {
+        "of your own": len(found.own),
+        "made before": len(found.made),
+        "made before that are more than --num_class_images asks for and do not count": found.surplus,
+        "made now": len(found.missing),
+    }
+    return f"class images in {folder}{new}: " + ", ".join(f"{n} {what}" for what, n in counts.items() if n)
 
 
 def _class_folder(context: RunContext, outputs: Path) -> Path:

@@ -177,7 +177,7 @@ def test_a_later_file_wins(tmp_path: Path) -> None:
     [
         [],
         ["--optimizer", "sgd", "--no_with_prior_preservation", "--lora_layers"],
-        [*MODEL, "--instance_data_dir", ".", "--optimizer_args", "betas", "0.8,0.9", "--mixed_precision", "no"],
+        [*MODEL, "--instance_data_dir", "prompts", "--optimizer_args", "betas", "0.8,0.9", "--mixed_precision", "no"],
     ],
 )
 def test_a_saved_config_gives_the_same_config(argv: list[str], run_yaml: Any) -> None:
@@ -353,7 +353,7 @@ def test_the_embedded_model_measures_its_samples_if_there_are_any() -> None:
 
 def test_flags_and_files_win_over_the_preset(run_yaml: Any) -> None:
     file = run_yaml("rank: null\nmax_train_steps: 5\n")
-    config, _ = parse_run(["--config", file, "--learning_rate", "0.5", "--instance_data_dir", "."])
+    config, _ = parse_run(["--config", file, "--learning_rate", "0.5", "--instance_data_dir", "prompts"])
     assert config.lora.rank == 4  # null is the default of config
     assert (config.train.max_train_steps, config.optim.learning_rate) == (5, 0.5)
     assert config.data.subject is None

@@ -96,7 +96,7 @@ def test_the_embedded_model_learns_a_style() -> None:
     config, _ = parse_run([], TextToImageConfig)
     assert config.data.style == "woodcut" and config.data.subject is None
     assert config.sample.sample_prompts is not None and config.sample.sample_prompts.exists()
-    assert parse_run(["--train_data_dir", "."], TextToImageConfig)[0].data.style is None
+    assert parse_run(["--train_data_dir", "prompts"], TextToImageConfig)[0].data.style is None
 
 
 @pytest.mark.parametrize("optimizer", registry.names("optimizers"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 from PIL import Image
 
 from dreamlora.config import Data
-from dreamlora.data import file_index
-from dreamlora.data.dataset import load_images, split_holdout
+from dreamlora.data import dataset, file_index
+from dreamlora.data.dataset import examine, load_images, split_holdout
 from dreamlora.data.entries import natural_key
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
@@ -132,6 +133,106 @@ def test_load_images(tmp_path):
         load_images(Data())
 
 
+def broken(folder: Path, *names: str) -> None:
+    """Images whose header is whole: only what follows is missing."""
+    for number, name in enumerate(names):
+        pixels = Image.effect_noise((64, 64), 50 + number)
+        pixels.save(folder / name)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+
+
+def test_all_broken_images_are_told_at_once(tmp_path):
+    save(tmp_path, "a.png", "b.png", "z.png")
+    broken(tmp_path, "c.png", "d.jpg")
+    (tmp_path / "e.png").write_bytes(b"no image")
+    with pytest.raises(UserError) as caught:
+        load_images(Data(instance_data_dir=tmp_path, instance_prompt="p"))
+    first, *lines, last = str(caught.value).splitlines()
+    assert first == "3 of 6 images cannot be read:" and last.startswith("Repair them")
+    assert [line.split(": ")[0].strip() for line in lines] == [
+        str(tmp_path / name) for name in ("c.png", "d.jpg", "e.png")
+    ]
+    assert "truncated" in lines[1] and lines[2].endswith("no known image format")
+
+
+def test_many_broken_images_are_counted_and_the_first_named(tmp_path):
+    save(tmp_path, "a.png")
+    broken(tmp_path, *(f"{number}.png" for number in range(25)))
+    with pytest.raises(UserError, match=r"^25 of 26 images") as caught:
+        load_images(Data(instance_data_dir=tmp_path, instance_prompt="p"))
+    assert len(str(caught.value).splitlines()) == 13 and "and 15 more" in str(caught.value)
+    assert "9.png" in str(caught.value) and "10.png" not in str(caught.value)
+
+
+def test_too_many_pixels_and_a_vanished_file_are_broken_images(tmp_path, monkeypatch):
+    save(tmp_path, "a.png", "b.png")
+    records = load_folder(tmp_path, "p").records
+    (tmp_path / "b.png").unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match=r"(?s)a\.png: it has too many pixels.*b\.png: No such file"):
+        examine(records, None)
+
+
+def test_broken_images_are_looked_at_again_and_sound_ones_not(tmp_path, monkeypatch):
+    folder, data = tmp_path / "photos", Data(instance_data_dir=tmp_path / "photos", instance_prompt="p")
+    data = replace(data, latents_cache_dir=tmp_path / "cache")
+    save(folder, "a.png", "b.png")
+    broken(folder, "c.png")
+    later = time.time() + 60
+    monkeypatch.setattr(file_index.time, "time", lambda: later)
+    read = []
+    monkeypatch.setattr(ImageRecord, "load", lambda record: read.append(record.name) or record.read())
+    for expected in (["a.png", "b.png", "c.png"], ["c.png"]):
+        read.clear()
+        with pytest.raises(UserError, match=r"c\.png"):
+            load_images(data)
+        assert sorted(read) == expected
+    monkeypatch.setattr(file_index.PIL, "__version__", "another")
+    read.clear()
+    with pytest.raises(UserError, match=r"c\.png"):
+        load_images(data)
+    assert sorted(read) == ["a.png", "b.png", "c.png"], "what one Pillow decodes another may not"
+
+
+def test_threads_decode_and_few_images_are_in_memory(tmp_path, monkeypatch):
+    save(tmp_path, *(f"{number}.png" for number in range(60)))
+    monkeypatch.setattr(dataset.os, "cpu_count", lambda: 64)
+    running, most, lock = [0], [0], threading.Lock()
+    decoded = ImageRecord.decoded_facts
+
+    def counted(record):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.005)
+        with lock:
+            running[0] -= 1
+        return decoded(record)
+
+    monkeypatch.setattr(ImageRecord, "decoded_facts", counted)
+    records = load_folder(tmp_path, "p").records
+    examine(records, None)
+    assert 1 < most[0] <= dataset.MOST_THREADS
+    assert [record.known for record in records] == [decoded(record) for record in records]
+
+
+def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
+    save(tmp_path / "photos", "a.png")
+    monkeypatch.setenv("DREAMLORA_CACHE", str(tmp_path / "cache"))
+    records = load_folder(tmp_path / "photos", "p").records
+    examine(records, None)
+    assert records[0].known is not None and not (tmp_path / "cache").exists()
+
+
+def test_rows_that_are_not_asked_for_may_be_broken(tmp_path):
+    save(tmp_path, "a.png", "c.png")
+    broken(tmp_path, "b.png")
+    records = load_folder(tmp_path, "p").records
+    examine(records, None, rows=[0, 2])
+    assert [record.known is not None for record in records] == [True, False, True]
+
+
 def test_captioned_folder(tmp_path):
     save(tmp_path, "a.png", "b.png")
     (tmp_path / "a.txt").write_text("ay")
@@ -245,6 +346,7 @@ def test_both_usual_columns(tmp_path):
 def test_dataset_images(saved):
     records = load_images(Data(dataset_name=str(saved), instance_prompt="p")).records
     assert [record.open().getpixel((0, 0)) for record in records] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+    assert all(record.known == record.decoded_facts() for record in records)
     assert len({record.content_hash() for record in records}) == 3
 
 

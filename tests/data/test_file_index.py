@@ -21,10 +21,27 @@ def test_remembered_under_the_same_stamp_only(tmp_path: Path) -> None:
     index.close()
     again = FileIndex(tmp_path)
     assert again.get("/x", "1/2") == FACTS
+    again.put("/odd", "1", FACTS._replace(profile_unused=True))
     assert again.get("/x", "1/3") is None and again.get("/y", "1/2") is None
     again.put("/x", "1/3", ImageFacts("cd" * 32, (5, 6)))
     again.close()
     assert FileIndex(tmp_path).get("/x", "1/3") == ImageFacts("cd" * 32, (5, 6))
+    assert FileIndex(tmp_path).get("/odd", "1") == ImageFacts("ab" * 32, (3, 4), True)
+
+
+def test_remembered_for_the_pillow_that_decoded_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = FileIndex(tmp_path)
+    index.put("/x", "1", FACTS)
+    index.close()
+    monkeypatch.setattr(file_index.PIL, "__version__", "another")
+    assert FileIndex(tmp_path).get("/x", "1") is None
+
+
+def test_without_a_folder_nothing_is_known() -> None:
+    index = FileIndex(None)
+    index.put("/x", "1", FACTS)
+    index.close()
+    assert index.get("/x", "1") is None
 
 
 def test_a_file_just_written_has_no_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from dreamlora.data.images import ImageRecord, decode, upright_size
+from dreamlora.data.folder import load_folder
+from dreamlora.data.images import FORMATS, ImageRecord, decode, holds_images, upright_size
 from dreamlora.errors import UserError
 
 WIDTH, HEIGHT = 48, 32
+Image.init()  # so that all formats are known while tests are collected
 
 
 @pytest.fixture
@@ -36,8 +38,13 @@ def distance(a: Image.Image, b: Image.Image) -> float:
     return float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean())
 
 
-LOSSLESS = ["PNG", "BMP", "TIFF", "GIF"]
-LOSSY = ["JPEG", "WEBP", *(["AVIF"] if features.check("avif") else [])]
+LOSSLESS = ["PNG", "BMP", "TIFF", "GIF", "PPM", "QOI"]
+LOSSY = [
+    "JPEG",
+    "WEBP",
+    *(["AVIF"] if features.check("avif") else []),
+    *(["JPEG2000"] if features.check("jpg_2000") else []),
+]
 
 
 @pytest.mark.parametrize("kind", LOSSLESS + LOSSY)
@@ -45,6 +52,39 @@ def test_formats(picture, kind):
     image = decode(encoded(picture, kind), "x")
     assert image.mode == "RGB" and image.size == (WIDTH, HEIGHT)
     assert distance(image, picture) <= (0 if kind in LOSSLESS else 6)
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix, kind in FORMATS.items() if kind in (*LOSSLESS, *LOSSY)])
+def test_every_suffix_of_a_format_is_read(picture, suffix, tmp_path):
+    """Among them those that browsers, phones and old scanners give to JPEG and JPEG 2000."""
+    (tmp_path / f"photo{suffix.upper()}").write_bytes(encoded(picture, FORMATS[suffix]))
+    (record,) = load_folder(tmp_path, "p").records
+    assert distance(record.open(), picture) < 6
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix, kind in FORMATS.items() if kind not in Image.OPEN])
+def test_photos_that_cannot_be_read_stop_the_run(picture, suffix, tmp_path):
+    picture.save(tmp_path / "a.png")
+    (tmp_path / f"b{suffix}").write_bytes(b"whatever")
+    with pytest.raises(UserError, match=rf"cannot read b\{suffix} .*convert"):
+        load_folder(tmp_path, "p")
+
+
+@pytest.mark.parametrize(
+    "suffix", [".jxl", ".heic", ".dng", ".cr2", ".nef", ".arw", ".psd", ".tga", ".svg", ".ico", ".jxr"]
+)
+def test_what_is_known_as_a_photo_without_being_read(suffix):
+    assert suffix in FORMATS and FORMATS[suffix] not in Image.OPEN
+
+
+def test_folders_that_hold_images(picture, tmp_path):
+    assert not holds_images(tmp_path / "gone", "--flag") and not holds_images(tmp_path, "--flag")
+    (tmp_path / "folder.png").mkdir()
+    picture.save(tmp_path / "folder.png" / "a.png")
+    picture.save(tmp_path / ".hidden.png")
+    assert not holds_images(tmp_path, "--flag") and holds_images(tmp_path / "folder.png", "--flag")
+    with pytest.raises(UserError, match=r"--flag .*a\.png is a file"):
+        holds_images(tmp_path / "folder.png" / "a.png", "--flag")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])])

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from dreamlora.cli.parse import parse_run
 from dreamlora.config import RunConfig
+from dreamlora.errors import UserError
 from dreamlora.run import defaults
 from dreamlora.run.defaults import ImageCounts
 
@@ -41,3 +46,34 @@ def test_class_images_and_processes_count_as_training() -> None:
 def test_decided_options_stay() -> None:
     config = defaults.by_length(flux_recipe(eval_steps=10, final_eval_items=0), ImageCounts(5, 5, 0), world=1)
     assert (config.eval.eval_steps, config.eval.final_eval_items) == (10, 0)
+
+
+@pytest.mark.parametrize("place", ["instance_images", "samples/step_000010", "references"])
+@pytest.mark.parametrize("flag", ["--instance_data_dir", "--class_data_dir"])
+def test_images_that_overwriting_would_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / place).mkdir(parents=True)
+    argv = [flag, f"run/{place}", "--overwrite_output_dir"]
+    if flag == "--class_data_dir":
+        argv += ["--with_prior_preservation", "--class_prompt", "a dog"]
+    config, _ = parse_run([*argv, "--output_dir", "run"])
+    with pytest.raises(UserError, match=rf"{flag} run/{place} is where the run writes files of its own"):
+        defaults.run_folder(config)
+    assert defaults.run_folder(parse_run([*argv, "--output_dir", "elsewhere"])[0]).path == Path("elsewhere")
+
+
+def test_images_beside_what_a_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a person's is removed there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert defaults.run_folder(parse_run(["--instance_data_dir", "photos", "--output_dir", "."])[0]).path == Path()
+
+
+def test_folders_are_looked_at_again_for_those_who_call_from_python(tmp_path: Path) -> None:
+    plain = RunConfig()
+    data = replace(plain.data, instance_data_dir=tmp_path)
+    config = replace(plain, data=data, train=replace(plain.train, output_dir=tmp_path / "run"))
+    with pytest.raises(UserError, match="lies in --instance_data_dir"):
+        defaults.run_folder(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from PIL import Image
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.sampler import SamplePlan
-from dreamlora.training.prior import ensure_class_images
+from dreamlora.training import prior
+from dreamlora.training.prior import find_class_images, make_class_images
 
 PLAN = SamplePlan(("a photo of a dog",), 2, 1.0, num_images_per_prompt=5, seed=100, batch_size=2)
 
@@ -51,71 +53,132 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_makes_all_then_nothing(tmp_path: Path) -> None:
     pipeline = FakePipeline()
-    assert ensure_class_images(tmp_path / "class", PLAN, lambda: pipeline) == 5
+    assert make_class_images(tmp_path / "class", PLAN, lambda: pipeline) == 5
     assert pipeline.batches == [2, 2, 1]
     names = [name[:6] for name in contents(tmp_path / "class")]
     assert names == ["00000-", "00001-", "00002-", "00003-", "00004-"]
     assert len(set(contents(tmp_path / "class").values())) == 5, "five seeds, five images"
-    assert ensure_class_images(tmp_path / "class", PLAN, never) == 0
+    assert make_class_images(tmp_path / "class", PLAN, never) == 0
 
 
 def test_goes_on_after_a_kill_with_the_same_images(tmp_path: Path) -> None:
-    ensure_class_images(tmp_path / "whole", PLAN, FakePipeline)
+    make_class_images(tmp_path / "whole", PLAN, FakePipeline)
     with pytest.raises(KeyboardInterrupt):
-        ensure_class_images(tmp_path / "killed", PLAN, lambda: FakePipeline(fail_after=1))
+        make_class_images(tmp_path / "killed", PLAN, lambda: FakePipeline(fail_after=1))
     assert len(contents(tmp_path / "killed")) == 2
-    assert ensure_class_images(tmp_path / "killed", PLAN, FakePipeline) == 3
+    assert make_class_images(tmp_path / "killed", PLAN, FakePipeline) == 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_partial_files_never_count(tmp_path: Path) -> None:
-    ensure_class_images(tmp_path, PLAN, FakePipeline)
+    make_class_images(tmp_path, PLAN, FakePipeline)
     whole = contents(tmp_path)
     third = sorted(tmp_path.iterdir())[2]
     third.rename(third.with_name(f".{third.name}.17.tmp.png"))
     empty = sorted(tmp_path.glob("*.png"))[-1]
     empty.write_bytes(b"")
-    assert ensure_class_images(tmp_path, PLAN, FakePipeline) == 2
+    assert make_class_images(tmp_path, PLAN, FakePipeline) == 2
     assert {name: data for name, data in contents(tmp_path).items() if not name.startswith(".")} == whole
 
 
 @pytest.mark.parametrize("world", [3, 8])
 def test_processes_share_the_work(tmp_path: Path, world: int) -> None:
-    ensure_class_images(tmp_path / "one", PLAN, FakePipeline)
-    made = [ensure_class_images(tmp_path / "many", PLAN, FakePipeline, rank=rank, world=world) for rank in range(world)]
+    make_class_images(tmp_path / "one", PLAN, FakePipeline)
+    made = [make_class_images(tmp_path / "many", PLAN, FakePipeline, rank=rank, world=world) for rank in range(world)]
     assert sum(made) == 5 and max(made) - min(made) <= 1
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
+def own(folder: Path, *names: str) -> None:
+    """Images of a person's, all different."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 7, 7)).save(folder / name, format="PNG")
+
+
 def test_images_of_a_person_count(tmp_path: Path) -> None:
-    for name in ("my dog.JPG", "0-abc.png", ".hidden.png", "notes.txt"):
-        Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
-    assert ensure_class_images(tmp_path, PLAN, FakePipeline) == 3
-    assert ensure_class_images(tmp_path, PLAN, never) == 0
+    own(tmp_path, "my dog.JPG", "0-abc.png", ".hidden.png", "notes.md")
+    assert make_class_images(tmp_path, PLAN, FakePipeline) == 3
+    assert make_class_images(tmp_path, PLAN, never) == 0
+
+
+def test_all_images_of_a_person_count_however_many(tmp_path: Path) -> None:
+    """And of those that were made, the first ones: as many as are missing to the number."""
+    make_class_images(tmp_path, PLAN, FakePipeline)
+    own(tmp_path, "z1.png", "z2.png", "z3.png")
+    found = find_class_images(tmp_path, PLAN)
+    assert [record.name[:5] for record in found.counted] == ["00000", "00001", "z1.pn", "z2.pn", "z3.pn"]
+    assert (len(found.own), len(found.made), found.surplus, found.missing) == (3, 2, 3, ())
+    own(tmp_path, *(f"z{number}.png" for number in range(7)))
+    found = find_class_images(tmp_path, PLAN)
+    assert [record.name for record in found.counted] == [f"z{number}.png" for number in range(7)]
+    assert found.surplus == 5
+
+
+def test_captions_beside_class_images_count(tmp_path: Path) -> None:
+    own(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.txt").write_text("a photo of an old dog", encoding="utf-8")
+    found = find_class_images(tmp_path, PLAN)
+    assert [record.caption for record in found.counted] == ["a photo of an old dog", "a photo of a dog"]
+
+
+def test_images_in_sub_folders_alone_are_not_passed_over(tmp_path: Path) -> None:
+    own(tmp_path, "dogs/a.png")
+    for call in (find_class_images, lambda *given: make_class_images(*given, never)):
+        with pytest.raises(UserError, match=r"only in sub-folders, .*give .*dogs, or an empty folder"):
+            call(tmp_path, PLAN)
+    own(tmp_path, "b.png")
+    assert [record.name for record in find_class_images(tmp_path, PLAN).counted] == ["b.png"]
+
+
+def test_a_folder_named_like_an_image_is_none(tmp_path: Path) -> None:
+    own(tmp_path, "a.png")
+    (tmp_path / "b.png").mkdir()
+    assert len(find_class_images(tmp_path, PLAN).missing) == 4
+
+
+def test_no_folder_yet(tmp_path: Path) -> None:
+    found = find_class_images(tmp_path / "new", PLAN)
+    assert len(found.missing) == 5 and not found.counted and not (tmp_path / "new").exists()
+
+
+def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--class_data_dir .*file is a file: give a folder"):
+        make_class_images(tmp_path / "file", PLAN, never)
+    with pytest.raises(UserError, match=r"cannot write class images to .*below: Not a directory"):
+        make_class_images(tmp_path / "file" / "below", PLAN, never)
+
+    def refused(dir: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr(prior.tempfile, "TemporaryFile", refused)
+    with pytest.raises(UserError, match=r"cannot write class images to .*: Permission denied\. Mend that"):
+        make_class_images(tmp_path / "classes", PLAN, never)
 
 
 def test_more_images_join(tmp_path: Path) -> None:
-    ensure_class_images(tmp_path, PLAN, FakePipeline)
+    make_class_images(tmp_path, PLAN, FakePipeline)
     more = SamplePlan(PLAN.prompts, 9, 7.5, num_images_per_prompt=7, seed=100, batch_size=4)
-    assert ensure_class_images(tmp_path, more, FakePipeline) == 2, "other denoising steps and guidance do no harm"
+    assert make_class_images(tmp_path, more, FakePipeline) == 2, "other denoising steps and guidance do no harm"
     fewer = SamplePlan(PLAN.prompts, 2, 1.0, num_images_per_prompt=3, seed=100)
-    assert ensure_class_images(tmp_path, fewer, never) == 0
+    assert make_class_images(tmp_path, fewer, never) == 0
 
 
 @pytest.mark.parametrize("changes", [{"prompts": ("a photo of a cat",)}, {"width": 64, "height": 64}])
 def test_images_of_another_kind_are_not_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
-    ensure_class_images(tmp_path, PLAN, FakePipeline)
+    make_class_images(tmp_path, PLAN, FakePipeline)
     other = SamplePlan(**{**vars(PLAN), **changes})
     with pytest.raises(UserError, match=r"another --class_data_dir"):
-        ensure_class_images(tmp_path, other, never)
+        make_class_images(tmp_path, other, never)
     with pytest.raises(UserError, match=r"another model"):
-        ensure_class_images(tmp_path, PLAN, never, model_id="another")
+        make_class_images(tmp_path, PLAN, never, model_id="another")
 
 
 @pytest.mark.parametrize(("value", "problem"), [(float("nan"), "not finite"), (0.0, "black")])
 def test_broken_images_are_refused(tmp_path: Path, value: float, problem: str) -> None:
     with pytest.raises(UserError, match=rf"{problem}.*--prior_generation_precision"):
-        ensure_class_images(tmp_path, PLAN, lambda: FakePipeline(value=value))
+        make_class_images(tmp_path, PLAN, lambda: FakePipeline(value=value))
     assert not contents(tmp_path)
 
 

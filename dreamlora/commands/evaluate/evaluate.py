@@ -36,9 +36,9 @@ from dreamlora.config import EMBEDDED_MODEL, Encoders, instance_prompt_of
 from dreamlora.config.programs import program_of
 from dreamlora.data.cache import TensorCache
 from dreamlora.data.cache_folder import cache_folder
-from dreamlora.data.dataset import split_holdout
+from dreamlora.data.dataset import examine, split_holdout
 from dreamlora.data.folder import load_folder
-from dreamlora.data.images import FORMATS, ImageRecord
+from dreamlora.data.images import ImageRecord, holds_images
 from dreamlora.data.sets import load_sets
 from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Processes
@@ -47,7 +47,7 @@ from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metri
 from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told before images are drawn
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
-from dreamlora.processes import gather_lists, tell_everyone, wait_for_everyone
+from dreamlora.processes import gather_lists, main_first, tell_everyone, wait_for_everyone
 from dreamlora.run import provenance
 from dreamlora.run.launch import processes
 from dreamlora.runfolder import RunFolder, write_atomically
@@ -195,17 +195,25 @@ def _under_test(evaluation: EvaluationContext, loras: tuple[Path, ...], run: Tra
 def _holds_images(path: Path) -> bool:
     if not path.is_dir() or RunFolder(path).holds_run() or any(path.glob("*.safetensors")):
         return False
-    return any(file.suffix.lower() in FORMATS for file in path.iterdir())
+    return holds_images(path, "--lora")
 
 
 def _real_images(config: EvaluateConfig, run: RunFolder | None) -> Real:
     """The images that the flags name; what they leave open is taken from the run, as far as it is still there."""
     training, held_out, notes = _images_of(run) if run else ([], [], [])
     if config.references:
-        held_out = list(load_folder(config.references, NO_CAPTION, flag="--references", strict=False).records)
+        held_out = _images_in(config.references, "--references", config)
     if config.training_images:
-        training = list(load_folder(config.training_images, NO_CAPTION, flag="--training_images", strict=False).records)
+        training = _images_in(config.training_images, "--training_images", config)
     return Real(held_out, training, () if config.references and config.training_images else tuple(notes))
+
+
+def _images_in(folder: Path, flag: str, config: EvaluateConfig, prompt: str = NO_CAPTION) -> list[ImageRecord]:
+    """The images of a folder, decoded once: a broken one must not show only after images are drawn."""
+    records = load_folder(folder, prompt, flag=flag, strict=False).records
+    with main_first():
+        examine(records, cache_folder(config.latents_cache_dir), progress=PartialState().is_main_process)
+    return list(records)
 
 
 def _images_of(run: RunFolder) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
@@ -218,7 +226,8 @@ def _images_of(run: RunFolder) -> tuple[list[ImageRecord], list[ImageRecord], li
             data = replace(data, train_data_dir=run.instance_images)
         elif not data.given:
             data = replace(data, instance_data_dir=run.instance_images)
-        records = load_sets(data, config.model.cache_dir).records
+        with main_first():
+            records = load_sets(data, config.model.cache_dir).records
         training, held_out = map(list, split_holdout(records, data.holdout))
     except UserError as error:
         return [], [], [f"the images of the run {run.path} cannot be used: {error}"]
@@ -230,7 +239,7 @@ def _folder_gallery(evaluation: EvaluationContext, folder: Path) -> MeasuredImag
     given = evaluation.config.prompts
     if len(given) > 1:
         raise UserError(f"--prompts: the images of {folder} can all have one prompt, or captions beside them")
-    records = list(load_folder(folder, given[0] if given else NO_CAPTION, flag="--lora", strict=False).records)
+    records = _images_in(folder, "--lora", evaluation.config, given[0] if given else NO_CAPTION)
     prompts = [record.caption for record in records]
     return evaluation.gallery(records, [] if NO_CAPTION in prompts else prompts)
 

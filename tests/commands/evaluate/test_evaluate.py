@@ -13,6 +13,7 @@ from PIL import Image
 from dreamlora.commands.evaluate import drawing
 from dreamlora.commands.evaluate.command import main
 from dreamlora.errors import UserError
+from dreamlora.evaluation import embedders
 from dreamlora.runfolder import RunFolder
 from dreamlora.tiny.subjects import write_instance_images
 from tests.commands.sample.test_draw import save_lora
@@ -96,6 +97,21 @@ def test_images_that_are_there_are_not_drawn_again(run: RunFolder, tmp_path: Pat
     other = evaluate(tmp_path / "out", run.path, "--num_images_per_prompt", 1, "--lora_scales", 0.5)
     assert sum(drawn) == 7, "the base model's images are those from before"
     assert values(other, 1)["img/clip_t"]["value"] != values(first, 1)["img/clip_t"]["value"]
+
+
+@pytest.mark.parametrize("flag", [None, "--references", "--training_images"])
+def test_broken_images_of_a_folder_are_told_before_anything_is_loaded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str | None
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(photos, folder)
+    files = sorted(folder.glob("*.png"))
+    for file in files[:2]:
+        file.write_bytes(file.read_bytes()[:300])
+    monkeypatch.setattr(embedders, "load_encoder", lambda *_: pytest.fail("an encoder was loaded"))
+    argv = [folder] if flag is None else [photos, flag, folder]
+    with pytest.raises(UserError, match=rf"(?s)^2 of 12 images cannot be read.*{files[0].name}.*{files[1].name}"):
+        evaluate(tmp_path / "out", *argv, "--metrics", "dino")
 
 
 def test_a_folder_of_images_is_measured_with_its_captions(photos: Path, tmp_path: Path, drawn: list[int]) -> None:

@@ -1,0 +1,113 @@
+"""Colours as a file means them: what its ICC profile says becomes sRGB, which is what models are trained on.
+
+LittleCMS converts (through Pillow), relatively colorimetrically and with black point compensation: colours that sRGB
+has stay what they are, those it lacks are clipped, and the darkest black becomes black. The perceptual intent would
+move all colours, by rules of each profile's maker; profiles of cameras and screens have no such rules anyway.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from io import BytesIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+"""Pillow's mode of the colours that a profile is about."""
+SAME = 1
+"""A profile that moves no colour by more than one level of 255 is sRGB by another name."""
+KEPT = 16
+"""Different profiles whose conversion stays in memory."""
+
+_PROBE = np.stack(np.meshgrid(*[np.linspace(0, 255, 18)] * 3), -1).round().astype(np.uint8).reshape(18, -1, 3)
+
+
+class UnusableProfile(ValueError):
+    """A profile that is damaged, or about other colours than its image has."""
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image in sRGB; as it is where it is that already.
+
+    Args:
+        image: without transparency, 8 bit per channel.
+        profile: of its colours; None: they are sRGB, or those of its mode as Pillow takes them.
+
+    Raises:
+        UnusableProfile: see there.
+    """
+    if profile is None and image.mode != "LAB":
+        return image
+    mode, conversion = _conversion(profile, _plain_mode(image))
+    if conversion is None:
+        return image
+    return conversion.apply(image if image.mode == mode else image.convert(mode))
+
+
+def says_adobe_rgb(image: Image.Image) -> bool:
+    """Cameras that are set to Adobe RGB write no profile but this (DCF's optional colour space, Exif 2.3, 4.6.5)."""
+    if image.mode != "RGB" or "icc_profile" in image.info:
+        return False
+    try:
+        return image.getexif().get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) == "R03"
+    except Exception:  # a damaged EXIF block does not make the picture unusable
+        return False
+
+
+@functools.cache
+def adobe_rgb() -> bytes:
+    """Adobe RGB (1998) as a profile: gamma 563/256, and its red, green and blue as XYZ under D50."""
+    curve = struct.pack(">4sIIHxx", b"curv", 0, 1, 563)
+    tags = {
+        b"rXYZ": _xyz(0.60974, 0.31111, 0.01947),
+        b"gXYZ": _xyz(0.20528, 0.62567, 0.06087),
+        b"bXYZ": _xyz(0.14919, 0.06322, 0.74457),
+        b"wtpt": _xyz(0.95045, 1.0, 1.08905),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
+    }
+    table, content, start = b"", b"", 132 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += struct.pack(">4sII", name, start + len(content), len(tag))
+        content += tag
+    kinds = struct.pack(">4xI4s4s4s12x4s28x", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    header = kinds + _xyz(0.9642, 1.0, 0.8249)[8:] + bytes(48)
+    return struct.pack(">I", start + len(content)) + header + struct.pack(">I", len(tags)) + table + content
+
+
+def _plain_mode(image: Image.Image) -> str:
+    if image.mode in ("1", "L"):
+        return "L"
+    return image.mode if image.mode in MODES.values() else "RGB"
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _conversion(profile: bytes | None, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """The mode to convert from and how; None: nothing would change."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
+        wanted = MODES.get(source.profile.xcolor_space.strip(), "")
+        if wanted != mode and (wanted, mode) != ("RGB", "L"):  # programs do put profiles of RGB into grey images
+            raise UnusableProfile(f"a profile of {source.profile.xcolor_space.strip()} in an image of {mode}")
+        conversion = ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            wanted,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (OSError, TypeError, ImageCms.PyCMSError) as error:  # a type error: of a tag that holds no bytes
+        raise UnusableProfile(str(error)) from error
+    return wanted, None if wanted in ("RGB", "L") and _changes_nothing(conversion, wanted) else conversion
+
+
+def _changes_nothing(conversion: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    before = Image.fromarray(_PROBE).convert(mode)
+    after = np.asarray(conversion.apply(before), np.int16)
+    return int(np.abs(after - np.asarray(before.convert("RGB"), np.int16)).max()) <= SAME
+
+
+def _xyz(*values: float) -> bytes:
+    return struct.pack(">4sI3i", b"XYZ ", 0, *(round(value * 65536) for value in values))
