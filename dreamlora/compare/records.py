@@ -17,7 +17,7 @@ from dreamlora.compare.stats import log_auc, steps_to_target
 from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
-from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, is_image_metric
+from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, is_image_metric, measured_on
 from dreamlora.runfolder import RunFolder, read_json
 
 OCTILES = 8
@@ -25,11 +25,15 @@ OCTILES = 8
 
 @dataclass(frozen=True)
 class ImageValue:
-    """One value of an image metric: of ``images`` generated ones, against ``images_other`` of another side."""
+    """One value of an image metric: of ``images`` generated ones, against ``images_other`` of another side.
+
+    ``images_id`` stands for their prompts, seeds and settings; None for runs that have not noted it.
+    """
 
     step: int
     value: float
     encoder_id: str | None
+    images_id: str | None
     images: int | None
     images_other: int | None
 
@@ -47,7 +51,7 @@ class Record:
         seconds: of training at each of ``steps``, without evaluations and samples.
         octiles: mean loss of the last evaluation in each eighth of the timesteps.
         at_end: the larger set, with rows for the base model and the last step; None if it was not measured.
-        images: image metrics by name.
+        images: image metrics by name; of a run that was resumed with other prompts or encoders, the last ones alone.
         scalars: last value of every other metric.
         damage: what could not be read, a sentence for each file.
     """
@@ -248,10 +252,19 @@ def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, 
 
 
 def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
+    """The values that can be compared with the last one."""
+    last = measured_on(rows[-1])
     return [
-        ImageValue(row["step"], float(row["value"]), row.get("encoder_id"), row.get("n"), row.get("n_other"))
+        ImageValue(
+            step=row["step"],
+            value=float(row["value"]),
+            encoder_id=row.get("encoder_id"),
+            images_id=row.get("images_id"),
+            images=row.get("n"),
+            images_other=row.get("n_other"),
+        )
         for row in rows
-        if row["value"] is not None
+        if row["value"] is not None and measured_on(row) == last
     ]
 
 

@@ -165,18 +165,22 @@ class ComparedImageMetric(TypedDict):
 
 
 class Cell(TypedDict):
-    """One sample image. ``file`` is relative to the folder of compare.json; null if it was not drawn."""
+    """One sample image. ``file`` is relative to the folder of compare.json; null if it was not drawn.
+
+    Those with the same prompt, seed and settings show the same thing, whatever their numbers.
+    """
 
     step: int
     prompt_index: int
     image_index: int
     prompt: str
     seed: int
+    settings: list[str]
     file: str | None
 
 
 class Samples(TypedDict):
-    """Sample images of one headline run of a method, with the same prompts and seeds for every method.
+    """Sample images of one headline run of a method.
 
     Attributes:
         run: its id.
