@@ -5,7 +5,7 @@ A name may have a second part behind it: ``of_metric``, ``of_part``, ``of_time_b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 EVAL_LOSS = "eval/loss"
@@ -82,12 +82,13 @@ def is_image_metric(name: str) -> bool:
 
 
 def measured_on(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a logged value is of: values may be compared if it is the same. Empty for what is no image metric."""
-    return (
-        (row.get("images_id"), row.get("encoder_id"), row.get("n"), row.get("n_other"))
-        if is_image_metric(row["name"])
-        else ()
-    )
+    """What a logged value is of: items, images, encoder. Values of the same may be compared and make one curve."""
+    return tuple(row.get(name) for name in ("evalset_id", "images_id", "encoder_id", "n", "n_other"))
+
+
+def comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a metric's rows that may be compared with the last: a resumed run may measure on something else."""
+    return [row for row in rows if measured_on(row) == measured_on(rows[-1])]
 
 
 def short(name: str) -> str:

@@ -17,7 +17,7 @@ from dreamlora.compare.stats import log_auc, steps_to_target
 from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
-from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, is_image_metric, measured_on
+from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, comparable, is_image_metric
 from dreamlora.runfolder import RunFolder, read_json
 
 OCTILES = 8
@@ -231,15 +231,16 @@ def lora_norm(file: Path, scale: float) -> float:
 
 
 def _metrics(folder: RunFolder) -> tuple[dict[str, dict[int, float]], dict[str, list[dict[str, Any]]]]:
-    """Values by name and step; rows of evaluations with all their fields."""
-    values: dict[str, dict[int, float]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    """Values by name and step, and whole rows of evaluations: none but those that are comparable with the last."""
+    logged: dict[str, list[dict[str, Any]]] = {}
     for row in folder.metrics():
-        value = math.nan if row["value"] is None else float(row["value"])
-        values.setdefault(row["name"], {})[row["step"]] = value
-        if row["name"] in EVAL_LOSSES or is_image_metric(row["name"]):
-            rows.setdefault(row["name"], []).append(row)
-    return values, rows
+        logged.setdefault(row["name"], []).append(row)
+    rows = {name: comparable(of_name) for name, of_name in logged.items()}
+    values = {
+        name: {row["step"]: math.nan if row["value"] is None else float(row["value"]) for row in of_name}
+        for name, of_name in rows.items()
+    }
+    return values, {name: rows[name] for name in rows if name in EVAL_LOSSES or is_image_metric(name)}
 
 
 def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, ...]:
@@ -252,8 +253,6 @@ def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, 
 
 
 def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
-    """The values that can be compared with the last one."""
-    last = measured_on(rows[-1])
     return [
         ImageValue(
             step=row["step"],
@@ -264,7 +263,7 @@ def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
             images_other=row.get("n_other"),
         )
         for row in rows
-        if row["value"] is not None and measured_on(row) == last
+        if row["value"] is not None
     ]
 
 

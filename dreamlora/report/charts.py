@@ -9,8 +9,6 @@ import numpy as np
 from dreamlora import metrics
 from dreamlora.metric_names import (
     DW_NORM,
-    EVAL_LOSS,
-    EVAL_LOSS_TRAIN,
     GRAD_NORM,
     LEARNING_RATE,
     OTHER_IMAGES,
@@ -43,7 +41,7 @@ def evaluation_chart(facts: RunFacts) -> str:
     evaluation = facts.evaluation
     if evaluation is None:
         return ""
-    curve = facts.curve(EVAL_LOSS if evaluation.held_out else EVAL_LOSS_TRAIN)
+    curve = facts.curve(evaluation.metric)
     images = "held-out" if evaluation.held_out else "training"
     values = dict(zip(curve.steps, curve.values, strict=True))
     best_step = facts.selection.get("step")

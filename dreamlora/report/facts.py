@@ -43,16 +43,21 @@ class LossCourse:
     """The deterministic loss at its notable moments.
 
     Attributes:
-        held_out: whether its images were kept out of training.
+        metric: its name.
         base: before the first step; None if that was not measured.
     """
 
-    held_out: bool
+    metric: str
     base: float | None
     final: float
     final_step: int
     best: float
     best_step: int
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its images were kept out of training."""
+        return self.metric == EVAL_LOSS
 
     @property
     def change(self) -> float | None:
@@ -130,7 +135,7 @@ class RunFacts:
         base = curve.values[0] if curve.steps[0] == 0 else None
         best = int(np.argmin(curve.values))
         final, step = curve.values[-1], curve.steps[-1]
-        return LossCourse(name == EVAL_LOSS, base, final, step, curve.values[best], curve.steps[best])
+        return LossCourse(name, base, final, step, curve.values[best], curve.steps[best])
 
     @cached_property
     def selection(self) -> dict[str, Any]:
@@ -177,6 +182,12 @@ class RunFacts:
         evaluation = self.evaluation
         if evaluation and not evaluation.held_out and not any("held" in text for text in texts):
             texts.append("No images were held out, so overfitting cannot be seen: the loss is that of training images.")
+        if evaluation and (earlier := self._earlier.get(evaluation.metric)):
+            until = max(curve.steps[-1] for curve in earlier)
+            texts.append(
+                f"The evaluation loss up to step {until} was measured on other items (since then the images to measure "
+                "on, or their captions, have changed) and is left out."
+            )
         if evaluation is None:
             texts.append("No evaluation was logged: there is no number that tells whether the training helped.")
         texts += [f"{text}." for text in self.folder.damage()]

@@ -200,6 +200,20 @@ def test_missing_samples_become_cells_with_a_reason(make_comparison: Callable[..
     assert html.count('<div class="missing">') == 3
 
 
+@pytest.mark.parametrize("other", [{"prompt": "a cat"}, {"seed": 7}, {"settings": ["guidance 1"]}])
+def test_other_prompts_seeds_and_settings_do_not_stand_beside_each_other(
+    make_comparison: Callable[..., Path], other: dict[str, Any]
+) -> None:
+    """The second method's pictures with the first one's numbers are of something else."""
+    methods = compare_example()["methods"]
+    cells = methods[1]["samples"]["cells"]
+    methods[1]["samples"]["cells"] = [{**cell, **other} if cell["prompt_index"] == 0 else cell for cell in cells]
+    found = gallery(ComparisonFile(make_comparison(methods=methods)))
+    assert found is not None and len(found.views) == 3
+    reasons = {(view.prompt, view.seed, view.settings): [shot.reason for shot in view.rows[0]] for view in found.views}
+    assert sorted(reasons.values()) == [["", "", ""], ["", "not drawn", ""], ["not drawn", "", "not drawn"]]
+
+
 def test_many_steps_are_thinned_out_and_that_is_said(make_comparison: Callable[..., Path]) -> None:
     methods = compare_example()["methods"]
     cells = methods[0]["samples"]["cells"]
