@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dreamlora.figures import loss, rate, value_of
 from dreamlora.report import pictures
-from dreamlora.report.comparison import ComparisonFile, loss, rate, value_of
+from dreamlora.report.comparison import ComparisonFile
 from dreamlora.report.pictures import Picture
 from dreamlora.sampling.grid import MAX_COLUMNS, MAX_ROWS, spread
 from dreamlora.sampling.recorded import Motif, common_settings, motif_of, motifs_of

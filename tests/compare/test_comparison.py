@@ -128,8 +128,8 @@ def test_words_name_budget_and_limits(example: dict[str, Any]) -> None:
     budget = " ".join(example["budget"])
     assert "adamw: 20 runs; 5 learning rates" in budget and "One subject (checkerling)" in budget
     assert "come from runs with other seeds" in budget
-    assert example["sentence"].startswith("scaled_adamw:variant=split: 3")
-    assert "not reached" in table(example)  # type: ignore[arg-type]
+    assert example["sentence"].startswith("scaled_adamw:variant=split: loss −3.6\u202f% [−4.0, −3.2] against adamw")
+    assert "never" in table(example)  # type: ignore[arg-type]
 
 
 def test_existing_runs_of_the_same_seeds_are_not_called_fresh(tmp_path: Path) -> None:
@@ -371,8 +371,8 @@ def test_metrics_of_other_prompts_are_left_out_and_that_is_said(tmp_path: Path) 
     assert {row["name"] for method in found["methods"] for row in method["images"]} == {"img/dino"}
     (told,) = [text for text in found["warnings"] if "clip_t" in text]
     assert told == (
-        "clip_t cannot be compared: the images of run runs/sgd/lr0.002/seed0 have other prompts, seeds or settings than "
-        "those of run runs/adamw/lr0.002/seed0."
+        "clip_t cannot be compared: the images of run runs/sgd/lr0.002/seed0 have other prompts, seeds or settings "
+        "than those of run runs/adamw/lr0.002/seed0."
     )
 
 
