@@ -25,6 +25,11 @@ def loss(entry: Any) -> str:
     return NONE if value is None else "∞" if math.isinf(value) else f"{value:#.4g}"
 
 
+def score(value: float) -> str:
+    """A value of an image metric, or a difference of losses, which may be negative: four decimals."""
+    return f"{value:.4f}".replace("-", MINUS)
+
+
 def percent(entry: Any) -> str:
     """A signed percentage with two or three digits: ``−2.1 %``."""
     value = value_of(entry)

@@ -57,6 +57,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.base_model_file = self.path / "base_model.json"
+        self.outline_file = self.path / "outline.json"
         self.summary_file = self.path / "summary.json"
         self.outcome_file = self.path / "outcome.json"
         self.metrics_file = self.path / "metrics.jsonl"

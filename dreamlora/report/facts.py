@@ -208,6 +208,11 @@ class RunFacts:
             (unchanged if value == default else changed).append(row)
         return changed, unchanged
 
+    @cached_property
+    def outline(self) -> list[tuple[str, str]]:
+        """What the run takes and does, in the words that it said before its first step; empty for older runs."""
+        return [(name, str(text)) for name, text in read_json(self.folder.outline_file).items()]
+
     @property
     def command(self) -> str | None:
         """The command line that made the run, without secrets; long ones with a line for every flag."""

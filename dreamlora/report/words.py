@@ -6,7 +6,7 @@ from typing import Any
 
 from dreamlora import figures
 from dreamlora.eval_loss.selection import difference_text
-from dreamlora.figures import loss
+from dreamlora.figures import loss, score
 from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, short
 from dreamlora.report.facts import RunFacts
 
@@ -85,7 +85,7 @@ def final_table(facts: RunFacts) -> list[tuple[str, str, str, str]]:
     rows = []
     for step in sorted(names.keys() & losses.keys()):
         change = figures.change(losses[step], losses[0]) if step and losses.get(0) else figures.NONE
-        rows.append((names[step], loss(losses[step]), change, signed(gaps[step]) if step in gaps else figures.NONE))
+        rows.append((names[step], loss(losses[step]), change, score(gaps[step]) if step in gaps else figures.NONE))
     return rows
 
 
@@ -94,9 +94,9 @@ def image_table(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for metric in facts.image_metrics:
         first, last = metric.curve.values[0], metric.curve.values[-1]
-        base = signed(first) if metric.curve.steps[0] == 0 else "–"
+        base = score(first) if metric.curve.steps[0] == 0 else figures.NONE
         count = str(metric.n) if metric.n_other is None else f"{metric.n} and {metric.n_other}"
-        rows.append((short(metric.name), base, signed(last), count, metric.encoder_id))
+        rows.append((short(metric.name), base, score(last), count, metric.encoder_id))
     return rows
 
 
@@ -230,8 +230,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes_left} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def signed(value: float) -> str:
-    """A number that may be negative, with three significant digits."""
-    return f"{value:.3g}".replace("-", "−")

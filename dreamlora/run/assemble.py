@@ -26,6 +26,7 @@ from dreamlora.models.tf32 import set_tf32
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.processes import tell_everyone, wait_for_everyone
 from dreamlora.run import defaults, ending, provenance, resume, schedule, upload
+from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized
 from dreamlora.run.images import RunImages, read_images, with_class_images
@@ -104,6 +105,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
     settings = resume.settings(context, images, options)
     which = context.config.train.resume_from_checkpoint
     checkpoint = state.open_checkpoint(folder, which, settings) if which else None
+    announce(context, folder, pictures, begun=checkpoint.state["step"] if checkpoint else 0)
     pictures = with_class_images(context, folder, pictures)
     run = _build(context, folder, pictures, options)
     run.settings = settings

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from dreamlora import metrics
 from dreamlora.evaluation.measure import Measurement, Value
-from dreamlora.figures import NONE, change, loss
+from dreamlora.figures import NONE, change, loss, score
 from dreamlora.interfaces import ImageMetric
 from dreamlora.metric_names import COPIES, EVAL_LOSS, main_values, of_metric, short
 
@@ -53,7 +53,7 @@ def _cell(measured: Measurement, name: str, base: Measurement) -> str:
         return loss(value.value) + against
     beginning = of_metric(name, "")
     parts = {one.name.removeprefix(beginning): one.value for one in measured.values if one.name.startswith(beginning)}
-    return f"{value.value:.4f}" + "".join(_part(part, said) for part, said in parts.items())
+    return score(value.value) + "".join(_part(part, said) for part, said in parts.items())
 
 
 def _part(part: str, value: float) -> str:
