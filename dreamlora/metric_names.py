@@ -5,7 +5,8 @@ A name may have a second part behind it: ``of_metric``, ``of_part``, ``of_time_b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 EVAL_LOSS = "eval/loss"
 """The deterministic loss on held-out images."""
@@ -33,7 +34,8 @@ BALANCE = "lora/balance"
 UPDATE_RMS = "opt/update_rms"
 
 _IMAGE = "img/"
-
+OTHER_IMAGES = "of other images (other prompts, seeds or settings) or by another encoder"
+"""What is said of values of an image metric that must not be compared with its others."""
 
 P_VALUE = "p"
 """The part of a metric's name for the p-value of its test."""
@@ -66,12 +68,27 @@ def of_time_bin(name: str, number: int) -> str:
 def main_values(names: Iterable[str]) -> list[str]:
     """Those of ``names`` that are no part of another of them, in their order."""
     known = list(dict.fromkeys(names))
-    return [name for name in known if not any(name.startswith(of_metric(other, "")) for other in known)]
+    return [name for name in known if not any(is_part(name, other) for other in known)]
+
+
+def is_part(name: str, main: str) -> bool:
+    """Whether it is what a metric says besides its main value."""
+    return name.startswith(of_metric(main, ""))
 
 
 def is_image_metric(name: str) -> bool:
     """Whether it was measured of drawn images."""
     return name.startswith(_IMAGE)
+
+
+def measured_on(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a logged value is of: items, images, encoder. Values of the same may be compared and make one curve."""
+    return tuple(row.get(name) for name in ("evalset_id", "images_id", "encoder_id", "n", "n_other"))
+
+
+def comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a metric's rows that may be compared with the last: a resumed run may measure on something else."""
+    return [row for row in rows if measured_on(row) == measured_on(rows[-1])]
 
 
 def short(name: str) -> str:

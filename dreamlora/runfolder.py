@@ -58,6 +58,7 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.base_model_file = self.path / "base_model.json"
         self.images_file = self.path / "images.jsonl"
+        self.outline_file = self.path / "outline.json"
         self.summary_file = self.path / "summary.json"
         self.outcome_file = self.path / "outcome.json"
         self.metrics_file = self.path / "metrics.jsonl"

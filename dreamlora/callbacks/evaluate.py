@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from dreamlora.callbacks.weights import base_model
 from dreamlora.eval_loss.evalset import EvalSet, Measured, evaluate_loss
 from dreamlora.eval_loss.items import ItemLosses, values_of
 from dreamlora.eval_loss.selection import difference_text, stalled
@@ -39,34 +40,39 @@ class EvaluateCallback:
         self._patience = patience
 
     def on_start(self, run: Run) -> None:
-        """Measure the base model, or take up the earlier measurements of a resumed run."""
+        """Measure the base model, or take up the earlier measurements of a resumed run, if they are of these items."""
         file = run.folder.eval_items_file
         if run.accelerator.is_main_process:
             self._items.save(run.folder.evalset_file)
         # The main process decides: others may not see its disk.
         main = run.accelerator.is_main_process
-        if not tell_everyone(main and run.step > 0 and file.exists() and self.losses.take_up(file, until=run.step)):
-            self._measure(run)
+        known = tell_everyone(main and run.step > 0 and file.exists() and self.losses.take_up(file, until=run.step))
+        if run.step and not tell_everyone(0 in self.losses):
+            with base_model(run):
+                self._measure(run, 0)
+        if not known:
+            self._measure(run, run.step)
         self._stop_if_in_vain(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:
         """Measure if it is time."""
         if run.step % self._every == 0 or run.step == run.total_steps:
-            self._measure(run)
+            self._measure(run, run.step)
             self._stop_if_in_vain(run)
 
     def on_end(self, run: Run) -> None:
         """Nothing: the last step measured."""
 
-    def _measure(self, run: Run) -> None:
+    def _measure(self, run: Run, step: int) -> None:
         measured = measure(run, self._items)
         if not run.accelerator.is_main_process:
             return
-        self.losses.put(run.step, measured)
+        self.losses.put(step, measured)
         self.losses.save(run.folder.eval_items_file)
-        values = values_of(self.losses, run.step, self._name)
-        run.folder.log_all(run.step, values, n=len(measured), evalset_id=self._items.id)
-        run.accelerator.log(values, step=run.step)
+        values = values_of(self.losses, step, self._name)
+        run.folder.log_all(step, values, n=len(measured), evalset_id=self._items.id)
+        if step == run.step:  # trackers take no step of the past
+            run.accelerator.log(values, step=step)
 
     def _stop_if_in_vain(self, run: Run) -> None:
         if not self._patience or run.step >= run.total_steps:

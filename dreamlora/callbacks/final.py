@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-
-import torch
-from accelerate.utils import broadcast
-from safetensors.torch import load_file
-from torch import Tensor
-
 from dreamlora.callbacks.evaluate import measure
+from dreamlora.callbacks.weights import base_model, candidate
 from dreamlora.eval_loss.evalset import EvalSet
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.interfaces import StepResult
-from dreamlora.lora.pairs import adapted_layers
 from dreamlora.metric_names import FINAL_LOSS, GAP, relative
-from dreamlora.processes import tell_everyone, wait_for_everyone
-from dreamlora.training import state
+from dreamlora.processes import tell_everyone
 from dreamlora.training.loop import Run
 
 
@@ -42,8 +33,7 @@ class FinalCallback:
         if run.accelerator.is_main_process:
             self._items.save(run.folder.final_evalset_file)
         if not tell_everyone(run.accelerator.is_main_process and self._is_known(run)):
-            with _kept_weights(run):
-                _put_base_model(run)
+            with base_model(run):
                 self._measure(run, 0)
 
     def _is_known(self, run: Run) -> bool:
@@ -58,8 +48,7 @@ class FinalCallback:
         """Measure the last step and the best one."""
         best = tell_everyone(run.folder.selection().get("step") if run.accelerator.is_main_process else None)
         if best not in (None, run.step):
-            with _kept_weights(run):
-                _put_candidate(run, best)
+            with candidate(run, best):
                 self._measure(run, best)
         self._measure(run, run.step)
 
@@ -78,34 +67,3 @@ class FinalCallback:
         more = {"at_end": True} if step else {}  # a resumed run measures these again
         run.folder.log_all(step, values, n=len(measured), evalset_id=self._items.id, **more)
         run.accelerator.log(values, step=step)
-
-
-@contextlib.contextmanager
-def _kept_weights(run: Run) -> Iterator[None]:
-    """The LoRA may be changed in here; afterwards it is as it was."""
-    before = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
-    try:
-        yield
-    finally:
-        for name, parameter in run.trainables.items():
-            parameter.data.copy_(before[name])
-
-
-def _put_candidate(run: Run, step: int) -> None:
-    """The LoRA of a step that was kept. The main process reads the file."""
-    main = run.accelerator.is_main_process
-    stored: Mapping[str, Tensor] = load_file(run.folder.candidate_dir(step) / state.TRAINABLES_FILE) if main else {}
-    wait_for_everyone()  # the file may come from a slow disk
-    for name, parameter in run.trainables.items():
-        value = stored[name].to(parameter) if main else torch.empty_like(parameter)
-        parameter.data.copy_(broadcast(value))
-
-
-def _put_base_model(run: Run) -> None:
-    """A LoRA without effect."""
-    for layer in adapted_layers(run.accelerator.unwrap_model(run.model)):
-        if layer.start is None:
-            layer.B.data.zero_()
-        else:
-            layer.A.data.copy_(layer.start.A)
-            layer.B.data.copy_(layer.start.B)

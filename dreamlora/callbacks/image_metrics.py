@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,9 @@ from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, paired_difference
 from dreamlora.eval_loss.selection import difference_text
 from dreamlora.evaluation.embedders import Embedders
-from dreamlora.evaluation.measure import MeasuredImages, Value, measure, read
+from dreamlora.evaluation.measure import MeasuredImages, Value, load_metric, measure, read
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading, StepResult
-from dreamlora.metric_names import is_image_metric, of_metric
+from dreamlora.metric_names import OTHER_IMAGES, is_part, of_metric
 from dreamlora.metrics import clip_score, dino
 from dreamlora.metrics._vectors import paired_cosines
 from dreamlora.processes import tell_everyone
@@ -50,9 +53,19 @@ class Scenes:
     references: Sequence[ImageRecord]
     training: Sequence[ImageRecord]
 
+    @cached_property
+    def id(self) -> str:
+        """Of prompts, seeds, settings and texts, in whatever order: values of other images must not be compared."""
+        parts = zip(map(self.plan.picture_id, self.plan.items()), self.texts, self.with_subject, strict=True)
+        return hashlib.sha256(repr(sorted(parts)).encode()).hexdigest()[:12]
+
+    def files(self, step: int) -> list[str]:
+        """What is drawn at a step, in the order in which processes share the drawing: each reads its own files."""
+        return [f"step_{step:06d}/{self.plan.file_name(item)}" for item in self.plan.items()]
+
     def images(self, step: int) -> list[ImageRecord]:
-        """What was drawn at a step, in the order in which processes share the drawing: each reads its own files."""
-        files = [self.folder / f"step_{step:06d}" / f"{item.name}.png" for item in self.plan.items()]
+        """The images of ``files``, which are read when they are needed."""
+        files = [self.folder / name for name in self.files(step)]
         return [ImageRecord(file.name, "image", file.read_bytes, str(file)) for file in files]
 
     def gallery(self, step: int, *, with_base: bool) -> MeasuredImages:
@@ -69,11 +82,12 @@ class Scenes:
 
     def problem(self, step: int) -> str | None:
         """Why the images of a step cannot be measured, if they cannot."""
-        rows = [row for row in read_jsonl(self.folder / "samples.jsonl") if row["step"] == step]
-        wrong = [row for row in rows if row.get("problem")]
+        files = self.files(step)
+        rows = {row["file"]: row for row in read_jsonl(self.folder / "samples.jsonl") if row["file"] in files}
+        wrong = [row for row in rows.values() if row.get("problem")]
         if wrong:
             return f"{len(wrong)} of {len(rows)} images are {wrong[0]['problem']}"
-        return None if len(rows) >= len(self.plan.items()) else "images are missing"
+        return None if len(rows) == len(files) else "images are missing"
 
 
 class _ClipChange:
@@ -101,7 +115,8 @@ class _ClipChange:
 class ImageMetricsCallback:
     """Measures the images of step 0, of every ``every`` steps and of the end; comes after what draws them.
 
-    All processes share the encoding. A metric that cannot be computed is left out, with a note that says why.
+    All processes share the encoding. A metric that cannot be computed is left out, with a note that says why. Values of
+    an interrupted run count only if they are of the same images (prompts, seeds, settings), seen by the same encoders.
 
     Args:
         names: of plug-ins in ``metrics/``.
@@ -120,13 +135,17 @@ class ImageMetricsCallback:
         self._embedders = embedders
         self._note = note
         self._noted: set[str] = set()
+        self._logged: dict[int, set[str]] = {}
         self._values: dict[int, dict[str, float]] = {}
         self._changes: dict[int, Difference] = {}
 
     def on_start(self, run: Run) -> None:
-        """Measure the base model; after a resume only what is missing."""
-        if run.accelerator.is_main_process:
-            self._take_up(run)
+        """Measure the base model; after a resume only what is missing, such as images that it was not measured on."""
+        if run.step:
+            encoders = self._encoders()
+            if run.accelerator.is_main_process:
+                self._take_up(run, encoders)
+            self._measure_missing(run, 0)
         self._measure_if_due(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:
@@ -163,54 +182,84 @@ class ImageMetricsCallback:
         likeness, faithfulness = both[step]
         return {"step": step, clip_score.NAME: faithfulness, dino.NAME: likeness, "product": math.prod(both[step])}
 
-    def _take_up(self, run: Run) -> None:
+    def _encoders(self) -> dict[str, str]:
+        """The id of its encoder by the name of every value that can be measured. All processes load them together."""
+        ids = {}
+        for metric in map(load_metric, self._names):
+            with contextlib.suppress(UserError):  # that is told when the metric is left out
+                ids[metric.NAME] = self._embedders(metric.ENCODER).encoder.id
+        return ids
+
+    def _take_up(self, run: Run, encoders: Mapping[str, str]) -> None:
+        """The values of an interrupted run that can be compared with those to come."""
+        others = set()
         for row in run.folder.metrics():
-            if is_image_metric(row["name"]) and row["value"] is not None:
-                self._values.setdefault(row["step"], {})[row["name"]] = row["value"]
-            if row["name"] == CLIP_CHANGE and None not in (row["value"], row["se"]):
-                self._changes[row["step"]] = Difference(row["value"], row["se"], row["n"])
+            step, name, value = row["step"], row["name"], row["value"]
+            encoder = next((one for main, one in encoders.items() if name == main or is_part(name, main)), None)
+            if encoder is None:
+                continue
+            if (row.get("images_id"), row.get("encoder_id")) != (self._scenes.id, encoder):
+                others.add(step)
+                continue
+            self._logged.setdefault(step, set()).add(name)
+            if value is not None:
+                self._values.setdefault(step, {})[name] = value
+                if name == CLIP_CHANGE and row["se"] is not None:
+                    self._changes[step] = Difference(value, row["se"], row["n"])
+        if others:
+            self._say(
+                [f"image metrics up to step {max(others)} are {OTHER_IMAGES}: later ones are not compared with them"]
+            )
 
     def _measure_if_due(self, run: Run) -> None:
-        if run.step % self._every and run.step != run.total_steps:
-            return
+        if run.step % self._every == 0 or run.step == run.total_steps:
+            self._measure_missing(run, run.step)
+
+    def _measure_missing(self, run: Run, step: int) -> None:
         # The main process decides: others may not see its disk.
         state: Any = None
         if run.accelerator.is_main_process:
-            state = (run.step in self._values, self._scenes.problem(run.step), self._scenes.problem(0))
-        known, problem, base_problem = tell_everyone(state)
-        if problem and not known:
-            self._say([f"step {run.step}: no image metrics, as {problem}"])
-        elif not known:
-            if base_problem:
-                self._say([f"nothing is compared with the base model's images: {base_problem}"])
-            self._measure(run, with_base=not base_problem)
+            logged = self._logged.get(step, set())
+            missing = [name for name in self._names if load_metric(name).NAME not in logged]
+            state = (missing, self._scenes.problem(step), self._scenes.problem(0))
+        missing, problem, base_problem = tell_everyone(state)
+        if not missing:
+            return
+        if problem:
+            self._say([f"step {step}: no image metrics, as {problem}"])
+            return
+        if base_problem:
+            self._say([f"nothing is compared with the base model's images: {base_problem}"])
+        self._measure(run, step, missing, with_base=not base_problem)
 
-    def _measure(self, run: Run, *, with_base: bool) -> None:
-        gallery = self._scenes.gallery(run.step, with_base=with_base)
+    def _measure(self, run: Run, step: int, names: Sequence[str], *, with_base: bool) -> None:
+        gallery = self._scenes.gallery(step, with_base=with_base)
         change = None
         try:
-            measurement = measure(self._names, gallery, self._embedders)
-            if run.step and with_base and any(value.name == clip_score.NAME for value in measurement.values):
+            measurement = measure(names, gallery, self._embedders)
+            if step and with_base and any(value.name == clip_score.NAME for value in measurement.values):
                 change = self._change(gallery)
         except UserError as error:  # every process has it; the training does not depend on these numbers
             self._say([f"no image metrics: {error}"])
             return
         self._say(measurement.notes)
         if run.accelerator.is_main_process:
-            self._log(run, measurement.values, change)
+            self._log(run, step, measurement.values, change)
 
-    def _log(self, run: Run, values: Sequence[Value], change: tuple[Difference, str] | None) -> None:
+    def _log(self, run: Run, step: int, values: Sequence[Value], change: tuple[Difference, str] | None) -> None:
+        about = {"images_id": self._scenes.id}
         for value in values:
-            more = {} if value.n_other is None else {"n_other": value.n_other}
-            run.folder.log_all(run.step, {value.name: value.value}, n=value.n, encoder_id=value.encoder_id, **more)
-        self._values[run.step] = {value.name: value.value for value in values if math.isfinite(value.value)}
+            more = about if value.n_other is None else {**about, "n_other": value.n_other}
+            run.folder.log_all(step, {value.name: value.value}, n=value.n, encoder_id=value.encoder_id, **more)
+        found = {value.name: value.value for value in values if math.isfinite(value.value)}
+        self._values.setdefault(step, {}).update(found)
         if change and math.isfinite(change[0].mean + change[0].se):
             difference, encoder_id = change
-            self._changes[run.step] = difference
-            run.folder.log_all(
-                run.step, {CLIP_CHANGE: difference.mean}, n=difference.n, se=difference.se, encoder_id=encoder_id
-            )
-        run.accelerator.log(self._values[run.step], step=run.step)
+            self._changes[step] = difference
+            more = {**about, "se": difference.se, "encoder_id": encoder_id}
+            run.folder.log_all(step, {CLIP_CHANGE: difference.mean}, n=difference.n, **more)
+        if step == run.step:  # trackers take no step of the past
+            run.accelerator.log(found, step=step)
 
     def _change(self, gallery: MeasuredImages) -> tuple[Difference, str]:
         """How CLIP-T differs from the base model's, and which encoder sees it so."""

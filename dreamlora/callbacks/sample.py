@@ -13,13 +13,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dreamlora.callbacks.weights import base_model
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.interfaces import StepResult
 from dreamlora.processes import gather_lists, tell_everyone
 from dreamlora.runfolder import read_jsonl, replacing, write_atomically
 from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
-from dreamlora.sampling.sampler import Drawn, SamplePlan, draw
+from dreamlora.sampling.recorded import motif_of
+from dreamlora.sampling.sampler import Drawn, SampleItem, SamplePlan, draw
 from dreamlora.sampling.schedulers import deterministic
 from dreamlora.training.loop import Run
 
@@ -31,7 +33,8 @@ logger = logging.getLogger(__name__)
 class SampleCallback:
     """Draws the plan at step 0, every ``every`` steps and at the end; then renews grid.png and timelapse.webp.
 
-    The processes share the images. A step that is complete on disk is not drawn again.
+    The processes share the images. A step that is complete on disk is not drawn again; what it shows of other prompts,
+    seeds or settings stays.
 
     Args:
         plan: what is drawn.
@@ -53,9 +56,20 @@ class SampleCallback:
         self._elsewhere = folder
 
     def on_start(self, run: Run) -> None:
-        """Draw the base model; after a resume only what is missing."""
-        if self._every and not self._elsewhere and run.accelerator.is_main_process:
+        """Draw the base model; after a resume only what is missing, such as prompts that it was not drawn with."""
+        if not self._every:
+            return
+        if not self._elsewhere and run.accelerator.is_main_process:
             self._keep_references(run)
+        if run.step and not self._is_complete(run, 0):
+            if run.accelerator.is_main_process:
+                logger.info(
+                    "the base model was not drawn with these prompts, seeds and settings: it is drawn now; for steps "
+                    "before %d they stay empty",
+                    run.step,
+                )
+            with base_model(run):
+                self._draw(run, 0)
         self._draw_if_due(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:
@@ -68,30 +82,35 @@ class SampleCallback:
     def _draw_if_due(self, run: Run) -> None:
         if not self._every or (run.step % self._every and run.step != run.total_steps):
             return
-        # The main process decides: others may not see its disk.
-        complete = tell_everyone(self._complete(run))
-        rows = [] if complete else gather_lists(self._draw(run))
-        if run.accelerator.is_main_process:
-            if rows:
-                self._store(run, rows)
-            if not self._elsewhere:
-                self._show(run, rows)
-                grid_of_run(run.folder)
+        if not self._is_complete(run, run.step):
+            self._draw(run, run.step)
+        if run.accelerator.is_main_process and not self._elsewhere:
+            grid_of_run(run.folder)
 
     def _folder(self, run: Run) -> Path:
         return self._elsewhere or run.folder.samples
 
-    def _complete(self, run: Run) -> bool:
-        file = self._folder(run) / run.folder.samples_file.name
-        rows = [row for row in read_jsonl(file) if row["step"] == run.step]
-        drawn = {(row["prompt"], row["seed"]) for row in rows if (self._folder(run) / row["file"]).exists()}
-        return drawn >= {(item.prompt, item.seed) for item in self._plan.items()} and all(
-            row.get("num_inference_steps") == self._plan.num_inference_steps
-            and row.get("guidance_scale") == self._plan.guidance_scale
-            for row in rows
-        )
+    def _file(self, run: Run, step: int, item: SampleItem) -> str:
+        """Of an image, relative to the folder."""
+        return f"{run.folder.sample_dir(step).name}/{self._plan.file_name(item)}"
 
-    def _draw(self, run: Run) -> list[dict[str, Any]]:
+    def _is_complete(self, run: Run, step: int) -> bool:
+        folder, complete = self._folder(run), False
+        if run.accelerator.is_main_process:  # it decides: others may not see its disk
+            known = {row["file"] for row in read_jsonl(folder / run.folder.samples_file.name)}
+            files = [self._file(run, step, item) for item in self._plan.items()]
+            complete = all(file in known and (folder / file).exists() for file in files)
+        return bool(tell_everyone(complete))
+
+    def _draw(self, run: Run, step: int) -> None:
+        """Draw the plan with the model as it is, as the images of a step."""
+        rows = gather_lists(self._drawn(run, step))
+        if run.accelerator.is_main_process:
+            self._store(run, rows)
+            if not self._elsewhere:
+                self._show(run, rows, step)
+
+    def _drawn(self, run: Run, step: int) -> list[dict[str, Any]]:
         """Draw and write this process's images; their rows of samples.jsonl."""
         accelerator, pipeline = run.accelerator, run.pipeline()
         scheduler = type(deterministic(pipeline.scheduler)[0]).__name__
@@ -106,22 +125,22 @@ class SampleCallback:
         with accelerator.autocast():
             share = draw(pipeline, self._plan, embed, accelerator.process_index, accelerator.num_processes)
             for drawn in share:
-                rows.append({**self._write(run, drawn), "scheduler": scheduler})
+                rows.append({**self._write(run, step, drawn), "scheduler": scheduler})
         return rows
 
-    def _write(self, run: Run, drawn: Drawn) -> dict[str, Any]:
+    def _write(self, run: Run, step: int, drawn: Drawn) -> dict[str, Any]:
         item, plan = drawn.item, self._plan
-        folder = self._folder(run)
-        file = folder / run.folder.sample_dir(run.step).name / f"{item.name}.png"
+        name = self._file(run, step, item)
+        file = self._folder(run) / name
         with replacing(file) as temporary:
             drawn.image.save(temporary)
         return {
-            "step": run.step,
+            "step": step,
             "prompt_index": item.prompt_index,
             "image_index": item.image_index,
             "prompt": item.prompt,
             "seed": item.seed,
-            "file": file.relative_to(folder).as_posix(),
+            "file": name,
             "num_inference_steps": plan.num_inference_steps,
             "guidance_scale": plan.guidance_scale,
             "lora_scale": 1.0,
@@ -131,13 +150,18 @@ class SampleCallback:
         }
 
     def _store(self, run: Run, rows: list[dict[str, Any]]) -> None:
-        """Put the step's rows into samples.jsonl, in place of any that it had."""
+        """Put rows into samples.jsonl, in place of those that showed the same; of a step, the plan's come first."""
         file = self._folder(run) / run.folder.samples_file.name
-        others = [row for row in read_jsonl(file) if row["step"] != run.step]
-        merged = sorted([*others, *rows], key=lambda row: (row["step"], row["prompt_index"], row["image_index"]))
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in merged))
+        new = {(row["step"], motif_of(row)) for row in rows}
+        others = [row for row in read_jsonl(file) if (row["step"], motif_of(row)) not in new]
+        planned = {self._plan.file_name(item) for item in self._plan.items()}
 
-    def _show(self, run: Run, rows: list[dict[str, Any]]) -> None:
+        def place(row: dict[str, Any]) -> tuple[int, bool, int, int]:
+            return row["step"], Path(row["file"]).name not in planned, row["prompt_index"], row["image_index"]
+
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in sorted([*rows, *others], key=place)))
+
+    def _show(self, run: Run, rows: list[dict[str, Any]], step: int) -> None:
         """Send the images to the trackers that take images (TensorBoard, wandb, ...)."""
         trackers = [tracker for tracker in run.accelerator.trackers if hasattr(tracker, "log_images")]
         for row in rows if trackers else []:
@@ -147,7 +171,7 @@ class SampleCallback:
             with Image.open(file) as image:
                 pixels = np.asarray(image)[None]
             for tracker in trackers:
-                tracker.log_images({f"samples/{file.stem}": pixels}, step=run.step)
+                tracker.log_images({f"samples/{file.stem}": pixels}, step=step)
 
     def _keep_references(self, run: Run) -> None:
         folder = run.folder.reference_dir

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING
 from typing import Any
 
@@ -25,22 +25,30 @@ _GENERAL = {
 }
 
 
-def page(config_class: type[Any], name: str, positional: str | None = None, width: int | None = None) -> str:
+def page(
+    config_class: type[Any],
+    name: str,
+    positional: str | None = None,
+    width: int | None = None,
+    elsewhere: Mapping[str, str] | None = None,
+) -> str:
     """The text of ``--help``: usage, what the command does, then the options, group by group, as they are declared.
 
     Args:
         name: of the command, such as "dreamlora sample".
         positional: the flag whose name may be left out.
         width: in columns; by default that of the terminal, and 80 if there is none.
+        elsewhere: by option, where another default holds, and which.
     """
+    more = elsewhere or {}
     width = min(width or shutil.get_terminal_size().columns, WIDEST)
     offered = options_of(config_class)
     bare = f" {offered[positional].metavar}" if positional else ""
     own = [offered[option] for option in options_of(config_class, deep=False)]
-    tables = {"options:": dict(map(_row, own)) | _GENERAL}
+    tables = {"options:": _rows(own, more) | _GENERAL}
     for group, its_class in subgroups_of(config_class).items():
         options = [offered[option] for option in options_of(its_class) if option in offered]
-        tables[f"{group} options: {_first_paragraph(its_class)}"] = dict(map(_row, options))
+        tables[f"{group} options: {_first_paragraph(its_class)}"] = _rows(options, more)
     lines = [f"usage: {name}{bare} [FLAGS]", "", *wrapped(_first_paragraph(config_class), width)]
     longest = max(len(flag) for rows in tables.values() for flag in rows)
     column = min(width * 3 // 10, longest + 4)
@@ -81,6 +89,14 @@ def wrapped(text: str, width: int) -> list[str]:
 def _first_paragraph(config_class: type[Any]) -> str:
     """Of the docstring; what follows is for those who read the code."""
     return " ".join((inspect.getdoc(config_class) or "").partition("\n\n")[0].split())
+
+
+def _rows(options: Iterable[Option], elsewhere: Mapping[str, str]) -> dict[str, str]:
+    rows = {}
+    for option in options:
+        flag, text = _row(option)
+        rows[flag] = f"{text} {elsewhere[option.name]}" if option.name in elsewhere else text
+    return rows
 
 
 def _row(option: Option) -> tuple[str, str]:

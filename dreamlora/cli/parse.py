@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +52,8 @@ def parse(config_class: type[Config], argv: Sequence[str], program: Program = Pr
     """
     options = options_of(config_class)
     if {"-h", "--help"} & set(argv):
-        sys.stdout.write(page(config_class, program.name, program.positional))
+        told = _told_of_preset(config_class, program)
+        sys.stdout.write(page(config_class, program.name, program.positional, elsewhere=told))
         raise SystemExit(0)
     given, files = from_argv(argv, config_class, program.name, program.positional)
     for file in reversed(files):
@@ -63,6 +64,29 @@ def parse(config_class: type[Config], argv: Sequence[str], program: Program = Pr
         if option.default is MISSING and given.get(name) is None:
             raise UserError(f"--{name} is needed: {option.help}")
     return _built(config_class, {name: value for name, value in given.items() if value is not None})
+
+
+def _told_of_preset(config_class: type[Any], program: Program) -> dict[str, str]:
+    """By option, what the preset sets in place of the declared default, for the help text.
+
+    Presets depend on what is given, so they are asked: what they set for other optimizers, or no longer set once there
+    are images, is told as such.
+    """
+    options, preset = options_of(config_class), program.preset({})
+    usual = options["optimizer"].default if "optimizer" in options else None
+    others = [program.preset({"optimizer": name}) for name in registry.names("optimizers")] if usual else []
+    images = program.preset({name: "photos" for name in ("instance_data_dir", "train_data_dir") if name in options})
+    told = {}
+    for name, entry in preset.items():
+        option = replace(options[name], default=value_of(options[name], entry, "the preset"))
+        if option.default == options[name].default:
+            continue
+        where = "the embedded model" if name in images else "the embedded model's own images"
+        where += f" and {usual}" if any(other.get(name) != entry for other in others) else ""
+        told[name] = (
+            f"With {where}: {option.default.name if isinstance(option.default, Path) else option.default_text}."
+        )
+    return told
 
 
 def _built(config_class: type[Config], values: Mapping[str, Any]) -> Config:

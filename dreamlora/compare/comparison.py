@@ -20,7 +20,7 @@ from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
 from dreamlora.config import instance_prompt_of
 from dreamlora.errors import UserError
-from dreamlora.metric_names import EVAL_LOSS, main_values
+from dreamlora.metric_names import EVAL_LOSS, is_part, main_values, short
 from dreamlora.runfolder import write_atomically
 
 COMPARE_FILE = "compare.json"
@@ -60,6 +60,7 @@ def compare_runs(folders: Sequence[Path], root: Path, plan: ComparisonPlan = Com
     """
     records, dropped = _ended([read_record(folder, numbers.relative(folder, root)) for folder in folders])
     _check_pairable(records)
+    records, of_images = _with_shared_images(records)
     methods = labelled(records)
     baseline_label = _baseline(plan.baseline, list(methods))
     options = differing_options(methods)
@@ -77,7 +78,9 @@ def compare_runs(folders: Sequence[Path], root: Path, plan: ComparisonPlan = Com
         root=root,
         added=plan.added,
     )
-    return _comparison(groups, against, plan, dropped)
+    found = _comparison(groups, against, plan, dropped)
+    found["warnings"] += of_images
+    return found
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
@@ -188,6 +191,35 @@ def _check_image_metrics(records: Sequence[Record]) -> None:
                         f"cannot compare {name}: run {run} has {known}, run {record.id} has {about}; "
                         "evaluate both with the same encoder and number of images"
                     )
+
+
+def _with_shared_images(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """The records without image metrics that not all runs have of the same images, and what is to be said of that."""
+    ids: dict[str, dict[str | None, str]] = {}
+    for record in records:
+        for name in main_values(record.images):
+            for value in record.images[name]:
+                ids.setdefault(name, {}).setdefault(value.images_id, record.id)
+    apart = {name: list(runs.values()) for name, runs in ids.items() if len(runs) > 1}
+    if not apart:
+        return list(records), []
+    one, other = next(iter(apart.values()))[:2]
+    text = (
+        f"{', '.join(map(short, apart))} cannot be compared: the images of run {other} have other prompts, seeds or "
+        f"settings than those of run {one}."
+    )
+    kept = [
+        replace(
+            record,
+            images={
+                name: values
+                for name, values in record.images.items()
+                if name not in apart and not any(is_part(name, main) for main in apart)
+            },
+        )
+        for record in records
+    ]
+    return kept, [text]
 
 
 def _check_common_seeds(groups: Sequence[Group], plan: ComparisonPlan) -> None:

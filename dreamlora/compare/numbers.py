@@ -36,6 +36,7 @@ from dreamlora.compare.schema import (
 from dreamlora.compare.verdict import ABOVE_BASE_TEXT, delta_sentence
 from dreamlora.metric_names import UPDATE_RMS, main_values
 from dreamlora.runfolder import read_jsonl
+from dreamlora.sampling.recorded import motif_of
 
 TOLERANCES = (0.02, 0.05, 0.10, 0.25)
 EDGE_TEXT = "LR grid edge"
@@ -323,6 +324,7 @@ def _samples(record: Record, rows: Sequence[Mapping[str, Any]], root: Path) -> S
                 image_index=row["image_index"],
                 prompt=row["prompt"],
                 seed=row["seed"],
+                settings=list(motif_of(row).settings),
                 file=relative(file, root) if file.exists() else None,
             )
         )

@@ -17,7 +17,7 @@ from dreamlora.compare.stats import log_auc, steps_to_target
 from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
-from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, is_image_metric
+from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, comparable, is_image_metric
 from dreamlora.runfolder import RunFolder, read_json
 
 OCTILES = 8
@@ -25,11 +25,15 @@ OCTILES = 8
 
 @dataclass(frozen=True)
 class ImageValue:
-    """One value of an image metric: of ``images`` generated ones, against ``images_other`` of another side."""
+    """One value of an image metric: of ``images`` generated ones, against ``images_other`` of another side.
+
+    ``images_id`` stands for their prompts, seeds and settings; None for runs that have not noted it.
+    """
 
     step: int
     value: float
     encoder_id: str | None
+    images_id: str | None
     images: int | None
     images_other: int | None
 
@@ -47,7 +51,7 @@ class Record:
         seconds: of training at each of ``steps``, without evaluations and samples.
         octiles: mean loss of the last evaluation in each eighth of the timesteps.
         at_end: the larger set, with rows for the base model and the last step; None if it was not measured.
-        images: image metrics by name.
+        images: image metrics by name; of a run that was resumed with other prompts or encoders, the last ones alone.
         scalars: last value of every other metric.
         damage: what could not be read, a sentence for each file.
     """
@@ -229,15 +233,16 @@ def lora_norm(file: Path, scale: float) -> float:
 
 
 def _metrics(folder: RunFolder) -> tuple[dict[str, dict[int, float]], dict[str, list[dict[str, Any]]]]:
-    """Values by name and step; rows of evaluations with all their fields."""
-    values: dict[str, dict[int, float]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    """Values by name and step, and whole rows of evaluations: none but those that are comparable with the last."""
+    logged: dict[str, list[dict[str, Any]]] = {}
     for row in folder.metrics():
-        value = math.nan if row["value"] is None else float(row["value"])
-        values.setdefault(row["name"], {})[row["step"]] = value
-        if row["name"] in EVAL_LOSSES or is_image_metric(row["name"]):
-            rows.setdefault(row["name"], []).append(row)
-    return values, rows
+        logged.setdefault(row["name"], []).append(row)
+    rows = {name: comparable(of_name) for name, of_name in logged.items()}
+    values = {
+        name: {row["step"]: math.nan if row["value"] is None else float(row["value"]) for row in of_name}
+        for name, of_name in rows.items()
+    }
+    return values, {name: rows[name] for name in rows if name in EVAL_LOSSES or is_image_metric(name)}
 
 
 def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, ...]:
@@ -251,7 +256,14 @@ def _seconds(speeds: Mapping[int, float], steps: Sequence[int]) -> tuple[float, 
 
 def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
     return [
-        ImageValue(row["step"], float(row["value"]), row.get("encoder_id"), row.get("n"), row.get("n_other"))
+        ImageValue(
+            step=row["step"],
+            value=float(row["value"]),
+            encoder_id=row.get("encoder_id"),
+            images_id=row.get("images_id"),
+            images=row.get("n"),
+            images_other=row.get("n_other"),
+        )
         for row in rows
         if row["value"] is not None
     ]

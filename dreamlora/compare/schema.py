@@ -61,7 +61,7 @@ class Delta(TypedDict):
         word: the verdict; see ``stats.paired_verdict`` for how failures count.
         suffixes: what qualifies it, such as "LR grid edge", "not tuned", "2 of 5 seeds diverged".
         verdict: word and suffixes in one text.
-        sentence: the whole finding, such as "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], 5 of 5 seeds".
+        sentence: the whole finding, such as "sgd: loss −2.1 % [−3.0, −1.2] against adamw, lower in 5 of 5 seeds".
     """
 
     pct: Interval
@@ -165,18 +165,22 @@ class ComparedImageMetric(TypedDict):
 
 
 class Cell(TypedDict):
-    """One sample image. ``file`` is relative to the folder of compare.json; null if it was not drawn."""
+    """One sample image. ``file`` is relative to the folder of compare.json; null if it was not drawn.
+
+    Those with the same prompt, seed and settings show the same thing, whatever their numbers.
+    """
 
     step: int
     prompt_index: int
     image_index: int
     prompt: str
     seed: int
+    settings: list[str]
     file: str | None
 
 
 class Samples(TypedDict):
-    """Sample images of one headline run of a method, with the same prompts and seeds for every method.
+    """Sample images of one headline run of a method.
 
     Attributes:
         run: its id.

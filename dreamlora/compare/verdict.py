@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
+from dreamlora import figures
 from dreamlora.compare.methods import Group
-from dreamlora.compare.schema import Comparison, Edge, Number, Spread, Task, Word
+from dreamlora.compare.schema import Comparison, Edge, Task, Word
 from dreamlora.compare.stats import EQUIVALENT_PCT, MIN_SEEDS, PairedDelta, TInterval
 
 EDGES: Mapping[Edge, str] = {"low": "lowest", "high": "highest"}
@@ -17,14 +18,14 @@ def table(comparison: Comparison) -> str:
     """The main numbers for a terminal, a line per method."""
     rows = [("method", "learning rate", f"final {comparison['metric']}", "to baseline", "steps to target", "verdict")]
     for method in comparison["methods"]:
-        delta, final = method["delta"], method["final"]
+        delta = method["delta"]
         rows.append(
             (
                 method["label"],
-                "–" if method["best_lr"] is None else f"{method['best_lr']:g}",
-                f"{_short(final['median'], '.4f')} [{_short(final['min'], '.4f')}, {_short(final['max'], '.4f')}]",
-                "baseline" if delta is None else f"{_short(delta['pct']['mean'], '+.2f')} %",
-                _steps(method["steps_to_target"]["spread"]),
+                figures.rate(method["best_lr"]),
+                figures.spread(method["final"]),
+                "baseline" if delta is None else figures.interval(delta["pct"]),
+                figures.spread(method["steps_to_target"]["spread"], figures.amount),
                 "" if delta is None else delta["verdict"],
             )
         )
@@ -32,16 +33,8 @@ def table(comparison: Comparison) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _steps(spread: Spread) -> str:
-    return "not reached" if spread["median"] == "inf" else _short(spread["median"], ".0f")
-
-
-def _short(value: Number, form: str) -> str:
-    return "–" if value is None else value if isinstance(value, str) else format(value, form)
-
-
 def delta_sentence(label: str, baseline: str, delta: PairedDelta, broke: int, word: Word) -> str:
-    """One finding: "scaled_adamw: 2.1 % lower loss than adamw [1.2, 3.0], better in 5 of 5 seeds".
+    """One finding: "scaled_adamw: loss −2.1 % [−3.0, −1.2] against adamw, lower in 5 of 5 seeds: better".
 
     Seeds in which one of the two has no loss come first: without them the difference would flatter who failed.
 
@@ -66,12 +59,7 @@ def delta_sentence(label: str, baseline: str, delta: PairedDelta, broke: int, wo
 
 
 def _difference(baseline: str, pct: TInterval) -> str:
-    below = pct.mean < 0
-    text = f"{_percent(abs(pct.mean))} {'lower' if below else 'higher'} loss than {baseline}"
-    if math.isnan(pct.low):
-        return text
-    ends = sorted((-pct.low, -pct.high) if below else (pct.low, pct.high))
-    return f"{text} [{_percent(ends[0], unit='')}, {_percent(ends[1])}]"
+    return f"loss {figures.interval(asdict(pct))} against {baseline}"
 
 
 def headline_sentence(sentences: Sequence[tuple[str, Word]], baseline: str, complete: bool) -> str:
@@ -163,7 +151,3 @@ def _about_endings(group: Group) -> list[str]:
     if above:
         texts.append(f"{group.label}: {above} of {count} runs {ABOVE_BASE_TEXT}.")
     return texts + [f"{text}." for record in group.records for text in record.damage]
-
-
-def _percent(value: float, unit: str = " %") -> str:
-    return f"{value:.2g}{unit}" if abs(value) < 9.95 else f"{value:.0f}{unit}"

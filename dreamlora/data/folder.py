@@ -33,7 +33,7 @@ from dreamlora.data.account import (
 )
 from dreamlora.data.caption_text import listed, tidy
 from dreamlora.data.catalog import Catalog
-from dreamlora.data.entries import KOHYA_FOLDER, Entries, EntryKind, images_below, kind_of, may_hold_captions, shown
+from dreamlora.data.entries import KOHYA_FOLDER, Entries, EntryKind, images_below, may_hold_captions, shown
 from dreamlora.data.file_index import stamp_of
 from dreamlora.data.images import FORMATS, readable
 from dreamlora.data.metadata import Metadata, read_metadata
@@ -252,7 +252,8 @@ def _have(named: _Named) -> str:
 def _no_images(folder: Path, flag: str) -> str:
     below = images_below(folder)
     if not below:
-        return f"{flag} {folder} holds no images (it looked for {', '.join(sorted({kind for kind in FORMATS.values() if kind}))})"
+        kinds = sorted({kind for kind in FORMATS.values() if kind})
+        return f"{flag} {folder} holds no images (looked for {', '.join(kinds)})"
     told = f"{flag} {folder} holds images only in sub-folders, which are not searched: give "
     if len(below) > 1:
         told += "one of these, or each as a data set of its own: "

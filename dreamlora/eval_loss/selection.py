@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamlora.eval_loss.items import Difference, ItemLosses
+from dreamlora.figures import loss, size_in_percent
 
 SCHEMA_VERSION = 1
 RULE = (
@@ -126,13 +127,13 @@ def _compared(losses: ItemLosses, step: int, best: int) -> dict[str, Any]:
 
 
 def _main_reason(losses: ItemLosses, metric: str, step: int, lowest: int) -> str:
-    loss = f"{metric} {losses.mean(step):.4g} on {losses.image.size} items"
+    value = f"{metric} {loss(losses.mean(step))} on {losses.image.size} items"
     if step == lowest:
-        return f"Best: step {step}, because it has the lowest loss ({loss})."
+        return f"Best: step {step}, because it has the lowest loss ({value})."
     apart = losses.difference(step, lowest)
     return (
-        f"Best: step {step}, because it is the earliest whose loss ({loss}) cannot be told from the lowest: step "
-        f"{lowest} has {losses.mean(lowest):.4g}, which is {difference_text(apart)} lower."
+        f"Best: step {step}, because it is the earliest whose loss ({value}) cannot be told from the lowest: step "
+        f"{lowest} has {loss(losses.mean(lowest))}, which is {difference_text(apart)} lower."
     )
 
 
@@ -142,7 +143,7 @@ def _against_runner_up(losses: ItemLosses, step: int, lowest: int, runner_up: in
     if step != lowest:  # the sentence before was about it
         return ""
     apart = losses.difference(runner_up, step)
-    return f"The runner-up, step {runner_up} with {losses.mean(runner_up):.4g}, is {difference_text(apart)} higher."
+    return f"The runner-up, step {runner_up} with {loss(losses.mean(runner_up))}, is {difference_text(apart)} higher."
 
 
 def _against_base(losses: ItemLosses, step: int) -> str:
@@ -151,9 +152,9 @@ def _against_base(losses: ItemLosses, step: int) -> str:
     apart = losses.difference(step, 0)
     base = losses.mean(0)
     if apart.mean < -2 * apart.se:
-        return f"The base model has {base:.4g}: the loss fell by {-apart.mean / base:.1%}."
+        return f"The base model has {loss(base)}: the loss fell by {size_in_percent(-100 * apart.mean / base)}."
     how = "lower" if apart.mean > 0 else "no higher than noise explains"
-    return f"The base model has {base:.4g}, which is {how}: by this measure the training did not help."
+    return f"The base model has {loss(base)}, which is {how}: by this measure the training did not help."
 
 
 def _about_vetoes(vetoes: Mapping[int, str], passed_over: bool) -> str:

@@ -9,10 +9,9 @@ import numpy as np
 from dreamlora import metrics
 from dreamlora.metric_names import (
     DW_NORM,
-    EVAL_LOSS,
-    EVAL_LOSS_TRAIN,
     GRAD_NORM,
     LEARNING_RATE,
+    OTHER_IMAGES,
     TRAIN_LOSS,
     UPDATE_RMS,
     main_values,
@@ -42,7 +41,7 @@ def evaluation_chart(facts: RunFacts) -> str:
     evaluation = facts.evaluation
     if evaluation is None:
         return ""
-    curve = facts.curve(EVAL_LOSS if evaluation.held_out else EVAL_LOSS_TRAIN)
+    curve = facts.curve(evaluation.metric)
     images = "held-out" if evaluation.held_out else "training"
     values = dict(zip(curve.steps, curve.values, strict=True))
     best_step = facts.selection.get("step")
@@ -159,12 +158,19 @@ def image_charts(facts: RunFacts) -> list[tuple[str, str]]:
     measured = {metric.name: metric for metric in facts.image_metrics}
     return [
         (
-            plugins[name].ABOUT if name in plugins else short(name),
+            (plugins[name].ABOUT if name in plugins else short(name)) + _about_earlier(measured[name]),
             _image_chart(measured[name], facts.selection.get("step")),
         )
         for name in main_values(measured)
-        if len(measured[name].curve.steps) > 1
+        if len(measured[name].curve.steps) > 1 or measured[name].earlier
     ]
+
+
+def _about_earlier(metric: ImageMetricCurve) -> str:
+    if not metric.earlier:
+        return ""
+    until = max(curve.steps[-1] for curve in metric.earlier)
+    return f". Grey: values until step {until}, {OTHER_IMAGES}; not to be compared with the blue ones"
 
 
 def _image_chart(metric: ImageMetricCurve, best_step: int | None) -> str:
@@ -175,6 +181,8 @@ def _image_chart(metric: ImageMetricCurve, best_step: int | None) -> str:
             axes.axhline(curve.values[0], color=INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))
         if best_step is not None:
             axes.axvline(best_step, color=_ORANGE, linewidth=1.5, alpha=0.8)
+        for earlier in metric.earlier:
+            axes.plot(earlier.steps, earlier.values, color=INK, alpha=0.35, linewidth=2, marker="o", markersize=3.5)
         axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=2, marker="o", markersize=3.5)
         axes.set_ylabel(f"{name} (n = {metric.n})")
         by_step(axes)

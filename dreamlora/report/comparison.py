@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.errors import UserError
+from dreamlora.figures import value_of
 from dreamlora.report.facts import command_without_secrets, readable_command
-from dreamlora.report.words import number
 
 FILE = "compare.json"
 SCHEMA_VERSION = 2
-MINUS = "\N{MINUS SIGN}"
-NONE = "–"
-"""Stands where there is no number."""
 
 _NEEDED = ("name", "sentence", "methods", "runs", "baseline", "task", "warnings")
 _FEW_SEEDS = 3
@@ -131,71 +128,6 @@ def _own_cautions(method: dict[str, Any]) -> tuple[str, ...]:
     cautions += ["LR grid edge"] if method["at_grid_edge"] else []
     cautions += [f"{diverged} of {seeds} seeds diverged or failed"] if diverged else []
     return (*cautions, *(["few seeds"] if seeds < _FEW_SEEDS else []))
-
-
-def value_of(number_: Any) -> float | None:
-    """A number of compare.json: "inf" and "-inf" are infinite, null and NaN are None."""
-    if number_ is None or (isinstance(number_, float) and math.isnan(number_)):
-        return None
-    return float(number_)
-
-
-def loss(entry: Any) -> str:
-    """A loss with four significant digits."""
-    value = value_of(entry)
-    return NONE if value is None else "∞" if math.isinf(value) else number(value)
-
-
-def size_in_percent(value: Any) -> str:
-    """A percentage that is never negative, without a sign."""
-    return percent(value).removeprefix("+")
-
-
-def percent(entry: Any) -> str:
-    """A signed percentage with two or three digits."""
-    value = value_of(entry)
-    if value is None:
-        return NONE
-    if math.isinf(value):
-        return "∞" if value > 0 else f"{MINUS}∞"
-    digits = 2 if abs(value) < 1 else 1 if abs(value) < 100 else 0
-    return f"{value:+.{digits}f}\u202f%".replace("-", MINUS)
-
-
-def amount(entry: Any) -> str:
-    """A number with three significant digits, whole from 100 on."""
-    value = value_of(entry)
-    if value is None:
-        return NONE
-    if math.isinf(value):
-        return "never"
-    return (f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}").replace("-", MINUS)
-
-
-def rate(entry: Any) -> str:
-    """A learning rate."""
-    value = value_of(entry)
-    return NONE if value is None else f"{value:.3g}".replace("-0", "-")
-
-
-def interval(estimate: dict[str, Any], write: Any = percent) -> str:
-    """``−2.1 % [−3.0, −1.2]``, without brackets where there is no interval."""
-    if value_of(estimate["low"]) is None:
-        return str(write(estimate["mean"]))
-    return f"{write(estimate['mean'])} [{_bare(write(estimate['low']))}, {_bare(write(estimate['high']))}]"
-
-
-def spread(summary: dict[str, Any], write: Any = loss) -> str:
-    """``0.4012 [0.3990, 0.4100]``: median, smallest and largest."""
-    if value_of(summary["median"]) is None:
-        return NONE
-    if summary["n"] < 2 or summary["min"] == summary["max"]:
-        return str(write(summary["median"]))
-    return f"{write(summary['median'])} [{write(summary['min'])}, {write(summary['max'])}]"
-
-
-def _bare(text: str) -> str:
-    return text.removesuffix("\u202f%")
 
 
 def _read(file: Path) -> dict[str, Any]:

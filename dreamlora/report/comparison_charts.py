@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamlora.report.comparison import ComparisonFile, value_of
+from dreamlora.figures import value_of
+from dreamlora.report.comparison import ComparisonFile
 from dreamlora.report.svg import INK, WIDTH, Chart, by_step, chart, legend, level
 
 if TYPE_CHECKING:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dreamlora.figures import loss, rate, value_of
 from dreamlora.report import pictures
-from dreamlora.report.comparison import ComparisonFile, loss, rate, value_of
+from dreamlora.report.comparison import ComparisonFile
 from dreamlora.report.pictures import Picture
 from dreamlora.sampling.grid import MAX_COLUMNS, MAX_ROWS, spread
+from dreamlora.sampling.recorded import Motif, common_settings, motif_of, motifs_of
 
 _PIXELS = 192
 _REFERENCE_PIXELS = 128
 _REFERENCES = 8
 JsonObject = dict[str, Any]
-Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,14 @@ class Shot:
 
 @dataclass(frozen=True)
 class PromptView:
-    """All images of one prompt and seed: a row of shots, one per method, for every step of the gallery."""
+    """All images of one prompt, seed and settings: a row of shots, one per method, for every step of the gallery.
+
+    ``settings`` has, in words, what other views were drawn without.
+    """
 
     prompt: str
     seed: int
+    settings: str
     rows: tuple[tuple[Shot, ...], ...]
 
 
@@ -67,35 +72,32 @@ def gallery(comparison: ComparisonFile) -> SampleGallery | None:
     if not cells:
         return None
     steps = sorted({cell["step"] for cell in cells})
-    keys = sorted({_key(cell) for cell in cells})
+    motifs = motifs_of(cells)
+    shared = common_settings(motifs)
     kept_steps = [steps[index] for index in spread(len(steps), MAX_ROWS)]
-    texts = {_key(cell): (str(cell["prompt"]), int(cell["seed"])) for cell in cells}
     views = []
-    for key in keys[:MAX_COLUMNS]:
-        rows = tuple(tuple(_shot(comparison, number, step, key) for number, _ in drawn) for step in kept_steps)
-        views.append(PromptView(*texts[key], rows))
+    for motif in motifs[:MAX_COLUMNS]:
+        rows = tuple(tuple(_shot(comparison, number, step, motif) for number, _ in drawn) for step in kept_steps)
+        own = ", ".join(setting for setting in motif.settings if setting not in shared)
+        views.append(PromptView(motif.prompt, motif.seed, own, rows))
     return SampleGallery(
         steps=tuple(kept_steps),
         views=tuple(views),
         runs=tuple((number, _run(samples)) for number, samples in drawn),
         references=_references(comparison, drawn[0][1]),
-        left_out=_left_out((len(kept_steps), len(steps)), (len(views), len(keys))),
+        left_out=_left_out((len(kept_steps), len(steps)), (len(views), len(motifs))),
     )
-
-
-def _key(cell: JsonObject) -> Key:
-    return cell["prompt_index"], cell["image_index"]
 
 
 def _run(samples: JsonObject) -> str:
     return f"learning rate {rate(samples['lr'])}, training seed {samples['training_seed']}"
 
 
-def _shot(comparison: ComparisonFile, number: int, step: int, key: Key) -> Shot:
+def _shot(comparison: ComparisonFile, number: int, step: int, motif: Motif) -> Shot:
     samples = comparison.methods[number]["samples"]
     measured = samples["losses"].get(str(step))
     loss_text = loss(measured) if value_of(measured) is not None else ""
-    cell = next((cell for cell in samples["cells"] if cell["step"] == step and _key(cell) == key), None)
+    cell = next((cell for cell in samples["cells"] if cell["step"] == step and motif_of(cell) == motif), None)
     if cell is None or not cell["file"]:
         return Shot(number, None, "not drawn", loss_text)
     picture = pictures.embedded(comparison.folder / cell["file"], _PIXELS)

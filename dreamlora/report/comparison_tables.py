@@ -7,20 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dreamlora.figures import NONE, amount, interval, loss, percent, rate, size_in_percent, spread, value_of
 from dreamlora.metric_names import short
-from dreamlora.report.comparison import (
-    NONE,
-    ComparisonFile,
-    amount,
-    interval,
-    loss,
-    percent,
-    rate,
-    size_in_percent,
-    spread,
-    value_of,
-    verdict,
-)
+from dreamlora.report.comparison import ComparisonFile, verdict
 from dreamlora.report.words import duration
 
 JsonObject = dict[str, Any]

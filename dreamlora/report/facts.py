@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,8 +17,9 @@ from dreamlora.config import as_flat_dict
 from dreamlora.config.programs import program_of
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
-from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND
+from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND, measured_on
 from dreamlora.runfolder import RunFolder, read_json, read_jsonl
+from dreamlora.sampling.recorded import motifs_of
 
 _SECRETS = re.compile(r"(--?hub[_-]token[= ]+)('[^']*'|\S+)")
 _LINE = 90
@@ -41,16 +43,21 @@ class LossCourse:
     """The deterministic loss at its notable moments.
 
     Attributes:
-        held_out: whether its images were kept out of training.
+        metric: its name.
         base: before the first step; None if that was not measured.
     """
 
-    held_out: bool
+    metric: str
     base: float | None
     final: float
     final_step: int
     best: float
     best_step: int
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its images were kept out of training."""
+        return self.metric == EVAL_LOSS
 
     @property
     def change(self) -> float | None:
@@ -69,7 +76,8 @@ class ImageMetricCurve:
 
     Attributes:
         name: such as "img/clip_t".
-        curve: its values.
+        curve: its values, all of the same images.
+        earlier: curves of other images, or by other encoders, before a resume: not to be compared with ``curve``.
         n: generated images that went in.
         n_other: images on the other side; None if there is no such side.
         encoder_id: what they were seen by.
@@ -77,6 +85,7 @@ class ImageMetricCurve:
 
     name: str
     curve: Curve
+    earlier: tuple[Curve, ...]
     n: int
     n_other: int | None
     encoder_id: str
@@ -95,7 +104,7 @@ class RunFacts:
         self.config: dict[str, Any] = folder.config()
         self.summary = read_json(folder.summary_file)
         self.finished = folder.summary_file.exists()
-        self.curves, self._not_finite = _curves(folder)
+        self.curves, self._earlier, self._not_finite = _curves(folder.metrics())
 
     def curve(self, name: str) -> Curve:
         """A metric's curve; empty if it was not logged."""
@@ -126,7 +135,7 @@ class RunFacts:
         base = curve.values[0] if curve.steps[0] == 0 else None
         best = int(np.argmin(curve.values))
         final, step = curve.values[-1], curve.steps[-1]
-        return LossCourse(name == EVAL_LOSS, base, final, step, curve.values[best], curve.steps[best])
+        return LossCourse(name, base, final, step, curve.values[best], curve.steps[best])
 
     @cached_property
     def selection(self) -> dict[str, Any]:
@@ -138,7 +147,9 @@ class RunFacts:
         """The metrics of drawn images, in the order they were logged."""
         rows = {row["name"]: row for row in self.folder.metrics() if row.get("encoder_id") and "n" in row}
         return [
-            ImageMetricCurve(name, self.curve(name), row["n"], row.get("n_other"), row["encoder_id"])
+            ImageMetricCurve(
+                name, self.curve(name), self._earlier.get(name, ()), row["n"], row.get("n_other"), row["encoder_id"]
+            )
             for name, row in rows.items()
             if self.curve(name)
         ]
@@ -171,6 +182,12 @@ class RunFacts:
         evaluation = self.evaluation
         if evaluation and not evaluation.held_out and not any("held" in text for text in texts):
             texts.append("No images were held out, so overfitting cannot be seen: the loss is that of training images.")
+        if evaluation and (earlier := self._earlier.get(evaluation.metric)):
+            until = max(curve.steps[-1] for curve in earlier)
+            texts.append(
+                f"The evaluation loss up to step {until} was measured on other items (since then the images to measure "
+                "on, or their captions, have changed) and is left out."
+            )
         if evaluation is None:
             texts.append("No evaluation was logged: there is no number that tells whether the training helped.")
         texts += [f"{text}." for text in self.folder.damage()]
@@ -191,6 +208,11 @@ class RunFacts:
             (unchanged if value == default else changed).append(row)
         return changed, unchanged
 
+    @cached_property
+    def outline(self) -> list[tuple[str, str]]:
+        """What the run takes and does, in the words that it said before its first step; empty for older runs."""
+        return [(name, str(text)) for name, text in read_json(self.folder.outline_file).items()]
+
     @property
     def command(self) -> str | None:
         """The command line that made the run, without secrets; long ones with a line for every flag."""
@@ -204,7 +226,7 @@ class RunFacts:
     @property
     def prompts(self) -> list[str]:
         """The prompts that were drawn, in the order of the grid's columns."""
-        return list(dict.fromkeys(row["prompt"] for row in read_jsonl(self.folder.samples_file)))
+        return list(dict.fromkeys(motif.prompt for motif in motifs_of(read_jsonl(self.folder.samples_file))))
 
     @property
     def speed(self) -> float | None:
@@ -248,13 +270,21 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _curves(folder: RunFolder) -> tuple[dict[str, Curve], dict[str, int]]:
-    points: dict[str, dict[int, float]] = defaultdict(dict)
+def _curves(
+    rows: Iterable[Mapping[str, Any]],
+) -> tuple[dict[str, Curve], dict[str, tuple[Curve, ...]], dict[str, int]]:
+    """Every metric's curve; its earlier ones, which are of something else; and how many values were not finite."""
+    points: dict[str, dict[tuple[Any, ...], dict[int, float]]] = defaultdict(dict)
     not_finite: dict[str, int] = defaultdict(int)
-    for row in folder.metrics():
+    for row in rows:
         if row["value"] is None:
             not_finite[row["name"]] += 1
         else:
-            points[row["name"]][row["step"]] = float(row["value"])
-    curves = {name: Curve(tuple(sorted(p)), tuple(p[step] for step in sorted(p))) for name, p in points.items()}
-    return curves, dict(not_finite)
+            same = points[row["name"]].setdefault(measured_on(row), {})
+            same[row["step"]] = float(row["value"])
+    curves = {
+        name: [Curve(tuple(sorted(p)), tuple(p[step] for step in sorted(p))) for p in parts.values()]
+        for name, parts in points.items()
+    }
+    current = {name: parts[-1] for name, parts in curves.items()}
+    return current, {name: tuple(parts[:-1]) for name, parts in curves.items() if parts[1:]}, dict(not_finite)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dreamlora import figures
 from dreamlora.eval_loss.selection import difference_text
+from dreamlora.figures import loss, score
 from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, short
 from dreamlora.report.facts import RunFacts
 
@@ -33,15 +35,15 @@ def headline(facts: RunFacts) -> str:
     else:
         where = f"{count} held-out image{'s' if count != 1 else ''}" if count else "the held-out images"
     if evaluation.base is None or evaluation.final_step == 0:
-        return f"The loss on {where} is {number(evaluation.final)} at step {evaluation.final_step}."
+        return f"The loss on {where} is {loss(evaluation.final)} at step {evaluation.final_step}."
     change = evaluation.change or 0.0
     verb = "fell" if change < -0.005 else "rose" if change > 0.005 else "hardly changed:"
-    text = f"The loss on {where} {verb} from {number(evaluation.base)} (base model) to {number(evaluation.final)}"
-    text += f" ({change:+.1%})".replace("-", "−") if abs(change) > 0.005 else ""
+    text = f"The loss on {where} {verb} from {loss(evaluation.base)} (base model) to {loss(evaluation.final)}"
+    text += f" ({figures.change(evaluation.final, evaluation.base)})" if abs(change) > 0.005 else ""
     text += "." if facts.finished else " so far."
     if evaluation.past_best:
         where_best = "before the first step" if evaluation.best_step == 0 else f"at step {evaluation.best_step}"
-        return f"{text} It was best {where_best}, with {number(evaluation.best)}: later steps made it worse."
+        return f"{text} It was best {where_best}, with {loss(evaluation.best)}: later steps made it worse."
     return text
 
 
@@ -82,8 +84,8 @@ def final_table(facts: RunFacts) -> list[tuple[str, str, str, str]]:
         names[best_step] = f"best step, {best_step}"
     rows = []
     for step in sorted(names.keys() & losses.keys()):
-        change = f"{losses[step] / losses[0] - 1:+.1%}".replace("-", "−") if step and losses.get(0) else "–"
-        rows.append((names[step], number(losses[step]), change, signed(gaps[step]) if step in gaps else "–"))
+        change = figures.change(losses[step], losses[0]) if step and losses.get(0) else figures.NONE
+        rows.append((names[step], loss(losses[step]), change, score(gaps[step]) if step in gaps else figures.NONE))
     return rows
 
 
@@ -92,9 +94,9 @@ def image_table(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for metric in facts.image_metrics:
         first, last = metric.curve.values[0], metric.curve.values[-1]
-        base = signed(first) if metric.curve.steps[0] == 0 else "–"
+        base = score(first) if metric.curve.steps[0] == 0 else figures.NONE
         count = str(metric.n) if metric.n_other is None else f"{metric.n} and {metric.n_other}"
-        rows.append((short(metric.name), base, signed(last), count, metric.encoder_id))
+        rows.append((short(metric.name), base, score(last), count, metric.encoder_id))
     return rows
 
 
@@ -228,13 +230,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes_left} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def number(value: float) -> str:
-    """A loss with four significant digits."""
-    return f"{value:#.4g}"
-
-
-def signed(value: float) -> str:
-    """A number that may be negative, with three significant digits."""
-    return f"{value:.3g}".replace("-", "−")

@@ -27,6 +27,7 @@ from dreamlora.models.tf32 import set_tf32
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.processes import tell_everyone, wait_for_everyone
 from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule, upload
+from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized, warn_of_cut_texts
 from dreamlora.run.images import RunImages, for_classes, read_images, with_class_images
@@ -108,6 +109,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> tuple[Run,
     checkpoint = state.open_checkpoint(folder, which) if which else None
     if checkpoint:
         resume.require_same(checkpoint, resume.settings(context, pictures, options), pictures)
+    announce(context, folder, pictures, begun=checkpoint.state["step"] if checkpoint else 0)
     pictures = with_class_images(context, folder, pictures)
     settings = resume.settings(context, pictures, options)
     if checkpoint:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dreamlora.errors import UserError
-from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, relative
+from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
 from dreamlora.run import provenance
@@ -119,7 +119,7 @@ def _peak_memory(device: torch.device) -> float | None:
 
 def _eval_rows(folder: RunFolder) -> dict[str, Any]:
     """First, last and lowest value of the curve; None where the loss was not finite."""
-    rows = [row for row in folder.metrics() if row["name"] in EVAL_LOSSES]
+    rows = comparable([row for row in folder.metrics() if row["name"] in EVAL_LOSSES])
     if not rows:
         return {}
     finite = [row for row in rows if row["value"] is not None]

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, features
 
 from dreamlora.runfolder import RunFolder, read_jsonl, replacing
 from dreamlora.sampling.canvas import GAP, INK, LABEL, MARGIN, SMALL, TITLE, Canvas, Cell, font, wrap
+from dreamlora.sampling.recorded import Motif, common_settings, motif_of, motifs_of, titles
 
 MAX_ROWS = 8
 MAX_COLUMNS = 8
@@ -168,24 +169,25 @@ def render(rows: Sequence[GridRow], columns: Sequence[str], references: Sequence
 def grid_of_run(folder: RunFolder) -> bool:
     """Rebuild grid.png and timelapse.webp from samples.jsonl; False if nothing was drawn yet.
 
-    Rows are steps, columns prompts (by images). A file that is missing or broken becomes a grey cell.
+    Rows are steps. A column is a prompt with its seed and settings, those that were drawn last first: what a step has
+    not drawn of them, or a file that is missing or broken, is a grey cell, and steps without any have no row.
     """
     drawn = read_jsonl(folder.samples_file)
     if not drawn:
         return False
-    keys = sorted({(row["prompt_index"], row["image_index"]) for row in drawn})
-    by_step: dict[int, dict[tuple[int, int], dict]] = {}
+    motifs = motifs_of(drawn)
+    by_step: dict[int, dict[Motif, dict]] = {}
     for row in drawn:
-        by_step.setdefault(row["step"], {})[row["prompt_index"], row["image_index"]] = row
-    labels = {(row["prompt_index"], row["image_index"]): row for row in drawn}
-    several = any(image for _, image in keys)
-    columns = [labels[key]["prompt"] + (f" · seed {labels[key]['seed']}" if several else "") for key in keys]
+        by_step.setdefault(row["step"], {})[motif_of(row)] = row
+    columns = titles(motifs)
     rows = [
-        GridRow(_step_label(step), [_picture(folder, by_step[step].get(key)) for key in keys])
+        GridRow(_step_label(step), [_picture(folder, by_step[step].get(motif)) for motif in motifs])
         for step in sorted(by_step)
+        if not by_step[step].keys().isdisjoint(motifs[:MAX_COLUMNS])
     ]
     kept_rows, kept_columns, left_out = capped(rows, columns)
-    note = f"{_settings(drawn[-1])} {left_out}".strip()
+    how = ", ".join(common_settings(motifs))
+    note = " ".join(filter(None, [f"{how};" if how else "", "a column has the same seed in every row.", left_out]))
     write_grid(folder.grid_file, kept_rows, kept_columns, references_of(folder), folder.path.name, note)
     write_timelapse(folder.timelapse_file, rows, columns, folder.path.name)
     return True
@@ -193,15 +195,6 @@ def grid_of_run(folder: RunFolder) -> bool:
 
 def _step_label(step: int) -> str:
     return f"step {step:,}" if step else "base model"
-
-
-def _settings(row: dict) -> str:
-    if not {"num_inference_steps", "guidance_scale", "scheduler"} <= row.keys():
-        return "a column has the same seed in every row."
-    return (
-        f"{row['num_inference_steps']} denoising steps, guidance {row['guidance_scale']:g}, {row['scheduler']}; "
-        f"a column has the same seed in every row."
-    )
 
 
 def _picture(folder: RunFolder, row: dict | None) -> Picture:

@@ -7,10 +7,12 @@ share the work; and it stays comparable from step to step, because only the weig
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +106,21 @@ class SamplePlan:
             for column, prompt in enumerate(self.prompts)
             for image in range(count)
         ]
+
+    def picture_id(self, item: SampleItem, made_of: Mapping[str, Any] | None = None) -> str:
+        """12 hex digits: other prompts, seeds or settings are other pictures, whatever their numbers.
+
+        Args:
+            item: of the plan.
+            made_of: what decides the picture besides, as JSON can say it.
+        """
+        how = [self.num_inference_steps, self.guidance_scale, self.negative_prompt, self.width, self.height]
+        text = json.dumps([dict(made_of or {}), how, item.prompt, item.seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def file_name(self, item: SampleItem, made_of: Mapping[str, Any] | None = None) -> str:
+        """Such as ``p00_s42-1a2b3c4d5e6f.png``: no picture takes the place of another."""
+        return f"{item.name}-{self.picture_id(item, made_of)}.png"
 
 
 def plan_of(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from dreamlora.cli.declared import options_of, subgroups_of
 from dreamlora.cli.help import WIDEST, filled, page, settings, wrapped
 from dreamlora.cli.parse import parse_run
 from dreamlora.commands.sample.flags import SampleConfig
-from dreamlora.config import RunConfig
+from dreamlora.config import RunConfig, TextToImageConfig
+from dreamlora.errors import UserError
 from tests.cli.conftest import Case
 
 
@@ -39,6 +41,34 @@ def test_help_shows_groups_flags_and_choices(capsys: pytest.CaptureFixture[str])
     ):
         assert part in flat
     assert "None" not in flat and "{optimizers}" not in flat
+
+
+@pytest.mark.parametrize("program", [RunConfig, TextToImageConfig])
+@pytest.mark.parametrize("optimizer", registry.names("optimizers"))
+def test_a_run_takes_the_values_that_the_help_tells(
+    program: type[RunConfig], optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With no flag but the optimizer: what differs from the declared default is told as the embedded model's."""
+    with pytest.raises(SystemExit):
+        parse_run(["--help"], program)
+    text = squeezed(capsys.readouterr().out)
+    try:
+        config, _ = parse_run(["--optimizer", optimizer], program)
+    except UserError as error:
+        pytest.skip(str(error))
+    options, default = options_of(program), optimizer == "adamw"
+    for group in fields(config):
+        part = getattr(config, group.name)
+        for name in (field.name for field in fields(part) if field.name in options):
+            option, value = options[name], getattr(part, name)
+            row = text.partition(squeezed(option.help if "{" not in option.help else filled(option.help)))[2][:120]
+            if value == option.default or name == "optimizer":
+                assert default is False or not row.partition("--")[0].count("Withtheembedded"), name
+                continue
+            told = value.name if isinstance(value, Path) else replace(option, default=value).default_text
+            both = f"{squeezed('With the embedded model and adamw: ')}" in row
+            assert both or re.search(rf"Withtheembeddedmodel('sownimages)?:{re.escape(squeezed(told))}\.", row), name
+            assert default or both or not option.name.endswith("learning_rate"), name
 
 
 def test_every_option_has_a_help_text(case: Case) -> None:

@@ -19,6 +19,7 @@ from dreamlora.compare.records import data_name, lora_norm, read_record
 from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import table
 from dreamlora.errors import UserError
+from dreamlora.runfolder import RunFolder, append_jsonl
 from tests.compare.synthetic import BASE, Curve, make_comparison, make_run
 
 RATES = (2e-4, 2e-3, 2e-2)
@@ -127,8 +128,8 @@ def test_words_name_budget_and_limits(example: dict[str, Any]) -> None:
     budget = " ".join(example["budget"])
     assert "adamw: 20 runs; 5 learning rates" in budget and "One subject (checkerling)" in budget
     assert "come from runs with other seeds" in budget
-    assert example["sentence"].startswith("scaled_adamw:variant=split: 3")
-    assert "not reached" in table(example)  # type: ignore[arg-type]
+    assert example["sentence"].startswith("scaled_adamw:variant=split: loss −3.6\u202f% [−4.0, −3.2] against adamw")
+    assert "never" in table(example)  # type: ignore[arg-type]
 
 
 def test_existing_runs_of_the_same_seeds_are_not_called_fresh(tmp_path: Path) -> None:
@@ -354,6 +355,37 @@ def test_no_seed_common_to_the_rates_is_refused(tmp_path: Path) -> None:
 def test_nothing_that_has_ended_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path, "adamw", 2e-3, 0, ended=False)
     assert "no run to compare that has ended" in refusal(tmp_path)
+
+
+def of_images(folder: RunFolder, images_id: str, name: str = "img/clip_t") -> None:
+    """Note that a metric's values are of these images."""
+    rows = [{**row, "images_id": images_id} if row["name"] == name else row for row in folder.metrics()]
+    folder.metrics_file.write_text("")
+    append_jsonl(folder.metrics_file, rows)
+
+
+def test_metrics_of_other_prompts_are_left_out_and_that_is_said(tmp_path: Path) -> None:
+    for method in ("adamw", "sgd"):
+        of_images(make_run(tmp_path, method, 2e-3, 0, Curve(2e-3, 0.45, 0.01), pictures=True), method)
+    found = compared(tmp_path)
+    assert {row["name"] for method in found["methods"] for row in method["images"]} == {"img/dino"}
+    (told,) = [text for text in found["warnings"] if "clip_t" in text]
+    assert told == (
+        "clip_t cannot be compared: the images of run runs/sgd/lr0.002/seed0 have other prompts, seeds or settings "
+        "than those of run runs/adamw/lr0.002/seed0."
+    )
+
+
+def test_of_a_run_that_was_resumed_with_other_prompts_the_last_ones_count(tmp_path: Path) -> None:
+    for method in ("adamw", "sgd"):
+        folder = make_run(tmp_path, method, 2e-3, 0, Curve(2e-3, 0.45, 0.01), pictures=True)
+        of_images(folder, "new")
+        old = {"v": 1, "step": 1, "name": "img/clip_t", "value": 99.0, "n": 16, "encoder_id": "tiny-clip"}
+        rows = folder.metrics()
+        folder.metrics_file.write_text("")
+        append_jsonl(folder.metrics_file, [{**old, "images_id": "old"}, *rows])
+    found = by_label(compared(tmp_path))["adamw"]["images"]
+    assert all(row["value"]["mean"] < 1 for row in found if row["name"] == "img/clip_t") and len(found) == 4
 
 
 def test_other_encoders_are_refused(tmp_path: Path) -> None:

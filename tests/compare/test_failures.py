@@ -16,6 +16,7 @@ import pytest
 from dreamlora import compare
 from dreamlora.compare import stats
 from dreamlora.compare.verdict import table
+from dreamlora.figures import interval
 from dreamlora.report.comparison import ComparisonFile
 from dreamlora.runfolder import RunFolder
 from tests.compare.synthetic import BASE, Curve, make_run, spoil
@@ -142,12 +143,13 @@ def test_both_figures_are_told_of_a_method_that_failed_in_a_seed(tmp_path: Path)
     assert [pair["pct"] for pair in delta["pairs"]][4] == "inf" and delta["wins"] == 4
     assert delta["word"] == "inconclusive" and "1 of 5 seeds of sgd failed" in delta["suffixes"]
     assert delta["sentence"].startswith(
-        "sgd: diverged or failed in 1 of 5 seeds, unlike adamw, 3.1 % lower loss than adamw [2.8, 3.3 %] in the other 4"
+        "sgd: diverged or failed in 1 of 5 seeds, unlike adamw, "
+        f"loss {interval(delta['ended'])} against adamw in the other 4"
     )
     assert (method["final"]["max"], method["final"]["n"], method["headline_diverged"]) == ("inf", 5, 1)
     assert method["final"]["median"] == pytest.approx(0.46 * 0.97)
     assert any("sgd/lr0.002/seed5: it was spoilt" in text for text in found["warnings"])
-    assert "inf" in table(found)
+    assert "∞" in table(found)
     json.dumps(found, allow_nan=False)
 
 

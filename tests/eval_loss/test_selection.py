@@ -35,9 +35,9 @@ def test_the_lowest_wins_where_differences_are_clear() -> None:
     assert facts["runner_up"]["difference"] == pytest.approx(0.05, rel=1e-4)
     apart = facts["runner_up"]["difference"] / facts["runner_up"]["standard_error"]
     assert facts["runner_up"]["standard_errors"] == pytest.approx(apart) and apart > 20
-    assert "Best: step 100, because it has the lowest loss (eval/loss 0.3 on 64 items)." in found.reason
-    assert f"The runner-up, step 150 with 0.35, is 0.05 ({apart:.1f} paired standard errors) higher." in found.reason
-    assert "The base model has 0.5: the loss fell by 40.0%." in found.reason
+    assert "Best: step 100, because it has the lowest loss (eval/loss 0.3000 on 64 items)." in found.reason
+    assert f"The runner-up, step 150 with 0.3500, is 0.05 ({apart:.1f} paired standard errors) higher." in found.reason
+    assert "The base model has 0.5000: the loss fell by 40.0 %." in found.reason
     json.dumps(facts, allow_nan=False)
 
 
@@ -46,7 +46,7 @@ def test_within_one_standard_error_the_earliest_wins() -> None:
     found = select(table({0: 0.5, 50: 0.4, 100: 0.305, 150: 0.300, 200: 0.31}, spread=0.1), "eval/loss")
     assert found is not None and found.step == 100
     assert found.facts["runner_up"]["step"] == found.facts["lowest"]["step"] == 150
-    assert "is the earliest whose loss (eval/loss 0.305 on 64 items) cannot be told from the lowest" in found.reason
+    assert "is the earliest whose loss (eval/loss 0.3050 on 64 items) cannot be told from the lowest" in found.reason
     assert "(0.3 paired standard errors) lower" in found.reason
 
 
@@ -88,7 +88,7 @@ def test_few_steps_are_candidates_and_they_are_those_that_matter() -> None:
 def test_the_base_model_is_never_the_best_but_the_reason_says_if_it_is_better() -> None:
     found = select(table({0: 0.3, 50: 0.4, 100: 0.5}), "eval/loss")
     assert found is not None and found.step == 50
-    assert "The base model has 0.3, which is lower: by this measure the training did not help." in found.reason
+    assert "The base model has 0.3000, which is lower: by this measure the training did not help." in found.reason
     same = select(table({0: 0.3, 50: 0.299}, spread=0.1), "eval/loss")
     assert same is not None and "no higher than noise explains" in same.reason
     assert select(table({0: 0.3}), "eval/loss") is None

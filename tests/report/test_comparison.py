@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,12 @@ from xml.etree import ElementTree
 import pytest
 
 from dreamlora.__main__ import main
+from dreamlora.compare import numbers, stats
+from dreamlora.compare.verdict import delta_sentence, table
 from dreamlora.errors import UserError
+from dreamlora.figures import amount, interval, loss, percent, rate, spread
 from dreamlora.report import comparison_charts, comparison_tables, document_of, svg, write_compare_report
-from dreamlora.report.comparison import ComparisonFile, amount, interval, loss, percent, rate, spread
+from dreamlora.report.comparison import ComparisonFile
 from dreamlora.report.comparison_page import embedded_json
 from dreamlora.report.comparison_samples import gallery
 from tests.report.conftest import compare_example, write_comparison
@@ -68,8 +73,8 @@ def test_the_page_is_well_formed_and_needs_no_network(written: Path) -> None:
 
 def test_the_verdict_comes_first_and_warnings_stand_by_their_numbers(make_comparison: Callable[..., Path]) -> None:
     comparison = ComparisonFile(make_comparison())
-    assert comparison.findings[0].startswith("scaled_adamw:variant=split: 3.6 % lower loss than adamw")
-    assert comparison.findings[1].startswith("sgd: 8.5 % higher")
+    assert comparison.findings[0].startswith("scaled_adamw:variant=split: loss −3.6\u202f% [−4.0, −3.2] against adamw")
+    assert comparison.findings[1].startswith("sgd: loss +8.5\u202f%")
     rows = texts(comparison_tables.results(comparison))
     assert rows["scaled_adamw:variant=split"][:4] == ["better", "−3.6\u202f% [−4.0, −3.2]", "0.04\u202f%", "5 of 5"]
     assert rows["adamw"][:4] == ["baseline", "–", "–", "–"]
@@ -183,6 +188,40 @@ def test_without_images_and_samples_their_sections_are_left_out(make_comparison:
     assert not (folder / "plots" / "octiles.svg").exists()
 
 
+def numbers_in(text: str) -> list[str]:
+    """Every number with its sign, as it is written."""
+    return re.findall(r"[+−]?\d+(?:\.\d+)?", text)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sentence_table_and_terminal_have_the_same_numbers(make_comparison: Callable[..., Path], seed: int) -> None:
+    """Of random intervals, around zero too: same signs, same orientation, same digits."""
+    draw = random.Random(seed)
+    size = 10 ** draw.uniform(-2, 2)
+    ours = [100 * math.exp(draw.gauss(0, size / 100)) for _ in range(draw.randint(1, 6))]
+    delta = stats.paired_delta(ours, [100.0] * len(ours))
+    sentence = delta_sentence("other", "adamw", delta, 0, "inconclusive")
+    methods = compare_example()["methods"]
+    methods[1]["delta"] |= {
+        "pct": numbers.interval(delta.pct),
+        "ended": numbers.interval(delta.ended),
+        "sentence": sentence,
+    }
+    comparison = ComparisonFile(make_comparison(methods=methods))
+    (row,) = (row for row in comparison_tables.results(comparison).rows if row[0].text == methods[1]["label"])
+    told = re.search(r"loss (.*) against adamw", sentence)
+    assert told is not None and told[1] == row[2].text
+    (line,) = (line for line in table(comparison.raw).splitlines() if line.startswith(methods[1]["label"]))  # type: ignore[arg-type]
+    assert told[1] in line
+    found = numbers_in(told[1])
+    assert len(found) == (3 if len(ours) > 2 else 1)
+    values = [delta.pct.mean, delta.pct.low, delta.pct.high][: len(found)]
+    assert all(
+        float(text.replace("−", "-")) == pytest.approx(value, abs=0.5, rel=0.06)
+        for text, value in zip(found, values, strict=True)
+    )
+
+
 @pytest.mark.usefixtures("no_charts")
 def test_missing_samples_become_cells_with_a_reason(make_comparison: Callable[..., Path]) -> None:
     methods = compare_example()["methods"]
@@ -198,6 +237,20 @@ def test_missing_samples_become_cells_with_a_reason(make_comparison: Callable[..
     assert found.views[0].rows[2][0].loss == "0.4608"
     html = write_compare_report(folder).read_text()
     assert html.count('<div class="missing">') == 3
+
+
+@pytest.mark.parametrize("other", [{"prompt": "a cat"}, {"seed": 7}, {"settings": ["guidance 1"]}])
+def test_other_prompts_seeds_and_settings_do_not_stand_beside_each_other(
+    make_comparison: Callable[..., Path], other: dict[str, Any]
+) -> None:
+    """The second method's pictures with the first one's numbers are of something else."""
+    methods = compare_example()["methods"]
+    cells = methods[1]["samples"]["cells"]
+    methods[1]["samples"]["cells"] = [{**cell, **other} if cell["prompt_index"] == 0 else cell for cell in cells]
+    found = gallery(ComparisonFile(make_comparison(methods=methods)))
+    assert found is not None and len(found.views) == 3
+    reasons = {(view.prompt, view.seed, view.settings): [shot.reason for shot in view.rows[0]] for view in found.views}
+    assert sorted(reasons.values()) == [["", "", ""], ["", "not drawn", ""], ["not drawn", "", "not drawn"]]
 
 
 def test_many_steps_are_thinned_out_and_that_is_said(make_comparison: Callable[..., Path]) -> None:
@@ -257,7 +310,7 @@ def test_charts_are_whole_inside_and_outside_the_page(written: Path) -> None:
         assert "currentColor" in chart.inline and "#010203" not in chart.inline + chart.file
         assert file.get("width") and not inline.get("width")
         assert file[0].get("fill") == "#ffffff" and "currentColor" not in chart.file
-    assert "scaled_adamw:variant=split: 3.6 % lower loss" in charts["delta"].label
+    assert "scaled_adamw:variant=split: loss −3.6\u202f% [−4.0, −3.2] against adamw" in charts["delta"].label
     assert "adamw 0.46" in charts["curves"].label
     assert "sgd best at 20" in charts["rates"].label
 
@@ -293,7 +346,7 @@ def test_the_command_knows_comparisons(written: Path, capsys: pytest.CaptureFixt
     assert main(["report", str(written)]) == 0
     assert capsys.readouterr().out.strip() == str(written / "report.html")
     text = (written / "report.md").read_text().replace("\\", "")
-    assert "3.6 % lower loss than adamw" in text and "](plots/rates.svg)" in text
+    assert "loss −3.6 % [−4.0, −3.2] against adamw" in " ".join(text.split()) and "](plots/rates.svg)" in text
     assert "| sgd | worse ⚠ LR grid edge (sgd) |" in text
 
 

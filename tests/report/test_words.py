@@ -27,8 +27,8 @@ def headline_of(folder: RunFolder, values: list[float], name: str = "eval/loss")
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ([0.5, 0.4], "The loss on 5 held-out images fell from 0.5000 (base model) to 0.4000 (−20.0%)."),
-        ([0.5, 0.6], "rose from 0.5000 (base model) to 0.6000 (+20.0%). It was best before the first step"),
+        ([0.5, 0.4], "The loss on 5 held-out images fell from 0.5000 (base model) to 0.4000 (−20.0 %)."),
+        ([0.5, 0.6], "rose from 0.5000 (base model) to 0.6000 (+20.0 %). It was best before the first step"),
         ([0.5, 0.4, 0.45], "It was best at step 100, with 0.4000: later steps made it worse."),
         ([0.5, 0.501], "hardly changed: from 0.5000 (base model) to 0.5010."),
         ([0.5], "The loss on 5 held-out images is 0.5000 at step 0."),
@@ -42,7 +42,7 @@ def test_headline(values: list[float], told: str, make_run: Callable[..., RunFol
 
 
 def test_an_unfinished_run_is_told_as_such(make_run: Callable[..., RunFolder]) -> None:
-    assert headline_of(make_run(summary=None), [0.5, 0.4]).endswith("(−20.0%) so far.")
+    assert headline_of(make_run(summary=None), [0.5, 0.4]).endswith("(−20.0 %) so far.")
 
 
 def test_health_says_only_what_was_logged(make_run: Callable[..., RunFolder]) -> None:
@@ -116,9 +116,9 @@ def test_the_best_checkpoint_is_compared_with_the_last_on_the_larger_set(make_ru
         == f"Best: step 225, because. On the 4 items of the larger set it is {size} below the last step."
     )
     assert words.final_table(facts) == [
-        ("base model", "0.5000", "–", "0.01"),
-        ("best step, 225", "0.3750", "−25.0%", "0.0325"),
-        ("last step, 300", "0.4000", "−20.0%", "0.04"),
+        ("base model", "0.5000", "–", "0.0100"),
+        ("best step, 225", "0.3750", "−25.0 %", "0.0325"),
+        ("last step, 300", "0.4000", "−20.0 %", "0.0400"),
     ]
     assert ("best step", "225") in words.numbers(facts)
 
@@ -143,9 +143,9 @@ def test_image_metrics_are_told_with_encoder_and_number(make_run: Callable[..., 
         folder.log_all(step, {"img/clip_t_change": value}, n=7, se=0.1)
         folder.log_all(step, {"img/kid_p": value}, n_other=8, **more)
     assert words.image_table(RunFacts(folder)) == [
-        ("clip_t", "0.25", "−0.125", "7", "tiny@1"),
-        ("kid", "0.025", "−0.0125", "7 and 8", "tiny@1"),
-        ("kid_p", "0.25", "−0.125", "7 and 8", "tiny@1"),
+        ("clip_t", "0.2500", "−0.1250", "7", "tiny@1"),
+        ("kid", "0.0250", "−0.0125", "7 and 8", "tiny@1"),
+        ("kid_p", "0.2500", "−0.1250", "7 and 8", "tiny@1"),
     ]
     assert captions(folder) == [clip_score.ABOUT, kid.ABOUT], "what else they say has no curve"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from dreamlora.runfolder import RunFolder
+from dreamlora.runfolder import RunFolder, append_jsonl
 from dreamlora.sampling import grid
 from dreamlora.sampling.canvas import GAP, MARGIN, MISSING, font, wrap
 from dreamlora.sampling.grid import CELL, GUTTER, GridRow, capped, grid_of_run, spread, write_grid, write_timelapse
@@ -181,6 +181,61 @@ def test_grid_of_run(tmp_path: Path) -> None:
         assert 3 * CELL < picture.height < 4 * CELL
     with Image.open(folder.timelapse_file) as film:
         assert film.n_frames == 3
+
+
+def recorded(folder: RunFolder, step: int, colours: dict[str, Any], **more: Any) -> None:
+    """Rows and pictures of one step: plain ones, by prompt."""
+    folder.sample_dir(step).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (prompt, colour) in enumerate(colours.items()):
+        file = folder.sample_dir(step) / f"{prompt}-{more}.png"
+        plain(colour).save(file)
+        row = {"step": step, "prompt_index": number, "image_index": 0, "prompt": prompt, "seed": 42, **more}
+        rows.append({**row, "file": f"{file.parent.name}/{file.name}"})
+    append_jsonl(folder.samples_file, rows)
+
+
+def shown(folder: RunFolder, rows: int, columns: int) -> list[list[Any]]:
+    """The colours of the cells, from the top row down; the note is cut off."""
+    with Image.open(folder.grid_file) as picture:
+        note = picture.height - rows * (CELL + GAP)
+        cut = next(y for y in range(note) if _cells_end(picture, picture.height - MARGIN - y))
+        whole = picture.crop((0, 0, picture.width, picture.height - cut))
+        return [colours_of(whole, rows - 1 - row, columns) for row in range(rows)]
+
+
+def _cells_end(picture: Image.Image, y: int) -> bool:
+    return picture.getpixel((MARGIN + GUTTER + 3, y - 1)) in (RED, GREEN, BLUE, MISSING)
+
+
+def test_columns_go_by_prompt_not_by_number(tmp_path: Path) -> None:
+    """Resumed after step 1 with other prompts: "b" was number 1 and is number 0 now."""
+    folder = RunFolder(tmp_path / "run")
+    for step in (0, 1):
+        recorded(folder, step, {"a": RED, "b": GREEN})
+    for step in (0, 2):
+        recorded(folder, step, {"b": GREEN, "c": BLUE})
+    grid_of_run(folder)
+    assert shown(folder, 3, 3) == [[GREEN, BLUE, RED], [GREEN, MISSING, RED], [GREEN, BLUE, MISSING]]
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 7}, {"guidance_scale": 2.0}, {"num_inference_steps": 9}, {"negative_prompt": "blurry"}]
+)
+def test_other_seeds_and_settings_have_columns_of_their_own(tmp_path: Path, other: dict[str, Any]) -> None:
+    folder, how = RunFolder(tmp_path / "run"), {"guidance_scale": 3.0, "num_inference_steps": 4}
+    recorded(folder, 0, {"a": RED}, **how)
+    recorded(folder, 1, {"a": BLUE}, **{**how, **other})
+    grid_of_run(folder)
+    assert shown(folder, 2, 2) == [[MISSING, RED], [BLUE, MISSING]]
+
+
+def test_the_newest_columns_are_kept_and_steps_without_any_of_them_left_out(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    recorded(folder, 1, {f"old {n}": RED for n in range(3)})
+    recorded(folder, 2, {f"new {n}": BLUE for n in range(8)})
+    grid_of_run(folder)
+    assert shown(folder, 1, 8) == [[BLUE] * 8]
 
 
 def test_grid_of_a_long_run_is_capped(tmp_path: Path) -> None:

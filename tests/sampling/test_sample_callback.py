@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
 from dreamlora.interfaces import StepResult
 from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.sampling.canvas import GAP, MARGIN
+from dreamlora.sampling.grid import CELL, GUTTER
 from dreamlora.sampling.sampler import SamplePlan
 
 PLAN = SamplePlan(("a photo of sks dog", "a dog"), 2, 3.0)
@@ -67,7 +70,7 @@ def test_draws_at_the_start_every_n_steps_and_at_the_end(tmp_path: Path, pipelin
     assert torch.equal(torch.get_rng_state(), state)
     assert [(row["step"], row["prompt_index"]) for row in run.rows()] == [(s, p) for s in (0, 2, 4, 5) for p in (0, 1)]
     first = run.rows()[0]
-    assert first["file"] == "step_000000/p00_s42.png"
+    assert re.fullmatch(r"step_000000/p00_s42-[0-9a-f]{12}\.png", first["file"])
     data = (run.folder.samples / first["file"]).read_bytes()
     assert first["sha256"] == hashlib.sha256(data).hexdigest()
     assert {key: first[key] for key in first if key not in ("sha256", "file")} == {
@@ -102,7 +105,8 @@ def test_a_resumed_run_draws_what_is_missing_and_gets_the_same_files(
     killed = FakeRun(tmp_path / "killed", pipeline)
     go(SampleCallback(PLAN, 2), killed, 4)
     killed.folder.forget_after(2)
-    (killed.folder.sample_dir(2) / "p01_s43.png").unlink()
+    (gone,) = killed.folder.sample_dir(2).glob("p01_s43-*.png")
+    gone.unlink()
     resumed = FakeRun(tmp_path / "killed", pipeline, step=2)
     go(SampleCallback(PLAN, 2), resumed, 5)
     assert resumed.drawn == 6, "step 2 again, 4 and 5"
@@ -112,12 +116,28 @@ def test_a_resumed_run_draws_what_is_missing_and_gets_the_same_files(
     assert again.drawn == 0
 
 
-def test_another_plan_is_drawn_anew(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        SamplePlan(PLAN.prompts, 1, 3.0),
+        SamplePlan(PLAN.prompts, 2, 2.0),
+        SamplePlan(PLAN.prompts, 2, 3.0, seed=7),
+        SamplePlan(PLAN.prompts, 2, 3.0, negative_prompt="blurry"),
+        SamplePlan(PLAN.prompts[::-1], 2, 3.0),
+        SamplePlan(("a cat",), 2, 3.0),
+    ],
+)
+def test_another_plan_is_drawn_besides(tmp_path: Path, pipeline: StableDiffusionPipeline, other: SamplePlan) -> None:
+    """No file takes the place of another, and the plan's own come first."""
     run = FakeRun(tmp_path, pipeline)
     go(SampleCallback(PLAN, 5), run, 0)
-    other = SamplePlan(PLAN.prompts, 1, 3.0)
+    before = {row["file"]: (run.folder.samples / row["file"]).read_bytes() for row in run.rows()}
     go(SampleCallback(other, 5), run, 0)
-    assert [row["num_inference_steps"] for row in run.rows()] == [1, 1]
+    assert [row["prompt"] for row in run.rows()] == [*other.prompts, *PLAN.prompts]
+    assert {file: (run.folder.samples / file).read_bytes() for file in before} == before
+    assert len({row["file"] for row in run.rows()}) == len(run.rows())
+    with Image.open(run.folder.grid_file) as picture:
+        assert picture.width == 2 * MARGIN + GUTTER + len(run.rows()) * (CELL + GAP) - GAP
 
 
 def test_the_negative_prompt_is_noted(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
@@ -165,7 +185,6 @@ def test_images_go_to_trackers_that_take_them(tmp_path: Path, pipeline: StableDi
     go(SampleCallback(PLAN, 5), run, 0)
     run.accelerator.trackers = []
     assert [(step, list(values)) for step, values in logged] == [
-        (0, ["samples/p00_s42"]),
-        (0, ["samples/p01_s43"]),
+        (0, [f"samples/{PLAN.file_name(item).removesuffix('.png')}"]) for item in PLAN.items()
     ]
-    assert logged[0][1]["samples/p00_s42"].shape == (1, 16, 16, 3)
+    assert {pixels.shape for _, values in logged for pixels in values.values()} == {(1, 16, 16, 3)}

@@ -43,7 +43,8 @@ def test_the_clip_score_is_the_mean_cosine_of_samples_and_prompts(measured: RunF
     assert list(rows) == [0, 3, 6]
     scores = {}
     for step, row in rows.items():
-        files = [measured.sample_dir(step) / name for name in ("p00_s42.png", "p01_s43.png")]
+        files = sorted(measured.sample_dir(step).glob("*.png"))
+        assert [file.name[:8] for file in files] == ["p00_s42-", "p01_s43-"]
         images = encoder.images([Image.open(file).convert("RGB") for file in files])
         scores[step] = torch.cosine_similarity(images.double(), texts.double())
         assert row["value"] == pytest.approx(float(scores[step].mean()), abs=1e-5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +27,7 @@ class Sheet:
 
     def file(self, item: SampleItem) -> Path:
         """Such as ``p00_s42-1a2b3c4d5e6f.png``."""
-        plan = self.plan
-        how = [plan.num_inference_steps, plan.guidance_scale, plan.negative_prompt, plan.width, plan.height]
-        text = json.dumps([dict(self.made_of), how, item.prompt, item.seed], sort_keys=True)
-        return self.folder / f"{item.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.png"
+        return self.folder / self.plan.file_name(item, self.made_of)
 
     def missing(self) -> list[SampleItem]:
         """The items that have no whole image yet."""

@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 
 from dreamlora import metrics
 from dreamlora.evaluation.measure import Measurement, Value
+from dreamlora.figures import NONE, change, loss, score
 from dreamlora.interfaces import ImageMetric
-from dreamlora.metric_names import COPIES, RELATIVE, main_values, of_metric, short
+from dreamlora.metric_names import COPIES, EVAL_LOSS, main_values, of_metric, short
 
 
 def table(rows: Mapping[str, Measurement]) -> str:
-    """One line per row, one column per metric; below, what the columns are, and the notes."""
+    """One line per row, the base model's first, one column per metric; below, what the columns are, and the notes."""
     names = _columns(rows)
     if not names:
         return "\n".join(_notes(rows))
     about = metrics.by_value()
+    base = next(iter(rows.values()))
     heads = [short(name) + (" ↑" if _higher_is_better(about.get(name)) else " ↓") for name in names]
-    cells = [[label.replace("\n", ", "), *(_cell(row, name) for name in names)] for label, row in rows.items()]
+    cells = [[label.replace("\n", ", "), *(_cell(row, name, base) for name in names)] for label, row in rows.items()]
     grid = [["", *heads], *cells]
     widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
     lines = [
@@ -41,21 +43,23 @@ def _value(measured: Measurement, name: str) -> Value | None:
     return next((value for value in measured.values if value.name == name), None)
 
 
-def _cell(measured: Measurement, name: str) -> str:
+def _cell(measured: Measurement, name: str, base: Measurement) -> str:
     value = _value(measured, name)
     if value is None:
-        return "-"
+        return NONE
+    if name == EVAL_LOSS:
+        before = _value(base, name)
+        against = f" ({change(value.value, before.value)})" if before and before is not value else ""
+        return loss(value.value) + against
     beginning = of_metric(name, "")
     parts = {one.name.removeprefix(beginning): one.value for one in measured.values if one.name.startswith(beginning)}
-    return f"{value.value:.4f}" + "".join(_part(part, said) for part, said in parts.items())
+    return score(value.value) + "".join(_part(part, said) for part, said in parts.items())
 
 
 def _part(part: str, value: float) -> str:
     """What a metric says besides its main value, behind it."""
     if part == COPIES:
         return " copies!" if value else ""
-    if part == RELATIVE:
-        return f" ({value - 1:+.1%})" if value != 1 else ""
     return f" ({part} {value:.3f})"
 
 
@@ -65,7 +69,7 @@ def _legend(name: str, rows: Mapping[str, Measurement], metric: ImageMetric | No
     counted = " or ".join(str(n) if other is None else f"{n} against {other}" for n, other in counts)
     encoders = ", ".join(dict.fromkeys(value.encoder_id for value in values))
     if metric is None:
-        return f"{name}: {counted} items, {encoders}; in brackets: mean over the items, to the base model"
+        return f"{name}: {counted} items, {encoders}; in brackets: against the base model"
     never = "" if metric.SELECTS else "; never choose by it"
     return f"{short(name)}: {counted} images, {encoders}{never}"
 

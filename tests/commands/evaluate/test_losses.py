@@ -12,6 +12,9 @@ from PIL import Image
 
 from dreamlora.commands.evaluate.command import main
 from dreamlora.errors import UserError
+from dreamlora.figures import change
+from dreamlora.report.facts import RunFacts
+from dreamlora.report.words import headline
 from dreamlora.runfolder import RunFolder
 from tests.commands.sample.test_draw import save_lora
 from tests.training.conftest import cache, flags_of, photos, train_with
@@ -58,6 +61,9 @@ def test_it_is_the_loss_that_training_logged(
     assert len({values["eval/loss"]["value"] for values in found.values()}) == 3
     assert not (tmp_path / "out" / "images").exists(), "nothing is drawn for it"
     table = capsys.readouterr().out
+    last = change(logged(run, "eval/loss")[4], logged(run, "eval/loss")[0])
+    for told in (table, headline(RunFacts(run))):
+        assert f"({last})" in told, "the same words and numbers as the report of the run"
     assert "eval/loss ↓" in table and f"64 items, evalset {evalset['evalset_id']}" in table
 
 

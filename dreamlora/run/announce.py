@@ -1,0 +1,159 @@
+"""What a run takes and does, told before its first step and kept for its report: the same words in both places."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreamlora.compare.records import model_name
+from dreamlora.config import as_flat_dict
+from dreamlora.data.images import ImageRecord
+from dreamlora.models.loading import read_model_index
+from dreamlora.run.context import RunContext
+from dreamlora.run.images import RunImages
+from dreamlora.runfolder import RunFolder, write_atomically
+
+_LONGEST = 70
+"""Letters of a caption that are shown."""
+
+
+def announce(context: RunContext, folder: RunFolder, pictures: RunImages, begun: int) -> None:
+    """Tell the person what is about to be trained, on what, and how, before any long work; the main process alone.
+
+    Args:
+        context: with every option decided.
+        folder: of the run.
+        pictures: that it learns and measures on; class images may still be missing.
+        begun: steps that a resumed run has made.
+    """
+    if not context.accelerator.is_main_process:
+        return
+    outline = outline_of(context, pictures, begun)
+    write_atomically(folder.outline_file, json.dumps(outline, indent=1, ensure_ascii=False))
+    width = max(map(len, outline))
+    context.tell("\n".join(f"{name:<{width}}  {text}" for name, text in outline.items()))
+
+
+def outline_of(context: RunContext, pictures: RunImages, begun: int) -> dict[str, str]:
+    """Every line by its name, in the order in which they are told."""
+    lines = {
+        "model": _model(context),
+        "images": _images(context, pictures),
+        "captions": _captions(context, pictures.train),
+        "class images": _class_images(context),
+        "size": _size(context),
+        "LoRA": _lora(context),
+        "optimizer": _optimizer(context),
+        "steps": _steps(context, pictures, begun),
+        "evaluation": _evaluation(context, pictures),
+        "samples": _samples(context, pictures),
+        "checkpoints": _checkpoints(context),
+        "seed": str(context.config.train.seed),
+        "folder": str(context.config.train.output_dir),
+    }
+    return {name: text for name, text in lines.items() if text}
+
+
+def _model(context: RunContext) -> str:
+    precision = context.accelerator.mixed_precision
+    kind = read_model_index(context.source)["_class_name"]
+    return f"{model_name(as_flat_dict(context.config))} ({kind}, in {'fp32' if precision == 'no' else precision})"
+
+
+def _lora(context: RunContext) -> str:
+    lora, family = context.config.lora, context.family
+    layers = " ".join(lora.lora_layers or family.LORA_LAYERS)
+    where = f"layers of the {family.DENOISER}: {layers}" + ("; and the text encoder" if lora.train_text_encoder else "")
+    return f"rank {lora.rank}, alpha {lora.lora_alpha:g}, init {lora.init}; {where}"
+
+
+def _images(context: RunContext, pictures: RunImages) -> str:
+    data = context.config.data
+    source = data.instance_data_dir or data.train_data_dir or data.dataset_name
+    where = f"from {source}" if source else f"drawn for {data.style or data.subject}"
+    held_out = f"; {len(pictures.held_out)} held out to measure on" if pictures.held_out else "; none held out"
+    return f"{len(pictures.train)} to learn, {where}{held_out}"
+
+
+def _captions(context: RunContext, records: Sequence[ImageRecord]) -> str:
+    prompt = context.config.data.instance_prompt
+    own = [record.caption for record in records if record.caption != prompt]
+    if not own:
+        return f'none of their own: every image is learned as "{prompt}"'
+    text = f"{len(own)} of {len(records)} images have their own, such as {_quoted(own[0])}"
+    text += "" if len(own) == len(records) else f'; the others are learned as "{prompt}"'
+    dropout = context.config.data.caption_dropout
+    return f"{text}; left out {dropout:.0%} of the time" if dropout else text
+
+
+def _class_images(context: RunContext) -> str:
+    data = context.config.data
+    if not data.with_prior_preservation:
+        return ""
+    folder = data.class_data_dir or (context.config.train.output_dir or Path()).parent / "class_images"
+    return (
+        f'{data.num_class_images} of "{data.class_prompt}" in {folder}, made by the base model where they are missing; '
+        f"weight {data.prior_loss_weight:g}"
+    )
+
+
+def _size(context: RunContext) -> str:
+    data = context.config.data
+    square = f"{data.resolution} × {data.resolution} pixels"
+    if data.buckets:
+        return f"the nearest of the shapes with the area of {square}, sides in steps of {data.bucket_step}"
+    return square
+
+
+def _optimizer(context: RunContext) -> str:
+    optim = context.config.optim
+    text = f"{optim.optimizer}, learning rate {optim.learning_rate:g}"
+    if context.config.lora.train_text_encoder:
+        text += f" (text encoder {optim.text_encoder_lr:g})"
+    text += f", {optim.lr_scheduler}"
+    if optim.lr_scheduler != "constant" and optim.lr_warmup_steps:
+        text += f" after {optim.lr_warmup_steps:g} steps of warm-up"
+    return f"{text}, weight decay {optim.adam_weight_decay:g}"
+
+
+def _steps(context: RunContext, pictures: RunImages, begun: int) -> str:
+    data, train, world = context.config.data, context.config.train, context.accelerator.num_processes
+    images = (train.train_batch_size or 1) * train.gradient_accumulation_steps * world
+    total = train.max_train_steps or 0
+    text = f"{total}, each of {images} images (batch {train.train_batch_size} × {train.gradient_accumulation_steps} "
+    text += f"accumulated × {world} process{'es' if world > 1 else ''})"
+    text += " and as many class images" if data.with_prior_preservation else ""
+    text += f": every image is seen {total * images / len(pictures.train):.3g} times"
+    return f"{text}; {begun} are done" if begun else text
+
+
+def _evaluation(context: RunContext, pictures: RunImages) -> str:
+    options = context.config.eval
+    parts = []
+    if options.eval_steps:
+        kind = "held-out" if pictures.held_out else "training"
+        parts.append(f"loss on {len(pictures.measured)} {kind} images every {options.eval_steps} steps")
+    if options.eval_metrics:
+        parts.append(f"{' '.join(options.eval_metrics)} of drawn images every {options.eval_metrics_steps} steps")
+    return "; ".join(parts) or "none"
+
+
+def _samples(context: RunContext, pictures: RunImages) -> str:
+    sample = context.config.sample
+    if not sample.sample_steps:
+        return "none"
+    plan = context.sample_plan(pictures.prompts)
+    return (
+        f"{len(plan.items())} images of {len(pictures.prompts)} prompts every {sample.sample_steps} steps, seeds from "
+        f"{plan.seed}, {plan.num_inference_steps} denoising steps, guidance {plan.guidance_scale:g}"
+    )
+
+
+def _checkpoints(context: RunContext) -> str:
+    every = context.config.train.checkpointing_steps
+    return f"every {every} steps and at the end" if every else "none"
+
+
+def _quoted(caption: str) -> str:
+    return f'"{caption}"' if len(caption) <= _LONGEST else f'"{caption[: _LONGEST - 1].rstrip()}…"'
