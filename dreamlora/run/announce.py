@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from dreamlora.compare.records import model_name
-from dreamlora.config import as_flat_dict
+from dreamlora.config import Data, as_flat_dict
 from dreamlora.data.images import ImageRecord
+from dreamlora.data.sets import epoch_length
 from dreamlora.models.loading import read_model_index
 from dreamlora.run.context import RunContext
 from dreamlora.run.images import RunImages
@@ -70,21 +72,38 @@ def _lora(context: RunContext) -> str:
 
 def _images(context: RunContext, pictures: RunImages) -> str:
     data = context.config.data
-    source = data.instance_data_dir or data.train_data_dir or data.dataset_name
-    where = f"from {source}" if source else f"drawn for {data.style or data.subject}"
     held_out = f"; {len(pictures.held_out)} held out to measure on" if pictures.held_out else "; none held out"
-    return f"{len(pictures.train)} to learn, {where}{held_out}"
+    if not data.given:
+        return f"{len(pictures.train)} to learn, drawn for {data.style or data.subject}{held_out}"
+    counts = Counter(record.dataset for record in pictures.train)
+    sets = zip(data.each(), data.loss_weights, strict=True)
+    parts = [f"{counts[number]} from {_source(one, weight)}" for number, (one, weight) in enumerate(sets)]
+    if len(parts) == 1:
+        return f"{len(pictures.train)} to learn, {parts[0].partition(' ')[2]}{held_out}"
+    return f"{len(pictures.train)} to learn: {'; '.join(parts)}{held_out}"
+
+
+def _source(data: Data, weight: float) -> str:
+    """A data set, and what of it is not as usual."""
+    unusual = [f"{data.repeats} times in an epoch"] if data.repeats > 1 else []
+    unusual += [f"where {data.mask_data_dir} is white"] if data.mask_data_dir else []
+    unusual += [f"weight of the loss {weight:g}"] if weight != 1 else []
+    source = str(data.instance_data_dir or data.train_data_dir or data.dataset_name)
+    return f"{source} ({', '.join(unusual)})" if unusual else source
 
 
 def _captions(context: RunContext, records: Sequence[ImageRecord]) -> str:
-    prompt = context.config.data.instance_prompt
-    own = [record.caption for record in records if record.caption != prompt]
+    data = context.config.data
+    prompts = [one.instance_prompt for one in data.each()]
+    own = [record.caption for record in records if record.caption != prompts[record.dataset]]
+    common = " or ".join(f'"{prompt}"' for prompt in dict.fromkeys(prompts) if prompt)
     if not own:
-        return f'none of their own: every image is learned as "{prompt}"'
+        return f"none of their own: every image is learned as {common}"
     text = f"{len(own)} of {len(records)} images have their own, such as {_quoted(own[0])}"
-    text += "" if len(own) == len(records) else f'; the others are learned as "{prompt}"'
-    dropout = context.config.data.caption_dropout
-    return f"{text}; left out {dropout:.0%} of the time" if dropout else text
+    text += "" if len(own) == len(records) else f"; the others are learned as {common}"
+    several = sum(len(record.captions) > 1 for record in records)
+    text += f"; {several} have several, of which one is drawn each time" if several else ""
+    return f"{text}; left out {data.caption_dropout:.0%} of the time" if data.caption_dropout else text
 
 
 def _class_images(context: RunContext) -> str:
@@ -100,10 +119,11 @@ def _class_images(context: RunContext) -> str:
 
 def _size(context: RunContext) -> str:
     data = context.config.data
-    square = f"{data.resolution} × {data.resolution} pixels"
+    sides = dict.fromkeys(one.resolution or data.resolution for one in data.each())
+    squares = " or ".join(f"{side} × {side}" for side in sides) + " pixels"
     if data.buckets:
-        return f"the nearest of the shapes with the area of {square}, sides in steps of {data.bucket_step}"
-    return square
+        return f"the nearest of the shapes with the area of {squares}, sides in steps of {data.bucket_step}"
+    return squares
 
 
 def _optimizer(context: RunContext) -> str:
@@ -124,7 +144,11 @@ def _steps(context: RunContext, pictures: RunImages, begun: int) -> str:
     text = f"{total}, each of {images} images (batch {train.train_batch_size} × {train.gradient_accumulation_steps} "
     text += f"accumulated × {world} process{'es' if world > 1 else ''})"
     text += " and as many class images" if data.with_prior_preservation else ""
-    text += f": every image is seen {total * images / len(pictures.train):.3g} times"
+    if data.datasets:
+        epoch = epoch_length(pictures.train, data)
+        text += f": {total * images / epoch:.3g} epochs of {epoch} samples"
+    else:
+        text += f": every image is seen {total * images / len(pictures.train):.3g} times"
     return f"{text}; {begun} are done" if begun else text
 
 
