@@ -108,7 +108,8 @@ def load_folder(
         if next(entries.names(EntryKind.IMAGE), None) is None:
             raise UserError(_no_images(folder, flag))
         _refuse_unreadable(entries)
-        captions = _Captions(entries, SidecarReader(entries, caption_column, captions_per_line), tidy(prompt), flag)
+        sidecars = SidecarReader(entries, caption_column, captions_per_line, strict)
+        captions = _Captions(entries, sidecars, tidy(prompt), flag)
         captions.add_to(catalog)
         explain_unused(entries)
         if strict:

@@ -37,12 +37,16 @@ class SidecarReader:
         entries: of the folder.
         caption_column: key of the captions in .json files, instead of ``text`` or ``caption``.
         per_line: every line of a text file is a caption.
+        strict: whether .json files must hold captions; else those that do not have none.
     """
 
-    def __init__(self, entries: Entries, caption_column: str | None, per_line: bool) -> None:
+    def __init__(
+        self, entries: Entries, caption_column: str | None = None, per_line: bool = False, strict: bool = True
+    ) -> None:
         self._entries = entries
         self._column = caption_column
         self._per_line = per_line
+        self._strict = strict
 
     def of(self, image: str) -> list[Sidecar]:
         """The caption files of an image, in their order of precedence.
@@ -73,7 +77,12 @@ class SidecarReader:
     def _read(self, name: str) -> Sidecar:
         file = self._entries.folder / name
         if file.suffix.lower() == ".json":
-            return Sidecar(name, self._json(file))
+            try:
+                return Sidecar(name, self._json(file))
+            except UserError:
+                if self._strict:
+                    raise
+                return Sidecar(name, ())
         lines = [line for line in map(tidy, read_text(file).splitlines()) if line]
         if self._per_line:
             return Sidecar(name, captions_of(lines, str(file)))

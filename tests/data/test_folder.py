@@ -177,9 +177,16 @@ def test_files_for_people_do_not_stop(tmp_path: Path, name: str) -> None:
 def test_only_compared_with(tmp_path: Path) -> None:
     """A folder of references may hold anything beside its images."""
     picture(tmp_path / "a.png")
-    for name, text in (("captions.csv", "x"), ("a.txt", "x"), ("a.caption", "y"), ("prompts.txt", "z")):
+    for name, text in (
+        ("captions.csv", "x"),
+        ("a.txt", "x"),
+        ("a.caption", "y"),
+        ("prompts.txt", "z"),
+        ("c.json", "{}"),
+    ):
         write(tmp_path, name, text)
     (tmp_path / "b.png").symlink_to("a.png")
+    picture(tmp_path / "c.png", 1)
     assert captions(tmp_path, strict=False)["a.png"] == ("x",)
 
 
