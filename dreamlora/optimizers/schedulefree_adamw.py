@@ -56,6 +56,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     from schedulefree import AdamWScheduleFree
 
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
     optimizer = AdamWScheduleFree(
         plain_groups(param_groups, DEFAULT_LR),
@@ -67,4 +68,4 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
         weight_lr_power=options.weight_lr_power,
     )
     optimizer.train()
-    return optimizer
+    return guarded(optimizer)
