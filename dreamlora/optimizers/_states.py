@@ -97,7 +97,7 @@ def _problems_of_settings(optimizer: Optimizer, group: State, saved: State, sign
     validate = getattr(optimizer, "validate_group", None)
     # Other packages' flags come and go with their versions; they fill in what is missing.
     needed = {name for name, value in optimizer.defaults.items() if validate or not isinstance(value, bool | None)}
-    if missing := sorted(needed - saved.keys()):
+    if missing := sorted(needed & group.keys() - saved.keys()):
         yield f"it lacks the settings {', '.join(missing)} (another optimizer, or an older version)"
     unknown = sorted(saved.keys() - group.keys() - _OF_SCHEDULES - {*_OF_THE_MODEL})
     if validate and unknown and not signed:
