@@ -25,7 +25,19 @@ class _Kind(NamedTuple):
 def _path(word: str) -> Path:
     if not word:  # a shell variable that is not set; Path would make it the current folder
         raise ValueError("empty")
-    return Path(word)
+    return expanded(word)
+
+
+def expanded(word: str) -> Path:
+    """The path; ``~`` is the home folder, which no shell puts in behind ``--flag=``, nor into a YAML file.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _truth(word: str) -> bool:

@@ -17,6 +17,7 @@ from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import finite as _finite
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
+from dreamlora.config.ranges import steps_or_share as _steps_or_share
 from dreamlora.config.ranges import within as _within
 from dreamlora.errors import UserError
 
@@ -201,8 +202,8 @@ class Optim:
     """Multiply the learning rate by processes x accumulation x batch size."""
     lr_scheduler: Scheduler = "constant"
     """Course of the learning rate over the run."""
-    lr_warmup_steps: int = 500
-    """Optimizer steps of warm-up, for the schedules that have one."""
+    lr_warmup_steps: float = 500
+    """Optimizer steps of warm-up, for the schedules that have one; below 1 a share of the run, such as 0.1."""
     lr_num_cycles: int = 1
     """Hard resets of cosine_with_restarts."""
     lr_power: float = 1.0
@@ -224,6 +225,7 @@ class Optim:
         _respell(self, "optimizer", "optimizers")
         _at_least(self, 0, "learning_rate", "text_encoder_lr", "lr_warmup_steps", "max_grad_norm")
         _at_least(self, 0, "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon")
+        _steps_or_share(self, "lr_warmup_steps")
         _at_least(self, 1, "lr_num_cycles")
         _finite(self, "lr_power")
         _within(self, 0, 1, "adam_beta1", "adam_beta2")

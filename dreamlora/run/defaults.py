@@ -134,7 +134,7 @@ def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
     if evaluation.eval_metrics:
         usual = sample_steps or math.ceil(total / DEFAULT_SAMPLES)
         evaluation = replace(evaluation, eval_metrics_steps=_first(evaluation.eval_metrics_steps, usual))
-    optim = replace(config.optim, scale_lr=False)
+    optim = replace(config.optim, scale_lr=False, lr_warmup_steps=_steps_of(config.optim.lr_warmup_steps, total))
     if config.optim.scale_lr:
         optim = replace(optim, **{name: rate * global_batch for name in RATES if (rate := getattr(optim, name))})
     if config.optim.lr_scheduler != "constant" and config.optim.lr_warmup_steps >= total:
@@ -149,6 +149,11 @@ def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
         sample=replace(config.sample, sample_steps=sample_steps),
         eval=evaluation,
     )
+
+
+def _steps_of(steps_or_share: float, total: int) -> int:
+    """Steps; a share is of ``total``, and at least one step."""
+    return max(1, round(steps_or_share * total)) if 0 < steps_or_share < 1 else int(steps_or_share)
 
 
 def eval_price(config: RunConfig, images: ImageCounts, world: int) -> Price:

@@ -68,7 +68,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     try:
         run.optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:
-        raise UserError(f"--resume_from_checkpoint: the optimizer of this run cannot go on from there: {error}") from None
+        raise UserError(
+            f"--resume_from_checkpoint: the optimizer of this run cannot go on from there: {error}"
+        ) from None
     for name, parameter in run.trainables.items():
         parameter.data.copy_(saved["trainables"][name])
     restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])

@@ -19,7 +19,7 @@ from dreamlora.cli import presets
 from dreamlora.cli.declared import options_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.parse import Program, method_options, parse, parse_run, run
-from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.config import RunConfig, TextToImageConfig, as_flat_dict
 from dreamlora.errors import UserError
 
 DIFFUSERS_FLAGS = """
@@ -331,7 +331,7 @@ def test_the_preset_is_for_the_embedded_model_only() -> None:
     config, _ = parse_run([])
     preset = yaml.safe_load((tiny.PRESETS / "preset.yaml").read_text())
     assert config.embedded and config.lora.rank == preset["rank"]
-    assert config.data.subject == preset["subject"]
+    assert config.data.subject == preset["built_in"]["subject"]
     assert config.sample.sample_prompts is not None and config.sample.sample_prompts.exists()
     assert parse_run(MODEL)[0] == replace(RunConfig(), model=parsed(*MODEL).model)
 
@@ -358,6 +358,24 @@ def test_flags_and_files_win_over_the_preset(run_yaml: Any) -> None:
     assert (config.train.max_train_steps, config.optim.learning_rate) == (5, 0.5)
     assert config.data.subject is None
     assert parse_run(["--num_train_epochs", "3"])[0].train.max_train_steps is None
+
+
+@pytest.mark.parametrize("own", [("--instance_data_dir", "."), ("--dataset_name", "owner/name")])
+@pytest.mark.parametrize("subject", [(), ("--subject", "bannerfish")])
+def test_nothing_of_the_built_in_subject_is_said_of_own_images(own: tuple[str, ...], subject: tuple[str, ...]) -> None:
+    """Photos without captions would train as "sks creature", beside class images of creatures."""
+    plain, (config, _) = RunConfig(), parse_run([*own, *subject])
+    for option in ("instance_prompt", "class_prompt", "with_prior_preservation", "num_class_images"):
+        assert getattr(config.data, option) == getattr(plain.data, option), option
+    assert config.sample.sample_prompts is None and config.sample.validation_prompt is None
+    assert config.lora.rank == 8 and config.data.resolution == 64, "what suits the model stays"
+
+
+def test_nothing_of_the_built_in_style_is_said_of_own_images() -> None:
+    for own in (["--train_data_dir", "."], ["--dataset_name", "owner/name"]):
+        config, _ = parse_run(own, TextToImageConfig)
+        assert config.data.style is None and config.sample.sample_prompts is None
+    assert parse_run([], TextToImageConfig)[0].sample.sample_prompts is not None
 
 
 def test_prompts_follow_the_built_in_subject() -> None:

@@ -26,6 +26,8 @@ from dreamlora.errors import UserError
         (Data, "resolution", 7, "--resolution must be at least 8"),
         (Optim, "learning_rate", float("nan"), "--learning_rate must be at least 0 (got nan)"),
         (Optim, "learning_rate", float("inf"), "--learning_rate must be at least 0 (got inf)"),
+        (Optim, "lr_warmup_steps", 1.5, "--lr_warmup_steps must be a whole number of steps, or below 1 for a share"),
+        (Optim, "lr_warmup_steps", -0.1, "--lr_warmup_steps must be at least 0 (got -0.1)"),
         (Optim, "lr_power", float("nan"), "--lr_power must be finite (got nan)"),
         (Train, "guidance_scale", float("-inf"), "--guidance_scale must be finite (got -inf)"),
         (Optim, "adam_beta2", 1.0, "--adam_beta2 must be at least 0 and below 1"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dreamlora.config import RunConfig
+import pytest
+
+from dreamlora.cli.parse import parse_run
+from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.run import defaults
 from dreamlora.run.defaults import ImageCounts
 
@@ -41,3 +44,20 @@ def test_class_images_and_processes_count_as_training() -> None:
 def test_decided_options_stay() -> None:
     config = defaults.by_length(flux_recipe(eval_steps=10, final_eval_items=0), ImageCounts(5, 5, 0), world=1)
     assert (config.eval.eval_steps, config.eval.final_eval_items) == (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [("0.1", 80), ("0.0001", 1), ("0.999", 799), ("0", 0), ("1", 1), ("1.0", 1), ("500", 500)]
+)
+def test_a_warm_up_below_one_is_a_share_of_the_steps(given: str, steps: int) -> None:
+    """config.yaml and the checkpoints' settings have the number of steps, whole."""
+    plain, (config, _) = flux_recipe(), parse_run(["--lr_warmup_steps", given])
+    settled = defaults.by_length(replace(plain, optim=config.optim), ImageCounts(5, 5, 0), world=1)
+    assert as_flat_dict(settled)["lr_warmup_steps"] == steps
+    assert isinstance(settled.optim.lr_warmup_steps, int)
+
+
+def test_a_share_counts_the_steps_that_epochs_make() -> None:
+    plain, (config, _) = RunConfig(), parse_run(["--lr_warmup_steps", "0.5"])
+    config = replace(plain, optim=config.optim, train=replace(plain.train, num_train_epochs=10, train_batch_size=2))
+    assert defaults.by_length(config, ImageCounts(8, 5, 0), world=1).optim.lr_warmup_steps == 20
