@@ -40,6 +40,10 @@ def expanded(word: str) -> Path:
         raise ValueError(str(error)) from None
 
 
+def _text(word: str) -> str:
+    return str(expanded(word)) if word.startswith("~/") else word  # a folder, where names of the hub are taken too
+
+
 def _truth(word: str) -> bool:
     return ("false", "true").index(word.lower()) == 1
 
@@ -47,7 +51,7 @@ def _truth(word: str) -> bool:
 _KINDS: dict[Any, _Kind] = {
     int: _Kind("a whole number", "INT", int),
     float: _Kind("a number", "FLOAT", float),
-    str: _Kind("a text", "TEXT", str),
+    str: _Kind("a text", "TEXT", _text),
     Path: _Kind("a path", "PATH", _path),
     bool: _Kind("true or false", "", _truth),
 }

@@ -18,6 +18,7 @@ from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import Price, Workload, affordable
 from dreamlora.interfaces import SampleDefaults
 from dreamlora.runfolder import RunFolder
+from dreamlora.sampling.prompts import Subject, with_subject
 
 DEFAULT_BATCH = 4
 DEFAULT_SAMPLES = 5
@@ -39,7 +40,7 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         world: number of processes.
 
     Raises:
-        UserError: the rank is none that the init can start.
+        UserError: the rank is none that the init can start, or a prompt has a ``{}`` and nothing is known for it.
     """
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
     method = registry.load("optimizers", config.optim.optimizer)
@@ -62,8 +63,9 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
             text_encoder_lr=_first(optim.text_encoder_lr, learning_rate),
             adam_weight_decay_text_encoder=_first(optim.adam_weight_decay_text_encoder, weight_decay),
         )
+    subject = Subject.of(config.data.instance_prompt, config.data.class_prompt)
     sample = replace(
-        config.sample,
+        with_subject(config.sample, subject),
         num_inference_steps=_first(config.sample.num_inference_steps, sampling.num_inference_steps),
         sample_guidance_scale=_first(config.sample.sample_guidance_scale, sampling.guidance_scale),
         num_images_per_prompt=_first(config.sample.num_validation_images, config.sample.num_images_per_prompt),

@@ -165,6 +165,30 @@ def test_yaml_values_of_every_kind(run_yaml: Any) -> None:
     assert (config.data.instance_prompt, config.sample.sample_steps) == ("--a dog", 0)
 
 
+PATHS = [name for name, option in options_of(RunConfig).items() if option.kind is Path]
+FOLDERS_OR_NAMES = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint"]
+FOLDERS_OR_NAMES += ["clip_model", "dino_model"]
+
+
+@pytest.mark.parametrize("flag", [*PATHS, *FOLDERS_OR_NAMES])
+@pytest.mark.parametrize("way", ["flag", "word", "yaml"])
+def test_a_tilde_is_the_home_folder(
+    flag: str, way: str, run_yaml: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell puts it in behind ``--flag=``, and it would become a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = {"flag": [f"--{flag}=~/x/y"], "word": [f"--{flag}", "~/x/y"], "yaml": None}[way]
+    needed = ["--with_prior_preservation", "--class_prompt", "a dog"] if flag == "class_data_dir" else []
+    needed += ["--eval_metrics", "kid"] if flag == "eval_prompts" else []
+    config = parsed(*needed, *(argv or ["--config", run_yaml(f"{flag}: ~/x/y")]))
+    assert as_flat_dict(config)[flag] == str(tmp_path / "x" / "y")
+
+
+def test_the_home_of_nobody_is_told() -> None:
+    assert "--output_dir takes a path (got '~nobody-of-this-name/x')" in message("--output_dir=~nobody-of-this-name/x")
+    assert "no-one-here" in message("--config=~no-one-here/x.yaml")
+
+
 def test_a_later_file_wins(tmp_path: Path) -> None:
     for name, rank in (("a", 8), ("b", 16)):
         (tmp_path / name).write_text(f"rank: {rank}\nseed: 3\n")

@@ -8,6 +8,7 @@ import pytest
 
 from dreamlora.cli.parse import parse_run
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.interfaces import SampleDefaults
 from dreamlora.run import defaults
 from dreamlora.run.defaults import ImageCounts
 
@@ -61,3 +62,12 @@ def test_a_share_counts_the_steps_that_epochs_make() -> None:
     plain, (config, _) = RunConfig(), parse_run(["--lr_warmup_steps", "0.5"])
     config = replace(plain, optim=config.optim, train=replace(plain.train, num_train_epochs=10, train_batch_size=2))
     assert defaults.by_length(config, ImageCounts(8, 5, 0), world=1).optim.lr_warmup_steps == 20
+
+
+def test_the_saved_config_has_the_prompts_as_they_are_drawn() -> None:
+    """Another program that reads it knows no subject."""
+    argv = ["--validation_prompt", "a {} at night", "--negative_prompt", "a blurred {}"]
+    argv += ["--instance_prompt", "a photo of sks dog"]
+    config, _ = parse_run([*argv, "--pretrained_model_name_or_path", "other"])
+    sample = defaults.by_model(config, 64, SampleDefaults(20, 3.0), world=1).sample
+    assert (sample.validation_prompt, sample.negative_prompt) == ("a sks dog at night", "a blurred sks dog")
