@@ -160,7 +160,8 @@ def _texts(config_class: type[Any]) -> dict[str, str]:
 def options_of(config_class: type[Any], deep: bool = True) -> dict[str, Option]:
     """Every option by name, in the order of declaration; with ``deep`` those of its groups too.
 
-    A class may have a mapping ``NOT_OFFERED``: options of these names are left out.
+    A class may have a mapping ``NOT_OFFERED``: options of these names are left out. A field with the metadata
+    ``{"option": False}`` is none.
 
     Raises:
         TypeError: two groups declare the same name, or a field has a type that no word can stand for.
@@ -168,7 +169,7 @@ def options_of(config_class: type[Any], deep: bool = True) -> dict[str, Option]:
     hints, groups = get_type_hints(config_class), subgroups_of(config_class)
     texts = _texts(config_class)
     options: dict[str, Option] = {}
-    for declared in fields(config_class):
+    for declared in (declared for declared in fields(config_class) if declared.metadata.get("option", True)):
         if declared.name not in groups:
             more = {declared.name: _option(declared, hints[declared.name], texts.get(declared.name, ""))}
         else:

@@ -324,6 +324,8 @@ class RunConfig:
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
     encoders: Encoders = field(default_factory=Encoders)
+    given: frozenset[str] = field(default=frozenset(), compare=False, metadata={"option": False})
+    """Options that have their value from a person's flag or file, not from a preset or a default."""
 
     def __post_init__(self) -> None:
         data = self.data
@@ -360,8 +362,7 @@ class RunConfig:
 def as_flat_dict(config: RunConfig) -> dict[str, Any]:
     """Every option that its program offers, by flag, in the order of ``--help``; paths as text (for YAML)."""
     flat: dict[str, Any] = {}
-    for group in fields(config):
-        part = getattr(config, group.name)
+    for part in (getattr(config, group.name) for group in fields(config) if group.metadata.get("option", True)):
         for option in (option for option in fields(part) if option.name not in config.NOT_OFFERED):
             value = getattr(part, option.name)
             flat[option.name] = (

@@ -13,10 +13,11 @@ from typing import TypeVar
 
 from dreamlora import registry
 from dreamlora.config import Data, RunConfig
+from dreamlora.config.plausible import Facts
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import Price, Workload, affordable
-from dreamlora.interfaces import SampleDefaults
+from dreamlora.interfaces import Family, SampleDefaults
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import Subject, with_subject
 
@@ -139,12 +140,6 @@ def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
     optim = replace(config.optim, scale_lr=False, lr_warmup_steps=_steps_of(config.optim.lr_warmup_steps, total))
     if config.optim.scale_lr:
         optim = replace(optim, **{name: rate * global_batch for name in RATES if (rate := getattr(optim, name))})
-    if config.optim.lr_scheduler != "constant" and config.optim.lr_warmup_steps >= total:
-        logger.warning(
-            "--lr_warmup_steps %d covers all %d steps: the learning rate will not reach its value",
-            config.optim.lr_warmup_steps,
-            total,
-        )
     return replace(
         config,
         optim=optim,
@@ -156,6 +151,19 @@ def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
 def _steps_of(steps_or_share: float, total: int) -> int:
     """Steps; a share is of ``total``, and at least one step."""
     return max(1, round(steps_or_share * total)) if 0 < steps_or_share < 1 else int(steps_or_share)
+
+
+def facts(config: RunConfig, family: Family, resolution: int, images: int, world: int) -> Facts:
+    """What ``plausible.doubts`` needs to know of a run besides its options.
+
+    Args:
+        config: with all options decided.
+        family: of the model.
+        resolution: the model's own, in pixels.
+        images: to train on.
+        world: number of processes.
+    """
+    return Facts(resolution, images, _global_batch(config, world), family.OWN_OPTIONS)
 
 
 def eval_price(config: RunConfig, images: ImageCounts, world: int) -> Price:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 import time
@@ -136,6 +137,14 @@ def test_explained_flags_name_only_flags_that_exist() -> None:
     for text in ELSEWHERE.values():
         for word in text.replace(";", " ").replace(")", " ").split():
             assert not word.startswith("--") or word[2:] in options_of(RunConfig), text
+
+
+def test_explanations_name_only_settings_that_the_optimizers_have() -> None:
+    named = re.compile(r"--optimizer_args (\w+)")
+    for flag, text in ELSEWHERE.items():
+        for setting in named.findall(text):
+            (optimizer,) = re.findall(r"--optimizer (\w+)", text) or ["prodigy"]
+            assert setting in options_of(registry.load("optimizers", optimizer).Options), flag
 
 
 def test_unneeded_flags_are_accepted_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
