@@ -8,12 +8,9 @@ from typing import Any
 import yaml
 
 from dreamlora import tiny
-from dreamlora.config import EMBEDDED_MODEL, RunConfig
+from dreamlora.config import EMBEDDED_MODEL, OWN_IMAGES, RunConfig
 from dreamlora.config.measuring import IMAGES_FOR_METRICS
 from dreamlora.errors import UserError
-
-_OWN_IMAGES = ("instance_data_dir", "train_data_dir", "dataset_name")
-"""Flags that name a person's own images."""
 
 _YIELDS = {
     "max_train_steps": ("num_train_epochs",),
@@ -24,7 +21,7 @@ _YIELDS = {
 
 def brings_images(given: Mapping[str, Any]) -> bool:
     """Whether a person's own images are trained on: nothing of the built-in subject or style is meant then."""
-    return any(given.get(flag) is not None for flag in _OWN_IMAGES)
+    return any(given.get(flag) is not None for flag in OWN_IMAGES)
 
 
 def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from dreamlora import registry
-from dreamlora.config.run import RunConfig, as_flat_dict
+from dreamlora.config.run import OWN_IMAGES, RunConfig, as_flat_dict
 
 RATE_FACTOR = 100
 """How many times an optimizer's own rate another one may be, unless its plug-in knows better (``USUAL_LR``)."""
@@ -46,7 +46,7 @@ def _draws(c: RunConfig) -> bool:
 
 
 def _draws_built_in(c: RunConfig) -> bool:
-    return not (c.data.instance_data_dir or c.data.train_data_dir or c.data.dataset_name)
+    return not any(getattr(c.data, flag) for flag in OWN_IMAGES)
 
 
 _IDLE = (

@@ -22,6 +22,8 @@ from dreamlora.config.ranges import within as _within
 from dreamlora.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
+OWN_IMAGES = ("instance_data_dir", "train_data_dir", "dataset_name")
+"""Options of ``Data`` that name a person's own images: no built-in ones are drawn then."""
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Tracker = Literal[

@@ -90,9 +90,13 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
     """
     lora = read_lora(path)
     _check_parts(pipeline, lora)
-    parts = _by_component(converted(pipeline, lora.path, load_file(lora.path)))
-    _check_fit(pipeline, lora, parts)
-    pipeline.load_lora_weights(str(lora.path), adapter_name=ADAPTER, use_safetensors=True)
+    try:
+        parts = _by_component(converted(pipeline, lora.path, load_file(lora.path)))
+        _check_fit(pipeline, lora, parts)
+        pipeline.load_lora_weights(str(lora.path), adapter_name=ADAPTER, use_safetensors=True)
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        pipeline.unload_lora_weights()
+        raise UserError(f"{lora.path}: diffusers cannot read this {lora.format} file: {error}") from error
     pipeline.set_adapters([ADAPTER], [scale])
     for component, tensors in parts.items():
         _unround(getattr(pipeline, component), tensors)

@@ -53,13 +53,12 @@ def converted(pipeline: Any, path: Path, tensors: Mapping[str, Tensor]) -> dict[
     Which of them go in is seen from the gradients of what comes out.
 
     Raises:
-        UserError: it cannot read them, or leaves some out that are not zero.
+        UserError: it leaves some out that are not zero.
+        ValueError, KeyError, IndexError, RuntimeError: it cannot read them.
     """
     leaves = {key: value.float().requires_grad_() for key, value in tensors.items() if value.is_floating_point()}
-    try:
-        state = type(pipeline).lora_state_dict({**tensors, **leaves})
-    except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path}: diffusers cannot read this file: {error}") from error
+    copies = {key: leaf.clone() for key, leaf in leaves.items()}  # the loader may change them in place
+    state = type(pipeline).lora_state_dict({**tensors, **copies})
     state = state[0] if isinstance(state, tuple) else state
     factors = {key: leaf for key, leaf in leaves.items() if not _ALPHA.match(key)}
     out = [value for value in state.values() if value.requires_grad]

@@ -215,6 +215,37 @@ def test_keys_of_another_prefix(family, pipeline, own, tmp_path):
         apply_lora(pipeline, written({**own, **extra}, tmp_path))
 
 
+def flux_with(layer: str, width: int) -> Tensors:
+    factors = {"lora_down.weight": torch.ones(2, width), "lora_up.weight": torch.ones(width, 2)}
+    more = {f"{layer}.{factor}": tensor for factor, tensor in {**factors, "alpha": torch.tensor(2.0)}.items()}
+    return {**kohya_flux(), **more}
+
+
+def test_text_encoders_of_flux(flux_folder, tmp_path):
+    """CLIP's are applied; the loader passes over T5's without a word."""
+    pipeline = DiffusionPipeline.from_pretrained(flux_folder)
+    for number in (2, 3):
+        t5 = f"lora_te{number}_encoder_block_0_layer_0_SelfAttention_q"
+        with pytest.raises(UserError, match=rf"lora_te{number}_.*belongs to no layer"):
+            apply_lora(pipeline, written(flux_with(t5, 24), tmp_path))
+    clip = "lora_te1_text_model_encoder_layers_0_self_attn_"
+    apply_lora(pipeline, written({**flux_with(f"{clip}q_proj", 16), **flux_with(f"{clip}out_proj", 16)}, tmp_path))
+    assert not untouched(pipeline) and hasattr(pipeline.text_encoder, "peft_config")
+
+
+def test_what_diffusers_cannot_read_is_one_message(flux_folder, sd_folder, tmp_path):
+    cases: list[tuple[Path, Tensors, str]] = []
+    layer = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"  # it looks for other layers to know the format
+    cases.append((flux_folder, flux_with(layer, 16), "infer state dict type"))
+    small = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 1, 1), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
+    cases.append((sd_folder, small, "conv_in"))
+    for folder, tensors, words in cases:
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        with pytest.raises(UserError, match=words):
+            apply_lora(pipeline, written(tensors, tmp_path))
+        assert untouched(pipeline)
+
+
 def test_what_is_dropped_but_zero_does_no_harm(flux_folder, tmp_path):
     """Some trainers write all layers, and zeros where nothing was learned; the loader leaves those out."""
     pipeline = DiffusionPipeline.from_pretrained(flux_folder)
