@@ -159,6 +159,8 @@ class Family(Protocol):
     TEXT_LORA_LAYERS: tuple[str, ...]
     """Target modules in the text encoders."""
     SAMPLE_DEFAULTS: SampleDefaults
+    OWN_OPTIONS: tuple[str, ...]
+    """Options that not all families use (``config.plausible`` says what they are for), and this one does."""
     PROMPT_LENGTH: str
     """The option of ``config.Data`` that limits this family's prompts: its value is ``tokenize``'s ``max_length``."""
 

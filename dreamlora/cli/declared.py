@@ -25,7 +25,23 @@ class _Kind(NamedTuple):
 def _path(word: str) -> Path:
     if not word:  # a shell variable that is not set; Path would make it the current folder
         raise ValueError("empty")
-    return Path(word)
+    return expanded(word)
+
+
+def expanded(word: str) -> Path:
+    """The path; ``~`` is the home folder, which no shell puts in behind ``--flag=``, nor into a YAML file.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _text(word: str) -> str:
+    return str(expanded(word)) if word.startswith("~/") else word  # a folder, where names of the hub are taken too
 
 
 def _truth(word: str) -> bool:
@@ -35,7 +51,7 @@ def _truth(word: str) -> bool:
 _KINDS: dict[Any, _Kind] = {
     int: _Kind("a whole number", "INT", int),
     float: _Kind("a number", "FLOAT", float),
-    str: _Kind("a text", "TEXT", str),
+    str: _Kind("a text", "TEXT", _text),
     Path: _Kind("a path", "PATH", _path),
     bool: _Kind("true or false", "", _truth),
 }
@@ -156,7 +172,8 @@ def _texts(config_class: type[Any]) -> dict[str, str]:
 def options_of(config_class: type[Any], deep: bool = True) -> dict[str, Option]:
     """Every option by name, in the order of declaration; with ``deep`` those of its groups too.
 
-    A class may have a mapping ``NOT_OFFERED``: options of these names are left out.
+    A class may have a mapping ``NOT_OFFERED``: options of these names are left out. A field with the metadata
+    ``{"option": False}`` is none.
 
     Raises:
         TypeError: two groups declare the same name, or a field has a type that no word can stand for.
@@ -164,7 +181,7 @@ def options_of(config_class: type[Any], deep: bool = True) -> dict[str, Option]:
     hints, groups = get_type_hints(config_class), subgroups_of(config_class)
     texts = _texts(config_class)
     options: dict[str, Option] = {}
-    for declared in fields(config_class):
+    for declared in (declared for declared in fields(config_class) if declared.metadata.get("option", True)):
         if declared.name not in groups:
             more = {declared.name: _option(declared, hints[declared.name], texts.get(declared.name, ""))}
         else:

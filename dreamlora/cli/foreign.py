@@ -15,21 +15,23 @@ ELSEWHERE: dict[str, str] = {
     "class_labels_conditioning": "only DeepFloyd IF's upscaler needs it, which is not supported",
     # its SDXL and Flux relatives
     "do_edm_style_training": "EDM training is not supported; models train with the objective of their own scheduler",
-    "output_kohya_format": "kohya's file format is not written; ComfyUI and others also read the diffusers format",
+    "output_kohya_format": "kohya's file format is not written. diffusers loads what is; ComfyUI loads FLUX's, "
+    "but no attention layer of a Stable Diffusion UNet, and takes alpha for the rank (leave --lora_alpha out for it)",
     "prodigy_beta3": "use --optimizer_args beta3 and its value",
     "prodigy_decouple": "use --optimizer_args decouple true (the default) or false",
     "prodigy_use_bias_correction": "use --optimizer_args use_bias_correction true (the default) or false",
     "prodigy_safeguard_warmup": "use --optimizer_args safeguard_warmup true (the default) or false",
     "use_dora": "DoRA is not supported: its magnitudes are no part of the pair B·A that the optimizers here work on",
     "enable_npu_flash_attention": "NPU attention is not supported",
-    "bnb_quantization_config_path": "quantised base models are not supported; --mixed_precision bf16 halves the memory",
-    "do_fp8_training": "fp8 is not supported; --mixed_precision bf16 halves the memory",
+    "bnb_quantization_config_path": "quantised base models are not supported; --mixed_precision bf16 halves theirs",
+    "do_fp8_training": "fp8 is not supported; --mixed_precision bf16 halves the weights",
     "text_encoder_out_layers": "the layers are fixed by the model family",
     "skip_final_inference": "use --sample_steps 0 for no samples at all",
     "final_validation_prompt": "use --validation_prompt; it is drawn at the end as well",
     "aspect_ratio_buckets": "use --buckets; the sizes follow from --resolution and --bucket_step",
     "use_aspect_ratio_buckets": "use --buckets",
-    "remote_text_encoder": "the text encoder always runs here; it is freed before the denoiser is loaded",
+    "remote_text_encoder": "the text encoder always runs here; unless it trains, it is freed before the denoiser is "
+    "loaded",
     "fsdp_text_encoder": "sharding (FSDP) is not supported yet; of several GPUs each holds the whole model",
     # other trainers, and what people type first
     "lr": "use --learning_rate",
@@ -45,13 +47,13 @@ ELSEWHERE: dict[str, str] = {
     "model": "use --pretrained_model_name_or_path",
     "network_dim": "use --rank",
     "network_alpha": "use --lora_alpha",
-    "use_ema": "there is no average of the LoRA weights over steps",
+    "use_ema": "only --optimizer schedulefree_adamw keeps an average of the LoRA weights over steps",
 }
 """Flags that are refused, with the reason or the flag to use."""
 
 UNNEEDED: dict[str, str] = {
     "cache_latents": "latents are always cached here",
     "upcast_before_saving": "LoRA weights are float32 here, in training and when saved",
-    "offload": "text encoder and autoencoder are always freed before training",
+    "offload": "the autoencoder, and text encoders that do not train, are always freed before training",
 }
 """Switches that are accepted with a note, since what they ask for is always so."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from dreamlora.cli.declared import Option, options_of, subgroups_of
+from dreamlora.cli.declared import Option, expanded, options_of, subgroups_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.help import filled
 from dreamlora.errors import UserError
@@ -46,7 +46,7 @@ def from_argv(
         if name == "config":
             if len(words) != 1:
                 raise UserError(f"--config takes one YAML file (got {len(words)} words)")
-            files.append(Path(words[0]))
+            files.append(_file(words[0]))
         elif name in options:
             given[name] = _switched_on(name, words) if options[name].switch else value_of(options[name], words)
         elif name.removeprefix("no_") in options and options[name.removeprefix("no_")].switch:
@@ -59,6 +59,13 @@ def from_argv(
     return given, files
 
 
+def _file(word: str) -> Path:
+    try:
+        return expanded(word)
+    except ValueError as error:
+        raise UserError(f"--config {word}: {error}") from None
+
+
 def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
     """The entries of a --config file, whether in groups or flat, by option; None where it says null.
 
@@ -67,7 +74,7 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
     """
     options = options_of(config_class)
     try:
-        entries = yaml.safe_load(file.read_text())
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config: cannot read {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

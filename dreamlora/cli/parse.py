@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,12 +58,12 @@ def parse(config_class: type[Config], argv: Sequence[str], program: Program = Pr
     given, files = from_argv(argv, config_class, program.name, program.positional)
     for file in reversed(files):
         given = {**from_yaml(file, config_class), **given}
-    preset = program.preset(given)
+    preset, names = program.preset(given), frozenset(name for name, value in given.items() if value is not None)
     given = {**{name: value_of(options[name], value, "the preset") for name, value in preset.items()}, **given}
     for name, option in options.items():
         if option.default is MISSING and given.get(name) is None:
             raise UserError(f"--{name} is needed: {option.help}")
-    return _built(config_class, {name: value for name, value in given.items() if value is not None})
+    return _built(config_class, {"given": names, **{name: v for name, v in given.items() if v is not None}})
 
 
 def _told_of_preset(config_class: type[Any], program: Program) -> dict[str, str]:
@@ -90,9 +90,13 @@ def _told_of_preset(config_class: type[Any], program: Program) -> dict[str, str]
 
 
 def _built(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """The dataclass with its groups; a field without a value has its default. Every check runs once."""
+    """The dataclass with its groups; a field without a value has its default. Every check runs once.
+
+    A field ``given`` gets the names of the options that a person gave.
+    """
     groups: dict[str, Any] = {name: _built(group, values) for name, group in subgroups_of(config_class).items()}
-    own = {name: values[name] for name in options_of(config_class, deep=False) if name in values}
+    own_names: list[str] = [each.name for each in fields(config_class)]  # type: ignore[arg-type]
+    own = {name: values[name] for name in own_names if name in values}
     return config_class(**own, **groups)
 
 

@@ -8,17 +8,20 @@ from typing import Any
 import yaml
 
 from dreamlora import tiny
-from dreamlora.config import EMBEDDED_MODEL, RunConfig
+from dreamlora.config import EMBEDDED_MODEL, OWN_IMAGES, RunConfig
 from dreamlora.config.measuring import IMAGES_FOR_METRICS
 from dreamlora.errors import UserError
 
 _YIELDS = {
-    "subject": ("instance_data_dir", "dataset_name"),
-    "style": ("train_data_dir", "dataset_name"),
     "max_train_steps": ("num_train_epochs",),
     "sample_steps": ("validation_epochs",),
 }
 """Entries of the preset that make way when one of these flags is given."""
+
+
+def brings_images(given: Mapping[str, Any]) -> bool:
+    """Whether a person's own images are trained on: nothing of the built-in subject or style is meant then."""
+    return any(given.get(flag) is not None for flag in OWN_IMAGES)
 
 
 def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -32,12 +35,15 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
     """
     if given.get("pretrained_model_name_or_path") not in (None, EMBEDDED_MODEL):
         return {}
-    preset: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text())
+    preset: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text(encoding="utf-8"))
+    built_in = preset.pop("built_in")
+    if not brings_images(given):
+        preset |= built_in
+        if given.get("subject"):
+            preset |= _subject_prompts(given["subject"])
     by_optimizer = _rates(RunConfig.PRESET) | preset.pop("by_optimizer", {})
     optimizer = (given.get("optimizer") or "adamw").lower().replace("-", "_")  # a wrong name is found later
     preset |= by_optimizer.get(optimizer, {})
-    if given.get("subject"):
-        preset |= _subject_prompts(given["subject"])
     if preset.get("sample_prompts"):
         preset["sample_prompts"] = str(tiny.PRESETS / preset["sample_prompts"])
     if given.get("sample_steps") == 0 and all(given.get(flag) is None for flag in IMAGES_FOR_METRICS):
@@ -50,7 +56,7 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 def _rates(file: str) -> dict[str, Any]:
     """What a preset sets for single optimizers; those of DreamBooth hold wherever a preset names no others."""
-    rates: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text())["by_optimizer"]
+    rates: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text(encoding="utf-8"))["by_optimizer"]
     return rates
 
 

@@ -16,7 +16,7 @@ from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.loading import SCHEDULER, read_config, resolve_source
 from dreamlora.models.parts import DTYPES
 from dreamlora.runfolder import RunFolder
-from dreamlora.sampling.prompts import Subject, read_prompts, sample_prompts
+from dreamlora.sampling.prompts import Subject, read_prompts, sample_prompts, with_subject
 from dreamlora.sampling.sampler import SamplePlan, plan_of
 
 COMPUTED_WITH = ("mixed_precision", "allow_tf32")
@@ -104,7 +104,7 @@ def prompts_of(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...
     Raises:
         UserError: there are none, or no subject for a placeholder.
     """
-    subject = Subject.of(instance_prompt_of(settings), settings.get("class_prompt"), name=config.subject)
+    subject = _subject(config, settings)
     if config.prompts:
         return tuple(subject.put_into(prompt, "--prompts") for prompt in config.prompts)
     if config.sample_prompts:
@@ -119,8 +119,16 @@ def prompts_of(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...
     return sample_prompts(trained, subject)
 
 
+def _subject(config: SampleConfig, settings: dict[str, Any]) -> Subject:
+    return Subject.of(instance_prompt_of(settings), settings.get("class_prompt"), name=config.subject)
+
+
 def plan_for(config: SampleConfig, settings: dict[str, Any], family: Family, prompts: tuple[str, ...]) -> SamplePlan:
-    """What was not given is as the run drew it, so that the images can be compared with the run's own."""
+    """What was not given is as the run drew it, so that the images can be compared with the run's own.
+
+    Raises:
+        UserError: the negative prompt has a ``{}`` and there is no subject.
+    """
 
     def given(name: str, otherwise: Any = None) -> Any:
         value = getattr(config, name)
@@ -133,6 +141,7 @@ def plan_for(config: SampleConfig, settings: dict[str, Any], family: Family, pro
         sample_seed=given("sample_seed", Sample.sample_seed),
         negative_prompt=given("negative_prompt"),
     )
+    sample = with_subject(sample, _subject(config, settings))
     return plan_of(sample, family.SAMPLE_DEFAULTS, prompts, given("resolution"), config.sample_batch_size)
 
 

@@ -5,6 +5,7 @@ from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sampl
 from dreamlora.config.programs import PROGRAMS, TextToImageConfig, program_of
 from dreamlora.config.run import (
     EMBEDDED_MODEL,
+    OWN_IMAGES,
     Data,
     Lora,
     Model,
@@ -19,6 +20,7 @@ from dreamlora.config.run import (
 __all__ = [
     "EMBEDDED_MODEL",
     "IMAGES_FOR_METRICS",
+    "OWN_IMAGES",
     "PROGRAMS",
     "Data",
     "DataSet",

@@ -54,6 +54,15 @@ def within(part: Any, low: float, high: float, *names: str) -> None:
             _fail(part, name, f"at least {low} and below {high}")
 
 
+def steps_or_share(part: Any, name: str) -> None:
+    """A whole number of steps, kept as an int, or a share of them below 1."""
+    value = getattr(part, name)
+    if value >= 1 and value % 1:
+        _fail(part, name, "a whole number of steps, or below 1 for a share of the run")
+    if not value % 1:
+        object.__setattr__(part, name, int(value))
+
+
 def finite(part: Any, *names: str) -> None:
     """A finite number, or a tuple of them."""
     for name, value in _given(part, names):

@@ -18,10 +18,13 @@ from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import finite as _finite
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
+from dreamlora.config.ranges import steps_or_share as _steps_or_share
 from dreamlora.config.ranges import within as _within
 from dreamlora.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
+OWN_IMAGES = (*SOURCES, "datasets")
+"""Options of ``Data`` that name a person's own images: no built-in ones are drawn then."""
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Tracker = Literal[
@@ -185,9 +188,9 @@ class Data:
         )
 
     @property
-    def given(self) -> bool:
+    def brings_images(self) -> bool:
         """Whether a person's images are named: none means those of the embedded model."""
-        return bool(self.datasets) or any(getattr(self, name) for name in SOURCES)
+        return any(getattr(self, name) for name in OWN_IMAGES)
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
@@ -246,8 +249,8 @@ class Optim:
     """Multiply the learning rate by processes x accumulation x batch size."""
     lr_scheduler: Scheduler = "constant"
     """Course of the learning rate over the run."""
-    lr_warmup_steps: int = 500
-    """Optimizer steps of warm-up, for the schedules that have one."""
+    lr_warmup_steps: float = 500
+    """Optimizer steps of warm-up, for the schedules that have one; below 1 a share of the run, such as 0.1."""
     lr_num_cycles: int = 1
     """Hard resets of cosine_with_restarts."""
     lr_power: float = 1.0
@@ -269,6 +272,7 @@ class Optim:
         _respell(self, "optimizer", "optimizers")
         _at_least(self, 0, "learning_rate", "text_encoder_lr", "lr_warmup_steps", "max_grad_norm")
         _at_least(self, 0, "adam_weight_decay", "adam_weight_decay_text_encoder", "adam_epsilon")
+        _steps_or_share(self, "lr_warmup_steps")
         _at_least(self, 1, "lr_num_cycles")
         _finite(self, "lr_power")
         _within(self, 0, 1, "adam_beta1", "adam_beta2")
@@ -369,6 +373,8 @@ class RunConfig:
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
     encoders: Encoders = field(default_factory=Encoders)
+    given: frozenset[str] = field(default=frozenset(), compare=False, metadata={"option": False})
+    """Options that have their value from a person's flag or file, not from a preset or a default."""
 
     def __post_init__(self) -> None:
         data = self.data
@@ -405,8 +411,7 @@ class RunConfig:
 def as_flat_dict(config: RunConfig) -> dict[str, Any]:
     """Every option that its program offers, by flag, in the order of ``--help``; paths as text (for YAML)."""
     flat: dict[str, Any] = {}
-    for group in fields(config):
-        part = getattr(config, group.name)
+    for part in (getattr(config, group.name) for group in fields(config) if group.metadata.get("option", True)):
         for option in (option for option in fields(part) if option.name not in config.NOT_OFFERED):
             value = getattr(part, option.name)
             flat[option.name] = _as_yaml(value)

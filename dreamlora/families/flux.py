@@ -39,6 +39,10 @@ TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=28, guidance_scale=3.5)
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_TOKENIZER: str = "tokenizer_2"
+OWN_OPTIONS: tuple[str, ...] = (
+    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
+    *("guidance_scale", "max_sequence_length"),
+)
 
 LONGEST_PROMPT = 512
 """T5 tokens that FluxPipeline takes at most."""

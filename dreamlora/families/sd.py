@@ -23,6 +23,7 @@ TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
 PROMPT_LENGTH: str = "tokenizer_max_length"
 PROMPT_TOKENIZER: str = "tokenizer"
+OWN_OPTIONS: tuple[str, ...] = ("snr_gamma", "prediction_type", "negative_prompt", "tokenizer_max_length")
 
 _PARTS: dict[Role, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),

@@ -14,13 +14,16 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from dreamlora.errors import UserError
 from dreamlora.lora.fused import fuse
 from dreamlora.lora.pairs import ADAPTER
+from dreamlora.lora.whole import converted, refuse_other_parts
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
+_RELATIVES = re.compile(r"hada_|lokr_|oft_|\.diff|dora_scale|on_input$")
 _FACTOR = re.compile(r"(?P<layer>.+?)[._](?P<factor>lora_A|lora_B|lora(?:_linear_layer)?[._](?:down|up))\b")
 
 
@@ -44,20 +47,22 @@ class LoraFile:
 def read_lora(path: Path) -> LoraFile:
     """Look into a LoRA: a file, or a folder with ``pytorch_lora_weights.safetensors`` (or one other) in it.
 
-    Only the header is read, never a pickle.
+    Only the header is read (and what is no LoRA factor), never a pickle.
 
     Raises:
-        UserError: nothing there, not safetensors, or not a LoRA.
+        UserError: nothing there, not safetensors, not a LoRA, or more than can be applied (DoRA, LoHa, ...).
     """
     file = _find(Path(path))
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no iterator
             metadata = opened.metadata() or {}
+            if any(_marks(key) for key in shapes):
+                refuse_other_parts(file, shapes, opened.get_tensor)
     except SafetensorError as error:
         raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
     kohya = bool(shapes) and all(key.startswith(_KOHYA) for key in shapes)
-    if not kohya and not any("lora" in key for key in shapes):
+    if not any(_marks(key) for key in shapes):
         example = next(iter(shapes), "no tensors at all")
         raise UserError(f"{file} is not a LoRA: no lora_A/lora_B or lora_down/lora_up in its names (it has {example})")
     return LoraFile(file, "kohya" if kohya else "diffusers", shapes, metadata)
@@ -81,18 +86,19 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
     compute in the same order as in training.
 
     Raises:
-        UserError: see :func:`read_lora`; or it was made for another model.
+        UserError: see :func:`read_lora`; or it was made for another model, or a part of it would not be applied.
     """
     lora = read_lora(path)
+    _check_parts(pipeline, lora)
     try:
-        state = type(pipeline).lora_state_dict(str(lora.path), use_safetensors=True)
-    except (ValueError, KeyError, NotImplementedError) as error:
+        parts = _by_component(converted(pipeline, lora.path, load_file(lora.path)))
+        _check_fit(pipeline, lora, parts)
+        pipeline.load_lora_weights(str(lora.path), adapter_name=ADAPTER, use_safetensors=True)
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        pipeline.unload_lora_weights()
         raise UserError(f"{lora.path}: diffusers cannot read this {lora.format} file: {error}") from error
-    state = state[0] if isinstance(state, tuple) else state
-    _check_fit(pipeline, lora, state)
-    pipeline.load_lora_weights(str(lora.path), adapter_name=ADAPTER, use_safetensors=True)
     pipeline.set_adapters([ADAPTER], [scale])
-    for component, tensors in _by_component(state).items():
+    for component, tensors in parts.items():
         _unround(getattr(pipeline, component), tensors)
         fuse(getattr(pipeline, component))
     return lora
@@ -122,11 +128,26 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _check_fit(pipeline: Any, lora: LoraFile, state: dict[str, torch.Tensor]) -> None:
+def _marks(key: str) -> bool:
+    """Whether a name is one of a LoRA, or of what is trained in its place."""
+    return "lora" in key or bool(_RELATIVES.search(key))
+
+
+def _check_parts(pipeline: Any, lora: LoraFile) -> None:
+    """Refuse a second text encoder's LoRA in a pipeline that has one: the loader would not know its names."""
+    second = [key for key in lora.shapes if key.startswith("lora_te2_")]
+    if second and getattr(pipeline, "text_encoder_2", None) is None:
+        raise UserError(
+            f"{lora.path} does not fit this {type(pipeline).__name__}: {len(second)} of its {len(lora.shapes)} "
+            f"tensors, such as {second[0]}, are for a text_encoder_2. Was it trained on another model?"
+        )
+
+
+def _check_fit(pipeline: Any, lora: LoraFile, parts: dict[str, dict[str, torch.Tensor]]) -> None:
     """Refuse names and sizes that the pipeline does not have; the loader would skip such names silently."""
-    components = _by_component(state).items()
-    named = {f"{part}.{name}": value for part, tensors in components for name, value in tensors.items()}
+    named = {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
     wrong = [problem for key, value in named.items() if (problem := _problem(pipeline, key, value))]
+    wrong = wrong or [problem for key in named if (problem := _problem_of_pair(named, key))]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(
@@ -155,7 +176,7 @@ def _problem(pipeline: Any, key: str, value: torch.Tensor) -> str | None:
     if not isinstance(module, torch.nn.Module):
         return f"{key} is for a {component!r}, which is not loaded"
     if parts is None:
-        return None
+        return f"{key} is no factor of a LoRA"
     layer_name = parts["layer"]
     if not hasattr(module, "text_model"):
         layer_name = layer_name.removeprefix("text_model.")
@@ -168,3 +189,15 @@ def _problem(pipeline: Any, key: str, value: torch.Tensor) -> str | None:
     if weight is None or value.dim() < 2 or value.shape[axis] == weight.shape[axis]:
         return None
     return f"{key} is {tuple(value.shape)}, but the layer's weight is {tuple(weight.shape)}"
+
+
+def _problem_of_pair(named: dict[str, torch.Tensor], key: str) -> str | None:
+    """Factors come in pairs of one rank; what is missing would be drawn at random."""
+    first, second = ("lora_A", "lora_B") if ".lora_A." in key else ("lora_B", "lora_A")
+    partner = named.get(key.replace(f".{first}.", f".{second}."))
+    if partner is None:
+        return f"{key} has no {second} beside it"
+    A, B = (named[key], partner) if first == "lora_A" else (partner, named[key])
+    return (
+        None if A.shape[0] == B.shape[1] else f"{key} has rank {named[key].shape[first == 'lora_B']}, its partner not"
+    )

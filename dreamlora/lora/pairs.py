@@ -76,6 +76,12 @@ def adapted_layers(module: nn.Module, prefix: str = "") -> Iterator[AdaptedLayer
             yield AdaptedLayer(name, A, B, float(layer.scaling[ADAPTER]), offset.start_of(layer), layer)
 
 
+def layers_below_rank(module: nn.Module) -> tuple[int, int]:
+    """How many adapted layers have fewer inputs or outputs than ranks, and how many there are."""
+    layers = list(adapted_layers(module))
+    return sum(layer.rank > min(layer.shapes[0][1], layer.shapes[1][0]) for layer in layers), len(layers)
+
+
 def starts_of(module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """All frozen starts by layer, on the CPU, for a checkpoint."""
     starts = ((layer.name, layer.start) for layer in adapted_layers(module))

@@ -55,6 +55,9 @@ class FactorMuon(LoraPairOptimizer):
         _checks.fraction("momentum", group["momentum"])
         _checks.one_of("adjust_lr_fn", group["adjust_lr_fn"], ("original", "match_rms_adamw"))
 
+    def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
+        return {MOMENTUM: tuple(p.flatten(1).shape)}
+
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
         lr = float(group["lr"])
         self._update(group, [p for batch in batches for p in batch.A], lr)

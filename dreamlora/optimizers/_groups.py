@@ -90,7 +90,7 @@ def lora_param_groups(
 
     Returns:
         ``{"params": [A1, B1, A2, B2, ...], "lora_pairs": True, "pair_names": [...], "scalings": [...],
-        "lr_ratio_B": ...}`` and ``{"params": [...], "lora_pairs": False}``.
+        "lr_ratio_B": ...}`` and ``{"params": [...], "names": [...], "lora_pairs": False}``.
 
     Raises:
         ValueError: there is no trainable pair.
@@ -119,7 +119,8 @@ def lora_param_groups(
     rest = _other_trainables(modules, {id(p) for p in groups[0]["params"]}, adapter_names)
     if rest:
         lr_of_rest: dict[str, Any] = {} if fallback_lr is None else {"lr": fallback_lr}
-        groups.append({"params": rest, "lora_pairs": False, **common, **lr_of_rest})
+        names, others = map(list, zip(*rest, strict=True))
+        groups.append({"params": others, "names": names, "lora_pairs": False, **common, **lr_of_rest})
     logger.debug("%d LoRA pairs; %d other trainable tensors", len(pairs), len(rest))
     return groups
 
@@ -129,13 +130,24 @@ def plain_groups(param_groups: list[dict[str, Any]], default_lr: float) -> list[
     plain: list[dict[str, Any]] = []
     for group in param_groups:
         kept: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay") if key in group}
-        params, ratio = group["params"], group.get("lr_ratio_B", 1.0)
+        params, ratio, names = group["params"], group.get("lr_ratio_B", 1.0), names_of(group)
         if ratio == 1.0:
-            plain.append({"params": list(params), **kept})
+            plain.append({"params": list(params), **_named(names), **kept})
         else:
-            plain.append({"params": params[0::2], **kept})
-            plain.append({"params": params[1::2], **kept, "lr": kept.get("lr", default_lr) * ratio})
+            of_B = {**kept, "lr": kept.get("lr", default_lr) * ratio}
+            plain.append({"params": params[0::2], **_named(names[0::2]), **kept})
+            plain.append({"params": params[1::2], **_named(names[1::2]), **of_B})
     return plain
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
+    """Names of a group's parameters, in their order; none where the group does not say."""
+    pairs = group.get("pair_names") or ()
+    return list(group.get("names") or [f"{name}.lora_{factor}" for name in pairs for factor in "AB"])
+
+
+def _named(names: list[str]) -> dict[str, list[str]]:
+    return {"names": names} if names else {}
 
 
 def with_fallback_lr(param_groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
@@ -276,13 +288,13 @@ def _accept(candidates: list[LoraPair]) -> list[LoraPair]:
 
 def _other_trainables(
     modules: Iterable[nn.Module], in_pairs: set[int], adapter_names: Collection[str] | None
-) -> list[nn.Parameter]:
-    """Parameters that train and are in no pair, those of adapters that were not chosen left out."""
-    trainables: dict[int, nn.Parameter] = {}
+) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that train and are in no pair, with their names; those of adapters not chosen are left out."""
+    trainables: dict[int, tuple[str, nn.Parameter]] = {}
     for module in modules:
         for name, parameter in module.named_parameters():
             adapter = _adapter_of(f".{name}")
             chosen = adapter_names is None or adapter is None or adapter in adapter_names
             if parameter.requires_grad and chosen and id(parameter) not in in_pairs:
-                trainables[id(parameter)] = parameter
+                trainables[id(parameter)] = (name, parameter)
     return list(trainables.values())

@@ -82,6 +82,9 @@ class LoRAMuon(LoraPairOptimizer):
         if group["lora_pairs"] and decay >= 1:
             raise ValueError(f"weight_decay: got lr × weight_decay = {decay:g}, must be below 1")
 
+    def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
+        return {MOMENTUM: tuple(p.shape)}
+
     @property
     def stats(self) -> dict[str, int]:
         """``fallbacks``: factor updates left out because a matrix could not be factored. Reading it waits for a GPU."""

@@ -14,7 +14,8 @@ from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import Moves, PairBatch
 from dreamlora.optimizers._clipping import clip_lora_grad_norm_
 from dreamlora.optimizers._groups import pair_problem
-from dreamlora.optimizers._kernels import STEP, AdamWHyper, adamw_, compute_dtype
+from dreamlora.optimizers._kernels import EXP_AVG, EXP_AVG_SQ, STEP, AdamWHyper, adamw_, compute_dtype
+from dreamlora.optimizers._states import own_state, sign
 
 # Largest batch, in bytes of stacked factors. CPU: the allocator reuses temporaries of this size (much larger ones are
 # mapped anew, and their page faults cost more than the arithmetic), and they are few. GPU: few large launches.
@@ -31,8 +32,9 @@ class LoraPairOptimizer(Optimizer):
     True}`` (optional keys: "scalings", "lr_ratio_B") and ``{"params": [...], "lora_pairs": False}``. Pairs are found by
     position in "params", so that frameworks may move or replace parameters.
 
-    A subclass gives ``update_pairs`` (or ``update_all_pairs``), and in ``defaults`` at least lr, betas, eps,
-    weight_decay and maximize (the fallback AdamW uses them too). State is per parameter and at least float32, also for
+    A subclass gives ``update_pairs`` (or ``update_all_pairs``), ``pair_state_shapes`` if it does not keep AdamW's
+    moments, and in ``defaults`` at least lr, betas, eps, weight_decay and maximize (the fallback AdamW uses them too).
+    State is per parameter and at least float32, also for
     bfloat16 parameters.
 
     A factor whose gradient is None is left alone, like a parameter without gradient in torch's optimizers.
@@ -93,8 +95,19 @@ class LoraPairOptimizer(Optimizer):
         super().add_param_group(group)
         self._batches.clear()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with a note of who wrote it."""
+        state_dict = super().state_dict()
+        sign(self, state_dict)
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments keep float32 where parameters are bfloat16 or float16 (torch would round them)."""
+        """As torch's, but moments keep float32 where parameters are bfloat16 or float16 (torch would round them).
+
+        Raises:
+            ValueError: the state is of another class, rank or model, or damaged; nothing was changed then.
+        """
+        state_dict = own_state(self, state_dict)
         super().load_state_dict(state_dict)
         self._batches.clear()
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -108,6 +121,17 @@ class LoraPairOptimizer(Optimizer):
     def state_dtype(self, key: str, p: Tensor) -> torch.dtype:
         """The precision in which ``state[p][key]`` is kept."""
         return torch.float32 if key == STEP else compute_dtype(p.dtype)
+
+    def state_shapes(self, group: Group, index: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept of ``group["params"][index]``, by its name in the state."""
+        p = group["params"][index]
+        if group["lora_pairs"]:
+            return self.pair_state_shapes(p, p.shape[index % 2])
+        return {STEP: (), EXP_AVG: tuple(p.shape), EXP_AVG_SQ: tuple(p.shape)}
+
+    def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept of one factor of a pair."""
+        return {STEP: (), EXP_AVG: tuple(p.shape), EXP_AVG_SQ: tuple(p.shape)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -112,6 +112,10 @@ class LoRARITE(LoraPairOptimizer):
         for name in ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust"):
             _checks.at_least_zero(name, group[name])
 
+    def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
+        square = (rank, rank)
+        return {STEP: (), EXP_AVG: tuple(p.shape), SECOND_MOMENT: square, BASIS: square, ESCAPED: ()}
+
     def state_dtype(self, key: str, p: Tensor) -> torch.dtype:
         small = key in (SECOND_MOMENT, BASIS, ESCAPED)
         return linalg.gram_dtype(p.device) if small else super().state_dtype(key, p)

@@ -163,6 +163,9 @@ class ScaledGD(ScaledBase):
         super().validate_group(group)
         check_gd(group)
 
+    def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
+        return {MOMENTUM: tuple(p.shape)}
+
     def descend(self, group: Group, params: list[Tensor], directions: list[Tensor], states: list[Any]) -> None:
         hyper = SGDHyper(group["lr"], group["momentum"], group["weight_decay"], group["maximize"])
         sgd_(params, directions, states, hyper)

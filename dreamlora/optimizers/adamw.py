@@ -41,8 +41,9 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     import torch
 
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         plain_groups(param_groups, DEFAULT_LR),
         lr=DEFAULT_LR,
         betas=options.betas,
@@ -50,3 +51,4 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
         amsgrad=options.amsgrad,
         fused=options.fused,
     )
+    return guarded(optimizer)

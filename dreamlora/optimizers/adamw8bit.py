@@ -47,7 +47,8 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     asked = NEEDS if options.library == "auto" else ((options.library,), options.library)
     package = registry.check_installed(*asked)
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
     AdamW8bit = importlib.import_module(f"{package}.optim").AdamW8bit
     groups = plain_groups(param_groups, DEFAULT_LR)
-    return AdamW8bit(groups, lr=DEFAULT_LR, betas=options.betas, eps=options.eps)
+    return guarded(AdamW8bit(groups, lr=DEFAULT_LR, betas=options.betas, eps=options.eps))

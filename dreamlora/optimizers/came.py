@@ -47,10 +47,12 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     from pytorch_optimizer import CAME
 
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
-    return CAME(
+    optimizer = CAME(
         plain_groups(param_groups, DEFAULT_LR),
         lr=DEFAULT_LR,
         betas=(*options.betas, options.beta3),
         clip_threshold=options.clip_threshold,
     )
+    return guarded(optimizer)

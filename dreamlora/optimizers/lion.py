@@ -42,5 +42,6 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     from pytorch_optimizer import Lion
 
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
-    return Lion(plain_groups(param_groups, DEFAULT_LR), lr=DEFAULT_LR, betas=options.betas)
+    return guarded(Lion(plain_groups(param_groups, DEFAULT_LR), lr=DEFAULT_LR, betas=options.betas))

@@ -43,11 +43,13 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     import torch
 
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
     groups = [
         {**g, "lr_ratio_B": options.ratio * g.get("lr_ratio_B", 1.0)} if g.get("lora_pairs") else g
         for g in param_groups
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         plain_groups(groups, DEFAULT_LR), lr=DEFAULT_LR, betas=options.betas, eps=options.eps, fused=options.fused
     )
+    return guarded(optimizer)

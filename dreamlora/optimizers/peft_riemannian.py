@@ -50,6 +50,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     import torch
 
     from dreamlora.optimizers._groups import NamedParameters, plain_groups
+    from dreamlora.optimizers._states import guarded
 
     try:
         from peft.optimizers import create_riemannian_optimizer
@@ -69,4 +70,4 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     optimizer.param_groups.clear()  # it made one group; ours have their own rates
     for group in plain_groups(param_groups, DEFAULT_LR):
         optimizer.add_param_group(group)
-    return optimizer
+    return guarded(optimizer)

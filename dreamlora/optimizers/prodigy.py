@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NEEDS = (("prodigyopt",), "prodigy")
 # A factor on the rate that Prodigy finds.
 DEFAULT_LR: float = 1.0
+USUAL_LR = (0.05, 20.0)
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 
 
@@ -64,6 +65,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     from prodigyopt import Prodigy
 
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
     groups = plain_groups(param_groups, DEFAULT_LR)
     rates = sorted({float(group.get("lr", DEFAULT_LR)) for group in groups})
@@ -72,7 +74,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
             f"--optimizer prodigy finds one learning rate for all parameters (got {rates}): leave --text_encoder_lr "
             "out, and LoRA+ ratios; --learning_rate is a factor on what it finds"
         )
-    return Prodigy(
+    optimizer = Prodigy(
         groups,
         lr=DEFAULT_LR,
         betas=options.betas,
@@ -85,3 +87,4 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
         d_coef=options.d_coef,
         growth_rate=options.growth_rate,
     )
+    return guarded(optimizer)

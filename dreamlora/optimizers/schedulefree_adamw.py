@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 NEEDS = (("schedulefree",), "schedulefree")
 # 1 to 10 times AdamW's, as its authors found.
 DEFAULT_LR: float = 3e-4
+OWN_SCHEDULE = True
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 
 
@@ -56,6 +57,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     from schedulefree import AdamWScheduleFree
 
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
     optimizer = AdamWScheduleFree(
         plain_groups(param_groups, DEFAULT_LR),
@@ -67,4 +69,4 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
         weight_lr_power=options.weight_lr_power,
     )
     optimizer.train()
-    return optimizer
+    return guarded(optimizer)

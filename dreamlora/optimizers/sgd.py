@@ -39,6 +39,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     import torch
 
     from dreamlora.optimizers._groups import plain_groups
+    from dreamlora.optimizers._states import guarded
 
     groups = plain_groups(param_groups, DEFAULT_LR)
-    return torch.optim.SGD(groups, lr=DEFAULT_LR, momentum=options.momentum, nesterov=options.nesterov)
+    return guarded(torch.optim.SGD(groups, lr=DEFAULT_LR, momentum=options.momentum, nesterov=options.nesterov))

@@ -11,7 +11,7 @@ from dreamlora.report.facts import RunFacts, require_run
 from dreamlora.runfolder import RunFolder
 
 _FILES = (
-    ("pytorch_lora_weights.safetensors", "the LoRA, as diffusers, ComfyUI and others load it"),
+    ("pytorch_lora_weights.safetensors", "the LoRA, as diffusers loads it"),
     ("best", "the best checkpoint's LoRA, and why it is the best"),
     ("config.yaml", "every option of the run"),
     ("metrics.jsonl", "every number, one per line"),

@@ -15,12 +15,14 @@ from diffusers.optimization import get_scheduler
 from dreamlora import registry
 from dreamlora.cli.parse import method_options
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.config.plausible import doubts
 from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.sets import epoch_length, loss_shares, places
 from dreamlora.data.transforms import Preparations, bucket_numbers
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.models.tf32 import set_tf32
@@ -103,6 +105,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> tuple[Run,
     counts = defaults.ImageCounts(epoch, len(pictures.measured), len(pictures.learned))
     context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)
     context.eval_price = defaults.eval_price(context.config, counts, context.accelerator.num_processes)
+    _doubt(context, counts)
     if context.eval_price.forwards:
         context.tell(str(context.eval_price))
     which = context.config.train.resume_from_checkpoint
@@ -123,6 +126,13 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> tuple[Run,
         with context.timed("starting the LoRA"):
             start.initialise(run, method_options("inits", lora.init, lora.init_args, {}))
     return run, pictures
+
+
+def _doubt(context: RunContext, images: defaults.ImageCounts) -> None:
+    """Tell of values that can hardly be meant and of flags that do nothing here."""
+    own, world = context.family.resolution(context.source), context.accelerator.num_processes
+    for doubt in doubts(context.config, defaults.facts(context.config, context.family, own, images.epoch, world)):
+        context.warn(doubt)
 
 
 def _start(config: RunConfig) -> RunContext:
@@ -184,6 +194,9 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     context.parts.free("vae")
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
     model = _with_lora(context, components, text)
+    few, layers = layers_below_rank(model)
+    if "rank" in config.given and 2 * few >= layers:
+        context.warn(f"--rank {config.lora.rank} is more than {few} of the {layers} layers have inputs or outputs")
     trainables = trainable_parameters(model)
     model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients
     optimizer, lr_scheduler = _optimizer(context, accelerator.unwrap_model(model), options)

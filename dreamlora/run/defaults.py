@@ -14,11 +14,13 @@ from typing import TypeVar
 from dreamlora import registry
 from dreamlora.cli.places import DEFAULT_OUTPUTS, check_folders, image_folders, lies_in
 from dreamlora.config import Data, RunConfig
+from dreamlora.config.plausible import Facts
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import Price, Workload, affordable
-from dreamlora.interfaces import SampleDefaults
+from dreamlora.interfaces import Family, SampleDefaults
 from dreamlora.runfolder import RunFolder
+from dreamlora.sampling.prompts import Subject, with_subject
 
 DEFAULT_BATCH = 4
 DEFAULT_SAMPLES = 5
@@ -40,7 +42,7 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         world: number of processes.
 
     Raises:
-        UserError: see ``check_rank``.
+        UserError: see ``check_rank``; or a prompt has a ``{}`` and nothing is known for it.
     """
     check_rank(config)
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
@@ -59,8 +61,9 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
             text_encoder_lr=_first(optim.text_encoder_lr, learning_rate),
             adam_weight_decay_text_encoder=_first(optim.adam_weight_decay_text_encoder, weight_decay),
         )
+    subject = Subject.of(config.data.subject_prompt, config.data.class_prompt)
     sample = replace(
-        config.sample,
+        with_subject(config.sample, subject),
         num_inference_steps=_first(config.sample.num_inference_steps, sampling.num_inference_steps),
         sample_guidance_scale=_first(config.sample.sample_guidance_scale, sampling.guidance_scale),
         num_images_per_prompt=_first(config.sample.num_validation_images, config.sample.num_images_per_prompt),
@@ -164,21 +167,33 @@ def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
     if evaluation.eval_metrics:
         usual = sample_steps or math.ceil(total / DEFAULT_SAMPLES)
         evaluation = replace(evaluation, eval_metrics_steps=_first(evaluation.eval_metrics_steps, usual))
-    optim = replace(config.optim, scale_lr=False)
+    optim = replace(config.optim, scale_lr=False, lr_warmup_steps=_steps_of(config.optim.lr_warmup_steps, total))
     if config.optim.scale_lr:
         optim = replace(optim, **{name: rate * global_batch for name in RATES if (rate := getattr(optim, name))})
-    if config.optim.lr_scheduler != "constant" and config.optim.lr_warmup_steps >= total:
-        logger.warning(
-            "--lr_warmup_steps %d covers all %d steps: the learning rate will not reach its value",
-            config.optim.lr_warmup_steps,
-            total,
-        )
     return replace(
         config,
         optim=optim,
         sample=replace(config.sample, sample_steps=sample_steps),
         eval=evaluation,
     )
+
+
+def _steps_of(steps_or_share: float, total: int) -> int:
+    """Steps; a share is of ``total``, and at least one step."""
+    return max(1, round(steps_or_share * total)) if 0 < steps_or_share < 1 else int(steps_or_share)
+
+
+def facts(config: RunConfig, family: Family, resolution: int, epoch: int, world: int) -> Facts:
+    """What ``plausible.doubts`` needs to know of a run besides its options.
+
+    Args:
+        config: with all options decided.
+        family: of the model.
+        resolution: the model's own, in pixels.
+        epoch: samples in one passage through the images.
+        world: number of processes.
+    """
+    return Facts(resolution, epoch, _global_batch(config, world), family.OWN_OPTIONS)
 
 
 def eval_price(config: RunConfig, images: ImageCounts, world: int) -> Price:

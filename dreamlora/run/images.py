@@ -73,7 +73,7 @@ class RunImages:
 def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     """Images to learn and to measure on, and the prompts to draw; a file that is no image stops the run here."""
     data, main = context.config.data, context.accelerator.is_main_process
-    if not data.given:
+    if not data.brings_images:
         data = _draw_built_in(context, folder)
     with main_first():
         images = load_sets(data, context.config.model.cache_dir, progress=main)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dreamlora.config import Sample
 from dreamlora.errors import UserError
@@ -29,7 +30,17 @@ class Subject:
 
     @classmethod
     def of(cls, instance_prompt: str | None, class_prompt: str | None = None, name: str | None = None) -> Subject:
-        """The subject that an instance prompt is about, unless it is named."""
+        """The subject that an instance prompt is about, unless it is named.
+
+        Raises:
+            UserError: a prompt has a ``{}``: what takes its place is read from these prompts.
+        """
+        for flag, prompt in (("instance_prompt", instance_prompt), ("class_prompt", class_prompt)):
+            if PLACEHOLDER in (prompt or ""):
+                raise UserError(
+                    f'--{flag} "{prompt}": {PLACEHOLDER} has no meaning here: what takes its place in other '
+                    "prompts is read from this flag and its like; write it out"
+                )
         return cls(name or _object_of(instance_prompt), instance_prompt, class_prompt)
 
     def put_into(self, prompt: str, where: str) -> str:
@@ -43,8 +54,7 @@ class Subject:
         if not self.name:
             raise UserError(
                 f'{where}: nothing to put in place of {PLACEHOLDER} in "{prompt}": give the subject, such as "sks dog" '
-                f"(training reads it from --instance_prompt, `dreamlora sample` from --subject), or write it into the "
-                f"line"
+                "(training reads it from --instance_prompt, `dreamlora sample` from --subject), or write it out"
             )
         return prompt.replace(PLACEHOLDER, self.name)
 
@@ -118,13 +128,28 @@ def read_prompts(file: Path, subject: Subject = UNKNOWN) -> tuple[str, ...]:
     return tuple(prompts)
 
 
+def with_subject(sample: Sample, subject: Subject) -> Sample:
+    """The options with the subject in the prompts that they hold.
+
+    Raises:
+        UserError: there is a ``{}`` and no subject.
+    """
+    filled: dict[str, Any] = {
+        name: subject.put_into(prompt, f"--{name}")
+        for name in ("validation_prompt", "negative_prompt")
+        if (prompt := getattr(sample, name))
+    }
+    return replace(sample, **filled)
+
+
 def sample_prompts(sample: Sample, subject: Subject = UNKNOWN, captions: Iterable[str] = ()) -> tuple[str, ...]:
     """The prompts a run draws: of ``--sample_prompts``, else the training prompt and the class prompt; and
     ``--validation_prompt``. Each once. Where all of these are missing, ``captions``.
 
     Raises:
-        UserError: the file cannot be used, or there is no prompt at all.
+        UserError: the file cannot be used, there is no prompt at all, or nothing for a ``{}``.
     """
+    sample = with_subject(sample, subject)
     if sample.sample_prompts:
         prompts = list(read_prompts(sample.sample_prompts, subject))
     else:

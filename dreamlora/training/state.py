@@ -67,12 +67,21 @@ def save_lora(run: Run, folder: Path) -> Path:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put the run where the checkpoint left off."""
+    """Put the run where the checkpoint left off.
+
+    Raises:
+        UserError: the optimizer's state is not one of this run's optimizer.
+    """
     saved = checkpoint.state
+    try:
+        run.optimizer.load_state_dict(saved["optimizer"])
+    except ValueError as error:
+        raise UserError(
+            f"--resume_from_checkpoint: the optimizer of this run cannot go on from there: {error}"
+        ) from None
     for name, parameter in run.trainables.items():
         parameter.data.copy_(saved["trainables"][name])
     restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])
-    run.optimizer.load_state_dict(saved["optimizer"])
     run.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if run.accelerator.scaler is not None and saved["scaler"]:
         run.accelerator.scaler.load_state_dict(saved["scaler"])

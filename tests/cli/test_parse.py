@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from dreamlora.cli import presets
 from dreamlora.cli.declared import options_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.parse import Program, method_options, parse, parse_run, run
-from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.config import RunConfig, TextToImageConfig, as_flat_dict
 from dreamlora.errors import UserError
 
 DIFFUSERS_FLAGS = """
@@ -138,6 +139,14 @@ def test_explained_flags_name_only_flags_that_exist() -> None:
             assert not word.startswith("--") or word[2:] in options_of(RunConfig), text
 
 
+def test_explanations_name_only_settings_that_the_optimizers_have() -> None:
+    named = re.compile(r"--optimizer_args (\w+)")
+    for flag, text in ELSEWHERE.items():
+        for setting in named.findall(text):
+            (optimizer,) = re.findall(r"--optimizer (\w+)", text) or ["prodigy"]
+            assert setting in options_of(registry.load("optimizers", optimizer).Options), flag
+
+
 def test_unneeded_flags_are_accepted_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed("--cache_latents", "--rank", "8").lora.rank == 8
     assert "note: --cache_latents is not needed: latents are always cached" in capsys.readouterr().err
@@ -163,6 +172,30 @@ def test_yaml_values_of_every_kind(run_yaml: Any) -> None:
     assert (config.lora.rank, config.model.mixed_precision) == (4, "no")
     assert config.optim.optimizer_args == ("eps", "1e-6")
     assert (config.data.instance_prompt, config.sample.sample_steps) == ("--a dog", 0)
+
+
+PATHS = [name for name, option in options_of(RunConfig).items() if option.kind is Path]
+FOLDERS_OR_NAMES = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resume_from_checkpoint"]
+FOLDERS_OR_NAMES += ["clip_model", "dino_model"]
+
+
+@pytest.mark.parametrize("flag", [*PATHS, *FOLDERS_OR_NAMES])
+@pytest.mark.parametrize("way", ["flag", "word", "yaml"])
+def test_a_tilde_is_the_home_folder(
+    flag: str, way: str, run_yaml: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell puts it in behind ``--flag=``, and it would become a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = {"flag": [f"--{flag}=~/x/y"], "word": [f"--{flag}", "~/x/y"], "yaml": None}[way]
+    needed = ["--with_prior_preservation", "--class_prompt", "a dog"] if flag == "class_data_dir" else []
+    needed += ["--eval_metrics", "kid"] if flag == "eval_prompts" else []
+    config = parsed(*needed, *(argv or ["--config", run_yaml(f"{flag}: ~/x/y")]))
+    assert as_flat_dict(config)[flag] == str(tmp_path / "x" / "y")
+
+
+def test_the_home_of_nobody_is_told() -> None:
+    assert "--output_dir takes a path (got '~nobody-of-this-name/x')" in message("--output_dir=~nobody-of-this-name/x")
+    assert "no-one-here" in message("--config=~no-one-here/x.yaml")
 
 
 def test_a_later_file_wins(tmp_path: Path) -> None:
@@ -331,7 +364,7 @@ def test_the_preset_is_for_the_embedded_model_only() -> None:
     config, _ = parse_run([])
     preset = yaml.safe_load((tiny.PRESETS / "preset.yaml").read_text())
     assert config.embedded and config.lora.rank == preset["rank"]
-    assert config.data.subject == preset["subject"]
+    assert config.data.subject == preset["built_in"]["subject"]
     assert config.sample.sample_prompts is not None and config.sample.sample_prompts.exists()
     assert parse_run(MODEL)[0] == replace(RunConfig(), model=parsed(*MODEL).model)
 
@@ -358,6 +391,24 @@ def test_flags_and_files_win_over_the_preset(run_yaml: Any) -> None:
     assert (config.train.max_train_steps, config.optim.learning_rate) == (5, 0.5)
     assert config.data.subject is None
     assert parse_run(["--num_train_epochs", "3"])[0].train.max_train_steps is None
+
+
+@pytest.mark.parametrize("own", [("--instance_data_dir", "."), ("--dataset_name", "owner/name")])
+@pytest.mark.parametrize("subject", [(), ("--subject", "bannerfish")])
+def test_nothing_of_the_built_in_subject_is_said_of_own_images(own: tuple[str, ...], subject: tuple[str, ...]) -> None:
+    """Photos without captions would train as "sks creature", beside class images of creatures."""
+    plain, (config, _) = RunConfig(), parse_run([*own, *subject])
+    for option in ("instance_prompt", "class_prompt", "with_prior_preservation", "num_class_images"):
+        assert getattr(config.data, option) == getattr(plain.data, option), option
+    assert config.sample.sample_prompts is None and config.sample.validation_prompt is None
+    assert config.lora.rank == 8 and config.data.resolution == 64, "what suits the model stays"
+
+
+def test_nothing_of_the_built_in_style_is_said_of_own_images() -> None:
+    for own in (["--train_data_dir", "."], ["--dataset_name", "owner/name"]):
+        config, _ = parse_run(own, TextToImageConfig)
+        assert config.data.style is None and config.sample.sample_prompts is None
+    assert parse_run([], TextToImageConfig)[0].sample.sample_prompts is not None
 
 
 def test_prompts_follow_the_built_in_subject() -> None:

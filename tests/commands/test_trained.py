@@ -111,6 +111,8 @@ def test_images_are_planned_as_the_run_drew_them(run: Any) -> None:
     assert (plan.seed, plan.num_images_per_prompt, plan.width, plan.negative_prompt) == (7, 3, 16, "blue")
     given = plan_for(SampleConfig(lora=(Path("dog"),), sample_seed=0, resolution=8), found.options, sd, ("a dog",))
     assert (given.seed, given.num_images_per_prompt, given.width) == (0, 3, 8)
+    about = SampleConfig(lora=(Path("dog"),), negative_prompt="a blurred {}", subject="sks dog")
+    assert plan_for(about, found.options, sd, ("a dog",)).negative_prompt == "a blurred sks dog"
     unknown = plan_for(SampleConfig(lora=(Path("dog"),)), {}, sd, ("a dog",))
     assert (unknown.seed, unknown.num_images_per_prompt) == (42, 1)
 

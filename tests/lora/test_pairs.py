@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.pairs import adapted_layers, layers_below_rank
 from dreamlora.optimizers import find_lora_pairs
 from tests.inits.problems import ALPHA, RANK, Net, problem
 
@@ -33,6 +33,12 @@ def test_the_record_is_the_layers() -> None:
     assert (conv.scaling, conv.rank, conv.shapes) == (ALPHA / RANK, RANK, ((RANK, 27), (8, RANK)))
     assert [layer.name for layer in adapted_layers(net, prefix="unet")] == ["unet.conv", "unet.square", "unet.out"]
     assert not list(adapted_layers(Net()))
+
+
+def test_layers_with_fewer_inputs_or_outputs_than_ranks_are_counted() -> None:
+    net = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 3), nn.Linear(4, 4), nn.Conv2d(1, 9, 2))
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["0", "1", "2", "3"]), net)
+    assert layers_below_rank(net) == (2, 4)
 
 
 def test_optimizers_find_the_same_pairs() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from dreamlora.cli.parse import parse_run
-from dreamlora.config import RunConfig
+from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.errors import UserError
+from dreamlora.interfaces import SampleDefaults
 from dreamlora.run import defaults
 from dreamlora.run.defaults import ImageCounts
 
@@ -77,3 +78,29 @@ def test_folders_are_looked_at_again_for_those_who_call_from_python(tmp_path: Pa
     config = replace(plain, data=data, train=replace(plain.train, output_dir=tmp_path / "run"))
     with pytest.raises(UserError, match="lies in --instance_data_dir"):
         defaults.run_folder(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [("0.1", 80), ("0.0001", 1), ("0.999", 799), ("0", 0), ("1", 1), ("1.0", 1), ("500", 500)]
+)
+def test_a_warm_up_below_one_is_a_share_of_the_steps(given: str, steps: int) -> None:
+    """config.yaml and the checkpoints' settings have the number of steps, whole."""
+    plain, (config, _) = flux_recipe(), parse_run(["--lr_warmup_steps", given])
+    settled = defaults.by_length(replace(plain, optim=config.optim), ImageCounts(5, 5, 0), world=1)
+    assert as_flat_dict(settled)["lr_warmup_steps"] == steps
+    assert isinstance(settled.optim.lr_warmup_steps, int)
+
+
+def test_a_share_counts_the_steps_that_epochs_make() -> None:
+    plain, (config, _) = RunConfig(), parse_run(["--lr_warmup_steps", "0.5"])
+    config = replace(plain, optim=config.optim, train=replace(plain.train, num_train_epochs=10, train_batch_size=2))
+    assert defaults.by_length(config, ImageCounts(8, 5, 0), world=1).optim.lr_warmup_steps == 20
+
+
+def test_the_saved_config_has_the_prompts_as_they_are_drawn() -> None:
+    """Another program that reads it knows no subject."""
+    argv = ["--validation_prompt", "a {} at night", "--negative_prompt", "a blurred {}"]
+    argv += ["--instance_prompt", "a photo of sks dog"]
+    config, _ = parse_run([*argv, "--pretrained_model_name_or_path", "other"])
+    sample = defaults.by_model(config, 64, SampleDefaults(20, 3.0), world=1).sample
+    assert (sample.validation_prompt, sample.negative_prompt) == ("a sks dog at night", "a blurred sks dog")

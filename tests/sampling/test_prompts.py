@@ -6,7 +6,7 @@ import pytest
 
 from dreamlora.config import Sample
 from dreamlora.errors import UserError
-from dreamlora.sampling.prompts import UNKNOWN, Subject, read_prompts, sample_prompts
+from dreamlora.sampling.prompts import UNKNOWN, Subject, read_prompts, sample_prompts, with_subject
 from dreamlora.tiny import world
 from dreamlora.tiny.scenery import BACKGROUNDS
 from dreamlora.tiny.shapes import KINDS
@@ -28,6 +28,27 @@ def test_one_per_line(tmp_path: Path) -> None:
 def test_placeholder_without_subject_names_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prompts\.txt, line 3: .*a \{\} in the snow"):
         read_prompts(write(tmp_path, "# one\na cat\na {} in the snow\n"))
+
+
+@pytest.mark.parametrize("flag", ["validation_prompt", "negative_prompt"])
+def test_placeholders_in_flags_are_those_of_files(flag: str) -> None:
+    sample = Sample(**{flag: "a {} in the snow"})
+    assert getattr(with_subject(sample, Subject("sks dog")), flag) == "a sks dog in the snow"
+    with pytest.raises(UserError, match=rf"--{flag}: nothing to put in place of \{{\}} in \"a \{{\}} in the snow\""):
+        with_subject(sample, UNKNOWN)
+
+
+def test_the_validation_prompt_is_drawn_with_the_subject() -> None:
+    subject = Subject.of("a photo of sks dog")
+    prompts = sample_prompts(Sample(validation_prompt="a {} in the snow"), subject)
+    assert prompts == ("a photo of sks dog", "a sks dog in the snow")
+
+
+@pytest.mark.parametrize("prompts", [("a photo of {}", None), ("a photo of sks dog", "a photo of a {}")])
+def test_prompts_that_the_subject_is_read_from_take_no_placeholder(prompts: tuple[str, str | None]) -> None:
+    flag = "class_prompt" if prompts[1] else "instance_prompt"
+    with pytest.raises(UserError, match=rf"--{flag} .*no meaning here"):
+        Subject.of(*prompts)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n"])

@@ -158,6 +158,16 @@ def test_a_missing_or_damaged_checkpoint_is_named(train: Train, tmp_path: Path) 
     assert same(weights(run), weights(train("--resume_from_checkpoint", "step-000004")))
 
 
+def test_an_optimizer_state_of_another_rank_is_refused(train: Train) -> None:
+    file = train().checkpoint_dir(6) / "training_state.pt"
+    saved = torch.load(file, weights_only=True)
+    for entry in saved["optimizer"]["state"].values():
+        entry["exp_avg"] = torch.cat([entry["exp_avg"], entry["exp_avg"]])
+    torch.save(saved, file)
+    with pytest.raises(UserError, match=r"cannot go on from there: .*exp_avg of .*\.lora_A is .*another rank"):
+        train("--resume_from_checkpoint", "latest", "--max_train_steps", "8")
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
 def test_a_checkpoint_that_may_be_whole_is_not_to_be_removed(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

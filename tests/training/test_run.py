@@ -317,3 +317,18 @@ def test_the_evaluation_costs_what_was_said_before(
     assert price["forwards"] == sum(passes)
     assert price["sentence"] in caplog.text and price["sentence"] in run.report_md.read_text()
     assert price["share"] == round(sum(passes) / (6 * 4 * 2), 4) and price["seconds"] > 0
+
+
+def test_what_can_hardly_be_meant_is_told_and_stands_in_the_report(
+    train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = "--max_train_steps 1 --optimizer prodigy --learning_rate 1e-4 --lr_power 2 --lora_alpha 1 --rank 64"
+    run = train(*flags.split(), "--eval_steps", "0", "--sample_steps", "0", "--no_parity_check")
+    report = run.report_md.read_text()
+    for told in (
+        "--learning_rate 0.0001 is far from what --optimizer prodigy needs",
+        "--lr_power has no effect",
+        "--lora_alpha 1 with --rank 64 scales the LoRA by 0.015625",
+        "--rank 64 is more than",
+    ):
+        assert told in caplog.text and told in report.replace("\\", ""), told

@@ -224,7 +224,7 @@ def _images_of(run: RunFolder) -> tuple[list[ImageRecord], list[ImageRecord], li
         data = config.data
         if data.style:
             data = replace(data, train_data_dir=run.instance_images)
-        elif not data.given:
+        elif not data.brings_images:
             data = replace(data, instance_data_dir=run.instance_images)
         with main_first():
             records = load_sets(data, config.model.cache_dir).records

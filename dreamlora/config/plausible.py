@@ -1,0 +1,258 @@
+"""Values that a person can hardly mean, and flags that do nothing in a run: told once, at its start. No torch here.
+
+Only what was given is doubted: defaults, and what a preset sets, are as they should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from dreamlora import registry
+from dreamlora.config.run import RunConfig, as_flat_dict
+
+RATE_FACTOR = 100
+"""How many times an optimizer's own rate another one may be, unless its plug-in knows better (``USUAL_LR``)."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run knows besides its options.
+
+    Attributes:
+        resolution: the model's own, in pixels.
+        epoch: samples in one passage through the images.
+        batch: samples of an optimizer step.
+        family_options: of those that not all families use, the ones that this does.
+    """
+
+    resolution: int
+    epoch: int
+    batch: int
+    family_options: Collection[str]
+
+
+class _Idle(NamedTuple):
+    """Flags that do nothing unless something else is so."""
+
+    flags: tuple[str, ...]
+    counts: Callable[[RunConfig], Any]
+    otherwise: str
+
+
+def _draws(c: RunConfig) -> bool:
+    return bool(c.sample.sample_steps or (c.draws_for_metrics and not c.eval.eval_prompts))
+
+
+def _draws_built_in(c: RunConfig) -> bool:
+    return not c.data.brings_images
+
+
+_IDLE = (
+    _Idle(
+        ("lr_num_cycles",),
+        lambda c: c.optim.lr_scheduler == "cosine_with_restarts",
+        "only --lr_scheduler cosine_with_restarts has restarts",
+    ),
+    _Idle(
+        ("lr_power",), lambda c: c.optim.lr_scheduler == "polynomial", "only --lr_scheduler polynomial has an exponent"
+    ),
+    _Idle(
+        ("lr_warmup_steps",),
+        lambda c: c.optim.lr_scheduler != "constant" or not c.optim.lr_warmup_steps,
+        "--lr_scheduler constant has no warm-up; constant_with_warmup has one",
+    ),
+    _Idle(
+        ("logit_mean", "logit_std"),
+        lambda c: c.train.weighting_scheme == "logit_normal",
+        "they belong to --weighting_scheme logit_normal",
+    ),
+    _Idle(("mode_scale",), lambda c: c.train.weighting_scheme == "mode", "it belongs to --weighting_scheme mode"),
+    _Idle(("image_column", "dataset_config_name"), lambda c: any(one.dataset_name for one in c.data.each()), "they are for --dataset_name"),
+    _Idle(("subject", "style"), _draws_built_in, "images were given"),
+    _Idle(
+        ("num_class_images", "prior_loss_weight", "prior_generation_precision"),
+        lambda c: c.data.with_prior_preservation,
+        "there are class images only with --with_prior_preservation",
+    ),
+    _Idle(
+        ("adam_weight_decay_text_encoder",),
+        lambda c: c.lora.train_text_encoder,
+        "the text encoder trains only with --train_text_encoder",
+    ),
+    _Idle(("num_train_epochs",), lambda c: "max_train_steps" not in c.given, "--max_train_steps decides"),
+    _Idle(("validation_epochs",), lambda c: "sample_steps" not in c.given, "--sample_steps decides"),
+    _Idle(
+        ("num_images_per_prompt",), lambda c: "num_validation_images" not in c.given, "--num_validation_images decides"
+    ),
+    _Idle(
+        ("sample_prompts", "validation_prompt", "num_images_per_prompt"),
+        _draws,
+        "with --sample_steps 0 no samples are drawn",
+    ),
+    _Idle(
+        ("eval_batch_size", "final_eval_items"), lambda c: c.eval.eval_steps, "with --eval_steps 0 nothing is measured"
+    ),
+    _Idle(
+        ("clip_model", "dino_model", "inception_weights"),
+        lambda c: c.eval.eval_metrics,
+        "only --eval_metrics needs such a model",
+    ),
+    _Idle(("caption_variants",), lambda c: c.data.shuffle_tags, "it belongs to --shuffle_tags"),
+    _Idle(
+        ("checkpoints_total_limit",),
+        lambda c: c.train.checkpointing_steps,
+        "with --checkpointing_steps 0 there are no checkpoints",
+    ),
+    _Idle(("hub_token", "hub_model_id"), lambda c: c.train.push_to_hub, "nothing is uploaded without --push_to_hub"),
+    _Idle(("logging_dir",), lambda c: c.train.report_to, "there is a tracker only with --report_to"),
+)
+
+_OF_FAMILIES = {
+    **dict.fromkeys(("snr_gamma", "prediction_type"), "diffusion models, and this is a rectified flow"),
+    **dict.fromkeys(
+        ("weighting_scheme", "logit_mean", "logit_std", "mode_scale"), "rectified flows, and this is a diffusion model"
+    ),
+    "guidance_scale": "models that were distilled with guidance (for samples: --sample_guidance_scale)",
+    "negative_prompt": "models with classifier-free guidance",
+    "tokenizer_max_length": "models whose prompts CLIP alone reads",
+    "max_sequence_length": "models whose prompts T5 reads",
+}
+"""What options are for that not all families use."""
+
+_OF_OPTIMIZERS = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
+"""Settings of optimizers that have flags of their own."""
+
+
+class _Usual(NamedTuple):
+    """From where to where a value is common; beyond, it is doubted."""
+
+    low: float
+    high: float
+    usual: str
+
+
+_INF = float("inf")
+_USUAL = {
+    "adam_beta1": _Usual(0.1, 0.99, "0.9"),
+    "adam_beta2": _Usual(0.5, 0.99999, "0.99 to 0.999"),
+    "adam_epsilon": _Usual(0, 1e-3, "1e-8"),
+    "adam_weight_decay": _Usual(0, 0.5, "0 to 0.1"),
+    "adam_weight_decay_text_encoder": _Usual(0, 0.5, "0 to 0.1"),
+    "caption_dropout": _Usual(0, 0.5, "0.05 to 0.2"),
+    "caption_variants": _Usual(1, 64, "4"),
+    "crop_variants": _Usual(1, 64, "4"),
+    "gradient_accumulation_steps": _Usual(1, 256, "1 to 16"),
+    "guidance_scale": _Usual(0, 30, "1 to 4"),
+    "logit_mean": _Usual(-5, 5, "0"),
+    "logit_std": _Usual(0.05, 5, "1"),
+    "lora_dropout": _Usual(0, 0.5, "0 to 0.1"),
+    "lr_power": _Usual(0.1, 10, "1 or 2"),
+    "max_train_steps": _Usual(1, 1e6, "some hundreds to some thousands"),
+    "noise_offset": _Usual(0, 0.5, "0.05 to 0.1"),
+    "num_class_images": _Usual(4, 5000, "100 to 300"),
+    "num_images_per_prompt": _Usual(1, 64, "1 to 4"),
+    "num_inference_steps": _Usual(2, 250, "20 to 50"),
+    "num_train_epochs": _Usual(1, 1e5, "some dozens to some hundreds"),
+    "prior_loss_weight": _Usual(0.01, 10, "1"),
+    "repeats": _Usual(1, 1000, "1 to 20"),
+    "sample_guidance_scale": _Usual(0, 30, "3 to 9"),
+    "snr_gamma": _Usual(0.5, 20, "5"),
+}
+"""Numbers of which any value is allowed, but some can hardly be meant."""
+
+
+def doubts(config: RunConfig, facts: Facts) -> list[str]:
+    """What to tell about a run, one sentence each.
+
+    Args:
+        config: with all options decided.
+        facts: what decides besides.
+    """
+    return [*_without_effect(config, facts), *_unusual(config), *_rates(config), *_relations(config, facts)]
+
+
+def _without_effect(config: RunConfig, facts: Facts) -> Iterator[str]:
+    idle = {flag: why for flags, counts, why in _IDLE if not counts(config) for flag in flags}
+    for flag, audience in _OF_FAMILIES.items():
+        if flag not in facts.family_options:
+            idle[flag] = f"it is for {audience}"
+    given = _differing(config)
+    settings = {setting.name for setting in fields(_optimizer(config).Options)}
+    for flag, setting in _OF_OPTIMIZERS.items():
+        if setting not in settings:
+            idle[flag] = f"--optimizer {config.optim.optimizer} has no {setting}"
+    yield from (f"--{flag} has no effect: {why}" for flag, why in idle.items() if flag in given)
+
+
+def _unusual(config: RunConfig) -> Iterator[str]:
+    values = as_flat_dict(config)
+    for flag, (low, high, usual) in _USUAL.items():
+        if flag in config.given and values.get(flag) is not None and not low <= values[flag] <= high:
+            yield f"--{flag} {_as_typed(values[flag])} is far from what is usual ({usual})"
+
+
+def _rates(config: RunConfig) -> Iterator[str]:
+    method, optim = _optimizer(config), config.optim
+    lowest = method.DEFAULT_LR / RATE_FACTOR, method.DEFAULT_LR * RATE_FACTOR
+    low, high = getattr(method, "USUAL_LR", lowest)
+    for flag in ("learning_rate", "text_encoder_lr"):
+        rate = getattr(optim, flag)
+        if flag not in config.given or rate is None:
+            continue
+        if not rate:
+            yield f"--{flag} 0: what it belongs to learns nothing"
+        elif not low < rate < high:
+            yield (
+                f"--{flag} {_as_typed(rate)} is far from what --optimizer {optim.optimizer} needs: its own default is "
+                f"{_as_typed(method.DEFAULT_LR)}, and rates of different optimizers are in different units"
+            )
+    if getattr(method, "OWN_SCHEDULE", False) and "lr_scheduler" in config.given and optim.lr_scheduler != "constant":
+        yield f"--lr_scheduler {optim.lr_scheduler}: {optim.optimizer} averages in place of a schedule: leave it out"
+
+
+def _relations(config: RunConfig, facts: Facts) -> Iterator[str]:
+    """Values that do not go with others, or with the model and the images."""
+    given, lora, steps = config.given, config.lora, config.train.max_train_steps or 0
+    alpha = lora.lora_alpha
+    if alpha is not None and alpha != lora.rank:
+        scale = alpha / lora.rank
+        told = f"--lora_alpha {_as_typed(alpha)} with --rank {lora.rank} scales the LoRA by {_as_typed(scale)}"
+        yield (
+            f"{told}: diffusers reads that from the file, programs that look for alphas among its tensors (ComfyUI and "
+            "others) apply it at a scale of 1. Leave --lora_alpha out if the LoRA is for those"
+        )
+        if not 0.05 <= scale <= 8:
+            yield f"{told}, which is far from what is usual (0.5 to 2)"
+    resolution = config.data.resolution or 0
+    if "resolution" in given and not facts.resolution / 2 <= resolution <= facts.resolution * 2:
+        yield f"--resolution {resolution} is far from the {facts.resolution} pixels that this model was trained with"
+    if {"train_batch_size", "gradient_accumulation_steps"} & given and facts.batch > facts.epoch:
+        yield (
+            f"a step of {facts.batch} samples is more than the {facts.epoch} of an epoch, and sees images twice: "
+            "--train_batch_size, --gradient_accumulation_steps and the processes multiply"
+        )
+    warmup = config.optim.lr_warmup_steps
+    if config.optim.lr_scheduler != "constant" and warmup >= steps:
+        yield f"--lr_warmup_steps {warmup} covers all {steps} steps: the learning rate will not reach its value"
+    for flag in ("checkpointing_steps", "sample_steps", "eval_steps", "eval_metrics_steps"):
+        every = as_flat_dict(config)[flag]
+        if flag in given and (every or 0) > steps:
+            yield f"--{flag} {every} is more than the {steps} steps of the run: nothing happens before its end"
+    if "lr_num_cycles" in given and config.optim.lr_num_cycles > steps:
+        yield f"--lr_num_cycles {config.optim.lr_num_cycles} is more than the {steps} steps of the run"
+
+
+def _differing(config: RunConfig) -> set[str]:
+    """Options that were given and have another value than by default, which a saved config names too."""
+    usual, values = as_flat_dict(type(config)()), as_flat_dict(config)
+    return {flag for flag in config.given if values.get(flag) != usual.get(flag)}
+
+
+def _optimizer(config: RunConfig) -> Any:
+    return registry.load("optimizers", config.optim.optimizer)
+
+
+def _as_typed(number: float) -> str:
+    return f"{number:g}"

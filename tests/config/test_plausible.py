@@ -1,0 +1,210 @@
+"""Flags without effect and values that can hardly be meant are told; what a preset or a default sets is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dreamlora import registry
+from dreamlora.cli.declared import options_of
+from dreamlora.cli.parse import parse_run
+from dreamlora.config import RunConfig, TextToImageConfig
+from dreamlora.config.plausible import _IDLE, _OF_FAMILIES, _USUAL, doubts
+from dreamlora.families import flux, sd
+from dreamlora.interfaces import SampleDefaults
+from dreamlora.run import defaults
+from dreamlora.run.defaults import ImageCounts
+
+MODEL = ["--pretrained_model_name_or_path", "somewhere/else"]
+OPTIMIZERS = registry.names("optimizers")
+
+
+def told(argv: str | list[str], family: Any = sd, images: int = 8, own: int = 512, embedded: bool = False) -> list[str]:
+    """Of a run by its flags, decided as a run decides them."""
+    words = argv.split() if isinstance(argv, str) else argv
+    config, _ = parse_run([*([] if embedded else MODEL), *words])
+    config = defaults.by_model(config, own, SampleDefaults(20, 3.0), world=1)
+    config = defaults.by_length(config, ImageCounts(images, 2, 2), world=1)
+    return doubts(config, defaults.facts(config, family, own, images, world=1))
+
+
+STEPS = "--max_train_steps 200 "
+IDLE = [
+    ("--lr_num_cycles 3", "--lr_scheduler cosine_with_restarts --lr_warmup_steps 5"),
+    ("--lr_power 2", "--lr_scheduler polynomial --lr_warmup_steps 5"),
+    ("--lr_warmup_steps 10", "--lr_scheduler cosine"),
+    ("--image_column photo", "--dataset_name a/b"),
+    ("--dataset_config_name x", "--dataset_name a/b"),
+    ("--num_class_images 50", "--with_prior_preservation --class_prompt dog"),
+    ("--prior_loss_weight 0.5", "--with_prior_preservation --class_prompt dog"),
+    ("--prior_generation_precision fp32", "--with_prior_preservation --class_prompt dog"),
+    ("--adam_weight_decay_text_encoder 0.1", "--train_text_encoder"),
+    ("--clip_model x", "--eval_metrics clip_score"),
+    ("--dino_model x", "--eval_metrics dino"),
+    ("--caption_variants 8", "--shuffle_tags"),
+    ("--hub_token x", "--push_to_hub"),
+    ("--hub_model_id x", "--push_to_hub"),
+    ("--logging_dir x", "--report_to tensorboard"),
+]
+
+
+@pytest.mark.parametrize(("flags", "counts"), IDLE)
+def test_a_flag_counts_only_beside_another(flags: str, counts: str) -> None:
+    name = flags.split()[0]
+    assert [doubt for doubt in told(STEPS + flags) if doubt.startswith(f"{name} has no effect: ")]
+    assert not told(f"{STEPS}{flags} {counts}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ("--num_train_epochs 9 --max_train_steps 5 --lr_warmup_steps 0", "num_train_epochs"),
+        ("--validation_epochs 2 --sample_steps 5", "validation_epochs"),
+        ("--num_images_per_prompt 2 --num_validation_images 3", "num_images_per_prompt"),
+        ("--validation_prompt dog --sample_steps 0", "validation_prompt"),
+        ("--sample_steps 0 --num_images_per_prompt 2", "num_images_per_prompt"),
+        ("--final_eval_items 64 --eval_steps 0", "final_eval_items"),
+        ("--eval_batch_size 4 --eval_steps 0", "eval_batch_size"),
+        ("--checkpoints_total_limit 3 --checkpointing_steps 0", "checkpoints_total_limit"),
+        ("--subject checkerling --instance_data_dir .", "subject"),
+        ("--subject checkerling --dataset_name a/b", "subject"),
+        ("--adam_beta1 0.5 --optimizer sgd", "adam_beta1"),
+        ("--adam_beta2 0.9 --optimizer adafactor", "adam_beta2"),
+        ("--adam_epsilon 1e-7 --optimizer lion", "adam_epsilon"),
+    ],
+)
+def test_one_flag_silences_another(flags: str, idle: str) -> None:
+    assert [doubt for doubt in told(flags) if doubt.startswith(f"--{idle} has no effect: ")]
+
+
+@pytest.mark.parametrize("flag", _OF_FAMILIES)
+def test_options_of_other_families_are_told(flag: str) -> None:
+    values = {"prediction_type": "epsilon", "weighting_scheme": "mode", "negative_prompt": "x"}
+    more = {"logit_mean": "--weighting_scheme logit_normal", "logit_std": "--weighting_scheme logit_normal"}
+    argv = f"{STEPS}--{flag} {values.get(flag, '2' if flag != 'max_sequence_length' else '64')} {more.get(flag, '')}"
+    argv = argv.replace("tokenizer_max_length 2", "tokenizer_max_length 20")
+    argv += " --weighting_scheme mode" if flag == "mode_scale" else ""
+    by_family = {
+        family: [d for d in told(argv, family) if d.startswith(f"--{flag} has no effect: it is for")]
+        for family in (sd, flux)
+    }
+    assert sum(map(bool, by_family.values())) == 1, "one of the two uses it"
+
+
+def test_every_family_s_options_are_options_and_explained() -> None:
+    for name in registry.names("families"):
+        own = registry.load("families", name).OWN_OPTIONS
+        assert set(own) <= _OF_FAMILIES.keys() and registry.load("families", name).PROMPT_LENGTH in own
+    known = options_of(RunConfig).keys() | options_of(TextToImageConfig).keys()
+    assert {flag for idle in _IDLE for flag in idle.flags} | _OF_FAMILIES.keys() | _USUAL.keys() <= known
+
+
+FAR = {
+    "adam_beta1": "0 0.9999",
+    "adam_beta2": "0.1 0.9999999",
+    "adam_epsilon": "0.1",
+    "adam_weight_decay": "1",
+    "adam_weight_decay_text_encoder": "2",
+    "caption_dropout": "0.99",
+    "caption_variants": "100",
+    "crop_variants": "1000",
+    "gradient_accumulation_steps": "1000",
+    "guidance_scale": "-1 100",
+    "logit_mean": "9 -9",
+    "logit_std": "0.001 40",
+    "lora_dropout": "0.9",
+    "lr_power": "0 50",
+    "max_train_steps": "1000000000",
+    "noise_offset": "10",
+    "num_class_images": "1 1000000",
+    "num_images_per_prompt": "500",
+    "num_inference_steps": "1 1000",
+    "num_train_epochs": "10000000",
+    "prior_loss_weight": "0 100",
+    "repeats": "100000",
+    "sample_guidance_scale": "100",
+    "snr_gamma": "0.01 500",
+}
+
+
+@pytest.mark.parametrize("flag", _USUAL)
+def test_numbers_far_from_the_usual_are_told_and_defaults_are_usual(flag: str) -> None:
+    low, high, usual = _USUAL[flag]
+    default = options_of(RunConfig)[flag].default
+    assert default is None or low <= default <= high
+    for value in FAR[flag].split():
+        found = told([f"--{flag}={value}"], flux if flag in flux.OWN_OPTIONS else sd)
+        assert [doubt for doubt in found if f"is far from what is usual ({usual})" in doubt], (value, found)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_knows_its_rates(name: str) -> None:
+    plugin = registry.load("optimizers", name)
+    try:
+        registry.check_needs("optimizers", name)
+    except Exception:
+        pytest.skip("not installed")
+    preset = parse_run(["--optimizer", name])[0].optim.learning_rate
+    for usual in (plugin.DEFAULT_LR, plugin.DEFAULT_LR * 5, plugin.DEFAULT_LR / 5, preset):
+        assert not told(f"{STEPS}--optimizer {name} --learning_rate {usual}")
+    for far in (plugin.DEFAULT_LR * 1000, plugin.DEFAULT_LR / 1000):
+        (doubt,) = told(f"{STEPS}--optimizer {name} --learning_rate {far}")
+        assert doubt.startswith(f"--learning_rate {far:g} is far from what --optimizer {name} needs")
+    assert "learns nothing" in told(f"{STEPS}--optimizer {name} --learning_rate 0")[0]
+
+
+@pytest.mark.parametrize("name", ["prodigy", "sgd", "scaled_gd", "lora_muon", "adafactor"])
+def test_adamw_s_rate_is_doubted_where_the_unit_is_another(name: str) -> None:
+    assert "is far from what" in told(f"{STEPS}--optimizer {name} --learning_rate 1e-4")[0]
+
+
+def test_the_text_encoder_s_rate_too() -> None:
+    assert told(f"{STEPS}--train_text_encoder --text_encoder_lr 3")[0].startswith("--text_encoder_lr 3 is far")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--rank 8 --lora_alpha 2", r"--lora_alpha 2 with --rank 8 scales the LoRA by 0.25: diffusers reads"),
+        ("--rank 8 --lora_alpha 0.0001", "which is far from what is usual"),
+        ("--rank 4 --lora_alpha 64", "which is far from what is usual"),
+        ("--resolution 64", "--resolution 64 is far from the 512 pixels"),
+        ("--resolution 2048", "--resolution 2048 is far from the 512 pixels"),
+        ("--train_batch_size 16", "a step of 16 samples sees each of the 8 images more than once"),
+        ("--gradient_accumulation_steps 8", "a step of 32 samples"),
+        ("--lr_scheduler cosine --lr_warmup_steps 200", "covers all 200 steps"),
+        ("--checkpointing_steps 500", "--checkpointing_steps 500 is more than the 200 steps of the run"),
+        ("--sample_steps 500", "--sample_steps 500 is more than the 200 steps"),
+        ("--eval_steps 500", "--eval_steps 500 is more than the 200 steps"),
+        ("--lr_scheduler cosine_with_restarts --lr_warmup_steps 0 --lr_num_cycles 300", "--lr_num_cycles 300 is more"),
+        ("--optimizer schedulefree_adamw --lr_scheduler cosine --lr_warmup_steps 0", "averages in place of a schedule"),
+    ],
+)
+def test_values_that_do_not_go_with_others(flags: str, words: str) -> None:
+    assert [doubt for doubt in told(STEPS + flags) if words in doubt], told(STEPS + flags)
+
+
+def test_nothing_is_said_of_presets_and_defaults() -> None:
+    assert not told([], embedded=True, own=64)
+    assert not told("--num_train_epochs 40")
+    for optimizer in OPTIMIZERS:
+        try:
+            assert not told(f"--optimizer {optimizer}", embedded=True, own=64)
+        except Exception as error:
+            assert "needs the package" in str(error)
+
+
+def test_nothing_is_said_of_values_that_are_the_default() -> None:
+    """As the commands of others have them, and saved configs."""
+    argv = "--lr_num_cycles 1 --lr_power 1.0 --image_column image --num_class_images 100 --prior_loss_weight 1.0"
+    assert not told(f"{STEPS}{argv} --lr_scheduler constant --lr_warmup_steps 0 --logging_dir logs")
+
+
+def test_what_was_given_survives_every_decision_and_makes_no_other_config() -> None:
+    config, _ = parse_run([*MODEL, "--rank", "8"])
+    assert config.given == {"pretrained_model_name_or_path", "rank"}
+    settled = defaults.by_model(config, 512, SampleDefaults(20, 3.0), world=1)
+    assert settled.given == config.given
+    assert config == replace(config, given=frozenset())
