@@ -69,7 +69,11 @@ _IDLE = (
         "they belong to --weighting_scheme logit_normal",
     ),
     _Idle(("mode_scale",), lambda c: c.train.weighting_scheme == "mode", "it belongs to --weighting_scheme mode"),
-    _Idle(("image_column", "dataset_config_name"), lambda c: any(one.dataset_name for one in c.data.each()), "they are for --dataset_name"),
+    _Idle(
+        ("image_column", "dataset_config_name"),
+        lambda c: any(one.dataset_name for one in c.data.each()),
+        "they are for --dataset_name",
+    ),
     _Idle(("subject", "style"), _draws_built_in, "images were given"),
     _Idle(
         ("num_class_images", "prior_loss_weight", "prior_generation_precision"),

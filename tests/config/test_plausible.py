@@ -172,7 +172,7 @@ def test_the_text_encoder_s_rate_too() -> None:
         ("--rank 4 --lora_alpha 64", "which is far from what is usual"),
         ("--resolution 64", "--resolution 64 is far from the 512 pixels"),
         ("--resolution 2048", "--resolution 2048 is far from the 512 pixels"),
-        ("--train_batch_size 16", "a step of 16 samples sees each of the 8 images more than once"),
+        ("--train_batch_size 16", "a step of 16 samples is more than the 8 of an epoch"),
         ("--gradient_accumulation_steps 8", "a step of 32 samples"),
         ("--lr_scheduler cosine --lr_warmup_steps 200", "covers all 200 steps"),
         ("--checkpointing_steps 500", "--checkpointing_steps 500 is more than the 200 steps of the run"),
