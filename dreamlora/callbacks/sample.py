@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
+from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import StepResult
 from dreamlora.processes import gather_lists, tell_everyone
-from dreamlora.runfolder import read_jsonl, replacing, write_atomically
+from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
 from dreamlora.sampling.sampler import Drawn, SamplePlan, draw
 from dreamlora.sampling.schedulers import deterministic

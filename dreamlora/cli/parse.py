@@ -12,13 +12,16 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from dreamlora import registry
 from dreamlora.cli import presets
 from dreamlora.cli.declared import options_of, subgroups_of
 from dreamlora.cli.given import from_argv, from_yaml, near_names, value_of
 from dreamlora.cli.help import page, settings
 from dreamlora.config import RunConfig
-from dreamlora.errors import DISK_FULL, UserError
+from dreamlora.errors import UserError, WriteError, explained
+from dreamlora.interrupts import PIPE, Interrupted, deferred, heeded
 
 Config = TypeVar("Config")
 
@@ -137,26 +140,34 @@ def _where_given(value: Any, default: Any) -> Any:
 
 
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
-    """Call a program and turn what a user can mend into one message; the exit status."""
-    try:
-        main(argv)
-    except UserError as error:
-        return _complain(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        return _complain("stopped (Ctrl-C)", 130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; Python would complain once more while it exits
-        return 1
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        return _complain(
-            f"error: the disk is full{where}; free some space and go on with --resume_from_checkpoint latest", 1
-        )
+    """Call a program and turn what a user can mend into one message.
+
+    Returns:
+        The exit status: 0; 2 after a mistake of the user's; 1 where the system refused, such as with a full disk;
+        128 and the signal's number after a signal.
+    """
+    with heeded():
+        try:
+            main(argv)
+            sys.stdout.flush()
+        except Exception as error:
+            return _complaint(error)
+        except KeyboardInterrupt as error:
+            return _farewell(error if isinstance(error, Interrupted) else Interrupted())
     return 0
 
 
-def _complain(message: str, status: int) -> int:
-    sys.stderr.write(f"{message}\n")
-    return status
+def _complaint(error: Exception) -> int:
+    """One message for what a user can mend; all else is raised again, with its traceback."""
+    told = str(error) if isinstance(error, UserError) else explained(error)
+    if told is None:
+        raise error
+    tqdm.write(f"error: {told}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) and not isinstance(error, WriteError) else 1
+
+
+def _farewell(stop: Interrupted) -> int:
+    with deferred():
+        if stop.signum != PIPE:  # as other programs end behind which `head` has closed the pipe
+            tqdm.write(f"stopped ({stop.name})", file=sys.stderr)
+        return 128 + stop.signum

@@ -19,8 +19,8 @@ from dreamlora.compare.records import Record, data_name, model_name, read_record
 from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
 from dreamlora.errors import UserError
+from dreamlora.files import write_atomically
 from dreamlora.metric_names import EVAL_LOSS, main_values
-from dreamlora.runfolder import write_atomically
 
 COMPARE_FILE = "compare.json"
 BASELINE = "adamw"

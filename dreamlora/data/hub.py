@@ -16,7 +16,7 @@ from dreamlora.data.cache import cache_folder
 from dreamlora.data.catalog import Catalog
 from dreamlora.data.folder import FolderPlace, pick_caption_column, tidy
 from dreamlora.errors import UserError
-from dreamlora.runfolder import replacing
+from dreamlora.files import make_folder, replacing
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
 
 def _streamed(data: Data, dataset: Any, wanted: str | None, progress: bool) -> Catalog:
     """Rows in the order of the stream. Images lie as files in the cache, named by their hashes: each once."""
-    folder = cache_folder(data.latents_cache_dir) / "streamed"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(cache_folder(data.latents_cache_dir) / "streamed")
     kept = dataset.select_columns([data.image_column, *([wanted] if wanted else [])])
     rows = _undecoded(kept, data.image_column, str(data.dataset_name))
     catalog = Catalog(FolderPlace(folder))

@@ -20,9 +20,9 @@ from torch import Tensor
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.price import curve_times, final_design
+from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import Conditioning, Objective
 from dreamlora.randomness import generator
-from dreamlora.runfolder import replacing, write_atomically
 
 SCHEMA_VERSION = 1
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import itertools
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 from diffusers.optimization import get_scheduler
 
@@ -19,6 +21,7 @@ from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.transforms import Preparation, bucket_numbers
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
+from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.parts import DTYPES, ROLES, Parts
@@ -35,6 +38,8 @@ from dreamlora.training import loop, start, state
 from dreamlora.training.loop import Predictor, Run
 from dreamlora.training.stream import Layout, Source, Stream
 
+T = TypeVar("T")
+
 
 def train(config: RunConfig, options: Any) -> RunFolder:
     """Train a LoRA as ``config`` says; everything of the run lies in the returned folder.
@@ -50,6 +55,9 @@ def train(config: RunConfig, options: Any) -> RunFolder:
     folder = _claim_folder(context)
     try:
         _train_in(context, folder, options)
+    except Interrupted:
+        context.tell(resume.way_on(folder, provenance.command()))
+        raise
     finally:
         folder.release()
         gc.collect()  # the model has gone now, whatever pointed at it in a ring
@@ -63,12 +71,19 @@ def prepare(config: RunConfig, options: Any) -> Run:
         UserError: as ``train``.
     """
     context = _start(config)
-    return _prepare(context, _claim_folder(context), options)
+    folder = _claim_folder(context)
+    return _prepare(context, folder, options, _read(context, folder, options))
 
 
 def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
-    """All stages of a run, in order."""
-    ended = _trained(context, folder, options)
+    """All stages of a run, in order; of one that is complete only what came after its summary."""
+    prelude = _read(context, folder, options)
+    if prelude.complete:
+        context.tell(prelude.complete)
+        if context.accelerator.is_main_process:
+            ending.publish(context, folder)
+        return
+    ended = _trained(context, folder, options, prelude)
     # The run has gone with the function that held it. Nothing else may hold its model when the next one is loaded.
     context.accelerator.free_memory()
     context.parts.free(*ROLES)
@@ -78,9 +93,9 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
         ending.finish(context, folder, ended)
 
 
-def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Conclusion:
+def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prelude) -> ending.Conclusion:
     """The stages that need the model; it is held in here and by what accelerate keeps, nowhere else."""
-    run = _prepare(context, folder, options)
+    run = _prepare(context, folder, options, prelude)
     wait_for_everyone()
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
@@ -92,8 +107,25 @@ def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Con
     return ending.conclude(context, run)
 
 
-def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
-    """All before the first step; a resumed run is where its checkpoint left it."""
+@dataclass(frozen=True)
+class Prelude:
+    """What is known before a model is loaded.
+
+    Attributes:
+        pictures: images and prompts.
+        settings: what a resumed run must share with this one.
+        checkpoint: to go on from; None: the training begins.
+        complete: that the run was made already, in words; empty if it was not.
+    """
+
+    pictures: RunImages
+    settings: dict[str, Any]
+    checkpoint: Path | None
+    complete: str
+
+
+def _read(context: RunContext, folder: RunFolder, options: Any) -> Prelude:
+    """Images, prompts and checkpoint; the options that depend on them."""
     pictures = read_images(context, folder)
     counts = defaults.ImageCounts(len(pictures.train), len(pictures.measured), len(pictures.learned))
     context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)
@@ -103,12 +135,20 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> Run:
     images = (f"{record.content_hash()} {record.caption}" for record in pictures.train)
     settings = resume.settings(context, images, options)
     which = context.config.train.resume_from_checkpoint
-    checkpoint = state.open_checkpoint(folder, which, settings) if which else None
-    pictures = with_class_images(context, folder, pictures)
+    complete, path = "", None
+    if which:
+        complete = _decided(context, lambda: resume.complete(context.config, folder, settings))
+        path = None if complete else _decided(context, lambda: state.find_checkpoint(folder, which, settings))
+    return Prelude(pictures, settings, path, complete)
+
+
+def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prelude) -> Run:
+    """All before the first step; a resumed run is where its checkpoint left it."""
+    pictures = with_class_images(context, folder, prelude.pictures)
     run = _build(context, folder, pictures, options)
-    run.settings = settings
-    if checkpoint:
-        state.restore(run, checkpoint)
+    run.settings = prelude.settings
+    if prelude.checkpoint:
+        state.restore(run, state.open_checkpoint(prelude.checkpoint))
     else:
         lora = context.config.lora
         with context.timed("starting the LoRA"):
@@ -142,23 +182,43 @@ def _start(config: RunConfig) -> RunContext:
 
 def _claim_folder(context: RunContext) -> RunFolder:
     """The run folder, chosen and locked by the main process; an earlier run there is removed if that was asked for."""
+    claimed: list[RunFolder] = []
+
+    def claim() -> Path:
+        folder = defaults.run_folder(context.config)
+        folder.lock()
+        claimed.append(folder)
+        which = context.config.train.resume_from_checkpoint
+        if which == "latest" and not folder.checkpoint_steps() and not folder.holds_result():
+            context.tell(f"there is no checkpoint in {folder.path} to go on from yet: the training begins")
+            folder.clear()
+        elif folder.holds_run() and not which:
+            folder.clear()  # defaults.run_folder has made sure that this was asked for
+        return folder.path
+
+    path = _decided(context, claim)
+    folder = claimed[0] if claimed else RunFolder(path)
+    context.config = replace(context.config, train=replace(context.config.train, output_dir=folder.path))
+    return folder
+
+
+def _decided(context: RunContext, decide: Callable[[], T]) -> T:
+    """What the main process decides, in every process: others may not see its disk.
+
+    Raises:
+        UserError: the main process did.
+    """
     outcome: Any = None
-    folder = None
     if context.accelerator.is_main_process:
         try:
-            folder = defaults.run_folder(context.config)
-            folder.lock()
-            if folder.holds_run() and not context.config.train.resume_from_checkpoint:
-                folder.clear()  # defaults.run_folder has made sure that this was asked for
-            outcome = folder.path
+            outcome = decide()
         except UserError as error:
             outcome = error
     outcome = tell_everyone(outcome)
     if isinstance(outcome, UserError):
         raise outcome
-    folder = folder or RunFolder(outcome)
-    context.config = replace(context.config, train=replace(context.config.train, output_dir=folder.path))
-    return folder
+    decision: T = outcome
+    return decision
 
 
 def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options: Any) -> Run:

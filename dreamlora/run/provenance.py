@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.files import write_atomically
 from dreamlora.interfaces import ModelSource
-from dreamlora.runfolder import RunFolder, write_atomically
+from dreamlora.runfolder import RunFolder
 
 _PACKAGES = ("dreamlora", "torch", "diffusers", "transformers", "peft", "accelerate", "tokenizers", "numpy", "Pillow")
 COMMIT_DIGITS = 12

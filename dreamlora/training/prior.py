@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dreamlora.data.images import FORMATS
 from dreamlora.errors import UserError
-from dreamlora.runfolder import replacing
+from dreamlora.files import make_folder, replacing
 from dreamlora.sampling.sampler import SampleItem, SamplePlan, draw_batch
 
 _OURS = re.compile(r"(\d{5,})-([0-9a-f]{8})\.png")
@@ -49,8 +49,7 @@ def ensure_class_images(
     """
     if len(plan.prompts) != 1:
         raise ValueError(f"class images have one prompt (got {len(plan.prompts)})")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path(folder))
     mark = fingerprint(plan, model_id)
     missing = [item for item in _missing(folder, plan, mark) if (item.seed - plan.seed) % world == rank]
     if not missing:
