@@ -148,7 +148,9 @@ class SampleCallback:
             with Image.open(file) as image:
                 pixels = np.asarray(image)[None]
             for tracker in trackers:
-                tracker.log_images({f"samples/{file.stem}": pixels}, step=run.step)
+                # TensorBoard takes channels first unless told otherwise; the others do not know the word
+                order = {"dataformats": "NHWC"} if getattr(tracker, "name", "") == "tensorboard" else {}
+                tracker.log_images({f"samples/{file.stem}": pixels}, step=run.step, **order)
 
     def _keep_references(self, run: Run) -> None:
         folder = run.folder.reference_dir

@@ -6,8 +6,11 @@ preset of the embedded model, the dataclass. Each is read once, into values of t
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +27,8 @@ from dreamlora.errors import UserError, WriteError, explained
 from dreamlora.interrupts import PIPE, Interrupted, deferred, heeded
 
 Config = TypeVar("Config")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
         The exit status: 0; 2 after a mistake of the user's; 1 where the system refused, such as with a full disk;
         128 and the signal's number after a signal.
     """
-    with heeded():
+    with heeded(), _threads_told():
         try:
             main(argv)
             sys.stdout.flush()
@@ -157,17 +162,40 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def _threads_told() -> Iterator[None]:
+    """Say in one line, too, what a user can mend in threads of libraries: whoever uses them hears of it elsewhere."""
+    before = threading.excepthook
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        told = explained(failed.exc_value) if isinstance(failed.exc_value, Exception) else None
+        logger.warning(told) if told else before(failed)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def _complaint(error: Exception) -> int:
     """One message for what a user can mend; all else is raised again, with its traceback."""
     told = str(error) if isinstance(error, UserError) else explained(error)
     if told is None:
         raise error
-    tqdm.write(f"error: {told}", file=sys.stderr)
+    _say(f"error: {told}")
     return 2 if isinstance(error, UserError) and not isinstance(error, WriteError) else 1
 
 
 def _farewell(stop: Interrupted) -> int:
     with deferred():
         if stop.signum != PIPE:  # as other programs end behind which `head` has closed the pipe
-            tqdm.write(f"stopped ({stop.name})", file=sys.stderr)
+            _say(f"stopped ({stop.name})")
         return 128 + stop.signum
+
+
+def _say(text: str) -> None:
+    """The last word of a program, below bars that were left where they were."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    sys.stderr.write(f"{text}\n")
