@@ -67,7 +67,7 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
     """
     options = options_of(config_class)
     try:
-        entries = yaml.safe_load(file.read_text())
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config: cannot read {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -32,7 +32,7 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
     """
     if given.get("pretrained_model_name_or_path") not in (None, EMBEDDED_MODEL):
         return {}
-    preset: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text())
+    preset: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text(encoding="utf-8"))
     by_optimizer = _rates(RunConfig.PRESET) | preset.pop("by_optimizer", {})
     optimizer = (given.get("optimizer") or "adamw").lower().replace("-", "_")  # a wrong name is found later
     preset |= by_optimizer.get(optimizer, {})
@@ -50,7 +50,7 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 def _rates(file: str) -> dict[str, Any]:
     """What a preset sets for single optimizers; those of DreamBooth hold wherever a preset names no others."""
-    rates: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text())["by_optimizer"]
+    rates: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text(encoding="utf-8"))["by_optimizer"]
     return rates
 
 

@@ -88,7 +88,7 @@ class EvalSet:
             UserError: a file is missing or damaged, or the two do not belong together.
         """
         try:
-            about = json.loads(file.read_text())
+            about = json.loads(file.read_text(encoding="utf-8"))
             tensors = load_file(file.with_suffix(".safetensors"))
             keys, captions = tuple(about["noise_keys"]), tuple(about["captions"])
             model, claimed_id = about["model_id"], about["evalset_id"]

@@ -107,5 +107,7 @@ def _relative(path: Path) -> Path:
 
 
 def _git(*arguments: str, folder: Path) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10)
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True, encoding="utf-8", timeout=10
+    )
     return done.stdout.strip()
