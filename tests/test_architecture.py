@@ -243,9 +243,7 @@ def text_calls_without_encoding(tree: ast.AST) -> list[int]:
     return lines
 
 
-PROGRAMS = SOURCES + [
-    file for place in ("train_scripts", "tools", "benchmarks") for file in (ROOT / place).rglob("*.py")
-]
+OTHERS = [file for place in ("train_scripts", "tools", "benchmarks") for file in (ROOT / place).rglob("*.py")]
 
 
 @pytest.mark.parametrize("file", [*SOURCES, *OTHERS], ids=name_of)

@@ -33,6 +33,7 @@ class FileIndex:
         self._waiting: list[tuple[str, str, bytes, int, int]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / INDEX_FILE).open("ab").close()  # SQLite would make it with a mode of its own
             self._db = sqlite3.connect(folder / INDEX_FILE, timeout=10, isolation_level=None)
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, stamp TEXT, hash BLOB, width INT, height INT)"
