@@ -50,7 +50,7 @@ def main() -> None:
     torch.manual_seed(0)
     unet = lora_unet(options.model, options.rank).to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    text_encoder = json.loads(Path(options.model, "text_encoder", "config.json").read_text())
+    text_encoder = json.loads(Path(options.model, "text_encoder", "config.json").read_text(encoding="utf-8"))
     batches = [batch_of(unet, options.batch, text_encoder["max_position_embeddings"]) for _ in range(8)]
     with tqdm(total=options.steps, desc="bare") as bar:
         for step in range(options.steps):

@@ -23,7 +23,7 @@ QUICK = "not scaled_adamw and not lora_muon"
 def files() -> list[str]:
     """Those with such tests: others would only be imported, with all that they need."""
     tests = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in tests if "pytest.mark.gpu" in file.read_text()]
+    return [str(file.relative_to(ROOT)) for file in tests if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def run(device: str, seconds: float, quick: bool = False) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def run(device: str, seconds: float, quick: bool = False) -> dict[str, Any]:
             [*command, *(["-k", QUICK] if quick else []), *files()], cwd=ROOT, env=_environment(device)
         )
         ended = _wait(process, seconds)
-        found = outcomes(report.read_text()) if report.exists() else {"counts": {}, "tests": []}
+        found = outcomes(report.read_text(encoding="utf-8")) if report.exists() else {"counts": {}, "tests": []}
     return {
         "status": process.returncode if ended else f"stopped after {seconds:.0f} s",
         "seconds": round(time.monotonic() - started, 1),

@@ -46,13 +46,13 @@ def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write ``<folder>/<name>.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return file
 
 
 def _processor() -> str:
     """The processor's model where the system says it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()

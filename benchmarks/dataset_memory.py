@@ -131,7 +131,7 @@ def _text(prompts: list[str]) -> dict[str, Tensor]:
 
 def _child(place: Path, steps: int) -> dict[str, Any]:
     words = [sys.executable, __file__, "--measure", str(place), "--steps", str(steps)]
-    return dict(json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    return dict(json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout))
 
 
 def _peak_mib() -> float:

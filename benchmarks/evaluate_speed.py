@@ -39,7 +39,7 @@ def draw_pictures(folder: Path, count: int, side: int, seed: int) -> None:
         name = f"{number:05d}.png"
         world.render(scene, rng).resize((side, side), Image.Resampling.BICUBIC).save(folder / name)
         rows.append({"file_name": name, "text": world.describe(scene)})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def timed(command: list[str], threads: int) -> float:
@@ -50,7 +50,7 @@ def timed(command: list[str], threads: int) -> float:
     """
     started = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return time.perf_counter() - started
@@ -83,7 +83,7 @@ def main() -> None:
         command += ["--references", str(place / "references"), "--clip_model", "tiny", "--dino_model", "tiny"]
         command += ["--output_dir", str(place / "out"), "--latents_cache_dir", str(place / "cache")]
         first, cached = (timed(command, options.threads) for _ in range(2))
-        found = summary(first, cached, json.loads((place / "out" / "metrics.json").read_text()))
+        found = summary(first, cached, json.loads((place / "out" / "metrics.json").read_text(encoding="utf-8")))
     result = {
         "command": _machine.command("evaluate_speed.py"),
         "images": options.images,

@@ -62,7 +62,7 @@ def _driver() -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    lines = subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.split()
     return lines[0] if lines else None
 
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the Markdown table of such a file, and do nothing else")
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --quick tries the program without one")

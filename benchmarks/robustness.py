@@ -177,13 +177,17 @@ def end_with_parent() -> None:
 def make(tasks: Iterable[Task], file: Path, workers: int) -> dict[str, dict[str, Any]]:
     """Rows of all tasks by key: those that ``file`` has, and the others newly made and added to it."""
     tasks = list(tasks)
-    rows = {row["key"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    rows = (
+        {row["key"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+        if file.exists()
+        else {}
+    )
     missing = [task for task in tasks if task.key not in rows]
     file.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool,
-        file.open("a") as output,
+        file.open("a", encoding="utf-8") as output,
     ):
         futures = [pool.submit(work, task) for task in missing]
         for future in tqdm(as_completed(futures), total=len(tasks), initial=len(tasks) - len(missing), unit="run"):

@@ -136,7 +136,7 @@ def watch(stderr: IO[bytes], pid: int, total: int) -> tuple[list[Mark], str]:
 def cpu_seconds(pid: int) -> float:
     """Processor time of a running process so far; NaN where the system does not show it in /proc."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return float("nan")
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

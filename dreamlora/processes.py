@@ -7,6 +7,7 @@ then do they begin a collective, which none of them has to wait in.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,9 @@ from torch.distributed import distributed_c10d
 
 PATIENCE = timedelta(days=1)
 """Nobody waits so long for a process that has died: the launcher ends the others, or the store ends with its owner."""
+
+SLICE = timedelta(seconds=1)
+"""Python heeds no signal while it waits in the store, so it waits in short pieces."""
 
 T = TypeVar("T")
 
@@ -35,7 +39,13 @@ def wait_for_everyone() -> None:
     everyone = f"dreamlora/everyone/{(arrival - 1) // world}"
     if arrival % world == 0:
         store.set(everyone, "here")
-    store.wait([everyone], PATIENCE)
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while True:
+        try:
+            return store.wait([everyone], SLICE)
+        except distributed.DistStoreError:
+            if time.monotonic() > deadline:
+                raise
 
 
 @contextmanager

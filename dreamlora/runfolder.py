@@ -5,24 +5,22 @@ No torch here: reports read run folders on machines without it.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import functools
 import json
 import logging
 import math
 import os
-import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from dreamlora.errors import DISK_FULL, UserError
+from dreamlora.errors import UserError, WriteError, numbers
+from dreamlora.files import remove, write_atomically, writing
 
 METRICS_VERSION = 1
 METRIC_FIELDS: Mapping[str, tuple[type, ...]] = {
@@ -42,8 +40,7 @@ ADOPTED = (
 )
 """What a run takes over that goes on from another's checkpoint."""
 
-_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_NO_LOCKS = numbers("ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP", "EINVAL")
 """What network file systems without locks say."""
 _NAMED = 5
 
@@ -84,7 +81,7 @@ class RunFolder:
         self.report_html = self.path / "report.html"
         self.report_md = self.path / "report.md"
         self._started = time.monotonic()
-        self._lock: TextIO | None = None
+        self._lock: FileLock | None = None
 
     def checkpoint_dir(self, step: int) -> Path:
         """``checkpoints/step-000100``."""
@@ -131,7 +128,7 @@ class RunFolder:
         try:
             return read_json(self.outcome_file)
         except UserError as error:
-            _tell_once(f"{error}. How this run ended is not known")
+            tell_once(f"{error}. How this run ended is not known")
             return {}
 
     def base_model(self) -> dict[str, Any]:
@@ -150,44 +147,40 @@ class RunFolder:
         """Whether a run was started here before."""
         return self.config_file.exists()
 
+    def holds_result(self) -> bool:
+        """Whether a training ended here, or had begun to write what it made."""
+        return self.summary_file.exists() or self.lora_file.exists()
+
     def lock(self) -> None:
         """Claim the folder for this process until it ends. Where there are no locks, that is told and nothing claimed.
 
         Raises:
             UserError: another process trains into it, or it cannot be written to or locked.
         """
+        # the system's own lock, which ends with the process: a file that stands for a lock would outlive a kill
+        lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise
+            lock.acquire(timeout=0)
+        except Timeout:
             raise UserError(
-                f"cannot write into {self.path}: {error.strerror}. Mend that, or give another --output_dir"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                f"another process is training into {self.path}: wait for it, or give another --output_dir"
+            ) from None
         except OSError as error:
-            if error.errno in _NO_LOCKS:
-                logger.warning(
-                    "the file system of %s has no locks (%s): nothing will keep a second process from training into it",
-                    self.path,
-                    error.strerror,
-                )
-                return
-            self.release()
-            if error.errno in _TAKEN:
-                raise UserError(
-                    f"another process is training into {self.path}: wait for it, or give another --output_dir"
-                ) from None
-            raise UserError(
-                f"cannot lock {self.path}: {error.strerror}. Mend that, or give another --output_dir"
-            ) from error
+            if error.errno not in _NO_LOCKS:
+                raise WriteError.of(self.path, error, "Mend that, or give another --output_dir") from error
+            logger.warning(
+                "the file system of %s has no locks (%s): nothing will keep a second process from training into it",
+                self.path,
+                error.strerror,
+            )
+            return
+        self._lock = lock
 
     def release(self) -> None:
         """Give the folder free again, if this process holds it."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def named_checkpoint(self, name: str) -> Path:
@@ -209,7 +202,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what an earlier run wrote here (and nothing else that lies in the folder)."""
         for entry in self.entries():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            remove(entry)
 
     def log_all(self, step: int, values: Mapping[str, float], **more: Any) -> None:
         """Append values of one step to metrics.jsonl; ``more`` are fields such as ``n`` and ``evalset_id``."""
@@ -241,16 +234,18 @@ class RunFolder:
         for place in (self.samples, self.eval_images):
             for folder in place.glob("step_" + "[0-9]" * 6):
                 if int(folder.name[5:]) > step:
-                    shutil.rmtree(folder)
+                    remove(folder)
+        remove(self.summary_file)
 
     def adopt(self, other: RunFolder) -> None:
         """Take over what another run measured and drew, to go on from one of its checkpoints."""
         for name in ADOPTED:
             theirs, ours = getattr(other, name), getattr(self, name)
-            if theirs.is_dir():
-                shutil.copytree(theirs, ours, dirs_exist_ok=True)
-            elif theirs.exists():
-                shutil.copy2(theirs, ours)
+            with writing(ours):
+                if theirs.is_dir():
+                    shutil.copytree(theirs, ours, dirs_exist_ok=True)
+                elif theirs.exists():
+                    shutil.copyfile(theirs, ours)
 
 
 def read_jsonl(file: Path, fields: Mapping[str, tuple[type, ...]] = SAMPLE_FIELDS) -> list[dict[str, Any]]:
@@ -262,13 +257,17 @@ def read_jsonl(file: Path, fields: Mapping[str, tuple[type, ...]] = SAMPLE_FIELD
     """
     rows, damaged = _parsed(file, fields)
     if damaged:
-        _tell_once(_damage(file, damaged))
+        tell_once(_damage(file, damaged))
     return rows
 
 
 def append_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows, on lines of their own: a kill may have left half a line, which would spoil the next row too."""
-    with file.open("a+b") as target:
+    """Add rows, on lines of their own: a kill may have left half a line, which would spoil the next row too.
+
+    Raises:
+        WriteError: the system refused.
+    """
+    with writing(file), file.open("a+b") as target:
         if target.tell():
             target.seek(-1, os.SEEK_END)
             if target.read(1) != b"\n":
@@ -340,39 +339,6 @@ def _damage(file: Path, numbers: Sequence[int]) -> str:
 
 
 @functools.cache
-def _tell_once(text: str) -> None:
+def tell_once(text: str) -> None:
+    """Warn of something that is read, and found damaged, again and again."""
     logger.warning(text)
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A temporary path beside ``file`` to write to; it takes the file's place at the end, or vanishes on an error."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # process ids are not enough: containers that share a folder often have the same ones
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp{file.suffix}")
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder: at any moment it is whole or not there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    yield temporary
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())  # else a power cut could leave a renamed folder of empty files
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the new one, never a half."""
-    with replacing(file) as temporary:
-        temporary.write_text(text)

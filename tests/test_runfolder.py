@@ -7,20 +7,15 @@ import fcntl
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dreamlora.errors import UserError
-from dreamlora.runfolder import (
-    RunFolder,
-    append_jsonl,
-    read_json,
-    read_jsonl,
-    replacing,
-    write_atomically,
-)
+from dreamlora.runfolder import RunFolder, append_jsonl, read_json, read_jsonl
 
 SAMPLE = {"step": 0, "prompt_index": 0, "image_index": 0, "prompt": "a dog", "seed": 42, "file": "step_000000/p00.png"}
 
@@ -198,38 +193,59 @@ def test_other_reasons_not_to_lock_are_told_as_they_are(
     number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_lock(monkeypatch, number)
-    with pytest.raises(UserError, match=f"cannot lock {folder.path}: {os.strerror(number)}"):
+    with pytest.raises(UserError, match=f"cannot write {folder.path}: {os.strerror(number)}.*--output_dir"):
         folder.lock()
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
-@pytest.mark.parametrize("method", ["mkdir", "open"])
+@pytest.mark.parametrize(("place", "method"), [(Path, "mkdir"), (os, "open")])
 def test_a_folder_that_cannot_be_written_to_is_named(
-    method: str, number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    place: Any, method: str, number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, method, refuse)
-    with pytest.raises(UserError, match=f"cannot write into {folder.path}: {os.strerror(number)}.*--output_dir"):
-        folder.lock()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, method, refuse)
+        with pytest.raises(UserError, match=f"cannot write {folder.path}: {os.strerror(number)}.*--output_dir"):
+            folder.lock()
 
 
 def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match=r"cannot write into .*run: File exists"):
+    with pytest.raises(UserError, match=r"cannot write .*run: File exists"):
         RunFolder(tmp_path / "run").lock()
 
 
-def test_a_full_disk_is_no_matter_of_permissions(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line has a message of its own for it."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(OSError, match="No space left"):
+def test_a_link_in_the_locks_place_is_not_followed(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious", encoding="utf-8")
+    (folder.path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"cannot write .*run: "):
         folder.lock()
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "precious"
+
+
+def test_what_lies_in_the_locks_place_stays(folder: RunFolder) -> None:
+    (folder.path / ".lock").write_text("mine", encoding="utf-8")
+    folder.lock()
+    folder.release()
+    assert (folder.path / ".lock").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_lock_ends_with_its_process(folder: RunFolder) -> None:
+    """Also of one that was killed; and a process that lives has it."""
+    code = "import sys, time; from pathlib import Path; from dreamlora.runfolder import RunFolder\n"
+    code += "folder = RunFolder(Path(sys.argv[1])); folder.lock(); print('locked', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match="another process is training into"):
+            folder.lock()
+    finally:
+        holder.kill()
+        holder.communicate()
+    folder.lock()
+    folder.release()
 
 
 def test_clearing_leaves_what_is_not_the_runs(folder: RunFolder) -> None:
@@ -240,12 +256,3 @@ def test_clearing_leaves_what_is_not_the_runs(folder: RunFolder) -> None:
     folder.clear()
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
     assert not folder.holds_run()
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rest(folder: RunFolder) -> None:
-    write_atomically(folder.config_file, "old")
-    with pytest.raises(RuntimeError), replacing(folder.config_file) as temporary:
-        temporary.write_text("half of the n")
-        raise RuntimeError
-    assert folder.config_file.read_text() == "old"
-    assert list(folder.path.iterdir()) == [folder.config_file]

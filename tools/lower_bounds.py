@@ -34,4 +34,5 @@ def lower_bounds(pyproject: str, constraints: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(lower_bounds((ROOT / "pyproject.toml").read_text(), (ROOT / "constraints.txt").read_text())))
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "constraints.txt")]
+    print("\n".join(lower_bounds(*texts)))

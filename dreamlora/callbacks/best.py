@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from dreamlora.callbacks.image_metrics import ImageMetricsCallback
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.selection import Selection, candidates, select
+from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.interfaces import StepResult
-from dreamlora.runfolder import replacing_folder, write_atomically
 from dreamlora.training import state
 from dreamlora.training.loop import Run
 
@@ -43,7 +43,7 @@ class BestCallback:
             return
         for step in run.folder.candidate_steps():
             if step > run.step:
-                shutil.rmtree(run.folder.candidate_dir(step))
+                remove(run.folder.candidate_dir(step))
         while missing := set(self._candidates()) - set(run.folder.candidate_steps()):
             logger.warning("the weights of step %d are gone: it cannot become the best checkpoint", min(missing))
             self._lost |= missing
@@ -71,13 +71,14 @@ class BestCallback:
         with replacing_folder(run.folder.candidate_dir(run.step)) as temporary:
             state.save_lora(run, temporary)
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in run.trainables.items()}
-            save_file(tensors, temporary / state.TRAINABLES_FILE)
+            with replacing(temporary / state.TRAINABLES_FILE) as file:
+                save_file(tensors, file)
 
     def _select(self, run: Run) -> None:
         folder = run.folder
         selection = select(self._losses, self._metric, self._vetoes(), self._lost)
         if selection is None:
-            shutil.rmtree(folder.best, ignore_errors=True)
+            remove(folder.best)
             return
         facts = {**selection.facts, "best_product": self._images.compromise() if self._images else None}
         text = json.dumps(facts, indent=1, allow_nan=False)
@@ -87,13 +88,14 @@ class BestCallback:
         with replacing_folder(folder.best) as temporary:
             lora = folder.lora_file.name
             shutil.copyfile(folder.candidate_dir(selection.step) / lora, temporary / lora)
-            (temporary / folder.selection_file.name).write_text(text)
+            write_atomically(temporary / folder.selection_file.name, text)
 
     def _forget(self, run: Run) -> None:
-        """Remove weights that neither the run nor one of its checkpoints can still select."""
-        needed = set(self._candidates()).union(*(self._candidates(step) for step in run.folder.checkpoint_steps()))
+        """Remove weights that neither the run nor a checkpoint can still select, one that a signal makes included."""
+        saved = [*run.folder.checkpoint_steps(), *(run.fallback or ())[:1]]
+        needed = set(self._candidates()).union(*(self._candidates(step) for step in saved))
         for step in set(run.folder.candidate_steps()) - needed:
-            shutil.rmtree(run.folder.candidate_dir(step))
+            remove(run.folder.candidate_dir(step))
 
 
 def _lies_there(run: Run, selection: Selection) -> bool:

@@ -12,7 +12,7 @@ from dreamlora.eval_loss.items import ItemLosses, values_of
 from dreamlora.eval_loss.selection import difference_text, stalled
 from dreamlora.interfaces import Conditioning, StepResult
 from dreamlora.processes import tell_everyone
-from dreamlora.training.loop import Run
+from dreamlora.training.loop import Run, is_due
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class EvaluateCallback:
 
     def on_step(self, run: Run, result: StepResult) -> None:
         """Measure if it is time."""
-        if run.step % self._every == 0 or run.step == run.total_steps:
+        if is_due(run, self._every):
             self._measure(run, run.step)
             self._stop_if_in_vain(run)
 

@@ -8,7 +8,7 @@ from dreamlora.interfaces import StepResult
 from dreamlora.lora.health import measure, snapshots, update_rms
 from dreamlora.lora.pairs import AdaptedLayer
 from dreamlora.metric_names import BALANCE, DW_NORM, STABLE_RANK, UPDATE_RMS, of_part
-from dreamlora.training.loop import Run
+from dreamlora.training.loop import Run, is_due
 
 
 class HealthCallback:
@@ -31,19 +31,16 @@ class HealthCallback:
 
     def on_step(self, run: Run, result: StepResult) -> None:
         """Measure if it is time."""
-        self._look(run, self._due(run, run.step))
+        self._look(run, is_due(run, self._every))
 
     def on_end(self, run: Run) -> None:
         """Nothing: the last step measured."""
-
-    def _due(self, run: Run, step: int) -> bool:
-        return step % self._every == 0 or step == run.total_steps
 
     def _look(self, run: Run, now: bool) -> None:
         """Measure if that is to be ``now``, and keep the weights if the update of the next step is to be measured."""
         if not run.accelerator.is_main_process:
             return
-        soon = self._due(run, run.step + 1)
+        soon = is_due(run, self._every, run.step + 1)
         layers = snapshots(_modules(run)) if now or soon else []
         if now:
             self._log(run, layers)

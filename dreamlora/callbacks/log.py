@@ -6,7 +6,8 @@ from tqdm.auto import tqdm
 
 from dreamlora.interfaces import StepResult
 from dreamlora.metric_names import GRAD_NORM, LEARNING_RATE, OPTIMIZER, SKIPPED, STEPS_PER_SECOND, TRAIN_LOSS
-from dreamlora.training.loop import Run
+from dreamlora.training.loop import Run, is_due
+from dreamlora.training.state import counts
 
 COUNTED_EVERY = 50
 """Steps between two looks at the optimizer's counters: they lie on the GPU, and each look waits for it."""
@@ -15,14 +16,12 @@ COUNTED_EVERY = 50
 class LogCallback:
     """Shows and stores every step's loss, gradient norm, learning rate and speed.
 
-    What the optimizer counts (``stats``: clipped, skipped, ...) is stored every ``COUNTED_EVERY`` steps, at checkpoints
-    and at the end, as the number since the last time. A resumed optimizer counts from zero, so nothing is lost or
-    counted twice.
+    What the optimizer counts (clipped, skipped, ...) is stored every ``COUNTED_EVERY`` steps and at the end, as the
+    number since the last time; what came since then is part of checkpoints.
     """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
-        self._counts: dict[str, int] = {}
 
     def on_start(self, run: Run) -> None:
         """Show the bar, also after a resume, where the run left off."""
@@ -39,7 +38,7 @@ class LogCallback:
             STEPS_PER_SECOND: 1 / result.seconds,
         }
         values |= {SKIPPED: 1.0} if result.skipped else {GRAD_NORM: result.grad_norm}
-        if _is_counted(run):
+        if is_due(run, COUNTED_EVERY):
             values |= self._counts_since(run)
         run.folder.log_all(result.step, values)
         run.accelerator.log(values, step=result.step)
@@ -57,11 +56,6 @@ class LogCallback:
 
     def _counts_since(self, run: Run) -> dict[str, float]:
         """What the optimizer has counted since the last call, if anything. Waits for the GPU."""
-        before, self._counts = self._counts, dict(getattr(run.optimizer.optimizer, "stats", {}))
-        new = {f"{OPTIMIZER}{name}": float(n - before.get(name, 0)) for name, n in self._counts.items()}
+        before, run.counted = run.counted, counts(run)
+        new = {f"{OPTIMIZER}{name}": float(n - before.get(name, 0)) for name, n in run.counted.items()}
         return {name: n for name, n in new.items() if n}
-
-
-def _is_counted(run: Run) -> bool:
-    saved = run.config.train.checkpointing_steps
-    return run.step % COUNTED_EVERY == 0 or run.step == run.total_steps or bool(saved and run.step % saved == 0)

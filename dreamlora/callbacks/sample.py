@@ -16,9 +16,10 @@ from torch import Tensor
 from dreamlora.callbacks.weights import base_model
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
+from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import StepResult
 from dreamlora.processes import gather_lists, tell_everyone
-from dreamlora.runfolder import read_jsonl, replacing, write_atomically
+from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
 from dreamlora.sampling.recorded import motif_of
 from dreamlora.sampling.sampler import Drawn, SampleItem, SamplePlan, draw
@@ -171,7 +172,9 @@ class SampleCallback:
             with Image.open(file) as image:
                 pixels = np.asarray(image)[None]
             for tracker in trackers:
-                tracker.log_images({f"samples/{file.stem}": pixels}, step=step)
+                # TensorBoard takes channels first unless told otherwise; the others do not know the word
+                order = {"dataformats": "NHWC"} if getattr(tracker, "name", "") == "tensorboard" else {}
+                tracker.log_images({f"samples/{file.stem}": pixels}, step=step, **order)
 
     def _keep_references(self, run: Run) -> None:
         folder = run.folder.reference_dir

@@ -220,7 +220,9 @@ def _without_none(annotation: Any) -> Any:
 @functools.cache
 def _docstrings(file: str) -> dict[str, dict[str, str]]:
     """The string under each field, by class; Python throws them away, so they are read from the source."""
-    classes = (node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.ClassDef))
+    classes = (
+        node for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))) if isinstance(node, ast.ClassDef)
+    )
     return {node.name: dict(_described(node)) for node in classes}
 
 

@@ -1,14 +1,24 @@
-"""What the package says while it works (its loggers, from INFO on) goes to standard error; only programs show it."""
+"""What the package says while it works (its loggers, from INFO on) goes to standard error; only programs show it.
+
+Neither a reader who has gone nor a terminal that cannot show a name ends what is under way.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from dreamlora.errors import WriteError
+from dreamlora.interrupts import PIPE, request
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -29,7 +39,8 @@ def console_messages() -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
-        yield
+        with _tolerant("stdout"), _tolerant("stderr"):
+            yield
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = before
@@ -41,3 +52,83 @@ class _BesideBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _tolerant(name: str) -> Iterator[None]:
+    stream = getattr(sys, name)
+    if stream is None:  # a program of Windows without a console
+        yield
+        return
+    ours = _Tolerant(stream, results=name == "stdout")
+    setattr(sys, name, ours)
+    try:
+        yield
+    finally:
+        if getattr(sys, name) is ours:
+            setattr(sys, name, stream)
+        ours.end()
+
+
+class _Tolerant:
+    """A stream that says what its encoding lacks in another way, and whose failures do not end a training.
+
+    If its reader has gone, that asks for the end as a signal would: a training writes its checkpoint first.
+
+    Args:
+        stream: to write to.
+        results: whether it is what the program was called for. Of other output nothing is said if it cannot be written,
+            for there is no place to say it.
+    """
+
+    def __init__(self, stream: TextIO, results: bool) -> None:
+        self._stream = stream
+        self._results = results
+        with contextlib.suppress(AttributeError, ValueError):  # not every stream has an encoding
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream's.
+
+        Raises:
+            Interrupted: the reader has gone, and nothing is under way that is to be finished first.
+            WriteError: results cannot be written.
+        """
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """As the stream's; raises what ``write`` does."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def end(self) -> None:
+        """Leave nothing to be written while Python exits, which would complain, and change the exit status."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _fail(self, error: OSError) -> None:
+        gone = error.errno == errno.EPIPE or (os.name == "nt" and error.errno == errno.EINVAL)
+        if gone or self._results:
+            self._drop()
+        if gone:
+            request(PIPE)
+        elif self._results:
+            raise WriteError.of(Path("the output"), error, "Mend that, and start again") from error
+
+    def _drop(self) -> None:
+        """From now on all goes nowhere."""
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)

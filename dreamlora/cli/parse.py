@@ -6,11 +6,16 @@ preset of the embedded model, the dataclass. Each is read once, into values of t
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from dreamlora import registry
 from dreamlora.cli import presets
@@ -19,9 +24,12 @@ from dreamlora.cli.given import from_argv, from_yaml, near_names, value_of
 from dreamlora.cli.help import page, settings
 from dreamlora.cli.places import check_folders
 from dreamlora.config import RunConfig
-from dreamlora.errors import DISK_FULL, UserError
+from dreamlora.errors import UserError, WriteError, explained
+from dreamlora.interrupts import PIPE, Interrupted, deferred, heeded
 
 Config = TypeVar("Config")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -165,26 +173,57 @@ def _where_given(value: Any, default: Any) -> Any:
 
 
 def run(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
-    """Call a program and turn what a user can mend into one message; the exit status."""
-    try:
-        main(argv)
-    except UserError as error:
-        return _complain(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        return _complain("stopped (Ctrl-C)", 130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; Python would complain once more while it exits
-        return 1
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        return _complain(
-            f"error: the disk is full{where}; free some space and go on with --resume_from_checkpoint latest", 1
-        )
+    """Call a program and turn what a user can mend into one message.
+
+    Returns:
+        The exit status: 0; 2 after a mistake of the user's; 1 where the system refused, such as with a full disk;
+        128 and the signal's number after a signal.
+    """
+    with heeded(), _threads_told():
+        try:
+            main(argv)
+            sys.stdout.flush()
+        except Exception as error:
+            return _complaint(error)
+        except KeyboardInterrupt as error:
+            return _farewell(error if isinstance(error, Interrupted) else Interrupted())
     return 0
 
 
-def _complain(message: str, status: int) -> int:
-    sys.stderr.write(f"{message}\n")
-    return status
+@contextmanager
+def _threads_told() -> Iterator[None]:
+    """Say in one line, too, what a user can mend in threads of libraries: whoever uses them hears of it elsewhere."""
+    before = threading.excepthook
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        told = explained(failed.exc_value) if isinstance(failed.exc_value, Exception) else None
+        logger.warning(told) if told else before(failed)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _complaint(error: Exception) -> int:
+    """One message for what a user can mend; all else is raised again, with its traceback."""
+    told = str(error) if isinstance(error, UserError) else explained(error)
+    if told is None:
+        raise error
+    _say(f"error: {told}")
+    return 2 if isinstance(error, UserError) and not isinstance(error, WriteError) else 1
+
+
+def _farewell(stop: Interrupted) -> int:
+    with deferred():
+        if stop.signum != PIPE:  # as other programs end behind which `head` has closed the pipe
+            _say(f"stopped ({stop.name})")
+        return 128 + stop.signum
+
+
+def _say(text: str) -> None:
+    """The last word of a program, below bars that were left where they were."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    sys.stderr.write(f"{text}\n")

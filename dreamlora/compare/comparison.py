@@ -20,8 +20,8 @@ from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
 from dreamlora.config import instance_prompt_of
 from dreamlora.errors import UserError
+from dreamlora.files import write_atomically
 from dreamlora.metric_names import EVAL_LOSS, is_part, main_values, short
-from dreamlora.runfolder import write_atomically
 
 COMPARE_FILE = "compare.json"
 BASELINE = "adamw"

@@ -271,10 +271,8 @@ def _image_values(rows: Sequence[Mapping[str, Any]]) -> list[ImageValue]:
 
 def _at_end(folder: RunFolder, steps: Sequence[int]) -> ItemLosses | None:
     """The larger set, if it was measured at both ends of the run."""
-    if not folder.final_items_file.exists() or not steps:
-        return None
-    measured = ItemLosses.load(folder.final_items_file)
-    return measured if 0 in measured and steps[-1] in measured else None
+    measured = ItemLosses.found(folder.final_items_file)
+    return measured if measured and steps and 0 in measured and steps[-1] in measured else None
 
 
 @dataclass(frozen=True)
@@ -286,10 +284,10 @@ class _Items:
 
 def _items(folder: RunFolder) -> _Items:
     """The last row of eval_items.npz, by eighths of the schedule."""
-    if not folder.eval_items_file.exists():
+    losses = ItemLosses.found(folder.eval_items_file)
+    if losses is None:
         return _Items()
-    with np.load(folder.eval_items_file) as saved:
-        last, position, image = saved["items"][-1].astype(float), saved["position"], saved["image"]
-    bins = np.minimum((position * OCTILES).astype(int), OCTILES - 1)
+    last, image = losses.rows[losses.steps[-1]].astype(float), losses.image
+    bins = np.minimum((losses.position * OCTILES).astype(int), OCTILES - 1)
     means = tuple(float(last[bins == k].mean()) if (bins == k).any() else math.nan for k in range(OCTILES))
     return _Items(means, len(np.unique(image)), len(last))

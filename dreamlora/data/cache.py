@@ -8,7 +8,6 @@ but for damaged entries: the folder can be removed at any time between runs.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -25,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dreamlora.data.images import ImageRecord
-from dreamlora.errors import DISK_FULL, UserError
-from dreamlora.runfolder import replacing
+from dreamlora.errors import UserError, WriteError
+from dreamlora.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,6 @@ KEYS_KEPT = 4096
 """Images whose variants' keys stay in RAM; drawing random crops again takes a fraction of a millisecond."""
 _OBJECT_BYTES = 1500
 """What an entry takes besides its numbers: a dictionary, keys and two tensor objects."""
-_FULL = (*DISK_FULL, errno.EFBIG)
 
 
 class DamagedEntry(Exception):
@@ -102,7 +100,7 @@ class TensorCache:
         """Store an entry, replacing one that is there.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written to.
+            WriteError: the disk is full or the folder cannot be written to.
         """
         # copies, because safetensors refuses tensors that share memory
         whole = {
@@ -112,12 +110,12 @@ class TensorCache:
         try:
             with replacing(self.file(key)) as temporary:
                 temporary.write_bytes(data)
-        except OSError as error:
-            why = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-            raise UserError(
-                f"cannot write to the cache {self.folder}: {why}. Make room there, or choose another place with "
-                "--latents_cache_dir"
-            ) from error
+        except WriteError as error:
+            error.args = (
+                f"cannot write to the cache {self.folder}: {error.reason}. Make room there, or choose another place "
+                "with --latents_cache_dir",
+            )
+            raise
 
     def load(self, key: str) -> Entry:
         """The entry, as fresh tensors on the CPU. A damaged one is removed, so that the next start makes it anew.

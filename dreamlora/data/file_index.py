@@ -44,6 +44,7 @@ class FileIndex:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / INDEX_FILE).open("ab").close()  # SQLite would make it with a mode of its own
             self._db = sqlite3.connect(folder / INDEX_FILE, timeout=10, isolation_level=None)
             self._db.execute(_SCHEMA)
         except (OSError, sqlite3.Error) as error:

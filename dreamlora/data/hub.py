@@ -18,8 +18,8 @@ from dreamlora.data.caption_text import CAPTION_COLUMNS, captions_of, pick_capti
 from dreamlora.data.catalog import Catalog
 from dreamlora.data.folder import FolderPlace, Images
 from dreamlora.errors import UserError
+from dreamlora.files import make_folder, replacing
 from dreamlora.registry import check_installed
-from dreamlora.runfolder import replacing
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
 
 def _streamed(data: Data, dataset: Any, captions: _RowCaptions, progress: bool) -> Catalog:
     """Rows in the order of the stream. Images lie as files in the cache, named by their hashes: each once."""
-    folder = cache_folder(data.latents_cache_dir) / "streamed"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(cache_folder(data.latents_cache_dir) / "streamed")
     wanted = captions.column
     kept = dataset.select_columns([data.image_column, *([wanted] if wanted else [])])
     rows = _undecoded(kept, data.image_column, str(data.dataset_name))

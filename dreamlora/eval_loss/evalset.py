@@ -20,9 +20,9 @@ from torch import Tensor
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.price import curve_times, final_design
+from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import Conditioning, Objective
 from dreamlora.randomness import generator
-from dreamlora.runfolder import replacing, write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -98,7 +98,7 @@ class EvalSet:
             UserError: a file is missing or damaged, or the two do not belong together.
         """
         try:
-            about = json.loads(file.read_text())
+            about = json.loads(file.read_text(encoding="utf-8"))
             tensors = load_file(file.with_suffix(".safetensors"))
             keys, captions = tuple(about["noise_keys"]), tuple(about["captions"])
             model, claimed_id = about["model_id"], about["evalset_id"]

@@ -6,15 +6,25 @@ difference is known hundreds of times better than either mean; that is what deci
 
 from __future__ import annotations
 
+import io
 import math
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from dreamlora.errors import UserError
+from dreamlora.files import replacing
 from dreamlora.metric_names import of_time_bin, relative
-from dreamlora.runfolder import replacing
+from dreamlora.runfolder import tell_once
 
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What numpy raises for files that are not what it wrote."""
 TIME_BINS = 8
 """Parts of the schedule whose mean losses are logged by themselves."""
 
@@ -93,30 +103,54 @@ class ItemLosses:
 
     def take_up(self, file: Path, until: int) -> bool:
         """Read the measurements of an interrupted run, up to and including a step; False if they are of other items."""
-        before = ItemLosses.load(file)
-        if before.evalset_id != self.evalset_id:
+        before = ItemLosses.found(file)
+        if before is None or before.evalset_id != self.evalset_id:
             return False
         self.rows = {step: row for step, row in before.rows.items() if step <= until}
         return True
 
     @classmethod
     def load(cls, file: Path) -> ItemLosses:
-        """Read what ``save`` wrote."""
-        with np.load(file) as saved:
-            rows = dict(zip(saved["steps"].tolist(), saved["items"], strict=True))
-            return cls(str(saved["evalset_id"]), saved["image"], saved["position"], rows)
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged or of another kind.
+        """
+        try:
+            with np.load(file) as saved:
+                rows = dict(zip(saved["steps"].tolist(), saved["items"], strict=True))
+                losses = cls(str(saved["evalset_id"]), saved["image"], saved["position"], rows)
+        except _DAMAGED as error:
+            raise UserError(f"cannot read {file}: {error}") from error
+        if not all(losses.image.shape == losses.position.shape == row.shape for row in rows.values()):
+            raise UserError(f"cannot read {file}: its parts do not belong together")
+        return losses
+
+    @classmethod
+    def found(cls, file: Path) -> ItemLosses | None:
+        """The same; None if there is no such file, or none with a row that can be read, which is told once."""
+        if not file.exists():
+            return None
+        try:
+            losses = cls.load(file)
+        except UserError as error:
+            tell_once(f"{error}. What it held is left out")
+            return None
+        return losses if losses.rows else None
 
     def save(self, file: Path) -> None:
         """Write everything; a reader sees the old file or the new one."""
-        with replacing(file) as temporary, temporary.open("wb") as target:
-            np.savez(
-                target,
-                steps=np.array(self.steps),
-                items=np.array([self.rows[step] for step in self.steps], dtype=np.float32),
-                position=self.position,
-                image=self.image,
-                evalset_id=np.array(self.evalset_id),
-            )
+        content = io.BytesIO()  # on a full disk numpy's zip file would complain once more while it is destroyed
+        np.savez(
+            content,
+            steps=np.array(self.steps),
+            items=np.array([self.rows[step] for step in self.steps], dtype=np.float32),
+            position=self.position,
+            image=self.image,
+            evalset_id=np.array(self.evalset_id),
+        )
+        with replacing(file) as temporary:
+            temporary.write_bytes(content.getvalue())
 
 
 def values_of(losses: ItemLosses, step: int, name: str) -> dict[str, float]:

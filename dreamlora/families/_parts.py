@@ -12,6 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
+from dreamlora.files import replacing
 from dreamlora.interfaces import Latents
 from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
 
@@ -109,7 +110,8 @@ def save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module
         if ADAPTER in getattr(model, "peft_config", {}):
             arguments[f"{name}_lora_layers"] = _state(model)
             arguments[f"{name}_lora_adapter_metadata"] = _metadata(model)
-    pipeline_class.save_lora_weights(folder, weight_name=LORA_FILE, **arguments)
+    with replacing(folder / LORA_FILE) as temporary:
+        pipeline_class.save_lora_weights(temporary.parent, weight_name=temporary.name, **arguments)
     return folder / LORA_FILE
 
 

@@ -132,7 +132,7 @@ def _own_cautions(method: dict[str, Any]) -> tuple[str, ...]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(), parse_constant=lambda name: None)  # NaN is no JSON
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)  # NaN is no JSON
     except FileNotFoundError:
         raise UserError(f"there is no comparison in {file.parent}: {FILE} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora import __version__
-from dreamlora.runfolder import write_atomically
+from dreamlora.files import write_atomically
 
 PAGE = "report.html"
 TEXT = "report.md"

@@ -158,19 +158,19 @@ class RunFacts:
     def best_against_last(self) -> Difference | None:
         """The best checkpoint against the last step on the larger set; None if they are one, or not measured."""
         best, last = self.selection.get("step"), self.steps
-        if best in (None, last) or not self.folder.final_items_file.exists():
+        losses = ItemLosses.found(self.folder.final_items_file)
+        if best in (None, last) or losses is None:
             return None
-        losses = ItemLosses.load(self.folder.final_items_file)
         return losses.difference(best, last) if best in losses and last in losses else None
 
     @cached_property
     def fall_by_image(self) -> tuple[float, ...]:
         """How far the loss of every evaluated image fell from first to last measurement; empty if unknown."""
-        if not self.folder.eval_items_file.exists():
+        losses = ItemLosses.found(self.folder.eval_items_file)
+        if losses is None:
             return ()
-        with np.load(self.folder.eval_items_file) as saved:
-            items, images = saved["items"], saved["image"]
-        return tuple(float((items[0] - items[-1])[images == image].mean()) for image in np.unique(images))
+        fall, images = losses.rows[losses.steps[0]] - losses.rows[losses.steps[-1]], losses.image
+        return tuple(float(fall[images == image].mean()) for image in np.unique(images))
 
     @property
     def warnings(self) -> list[str]:

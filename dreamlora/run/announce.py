@@ -11,10 +11,11 @@ from dreamlora.compare.records import model_name
 from dreamlora.config import Data, as_flat_dict
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.sets import epoch_length
+from dreamlora.files import write_atomically
 from dreamlora.models.loading import read_model_index
 from dreamlora.run.context import RunContext
 from dreamlora.run.images import RunImages
-from dreamlora.runfolder import RunFolder, write_atomically
+from dreamlora.runfolder import RunFolder
 
 _LONGEST = 70
 """Letters of a caption that are shown."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import itertools
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 from diffusers.optimization import get_scheduler
 
@@ -21,6 +23,7 @@ from dreamlora.data.sets import epoch_length, loss_shares, places
 from dreamlora.data.transforms import Preparations, bucket_numbers
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
+from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.loading import family_of, resolve_source
@@ -37,7 +40,10 @@ from dreamlora.run.launch import accelerator_of
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
 from dreamlora.training.loop import Predictor, Run
+from dreamlora.training.state import Checkpoint
 from dreamlora.training.stream import Layout, Source, Stream
+
+T = TypeVar("T")
 
 
 def train(config: RunConfig, options: Any) -> RunFolder:
@@ -54,6 +60,9 @@ def train(config: RunConfig, options: Any) -> RunFolder:
     folder = _claim_folder(context)
     try:
         _train_in(context, folder, options)
+    except Interrupted:
+        context.tell(resume.way_on(folder, provenance.command()))
+        raise
     finally:
         folder.release()
         gc.collect()  # the model has gone now, whatever pointed at it in a ring
@@ -67,12 +76,19 @@ def prepare(config: RunConfig, options: Any) -> Run:
         UserError: as ``train``.
     """
     context = _start(config)
-    return _prepare(context, _claim_folder(context), options)[0]
+    folder = _claim_folder(context)
+    return _prepare(context, folder, options, _read(context, folder, options))[0]
 
 
 def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
-    """All stages of a run, in order."""
-    ended = _trained(context, folder, options)
+    """All stages of a run, in order; of one that is complete only what came after its summary."""
+    prelude = _read(context, folder, options)
+    if prelude.complete:
+        context.tell(prelude.complete)
+        if context.accelerator.is_main_process:
+            ending.publish(context, folder)
+        return
+    ended = _trained(context, folder, options, prelude)
     # The run has gone with the function that held it. Nothing else may hold its model when the next one is loaded.
     context.accelerator.free_memory()
     context.parts.free(*ROLES)
@@ -82,9 +98,9 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
         ending.finish(context, folder, ended)
 
 
-def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Conclusion:
+def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prelude) -> ending.Conclusion:
     """The stages that need the model; it is held in here and by what accelerate keeps, nowhere else."""
-    run, pictures = _prepare(context, folder, options)
+    run, pictures = _prepare(context, folder, options, prelude)
     wait_for_everyone()
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
@@ -97,8 +113,23 @@ def _trained(context: RunContext, folder: RunFolder, options: Any) -> ending.Con
     return ending.conclude(context, run)
 
 
-def _prepare(context: RunContext, folder: RunFolder, options: Any) -> tuple[Run, RunImages]:
-    """All before the first step; a resumed run is where its checkpoint left it."""
+@dataclass(frozen=True)
+class Prelude:
+    """What is known before a model is loaded.
+
+    Attributes:
+        pictures: images and prompts.
+        checkpoint: to go on from; None: the training begins.
+        complete: that the run was made already, in words; empty if it was not.
+    """
+
+    pictures: RunImages
+    checkpoint: Path | None
+    complete: str
+
+
+def _read(context: RunContext, folder: RunFolder, options: Any) -> Prelude:
+    """Images, prompts and checkpoint; the options that depend on them."""
     pictures = read_images(context, folder)
     warn_of_cut_texts(context, pictures)
     epoch = epoch_length(pictures.train, context.config.data)
@@ -109,18 +140,30 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any) -> tuple[Run,
     if context.eval_price.forwards:
         context.tell(str(context.eval_price))
     which = context.config.train.resume_from_checkpoint
-    checkpoint = state.open_checkpoint(folder, which) if which else None
-    if checkpoint:
-        resume.require_same(checkpoint, resume.settings(context, pictures, options), pictures)
-    announce(context, folder, pictures, begun=checkpoint.state["step"] if checkpoint else 0)
-    pictures = with_class_images(context, folder, pictures)
+    complete, path = "", None
+    if which:
+        settings = resume.settings(context, pictures, options)
+
+        def fits(checkpoint: Checkpoint) -> None:
+            resume.require_same(checkpoint, settings, pictures)
+
+        complete = _decided(context, lambda: resume.complete(context.config, folder, settings))
+        path = None if complete else _decided(context, lambda: state.find_checkpoint(folder, which, fits))
+    return Prelude(pictures, path, complete)
+
+
+def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prelude) -> tuple[Run, RunImages]:
+    """All before the first step; a resumed run is where its checkpoint left it."""
+    checkpoint = state.open_checkpoint(prelude.checkpoint) if prelude.checkpoint else None
+    announce(context, folder, prelude.pictures, begun=checkpoint.state["step"] if checkpoint else 0)
+    pictures = with_class_images(context, folder, prelude.pictures)
     settings = resume.settings(context, pictures, options)
     if checkpoint:
         resume.require_same(checkpoint, settings, pictures)
     run = _build(context, folder, pictures, options)
     run.settings = settings
     if checkpoint:
-        state.restore(run, checkpoint)
+        state.restore(run, checkpoint.state)
     else:
         lora = context.config.lora
         with context.timed("starting the LoRA"):
@@ -162,23 +205,43 @@ def _start(config: RunConfig) -> RunContext:
 
 def _claim_folder(context: RunContext) -> RunFolder:
     """The run folder, chosen and locked by the main process; an earlier run there is removed if that was asked for."""
+    claimed: list[RunFolder] = []
+
+    def claim() -> Path:
+        folder = defaults.run_folder(context.config)
+        folder.lock()
+        claimed.append(folder)
+        which = context.config.train.resume_from_checkpoint
+        if which == "latest" and not folder.checkpoint_steps() and not folder.holds_result():
+            context.tell(f"there is no checkpoint in {folder.path} to go on from yet: the training begins")
+            folder.clear()
+        elif folder.holds_run() and not which:
+            folder.clear()  # defaults.run_folder has made sure that this was asked for
+        return folder.path
+
+    path = _decided(context, claim)
+    folder = claimed[0] if claimed else RunFolder(path)
+    context.config = replace(context.config, train=replace(context.config.train, output_dir=folder.path))
+    return folder
+
+
+def _decided(context: RunContext, decide: Callable[[], T]) -> T:
+    """What the main process decides, in every process: others may not see its disk.
+
+    Raises:
+        UserError: the main process did.
+    """
     outcome: Any = None
-    folder = None
     if context.accelerator.is_main_process:
         try:
-            folder = defaults.run_folder(context.config)
-            folder.lock()
-            if folder.holds_run() and not context.config.train.resume_from_checkpoint:
-                folder.clear()  # defaults.run_folder has made sure that this was asked for
-            outcome = folder.path
+            outcome = decide()
         except UserError as error:
             outcome = error
     outcome = tell_everyone(outcome)
     if isinstance(outcome, UserError):
         raise outcome
-    folder = folder or RunFolder(outcome)
-    context.config = replace(context.config, train=replace(context.config.train, output_dir=folder.path))
-    return folder
+    decision: T = outcome
+    return decision
 
 
 def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options: Any) -> Run:

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 
 from dreamlora.errors import UserError
+from dreamlora.files import write_atomically
+from dreamlora.interrupts import deferred, heed
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
-from dreamlora.run import provenance
+from dreamlora.run import provenance, resume
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
 from dreamlora.run.upload import push_to_hub
-from dreamlora.runfolder import RunFolder, read_jsonl, write_atomically
+from dreamlora.runfolder import RunFolder, read_jsonl
 from dreamlora.training import parity, state
 from dreamlora.training.loop import Run
 
@@ -37,6 +39,7 @@ class Conclusion:
         eval_seconds: that the evaluation loss took.
         ended_early: why, if it did.
         expected: what the saved file must do again; or why that is not checked.
+        made: what the run is, for a resume that has nothing left to do.
     """
 
     images: dict[str, int]
@@ -45,12 +48,15 @@ class Conclusion:
     eval_seconds: float
     ended_early: str | None
     expected: parity.ExpectedOutput | str
+    made: dict[str, Any]
 
 
 def conclude(context: RunContext, run: Run) -> Conclusion:
     """Write the LoRA, and keep what the end of the run needs to know. The model cannot train on afterwards."""
-    if run.accelerator.is_main_process:
-        state.save_lora(run, run.folder.path)
+    with deferred():  # without checkpoints this is all that there is of the training
+        if run.accelerator.is_main_process:
+            state.save_lora(run, run.folder.path)
+    heed()
     return Conclusion(
         images={source.name: len(source.store.names) for source in run.stream.sources},
         parameters=sum(parameter.numel() for parameter in run.trainables.values()),
@@ -58,6 +64,7 @@ def conclude(context: RunContext, run: Run) -> Conclusion:
         eval_seconds=run.eval_seconds,
         ended_early=run.ended_early,
         expected=_expected_output(context, run) if run.accelerator.is_main_process else "the main process does that",
+        made={"steps": run.step, "wanted": resume.wanted(context.config), "settings": run.settings},
     )
 
 
@@ -70,6 +77,11 @@ def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:
         parity_result = _parity(context, ended.expected)
     write_summary(context, folder, ended, parity_result)
     give_back_memory()  # the charts' library would come on top of what the check has used
+    publish(context, folder)
+
+
+def publish(context: RunContext, folder: RunFolder) -> None:
+    """Write the report of a run whose summary is there, and upload if asked to."""
     write_report(folder.path)
     if context.config.train.push_to_hub:
         push_to_hub(context.config, folder)
@@ -94,6 +106,7 @@ def write_summary(context: RunContext, folder: RunFolder, ended: Conclusion, par
         "final_eval": _final_rows(folder),
         "eval_price": _price(context, ended.eval_seconds),
         "ended_early": ended.ended_early,
+        "made": ended.made,
         "command": provenance.command(),
     }
     write_atomically(folder.summary_file, json.dumps(summary, indent=1))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.data.images import ImageRecord
+from dreamlora.files import replacing
 from dreamlora.run.images import RunImages
-from dreamlora.runfolder import read_jsonl, replacing
+from dreamlora.runfolder import read_jsonl
 
 FIELDS: Mapping[str, tuple[type, ...]] = {"name": (str,), "role": (str,), "sha256": (str,), "captions": (list,)}
 TRAINED, HELD_OUT, CLASS = "trained", "held out", "class"

@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.files import write_atomically
 from dreamlora.interfaces import ModelSource
-from dreamlora.runfolder import RunFolder, write_atomically
+from dreamlora.runfolder import RunFolder
 
 _PACKAGES = ("dreamlora", "torch", "diffusers", "transformers", "peft", "accelerate", "tokenizers", "numpy", "Pillow")
 COMMIT_DIGITS = 12
@@ -106,5 +107,7 @@ def _relative(path: Path) -> Path:
 
 
 def _git(*arguments: str, folder: Path) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10)
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True, encoding="utf-8", timeout=10
+    )
     return done.stdout.strip()

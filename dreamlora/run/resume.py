@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from dreamlora.errors import UserError
 from dreamlora.run.context import RunContext
 from dreamlora.run.image_list import changes, fingerprint
 from dreamlora.run.images import RunImages
-from dreamlora.runfolder import RunFolder
+from dreamlora.runfolder import RunFolder, read_json
 from dreamlora.training.state import Checkpoint
 
 FREE_ON_RESUME = {
@@ -92,3 +93,61 @@ def require_same(checkpoint: Checkpoint, now: Mapping[str, Any], pictures: RunIm
             f"class images or their captions are others than when {checkpoint.path} was written. Put them back as they "
             f"were to go on, or {begin}"
         )
+
+
+def wanted(config: RunConfig) -> dict[str, Any]:
+    """What decides how many steps a run has, once the number of images is known."""
+    return {"max_train_steps": config.train.max_train_steps, "early_stopping": config.eval.early_stopping}
+
+
+def complete(config: RunConfig, folder: RunFolder, settings: dict[str, Any]) -> str:
+    """That ``--resume_from_checkpoint latest`` has nothing to do, in words; empty if it has.
+
+    Args:
+        config: all of whose options are decided.
+        folder: of the run.
+        settings: that a resumed run must share; class images are not compared, as they are not read for this.
+
+    Raises:
+        UserError: the folder holds a LoRA of another length or of other settings, and no checkpoint to go on from.
+    """
+    if config.train.resume_from_checkpoint != "latest":
+        return ""
+    try:
+        summary = read_json(folder.summary_file)
+    except UserError:
+        summary = {}
+    made = summary.get("made") or {"settings": None, "wanted": None, "steps": 0}
+    enough = made["wanted"] == wanted(config) or made["steps"] >= (config.train.max_train_steps or 0)
+    if enough and {**(made["settings"] or {}), _CLASSES: None} == {**settings, _CLASSES: None}:
+        return (
+            f"the run in {folder.path} is complete ({made['steps']} steps). To train it further give a larger "
+            "--max_train_steps, to begin anew --overwrite_output_dir without --resume_from_checkpoint"
+        )
+    if folder.holds_result() and not folder.checkpoint_steps():
+        raise UserError(
+            f"--resume_from_checkpoint latest: {folder.path} holds a trained LoRA of other settings or another length, "
+            "and no checkpoint to go on from. Give another --output_dir, or --overwrite_output_dir alone to begin anew"
+        )
+    return ""
+
+
+def way_on(folder: RunFolder, command: str) -> str:
+    """What a person whose run was stopped does next.
+
+    Args:
+        command: that was stopped.
+    """
+    steps = folder.checkpoint_steps()
+    where = (
+        f"The checkpoint of step {steps[-1]} lies in {folder.checkpoint_dir(steps[-1])}"
+        if steps
+        else "Nothing was trained yet; what was encoded and drawn so far is kept"
+    )
+    words = shlex.split(command)
+    if not any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in words):
+        words += ["--output_dir", str(folder.path)]
+    if not any(word.split("=")[0].replace("-", "_") == "__resume_from_checkpoint" for word in words):
+        words += ["--resume_from_checkpoint", "latest"]
+    words = [word for word in words if word.replace("-", "_") != "__overwrite_output_dir"]
+    return f"{where}. This goes on:\n    {shlex.join(words)}"

@@ -80,10 +80,10 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
         callback_list.append(BestCallback(evaluate.losses, metric, images))
     if evaluate and config.eval.final_eval_items:
         callback_list.append(_final(context, run, material))
-    if config.train.checkpointing_steps:
-        callback_list.append(CheckpointCallback())
-    occasions = (config.eval.eval_steps, config.sample.sample_steps, config.eval.eval_metrics_steps)
-    return [*callback_list, MeetCallback((*occasions, config.train.checkpointing_steps))]
+    long = (config.eval.eval_steps, config.sample.sample_steps, config.eval.eval_metrics_steps)
+    run.occasions = tuple(steps for steps in long if steps)
+    saved_every = config.train.checkpointing_steps
+    return [*callback_list, CheckpointCallback(saved_every), MeetCallback(saved_every)]
 
 
 def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[Any]:

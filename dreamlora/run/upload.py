@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from dreamlora.config import RunConfig
 from dreamlora.errors import UserError
+from dreamlora.files import write_atomically
 from dreamlora.runfolder import RunFolder
 
 UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "samples/*", "best/*"]
@@ -37,6 +38,7 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
         prompt=config.data.subject_prompt,
         model_description=f"A LoRA of rank {config.lora.rank}, trained by dreamlora.",
     )
-    populate_model_card(card, tags=["lora", "text-to-image", "diffusers"]).save(folder.path / "README.md")
+    card = populate_model_card(card, tags=["lora", "text-to-image", "diffusers"])
+    write_atomically(folder.path / "README.md", str(card))
     repository = api.create_repo(name, exist_ok=True).repo_id
     api.upload_folder(repo_id=repository, folder_path=str(folder.path), allow_patterns=UPLOADED)

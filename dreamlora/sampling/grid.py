@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, features
 
-from dreamlora.runfolder import RunFolder, read_jsonl, replacing
+from dreamlora.files import replacing
+from dreamlora.runfolder import RunFolder, read_jsonl
 from dreamlora.sampling.canvas import GAP, INK, LABEL, MARGIN, SMALL, TITLE, Canvas, Cell, font, wrap
 from dreamlora.sampling.recorded import Motif, common_settings, motif_of, motifs_of, titles
 

@@ -22,7 +22,7 @@ def visible_gpus() -> list[str]:
         return ids[:end]
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not shutil.which("nvidia-smi"):
         return []
-    asked = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    asked = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, encoding="utf-8", check=False)
     return listed(asked.stdout)
 
 

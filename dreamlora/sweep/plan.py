@@ -18,7 +18,8 @@ from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import FINAL_SIZES
-from dreamlora.runfolder import RunFolder, read_json, write_atomically
+from dreamlora.files import write_atomically
+from dreamlora.runfolder import RunFolder, read_json
 from dreamlora.sweep.config import DECIDED_HERE, PROGRAM, CompareConfig, flags_in
 
 RATIO = math.sqrt(10)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from dreamlora.errors import DISK_FULL
+from dreamlora.errors import WriteError
+from dreamlora.files import make_folder, writing
 from dreamlora.runfolder import RunFolder
 from dreamlora.sweep.plan import Job
 from dreamlora.sweep.seats import Seat
@@ -30,7 +31,9 @@ STATUSES = ("finished", "diverged", "failed")
 """How a run can end."""
 _POLL_SECONDS = 0.2
 _PATIENCE_S = 10.0
-"""So long a process has to end."""
+"""So long a process has to end that gave no answer, or whose partner has died."""
+_STOP_S = 30.0
+"""So long it has to end, and write a checkpoint before, when the comparison is stopped."""
 _DEATHS = 3
 """After so many runs in a row that ended with its processes, a worker leaves what is left to the others, if any: they
 may not be to blame, and would all be failed by it."""
@@ -62,7 +65,7 @@ class Pool:
     """
 
     def __init__(self, places: Sequence[Seat], logs: Path, command: Sequence[str] = WORKER) -> None:
-        logs.mkdir(parents=True, exist_ok=True)
+        make_folder(logs)
         self._workers = [_Worker(seat, logs / f"worker-{k}.log", command) for k, seat in enumerate(places)]
         self._closed = threading.Event()
         self._head_start = _HeadStart()
@@ -82,7 +85,7 @@ class Pool:
         The first run gets a head start, see ``_HeadStart``.
 
         Raises:
-            OSError: the disk is full.
+            WriteError: the disk is full.
         """
         workers = self._workers[: len(jobs)]
         waiting, ended = _Waiting(jobs, len(workers)), queue.Queue[Ended | BaseException]()
@@ -134,7 +137,7 @@ class Pool:
         try:
             return worker.make(job) if worker.ready() else None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
+            if isinstance(error, WriteError) and error.disk_full:
                 raise
             worker.stop()
             message = f"{type(error).__name__}: {error}; see {worker.log}"
@@ -231,12 +234,12 @@ class _Worker:
         """Whether the processes run; started if there are none.
 
         Raises:
-            OSError: the disk is full.
+            WriteError: the disk is full.
         """
         try:
             self.start()
-        except OSError as error:
-            if error.errno in DISK_FULL:
+        except (OSError, WriteError) as error:
+            if isinstance(error, WriteError) and error.disk_full:
                 raise
             self.trouble = f"a process could not be started: {error}"
             return False
@@ -265,13 +268,16 @@ class _Worker:
         if self._seat.processes > 1:  # what accelerate launch would set
             places = (rank, rank, self._seat.processes, "127.0.0.1", port)
             environment |= dict(zip(_LAUNCHER, map(str, places), strict=True))
-        with self.log.open("a") as log:
+        with writing(self.log):
+            log = self.log.open("a", encoding="utf-8")
+        with log:
             return subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
+                encoding="utf-8",
+                errors="backslashreplace",
                 env={**environment, **self._seat.environment},
                 start_new_session=True,  # Ctrl-C is for the program that knows what was finished
             )
@@ -309,7 +315,7 @@ class _Worker:
             process.terminate()
         for process in self._processes:
             try:
-                process.wait(timeout=_PATIENCE_S)
+                process.wait(timeout=_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -330,14 +336,14 @@ def _recorded(result: Ended) -> Ended:
     """The same, after a failure is written down, which a process that died could not do.
 
     Raises:
-        OSError: the disk is full.
+        WriteError: the disk is full.
     """
     if result.status != "failed":
         return result
     try:
         write_outcome(RunFolder(result.job.folder), result.job.method, result.status, result.message)
-    except OSError as error:
-        if error.errno in DISK_FULL:
+    except WriteError as error:
+        if error.disk_full:
             raise
         return replace(result, message=f"{result.message}. That could not be written down: {error}")
     return result
@@ -355,7 +361,12 @@ def _end_together(process: subprocess.Popen[str], together: Sequence[subprocess.
     """When one of the processes of a run ends, end the others, which would wait for it."""
     process.wait()
     for other in together:
-        other.kill()
+        other.terminate()  # it may have a checkpoint to write
+    for other in together:
+        try:
+            other.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            other.kill()
 
 
 def _free_port() -> int:

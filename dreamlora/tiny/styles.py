@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
+from dreamlora.files import replacing, write_atomically
 from dreamlora.tiny import scenery, world
 from dreamlora.tiny.scenery import RGB, SCALE
 
@@ -75,12 +76,12 @@ def render(style: str, index: int, split: str = "train", seed: int = 0) -> tuple
 def write_images(folder: Path, style: str, count: int, split: str = "train", seed: int = 0) -> list[Path]:
     """Write `count` pictures as PNG files with `metadata.jsonl` into `folder`; returns their paths, in order."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{style}_{index:04d}.png" for index in range(count)]
     rows = []
     for index, path in enumerate(paths):
         image, caption = render(style, index, split, seed)
-        image.save(path)
+        with replacing(path) as temporary:
+            image.save(temporary)
         rows.append(json.dumps({"file_name": path.name, "text": caption}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(rows))
+    write_atomically(folder / "metadata.jsonl", "".join(rows))
     return paths

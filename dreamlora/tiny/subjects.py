@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dreamlora.files import replacing
 from dreamlora.tiny import scenery, world
 from dreamlora.tiny.scenery import BACKGROUNDS, CANVAS, RGB
 from dreamlora.tiny.shapes import PaintLayer, Placed, Polygon, box, disc
@@ -177,8 +178,8 @@ def render(subject: str, index: int, split: str = "train", seed: int = 0) -> tup
 def write_instance_images(folder: Path, subject: str, count: int = INSTANCE_IMAGES, seed: int = 0) -> list[Path]:
     """Write `count` training pictures of a subject as PNG files into `folder`; returns their paths, in order."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{subject}_{index:03d}.png" for index in range(count)]
     for index, path in enumerate(paths):
-        render(subject, index, seed=seed)[0].save(path)
+        with replacing(path) as temporary:
+            render(subject, index, seed=seed)[0].save(temporary)
     return paths

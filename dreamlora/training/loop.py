@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dreamlora.config import RunConfig
 from dreamlora.errors import DivergedError
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
+from dreamlora.interrupts import Interrupted, asked, deferred, heed
 from dreamlora.objectives import squared_errors
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
@@ -69,6 +71,12 @@ class Run:
         step: steps done, those that were skipped included.
         skipped_steps: how many of the last ones, in a row, the gradient scaler of fp16 skipped.
         total_steps: where the run ends; ``end_here`` lowers it.
+        occasions: steps between two times, of each kind of work that takes long (measuring, drawing).
+        keep: writes a checkpoint when a signal ends the run.
+        fallback: step and state before the step that is under way, if what follows on it takes long: a signal need not
+            wait for all that, and a resumed run makes the step once more.
+        counted: what the optimizer had counted when that was logged last.
+        stopping: the signal that ends the run after this step, in all processes; 0: none.
         eval_seconds: that the evaluation loss has taken, in this process.
         ended_early: why the run ends before the steps it was to have.
     """
@@ -94,6 +102,15 @@ class Run:
     skipped_steps: int = 0
     eval_seconds: float = 0.0
     ended_early: str | None = None
+    occasions: tuple[int, ...] = ()
+    keep: Callable[[], None] = lambda: None
+    fallback: tuple[int, bytes] | None = None
+    counted: dict[str, int] = field(default_factory=dict)
+    stopping: int = 0
+
+    def takes_long(self, step: int) -> bool:
+        """Whether something that takes long follows on a step."""
+        return any(is_due(self, every, step) for every in self.occasions)
 
     def pipeline(self) -> Any:
         """A stock pipeline around the modules that are training."""
@@ -109,6 +126,12 @@ class Run:
         return self.accelerator.unwrap_model(self.model)(noisy, times, conditioning)
 
 
+def is_due(run: Run, every: int | None, step: int | None = None) -> bool:
+    """Whether what comes every so many steps (0, None: never) and at the end comes at a step; the run's by default."""
+    step = run.step if step is None else step
+    return bool(every) and (step % (every or 1) == 0 or step == run.total_steps)
+
+
 def train(run: Run) -> None:
     """Train from ``run.step`` to ``run.total_steps``.
 
@@ -119,27 +142,51 @@ def train(run: Run) -> None:
     Raises:
         DivergedError: the loss or a gradient is not finite: that update is not made; or the last update left weights
             that are not finite. What is in checkpoints is finite in any case.
+        Interrupted: a signal came; there is a checkpoint then, unless nothing was trained yet.
     """
-    for callback in run.callbacks:
-        callback.on_start(run)
-    run.model.train()
-    batches = next_batches(run, run.step, 0)
-    while run.step < run.total_steps:
+    try:
+        for callback in run.callbacks:
+            callback.on_start(run)
+        run.model.train()
+        batches = next_batches(run, run.step, 0)
+        while run.step < run.total_steps:
+            batches = _step(run, batches)
+        check_state(run)
+        for callback in run.callbacks:
+            callback.on_end(run)
+    except Interrupted:
+        run.keep()
+        raise
+
+
+def _step(run: Run, batches: list[Batch]) -> list[Batch]:
+    """A step and what follows on it. A signal waits for it to be whole; but not for callbacks that take long."""
+    long = run.takes_long(run.step + 1)
+    with deferred():
         run.optimizer.train()
         result, batches = optimizer_step(run, batches)
         run.optimizer.eval()
-        for callback in run.callbacks:
-            callback.on_step(run, result)
-    check_state(run)
+        if not long:
+            _follow(run, result)
+    if run.stopping:
+        raise Interrupted(run.stopping)
+    if long:
+        heed()
+        _follow(run, result)
+    return batches
+
+
+def _follow(run: Run, result: StepResult) -> None:
     for callback in run.callbacks:
-        callback.on_end(run)
+        callback.on_step(run, result)
 
 
 def optimizer_step(run: Run, batches: list[Batch]) -> tuple[StepResult, list[Batch]]:
     """One optimizer step over all micro-batches; returns the next step's first one as well.
 
     A micro-batch is several batches if its images have several sizes. The next one is read while a GPU still works on
-    this one; ``read`` afterwards is the only synchronisation.
+    this one; ``read`` afterwards is the only synchronisation. With the loss the processes tell each other whether a
+    signal asks one of them for the end.
     """
     started = time.perf_counter()
     accumulation = run.config.train.gradient_accumulation_steps
@@ -153,9 +200,11 @@ def optimizer_step(run: Run, batches: list[Batch]) -> tuple[StepResult, list[Bat
         loss += micro_loss.detach()
         batches = next_batches(run, run.step + 1, 0) if last else next_batches(run, run.step, micro + 1)
     average_gradients(list(run.trainables.values()), run.accelerator)
+    stop = torch.full_like(loss, bool(asked()))
     if run.accelerator.num_processes > 1:
-        loss = run.accelerator.reduce(loss, "mean")
-    mean_loss, grad_norm = read(loss, clip_gradients(run))
+        loss, stop = run.accelerator.reduce(torch.stack([loss, stop]), "mean")
+    mean_loss, grad_norm, share = read(loss, clip_gradients(run), stop)
+    run.stopping = (asked() or signal.SIGTERM) if share else 0
     learning_rate = float(run.optimizer.param_groups[0]["lr"])
     _check_finite(run, "loss", mean_loss, names)
     _update(run, grad_norm, names)
@@ -222,10 +271,10 @@ def clip_gradients(run: Run) -> Tensor:
     return norm
 
 
-def read(loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
-    """Both numbers on the host. This waits for the GPU: everything else of a step only gives it work."""
-    numbers = torch.stack([loss, grad_norm]).tolist()
-    return numbers[0], numbers[1]
+def read(*numbers: Tensor) -> list[float]:
+    """Numbers on the host. This waits for the GPU: everything else of a step only gives it work."""
+    values: list[float] = torch.stack(numbers).tolist()
+    return values
 
 
 def _update(run: Run, grad_norm: float, names: list[str]) -> None:

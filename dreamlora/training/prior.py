@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from dreamlora.data.catalog import RecordSubset
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.images import FORMATS, holds_images
-from dreamlora.errors import DISK_FULL, UserError
-from dreamlora.runfolder import replacing
+from dreamlora.errors import UserError
+from dreamlora.files import make_folder, replacing, writing
 from dreamlora.sampling.sampler import SampleItem, SamplePlan, draw_batch
 
 FLAG = "--class_data_dir"
@@ -162,16 +162,9 @@ def _refuse_sub_folders(folder: Path) -> None:
 
 def _require_writable(folder: Path) -> None:
     """Before a model is loaded."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        raise UserError(
-            f"cannot write class images to {folder}: {error.strerror}. Mend that, or give another {FLAG}"
-        ) from error
+    make_folder(folder)
+    with writing(folder), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _batches(items: list[SampleItem], size: int) -> Iterator[list[SampleItem]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
 import pickle
-import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ from typing import Any
 import torch
 
 from dreamlora.errors import UserError
+from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.lora.pairs import restore_starts, starts_of
-from dreamlora.runfolder import RunFolder, replacing_folder, write_atomically
+from dreamlora.runfolder import RunFolder
 from dreamlora.training.loop import Run
 
 STATE_FILE = "training_state.pt"
@@ -23,6 +27,8 @@ TRAINABLES_FILE = "trainables.safetensors"
 """LoRA parameters by their names in the model, beside a LoRA file with diffusers' names."""
 _DAMAGED = (errno.ENOENT, errno.EINVAL, None)
 """What reading a checkpoint says that lacks a file, or whose content cannot be right."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,29 @@ class Checkpoint:
 def save(run: Run) -> Path:
     """Write ``checkpoints/step-…`` so that at any moment it is either whole or not there. Main process only."""
     folder = run.folder.checkpoint_dir(run.step)
+    with replacing_folder(folder) as temporary:
+        save_lora(run, temporary)
+        with replacing(temporary / STATE_FILE) as file, file.open("wb") as target:  # a path would hide why it failed
+            torch.save(_state(run), target)
+        write_atomically(temporary / SETTINGS_FILE, json.dumps(run.settings, indent=1))
+    return folder
+
+
+def taken(run: Run) -> tuple[int, bytes]:
+    """The step and a copy of all that a resume needs, for ``put_back``."""
+    content = io.BytesIO()
+    torch.save(_state(run), content)
+    return run.step, content.getvalue()
+
+
+def put_back(run: Run, copy: tuple[int, bytes]) -> None:
+    """Put the run where it was when the copy was taken."""
+    restore(run, torch.load(io.BytesIO(copy[1]), map_location="cpu", weights_only=True))
+
+
+def _state(run: Run) -> dict[str, Any]:
     scaler = run.accelerator.scaler
-    state = {
+    return {
         "step": run.step,
         "skipped_steps": run.skipped_steps,
         "trainables": {name: parameter.detach().cpu() for name, parameter in run.trainables.items()},
@@ -52,12 +79,13 @@ def save(run: Run) -> Path:
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
+        "uncounted": {name: n - run.counted.get(name, 0) for name, n in counts(run).items()},
     }
-    with replacing_folder(folder) as temporary:
-        save_lora(run, temporary)
-        torch.save(state, temporary / STATE_FILE)
-        write_atomically(temporary / SETTINGS_FILE, json.dumps(run.settings, indent=1))
-    return folder
+
+
+def counts(run: Run) -> dict[str, int]:
+    """What the optimizer has counted since this process began (clipped, skipped, ...). Waits for the GPU."""
+    return dict(getattr(run.optimizer.optimizer, "stats", {}))
 
 
 def save_lora(run: Run, folder: Path) -> Path:
@@ -66,13 +94,12 @@ def save_lora(run: Run, folder: Path) -> Path:
     return run.family.save_lora(folder, model.denoiser, dict(model.encoders.items()))
 
 
-def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put the run where the checkpoint left off.
+def restore(run: Run, saved: dict[str, Any]) -> None:
+    """Put the run where a checkpoint's ``state`` was taken.
 
     Raises:
         UserError: the optimizer's state is not one of this run's optimizer.
     """
-    saved = checkpoint.state
     try:
         run.optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:
@@ -87,53 +114,88 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     run.step = saved["step"]
     run.skipped_steps = saved.get("skipped_steps", 0)  # older checkpoints have none
+    now = counts(run)
+    run.counted = {name: now.get(name, 0) - n for name, n in saved.get("uncounted", {}).items()}
 
 
 def rotate(folder: RunFolder, limit: int | None) -> None:
     """Keep the newest ``limit`` checkpoints."""
     steps = folder.checkpoint_steps()
     for step in steps[: -limit or None] if limit else []:
-        shutil.rmtree(folder.checkpoint_dir(step))
+        remove(folder.checkpoint_dir(step))
 
 
-def open_checkpoint(folder: RunFolder, which: str) -> Checkpoint:
-    """Read the checkpoint that ``--resume_from_checkpoint`` means.
+def find_checkpoint(folder: RunFolder, which: str, fits: Callable[[Checkpoint], None]) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means; None: of the latest there is none yet.
 
-    A checkpoint of another run folder brings that run's measurements and samples along.
+    A latest one that is damaged is passed over, with a warning. A checkpoint of another run folder brings that run's
+    measurements and samples along. Main process only.
 
     Args:
         folder: of the run.
         which: "latest", a path, or the name of a folder in checkpoints/.
+        fits: raises a UserError for one that the run cannot go on from.
 
     Raises:
-        UserError: there is none, or it is damaged or cannot be read.
+        UserError: there is none of this name; it is damaged or cannot be read; or ``fits`` says so.
     """
-    path = _find(folder, which)
+    if which == "latest":
+        return _latest(folder, fits)
+    path = folder.named_checkpoint(which)
     other = RunFolder(path.parent.parent)
     if other.path.resolve() != folder.path.resolve() and other.holds_run() and not folder.holds_run():
         folder.adopt(other)
-    try:
-        settings = json.loads((path / SETTINGS_FILE).read_text())
+    fits(open_checkpoint(path))
+    return path
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: it is damaged (``DamagedCheckpoint``) or cannot be read.
+    """
+    with _reading(path):
+        settings = dict(json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8")))
         return Checkpoint(path, settings, torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are missing, or not what was written."""
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno not in _DAMAGED:  # it may be whole: nobody should be told to remove it
             raise UserError(f"cannot read {path}: {error}. Mend that, and resume again") from error
         raise _unreadable(path, error) from error
-    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is no checkpoint that can be read ({error}): remove it and resume from an earlier one")
+    return DamagedCheckpoint(
+        f"{path} is no checkpoint that can be read ({error}): remove it and resume from an earlier one"
+    )
 
 
-def _find(folder: RunFolder, which: str) -> Path:
-    steps = folder.checkpoint_steps()
-    if which == "latest":
-        if not steps:
-            raise UserError(
-                f"--resume_from_checkpoint latest: no checkpoint in {folder.checkpoints}; leave the flag out to start, "
-                "with --overwrite_output_dir if the folder holds a run"
-            )
-        return folder.checkpoint_dir(steps[-1])
-    return folder.named_checkpoint(which)
+def _latest(folder: RunFolder, fits: Callable[[Checkpoint], None]) -> Path | None:
+    damage: DamagedCheckpoint | None = None
+    for step in reversed(folder.checkpoint_steps()):
+        path = folder.checkpoint_dir(step)
+        try:
+            fits(open_checkpoint(path))
+        except DamagedCheckpoint as error:
+            logger.warning("%s", error)
+            damage = error
+            continue
+        return path
+    if damage is not None:
+        raise UserError(
+            f"--resume_from_checkpoint latest: no checkpoint in {folder.checkpoints} can be read. Remove them to begin "
+            "anew"
+        ) from damage
+    return None

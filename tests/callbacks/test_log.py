@@ -12,6 +12,7 @@ from dreamlora.callbacks import log
 from dreamlora.callbacks.log import LogCallback
 from dreamlora.interfaces import StepResult
 from dreamlora.runfolder import RunFolder
+from dreamlora.training.state import counts
 
 
 class Optimizer:
@@ -26,12 +27,12 @@ class Optimizer:
         return {"clipped": self.total, "skipped": 0}
 
 
-def run_of(folder: Path, total_steps: int, checkpointing_steps: int, step: int = 0) -> Any:
+def run_of(folder: Path, total_steps: int, step: int = 0) -> Any:
     accelerator = SimpleNamespace(is_main_process=True, log=lambda values, step: None)
     return SimpleNamespace(
         accelerator=accelerator,
         folder=RunFolder(folder),
-        config=SimpleNamespace(train=SimpleNamespace(checkpointing_steps=checkpointing_steps)),
+        counted={},
         optimizer=SimpleNamespace(optimizer=Optimizer()),
         total_steps=total_steps,
         step=step,
@@ -59,27 +60,32 @@ def every_four_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_counters_are_read_now_and_then_and_at_the_end(tmp_path: Path) -> None:
-    run = run_of(tmp_path, total_steps=10, checkpointing_steps=0)
+    run = run_of(tmp_path, total_steps=10)
     go(run, 10).on_end(run)
     assert counted(run) == [(step, "optimizer/clipped", n) for step, n in ((4, 8.0), (8, 8.0), (10, 4.0))]
     assert run.optimizer.optimizer.asked == 4  # and once to see that nothing is left
 
 
 def test_an_end_that_nobody_expected_loses_no_count(tmp_path: Path) -> None:
-    run = run_of(tmp_path, total_steps=10, checkpointing_steps=0)
+    run = run_of(tmp_path, total_steps=10)
     go(run, 6).on_end(run)
     assert counted(run) == [(4, "optimizer/clipped", 8.0), (6, "optimizer/clipped", 4.0)]
 
 
 def test_a_resumed_run_has_the_counts_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole = run_of(tmp_path / "whole", total_steps=10, checkpointing_steps=3)
-    resumed = run_of(tmp_path / "resumed", total_steps=10, checkpointing_steps=3)
+    whole = run_of(tmp_path / "whole", total_steps=10)
+    resumed = run_of(tmp_path / "resumed", total_steps=10)
     for run in (whole, resumed):
         run.folder.path.mkdir()
     go(whole, 10)
-    go(resumed, 8)  # killed: the last checkpoint is of step 6
+    go(resumed, 6)
+    uncounted = {
+        name: n - resumed.counted.get(name, 0) for name, n in counts(resumed).items()
+    }  # as a checkpoint has it
+    go(resumed, 8)  # killed
     resumed.folder.forget_after(6)
-    again = run_of(tmp_path / "resumed", total_steps=10, checkpointing_steps=3, step=6)
+    again = run_of(tmp_path / "resumed", total_steps=10, step=6)
+    again.counted = {name: -n for name, n in uncounted.items()}
     go(again, 10)
     assert counted(again) == counted(whole)
     assert sum(n for _, _, n in counted(again)) == 20

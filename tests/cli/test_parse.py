@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,8 @@ from dreamlora.cli.declared import options_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.parse import Program, method_options, parse, parse_run, run
 from dreamlora.config import RunConfig, TextToImageConfig, as_flat_dict
-from dreamlora.errors import UserError
+from dreamlora.errors import UserError, WriteError
+from dreamlora.interrupts import PIPE, Interrupted
 
 DIFFUSERS_FLAGS = """
 pretrained_model_name_or_path revision variant tokenizer_name instance_data_dir class_data_dir instance_prompt
@@ -310,7 +312,21 @@ def test_a_mistake_ends_the_program_within_a_second_without_traceback() -> None:
     [
         (UserError("--rank is odd"), 2, "error: --rank is odd"),
         (KeyboardInterrupt(), 130, "stopped"),
-        (OSError(errno.ENOSPC, "No space left on device", "outputs/a/x"), 1, "disk is full while writing outputs/a/x"),
+        (Interrupted(signal.SIGTERM), 143, "stopped (SIGTERM)"),
+        (Interrupted(PIPE), 141, ""),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "outputs/a/x"),
+            1,
+            "error: outputs/a/x: the disk is full. Free",
+        ),
+        (
+            WriteError.of(Path("a/x"), OSError(errno.EROFS, "Read-only")),
+            1,
+            "error: cannot write a/x: Read-only. Choose",
+        ),
+        (MemoryError(), 1, "error: MemoryError. This does not fit into memory. Of a training: a smaller --resolution"),
+        (OverflowError("int too big to convert"), 1, "does not fit into memory"),
+        (UnicodeEncodeError("ascii", "ä", 0, 1, "ordinal not in range(128)"), 1, "Set PYTHONUTF8=1"),
     ],
 )
 def test_what_a_user_can_mend_is_one_message(

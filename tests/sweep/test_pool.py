@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dreamlora.cli import parse
+from dreamlora.errors import WriteError
 from dreamlora.sweep import pool
 from dreamlora.sweep.plan import Job
 from dreamlora.sweep.pool import Ended, Pool
@@ -72,12 +73,12 @@ def jobs_of(tmp_path: Path, *kinds: str) -> list[Job]:
 def made(jobs: list[Job], seats: list[Seat], tmp_path: Path, worker: list[str]) -> dict[int, Ended]:
     """All that is told of the jobs, at most 30 seconds later."""
     ended: list[Ended] = []
-    errors: list[BaseException] = []
+    errors: list[WriteError] = []
 
     def run() -> None:
         try:
             running.run(jobs, ended.append)
-        except OSError as error:
+        except WriteError as error:
             errors.append(error)
 
     with Pool(seats, tmp_path / "logs", worker) as running:
@@ -221,7 +222,7 @@ def test_whatever_is_raised_in_a_thread_ends_one_run_alone(
 
 
 def full(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device", "outcome.json")
+    raise WriteError.of(Path("outcome.json"), OSError(errno.ENOSPC, "No space left on device"))
 
 
 def test_a_full_disk_ends_the_program_with_its_own_message(
@@ -230,14 +231,14 @@ def test_a_full_disk_ends_the_program_with_its_own_message(
     monkeypatch.setattr(pool, "write_outcome", full)
     jobs = jobs_of(tmp_path, "die", "", "")
     assert parse.run(lambda _: made(jobs, [Seat(), Seat()], tmp_path, worker), []) == 1
-    assert "error: the disk is full while writing outcome.json" in capsys.readouterr().err
+    assert "error: cannot write outcome.json: the disk is full." in capsys.readouterr().err
 
 
 def test_a_full_disk_before_the_first_start_ends_the_program_too(
     tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool._Worker, "_start", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match="the disk is full"):
         made(jobs_of(tmp_path, "", ""), [Seat(), Seat()], tmp_path, worker)
 
 
@@ -245,7 +246,7 @@ def test_an_outcome_that_cannot_be_written_is_told_with_the_run(
     tmp_path: Path, worker: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "outcome.json")
+        raise WriteError.of(Path("outcome.json"), PermissionError(errno.EACCES, "Permission denied"))
 
     monkeypatch.setattr(pool, "write_outcome", refuse)
     ended = made(jobs_of(tmp_path, "die", ""), [Seat()], tmp_path, worker)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -76,9 +77,10 @@ def test_killed_while_a_checkpoint_is_written(train: Train, tmp_path: Path, monk
     whole = train("--output_dir", str(tmp_path / "whole" / "run"))
 
     def half(payload, file):
-        Path(file).write_bytes(b"half a file")
-        if "000004" in str(file):
+        file.write(b"half a file")
+        if "000004" in getattr(file, "name", ""):
             raise KeyboardInterrupt
+        file.seek(0)
         original(payload, file)
 
     original = torch.save
@@ -148,14 +150,62 @@ def test_checkpoints_rotate(train: Train) -> None:
     assert train("--checkpoints_total_limit", "2").checkpoint_steps() == [4, 6]
 
 
-def test_a_missing_or_damaged_checkpoint_is_named(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint in"):
-        train("--resume_from_checkpoint", "latest")
-    run = train("--overwrite_output_dir")
+def test_where_there_is_no_checkpoint_yet_latest_begins(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a new folder, and where a run was stopped before its first checkpoint: what that left is gone."""
+    caplog.set_level(logging.INFO)
+    whole = train("--output_dir", str(tmp_path / "whole" / "run"), "--resume_from_checkpoint", "latest")
+    assert "the training begins" in caplog.text
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 1)
+        train()
+    (tmp_path / "run" / "samples" / "step_000099").mkdir()
+    begun = train("--resume_from_checkpoint", "latest")
+    assert_equal_runs(whole, begun)
+    assert not begun.sample_dir(99).exists()
+
+
+def test_a_complete_run_has_nothing_to_resume(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that a job which is queued again and again ends well; other steps or settings are another matter."""
+    from dreamlora.run import assemble
+
+    caplog.set_level(logging.INFO)
+    quick = ["--max_train_steps", "2", "--checkpointing_steps", "0"]
+    run = train(*quick, "--resume_from_checkpoint", "latest")
+    before = run.metrics_file.read_bytes(), run.lora_file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "_build", lambda *_: pytest.fail("a model was loaded"))
+        assert train(*quick, "--resume_from_checkpoint", "latest").path == run.path
+    assert "is complete (2 steps)" in caplog.text
+    for more in (["--rank", "4"], ["--max_train_steps", "3"]):
+        with pytest.raises(UserError, match="no checkpoint to go on from"):
+            train(*quick, *more, "--resume_from_checkpoint", "latest")
+    assert (run.metrics_file.read_bytes(), run.lora_file.read_bytes()) == before
+
+
+def test_latest_is_the_newest_checkpoint_that_is_sound(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    run = train()
+    before = weights(run)
+    run.summary_file.unlink()
     (run.checkpoint_dir(6) / "training_state.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"step-000006 is no checkpoint that can be read"):
+    assert same(before, weights(train("--resume_from_checkpoint", "latest")))
+    assert "step-000006 is no checkpoint that can be read" in caplog.text
+
+
+def test_if_no_checkpoint_is_sound_that_is_told_and_nothing_is_lost(train: Train) -> None:
+    run = train("--max_train_steps", "2")
+    before = weights(run)
+    (run.checkpoint_dir(2) / "settings.json").write_bytes(b"[")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
         train("--resume_from_checkpoint", "latest")
-    assert same(weights(run), weights(train("--resume_from_checkpoint", "step-000004")))
+    with pytest.raises(UserError, match=r"step-000002 is no checkpoint that can be read"):
+        train("--resume_from_checkpoint", "step-000002")
+    with pytest.raises(UserError, match=r"no checkpoint there\. In .*: step-000002"):
+        train("--resume_from_checkpoint", "step-000004")
+    assert same(before, weights(run))
 
 
 def test_an_optimizer_state_of_another_rank_is_refused(train: Train) -> None:
@@ -179,7 +229,7 @@ def test_a_checkpoint_that_may_be_whole_is_not_to_be_removed(
     (folder.checkpoint_dir(2)).mkdir(parents=True)
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(UserError, match=f"cannot read .*{os.strerror(number)}") as error:
-        state.open_checkpoint(folder, "latest")
+        state.find_checkpoint(folder, "latest", lambda checkpoint: None)
     assert "remove" not in str(error.value)
 
 

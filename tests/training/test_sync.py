@@ -143,7 +143,7 @@ def _on_meta(batch: Batch) -> Batch:
 @pytest.mark.parametrize("name", [name for name in OURS if name != "muon"])  # torch's, and ten times slower there
 def test_a_step_needs_no_value_but_what_it_reads(prepared: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[Tensor, Tensor]] = []
-    monkeypatch.setattr(loop, "read", lambda *tensors: read.append(tensors) or (1.0, 1.0))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(loop, "read", lambda *tensors: read.append(tensors) or (1.0, 1.0, 0.0))  # type: ignore[func-returns-value]
     with on_meta(prepared, name, monkeypatch) as (run, batches):
         monkeypatch.setattr(loop, "next_batches", lambda *_: batches)
         loop.optimizer_step(run, batches)
@@ -190,7 +190,7 @@ def test_torch_sees_no_other_synchronisation(
         _, batches = loop.optimizer_step(run, batches)
     read, calls = loop.read, []
 
-    def allowed(*tensors: Tensor) -> tuple[float, float]:
+    def allowed(*tensors: Tensor) -> list[float]:
         torch.cuda.set_sync_debug_mode("default")
         calls.append(read(*tensors))
         torch.cuda.set_sync_debug_mode("error")

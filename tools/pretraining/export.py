@@ -72,11 +72,11 @@ def export_clip(folder: Path, target: Path) -> None:
 
 def _declare_float32(config: Path) -> None:
     """Make transformers load the float16 file as float32: "auto" would leave it half and clash with the UNet."""
-    settings = json.loads(config.read_text())
+    settings = json.loads(config.read_text(encoding="utf-8"))
     for part in (settings, settings.get("text_config"), settings.get("vision_config")):
         if part is not None:
             part["dtype"] = "float32"
-    config.write_text(json.dumps(settings, indent=2) + "\n")
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _replace(fresh: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamlora.runfolder import replacing
+from dreamlora.files import replacing
 from dreamlora.sampling.sampler import Embed, SampleItem, SamplePlan, draw_batch
 
 

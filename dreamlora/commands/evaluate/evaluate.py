@@ -44,13 +44,14 @@ from dreamlora.errors import UserError
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metric, measure
+from dreamlora.files import write_atomically
 from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told before images are drawn
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import gather_lists, main_first, tell_everyone, wait_for_everyone
 from dreamlora.run import provenance
 from dreamlora.run.launch import processes
-from dreamlora.runfolder import RunFolder, write_atomically
+from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import SamplePlan
 

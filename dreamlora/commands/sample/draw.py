@@ -13,7 +13,7 @@ from dreamlora.commands.rows import Row, rows_of
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.trained import DRAWN_WITH, first_run, plan_for, prompts_of
 from dreamlora.commands.under_test import UnderTest, prepared
-from dreamlora.runfolder import replacing, write_atomically
+from dreamlora.files import replacing, write_atomically
 from dreamlora.sampling.grid import GridRow, references_of, write_grid
 from dreamlora.sampling.sampler import Drawn, SamplePlan, draw
 
