@@ -1,12 +1,10 @@
 """What can be set of a run: every option once. ``run`` has the groups and the whole, ``programs`` the programs."""
 
-from dreamlora.config.datasets import DataSet, instance_prompt_of
+from dreamlora.config.data import OWN_IMAGES, Data, DataSet, instance_prompt_of
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
 from dreamlora.config.programs import PROGRAMS, TextToImageConfig, program_of
 from dreamlora.config.run import (
     EMBEDDED_MODEL,
-    OWN_IMAGES,
-    Data,
     Lora,
     Model,
     Optim,

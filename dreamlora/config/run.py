@@ -7,11 +7,11 @@ length of the run, as the text says. Nothing here imports torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dreamlora.config.datasets import SOURCES, DataSet
+from dreamlora.config.data import Data, DataSet
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
@@ -23,9 +23,6 @@ from dreamlora.config.ranges import within as _within
 from dreamlora.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
-OWN_IMAGES = (*SOURCES, "datasets")
-"""Options of ``Data`` that name a person's own images: no built-in ones are drawn then."""
-
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Tracker = Literal[
     "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -63,144 +60,6 @@ class Model:
     def __post_init__(self) -> None:
         if self.family is not None:
             _respell(self, "family", "families")
-
-
-@dataclass(frozen=True)
-class Data:
-    """Which images and captions are trained on, and how they are prepared."""
-
-    train_data_dir: Path | None = None
-    """Folder with captioned images: captions lie beside them as name.txt, or in metadata.jsonl or metadata.csv."""
-    style: str | None = None
-    """A built-in style of the embedded model, drawn with captions on demand; used when no images are given."""
-    instance_data_dir: Path | None = None
-    """Folder with the images to learn. Captions may lie beside them: name.txt, metadata.jsonl or metadata.csv."""
-    subject: str | None = None
-    """A built-in subject of the embedded model, drawn on demand; used when no images are given."""
-    instance_prompt: str | None = None
-    """Caption of every image that has none of its own, such as "a photo of sks dog"."""
-    dataset_name: str | None = None
-    """A Hugging Face datasets name to train on instead of a folder."""
-    dataset_config_name: str | None = None
-    """Configuration of that data set."""
-    streaming: bool = False
-    """Fetch only the rows of --dataset_name that are used (see --max_train_samples), not the whole data set."""
-    image_column: str = "image"
-    """Its column with the images."""
-    caption_column: str | None = None
-    """Its column with the captions, or that of a folder's metadata and .json captions; by default text or caption."""
-    captions_per_line: bool = False
-    """Every line of a .txt or .caption file is a caption of its own; each time its image is seen, one is drawn."""
-    caption_dropout: float = 0.0
-    """Probability that an image is seen without its caption, which keeps classifier-free guidance working."""
-    shuffle_tags: bool = False
-    """Put the tags of a caption, which commas separate, into another order each time its image is seen."""
-    keep_tags: int = 0
-    """The first N tags stay where they are."""
-    caption_variants: int = 4
-    """Random orders of the tags kept in the cache for each caption; each time an image is seen, one is drawn."""
-    datasets: tuple[DataSet, ...] = ()
-    """Several data sets instead of one: a list in a --config file, each with its folder, repeats, prompt, ..."""
-    mask_data_dir: Path | None = None
-    """Folder with masks named like their images: white is learned, black is left alone, grey in between."""
-    class_data_dir: Path | None = None
-    """Folder with images of the class; missing ones are made by the base model. Default: outputs/class_images/..."""
-    class_prompt: str | None = None
-    """Prompt of the class images, such as "a photo of a dog"."""
-    with_prior_preservation: bool = False
-    """Train on class images too, so that the class keeps its look."""
-    prior_loss_weight: float = 1.0
-    """Weight of the class images' loss."""
-    num_class_images: int = 100
-    """How many class images there should be; all that you give count, and what is missing is made."""
-    sample_batch_size: int = 4
-    """Images made at a time, class images and samples alike."""
-    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision for making class images. Default: --mixed_precision."""
-    repeats: int = 1
-    """How often each image is seen in an epoch."""
-    max_train_samples: int | None = None
-    """Use only the first N images."""
-    resolution: int | None = None
-    """Side of the square training images in pixels. Default: the model's own."""
-    center_crop: bool = False
-    """Crop the middle instead of a random place."""
-    random_flip: bool = False
-    """Mirror images half of the time."""
-    image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
-    """Filter for resizing."""
-    buckets: bool = False
-    """Train images at the size with the nearest aspect ratio and the area of the square, instead of squares."""
-    bucket_step: int | None = None
-    """Sides of these sizes are multiples of it. Default: 64, or an eighth of --resolution if that is less."""
-    crop_variants: int = 4
-    """Random crops kept in the cache for an image that must be cropped; each time it is seen, one is drawn."""
-    holdout: int | None = None
-    """Images kept out of training for the evaluation. Default: 20 % of them (at most 16), 1 or 2 of 6 to 11, else 0."""
-    latents_cache_dir: Path | None = None
-    """Where encoded images and prompts are kept. Default: .cache/dreamlora in the home folder."""
-    tokenizer_max_length: int | None = None
-    """Tokens kept of a prompt, begin and end included. Default: the tokenizer's."""
-    max_token_length: int | None = None
-    """Tokens kept of a prompt for CLIP encoders, which take 75, in chunks of 75: 150 or 225."""
-    max_sequence_length: int = 512
-    """Tokens kept of a prompt for T5 encoders."""
-    dataloader_num_workers: int = 0
-    """Processes that read and crop images while the cache is filled."""
-    pre_compute_text_embeddings: bool = True
-    """Always so here, unless the text encoder is trained; kept so that diffusers' command lines work."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "prior_loss_weight", "holdout", "dataloader_num_workers", "keep_tags")
-        _at_least(self, 1, "num_class_images", "sample_batch_size", "repeats", "max_train_samples", "crop_variants")
-        _at_least(self, 1, "caption_variants", "bucket_step")
-        _within(self, 0, 1, "caption_dropout")
-        _at_least(self, 8, "resolution", "max_sequence_length")
-        _at_least(self, 3, "tokenizer_max_length")
-        _at_least(self, 1, "max_token_length")
-        if self.max_token_length and self.tokenizer_max_length not in (None, self.max_token_length + 2):
-            raise UserError("give either --max_token_length or --tokenizer_max_length, not both")
-        if self.train_data_dir and self.dataset_name:
-            raise UserError("give either --train_data_dir or --dataset_name, not both")
-        of_one = next((name for name in (*SOURCES, "max_train_samples", "mask_data_dir") if getattr(self, name)), None)
-        if self.datasets and of_one:
-            raise UserError(f"give either --{of_one} or datasets, not both: it can be said in each of its entries")
-        if self.mask_data_dir and self.dataset_name:
-            raise UserError("--mask_data_dir belongs to a folder of images: a --dataset_name cannot have masks")
-        if self.streaming and not any(one.dataset_name for one in self.each()):
-            raise UserError("--streaming is only used together with --dataset_name")
-        if self.captions_per_line and self.dataset_name:
-            raise UserError("--captions_per_line is about text files beside images, which --dataset_name has none of")
-        if self.keep_tags and not self.shuffle_tags:
-            raise UserError("--keep_tags is only used together with --shuffle_tags")
-        if self.bucket_step and not self.buckets:
-            raise UserError("--bucket_step is only used together with --buckets")
-
-    def each(self) -> tuple[Data, ...]:
-        """The options of every data set by themselves: those of its entry, and for the others the flags."""
-        if not self.datasets:
-            return (self,)
-        common = replace(self, datasets=(), streaming=False)
-        entries = ((entry, {k: v for k, v in entry.given().items() if k != "loss_weight"}) for entry in self.datasets)
-        return tuple(
-            replace(common, **own, streaming=self.streaming and entry.dataset_name is not None)
-            for entry, own in entries
-        )
-
-    @property
-    def brings_images(self) -> bool:
-        """Whether a person's images are named: none means those of the embedded model."""
-        return any(getattr(self, name) for name in OWN_IMAGES)
-
-    @property
-    def loss_weights(self) -> tuple[float, ...]:
-        """Factor of the loss of every data set's images."""
-        return tuple(entry.loss_weight for entry in self.datasets) or (1.0,)
-
-    @property
-    def subject_prompt(self) -> str | None:
-        """The prompt that names the subject: the flag's, or that of the first data set with one."""
-        return next((one.instance_prompt for one in (self, *self.each()) if one.instance_prompt), None)
 
 
 @dataclass(frozen=True)
