@@ -35,10 +35,12 @@ def check_folders(config: RunConfig) -> None:
     next run's photos.
 
     Raises:
-        UserError: they have not, or a file is given for a folder.
+        UserError: they have not, or one is missing or a file.
     """
     images = image_folders(config)
     for flag, path in images:
+        if flag != CLASSES and not path.exists():
+            raise UserError(f"{flag}: there is no {path} (looked from {Path.cwd()})")
         if path.exists() and not path.is_dir():
             raise UserError(f"{flag} {path} is a file: give the folder it lies in")
     classes = config.data.class_data_dir

@@ -109,12 +109,15 @@ def test_data_set_of_rows(tmp_path: Path, streaming: list[str]) -> None:
 
 
 def test_broken_image(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"no image")
-    command = [sys.executable, "-m", "dreamlora", "dreambooth", "--instance_data_dir", ".", "--dry_run"]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    picture(photos / "a.png")
+    (photos / "b.png").write_bytes(b"no image")
+    command = [sys.executable, "-m", "dreamlora", "dreambooth", "--instance_data_dir", "photos", "--dry_run"]
+    command += ["--instance_prompt", "a dog"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and re.search(r"b\.png: its content is no known image", done.stderr)
-    assert {file.name for file in tmp_path.iterdir()} == {"a.png", "b.png"}
+    assert {file.name for file in tmp_path.rglob("*")} == {"photos", "a.png", "b.png"}
 
 
 def test_lines_are_shortened_for_a_terminal(tmp_path: Path) -> None:

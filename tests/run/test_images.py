@@ -197,7 +197,7 @@ def test_files_beside_class_images_are_named(photos: Path, run: RunFolder, made:
     (classes / "notes.pdf").write_bytes(b"")
     context = prior_context(photos, classes, count=1)
     classes_of(context, run)
-    assert "notes.pdf" in told(context, "skipped")
+    assert "notes.pdf" in told(context, "not used")
 
 
 def test_without_prior_preservation_nothing_is_looked_at(photos: Path, run: RunFolder) -> None:

@@ -131,10 +131,11 @@ def test_images_in_sub_folders_alone_are_not_passed_over(tmp_path: Path) -> None
     assert [record.name for record in find_class_images(tmp_path, PLAN).counted] == ["b.png"]
 
 
-def test_a_folder_named_like_an_image_is_none(tmp_path: Path) -> None:
+def test_a_folder_named_like_an_image_is_refused(tmp_path: Path) -> None:
     own(tmp_path, "a.png")
     (tmp_path / "b.png").mkdir()
-    assert len(find_class_images(tmp_path, PLAN).missing) == 4
+    with pytest.raises(UserError, match=r"b\.png is a folder, not a file"):
+        find_class_images(tmp_path, PLAN)
 
 
 def test_no_folder_yet(tmp_path: Path) -> None:
@@ -146,14 +147,14 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--class_data_dir .*file is a file: give a folder"):
         make_class_images(tmp_path / "file", PLAN, never)
-    with pytest.raises(UserError, match=r"cannot write class images to .*below: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*below: Not a directory"):
         make_class_images(tmp_path / "file" / "below", PLAN, never)
 
     def refused(dir: Path) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
     monkeypatch.setattr(prior.tempfile, "TemporaryFile", refused)
-    with pytest.raises(UserError, match=r"cannot write class images to .*: Permission denied\. Mend that"):
+    with pytest.raises(UserError, match=r"cannot write .*classes: Permission denied"):
         make_class_images(tmp_path / "classes", PLAN, never)
 
 
