@@ -144,6 +144,7 @@ class Data:
         _at_least(self, 1, "caption_variants", "bucket_step")
         _within(self, 0, 1, "caption_dropout")
         _at_least(self, 8, "resolution", "max_sequence_length")
+        _within(self, 8, 2**14 + 1, "resolution")  # one such image takes 3 GB
         _at_least(self, 3, "tokenizer_max_length")
         if self.train_data_dir and self.dataset_name:
             raise UserError("give either --train_data_dir or --dataset_name, not both")
@@ -181,6 +182,7 @@ class Lora:
         _respell(self, "init", "inits")
         _pairs(self, "init_args")
         _at_least(self, 1, "rank")
+        _within(self, 1, 2**14 + 1, "rank")  # more than any layer has
         _above(self, 0, "lora_alpha")
         _within(self, 0, 1, "lora_dropout")
 
