@@ -75,7 +75,7 @@ def write_folder(folder: Path, rows: int) -> None:
     """Images that all differ, with captions of tags that all differ."""
     folder.mkdir(parents=True)
     draw = random.Random(0)
-    with (folder / "metadata.jsonl").open("w") as metadata:
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
         for row in range(rows):
             name, (width, height) = f"{row:07d}.bmp", SHAPES[row % len(SHAPES)]
             Image.frombytes("RGB", (width, height), draw.randbytes(3 * width * height)).save(folder / name)

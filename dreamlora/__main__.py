@@ -136,6 +136,9 @@ def dispatch(argv: Sequence[str]) -> None:
     Raises:
         UserError: there is no such command, or the command found a mistake of the user's.
     """
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and (words := [word for word in argv if any("\udc80" <= c <= "\udcff" for c in word)]):
+        raise UserError(f"{words[0]!r} is no text in this system's encoding, {encoding}: set PYTHONUTF8=1")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
     elif argv[0] in ("--version", "-V"):

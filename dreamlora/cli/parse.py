@@ -211,7 +211,8 @@ def _complaint(error: Exception) -> int:
     told = str(error) if isinstance(error, UserError) else explained(error)
     if told is None:
         raise error
-    _say(f"error: {told}")
+    with deferred():  # a reader who has gone changes nothing any more
+        _say(f"error: {told}")
     return 2 if isinstance(error, UserError) and not isinstance(error, WriteError) else 1
 
 

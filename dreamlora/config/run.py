@@ -88,6 +88,7 @@ class Lora:
         _respell(self, "init", "inits")
         _pairs(self, "init_args")
         _at_least(self, 1, "rank")
+        _within(self, 1, 2**14 + 1, "rank")  # more than any layer has
         _above(self, 0, "lora_alpha")
         _within(self, 0, 1, "lora_dropout")
 

@@ -294,6 +294,13 @@ def test_every_kind_of_mistake_is_told_clearly(argv: str, told: list[str]) -> No
         assert part in text
 
 
+@pytest.mark.parametrize("flag", ["--resolution", "--rank"])
+def test_sizes_that_no_machine_holds_are_refused_before_it_tries(flag: str) -> None:
+    """Systems promise more memory than they have, and then end whatever they like."""
+    with pytest.raises(UserError, match=f"{flag} must be at least .* and below"):
+        parse_run([*MODEL, flag, "100000"])
+
+
 def test_a_mistake_ends_the_program_within_a_second_without_traceback() -> None:
     started = time.monotonic()
     done = subprocess.run(

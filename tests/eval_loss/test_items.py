@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses, paired_difference
 
 
@@ -44,3 +46,30 @@ def test_the_file_holds_everything_and_a_resume_takes_up_its_part(tmp_path: Path
     assert again.steps == [0, 50] and 100 not in again
     assert again.mean(0) == losses.mean(0)
     assert {file.name for file in tmp_path.iterdir()} == {"items.npz"}
+
+
+DAMAGE = {
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[:-40],
+    "in the middle": lambda whole: whole[:300] + bytes(40) + whole[340:],
+    "zeros": lambda whole: bytes(len(whole)),
+    "no archive": lambda whole: b"losses",
+    "another array": lambda whole: b"\x93NUMPY\x01\x00",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_named_and_left_out(
+    damage: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "eval_items.npz"
+    losses = ItemLosses("id", np.array([0, 0, 1]), np.array([0.1, 0.5, 0.9]))
+    losses.put(0, [1.0, 2.0, 3.0])
+    losses.save(file)
+    assert (found := ItemLosses.found(file)) is not None and found.steps == [0]
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=r"cannot read .*eval_items\.npz"):
+        ItemLosses.load(file)
+    assert ItemLosses.found(file) is None and not losses.take_up(file, until=5)
+    assert len(caplog.messages) == 1 and "What it held is left out" in caplog.text
+    assert ItemLosses.found(tmp_path / "none.npz") is None

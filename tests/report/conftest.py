@@ -16,6 +16,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.runfolder import RunFolder
 
 PROMPTS = ["a photo of sks creature", "a photo of sks creature on grass", "a <script>alert(1)</script> | creature"]
@@ -91,7 +92,8 @@ def write_metrics(folder: RunFolder, name: str, steps: int) -> None:
     lines = [json.dumps({"v": 1, "step": step, "name": name, "value": value}) + "\n" for step, name, value in rows]
     folder.metrics_file.write_text("".join(lines))
     items = np.linspace(0.6, 0.3, 40)
-    np.savez(folder.eval_items_file, steps=[0, 300], items=[items, items - 0.1], image=np.repeat(range(5), 8))
+    losses = ItemLosses("ab", np.repeat(range(5), 8), np.linspace(0.05, 0.95, 40), {0: items, 300: items - 0.1})
+    losses.save(folder.eval_items_file)
 
 
 def draw_pictures(folder: RunFolder) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dreamlora.errors import UserError
+from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.report.facts import RunFacts
 from dreamlora.runfolder import RunFolder
 
@@ -67,7 +68,8 @@ def test_a_broken_config_is_named(content: bytes, make_run: Callable[..., RunFol
 def test_the_change_of_every_image_is_the_mean_over_its_items(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
     assert RunFacts(folder).fall_by_image == pytest.approx([0.1] * 5)
-    np.savez(folder.eval_items_file, steps=[0, 9], items=[[1.0, 2.0, 3.0], [0.5, 2.5, 4.0]], image=[0, 0, 1])
+    rows = {0: np.array([1.0, 2.0, 3.0]), 9: np.array([0.5, 2.5, 4.0])}
+    ItemLosses("ab", np.array([0, 0, 1]), np.array([0.1, 0.5, 0.9]), rows).save(folder.eval_items_file)
     assert RunFacts(folder).fall_by_image == pytest.approx([0.0, -1.0])
 
 

@@ -278,7 +278,9 @@ def test_unfinished_runs_are_resumed_or_begun_anew(
     assert "resume" not in json.loads((tmp_path / "with" / "summary.json").read_text())["command"]
 
 
-def test_ctrl_c_leaves_nothing_running(flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_signal_leaves_nothing_running_and_no_step_is_lost(name: str, flags: list[str], tmp_path: Path) -> None:
+    """After SIGKILL the workers see that nobody waits for them any more."""
     out = tmp_path / "out"
     words = ["compare", "--optimizers", "adamw", "--workers", "1", "--max_train_steps", "100000", *flags]
     process = subprocess.Popen(
@@ -291,12 +293,23 @@ def test_ctrl_c_leaves_nothing_running(flags: list[str], tmp_path: Path) -> None
         deadline = time.monotonic() + 60
         while not list(out.rglob("metrics.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=20)
+        (log,) = out.rglob("metrics.jsonl")
+        while not any(row["step"] >= 3 for row in RunFolder(log.parent).metrics()) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.Signals[name])
+        _, told = process.communicate(timeout=40)
     finally:
         process.kill()
-    assert process.returncode == 130 and "the same command goes on from here" in told
-    (log,) = out.rglob("metrics.jsonl")
+    if name != "SIGKILL":
+        assert process.returncode == 128 + signal.Signals[name] and "the same command goes on from here" in told
+        assert "Traceback" not in told
+    run = RunFolder(log.parent)
+    deadline = time.monotonic() + 30
+    while not run.checkpoint_steps() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (step,) = run.checkpoint_steps()
+    rows = [row["step"] for row in run.metrics() if row["name"] == "train/loss"]
+    assert rows[:step] == list(range(1, step + 1)) and rows[step:] in ([], [step + 1])  # it was being measured
     size = log.stat().st_size
     time.sleep(0.5)
     assert log.stat().st_size == size and not list(out.rglob("outcome.json"))

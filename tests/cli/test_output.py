@@ -1,0 +1,67 @@
+"""Where what a program says goes: pipes whose reader has gone, full disks, terminals that cannot show a name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dreamlora.__main__ import COMMANDS
+
+LOCALES = {
+    "ascii alone": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "a pipe in ascii": {"PYTHONIOENCODING": "ascii"},
+    "latin": {"PYTHONIOENCODING": "iso-8859-1", "PYTHONUTF8": "0"},
+    "C": {"LC_ALL": "C"},
+}
+
+
+def start(*words: str, **options: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "dreamlora", *words], **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("environment", LOCALES.values(), ids=LOCALES)
+def test_a_name_that_cannot_be_shown_ends_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    program = start("report", str(tmp_path / "Bär-犬"), env=os.environ | environment, stderr=subprocess.PIPE)
+    _, told = program.communicate()
+    assert (
+        program.returncode == 2 and told.startswith(b"error: ") and b"Traceback" not in told and told.count(b"\n") == 1
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_a_reader_who_has_gone_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    program = start(*words, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    _, told = program.communicate()
+    assert program.returncode == 141 and told == b""  # as other programs whose output goes to `head`
+
+
+def test_nobody_reads_the_errors_either() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    program = start("report", "nowhere", stdout=write, stderr=write)
+    os.close(write)
+    assert program.wait() == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_results_that_cannot_be_written_are_told() -> None:
+    with Path("/dev/full").open("wb") as full:
+        program = start("dreambooth", "--help", stdout=full, stderr=subprocess.PIPE)
+        _, told = program.communicate()
+    assert (
+        program.returncode == 1
+        and told == b"error: cannot write the output: the disk is full. Mend that, and start again\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_changes_nothing() -> None:
+    with Path("/dev/full").open("wb") as full:
+        assert start("report", "nowhere", stderr=full).wait() == 2
