@@ -27,7 +27,7 @@ class FakeHub:
         """Let the branch main point to a commit, as a push does that another process has fetched."""
         branch = self._place(repository) / "refs" / "main"
         branch.parent.mkdir(parents=True, exist_ok=True)
-        branch.write_text(commit)
+        branch.write_text(commit, encoding="utf-8")
 
     def _place(self, repository: str) -> Path:
         return self.cache / f"models--{repository.replace('/', '--')}"

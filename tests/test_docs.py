@@ -61,14 +61,14 @@ def name_of(file: Path) -> str:
 
 def anchors_of(file: Path) -> set[str]:
     """The anchors that GitHub gives a document's headings."""
-    prose = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def script_flags() -> set[str]:
     files = [file for place in SCRIPTS.values() for file in ([place] if place.is_file() else place.glob("*.py"))]
-    return {flag for file in files for flag in re.findall(r'"--(\w+)"', file.read_text())}
+    return {flag for file in files for flag in re.findall(r'"--(\w+)"', file.read_text(encoding="utf-8"))}
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -81,13 +81,13 @@ def commands_of(text: str) -> list[list[str]]:
 COMMANDS = [
     pytest.param(words, id=f"{name_of(file)}-{number}")
     for file in [*DOCUMENTS, ROOT / "Makefile"]
-    for number, words in enumerate(commands_of(file.read_text()))
+    for number, words in enumerate(commands_of(file.read_text(encoding="utf-8")))
 ]
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(file: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
@@ -100,7 +100,7 @@ def test_links_lead_somewhere(file: Path) -> None:
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
 def test_flags_exist(file: Path) -> None:
     foreign = {*ELSEWHERE, *UNNEEDED, *script_flags()}.union(*OTHER_PROGRAMS.values())
-    for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", file.read_text()):
+    for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", file.read_text(encoding="utf-8")):
         assert flag.removeprefix("no_") in OURS | foreign, f"--{flag} is no option"
 
 

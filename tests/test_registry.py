@@ -45,7 +45,7 @@ def test_every_optimizer_keeps_the_contract(name: str) -> None:
 def extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_PACKAGE", tmp_path)
     (tmp_path / "optimizers").mkdir()
-    (tmp_path / "optimizers" / "brand_new.py").write_text("")
+    (tmp_path / "optimizers" / "brand_new.py").write_text("", encoding="utf-8")
 
 
 def test_a_new_file_is_a_new_choice(extended: None) -> None:

@@ -37,14 +37,14 @@ def test_values_are_logged_one_per_line(folder: RunFolder) -> None:
 def test_values_that_are_not_finite_are_null_so_that_any_reader_can_parse_them(folder: RunFolder, value: float) -> None:
     folder.log_all(1, {"train/loss": value})
     assert folder.metrics()[0]["value"] is None
-    assert "NaN" not in folder.metrics_file.read_text()
+    assert "NaN" not in folder.metrics_file.read_text(encoding="utf-8")
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(folder: RunFolder) -> None:
     folder.log_all(1, {"train/loss": 0.5})
-    whole = folder.metrics_file.read_text()
+    whole = folder.metrics_file.read_text(encoding="utf-8")
     for length in range(1, len(whole) - 1):
-        folder.metrics_file.write_text(whole + whole[:length])
+        folder.metrics_file.write_text(whole + whole[:length], encoding="utf-8")
         assert [row["step"] for row in folder.metrics()] == [1]
         assert folder.damage() == []
 
@@ -84,7 +84,7 @@ def test_a_damaged_line_hides_no_other_and_is_told_once(
 
 
 def test_many_damaged_lines_are_counted(folder: RunFolder) -> None:
-    folder.metrics_file.write_text("x\n" * 12)
+    folder.metrics_file.write_text("x\n" * 12, encoding="utf-8")
     (text,) = folder.damage()
     assert text.endswith("lines 1, 2, 3, 4, 5 and 7 more cannot be read and are left out")
 
@@ -116,7 +116,7 @@ def test_numbers_beside_a_value_may_be_infinite_too(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999"])
 def test_values_of_other_writers_that_are_not_finite_are_none_as_well(text: str, folder: RunFolder) -> None:
-    folder.metrics_file.write_text(f'{{"step": 1, "name": "train/loss", "value": {text}}}\n')
+    folder.metrics_file.write_text(f'{{"step": 1, "name": "train/loss", "value": {text}}}\n', encoding="utf-8")
     assert folder.metrics()[0]["value"] is None
 
 
@@ -129,7 +129,7 @@ def test_a_damaged_json_file_is_named(content: bytes, folder: RunFolder) -> None
 
 
 def test_a_damaged_outcome_is_none_and_that_is_told(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
-    folder.outcome_file.write_text("{")
+    folder.outcome_file.write_text("{", encoding="utf-8")
     assert folder.outcome() == {}
     assert "outcome.json" in caplog.text
 
@@ -140,7 +140,7 @@ def test_later_steps_are_forgotten_before_a_resume(folder: RunFolder) -> None:
         folder.log_all(step, {"train/loss": 0.5})
         folder.sample_dir(step).mkdir()
         append_jsonl(folder.samples_file, [{**SAMPLE, "step": step}])
-    folder.samples_file.write_text("half a line\n" + folder.samples_file.read_text())
+    folder.samples_file.write_text("half a line\n" + folder.samples_file.read_text(encoding="utf-8"))
     folder.forget_after(50)
     assert [row["step"] for row in folder.metrics()] == [0, 50]
     assert [row["step"] for row in read_jsonl(folder.samples_file)] == [0, 50]
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(
 
 
 def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
+    (tmp_path / "run").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot write .*run: File exists"):
         RunFolder(tmp_path / "run").lock()
 
@@ -249,8 +249,8 @@ def test_the_lock_ends_with_its_process(folder: RunFolder) -> None:
 
 
 def test_clearing_leaves_what_is_not_the_runs(folder: RunFolder) -> None:
-    (folder.path / "notes.txt").write_text("mine")
-    folder.config_file.write_text("rank: 4")
+    (folder.path / "notes.txt").write_text("mine", encoding="utf-8")
+    folder.config_file.write_text("rank: 4", encoding="utf-8")
     folder.sample_dir(0).mkdir(parents=True)
     assert folder.holds_run()
     folder.clear()

@@ -11,6 +11,8 @@ from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import within as _within
 from dreamlora.errors import UserError
 
+LARGEST = 2**14
+"""Side of an image in pixels: one such image takes 3 GB."""
 SOURCES = ("instance_data_dir", "train_data_dir", "dataset_name")
 """Options that say where images come from: a folder (of DreamBooth, or with captions), or Hugging Face datasets."""
 OWN_IMAGES = (*SOURCES, "datasets")
@@ -48,7 +50,7 @@ class DataSet:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "repeats", "max_train_samples")
-        _at_least(self, 8, "resolution")
+        _within(self, 8, LARGEST + 1, "resolution")
         _at_least(self, 0, "loss_weight")
         given = [name for name in SOURCES if getattr(self, name)]
         if len(given) != 1:
@@ -157,7 +159,8 @@ class Data:
         _at_least(self, 1, "num_class_images", "sample_batch_size", "repeats", "max_train_samples", "crop_variants")
         _at_least(self, 1, "caption_variants", "bucket_step")
         _within(self, 0, 1, "caption_dropout")
-        _at_least(self, 8, "resolution", "max_sequence_length")
+        _within(self, 8, LARGEST + 1, "resolution")
+        _at_least(self, 8, "max_sequence_length")
         _at_least(self, 3, "tokenizer_max_length")
         _at_least(self, 1, "max_token_length")
         if self.max_token_length and self.tokenizer_max_length not in (None, self.max_token_length + 2):

@@ -66,7 +66,7 @@ def listed(columns: Iterable[str]) -> str:
     return ", ".join(column if column and column == column.strip() else repr(column) for column in columns)
 
 
-def read_text(file: Path) -> str:
+def text_of(file: Path) -> str:
     """The content of a text file.
 
     Raises:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dreamlora.data.caption_text import captions_of, pick_caption_column, read_text, tidy
+from dreamlora.data.caption_text import captions_of, pick_caption_column, text_of, tidy
 from dreamlora.data.entries import CAPTION_SUFFIXES, Entries, EntryKind, folded, spelled
 from dreamlora.errors import UserError
 
@@ -83,14 +83,14 @@ class SidecarReader:
                 if self._strict:
                     raise
                 return Sidecar(name, ())
-        lines = [line for line in map(tidy, read_text(file).splitlines()) if line]
+        lines = [line for line in map(tidy, text_of(file).splitlines()) if line]
         if self._per_line:
             return Sidecar(name, captions_of(lines, str(file)))
         return Sidecar(name, captions_of(" ".join(lines), str(file)), max(1, len(lines)))
 
     def _json(self, file: Path) -> tuple[str, ...]:
         try:
-            content = json.loads(read_text(file))
+            content = json.loads(text_of(file))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not JSON ({error}): mend it, or move it elsewhere") from None
         if not isinstance(content, dict):

@@ -110,7 +110,7 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     _start_trackers(context, folder)
     with context.timed("training"):
         loop.train(run)
-    return ending.conclude(context, run)
+    return ending.conclude(context, run, pictures)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _read(context: RunContext, folder: RunFolder, options: Any) -> Prelude:
         def fits(checkpoint: Checkpoint) -> None:
             resume.require_same(checkpoint, settings, pictures)
 
-        complete = _decided(context, lambda: resume.complete(context.config, folder, settings))
+        complete = _decided(context, lambda: resume.complete(context.config, folder, settings, pictures))
         path = None if complete else _decided(context, lambda: state.find_checkpoint(folder, which, fits))
     return Prelude(pictures, path, complete)
 

@@ -20,6 +20,7 @@ from dreamlora.report import write_report
 from dreamlora.run import provenance, resume
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
+from dreamlora.run.images import RunImages
 from dreamlora.run.upload import push_to_hub
 from dreamlora.runfolder import RunFolder, read_jsonl
 from dreamlora.training import parity, state
@@ -51,7 +52,7 @@ class Conclusion:
     made: dict[str, Any]
 
 
-def conclude(context: RunContext, run: Run) -> Conclusion:
+def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
     """Write the LoRA, and keep what the end of the run needs to know. The model cannot train on afterwards."""
     with deferred():  # without checkpoints this is all that there is of the training
         if run.accelerator.is_main_process:
@@ -64,7 +65,7 @@ def conclude(context: RunContext, run: Run) -> Conclusion:
         eval_seconds=run.eval_seconds,
         ended_early=run.ended_early,
         expected=_expected_output(context, run) if run.accelerator.is_main_process else "the main process does that",
-        made={"steps": run.step, "wanted": resume.wanted(context.config), "settings": run.settings},
+        made=resume.made(run, pictures),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from dreamlora.config import RunConfig, as_flat_dict
@@ -12,6 +13,7 @@ from dreamlora.run.context import RunContext
 from dreamlora.run.image_list import changes, fingerprint
 from dreamlora.run.images import RunImages
 from dreamlora.runfolder import RunFolder, read_json
+from dreamlora.training.loop import Run
 from dreamlora.training.state import Checkpoint
 
 FREE_ON_RESUME = {
@@ -68,8 +70,8 @@ def require_same(checkpoint: Checkpoint, now: Mapping[str, Any], pictures: RunIm
     Raises:
         UserError: settings or images are others; the message says which.
     """
-    saved = {**as_flat_dict(RunConfig()), **checkpoint.settings}  # an older version knew fewer options
-    saved = {name: value for name, value in saved.items() if name not in FREE_ON_RESUME}
+    usual = {name: value for name, value in as_flat_dict(RunConfig()).items() if name in now}
+    saved = usual | checkpoint.settings  # an older version knew fewer options
     apart = {_IMAGES, _CLASSES}
     different = [
         f"{name}: {saved.get(name, 'none')!r} then, {now.get(name, 'none')!r} now"
@@ -95,18 +97,28 @@ def require_same(checkpoint: Checkpoint, now: Mapping[str, Any], pictures: RunIm
         )
 
 
-def wanted(config: RunConfig) -> dict[str, Any]:
-    """What decides how many steps a run has, once the number of images is known."""
-    return {"max_train_steps": config.train.max_train_steps, "early_stopping": config.eval.early_stopping}
+def made(run: Run, pictures: RunImages) -> dict[str, Any]:
+    """What a run has made, for ``complete``."""
+    return {"steps": run.step, "settings": run.settings, "wanted": _wanted(run.config, pictures)}
 
 
-def complete(config: RunConfig, folder: RunFolder, settings: dict[str, Any]) -> str:
+def _wanted(config: RunConfig, pictures: RunImages) -> dict[str, Any]:
+    """How long a run is to be, and what it is to show and to measure; not how that is computed."""
+    groups = (config.sample, config.eval, config.encoders)
+    names = {option.name for group in groups for option in fields(group)} - {"eval_batch_size"}
+    shown = {name: value for name, value in as_flat_dict(config).items() if name in names}
+    prompts = [*pictures.prompts, *pictures.eval_prompts]
+    return {"max_train_steps": config.train.max_train_steps, "prompts": prompts, **shown}
+
+
+def complete(config: RunConfig, folder: RunFolder, settings: dict[str, Any], pictures: RunImages) -> str:
     """That ``--resume_from_checkpoint latest`` has nothing to do, in words; empty if it has.
 
     Args:
         config: all of whose options are decided.
         folder: of the run.
         settings: that a resumed run must share; class images are not compared, as they are not read for this.
+        pictures: with the prompts; other ones are still to be drawn.
 
     Raises:
         UserError: the folder holds a LoRA of another length or of other settings, and no checkpoint to go on from.
@@ -117,11 +129,13 @@ def complete(config: RunConfig, folder: RunFolder, settings: dict[str, Any]) -> 
         summary = read_json(folder.summary_file)
     except UserError:
         summary = {}
-    made = summary.get("made") or {"settings": None, "wanted": None, "steps": 0}
-    enough = made["wanted"] == wanted(config) or made["steps"] >= (config.train.max_train_steps or 0)
-    if enough and {**(made["settings"] or {}), _CLASSES: None} == {**settings, _CLASSES: None}:
+    before = summary.get("made") or {"settings": {}, "wanted": {}, "steps": 0}
+    wanted = _wanted(config, pictures)
+    if before["steps"] >= (config.train.max_train_steps or 0):
+        wanted["max_train_steps"] = before["wanted"].get("max_train_steps")  # a longer run is complete too
+    if before["wanted"] == wanted and {**before["settings"], _CLASSES: None} == {**settings, _CLASSES: None}:
         return (
-            f"the run in {folder.path} is complete ({made['steps']} steps). To train it further give a larger "
+            f"the run in {folder.path} is complete ({before['steps']} steps). To train it further give a larger "
             "--max_train_steps, to begin anew --overwrite_output_dir without --resume_from_checkpoint"
         )
     if folder.holds_result() and not folder.checkpoint_steps():

@@ -174,7 +174,7 @@ def test_the_evaluation_benchmark_draws_captioned_pictures_and_judges_the_time(t
     benchmark.draw_pictures(tmp_path / "pictures", 2, 40, seed=1)
     with Image.open(tmp_path / "pictures" / "00001.png") as picture:
         assert picture.size == (40, 40)
-    assert (tmp_path / "pictures" / "metadata.jsonl").read_text().count('"text"') == 2
+    assert (tmp_path / "pictures" / "metadata.jsonl").read_text(encoding="utf-8").count('"text"') == 2
     metrics = {"rows": [{"values": [{"name": "img/dino", "value": 0.5}]}]}
     found = benchmark.summary(59.0, 5.0, metrics)
     assert found["target_met"] and found["values"] == {"img/dino": 0.5}

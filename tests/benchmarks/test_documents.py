@@ -16,12 +16,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def results(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def table(document: str, first_head: str) -> dict[str, list[str]]:
     """The cells of every row by its first one, of the table in a document whose first heading is this."""
-    lines = (ROOT / document).read_text().splitlines()
+    lines = (ROOT / document).read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith(f"| {first_head} |"))
     rows = []
     for line in lines[start + 2 :]:
@@ -63,8 +63,8 @@ def test_the_time_of_a_step() -> None:
     "file", [pytest.param(file, id=file.stem) for file in sorted(RESULTS.glob("gpu_check_*.json"))]
 )
 def test_the_check_of_a_gpu(file: Path) -> None:
-    found = json.loads(file.read_text())
-    assert load("gpu_check").table(found) in (ROOT / "benchmarks" / "README.md").read_text()
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert load("gpu_check").table(found) in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert found["tier"]["status"] == 0 and not found["failed"]
 
 
@@ -92,7 +92,7 @@ def test_robustness() -> None:
 
 @pytest.mark.parametrize("file", ["README.md", "docs/optimizers.md"])
 def test_who_was_tuned_on_the_benchmark_of_robustness_is_said_beside_it(file: str) -> None:
-    text = " ".join((ROOT / file).read_text().split())
+    text = " ".join((ROOT / file).read_text(encoding="utf-8").split())
     assert "were tuned on th" in text and "contain the" in text
     assert "does not close the gap" not in text and "the best one in every cell" not in text
 
@@ -133,7 +133,11 @@ def test_the_quality_of_the_embedded_model() -> None:
 
 def test_lora_against_full_fine_tuning() -> None:
     found = results("lora_vs_full")
-    (line,) = [line for line in (ROOT / "docs/embedded-model.md").read_text().splitlines() if "LoRA reaches" in line]
+    (line,) = [
+        line
+        for line in (ROOT / "docs/embedded-model.md").read_text(encoding="utf-8").splitlines()
+        if "LoRA reaches" in line
+    ]
     assert_told(line, 100 * found["ratio"])
     assert found["passed"]
 
@@ -145,7 +149,7 @@ def test_the_calibration_of_verdicts() -> None:
         said = found[draws]["verdicts"]
         assert sum(said.values()) == 40 and said.get("better", 0) + said.get("worse", 0) <= 4
     assert found["worse"]["verdicts"] == {"worse": 40}
-    text = (ROOT / "docs/compare.md").read_text().partition("## Are the verdicts right?")[2]
+    text = (ROOT / "docs/compare.md").read_text(encoding="utf-8").partition("## Are the verdicts right?")[2]
     ten, five, worse = [line for line in text.replace("\n  ", " ").splitlines() if line.startswith("- ")][:3]
     for line, said in ((ten, found["itself"]["verdicts"]), (five, found["itself_default_size"]["verdicts"])):
         alarms = said.get("better", 0) + said.get("worse", 0)

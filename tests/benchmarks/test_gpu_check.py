@@ -45,7 +45,7 @@ def test_all_of_it_works_on_a_cpu(check: ModuleType, tmp_path: Path) -> None:
         [*command, "--results", str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    result = json.loads((tmp_path / "gpu_check_cpu.json").read_text())
+    result = json.loads((tmp_path / "gpu_check_cpu.json").read_text(encoding="utf-8"))
     counts = result["tier"]["counts"]
     assert counts["passed"] > 25 and "failed" not in counts
     reasons = {test["message"] for test in result["tier"]["tests"] if test["outcome"] == "skipped"}

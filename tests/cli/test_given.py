@@ -74,7 +74,9 @@ def flat(config: Any) -> dict[str, Any]:
 
 def written(folder: Path, entries: dict[str, Any]) -> Path:
     file = folder / "flags.yaml"
-    file.write_text(yaml.safe_dump({name: plain(value) for name, value in entries.items()}, allow_unicode=True))
+    file.write_text(
+        yaml.safe_dump({name: plain(value) for name, value in entries.items()}, allow_unicode=True), encoding="utf-8"
+    )
     return file
 
 
@@ -151,7 +153,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(case: Case, value: str,
     for name, option in options_of(case.config).items():
         if option.kind is float:
             file = tmp_path / "flags.yaml"
-            file.write_text(f"{name}: {value}\n")
+            file.write_text(f"{name}: {value}\n", encoding="utf-8")
             for words in ([f"--{name}={value}"], ["--config", str(file)]):
                 with pytest.raises(UserError, match=rf"--{name} must be .+\(got {value}\)"):
                     parse(case.config, [*case.needed, *words])
@@ -203,7 +205,7 @@ def test_values_at_the_edge() -> None:
 )
 def test_mistakes_at_the_edge_of_a_file(text: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         parse(RunConfig, ["--config", str(file)])
     assert str(error.value).startswith(f"{file}: {expected}")
@@ -212,7 +214,7 @@ def test_mistakes_at_the_edge_of_a_file(text: str, expected: str, tmp_path: Path
 def test_values_at_the_edge_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     text = "rank: '8'\nlearning_rate: 1e-4\nlora_layers: [--x, y]\noptimizer_args: {betas: [0.8, 0.9], fused: true}"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     config = parse(RunConfig, ["--config", str(file)])
     assert (config.lora.rank, config.optim.learning_rate, config.lora.lora_layers) == (8, 1e-4, ("--x", "y"))
     options = method_options("optimizers", "adamw", config.optim.optimizer_args, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,7 @@ def test_a_run_takes_the_values_that_the_help_tells(
     except UserError as error:
         pytest.skip(str(error))
     options, default = options_of(program), optimizer == "adamw"
-    for group in fields(config):
-        part = getattr(config, group.name)
+    for part in filter(is_dataclass, vars(config).values()):
         for name in (field.name for field in fields(part) if field.name in options):
             option, value = options[name], getattr(part, name)
             row = text.partition(squeezed(option.help if "{" not in option.help else filled(option.help)))[2][:120]

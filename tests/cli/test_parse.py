@@ -68,7 +68,7 @@ def message(*argv: str) -> str:
 def run_yaml(tmp_path: Path) -> Any:
     def write(text: str) -> str:
         file = tmp_path / "run.yaml"
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         return str(file)
 
     return write
@@ -202,7 +202,7 @@ def test_the_home_of_nobody_is_told() -> None:
 
 def test_a_later_file_wins(tmp_path: Path) -> None:
     for name, rank in (("a", 8), ("b", 16)):
-        (tmp_path / name).write_text(f"rank: {rank}\nseed: 3\n")
+        (tmp_path / name).write_text(f"rank: {rank}\nseed: 3\n", encoding="utf-8")
     config = parsed("--config", str(tmp_path / "a"), "--config", str(tmp_path / "b"))
     assert (config.lora.rank, config.train.seed) == (16, 3)
 
@@ -385,7 +385,7 @@ def test_values_of_common_flags_are_checked_by_the_optimizer_too() -> None:
 
 def test_the_preset_is_for_the_embedded_model_only() -> None:
     config, _ = parse_run([])
-    preset = yaml.safe_load((tiny.PRESETS / "preset.yaml").read_text())
+    preset = yaml.safe_load((tiny.PRESETS / "preset.yaml").read_text(encoding="utf-8"))
     assert config.embedded and config.lora.rank == preset["rank"]
     assert config.data.subject == preset["built_in"]["subject"]
     assert config.sample.sample_prompts is not None and config.sample.sample_prompts.exists()
@@ -416,7 +416,7 @@ def test_flags_and_files_win_over_the_preset(run_yaml: Any) -> None:
     assert parse_run(["--num_train_epochs", "3"])[0].train.max_train_steps is None
 
 
-@pytest.mark.parametrize("own", [("--instance_data_dir", "."), ("--dataset_name", "owner/name")])
+@pytest.mark.parametrize("own", [("--instance_data_dir", "prompts"), ("--dataset_name", "owner/name")])
 @pytest.mark.parametrize("subject", [(), ("--subject", "bannerfish")])
 def test_nothing_of_the_built_in_subject_is_said_of_own_images(own: tuple[str, ...], subject: tuple[str, ...]) -> None:
     """Photos without captions would train as "sks creature", beside class images of creatures."""
@@ -428,7 +428,7 @@ def test_nothing_of_the_built_in_subject_is_said_of_own_images(own: tuple[str, .
 
 
 def test_nothing_of_the_built_in_style_is_said_of_own_images() -> None:
-    for own in (["--train_data_dir", "."], ["--dataset_name", "owner/name"]):
+    for own in (["--train_data_dir", "prompts"], ["--dataset_name", "owner/name"]):
         config, _ = parse_run(own, TextToImageConfig)
         assert config.data.style is None and config.sample.sample_prompts is None
     assert parse_run([], TextToImageConfig)[0].sample.sample_prompts is not None

@@ -29,9 +29,9 @@ def run(sd_folder: Path, tmp_path: Path) -> Any:
         folder = tmp_path / name
         folder.mkdir()
         options = {"pretrained_model_name_or_path": str(sd_folder), **options}
-        (folder / "config.yaml").write_text(yaml.safe_dump(options))
+        (folder / "config.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
         if base:
-            (folder / "base_model.json").write_text(json.dumps(base))
+            (folder / "base_model.json").write_text(json.dumps(base), encoding="utf-8")
         return folder
 
     return make
@@ -54,7 +54,7 @@ def test_the_precision_is_that_of_the_run_unless_another_is_given(run: Any, tmp_
     assert under_test(full, mixed_precision="fp16").dtype == torch.float16
     assert under_test(run("unknown")).dtype == torch.float32, "as suits a CPU"
     (tmp_path / "unquoted").mkdir()
-    (tmp_path / "unquoted" / "config.yaml").write_text("mixed_precision: no")
+    (tmp_path / "unquoted" / "config.yaml").write_text("mixed_precision: no", encoding="utf-8")
     found = run_of(tmp_path / "unquoted")
     assert found and found.options["mixed_precision"] == "no"
 

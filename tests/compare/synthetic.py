@@ -79,7 +79,7 @@ def make_run(
         data=replace(base.data, subject="checkerling", instance_prompt=PROMPTS[0]),
     )
     flat = {**as_flat_dict(config), "optimizer_args": args.replace("=", " ").replace(",", " ").split(), **options}
-    folder.config_file.write_text(yaml.safe_dump(flat, sort_keys=False))
+    folder.config_file.write_text(yaml.safe_dump(flat, sort_keys=False), encoding="utf-8")
     rng = random.Random(f"{method} {lr} {seed}")
     final = curve.final(lr, seed, rng.gauss(0, noise) if noise else 0.0)
     diverged = lr >= curve.diverges_at
@@ -99,7 +99,7 @@ def make_run(
     elif ended:
         command = f"dreamlora dreambooth --optimizer {optimizer} --learning_rate {lr:g} --seed {seed}"
         summary = {"command": command, "device": "x86_64 CPU, 2 threads", "git_commit": "0123456789ab"}
-        folder.summary_file.write_text(json.dumps({**summary, "versions": {"torch": "2.13.0"}}))
+        folder.summary_file.write_text(json.dumps({**summary, "versions": {"torch": "2.13.0"}}), encoding="utf-8")
         write_outcome(folder, method, "finished", "")
     return folder
 
@@ -115,7 +115,7 @@ def spoil(folder: RunFolder, how: float | str) -> None:
     for row in rows:
         if row["step"] == last and row["name"] == "eval/loss":
             row["value"] = how if math.isfinite(how) else None
-    folder.metrics_file.write_text("")
+    folder.metrics_file.write_text("", encoding="utf-8")
     append_jsonl(folder.metrics_file, rows)
     for file in (folder.eval_items_file, folder.final_items_file):
         if file.exists():
@@ -138,7 +138,7 @@ def _write_metrics(
             more = {"v": 1, "step": step, "n": 16, "encoder_id": "tiny-clip"}
             rows.append({**more, "name": "img/clip_t", "value": 0.2 + 0.1 * (BASE - loss)})
             rows.append({**more, "name": "img/dino", "value": 0.3 + 2 * (BASE - loss)})
-    folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _write_items(file: Path, steps: Sequence[int], losses: Sequence[float], evalset: str, *, images: int = 8) -> None:
@@ -164,7 +164,7 @@ def _draw(folder: RunFolder, steps: Sequence[int], optimizer: str) -> None:
             image.save(file)
             told = {"step": step, "prompt_index": number, "image_index": 0, "prompt": prompt, "seed": 42 + number}
             rows.append({**told, "file": file.relative_to(folder.samples).as_posix()})
-    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     folder.reference_dir.mkdir()
     Image.new("RGB", (64, 64), "#f0a030").save(folder.reference_dir / "00.png")
 
@@ -195,7 +195,7 @@ def main() -> None:
     plan = make_comparison(root)
     found = compare.compare_runs(sorted(folder.parent for folder in root.rglob("config.yaml")), root, plan)
     file = compare.write_comparison(found, root)
-    EXAMPLE.write_text(file.read_text())
+    EXAMPLE.write_text(file.read_text(encoding="utf-8"))
     sys.stdout.write(f"{file}\n{EXAMPLE}\n")
 
 

@@ -39,7 +39,9 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The synthetic comparison of three methods, read back from the file."""
     root = tmp_path_factory.mktemp("comparison")
     plan = make_comparison(root)
-    return json.loads(compare.write_comparison(compared(root, plan), root).read_text(), parse_constant=pytest.fail)
+    return json.loads(
+        compare.write_comparison(compared(root, plan), root).read_text(encoding="utf-8"), parse_constant=pytest.fail
+    )
 
 
 def test_each_method_is_judged_at_its_own_best_rate(example: dict[str, Any]) -> None:
@@ -268,12 +270,12 @@ def test_the_curves_decide_where_the_larger_sets_differ(tmp_path: Path) -> None:
 def test_p_values_and_alarms_are_not_averaged(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         folder = make_run(tmp_path, "adamw", 2e-3, seed, pictures=True)
-        text = folder.metrics_file.read_text()
+        text = folder.metrics_file.read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if "img/dino" in line]
         rows = [
             line.replace("img/dino", name) for name in ("img/kid", "img/kid_p", "img/clip_t_change") for line in lines
         ]
-        folder.metrics_file.write_text(text + "\n".join(rows) + "\n")
+        folder.metrics_file.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
     names = {row["name"] for row in compared(tmp_path)["methods"][0]["images"]}
     assert names == {"img/clip_t", "img/dino", "img/kid"}
 
@@ -360,7 +362,7 @@ def test_nothing_that_has_ended_is_refused(tmp_path: Path) -> None:
 def of_images(folder: RunFolder, images_id: str, name: str = "img/clip_t") -> None:
     """Note that a metric's values are of these images."""
     rows = [{**row, "images_id": images_id} if row["name"] == name else row for row in folder.metrics()]
-    folder.metrics_file.write_text("")
+    folder.metrics_file.write_text("", encoding="utf-8")
     append_jsonl(folder.metrics_file, rows)
 
 
@@ -382,7 +384,7 @@ def test_of_a_run_that_was_resumed_with_other_prompts_the_last_ones_count(tmp_pa
         of_images(folder, "new")
         old = {"v": 1, "step": 1, "name": "img/clip_t", "value": 99.0, "n": 16, "encoder_id": "tiny-clip"}
         rows = folder.metrics()
-        folder.metrics_file.write_text("")
+        folder.metrics_file.write_text("", encoding="utf-8")
         append_jsonl(folder.metrics_file, [{**old, "images_id": "old"}, *rows])
     found = by_label(compared(tmp_path))["adamw"]["images"]
     assert all(row["value"]["mean"] < 1 for row in found if row["name"] == "img/clip_t") and len(found) == 4
@@ -391,7 +393,7 @@ def test_of_a_run_that_was_resumed_with_other_prompts_the_last_ones_count(tmp_pa
 def test_other_encoders_are_refused(tmp_path: Path) -> None:
     make_run(tmp_path, "adamw", 2e-3, 0, pictures=True)
     other = make_run(tmp_path, "sgd", 2e-3, 0, pictures=True)
-    other.metrics_file.write_text(other.metrics_file.read_text().replace("tiny-clip", "dino"))
+    other.metrics_file.write_text(other.metrics_file.read_text(encoding="utf-8").replace("tiny-clip", "dino"))
     assert "cannot compare img/clip_t: run runs/adamw/lr0.002/seed0 has encoder tiny-clip" in refusal(tmp_path)
 
 
@@ -399,9 +401,9 @@ def with_numbers(root: Path, name: str, field: str = "n") -> Path:
     """Two runs with a metric of 16 images and of 8."""
     for method, count in (("adamw", 16), ("sgd", 8)):
         file = make_run(root, method, 2e-3, 0, pictures=True).metrics_file
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         rows = [{**row, "name": name, field: count} if row["name"] == "img/dino" else row for row in rows]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return root
 
 
@@ -444,7 +446,7 @@ def test_an_unknown_baseline_lists_the_methods(tmp_path: Path) -> None:
 
 
 def test_a_broken_config_is_named(tmp_path: Path) -> None:
-    make_run(tmp_path, "adamw", 2e-3, 0).config_file.write_text("rank: [")
+    make_run(tmp_path, "adamw", 2e-3, 0).config_file.write_text("rank: [", encoding="utf-8")
     assert "cannot read" in refusal(tmp_path)
 
 
@@ -472,11 +474,11 @@ def test_log_auc_leaves_the_base_model_out(tmp_path: Path) -> None:
 
 def test_seconds_count_training_alone(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "adamw", 2e-3, 0)
-    rows = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    rows = [json.loads(line) for line in folder.metrics_file.read_text(encoding="utf-8").splitlines()]
     for row in rows:
         if row["name"] == "train/steps_per_s":
             row["value"] = 2.0 if row["step"] <= 50 else 4.0
-    folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     record = read_record(folder.path, "run")
     assert record.seconds[record.steps.index(50)] == pytest.approx(25)
     assert record.seconds[-1] == pytest.approx(25 + 25)
@@ -484,6 +486,6 @@ def test_seconds_count_training_alone(tmp_path: Path) -> None:
 
 def test_rates_that_differ_by_rounding_are_the_same(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "adamw", 2e-3, 0)
-    config = yaml.safe_load(folder.config_file.read_text())
-    folder.config_file.write_text(yaml.safe_dump({**config, "learning_rate": 0.0020000000001}))
+    config = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))
+    folder.config_file.write_text(yaml.safe_dump({**config, "learning_rate": 0.0020000000001}), encoding="utf-8")
     assert read_record(folder.path, "run").lr == 2e-3

@@ -180,7 +180,7 @@ def test_a_run_that_failed_before_it_measured_anything_counts_too(tmp_path: Path
 
 def test_damaged_lines_are_told(tmp_path: Path) -> None:
     folder = RunFolder(comparison(tmp_path, (0.0,) * 5)[0])
-    folder.metrics_file.write_text("half\n" + folder.metrics_file.read_text())
+    folder.metrics_file.write_text("half\n" + folder.metrics_file.read_text(encoding="utf-8"))
     assert any(f"{folder.metrics_file}: line 1 cannot be read" in text for text in compared(tmp_path)["warnings"])
 
 

@@ -68,7 +68,7 @@ def test_a_flag_counts_only_beside_another(flags: str, counts: str) -> None:
         ("--final_eval_items 64 --eval_steps 0", "final_eval_items"),
         ("--eval_batch_size 4 --eval_steps 0", "eval_batch_size"),
         ("--checkpoints_total_limit 3 --checkpointing_steps 0", "checkpoints_total_limit"),
-        ("--subject checkerling --instance_data_dir .", "subject"),
+        ("--subject checkerling --instance_data_dir prompts", "subject"),
         ("--subject checkerling --dataset_name a/b", "subject"),
         ("--adam_beta1 0.5 --optimizer sgd", "adam_beta1"),
         ("--adam_beta2 0.9 --optimizer adafactor", "adam_beta2"),

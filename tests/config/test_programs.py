@@ -81,13 +81,13 @@ def test_a_saved_config_gives_the_same_config(argv: list[str], tmp_path: Path) -
     assert not flat.keys() & TextToImageConfig.NOT_OFFERED.keys()
     assert program_of(flat) is TextToImageConfig and program_of(as_flat_dict(RunConfig())) is RunConfig
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(flat))
+    file.write_text(yaml.safe_dump(flat), encoding="utf-8")
     assert parse_run(["--config", str(file)], TextToImageConfig)[0] == config
 
 
 def test_a_config_of_the_other_program_is_named(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("instance_prompt: a dog\n")
+    file.write_text("instance_prompt: a dog\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"key 'instance_prompt' in \S+ is not offered: every image needs a caption"):
         parse_run(["--config", str(file)], TextToImageConfig)
 

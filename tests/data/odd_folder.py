@@ -272,7 +272,7 @@ STOPPERS = {
     ),
     "named twice by its path": Stopper(
         lambda folder: (folder / "metadata.jsonl").write_text(
-            '{"file_name": "a.png"}\n' + json.dumps({"file_name": str((folder / "a.png").absolute())})
+            '{"file_name": "a.png"}\n' + json.dumps({"file_name": str((folder / "a.png").absolute())}), encoding="utf-8"
         ),
         r"line 2: a\.png was named before, in line 1",
     ),

@@ -248,7 +248,7 @@ def test_cannot_write(folder, filling, monkeypatch, code, why):
 
 
 def test_folder_cannot_be_made(folder, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="--latents_cache_dir"):
         encode(folder, Filling(TensorCache(tmp_path / "file" / "cache"), {}, progress=False))
 

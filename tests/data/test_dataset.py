@@ -37,7 +37,7 @@ def captions(folder: Path, prompt: str | None = None, column: str | None = None)
 def test_natural_order_and_skipped_files(tmp_path):
     save(tmp_path, "img10.png", "img2.PNG", "IMG1.jpg", "z.jpeg", ".hidden.png", "deeper/x.png")
     for name in ("img2.txt", "img10.caption", ".DS_Store", "notes.pdf", "movie.mov"):
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     images = load_folder(tmp_path, "p")
     assert [record.name for record in images.records] == ["IMG1.jpg", "img2.PNG", "img10.png", "z.jpeg"]
     assert images.notes[-1].endswith(
@@ -50,11 +50,11 @@ def test_natural_order_and_skipped_files(tmp_path):
 def test_precedence_of_captions(tmp_path):
     save(tmp_path, "a.png", "b.png", "c.png", "d.png", "e.png")
     rows = [{"file_name": f"{name}.png", "text": f"{name} row"} for name in "bc"] + [{"file_name": "d.png", "text": ""}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     (tmp_path / "a.txt").write_text("\ufeffa,\n file \n", encoding="utf-8")
-    (tmp_path / "a.caption").write_text("a, file")
-    (tmp_path / "b.txt").write_text("  \n")
-    (tmp_path / "c.TXT").write_text("c  row")
+    (tmp_path / "a.caption").write_text("a, file", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("  \n", encoding="utf-8")
+    (tmp_path / "c.TXT").write_text("c  row", encoding="utf-8")
     assert captions(tmp_path, " for  all ") == {
         "a.png": "a, file",
         "b.png": "b row",
@@ -68,7 +68,9 @@ def test_precedence_of_captions(tmp_path):
 
 def test_csv_and_caption_column(tmp_path):
     save(tmp_path, "a.png", "sub/b.png")
-    (tmp_path / "metadata.csv").write_text('\ufefffile_name,caption,long\na.png,"x, y",l1\nsub/b.png,z,l2\n', "utf-8")
+    (tmp_path / "metadata.csv").write_text(
+        '\ufefffile_name,caption,long\na.png,"x, y",l1\nsub/b.png,z,l2\n', "utf-8", encoding="utf-8"
+    )
     assert captions(tmp_path) == {"a.png": "x, y", "sub/b.png": "z"}
     assert captions(tmp_path, column="long") == {"a.png": "l1", "sub/b.png": "l2"}
     with pytest.raises(UserError, match=r"no column 'short'.*file_name, caption, long"):
@@ -87,7 +89,7 @@ def test_csv_and_caption_column(tmp_path):
 )
 def test_bad_metadata(tmp_path, text, message):
     save(tmp_path, "a.png")
-    (tmp_path / "metadata.jsonl").write_text(text)
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load_folder(tmp_path, "p")
 
@@ -95,7 +97,7 @@ def test_bad_metadata(tmp_path, text, message):
 def test_two_metadata_files(tmp_path):
     save(tmp_path, "a.png")
     for name in ("metadata.jsonl", "metadata.csv"):
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="keep one"):
         load_folder(tmp_path, "p")
 
@@ -235,8 +237,8 @@ def test_rows_that_are_not_asked_for_may_be_broken(tmp_path):
 
 def test_captioned_folder(tmp_path):
     save(tmp_path, "a.png", "b.png")
-    (tmp_path / "a.txt").write_text("ay")
-    (tmp_path / "metadata.csv").write_text("file_name,text\nb.png,bee\n")
+    (tmp_path / "a.txt").write_text("ay", encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nb.png,bee\n", encoding="utf-8")
     records = load_images(Data(train_data_dir=tmp_path)).records
     assert [(record.name, record.caption) for record in records] == [("a.png", "ay"), ("b.png", "bee")]
 
@@ -259,7 +261,7 @@ def test_known_files_are_not_read_again(tmp_path, monkeypatch):
 def test_many_skipped_files_are_named_up_to_a_limit(tmp_path):
     save(tmp_path, "a.png")
     for number in range(120):
-        (tmp_path / f"{number}.pdf").write_text("")
+        (tmp_path / f"{number}.pdf").write_text("", encoding="utf-8")
     assert (
         "has 120 entries that are not used: 0.pdf, 1.pdf, 2.pdf and 117 more (" in load_folder(tmp_path, "p").notes[0]
     )
@@ -373,7 +375,7 @@ def test_a_stream_of_files(tmp_path):
     pytest.importorskip("datasets")
     save(tmp_path / "data" / "train", "a.png", "b.png")
     rows = [{"file_name": "b.png", "text": "bee"}, {"file_name": "a.png", "text": "ay"}]
-    (tmp_path / "data" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "data" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     data = Data(dataset_name=str(tmp_path / "data"), streaming=True, latents_cache_dir=tmp_path / "cache")
     found = {record.caption: record.load() for record in load_images(data, cache_dir=tmp_path / "hub").records}
     files = {"ay": "a.png", "bee": "b.png"}
@@ -385,7 +387,7 @@ def test_local_files_of_any_builder(tmp_path):
     pytest.importorskip("datasets")
     save(tmp_path / "data" / "test", "a.png", "b.png")
     rows = [{"file_name": "b.png", "text": "bee"}, {"file_name": "a.png", "text": "ay"}]
-    (tmp_path / "data" / "test" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "data" / "test" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     records = load_images(Data(dataset_name=str(tmp_path / "data")), cache_dir=tmp_path / "cache").records
     found = {record.caption: record.content_hash() for record in records}
     with_prompt = load_folder(tmp_path / "data" / "test").records

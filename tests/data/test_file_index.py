@@ -46,7 +46,7 @@ def test_without_a_folder_nothing_is_known() -> None:
 
 def test_a_file_just_written_has_no_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "f"
-    file.write_text("1")
+    file.write_text("1", encoding="utf-8")
     assert stamp_of(file) is None and stamp_of(tmp_path / "gone") is None
     later = time.time() + 60
     monkeypatch.setattr(file_index.time, "time", lambda: later)
@@ -60,16 +60,16 @@ def test_times_set_back_do_not_hide_a_change(tmp_path: Path, monkeypatch: pytest
     later = time.time() + 60
     monkeypatch.setattr(file_index.time, "time", lambda: later)
     file = tmp_path / "f"
-    file.write_text("1")
+    file.write_text("1", encoding="utf-8")
     stat, before = file.stat(), stamp_of(file)
     time.sleep(0.02)
-    file.write_text("2")
+    file.write_text("2", encoding="utf-8")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_mtime_ns == stat.st_mtime_ns and stamp_of(file) != before
 
 
 def test_unusable_places_only_cost_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     (tmp_path / INDEX_FILE).write_bytes(b"no data base" * 100)
     for place in (tmp_path / "file" / "below", tmp_path):
         index = FileIndex(place)

@@ -146,7 +146,7 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
     with pytest.raises(UserError, match="no_such/encoder"):
         load_encoder("no_such/encoder", CPU)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     with pytest.raises(UserError, match=r"is a 'bert' model.*choose a clip, siglip, vit, dinov2"):
         load(tmp_path)
 

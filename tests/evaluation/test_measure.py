@@ -154,7 +154,7 @@ def test_the_table_shows_values_tests_and_alarms(
     }
     lines = table(rows).splitlines()
     assert lines[0].split() == ["dino", "↑", "kid", "↓", "fd", "↓"]
-    assert lines[1].startswith("base model") and lines[1].split()[-2:] == ["-", "-"]
-    assert lines[2].startswith("dog, step 5") and "-0.5000 (p 0.999) copies!" in lines[2]
+    assert lines[1].startswith("base model") and lines[1].split()[-2:] == ["–", "–"]
+    assert lines[2].startswith("dog, step 5") and "−0.5000 (p 0.999) copies!" in lines[2]
     assert "fd: 2 against 2 images, colours; never choose by it" in lines
     assert lines[-1].startswith("note: fid: fd of 2 and 2") and lines[-1].endswith("(dog, step 5)")

@@ -40,7 +40,7 @@ def test_dino_keeps_the_proportions(pictures: list[Image.Image]) -> None:
 @pytest.mark.parametrize(("keeps", "resize"), [(True, 224), (False, (224, 224))])
 def test_an_old_size_is_one_number(keeps: bool, resize: object, tmp_path: Path) -> None:
     old = {"size": 224, "crop_size": 224, "do_center_crop": keeps, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (tmp_path / "a.json").write_text(json.dumps(old))
+    (tmp_path / "a.json").write_text(json.dumps(old), encoding="utf-8")
     assert read_preprocessing(tmp_path / "a.json", keeps).resize == resize
 
 
@@ -57,7 +57,7 @@ def test_an_old_size_is_one_number(keeps: bool, resize: object, tmp_path: Path) 
 )
 def test_what_would_be_done_otherwise_is_refused(more: dict[str, object], tmp_path: Path) -> None:
     good = {"size": {"shortest_edge": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (tmp_path / "a.json").write_text(json.dumps(good | more))
+    (tmp_path / "a.json").write_text(json.dumps(good | more), encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.json: this way to prepare images is not supported"):
         read_preprocessing(tmp_path / "a.json", True)
 

@@ -121,7 +121,7 @@ def _parts(run: Path) -> list[tuple[str, str]]:
     for file in sorted(run.glob("*.npz")):
         with np.load(file) as arrays:
             found += [(f"{file.name}:{key}", hashlib.sha256(arrays[key].tobytes()).hexdigest()) for key in arrays]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found += [
         (f"{row['name']}@{row['step']}", repr(row["value"])) for row in rows if not row["name"].startswith(NOT_COMPARED)
     ]

@@ -63,7 +63,7 @@ def test_nothing_fell_back_to_something_else(trained: Runs, precision: str, opti
 
 def test_sixteen_bits_take_less_memory_and_the_summary_says_how_much(trained: Runs, device: torch.device) -> None:
     summaries = {
-        precision: json.loads(trained(precision, "adamw").folder.summary_file.read_text())
+        precision: json.loads(trained(precision, "adamw").folder.summary_file.read_text(encoding="utf-8"))
         for precision in (PRECISIONS if device.type == "cuda" else PRECISIONS[:2])
     }
     peaks = {precision: summary["peak_memory_gib"] for precision, summary in summaries.items()}

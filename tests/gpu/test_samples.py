@@ -42,7 +42,7 @@ def test_samples_are_what_a_stock_pipeline_draws(
     for row in rows:
         with Image.open(folder.samples / row["file"]) as image:
             assert np.asarray(image).std() > 1
-    assert json.loads(folder.summary_file.read_text())["parity"]["psnr_db"] > LEAST_PSNR[precision]
+    assert json.loads(folder.summary_file.read_text(encoding="utf-8"))["parity"]["psnr_db"] > LEAST_PSNR[precision]
     verdict, reason = words.parity(RunFacts(folder))
     assert verdict == "good" or (verdict == "fair" and precision != "no"), reason
 

@@ -75,5 +75,5 @@ def test_the_factors_with_a_frozen_start_are_those_of_the_distance() -> None:
 def test_nobody_else_takes_layers_apart(word: str) -> None:
     """But those that compute a layer's output, and the optimizers, which know no PEFT."""
     computing = {"lora/pairs.py", "lora/fused.py", "lora/offset.py"}
-    users = {str(file.relative_to(ROOT)) for file in ROOT.rglob("*.py") if word in file.read_text()}
+    users = {str(file.relative_to(ROOT)) for file in ROOT.rglob("*.py") if word in file.read_text(encoding="utf-8")}
     assert {user for user in users if not user.startswith("optimizers/")} == computing

@@ -67,8 +67,8 @@ def test_sample_of_a_long_file_sees_its_start_middle_and_end(tmp_path, monkeypat
 
 def test_other_autoencoder(sd_folder, tmp_path):
     other = tinymodels.save_sd(tmp_path / "other")
-    config = json.loads((other / "vae/config.json").read_text())
-    (other / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}))
+    config = json.loads((other / "vae/config.json").read_text(encoding="utf-8"))
+    (other / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}), encoding="utf-8")
     ids = {source(sd_folder).model_id}
     for path in (other, other / "vae"):
         given = source(sd_folder, pretrained_vae_model_name_or_path=str(path))
@@ -161,12 +161,12 @@ def test_old_attention_names_of_autoencoders_still_load(folder):
 
 
 def test_class_of_an_unknown_library_is_not_imported(folder):
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["this", "UNet"]}))
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["this", "UNet"]}), encoding="utf-8")
     with pytest.raises(UserError, match="needs the class UNet of this"):
         sd.load(source(folder), "denoiser", torch.float32)
     assert "this" not in sys.modules
-    (folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}), encoding="utf-8")
     with pytest.raises(UserError, match="has no 'unet'"):
         sd.load(source(folder), "denoiser", torch.float32)
 
@@ -180,7 +180,7 @@ def test_class_of_an_unknown_library_is_not_imported(folder):
     ],
 )
 def test_unusable_index(folder, content, words):
-    (folder / "model_index.json").write_text(content)
+    (folder / "model_index.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=words) as error:
         loading.family_of(source(folder))
     if "Wan" in words:
@@ -267,7 +267,7 @@ def hub(sd_folder, tmp_path) -> FakeHub:
         save_file(tensors, file, metadata={"format": "pt"})
     for file in (second / "vae/config.json", second / "scheduler/scheduler_config.json"):
         content = {"scaling_factor": 2.0, "prediction_type": "v_prediction"}
-        file.write_text(json.dumps(json.loads(file.read_text()) | content))
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | content))
     for commit, content in ((SECOND, second), (FIRST, sd_folder)):
         hub.commit("owner/name", commit, content)
         hub.commit("owner/vae", commit, content / "vae")

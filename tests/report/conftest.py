@@ -63,11 +63,11 @@ def write_run(
         optim=replace(base.optim, optimizer="scaled_adamw", learning_rate=1e-2),
         train=replace(base.train, max_train_steps=300, hub_token="hf_secret"),
     )
-    folder.config_file.write_text(yaml.safe_dump(as_flat_dict(config), sort_keys=False))
+    folder.config_file.write_text(yaml.safe_dump(as_flat_dict(config), sort_keys=False), encoding="utf-8")
     write_metrics(folder, name, steps)
     draw_pictures(folder)
     if summary is not None:
-        folder.summary_file.write_text(json.dumps(summary))
+        folder.summary_file.write_text(json.dumps(summary), encoding="utf-8")
     return folder
 
 
@@ -90,7 +90,7 @@ def write_metrics(folder: RunFolder, name: str, steps: int) -> None:
                 rows.append((step, f"lora/balance{group}", 0.1 * size))
             rows.append((step, name, 0.39 + 0.11 * math.exp(-step / 60) + max(0, step - 200) * 5e-5))
     lines = [json.dumps({"v": 1, "step": step, "name": name, "value": value}) + "\n" for step, name, value in rows]
-    folder.metrics_file.write_text("".join(lines))
+    folder.metrics_file.write_text("".join(lines), encoding="utf-8")
     items = np.linspace(0.6, 0.3, 40)
     losses = ItemLosses("ab", np.repeat(range(5), 8), np.linspace(0.05, 0.95, 40), {0: items, 300: items - 0.1})
     losses.save(folder.eval_items_file)
@@ -117,19 +117,19 @@ def draw_pictures(folder: RunFolder) -> None:
         for step in (0, 300)
         for k, prompt in enumerate(PROMPTS)
     ]
-    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows_of_samples))
+    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows_of_samples), encoding="utf-8")
 
 
 def write_comparison(folder: Path, **changes: Any) -> Path:
     """The example of a compare.json with other values for some of its fields, and with its samples."""
     content = {**compare_example(), **changes}
     draw_cells(folder, content)
-    (folder / "compare.json").write_text(json.dumps(content))
+    (folder / "compare.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
 def compare_example() -> dict[str, Any]:
-    example: dict[str, Any] = json.loads((Path(__file__).parent / "compare_example.json").read_text())
+    example: dict[str, Any] = json.loads((Path(__file__).parent / "compare_example.json").read_text(encoding="utf-8"))
     return example
 
 

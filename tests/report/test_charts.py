@@ -47,8 +47,12 @@ def test_ids_of_different_charts_do_not_clash(make_run: Callable[..., RunFolder]
 def test_groups_are_lines_with_names_and_one_group_needs_none(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
     assert all(f">{group}</text>" in charts.change_chart(RunFacts(folder)) for group in ("down_blocks", "up_blocks"))
-    rows = [row for row in folder.metrics_file.read_text().splitlines() if "_blocks" not in row and "_block" not in row]
-    folder.metrics_file.write_text("\n".join(rows))
+    rows = [
+        row
+        for row in folder.metrics_file.read_text(encoding="utf-8").splitlines()
+        if "_blocks" not in row and "_block" not in row
+    ]
+    folder.metrics_file.write_text("\n".join(rows), encoding="utf-8")
     assert ">down_blocks<" not in charts.change_chart(RunFacts(folder))
     assert charts.change_chart(RunFacts(folder))
 

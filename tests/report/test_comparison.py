@@ -62,7 +62,7 @@ def texts(table: comparison_tables.Table) -> dict[str, list[str]]:
 
 
 def test_the_page_is_well_formed_and_needs_no_network(written: Path) -> None:
-    html = (written / "report.html").read_text()
+    html = (written / "report.html").read_text(encoding="utf-8")
     found = checked(html)
     assert all(address.startswith(("data:", "#")) or address == "compare.json" for address in found.addresses)
     assert len(found.ids) == len(set(found.ids))
@@ -126,7 +126,7 @@ def test_below_three_seeds_there_is_no_interval(make_comparison: Callable[..., P
         "insufficient seeds LR grid edge (sgd)",
         "+1.5\u202f%",
     ]
-    html = write_compare_report(folder).read_text()
+    html = write_compare_report(folder).read_text(encoding="utf-8")
     assert "insufficient seeds" in html
     assert re.search(r"at the end: adamw 0\.46\d*, scaled_adamw:variant=split 0\.44\d*, sgd 0\.4321", html)
 
@@ -148,7 +148,7 @@ def test_numbers_sort_as_numbers_and_never_comes_last(written: Path) -> None:
     speed = comparison_tables.speed(ComparisonFile(written))
     keys = [row[1].key for row in speed.rows]
     assert keys[1] < keys[0] < keys[2] == 1e308
-    html = (written / "report.html").read_text()
+    html = (written / "report.html").read_text(encoding="utf-8")
     assert 'data-key="1e+308"' in html and "inf" not in re.findall(r'data-key="([^"]*)"', html)
 
 
@@ -182,7 +182,7 @@ def test_image_metrics_name_what_saw_the_images(
 def test_without_images_and_samples_their_sections_are_left_out(make_comparison: Callable[..., Path]) -> None:
     methods = [{**found, "images": [], "octiles": [], "samples": None} for found in compare_example()["methods"]]
     folder = make_comparison(methods=methods, command=None)
-    html = write_compare_report(folder).read_text()
+    html = write_compare_report(folder).read_text(encoding="utf-8")
     checked(html)
     assert "<img" not in html and 'id="samples"' not in html and 'id="image-metrics"' not in html
     assert not (folder / "plots" / "octiles.svg").exists()
@@ -235,7 +235,7 @@ def test_missing_samples_become_cells_with_a_reason(make_comparison: Callable[..
     assert reasons[0] == [["", "", "file is missing"], ["", "not drawn", ""], ["", "", ""]]
     assert reasons[1] == [["", "not drawn", ""], ["", "", ""], ["", "", ""]]
     assert found.views[0].rows[2][0].loss == "0.4608"
-    html = write_compare_report(folder).read_text()
+    html = write_compare_report(folder).read_text(encoding="utf-8")
     assert html.count('<div class="missing">') == 3
 
 
@@ -270,13 +270,13 @@ def test_texts_from_outside_are_escaped_and_the_json_is_whole(make_comparison: C
         for cell in found["samples"]["cells"]:
             cell["prompt"] = evil
     folder = make_comparison(methods=methods, name=evil, warnings=[f"{evil} --flag"])
-    html = write_compare_report(folder).read_text()
+    html = write_compare_report(folder).read_text(encoding="utf-8")
     checked(html)
     assert html.count("<script") == 2 and html.count("</script>") == 2 and "<!-- *x*" not in html
     assert "&lt;/script&gt;" in html and '<code class="flag">--flag</code>' in html
     assert data_of(html)["methods"][0]["samples"]["cells"][0]["prompt"] == evil
-    assert data_of(html) == json.loads((folder / "compare.json").read_text())
-    assert r"\</script\>\<script\>alert(1)" in (folder / "report.md").read_text()
+    assert data_of(html) == json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    assert r"\</script\>\<script\>alert(1)" in (folder / "report.md").read_text(encoding="utf-8")
 
 
 def test_embedded_json_has_no_way_out() -> None:
@@ -290,14 +290,14 @@ def test_secrets_of_commands_are_hidden_everywhere(make_comparison: Callable[...
     runs = compare_example()["runs"]
     runs[0]["command"] += " --hub_token hf_secret"
     folder = make_comparison(command="dreamlora compare --hub_token=hf_secret", runs=runs)
-    html = write_compare_report(folder).read_text()
-    assert "hf_secret" not in html + (folder / "report.md").read_text()
+    html = write_compare_report(folder).read_text(encoding="utf-8")
+    assert "hf_secret" not in html + (folder / "report.md").read_text(encoding="utf-8")
     assert "dreamlora compare --hub_token=***" in html
 
 
 def test_the_report_of_the_same_comparison_is_the_same(written: Path) -> None:
-    files = {name: (written / name).read_text() for name in ("report.html", "report.md")}
-    plots = {f"plots/{name}.svg": (written / "plots" / f"{name}.svg").read_text() for name in CHARTS}
+    files = {name: (written / name).read_text(encoding="utf-8") for name in ("report.html", "report.md")}
+    plots = {f"plots/{name}.svg": (written / "plots" / f"{name}.svg").read_text(encoding="utf-8") for name in CHARTS}
     assert document_of(written).render() == {**files, **plots}
 
 
@@ -337,7 +337,7 @@ def test_a_comparison_that_goes_on_says_how_far_it_is(make_comparison: Callable[
 )
 def test_what_is_no_comparison_is_refused(text: str | None, problem: str, tmp_path: Path) -> None:
     if text is not None:
-        (tmp_path / "compare.json").write_text(text)
+        (tmp_path / "compare.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=problem):
         write_compare_report(tmp_path)
 
@@ -345,7 +345,7 @@ def test_what_is_no_comparison_is_refused(text: str | None, problem: str, tmp_pa
 def test_the_command_knows_comparisons(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(written)]) == 0
     assert capsys.readouterr().out.strip() == str(written / "report.html")
-    text = (written / "report.md").read_text().replace("\\", "")
+    text = (written / "report.md").read_text(encoding="utf-8").replace("\\", "")
     assert "loss −3.6 % [−4.0, −3.2] against adamw" in " ".join(text.split()) and "](plots/rates.svg)" in text
     assert "| sgd | worse ⚠ LR grid edge (sgd) |" in text
 

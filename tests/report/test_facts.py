@@ -50,8 +50,8 @@ def test_values_that_are_not_finite_are_counted(make_run: Callable[..., RunFolde
 
 def test_lines_that_cannot_be_read_are_told_and_hide_nothing(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    first, *others = folder.metrics_file.read_text().splitlines(keepends=True)
-    folder.metrics_file.write_text("".join([first, "\0\0\0\n", *others]))
+    first, *others = folder.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    folder.metrics_file.write_text("".join([first, "\0\0\0\n", *others]), encoding="utf-8")
     facts = RunFacts(folder)
     assert facts.steps == 300
     assert f"{folder.metrics_file}: line 2 cannot be read and is left out." in facts.warnings
@@ -90,6 +90,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_broken_summary_is_named(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    folder.summary_file.write_text(json.dumps({"a": 1})[:-1])
+    folder.summary_file.write_text(json.dumps({"a": 1})[:-1], encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot read .*summary\.json"):
         RunFacts(folder)

@@ -33,7 +33,7 @@ def counting_document(folder: Path) -> tuple[Document, Path, list[str]]:
     def render() -> dict[str, str]:
         if not source.exists():
             raise UserError("there are no numbers")
-        rendered.append(source.read_text())
+        rendered.append(source.read_text(encoding="utf-8"))
         return {PAGE: f"<html><body><p>{rendered[-1]}</p></body></html>"}
 
     return Document(folder, (source,), ("samples", "grid.png"), render), source, rendered
@@ -69,14 +69,14 @@ def get(server: LiveServer, path: str, host: str = "localhost", method: str = "G
 
 def test_a_page_is_rendered_when_its_files_have_changed_and_not_otherwise(tmp_path: Path) -> None:
     document, source, rendered = counting_document(tmp_path)
-    source.write_text("one")
+    source.write_text("one", encoding="utf-8")
     live = LivePage(document, least_pause=0, share=math.inf)
     first = live.version()
     assert rendered == []
     page = live.page()
     assert "<p>one</p>" in page and f'data-version="{first}"' in page and page.endswith("</body></html>")
     assert live.page() == page and live.version() == first and rendered == ["one"]
-    source.write_text("two, longer")
+    source.write_text("two, longer", encoding="utf-8")
     assert live.version() != first
     assert "<p>two, longer</p>" in live.page() and rendered == ["one", "two, longer"]
 
@@ -84,10 +84,10 @@ def test_a_page_is_rendered_when_its_files_have_changed_and_not_otherwise(tmp_pa
 @pytest.mark.parametrize("pause", [(3600, math.inf), (0, 1e-9)])
 def test_between_two_renderings_lies_a_pause(pause: tuple[float, float], tmp_path: Path) -> None:
     document, source, rendered = counting_document(tmp_path)
-    source.write_text("one")
+    source.write_text("one", encoding="utf-8")
     live = LivePage(document, *pause)
     page, version = live.page(), live.version()
-    source.write_text("two, longer")
+    source.write_text("two, longer", encoding="utf-8")
     assert live.version() == version and live.page() == page and rendered == ["one"]
 
 
@@ -96,11 +96,11 @@ def test_while_a_source_is_away_the_last_page_is_shown(tmp_path: Path) -> None:
     live = LivePage(document, least_pause=0, share=math.inf)
     with pytest.raises(UserError, match="there are no numbers"):
         live.page()
-    source.write_text("one")
+    source.write_text("one", encoding="utf-8")
     page = live.page()
     source.unlink()
     assert live.page() == page
-    source.write_text("three")
+    source.write_text("three", encoding="utf-8")
     assert "<p>three</p>" in live.page()
 
 
@@ -125,8 +125,8 @@ def test_only_what_the_page_links_to_is_served(path: str, found: bool, tmp_path:
     folder = tmp_path / "run"
     (folder / "samples" / "step_000001").mkdir(parents=True)
     for name in ("grid.png", "secret", "samples/.hidden", "samples/step_000001/a.png"):
-        (folder / name).write_text("x")
-    (tmp_path / "secret").write_text("x")
+        (folder / name).write_text("x", encoding="utf-8")
+    (tmp_path / "secret").write_text("x", encoding="utf-8")
     (folder / "samples" / "out").symlink_to(tmp_path)
     assert (file_for(folder, path, ("samples", "grid.png")) is not None) == found
 

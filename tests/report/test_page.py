@@ -53,7 +53,7 @@ def checked(html: str) -> Checker:
 @pytest.mark.parametrize("arguments", [{}, {"name": "eval/loss_train", "steps": 120, "summary": None}])
 def test_the_page_is_well_formed_and_needs_no_network(arguments: dict, make_run: Callable[..., RunFolder]) -> None:
     folder = make_run(**arguments)
-    found = checked(write_report(folder).read_text())
+    found = checked(write_report(folder).read_text(encoding="utf-8"))
     local = {"grid.png", "#main", "config.yaml", "metrics.jsonl", "timelapse.webp", "samples"}
     assert all(address.startswith(("data:", "#")) or address in local for address in found.addresses)
     assert all((folder.path / address).exists() for address in local - {"#main"} if address in found.addresses)
@@ -63,8 +63,8 @@ def test_the_page_is_well_formed_and_needs_no_network(arguments: dict, make_run:
 
 def test_both_files_tell_the_facts(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    html = write_report(folder.path).read_text()
-    for text in (html, folder.report_md.read_text().replace("\\", "")):
+    html = write_report(folder.path).read_text(encoding="utf-8")
+    for text in (html, folder.report_md.read_text(encoding="utf-8").replace("\\", "")):
         assert "The loss on 5 held-out images fell from 0.5000" in text
         assert "lower than the base model" in text
         assert "draws the image seen in training but for rounding" in text
@@ -76,24 +76,24 @@ def test_both_files_tell_the_facts(make_run: Callable[..., RunFolder]) -> None:
 
 def test_texts_from_outside_are_escaped(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    folder.config_file.write_text("instance_prompt: '<script>alert(2)</script> | *x*'\n")
-    html = write_report(folder).read_text()
+    folder.config_file.write_text("instance_prompt: '<script>alert(2)</script> | *x*'\n", encoding="utf-8")
+    html = write_report(folder).read_text(encoding="utf-8")
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html  # a prompt, in the grid's description
-    assert r"\<script\>alert(2)\</script\> \| \*x\*" in folder.report_md.read_text()
+    assert r"\<script\>alert(2)\</script\> \| \*x\*" in folder.report_md.read_text(encoding="utf-8")
 
 
 def test_the_report_of_the_same_folder_is_the_same(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    assert write_report(folder).read_text() == write_report(folder).read_text()
+    assert write_report(folder).read_text(encoding="utf-8") == write_report(folder).read_text(encoding="utf-8")
 
 
 def test_a_run_that_has_only_begun_has_a_report(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
-    config = folder.config_file.read_text()
+    config = folder.config_file.read_text(encoding="utf-8")
     folder.clear()
-    folder.config_file.write_text(config)
-    html = write_report(folder).read_text()
+    folder.config_file.write_text(config, encoding="utf-8")
+    html = write_report(folder).read_text(encoding="utf-8")
     checked(html)
     assert "No evaluation was logged" in html and "<img" not in html and "<svg" not in html
 
@@ -109,7 +109,7 @@ def test_the_command_rebuilds_the_report(
 
 
 def test_the_styles_know_dark_and_small_screens(make_run: Callable[..., RunFolder]) -> None:
-    html = write_report(make_run()).read_text()
+    html = write_report(make_run()).read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in html and "prefers-reduced-motion" in html
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
     assert not re.search(r"url\((?!#)|@import|<script", html)

@@ -24,7 +24,7 @@ def test_large_pictures_are_shrunk_and_keep_their_shape(tmp_path: Path) -> None:
 
 def test_missing_and_broken_files_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "name.txt").write_text("caption")
+    (tmp_path / "name.txt").write_text("caption", encoding="utf-8")
     assert pictures.embedded(tmp_path / "missing.png") is None
     assert pictures.references(tmp_path) == []
     assert pictures.timelapse(tmp_path / "broken.png") is None

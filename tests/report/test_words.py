@@ -48,9 +48,9 @@ def test_an_unfinished_run_is_told_as_such(make_run: Callable[..., RunFolder]) -
 def test_health_says_only_what_was_logged(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
     assert "Balance of A and B: 0.20 (1: equal" in (words.health(RunFacts(folder)) or "")
-    folder.metrics_file.write_text('{"v": 1, "step": 0, "name": "lora/dw_norm", "value": 0.0}\n')
+    folder.metrics_file.write_text('{"v": 1, "step": 0, "name": "lora/dw_norm", "value": 0.0}\n', encoding="utf-8")
     assert words.health(RunFacts(folder)) == "The LoRA has moved the weights by ‖ΔW‖ = 0."
-    folder.metrics_file.write_text("")
+    folder.metrics_file.write_text("", encoding="utf-8")
     assert words.health(RunFacts(folder)) is None
 
 
@@ -99,7 +99,9 @@ def test_duration(seconds: float, text: str) -> None:
 def with_best(folder: RunFolder, step: int) -> RunFolder:
     """The run with a selected step and the larger set measured on base, best and last."""
     folder.best.mkdir()
-    folder.selection_file.write_text(json.dumps({"step": step, "reason": f"Best: step {step}, because."}))
+    folder.selection_file.write_text(
+        json.dumps({"step": step, "reason": f"Best: step {step}, because."}), encoding="utf-8"
+    )
     losses = ItemLosses("id", np.arange(4), np.linspace(0.1, 0.9, 4))
     for at, loss in {0: 0.5, step: 0.375, 300: 0.4}.items():
         losses.put(at, [loss - at / 1e4, loss + at / 1e4, loss, loss])

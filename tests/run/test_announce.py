@@ -29,7 +29,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / f"{number}.png")
     for number in (0, 1):
-        (folder / f"{number}.txt").write_text(f"caption {number}")
+        (folder / f"{number}.txt").write_text(f"caption {number}", encoding="utf-8")
     return folder
 
 
@@ -51,8 +51,11 @@ def test_told_kept_and_shown_alike(case: str, photos: Path, tmp_path: Path, capl
         )
     (told,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("model ")]
     outline = dict(re.split(r"  +", line, maxsplit=1) for line in told.splitlines())
-    assert outline == json.loads(run.outline_file.read_text()) == dict(RunFacts(run).outline)
-    page, text = run.report_html.read_text(), run.report_md.read_text().replace("\\", "")
+    assert outline == json.loads(run.outline_file.read_text(encoding="utf-8")) == dict(RunFacts(run).outline)
+    page, text = (
+        run.report_html.read_text(encoding="utf-8"),
+        run.report_md.read_text(encoding="utf-8").replace("\\", ""),
+    )
     assert all(
         f"| {name} | {value} |" in text and f'<th scope="row">{name}</th>' in page for name, value in outline.items()
     )
@@ -96,7 +99,7 @@ def agrees_with_report(outline: dict[str, str], facts: RunFacts) -> None:
 def test_captions_of_their_own_are_counted(photos: Path, tmp_path: Path) -> None:
     flags = [*SHORT, *CASES["photos"], "--instance_data_dir", str(photos), "--output_dir", str(tmp_path / "run")]
     run = train_with([*flags, "--max_train_steps", "1", "--holdout", "0"])
-    captions = json.loads(run.outline_file.read_text())["captions"]
+    captions = json.loads(run.outline_file.read_text(encoding="utf-8"))["captions"]
     assert captions == (
         '2 of 6 images have their own, such as "caption 0"; the others are learned as "a photo of sks dog"'
     )
@@ -105,7 +108,7 @@ def test_captions_of_their_own_are_counted(photos: Path, tmp_path: Path) -> None
 def test_a_resumed_run_says_how_far_it_is(photos: Path, tmp_path: Path) -> None:
     flags = [*SHORT, *OFF.split(), "--checkpointing_steps", "1", "--lr_scheduler", "constant"]
     flags += ["--instance_data_dir", str(photos), "--instance_prompt", "a", "--output_dir", str(tmp_path / "run")]
-    assert "done" not in json.loads(train_with(flags).outline_file.read_text())["steps"]
+    assert "done" not in json.loads(train_with(flags).outline_file.read_text(encoding="utf-8"))["steps"]
     run = train_with([*flags, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"])
-    steps = json.loads(run.outline_file.read_text())["steps"]
+    steps = json.loads(run.outline_file.read_text(encoding="utf-8"))["steps"]
     assert steps.startswith("3, each of 4 images") and steps.endswith("; 2 are done")

@@ -74,7 +74,7 @@ def test_every_entry_of_an_odd_folder_is_in_the_table(tmp_path: Path) -> None:
 
 def test_captioned_folder_and_repeats(tmp_path: Path) -> None:
     picture(tmp_path / "place" / "set" / "a.png")
-    (tmp_path / "place" / "set" / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "place" / "set" / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
     flags = ("--train_data_dir", "set", "--captions_per_line", "--repeats", "7")
     table = dry_run(tmp_path / "place", "text-to-image", *flags)
     assert rows(table)["a.png"] == ("image", "a.txt", "1. one 2. two") and "repeats: 7" in table
@@ -122,7 +122,7 @@ def test_broken_image(tmp_path: Path) -> None:
 
 def test_lines_are_shortened_for_a_terminal(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("word " * 100)
+    (tmp_path / "a.txt").write_text("word " * 100, encoding="utf-8")
     listed = Listed("photos", load_folder(tmp_path))
     assert max(map(len, describe(listed, 60))) == 60
     assert "word " * 99 in "".join(describe(listed))

@@ -47,9 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("empty", "model", "runs/there"):
         (place / name).mkdir(parents=True)
     for name, text in (("file", "x"), ("prompts.txt", "# none\n"), ("brace.txt", "{} x"), ("photos/a.txt", "red")):
-        (place / name).write_text(text)
+        (place / name).write_text(text, encoding="utf-8")
     (place / "latin.txt").write_bytes(b"caf\xe9")
-    (place / "runs/there/config.yaml").write_text("seed: 1\n")
+    (place / "runs/there/config.yaml").write_text("seed: 1\n", encoding="utf-8")
     return place
 
 

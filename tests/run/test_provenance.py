@@ -43,9 +43,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, package: Path) -> str | None:
 def test_it_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = commit_all(package_in(tmp_path))
     assert recorded(monkeypatch, tmp_path) == commit
-    (tmp_path / "theirs.py").write_text("changed")
+    (tmp_path / "theirs.py").write_text("changed", encoding="utf-8")
     assert recorded(monkeypatch, tmp_path) == commit, "no part of the package"
-    (tmp_path / INSIDE).write_text("changed")
+    (tmp_path / INSIDE).write_text("changed", encoding="utf-8")
     assert recorded(monkeypatch, tmp_path) == commit + "+"
 
 
@@ -53,7 +53,7 @@ def test_it_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_it_is_not_that_of_a_repository_that_the_package_merely_lies_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    (tmp_path / ".gitignore").write_text(".venv\ndreamlora\n")
+    (tmp_path / ".gitignore").write_text(".venv\ndreamlora\n", encoding="utf-8")
     commit_all(tmp_path)
     assert recorded(monkeypatch, package_in(tmp_path / place)) is None
 
@@ -68,14 +68,18 @@ def test_pip_knows_the_commit_that_it_installed(tmp_path: Path, monkeypatch: pyt
     package = package_in(tmp_path / "site-packages")
     about = package / "dreamlora-1.0.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dreamlora\nVersion: 1.0\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dreamlora\nVersion: 1.0\n", encoding="utf-8")
     vcs = {"vcs": "git", "commit_id": "0123456789abcdef0123456789abcdef01234567"}
-    (about / "direct_url.json").write_text(json.dumps({"url": "https://host/dreamlora", "vcs_info": vcs}))
+    (about / "direct_url.json").write_text(
+        json.dumps({"url": "https://host/dreamlora", "vcs_info": vcs}), encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(str(package))
     assert recorded(monkeypatch, package) == "0123456789ab"
     (tmp_path / "another").mkdir()
     assert recorded(monkeypatch, package_in(tmp_path / "another")) is None, "that is about another copy of the package"
-    (about / "direct_url.json").write_text(json.dumps({"url": "file:///home", "dir_info": {"editable": True}}))
+    (about / "direct_url.json").write_text(
+        json.dumps({"url": "file:///home", "dir_info": {"editable": True}}), encoding="utf-8"
+    )
     assert recorded(monkeypatch, package) is None
 
 

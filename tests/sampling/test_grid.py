@@ -166,7 +166,7 @@ def rows_of_run(folder: RunFolder, steps: Sequence[int], prompts: int) -> None:
             row = {"step": step, "prompt_index": prompt, "image_index": 0, "prompt": f"prompt {prompt}"}
             more = {"seed": 42 + prompt, "file": f"{file.parent.name}/{file.name}", "scheduler": "DDIMScheduler"}
             rows.append({**row, **more, "num_inference_steps": 2, "guidance_scale": 1.0})
-    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_grid_of_run(tmp_path: Path) -> None:

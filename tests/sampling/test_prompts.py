@@ -151,7 +151,7 @@ def test_the_class_takes_the_place_of_a_name_and_without_it_the_name_stays() -> 
 def test_the_lists_are_complete(name: str, count: int) -> None:
     prompts = read_prompts(LISTS / f"{name}.txt", Subject("sks dog"))
     assert len(prompts) == len(set(prompts)) == count
-    assert f"`{name}.txt`" in (LISTS / "README.md").read_text()
+    assert f"`{name}.txt`" in (LISTS / "README.md").read_text(encoding="utf-8")
     assert any("sks dog" in prompt for prompt in prompts) == (name.startswith("dreambooth") or name == "demo")
 
 

@@ -71,7 +71,7 @@ def compare(fake: type[FakePool], tmp_path: Path) -> Callable[..., Any]:
     def call(*argv: str) -> tuple[list[Job], Any]:
         fake.made = []
         command.main(["--optimizers", "adamw", "scaled_adamw", "--output_dir", str(tmp_path / "out"), *argv])
-        return fake.made, json.loads((tmp_path / "out" / "compare.json").read_text())
+        return fake.made, json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
 
     return call
 
@@ -139,7 +139,7 @@ def test_what_was_compared_before_the_stop_is_there(compare: Any, fake: type[Fak
     fake.stop_after = 46
     with pytest.raises(KeyboardInterrupt):
         compare()
-    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    found = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert not found["complete"] and found["sentence"].startswith("Not complete yet.")
 
 
@@ -176,7 +176,7 @@ def test_existing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     more = [make_run(tmp_path / "c", "adamw", 2e-3, seed).path for seed in (1, 2)]
     out = tmp_path / "out"
     command.main(["--runs", str(one), str(tmp_path / "b"), *map(str, more), "--output_dir", str(out)])
-    found = json.loads((out / "compare.json").read_text())
+    found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     assert [method["n_runs"] for method in found["methods"]] == [3, 3]
     assert found["methods"][1]["delta"]["word"] == "worse"
     assert "sgd" in capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_real_runs_from_flags_to_compare_json(
     out = tmp_path / "out"
     argv = ["--optimizers", "adamw", "--learning_rates", "1e-3", "1e30", "--seeds", "0", "--headline_seeds", "1"]
     command.main([*argv, "--max_train_steps", "2", "--output_dir", str(out), *flags])
-    found = json.loads((out / "compare.json").read_text(), parse_constant=pytest.fail)
+    found = json.loads((out / "compare.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     status = {(run["lr"], run["seed"]): run["status"] for run in found["runs"]}
     assert status == {(1e-3, 0): "finished", (1e30, 0): "diverged", (1e-3, 1): "finished"}
     assert found["methods"][0]["samples"]["steps"] == [0, 1, 2]
@@ -232,14 +232,14 @@ def test_a_comparison_on_captioned_images(flags: list[str], tmp_path: Path, monk
     monkeypatch.setattr(sys, "argv", sys.argv)
     photos = tmp_path / "photos"
     for file in photos.glob("*.png"):
-        file.with_suffix(".txt").write_text(f"picture {file.stem}")
+        file.with_suffix(".txt").write_text(f"picture {file.stem}", encoding="utf-8")
     captioned = [*flags[: flags.index("--instance_prompt")], "--sample_steps", "0", "--train_batch_size", "2"]
     captioned[captioned.index("--instance_data_dir")] = "--train_data_dir"
     argv = ["--program", "text-to-image", "--optimizers", "adamw", "sgd", "--learning_rates", "1e-3", "--seeds", "0"]
     command.main(
         [*argv, "--headline_seeds", "0", "--max_train_steps", "1", "--output_dir", str(tmp_path / "out"), *captioned]
     )
-    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    found = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert [run["status"] for run in found["runs"]] == ["finished"] * 2 and found["task"]["data"] == "photos"
     assert all(run["command"].startswith("dreamlora text-to-image ") for run in found["runs"])
 
@@ -256,7 +256,7 @@ def test_processes_can_share_a_run(flags: list[str], tmp_path: Path, monkeypatch
         argv += ["--max_train_steps", "2", "--processes_per_run", str(count), "--workers", "1", "--sample_steps", "0"]
         command.main([*argv, "--output_dir", str(out), *flags])
         folder = RunFolder(out / "runs" / "sgd" / "lr0.1" / "seed0")
-        assert json.loads(folder.summary_file.read_text())["processes"] == count
+        assert json.loads(folder.summary_file.read_text(encoding="utf-8"))["processes"] == count
         losses.append([row["value"] for row in folder.metrics() if row["name"] == "eval/loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][-1] != losses[0][0]
 
@@ -275,7 +275,7 @@ def test_unfinished_runs_are_resumed_or_begun_anew(
         assert train_run("dreambooth", longer, folder.path, "adamw") == {"status": "finished", "message": ""}
         steps = [row["step"] for row in folder.metrics() if row["name"] == "train/loss"]
         assert steps == [1, 2, 3]
-    assert "resume" not in json.loads((tmp_path / "with" / "summary.json").read_text())["command"]
+    assert "resume" not in json.loads((tmp_path / "with" / "summary.json").read_text(encoding="utf-8"))["command"]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])

@@ -36,7 +36,10 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def driver(printed: str, status: int = 0) -> None:
         program = tmp_path / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\n[ \"$1\" = --list-gpus ] || exit 9\ncat <<'END'\n{printed}END\nexit {status}\n")
+        program.write_text(
+            f"#!/bin/sh\n[ \"$1\" = --list-gpus ] || exit 9\ncat <<'END'\n{printed}END\nexit {status}\n",
+            encoding="utf-8",
+        )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
 

@@ -172,6 +172,6 @@ def test_a_folder_of_other_flags_is_refused(tmp_path: Path) -> None:
 def test_damaged_settings_are_told_instead_of_passed_over(tmp_path: Path) -> None:
     out = ["--output_dir", str(tmp_path)]
     plan.check_settings(sweep("--optimizers", "adamw", "--rank", "4", *out))
-    (tmp_path / "settings.json").write_text('{"rank": 4')
+    (tmp_path / "settings.json").write_text('{"rank": 4', encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot read .*settings\.json"):
         plan.check_settings(sweep("--optimizers", "adamw", "--rank", "2", *out))

@@ -28,10 +28,10 @@ FAKE = """
         job = json.loads(line)
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "began").write_text(str(time.time()))
+        (folder / "began").write_text(str(time.time()), encoding="utf-8")
         rank = os.environ.get("RANK", "")
-        (folder / f"who{rank}").write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
-        (folder / f"launched{rank}").write_text(" ".join(os.environ.get(n, "") for n in ("WORLD_SIZE", "MASTER_PORT")))
+        (folder / f"who{rank}").write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}", encoding="utf-8")
+        (folder / f"launched{rank}").write_text(" ".join(os.environ.get(n, "") for n in ("WORLD_SIZE", "MASTER_PORT")), encoding="utf-8")
         while rank and not (folder / f"launched{1 - int(rank)}").exists():
             time.sleep(0.01)
         if "die second" in job["argv"] and rank == "0":
@@ -51,10 +51,10 @@ FAKE = """
             time.sleep(60)
         if "slow" in job["argv"]:
             time.sleep(0.3)
-            (folder / "metrics.jsonl").write_text("{}")
+            (folder / "metrics.jsonl").write_text("{}", encoding="utf-8")
             time.sleep(0.4)
         status = "diverged" if "diverge" in job["argv"] else "finished"
-        (folder / "ended").write_text(str(time.time()))
+        (folder / "ended").write_text(str(time.time()), encoding="utf-8")
         print(json.dumps({"status": status, "message": ""}), flush=True)
 """
 
@@ -62,7 +62,7 @@ FAKE = """
 @pytest.fixture
 def worker(tmp_path: Path) -> list[str]:
     file = tmp_path / "worker.py"
-    file.write_text(textwrap.dedent(FAKE))
+    file.write_text(textwrap.dedent(FAKE), encoding="utf-8")
     return [sys.executable, "-S", str(file)]
 
 
@@ -93,7 +93,7 @@ def made(jobs: list[Job], seats: list[Seat], tmp_path: Path, worker: list[str]) 
 
 
 def when(job: Job, what: str) -> float:
-    return float((job.folder / what).read_text())
+    return float((job.folder / what).read_text(encoding="utf-8"))
 
 
 def test_every_run_is_made_once(tmp_path: Path, worker: list[str]) -> None:
@@ -115,7 +115,7 @@ def test_a_process_serves_many_runs_unless_told_otherwise(tmp_path: Path, worker
     def processes(seat: Seat, name: str) -> int:
         jobs = jobs_of(tmp_path / name, "", "", "")
         made(jobs, [seat], tmp_path, worker)
-        return len({(job.folder / "who").read_text() for job in jobs})
+        return len({(job.folder / "who").read_text(encoding="utf-8") for job in jobs})
 
     assert processes(Seat(), "many") == 1
     assert processes(Seat(runs_per_process=1), "one") == 3
@@ -126,7 +126,7 @@ def test_a_death_is_recorded_and_the_others_go_on(tmp_path: Path, worker: list[s
     ended = made(jobs, [Seat()], tmp_path, worker)
     assert [ended[seed].status for seed in range(3)] == ["finished", "failed", "finished"]
     assert "status 9" in ended[1].message and "worker-0.log" in ended[1].message
-    assert json.loads((jobs[1].folder / "outcome.json").read_text())["status"] == "failed"
+    assert json.loads((jobs[1].folder / "outcome.json").read_text(encoding="utf-8"))["status"] == "failed"
     assert not jobs[1].done
 
 
@@ -152,7 +152,7 @@ def test_an_answer_that_is_none_is_a_failure_and_the_others_go_on(
     ended = made(jobs, [Seat()], tmp_path, worker)
     assert [ended[seed].status for seed in range(3)] == ["finished", "failed", "finished"]
     assert "worker-0.log" in ended[1].message
-    assert json.loads((jobs[1].folder / "outcome.json").read_text())["message"] == ended[1].message
+    assert json.loads((jobs[1].folder / "outcome.json").read_text(encoding="utf-8"))["message"] == ended[1].message
 
 
 @pytest.mark.parametrize("places", [1, 3])
@@ -283,9 +283,9 @@ def test_processes_that_share_a_run_know_each_other_and_end_together(tmp_path: P
     ended = made(jobs, [Seat(runs_per_process=1, processes=2)], tmp_path, worker)
     assert [ended[seed].status for seed in range(3)] == ["finished", "failed", "finished"]
     assert time.monotonic() - began < 30, "the first one does not wait for the second for ever"
-    launched = [(job.folder / f"launched{rank}").read_text() for job in jobs for rank in (0, 1)]
+    launched = [(job.folder / f"launched{rank}").read_text(encoding="utf-8") for job in jobs for rank in (0, 1)]
     assert {text.split()[0] for text in launched} == {"2"} and launched[0] == launched[1]
-    people = [(job.folder / f"who{rank}").read_text().split()[0] for job in jobs for rank in (0, 1)]
+    people = [(job.folder / f"who{rank}").read_text(encoding="utf-8").split()[0] for job in jobs for rank in (0, 1)]
     assert len(set(people)) == 6 and not any(Path(f"/proc/{person}").exists() for person in people)
 
 
@@ -298,7 +298,7 @@ def test_leaving_ends_the_processes_and_records_nothing(tmp_path: Path, worker: 
             time.sleep(0.02)
         raise KeyboardInterrupt
     assert time.monotonic() - began < 10
-    process = int((jobs[0].folder / "who").read_text().split()[0])
+    process = int((jobs[0].folder / "who").read_text(encoding="utf-8").split()[0])
     assert not Path(f"/proc/{process}").exists()
     time.sleep(0.1)
     assert not (jobs[0].folder / "outcome.json").exists() and not jobs[1].folder.exists()

@@ -50,7 +50,7 @@ def test_splits_never_share_a_triple() -> None:
 
 def test_written_folder_is_a_captioned_data_set(tmp_path: Path) -> None:
     paths = styles.write_images(tmp_path, "woodcut", 3)
-    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     records = load_folder(tmp_path).records
     assert [record.name for record in records] == [path.name for path in paths] == [row["file_name"] for row in rows]
     assert [record.caption for record in records] == [styles.render("woodcut", index)[1] for index in range(3)]

@@ -10,8 +10,8 @@ from packaging.version import Version
 from tools.lower_bounds import lower_bounds
 
 ROOT = Path(__file__).parents[2]
-CONSTRAINTS = (ROOT / "constraints.txt").read_text()
-BOUNDS = lower_bounds((ROOT / "pyproject.toml").read_text(), CONSTRAINTS)
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+BOUNDS = lower_bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8"), CONSTRAINTS)
 
 
 def test_the_pinned_versions_lie_above_the_lower_bounds() -> None:

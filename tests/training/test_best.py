@@ -47,11 +47,14 @@ def test_the_best_checkpoint_is_kept_and_loads_in_diffusers(whole: RunFolder, sd
     assert same(load_file(whole.best / lora), load_file(whole.checkpoint_dir(best) / lora))
     expected = select(ItemLosses.load(whole.eval_items_file), "eval/loss")
     assert expected is not None and {**expected.facts, "best_product": None} == chosen
-    assert json.loads(whole.summary_file.read_text())["best"] == chosen
+    assert json.loads(whole.summary_file.read_text(encoding="utf-8"))["best"] == chosen
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
     pipeline.load_lora_weights(whole.best)
     assert pipeline.get_active_adapters()
-    for page in (whole.report_html.read_text(), whole.report_md.read_text().replace("\\", "")):
+    for page in (
+        whole.report_html.read_text(encoding="utf-8"),
+        whole.report_md.read_text(encoding="utf-8").replace("\\", ""),
+    ):
         assert f"Best: step {best}, because it" in page and f"best step, {best}" in page
 
 
@@ -73,7 +76,7 @@ def test_the_gap_is_the_held_out_loss_minus_that_of_training_images(
     whole: RunFolder, train: Train, photos: Path, tmp_path: Path
 ) -> None:
     """A run on nothing but the seven images that were not held out measures them as eval/loss_train."""
-    (key, *_) = json.loads(whole.evalset_file.read_text())["noise_keys"]
+    (key, *_) = json.loads(whole.evalset_file.read_text(encoding="utf-8"))["noise_keys"]
     kept = [record for record in load_folder(photos, "a").records if record.content_hash() not in key]
     assert len(kept) == 7
     (tmp_path / "seven").mkdir()
@@ -92,8 +95,8 @@ def test_the_evaluation_set_is_stored_so_that_other_runs_can_be_measured_on_it(
     assert {row["evalset_id"] for row in whole.metrics() if row["name"] == "eval/loss"} == {items.id}
     for file in (whole.evalset_file, whole.evalset_tensors):
         shutil.copy(file, tmp_path)
-    about = json.loads((tmp_path / "evalset.json").read_text())
-    (tmp_path / "evalset.json").write_text(json.dumps({**about, "captions": ["another"]}))
+    about = json.loads((tmp_path / "evalset.json").read_text(encoding="utf-8"))
+    (tmp_path / "evalset.json").write_text(json.dumps({**about, "captions": ["another"]}), encoding="utf-8")
     with pytest.raises(UserError, match="do not belong together"):
         EvalSet.load(tmp_path / "evalset.json")
     (tmp_path / "evalset.safetensors").write_bytes(b"damaged")
@@ -149,19 +152,19 @@ def test_selecting_and_measuring_leave_the_training_as_it_is(whole: RunFolder, t
 def test_early_stopping_says_why_and_can_be_taken_back(train: Train) -> None:
     still = ["--eval_steps", "1", "--sample_steps", "5", "--learning_rate", "0"]
     run = train(*still, "--early_stopping", "2")
-    summary = json.loads(run.summary_file.read_text())
+    summary = json.loads(run.summary_file.read_text(encoding="utf-8"))
     told = "Stopped early at step 2 of 6: eval/loss has not clearly fallen below the base model's for 2 evaluations"
     assert told in summary["ended_early"] and "--early_stopping (now 2)" in summary["ended_early"]
-    assert told.replace("'", "&#39;") in run.report_html.read_text()
+    assert told.replace("'", "&#39;") in run.report_html.read_text(encoding="utf-8")
     assert run.checkpoint_steps() == [2] and run.sample_dir(2).exists(), "the last step is the last for all"
     assert max(row["step"] for row in run.metrics()) == 2
 
     train(*still, "--early_stopping", "2", "--resume_from_checkpoint", "latest")
-    assert json.loads(run.summary_file.read_text())["ended_early"] == summary["ended_early"]
+    assert json.loads(run.summary_file.read_text(encoding="utf-8"))["ended_early"] == summary["ended_early"]
     assert run.checkpoint_steps() == [2]
 
     train(*still, "--resume_from_checkpoint", "latest")
-    assert json.loads(run.summary_file.read_text())["ended_early"] is None
+    assert json.loads(run.summary_file.read_text(encoding="utf-8"))["ended_early"] is None
     assert max(row["step"] for row in run.metrics()) == 6
 
 

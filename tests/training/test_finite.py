@@ -173,14 +173,14 @@ def test_skipped_steps_are_logged_and_a_resume_goes_on_counting(
 
     original, resumed_at = assemble._prepare, []
 
-    def prepare(*arguments: Any) -> Run:
+    def prepare(*arguments: Any) -> tuple[Run, Any]:
         """In fp16, with broken gradients at steps 2 and 4."""
-        run = original(*arguments)
+        run, pictures = original(*arguments)
         resumed_at.append((run.step, run.skipped_steps))
         run.accelerator.scaler = torch.amp.GradScaler("cpu")
         parameter = list(run.trainables.values())[-1]
         parameter.register_hook(lambda gradient: gradient * (math.inf if run.step in (1, 3) else 1))
-        return run
+        return run, pictures
 
     monkeypatch.setattr(assemble, "_prepare", prepare)
     whole = train(*QUIET)

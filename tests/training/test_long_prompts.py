@@ -24,9 +24,9 @@ def test_captions_that_are_cut_are_counted_in_one_line_and_named_in_the_report(
     folder.mkdir()
     for photo in photos.iterdir():
         (folder / photo.name).write_bytes(photo.read_bytes())
-    (folder / "3.txt").write_text(BEGINNING + "o")
-    (folder / "5.txt").write_text(BEGINNING + "opq")
-    (folder / "6.txt").write_text(BEGINNING)
+    (folder / "3.txt").write_text(BEGINNING + "o", encoding="utf-8")
+    (folder / "5.txt").write_text(BEGINNING + "opq", encoding="utf-8")
+    (folder / "6.txt").write_text(BEGINNING, encoding="utf-8")
     flags = ["--instance_data_dir", str(folder), "--instance_prompt", "a", "--validation_prompt", "z" * 20]
     with caplog.at_level("INFO"):
         run = train(*flags)
@@ -35,7 +35,7 @@ def test_captions_that_are_cut_are_counted_in_one_line_and_named_in_the_report(
     line = "3 captions or prompts have more than 16 tokens: what is beyond does not count"
     assert len(told) == 2 and all(text.startswith(line) and BEGINNING not in text for text in told)
     for folder_of_run in (run, again):
-        report = folder_of_run.report_md.read_text()
+        report = folder_of_run.report_md.read_text(encoding="utf-8")
         assert "of 3.png, of 5.png" in report and "z" * 20 in report and "6.png" not in report.split(line)[1][:200]
 
 
@@ -48,7 +48,7 @@ def test_what_is_beyond_counts_in_chunks(train: Train, tmp_path: Path) -> None:
     chunks = ["--max_token_length", "28"]
     whole, other = (trained(name, BEGINNING + name, *chunks) for name in ("xyz", "zyx"))
     assert not same(weights(whole), weights(other))
-    assert json.loads(whole.summary_file.read_text())["parity"]["max_abs"] <= 1
+    assert json.loads(whole.summary_file.read_text(encoding="utf-8"))["parity"]["max_abs"] <= 1
     again = train_with(["--config", str(whole.config_file), "--output_dir", str(tmp_path / "again")])
     assert same(weights(whole), weights(again))
 

@@ -99,4 +99,4 @@ def test_what_the_optimizer_clips_is_in_the_log(train: Train) -> None:
     tight = ["--optimizer_args", "clip_unmagnified_grad", "1e-9", "update_skipping", "1e9"]
     run = train(*flags_of("lora_rite"), *tight)
     counted = [(row["step"], row["name"], row["value"]) for row in run.metrics() if row["name"].startswith("optimizer")]
-    assert counted == [(2, "optimizer/clipped", 2.0), (3, "optimizer/clipped", 1.0)]  # at the checkpoint, at the end
+    assert counted == [(3, "optimizer/clipped", 3.0)]  # at the end

@@ -30,7 +30,7 @@ ONE_LAYER = ["--lora_layers", "to_q"]
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
     folder = tmp_path_factory.mktemp("prompts")
     for name, text in PROMPTS.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
     return lambda name: ["--sample_prompts", str(folder / name)]
 
 
@@ -106,7 +106,7 @@ def test_the_last_picture_that_is_checked_is_one_of_the_new_prompts(
     train(*SPARSE, *prompts("ca"), *more, "--output_dir", str(resumed.path))
     last = [row["prompt"] for row in samples(resumed) if row["step"] == 4]
     assert last == ["a cat", "a red dog", "a red dog", "a green dog"]
-    assert "psnr_db" in json.loads(resumed.summary_file.read_text())["parity"]
+    assert "psnr_db" in json.loads(resumed.summary_file.read_text(encoding="utf-8"))["parity"]
 
 
 def test_a_run_that_takes_over_anothers_folder_shows_no_old_picture_as_new(
@@ -144,11 +144,11 @@ def test_values_by_another_encoder_are_apart(
     assert first != second
     steps = [(0, first), (3, first), (4, first), (0, second), (6, second)]
     assert [(row["step"], row["encoder_id"]) for row in rows] == steps
-    told = json.loads(resumed.summary_file.read_text())["warnings"]
+    told = json.loads(resumed.summary_file.read_text(encoding="utf-8"))["warnings"]
     assert any("up to step 4 are of other images" in text for text in told)
     (curve,) = [one for one in RunFacts(resumed).image_metrics if one.name == "img/clip_t"]
     assert curve.curve.steps == (0, 6) and [earlier.steps for earlier in curve.earlier] == [(0, 3, 4)]
-    assert "Grey: values until step 4" in resumed.report_html.read_text()
+    assert "Grey: values until step 4" in resumed.report_html.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,8 @@ def tiny_clip_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dreamlora import tiny
 
     copy = shutil.copytree(tiny.PRESETS / "weights" / "clip", tmp_path_factory.mktemp("clip") / "copy")
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "note": "another"}))
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**config, "note": "another"}), encoding="utf-8")
     return copy
 
 
@@ -169,7 +169,7 @@ def test_a_loss_on_other_items_is_no_continuation(
     own = shutil.copytree(photos, tmp_path / "photos")
     flags = [*SPARSE, *prompts("ab"), "--instance_data_dir", str(own), "--eval_steps", "2"]
     run = train(*flags, "--max_train_steps", "4")
-    key = json.loads(run.evalset_file.read_text())["noise_keys"][0]
+    key = json.loads(run.evalset_file.read_text(encoding="utf-8"))["noise_keys"][0]
     (held_out,) = [record for record in load_folder(own, "a").records if record.content_hash() in key]
     Image.new("RGB", (24, 20), "red").save(held_out.where)
     try:
@@ -180,4 +180,4 @@ def test_a_loss_on_other_items_is_no_continuation(
     assert facts.curve("eval/loss").steps == (0, 4, 6)
     assert facts.evaluation is not None and facts.evaluation.base is not None
     assert any("up to step 4 was measured on other items" in text for text in facts.warnings)
-    assert json.loads(run.summary_file.read_text())["eval"]["base"] == facts.evaluation.base
+    assert json.loads(run.summary_file.read_text(encoding="utf-8"))["eval"]["base"] == facts.evaluation.base

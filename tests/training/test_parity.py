@@ -54,8 +54,8 @@ def edit(file: Path, change: Callable[[Tensors], Tensors]) -> None:
 
 
 def verdict_on(folder: RunFolder, found: dict[str, Any]) -> tuple[str, str]:
-    summary = json.loads(folder.summary_file.read_text())
-    folder.summary_file.write_text(json.dumps({**summary, "parity": found}))
+    summary = json.loads(folder.summary_file.read_text(encoding="utf-8"))
+    folder.summary_file.write_text(json.dumps({**summary, "parity": found}), encoding="utf-8")
     return words.parity(RunFacts(folder))
 
 
@@ -83,7 +83,7 @@ def test_a_good_file_passes_and_a_wrong_one_is_seen(
         *f"--pretrained_model_name_or_path {model} --mixed_precision {precision} --train_text_encoder --lora_alpha 4 "
         f"--max_train_steps 3 --eval_steps 0 --sample_steps 3 --checkpointing_steps 0".split()
     )
-    good = json.loads(run.summary_file.read_text())["parity"]
+    good = json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]
     call = good["call"]
     assert verdict_on(run, good)[0] == "good"
     assert call["error"] <= 0.7 * call["rounding"] and call["scale"] == pytest.approx(1, abs=0.02)

@@ -144,7 +144,7 @@ def test_no_folder_yet(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"--class_data_dir .*file is a file: give a folder"):
         make_class_images(tmp_path / "file", PLAN, never)
     with pytest.raises(UserError, match=r"cannot write .*below: Not a directory"):

@@ -57,7 +57,7 @@ def train_with_two(flags: list[str], script: Path = SCRIPT) -> str:
 
 def assert_same_weights(one: RunFolder, two: RunFolder) -> None:
     """Up to the order of sums; and that the second run really had two processes: accelerate may start one silently."""
-    assert json.loads(two.summary_file.read_text())["processes"] == 2
+    assert json.loads(two.summary_file.read_text(encoding="utf-8"))["processes"] == 2
     first, second = weights(one), weights(two)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -89,7 +89,7 @@ def test_no_collective_waits_for_what_one_process_does_alone(flags: list[str], t
     printed = train_with_two([*flags, *quick], Path(__file__).with_name("impatient.py"))
     for place in ("lock", "get", "grid_of_run", "on_step", "check"):
         assert f"took long in {place}" in printed
-    assert json.loads(RunFolder(tmp_path / "run").summary_file.read_text())["parity"]["psnr_db"] > 40
+    assert json.loads(RunFolder(tmp_path / "run").summary_file.read_text(encoding="utf-8"))["parity"]["psnr_db"] > 40
 
 
 def test_two_processes_share_the_probing_of_lora_ga(
@@ -153,7 +153,7 @@ def test_layers_without_gradient_stay_as_they_are(
     flags: list[str], train: Callable[..., RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "script.py"
-    script.write_text(LAST_LAYER_IGNORED)
+    script.write_text(LAST_LAYER_IGNORED, encoding="utf-8")
     monkeypatch.setattr(sd, "encode_tokens", last_layer_ignored)
     more = [*QUICK.split(), "--train_text_encoder", "--adam_weight_decay", "0.5", "--max_train_steps", "3"]
     one = train(*more, "--output_dir", str(tmp_path / "one"))
@@ -177,7 +177,7 @@ def test_what_a_run_has_to_say_is_said_once(flags: list[str], sd_folder: Path, t
     noisy = tmp_path / "noisy"
     shutil.copytree(sd_folder, noisy)
     for file in ("scheduler/scheduler_config.json", "model_index.json"):
-        (noisy / file).write_text((noisy / file).read_text().replace("DDIMScheduler", "DDPMScheduler"))
+        (noisy / file).write_text((noisy / file).read_text(encoding="utf-8").replace("DDIMScheduler", "DDPMScheduler"))
     more = ["--pretrained_model_name_or_path", str(noisy), "--max_train_steps", "1", "--eval_steps", "0"]
     errors = train_with_two([*flags, *more])
     note = "samples are drawn with DDIMScheduler: DDPMScheduler adds noise at every step"

@@ -259,7 +259,7 @@ def test_what_changed_of_the_images_is_named(train: Train, photos: Path, tmp_pat
         return str(error.value)
 
     for number in range(5):
-        (folder / f"{number}.txt").write_text(f"another {number}")
+        (folder / f"{number}.txt").write_text(f"another {number}", encoding="utf-8")
     assert (
         "(another caption: 0.png ('a photo of sks dog' then, 'another 0' now), 1.png ('a photo of sks dog' then, "
         "'another 1' now), 2.png ('a photo of sks dog' then, 'another 2' now) and 2 more)" in refused()
@@ -317,9 +317,9 @@ def test_a_checkpoint_of_an_older_version_fits(train: Train) -> None:
     """It knew fewer options and no class images; what it does not say is as the default is."""
     run = train("--max_train_steps", "2")
     file = run.checkpoint_dir(2) / "settings.json"
-    settings = json.loads(file.read_text())
+    settings = json.loads(file.read_text(encoding="utf-8"))
     for name in ("datasets", "max_token_length"):
         del settings[name]
-    file.write_text(json.dumps(settings))
+    file.write_text(json.dumps(settings), encoding="utf-8")
     run.images_file.unlink()
     assert train("--max_train_steps", "3", "--resume_from_checkpoint", "latest").checkpoint_steps()[-1] == 3

@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_the_readme_promises(train: Train) -> None:
     losses = {row["step"]: row["value"] for row in run.metrics() if row["name"] == "eval/loss"}
     assert list(losses) == [0, 3, 6]
     assert losses[6] < losses[0]
-    summary = json.loads(run.summary_file.read_text())
+    summary = json.loads(run.summary_file.read_text(encoding="utf-8"))
     assert summary["parity"]["max_abs"] <= 1
     assert summary["data"] == {"instance": 7}
 
@@ -63,14 +63,14 @@ def test_nothing_of_the_model_is_left_when_the_fresh_one_is_loaded(
     watched, left, copied = [], [], []
     conclude, check = ending.conclude, parity.check
 
-    def watching(context: Any, run: Run) -> Any:
+    def watching(context: Any, run: Run, pictures: Any) -> Any:
         parts = [run.model, *run.components.values(), *context.parts.get("vae").values()]
         modules = [part for part in parts if isinstance(part, torch.nn.Module)]
         watched.extend(weakref.ref(tensor) for module in modules for tensor in module.parameters())
         watched.extend(map(weakref.ref, (run, run.model, run.optimizer, run.stream, *run.callbacks)))
         with monkeypatch.context() as patch:
             patch.setattr(torch.nn.Module, "cpu", lambda module: copied.append(module))
-            return conclude(context, run)
+            return conclude(context, run, pictures)
 
     def looking(*arguments: Any) -> dict[str, Any]:
         left.append(sum(held() is not None for held in watched))
@@ -108,7 +108,7 @@ def test_every_family_trains_with_every_switch(
     run = train(*more.split(), "--pretrained_model_name_or_path", str(model), "--max_train_steps", "2")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights(run).values())
     assert any("text_encoder" in name for name in weights(run)) == ("--train_text_encoder" in more)
-    assert json.loads(run.summary_file.read_text())["parity"]["psnr_db"] > 30
+    assert json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]["psnr_db"] > 30
 
 
 def test_sampling_evaluating_and_saving_change_nothing(train: Train, tmp_path: Path) -> None:
@@ -147,7 +147,9 @@ def test_a_folder_with_a_run_is_not_overwritten_unless_told_to(train: Train) -> 
 
 
 def test_config_yaml_does_not_point_at_its_own_folder(train: Train) -> None:
-    text = train("--max_train_steps", "1", "--overwrite_output_dir", "--hub_token", "secret").config_file.read_text()
+    text = train("--max_train_steps", "1", "--overwrite_output_dir", "--hub_token", "secret").config_file.read_text(
+        encoding="utf-8"
+    )
     options = text[text.index("pretrained_model_name_or_path:") :]
     assert "output_dir" not in options
     assert "resume" not in options
@@ -160,7 +162,7 @@ def test_a_parity_check_that_fails_does_not_lose_the_report(train: Train, monkey
 
     monkeypatch.setattr(parity, "check", out_of_memory)
     run = train("--max_train_steps", "1")
-    assert "out of memory" in json.loads(run.summary_file.read_text())["parity"]["reason"]
+    assert "out of memory" in json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]["reason"]
     assert run.report_html.exists()
 
 
@@ -188,9 +190,9 @@ def test_a_size_the_family_cannot_do_is_refused_first(
 def test_files_of_the_user_in_the_output_folder_stay(train: Train, tmp_path: Path) -> None:
     mine = tmp_path / "run" / "samples" / "mine.txt"
     mine.parent.mkdir(parents=True)
-    mine.write_text("precious")
+    mine.write_text("precious", encoding="utf-8")
     train("--max_train_steps", "1")
-    assert mine.read_text() == "precious"
+    assert mine.read_text(encoding="utf-8") == "precious"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_to_do(
@@ -253,7 +255,7 @@ def captioned(tmp_path: Path) -> Path:
     for number, (height, width) in enumerate([(20, 20), (16, 32), (30, 14)] * 3):
         picture = Image.fromarray(pixels.integers(0, 255, (height, width, 3), dtype=np.uint8))
         picture.save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture {number}, red, green, blue")
+        (folder / f"{number}.txt").write_text(f"picture {number}, red, green, blue", encoding="utf-8")
     return folder
 
 
@@ -272,7 +274,7 @@ def test_captioned_images_of_all_shapes(
     run = train_captioned(*CAPTIONED.split(), *more.split(), "--learning_rate", "0.1")
     losses = [value for step, name, value in values(run) if name == "eval/loss"]
     assert losses[-1] < losses[0]
-    summary = json.loads(run.summary_file.read_text())
+    summary = json.loads(run.summary_file.read_text(encoding="utf-8"))
     assert summary["data"] == {"instance": 8} and summary["parity"]["max_abs"] <= 1
     prompts = {row["prompt"] for row in read_jsonl(run.samples_file)}
     assert len(prompts) == 1 and prompts.pop().endswith("red, green, blue")  # of the held-out image
@@ -312,10 +314,10 @@ def test_the_evaluation_costs_what_was_said_before(
     monkeypatch.setattr(loop.Run, "predict", counting)
     caplog.set_level("INFO", logger="dreamlora")
     run = train("--sample_steps", "0", "--learning_rate", "0.5")  # too high: the best step is not the last
-    price = json.loads(run.summary_file.read_text())["eval_price"]
+    price = json.loads(run.summary_file.read_text(encoding="utf-8"))["eval_price"]
     assert run.selection()["step"] != 6
     assert price["forwards"] == sum(passes)
-    assert price["sentence"] in caplog.text and price["sentence"] in run.report_md.read_text()
+    assert price["sentence"] in caplog.text and price["sentence"] in run.report_md.read_text(encoding="utf-8")
     assert price["share"] == round(sum(passes) / (6 * 4 * 2), 4) and price["seconds"] > 0
 
 
@@ -324,7 +326,7 @@ def test_what_can_hardly_be_meant_is_told_and_stands_in_the_report(
 ) -> None:
     flags = "--max_train_steps 1 --optimizer prodigy --learning_rate 1e-4 --lr_power 2 --lora_alpha 1 --rank 64"
     run = train(*flags.split(), "--eval_steps", "0", "--sample_steps", "0", "--no_parity_check")
-    report = run.report_md.read_text()
+    report = run.report_md.read_text(encoding="utf-8")
     for told in (
         "--learning_rate 0.0001 is far from what --optimizer prodigy needs",
         "--lr_power has no effect",

@@ -70,10 +70,10 @@ def test_other_metrics_have_their_images(measured: RunFolder) -> None:
 
 
 def test_the_report_shows_them_with_encoder_and_number(measured: RunFolder) -> None:
-    html = measured.report_html.read_text()
+    html = measured.report_html.read_text(encoding="utf-8")
     assert 'aria-label="clip_t by step' in html and "CLIP-T: does the image show its prompt?" in html
     (encoder,) = {row["encoder_id"] for row in image_rows(measured) if "encoder_id" in row}
-    for page in (html, measured.report_md.read_text().replace("\\", "")):
+    for page in (html, measured.report_md.read_text(encoding="utf-8").replace("\\", "")):
         assert encoder in page and "1 and 1" in page
 
 
@@ -89,9 +89,11 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_measures(measured: Ru
 
 def test_an_encoder_that_cannot_be_loaded_is_said_once_and_fails_nothing(train: Train) -> None:
     run = train("--eval_metrics", "clip_score", "--clip_model", "/no/such/folder", *SPARSE)
-    (told,) = [text for text in json.loads(run.summary_file.read_text())["warnings"] if "clip_score" in text]
+    (told,) = [
+        text for text in json.loads(run.summary_file.read_text(encoding="utf-8"))["warnings"] if "clip_score" in text
+    ]
     assert told.startswith("clip_score is left out: ") and "no such folder: /no/such/folder" in told
-    assert not image_rows(run) and told in re.sub("<[^>]*>", "", run.report_html.read_text())
+    assert not image_rows(run) and told in re.sub("<[^>]*>", "", run.report_html.read_text(encoding="utf-8"))
 
 
 def test_images_to_compare_with_that_vanish_fail_nothing(
@@ -104,13 +106,15 @@ def test_images_to_compare_with_that_vanish_fail_nothing(
 
     monkeypatch.setattr(embed.Embedder, "images", gone)
     run = train(*TINY, "--eval_metrics", "dino", "--max_train_steps", "1", *SPARSE)
-    (told,) = [text for text in json.loads(run.summary_file.read_text())["warnings"] if "image metrics" in text]
+    (told,) = [
+        text for text in json.loads(run.summary_file.read_text(encoding="utf-8"))["warnings"] if "image metrics" in text
+    ]
     assert told == "no image metrics: cannot read the image held_out.png"
     assert run.checkpoint_steps() == [1]
 
 
 def test_images_for_the_metrics_alone(train: Train, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a {} in the snow\n# a comment\na cat\n")
+    (tmp_path / "prompts.txt").write_text("a {} in the snow\n# a comment\na cat\n", encoding="utf-8")
     own = ["--eval_prompts", str(tmp_path / "prompts.txt"), "--eval_num_images", "2", "--eval_metrics_steps", "4"]
     run = train(*TINY, "--eval_metrics", "clip_score", "diversity", *own, *SPARSE, "--sample_steps", "0")
     assert not run.samples.exists() and not run.grid_file.exists()

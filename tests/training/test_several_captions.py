@@ -16,7 +16,7 @@ def captioned(photos: Path, folder: Path, *texts: str) -> Path:
     """The photos; the first has these captions."""
     shutil.copytree(photos, folder)
     row = {"file_name": "0.png", "text": list(texts) if len(texts) > 1 else texts[0]}
-    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    (folder / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
     return folder
 
 

@@ -53,7 +53,7 @@ def test_row_0_is_the_base_model_and_the_file_does_what_training_showed(
     assert images_at(run, 0) == seen.setdefault("images", images_at(run, 0))
     assert losses[0] == pytest.approx(seen.setdefault("loss", losses[0]), rel=1e-6 if init == "orthogonal" else 0)
     assert images_at(run, 1) != seen["images"] and losses[1] != losses[0]
-    assert json.loads(run.summary_file.read_text())["parity"]["max_abs"] <= 1
+    assert json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]["max_abs"] <= 1
     with safe_open(run.lora_file, framework="pt") as file:
         settings = json.loads(file.metadata()["lora_adapter_metadata"])
         ranks = {file.get_slice(key).get_shape()[0] for key in file.keys() if "lora_A" in key}  # noqa: SIM118
@@ -151,7 +151,7 @@ def test_an_odd_rank_is_refused_before_a_model_is_loaded(train: Train, monkeypat
 def test_weight_decay_is_off_where_it_would_pull_away_from_the_base(train: Train) -> None:
     for init, expected in (("gaussian", "0.01"), ("pissa", "0.0")):
         run = train("--init", init, "--max_train_steps", "1", "--overwrite_output_dir", "--sample_steps", "0")
-        assert f"adam_weight_decay: {expected}\n" in run.config_file.read_text()
+        assert f"adam_weight_decay: {expected}\n" in run.config_file.read_text(encoding="utf-8")
 
 
 def test_lora_ga_in_half_precision(train: Train) -> None:  # fp16 takes many minutes on a CPU

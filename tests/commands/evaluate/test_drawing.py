@@ -28,7 +28,7 @@ def test_every_process_draws_as_many_images_as_the_others(
     for number in there:
         file = sheets[0].file(sheets[0].plan.items()[number])
         file.parent.mkdir(exist_ok=True)
-        file.write_text("drawn before")
+        file.write_text("drawn before", encoding="utf-8")
     jobs = [(number, item) for number, one in enumerate(sheets) for item in one.missing()]
     shares = [share_of(jobs, rank, world) for rank in range(world)]
     counts = [sum(map(len, share.values())) for share in shares]

@@ -34,7 +34,8 @@ def run(sd_folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     folder.path.mkdir()
     folder.config_file.write_text(
         f"pretrained_model_name_or_path: {sd_folder}\ninstance_prompt: a photo of sks creature\n"
-        f"class_prompt: a creature\ninstance_data_dir: {photos}\nresolution: 16\nnum_inference_steps: 2\n"
+        f"class_prompt: a creature\ninstance_data_dir: {photos}\nresolution: 16\nnum_inference_steps: 2\n",
+        encoding="utf-8",
     )
     save_lora(sd_folder, folder.path, 5.0)
     return folder
@@ -57,7 +58,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def evaluate(output: Path, *argv: Any) -> dict[str, Any]:
     flags = ["--output_dir", output, "--latents_cache_dir", output.parent / "cache", "--clip_model", "tiny"]
     main([str(word) for word in [*argv, *flags, "--dino_model", "tiny"]])
-    result: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    result: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     return result
 
 
@@ -130,7 +131,7 @@ def test_a_folder_of_images_is_measured_with_its_captions(photos: Path, tmp_path
     assert values(result, 0)["img/kid_negative"]["value"] == 1, "they are the references themselves"
     assert row["notes"][0].startswith("clip_score is left out: the images' prompts are not known")
     for image in images.glob("*.png"):
-        image.with_suffix(".txt").write_text("a photo of sks creature")
+        image.with_suffix(".txt").write_text("a photo of sks creature", encoding="utf-8")
     captioned = evaluate(tmp_path / "out", images, "--metrics", "clip_score")
     prompted = evaluate(tmp_path / "out", photos, "--metrics", "clip-score", "--prompts", "a photo of sks creature")
     assert captioned["rows"][0]["values"] == prompted["rows"][0]["values"]
@@ -151,8 +152,8 @@ def test_a_metric_that_was_put_into_the_folder_is_measured(
 def test_a_run_whose_images_have_gone_says_so(run: RunFolder, tmp_path: Path) -> None:
     moved = RunFolder(tmp_path / "moved")
     shutil.copytree(run.path, moved.path)
-    text = moved.config_file.read_text()
-    moved.config_file.write_text(text.replace("instance_data_dir: ", "instance_data_dir: /gone"))
+    text = moved.config_file.read_text(encoding="utf-8")
+    moved.config_file.write_text(text.replace("instance_data_dir: ", "instance_data_dir: /gone"), encoding="utf-8")
     asked = ("--metrics", "dino", "clip_score", "--num_images_per_prompt", 1)
     result = evaluate(tmp_path / "out", moved.path, *asked)
     notes = "\n".join(result["rows"][1]["notes"])
@@ -215,7 +216,7 @@ def test_images_of_another_prediction_are_other_images(run: RunFolder, tmp_path:
     moved = RunFolder(Path(shutil.copytree(run.path, tmp_path / "creature")))
     asked = ("--metrics", "clip_score", "--num_images_per_prompt", 1)
     evaluate(tmp_path / "out", moved.path, *asked)
-    moved.config_file.write_text(moved.config_file.read_text() + "prediction_type: v_prediction\n")
+    moved.config_file.write_text(moved.config_file.read_text(encoding="utf-8") + "prediction_type: v_prediction\n")
     result = evaluate(tmp_path / "out", moved.path, *asked)
     assert sum(drawn) == 8, "those that are there are of epsilon"
     assert result["base_model"].endswith(" with v_prediction") and result["precision"] == "float32"
@@ -223,7 +224,7 @@ def test_images_of_another_prediction_are_other_images(run: RunFolder, tmp_path:
 
 def test_what_runs_do_not_share_is_told_with_their_values(run: RunFolder, tmp_path: Path) -> None:
     other = RunFolder(Path(shutil.copytree(run.path, tmp_path / "other")))
-    other.config_file.write_text(other.config_file.read_text() + "mixed_precision: bf16\n")
+    other.config_file.write_text(other.config_file.read_text(encoding="utf-8") + "mixed_precision: bf16\n")
     asked = ("--metrics", "clip_score", "--num_images_per_prompt", 1)
     rows = evaluate(tmp_path / "out", run.path, other.path, *asked)["rows"]
     note = "other was trained with --mixed_precision bf16, and is treated here as creature-adamw was, without"

@@ -39,7 +39,7 @@ def evaluate(output: Path, *argv: Any) -> dict[str, dict[str, Any]]:
     """Values by label and name."""
     flags = ["--metrics", "eval_loss", "--output_dir", output]
     main([str(word) for word in [*flags, "--lora", *argv]])
-    rows = json.loads((output / "metrics.json").read_text())["rows"]
+    rows = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["rows"]
     return {row["label"]: {value["name"]: value for value in row["values"]} for row in rows}
 
 
@@ -55,7 +55,7 @@ def test_it_is_the_loss_that_training_logged(
     for label, step in zip(found, (0, 2, 4), strict=True):
         for name in ("eval/loss", "eval/loss_rel"):
             assert found[label][name]["value"] == pytest.approx(logged(run, name).get(step, 1.0), rel=1e-5), label
-        evalset = json.loads(run.evalset_file.read_text())
+        evalset = json.loads(run.evalset_file.read_text(encoding="utf-8"))
         assert found[label]["eval/loss"]["encoder_id"] == f"evalset {evalset['evalset_id']}"
         assert found[label]["eval/loss"]["n"] == evalset["items"]
     assert len({values["eval/loss"]["value"] for values in found.values()}) == 3
@@ -79,7 +79,7 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
     main(words[0])
     said = train_with_two(words[1], script=REPOSITORY / "train_scripts" / "evaluate.py")
     assert said.count("clip_t ↑") == 1, "one process speaks"
-    results = [json.loads((tmp_path / place / "metrics.json").read_text()) for place in ("one", "two")]
+    results = [json.loads((tmp_path / place / "metrics.json").read_text(encoding="utf-8")) for place in ("one", "two")]
     assert results[0]["references"] == results[1]["references"] and results[0]["references"]["n"] == 8
     found = [result["rows"] for result in results]
     names = [value["name"] for value in found[0][1]["values"]]
@@ -131,24 +131,28 @@ def test_a_lora_that_is_not_finite_has_no_loss(run: RunFolder, sd_folder: Path, 
     model = ("--pretrained_model_name_or_path", sd_folder)
     found = evaluate(tmp_path / "out", broken, "--evalset", run.evalset_file, *model)
     assert [set(values) for values in found.values()] == [{"eval/loss", "eval/loss_rel"}, set()]
-    assert "eval_loss is left out: the loss is not finite" in (tmp_path / "out" / "metrics.json").read_text()
+    assert "eval_loss is left out: the loss is not finite" in (tmp_path / "out" / "metrics.json").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_what_cannot_be_measured_is_told(run: RunFolder, sd_folder: Path, tmp_path: Path) -> None:
     foreign = save_lora(sd_folder, tmp_path / "foreign", 3.0)
     other = tmp_path / "other"
     shutil.copytree(sd_folder, other)
-    config = json.loads((other / "unet" / "config.json").read_text())
-    (other / "unet" / "config.json").write_text(json.dumps({**config, "flip_sin_to_cos": False}))
+    config = json.loads((other / "unet" / "config.json").read_text(encoding="utf-8"))
+    (other / "unet" / "config.json").write_text(json.dumps({**config, "flip_sin_to_cos": False}), encoding="utf-8")
     model = ("--pretrained_model_name_or_path", other)
     with pytest.raises(UserError, match="nothing could be measured"):
         evaluate(tmp_path / "none", foreign, *model)
-    assert "eval_loss is left out: there is no evaluation set" in (tmp_path / "none" / "metrics.json").read_text()
+    assert "eval_loss is left out: there is no evaluation set" in (tmp_path / "none" / "metrics.json").read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"--evalset: .*evalset.json is for the model .*, not for .*other"):
         evaluate(tmp_path / "out", foreign, "--evalset", run.evalset_file, *model)
     with pytest.raises(UserError, match="nothing could be measured"):
         evaluate(tmp_path / "moved", run.path, *model)
-    assert "is for the model" in (tmp_path / "moved" / "metrics.json").read_text()
+    assert "is for the model" in (tmp_path / "moved" / "metrics.json").read_text(encoding="utf-8")
     (tmp_path / "picture").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "picture" / "a.png")
     with pytest.raises(UserError, match=r"only LoRAs have a loss, and .*picture holds images"):

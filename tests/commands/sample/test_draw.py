@@ -39,7 +39,8 @@ def run(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = RunFolder(tmp_path_factory.mktemp("outputs") / "dog-adamw")
     folder.path.mkdir()
     folder.config_file.write_text(
-        f"pretrained_model_name_or_path: {sd_folder}\ninstance_prompt: a photo of sks dog\nclass_prompt: a dog\n"
+        f"pretrained_model_name_or_path: {sd_folder}\ninstance_prompt: a photo of sks dog\nclass_prompt: a dog\n",
+        encoding="utf-8",
     )
     save_lora(sd_folder, folder.checkpoint_dir(1), 1.0)
     save_lora(sd_folder, folder.checkpoint_dir(2), 5.0)
@@ -74,11 +75,11 @@ def test_scale_zero_is_the_base_model(tmp_path: Path, run: RunFolder) -> None:
 
 
 def test_what_is_not_given_is_as_the_run_drew_it(tmp_path: Path, run: RunFolder) -> None:
-    before = run.config_file.read_text()
-    run.config_file.write_text(before + "sample_guidance_scale: 2.5\nresolution: 16\n")
+    before = run.config_file.read_text(encoding="utf-8")
+    run.config_file.write_text(before + "sample_guidance_scale: 2.5\nresolution: 16\n", encoding="utf-8")
     rows = sample(tmp_path / "out", run.path, "--prompts", "a cat")
     given = sample(tmp_path / "given", run.path, "--prompts", "a cat", "--sample_guidance_scale", 4)
-    run.config_file.write_text(before)
+    run.config_file.write_text(before, encoding="utf-8")
     assert [rows[0]["guidance_scale"], given[0]["guidance_scale"]] == [2.5, 4.0]
 
 
@@ -111,7 +112,7 @@ def test_the_best_checkpoint_has_a_row_of_its_own(run: RunFolder, sd_folder: Pat
         labels(run.path, best=True)
     copy = RunFolder(shutil.copytree(run.path, tmp_path / "dog-adamw"))
     save_lora(sd_folder, copy.best, 1.0)
-    copy.selection_file.write_text('{"step": 1}')
+    copy.selection_file.write_text('{"step": 1}', encoding="utf-8")
     assert labels(copy.path, best=True) == ["base model", "dog-adamw, best: step 1", "dog-adamw, final"]
     assert labels(copy.best) == ["base model", "dog-adamw, best: step 1"]
     every = labels(copy.path, best=True, checkpoints=True)
