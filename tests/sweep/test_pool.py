@@ -31,7 +31,8 @@ FAKE = """
         (folder / "began").write_text(str(time.time()), encoding="utf-8")
         rank = os.environ.get("RANK", "")
         (folder / f"who{rank}").write_text(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}", encoding="utf-8")
-        (folder / f"launched{rank}").write_text(" ".join(os.environ.get(n, "") for n in ("WORLD_SIZE", "MASTER_PORT")), encoding="utf-8")
+        launched = " ".join(os.environ.get(n, "") for n in ("WORLD_SIZE", "MASTER_PORT"))
+        (folder / f"launched{rank}").write_text(launched, encoding="utf-8")
         while rank and not (folder / f"launched{1 - int(rank)}").exists():
             time.sleep(0.01)
         if "die second" in job["argv"] and rank == "0":
