@@ -158,11 +158,12 @@ def _plan(record: ImageRecord, how: Preparations, key_parts: Mapping[str, KeyPar
 
 
 def _jobs(records: Sequence[ImageRecord], how: Preparations, filling: Filling) -> array[int]:
-    """Which images this process is to encode. Copies count once.
+    """Which images this process is to encode. Copies that are prepared alike count once.
 
     Shared out before looking what is missing: that changes while others work.
     """
-    _, first = np.unique(hash_prefixes(records), return_index=True)
+    ways = np.fromiter((how.each.index(how[record]) for record in records), np.uint64)
+    _, first = np.unique(np.stack([hash_prefixes(records), ways]), axis=1, return_index=True)
     share = np.sort(first)[filling.rank :: filling.world]
     jobs = array("q")
     bar = tqdm(share, desc="checking the cache", unit="image", delay=3, leave=False, disable=filling.silent)

@@ -231,3 +231,10 @@ def test_an_entry_takes_from_the_flags_what_it_does_not_say() -> None:
     assert (first.dataset_name, first.repeats, first.caption_column, first.streaming) == ("a", 5, "text", True)
     assert (second.instance_data_dir, second.repeats, second.caption_column) == (Path("b"), 2, "x")
     assert not second.streaming and first.instance_prompt == second.instance_prompt == "p"
+
+
+def test_one_photo_in_sets_of_several_sizes_is_encoded_at_each(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "dogs", 2)
+    sets = tuple(DataSet(instance_data_dir=folder, instance_prompt="p", resolution=side) for side in (32, 16, 32))
+    records, _, store = encoded(Data(datasets=sets, latents_cache_dir=tmp_path / "cache"), tmp_path / "cache")
+    assert [store.latents(index, 0)[0].shape[-1] for index in range(len(records))] == [4, 4, 2, 2, 4, 4]
