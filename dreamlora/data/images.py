@@ -210,6 +210,22 @@ def decode(data: bytes, where: str) -> Image.Image:
     return _decoded(data, where)[0]
 
 
+def see_through(data: bytes, where: str) -> bool:
+    """Whether an image file has pixels that are not opaque.
+
+    Raises:
+        BrokenImage: see ``decode``.
+    """
+    try:
+        with _opened(data) as image:
+            if not image.has_transparency_data or image.mode.startswith(("I", "F")):
+                return False
+            straight = image.convert("LA") if image.mode == "La" else image
+            return straight.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    except Exception as error:
+        raise _broken(where, error) from error
+
+
 def upright_size(data: bytes, where: str) -> tuple[int, int]:
     """Width and height that ``decode`` will give, from the header alone (TIFF: decoded).
 
