@@ -87,7 +87,7 @@ def examine(
     cache: Path | None,
     progress: bool = False,
     rows: Sequence[int] | None = None,
-    look: Callable[[ImageRecord], ImageFacts] = ImageRecord.decoded_facts,
+    look: Callable[[ImageRecord], ImageFacts] = lambda record: record.decoded_facts(),
 ) -> None:
     """Decode every image once, so that a broken one is found before a model is loaded, and keep hash and size.
 

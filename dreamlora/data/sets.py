@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, overload
 
+import numpy as np
+
 from dreamlora.config import Data
 from dreamlora.data.cache_folder import cache_folder
-from dreamlora.data.catalog import RecordSubset
+from dreamlora.data.catalog import RecordSubset, hash_prefixes
 from dreamlora.data.dataset import examine, load_images
 from dreamlora.data.folder import Images
 from dreamlora.data.images import ImageRecord
@@ -26,10 +28,12 @@ class DataSets(NamedTuple):
     Attributes:
         records: the images, data set by data set.
         notes: what the person should know of them, a sentence each.
+        shared: the same of images that are in several data sets.
     """
 
     records: Sequence[ImageRecord]
     notes: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
 
 class JoinedRecords(Sequence[ImageRecord]):
@@ -80,7 +84,17 @@ def joined(several: Sequence[DataSets], data: Data) -> DataSets:
         return several[0]
     names = _different([entry.name for entry in data.datasets])
     notes = tuple(dict.fromkeys(note for images in several for note in images.notes))
-    return DataSets(JoinedRecords([images.records for images in several], names), notes)
+    shared = tuple(_shared_note([hash_prefixes(images.records) for images in several]))
+    return DataSets(JoinedRecords([images.records for images in several], names), notes + shared, shared)
+
+
+def _shared_note(hashes: Sequence[np.ndarray]) -> Iterator[str]:
+    """What is to be said of images that are in several data sets."""
+    different = [np.unique(one) for one in hashes]
+    _, counts = np.unique(np.concatenate(different), return_counts=True)
+    shared = int((counts > 1).sum())
+    if shared:
+        yield f"{shared} of {len(counts)} different images {'is' if shared == 1 else 'are'} in more than one data set"
 
 
 def places(records: Sequence[ImageRecord], data: Data) -> Sequence[int] | None:

@@ -44,6 +44,8 @@ def check_inputs(config: RunConfig) -> None:
     for file in (config.sample.sample_prompts, config.eval.eval_prompts):
         if file:
             read_prompts(file, subject)
+    if not (data.brings_images or data.style or data.subject):
+        raise UserError("nothing to train on: give --instance_data_dir (--train_data_dir), or --dataset_name")
     for one in data.each() if data.brings_images else ():
         if one.dataset_name:
             check_dataset(one.dataset_name)

@@ -69,7 +69,7 @@ def test_precedence_of_captions(tmp_path):
 def test_csv_and_caption_column(tmp_path):
     save(tmp_path, "a.png", "sub/b.png")
     (tmp_path / "metadata.csv").write_text(
-        '\ufefffile_name,caption,long\na.png,"x, y",l1\nsub/b.png,z,l2\n', "utf-8", encoding="utf-8"
+        '\ufefffile_name,caption,long\na.png,"x, y",l1\nsub/b.png,z,l2\n', encoding="utf-8"
     )
     assert captions(tmp_path) == {"a.png": "x, y", "sub/b.png": "z"}
     assert captions(tmp_path, column="long") == {"a.png": "l1", "sub/b.png": "l2"}

@@ -230,7 +230,7 @@ def test_images_that_are_not_used_may_have_masks(tmp_path: Path) -> None:
     for number in range(3):
         half_white(tmp_path / "masks" / f"{number}.png")
     (tmp_path / "masks" / "2.png").write_text("no image, but not looked at either")
-    records, notes = load_sets(masked(tmp_path, max_train_samples=2))
+    records, notes, _ = load_sets(masked(tmp_path, max_train_samples=2))
     assert [bool(record.mask) for record in records] == [True, True] and not notes
 
 
@@ -240,7 +240,7 @@ def test_masks_of_images_in_sub_folders_lie_in_such_ones(tmp_path: Path) -> None
         half_white(tmp_path / "masks" / place / "0.png")
     rows = '{"file_name": "0.png", "text": "a"}\n{"file_name": "more/0.png", "text": "b"}\n'
     (tmp_path / "dogs" / "metadata.jsonl").write_text(rows, encoding="utf-8")
-    records, notes = load_sets(masked(tmp_path))
+    records, notes, _ = load_sets(masked(tmp_path))
     assert [(record.name, record.mask.name) for record in records if record.mask] == [
         ("0.png", "0.png"),
         ("more/0.png", "more/0.png"),
@@ -296,6 +296,29 @@ def test_masks_among_the_photos_are_refused(tmp_path: Path) -> None:
 def test_what_belongs_into_an_entry(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Data(datasets=(DataSet(instance_data_dir=Path("b")),), **options)
+
+
+def test_every_line_is_a_caption_where_there_are_files() -> None:
+    sets = (DataSet(instance_data_dir=Path("a")), DataSet(dataset_name="b"))
+    assert [one.captions_per_line for one in Data(datasets=sets, captions_per_line=True).each()] == [True, False]
+    with pytest.raises(UserError, match="--captions_per_line is about text files beside images"):
+        Data(datasets=sets[1:], captions_per_line=True)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_data_set_has_a_weight(weight: float) -> None:
+    with pytest.raises(UserError, match=r"--loss_weight must be above 0"):
+        DataSet(dataset_name="a", loss_weight=weight)
+
+
+def test_images_in_more_than_one_data_set_are_told(tmp_path: Path) -> None:
+    dogs, parks = (pictures(tmp_path / name, 3) for name in ("dogs", "parks"))
+    (parks / "2.png").unlink()
+    sets = tuple(DataSet(instance_data_dir=folder, instance_prompt="p") for folder in (dogs, parks))
+    data = Data(datasets=sets, latents_cache_dir=tmp_path / "cache")
+    assert "2 of 3 different images are in more than one data set" in load_sets(data).notes
+    pictures(parks, 2, seed=1)
+    assert not load_sets(data).notes
 
 
 def test_an_entry_takes_from_the_flags_what_it_does_not_say() -> None:

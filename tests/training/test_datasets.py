@@ -80,7 +80,7 @@ def test_a_run_sees_all_its_data_sets_as_often_as_they_say(
         "parks": 0.125,
     }
     assert any(batch.masks is not None and batch.masks.mean() < 1 for batch in seen)
-    assert "2 of 4 images have no mask" in run.summary_file.read_text(encoding="utf-8")
+    assert "which are learned everywhere: 2 of 4" in run.summary_file.read_text(encoding="utf-8")
     saved = run.config()["datasets"]
     assert [entry.get("repeats") for entry in saved] == [None, 3] and saved[1]["mask_data_dir"]
 
