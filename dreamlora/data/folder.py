@@ -281,8 +281,11 @@ def require_images(entries: Entries, flag: str) -> None:
         if not readable(Path(name)):
             unreadable.add(name)
     if unreadable.count:
+        first, more = unreadable.first[0], "s" * (unreadable.count > 1)
+        heif = FORMATS[Path(first).suffix.lower()] == "HEIF"
+        plug_in = 'pip install "dreamlora[heif]" for HEIC, or ' if heif else ""
         raise UserError(
-            f"the installed Pillow cannot read {unreadable.first[0]} ({unreadable.count} such files): convert them to "
+            f"the installed Pillow cannot read {first} ({unreadable.count} such file{more}): {plug_in}convert them to "
             "JPEG or PNG, or move them elsewhere"
         )
 
