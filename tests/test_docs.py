@@ -112,6 +112,7 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).touch()
     (tmp_path / "sets.yaml").write_text("datasets: [{instance_data_dir: photos}]", encoding="utf-8")
     (tmp_path / "prompts").symlink_to(ROOT / "prompts")
+    (tmp_path / "sets.yaml").write_text("datasets: [{instance_data_dir: photos}]", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     script = next((number for number, word in enumerate(words) if word.startswith("train_scripts/")), None)
     if script is not None:

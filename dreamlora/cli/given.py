@@ -22,6 +22,20 @@ from dreamlora.errors import UserError
 _FLAG = re.compile(r"--?[A-Za-z]")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings have every key once: of two, the first would not count."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Raises yaml.MarkedYAMLError if a key is there twice."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{key.value} is there twice: keep one", key.start_mark)
+            seen.add(str(key.value))
+        return node
+
+
 def flag_in(word: str) -> str | None:
     """The option that a word such as ``--lora-layers`` or ``--rank=8`` names; None for a value, such as -1."""
     return word.partition("=")[0].lstrip("-").replace("-", "_") if _FLAG.match(word) else None
@@ -74,27 +88,35 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
     """
     options = options_of(config_class)
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        entries = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"--config: cannot read {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {file} is no valid YAML: {error}") from None
     if not isinstance(entries, dict | None):
         raise UserError(f"--config: {file} must hold entries such as `rank: 8` (got a {type(entries).__name__})")
-    flat: dict[str, Any] = {}
-    for key, value in (entries or {}).items():
-        inside = key in subgroups_of(config_class) and isinstance(value, dict | None)
-        flat |= (value or {}) if inside else {key: value}
     given: dict[str, Any] = {}
-    for key, value in flat.items():
-        name = str(key).replace("-", "_")
+    for name, value in _flat(entries or {}, config_class, file).items():
         if name in options and options[name].entries:
             given[name] = _entries(options[name], value, str(file), config_class)
         elif name in options:
             given[name] = value_of(options[name], value, str(file))
         elif not _unneeded(name, options) and value is not None:
-            raise UserError(_unknown(f"key {key!r} in {file}", name, options, config_class))
+            raise UserError(_unknown(f"key {name!r} in {file}", name, options, config_class))
     return given
+
+
+def _flat(entries: Mapping[Any, Any], config_class: type, file: Path) -> dict[str, Any]:
+    """Entries without their groups, by option; each is there once."""
+    flat: dict[str, Any] = {}
+    for key, value in entries.items():
+        inside = key in subgroups_of(config_class) and isinstance(value, dict | None)
+        for spelled, own in ((value or {}) if inside else {key: value}).items():
+            name = str(spelled).replace("-", "_")
+            if name in flat:
+                raise UserError(f"--config: {file} has {name} twice: keep one")
+            flat[name] = own
+    return flat
 
 
 def _entries(option: Option, given: Any, file: str, config_class: type) -> tuple[Any, ...] | None:
@@ -111,6 +133,8 @@ def _entries(option: Option, given: Any, file: str, config_class: type) -> tuple
         values: dict[str, Any] = {}
         for key, value in entry.items():
             name = str(key).replace("-", "_")
+            if name in values:
+                raise UserError(f"{where} has {name} twice: keep one")
             if name not in offered:
                 why = f"not offered: {not_offered[name]}" if name in not_offered else "unknown"
                 raise UserError(f"{where}: {key!r} is {why}. An entry takes {', '.join(offered)}")

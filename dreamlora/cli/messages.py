@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -102,6 +102,11 @@ class _Tolerant:
         except OSError as error:
             self._fail(error)
             return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """As the stream's; raises what ``write`` does."""
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         """As the stream's; raises what ``write`` does."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import within as _within
 from dreamlora.errors import UserError
@@ -51,7 +52,7 @@ class DataSet:
     def __post_init__(self) -> None:
         _at_least(self, 1, "repeats", "max_train_samples")
         _within(self, 8, LARGEST + 1, "resolution")
-        _at_least(self, 0, "loss_weight")
+        _above(self, 0, "loss_weight")
         given = [name for name in SOURCES if getattr(self, name)]
         if len(given) != 1:
             got = " and ".join(given) or "none"
@@ -174,7 +175,7 @@ class Data:
             raise UserError("--mask_data_dir belongs to a folder of images: a --dataset_name cannot have masks")
         if self.streaming and not any(one.dataset_name for one in self.each()):
             raise UserError("--streaming is only used together with --dataset_name")
-        if self.captions_per_line and self.dataset_name:
+        if self.captions_per_line and all(one.dataset_name for one in self.each()):
             raise UserError("--captions_per_line is about text files beside images, which --dataset_name has none of")
         if self.keep_tags and not self.shuffle_tags:
             raise UserError("--keep_tags is only used together with --shuffle_tags")
@@ -185,12 +186,14 @@ class Data:
         """The options of every data set by themselves: those of its entry, and for the others the flags."""
         if not self.datasets:
             return (self,)
-        common = replace(self, datasets=(), streaming=False)
-        entries = ((entry, {k: v for k, v in entry.given().items() if k != "loss_weight"}) for entry in self.datasets)
-        return tuple(
-            replace(common, **own, streaming=self.streaming and entry.dataset_name is not None)
-            for entry, own in entries
-        )
+        common = replace(self, datasets=(), streaming=False, captions_per_line=False)
+
+        def options(entry: DataSet) -> Data:
+            own = {name: value for name, value in entry.given().items() if name != "loss_weight"}
+            of_kind = "streaming" if entry.dataset_name else "captions_per_line"
+            return replace(common, **own, **{of_kind: getattr(self, of_kind)})
+
+        return tuple(map(options, self.datasets))
 
     @property
     def brings_images(self) -> bool:

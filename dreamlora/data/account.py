@@ -138,7 +138,8 @@ def unused_note(entries: Entries) -> list[str]:
         total += count
     if not told:
         return []
-    return [f"{entries.folder} has {total} entr{'y' if total == 1 else 'ies'} that are not used: {'; '.join(told)}"]
+    what = "1 entry that is" if total == 1 else f"{total} entries that are"
+    return [f"{entries.folder} has {what} not used: {'; '.join(told)}"]
 
 
 def _names(db: sqlite3.Connection, reason: bytes) -> Iterator[str]:

@@ -35,6 +35,9 @@ CACHE_FORMAT = 2
 2: colours are converted to sRGB by the profiles in the files.
 """
 
+CHECKED_WHOLE = 1000
+"""Entries that are read whole and checked before a run; of more, which would take minutes, only the headers are."""
+
 Entry = dict[str, Tensor]
 KeyPart = str | int | float | bool | None
 

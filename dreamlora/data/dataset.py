@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +82,13 @@ def copies_note(records: Catalog) -> list[str]:
     return [f"{copies} of {len(records)} images {'is a copy' if copies == 1 else 'are copies'} of another one"]
 
 
-def examine(records: Catalog, cache: Path | None, progress: bool = False, rows: Sequence[int] | None = None) -> None:
+def examine(
+    records: Catalog,
+    cache: Path | None,
+    progress: bool = False,
+    rows: Sequence[int] | None = None,
+    look: Callable[[ImageRecord], ImageFacts] = lambda record: record.decoded_facts(),
+) -> None:
     """Decode every image once, so that a broken one is found before a model is loaded, and keep hash and size.
 
     Threads decode (Pillow lets them run at the same time); as many images are in memory as there are threads. Files
@@ -93,17 +99,18 @@ def examine(records: Catalog, cache: Path | None, progress: bool = False, rows: 
         cache: folder of the index of known files; None: nothing is looked up or written.
         progress: show a bar.
         rows: to look at; by default all.
+        look: decodes an image; raises a UserError for one that cannot be used.
 
     Raises:
         BrokenImage: an image is broken or cannot be read.
-        UserError: several are; the message names up to 10 of them, each with its reason.
+        UserError: several are; the message names up to 10 of them, each with its reason. Or see ``look``.
     """
     index = FileIndex(cache)
     asked = range(len(records)) if rows is None else rows
     bar = tqdm(asked, "reading images", unit="image", delay=3, leave=False, disable=not progress)
     broken: list[BrokenImage] = []
     with records.filling(), ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as pool:
-        for job, decoded in _ahead(pool, _unknown(records, bar, index)):
+        for job, decoded in _ahead(pool, _unknown(records, bar, index), look):
             try:
                 facts = decoded.result()
             except BrokenImage as error:
@@ -137,11 +144,13 @@ def _unknown(records: Catalog, rows: Iterable[int], index: FileIndex) -> Iterato
             records.examined(row, facts)
 
 
-def _ahead(pool: ThreadPoolExecutor, jobs: Iterable[_Undecoded]) -> Iterator[tuple[_Undecoded, Future[ImageFacts]]]:
+def _ahead(
+    pool: ThreadPoolExecutor, jobs: Iterable[_Undecoded], look: Callable[[ImageRecord], ImageFacts]
+) -> Iterator[tuple[_Undecoded, Future[ImageFacts]]]:
     """Every job with its result to come, in order; a few are begun before they are asked for."""
     begun: deque[tuple[_Undecoded, Future[ImageFacts]]] = deque()
     for job in jobs:
-        begun.append((job, pool.submit(job.record.decoded_facts)))
+        begun.append((job, pool.submit(look, job.record)))
         if len(begun) > 2 * MOST_THREADS:
             yield begun.popleft()
     yield from begun

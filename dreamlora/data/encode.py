@@ -14,16 +14,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dreamlora.data.cache import RAM_BYTES, Entry, KeyPart, LatentStore, PromptStore, Recent, TensorCache, content_key
-from dreamlora.data.catalog import hash_prefixes
+from dreamlora.data.cache import (
+    CHECKED_WHOLE,
+    RAM_BYTES,
+    Entry,
+    KeyPart,
+    LatentStore,
+    PromptStore,
+    Recent,
+    TensorCache,
+    content_key,
+)
+from dreamlora.data.catalog import RecordSubset, hash_prefixes
 from dreamlora.data.images import ImageRecord, decode
 from dreamlora.data.mask_crops import mask_plan, store_masks
 from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents
-
-CHECKED_WHOLE = 1000
-"""Entries that are read whole and checked before a run; of more, which would take minutes, only the headers are."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,9 @@ def encode_dataset(
     with torch.no_grad():
         for batch in _batches(filling.bar(crops, "image", len(jobs)), filling.batch_size):
             _store(batch, encode, filling.cache)
-    store_masks(records[filling.rank :: filling.world], how, filling.cache)
+    masked = array("q", (index for index, record in enumerate(records) if record.mask))
+    share = RecordSubset(records, masked[filling.rank :: filling.world])
+    store_masks(filling.bar(share, "mask", len(share)), how, filling.cache)
     return LatentStore(
         records,
         lambda record: [key for key, _ in _plan(record, how, filling.key_parts)],
@@ -158,11 +167,12 @@ def _plan(record: ImageRecord, how: Preparations, key_parts: Mapping[str, KeyPar
 
 
 def _jobs(records: Sequence[ImageRecord], how: Preparations, filling: Filling) -> array[int]:
-    """Which images this process is to encode. Copies count once.
+    """Which images this process is to encode. Copies that are prepared alike count once.
 
     Shared out before looking what is missing: that changes while others work.
     """
-    _, first = np.unique(hash_prefixes(records), return_index=True)
+    ways = np.fromiter((how.each.index(how[record]) for record in records), np.uint64)
+    _, first = np.unique(np.stack([hash_prefixes(records), ways]), axis=1, return_index=True)
     share = np.sort(first)[filling.rank :: filling.world]
     jobs = array("q")
     bar = tqdm(share, desc="checking the cache", unit="image", delay=3, leave=False, disable=filling.silent)

@@ -132,12 +132,12 @@ class Entries:
                     self.add(name, entry.stat(), EntryKind.BELOW if kind is EntryKind.IMAGE else kind, listed=False)
 
     def same_files(self, kind: EntryKind) -> Iterator[tuple[str, str]]:
-        """Pairs of names of one kind that the file system says are one file."""
+        """Pairs of names of one kind, next to each other, that the file system says are one file."""
         query = (
-            "SELECT a.name, min(b.name) FROM entries a JOIN entries b ON a.identity = b.identity AND a.name < b.name "
-            "WHERE a.kind = ? AND b.kind = ? GROUP BY a.name ORDER BY a.sort"
+            "SELECT name, next FROM (SELECT name, sort, LEAD(name) OVER (PARTITION BY identity ORDER BY sort) AS next "
+            "FROM entries WHERE kind = ? AND identity IS NOT NULL) WHERE next IS NOT NULL ORDER BY sort"
         )
-        return ((os.fsdecode(a), os.fsdecode(b)) for a, b in self.db.execute(query, (kind, kind)))
+        return ((os.fsdecode(a), os.fsdecode(b)) for a, b in self.db.execute(query, (kind,)))
 
     def take_as_image(self, name: str) -> None:
         """Make an image of one that is hidden or lies in a sub-folder."""

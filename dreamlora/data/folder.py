@@ -48,11 +48,13 @@ class Images(NamedTuple):
         records: the images.
         notes: what the person should know of them, a sentence each.
         account: what became of every entry.
+        entries: of a folder.
     """
 
     records: Catalog
     notes: tuple[str, ...] = ()
     account: Iterable[Entry] = ()
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,7 @@ def load_folder(
     with catalog.filling():
         entries.read(flag)
         metadata = read_metadata(entries, caption_column)
-        if next(entries.names(EntryKind.IMAGE), None) is None:
-            raise UserError(_no_images(folder, flag))
-        _refuse_unreadable(entries)
+        require_images(entries, flag)
         sidecars = SidecarReader(entries, caption_column, captions_per_line, strict)
         captions = _Captions(entries, sidecars, tidy(prompt), flag)
         captions.add_to(catalog)
@@ -123,7 +123,7 @@ def load_folder(
                 "leave the flag out"
             )
         notes = (*folder_name_note(folder), *captions.notes(), *unused_note(entries))
-    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog))
+    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog), entries)
 
 
 @dataclass
@@ -264,15 +264,28 @@ def _no_images(folder: Path, flag: str) -> str:
     return told + (f"; {meant}" if meant else "")
 
 
-def _refuse_unreadable(entries: Entries) -> None:
-    """Photos left out silently would be worse than a stop."""
+def require_images(entries: Entries, flag: str) -> None:
+    """Nothing, if there are images and all can be read: photos left out silently would be worse than a stop.
+
+    Args:
+        entries: of a folder.
+        flag: that names it, for error messages.
+
+    Raises:
+        UserError: there are none, or some cannot.
+    """
+    if next(entries.names(EntryKind.IMAGE), None) is None:
+        raise UserError(_no_images(entries.folder, flag))
     unreadable = _Named()
     for name in entries.names(EntryKind.IMAGE):
         if not readable(Path(name)):
             unreadable.add(name)
     if unreadable.count:
+        first, more = unreadable.first[0], "s" * (unreadable.count > 1)
+        heif = FORMATS[Path(first).suffix.lower()] == "HEIF"
+        plug_in = 'pip install "dreamlora[heif]" for HEIC, or ' if heif else ""
         raise UserError(
-            f"the installed Pillow cannot read {unreadable.first[0]} ({unreadable.count} such files): convert them to "
+            f"the installed Pillow cannot read {first} ({unreadable.count} such file{more}): {plug_in}convert them to "
             "JPEG or PNG, or move them elsewhere"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ _READ = {
     "PPM": ".ppm .pgm .pbm .pnm .pfm",
     "QOI": ".qoi",
 }
-"""Suffixes by Pillow's name of the format. Pillow reads AVIF from 11.3 on, HEIF and JPEG XL only with a plug-in."""
+"""Suffixes by Pillow's name of the format. Pillow reads AVIF from 11.3 on, HEIF with pillow-heif, JPEG XL not."""
 _NEVER_READ = (
     ".arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf "
     ".srw .x3f .3fr .fff .jxr .wdp .hdp .bpg .flif .exr .hdr .psd .psb .xcf .kra .ora .ai .eps .svg .svgz .wmf .emf "
@@ -178,8 +179,7 @@ class _Constant:
 
 def readable(file: Path) -> bool:
     """Whether the installed Pillow can read images with this file's suffix."""
-    Image.init()
-    return FORMATS.get(file.suffix.lower()) in Image.OPEN
+    return FORMATS.get(file.suffix.lower()) in _formats()
 
 
 def holds_images(folder: Path, flag: str) -> bool:
@@ -208,6 +208,22 @@ def decode(data: bytes, where: str) -> Image.Image:
         BrokenImage: truncated, damaged, too large or no image; the message names ``where``.
     """
     return _decoded(data, where)[0]
+
+
+def see_through(data: bytes, where: str) -> bool:
+    """Whether an image file has pixels that are not opaque.
+
+    Raises:
+        BrokenImage: see ``decode``.
+    """
+    try:
+        with _opened(data) as image:
+            if not image.has_transparency_data or image.mode.startswith(("I", "F")):
+                return False
+            straight = image.convert("LA") if image.mode == "La" else image
+            return straight.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    except Exception as error:
+        raise _broken(where, error) from error
 
 
 def upright_size(data: bytes, where: str) -> tuple[int, int]:
@@ -285,9 +301,20 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _opened(data: bytes) -> Image.Image:
-    """Only the formats above: Pillow's others include some that start external programs (EPS)."""
+    return Image.open(BytesIO(data), formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those above that can be read. Not all of Pillow's: these include some that start external programs (EPS)."""
     Image.init()
-    return Image.open(BytesIO(data), formats=[name for name in _READ if name in Image.OPEN])
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
+    return tuple(name for name in _READ if name in Image.OPEN)
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

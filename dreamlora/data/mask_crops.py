@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import torch
 
-from dreamlora.data.cache import TensorCache, content_key
+from dreamlora.data.cache import CHECKED_WHOLE, TensorCache, content_key
 from dreamlora.data.images import ImageRecord
+from dreamlora.data.mask_files import grey
 from dreamlora.data.transforms import Preparations, Variant, crop, variants
-from dreamlora.errors import UserError
 
 
 def mask_plan(record: ImageRecord, how: Preparations) -> list[tuple[str, Variant]]:
@@ -27,16 +27,14 @@ def store_masks(records: Iterable[ImageRecord], how: Preparations, cache: Tensor
     """Crop the masks of images as the images are cropped, where the cache lacks them.
 
     Raises:
-        UserError: a mask is black everywhere.
+        UserError: see ``grey``.
     """
-    for record in records:
+    for number, record in enumerate(records):
         plan = mask_plan(record, how)
-        missing = set(cache.missing(key for key, _ in plan))
+        missing = set(cache.missing((key for key, _ in plan), thorough=number < CHECKED_WHOLE))
         if not missing or record.mask is None:
             continue
-        mask = record.mask.open().convert("L").resize(record.facts.size)
-        if mask.getextrema() == (0, 0):
-            raise UserError(f"the mask {record.mask.where} is black everywhere: nothing of its image would be learned")
+        mask = grey(record.mask).resize(record.facts.size)
         for key, variant in plan:
             if key in missing:
                 cache.put(key, {"mask": torch.from_numpy(crop(mask, variant, how[record]))[None]})

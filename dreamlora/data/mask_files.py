@@ -5,37 +5,104 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
-from dreamlora.data.catalog import RecordSubset
-from dreamlora.data.images import ImageRecord
+from PIL import Image
+
+from dreamlora.config import Data
+from dreamlora.data.account import FolderAccount, explain_unused, printable, unused_note
+from dreamlora.data.catalog import Catalog, RecordSubset
+from dreamlora.data.entries import Entries, EntryKind
+from dreamlora.data.folder import FolderPlace, Images, require_images
+from dreamlora.data.images import ImageFacts, ImageRecord, decode, see_through
+from dreamlora.data.sidecars import belongs
 from dreamlora.errors import UserError
+
+FLAG = "--mask_data_dir"
+
+
+class Masks(NamedTuple):
+    """The masks of one data set.
+
+    Attributes:
+        files: all of the folder.
+        row: that of every image which has one, by the image's name.
+        without: images that have none.
+    """
+
+    files: Images
+    row: Mapping[str, int]
+    without: int
+
+    @property
+    def rows(self) -> list[int]:
+        """All that count, in the order of the folder."""
+        return sorted(set(self.row.values()))
+
+
+def list_masks(images: Images, data: Data) -> Masks | None:
+    """The masks of one data set; no file is opened. None: it has no folder of them.
+
+    Args:
+        images: of the data set.
+        data: its options.
+
+    Raises:
+        UserError: their folder is missing, or that of the images; or a mask belongs to no image, or two belong to one.
+    """
+    folder = data.mask_data_dir
+    if folder is None or images.entries is None:
+        return None
+    if folder.resolve() == images.entries.folder.resolve():
+        raise UserError(f"{FLAG} {folder} is the folder of the images: put the masks into one of their own")
+    names = {record.name for record in images.records}
+    files = _load_masks(folder, sorted({Path(name).parent.as_posix() for name in names} - {"."}))
+    row = {name: mask for name, mask in _masks_of_images(files, images.entries, folder).items() if name in names}
+    return Masks(files, row, len(names) - len(row))
+
+
+def look_at_mask(mask: ImageRecord) -> ImageFacts:
+    """The facts of a mask, decoded whole.
+
+    Raises:
+        UserError: see ``grey``.
+    """
+    grey(mask)
+    return mask.decoded_facts()
+
+
+def grey(mask: ImageRecord) -> Image.Image:
+    """A mask as it counts: 8-bit grey.
+
+    Raises:
+        UserError: it cannot be read, is transparent in places, or black everywhere.
+    """
+    data = mask.load()
+    if see_through(data, mask.where):
+        raise UserError(
+            f"the mask {mask.where} is transparent in places, which does not say whether these are learned: save it in "
+            "black, grey and white alone (of a cut-out, its alpha channel as a picture)"
+        )
+    picture = decode(data, mask.where).convert("L")
+    if picture.getextrema() == (0, 0):
+        raise UserError(f"the mask {mask.where} is black everywhere: nothing of its image would be learned")
+    return picture
 
 
 class MaskedRecords(Sequence[ImageRecord]):
-    """Images, each with the mask that has its name (whatever the ending) if there is one.
+    """Images, each with its mask if there is one.
 
     Args:
         images: of one data set.
-        masks: of their folder.
-        place: that folder, for error messages.
+        masks: that have been looked at.
 
     Raises:
-        UserError: a mask belongs to no image or has another shape, two belong to one, or no image has one.
+        UserError: a mask has another shape than its image.
     """
 
-    def __init__(self, images: Sequence[ImageRecord], masks: Sequence[ImageRecord], place: Path) -> None:
+    def __init__(self, images: Sequence[ImageRecord], masks: Masks) -> None:
         self._images = images
         self._masks = masks
-        self._row = _rows_by_stem(masks, place)
-        self.without = sum(_stem(image.name) not in self._row for image in images)
-        unused = self._row.keys() - {_stem(image.name) for image in images}
-        if unused:
-            first = masks[min(self._row[stem] for stem in unused)].name
-            raise UserError(
-                f"{len(unused)} masks in {place} belong to no image, such as {first}: a mask has the name of its image "
-                "(its ending may be another)"
-            )
         for image in self:
             _require_same_shape(image)
 
@@ -50,24 +117,55 @@ class MaskedRecords(Sequence[ImageRecord]):
         if isinstance(row, slice):
             return RecordSubset(self, range(len(self))[row])
         image = self._images[row]
-        place = self._row.get(_stem(image.name))
-        return image if place is None else replace(image, mask=self._masks[place])
+        place = self._masks.row.get(image.name)
+        return image if place is None else replace(image, mask=self._masks.files.records[place])
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return (self[row] for row in range(len(self)))
 
 
-def _rows_by_stem(masks: Sequence[ImageRecord], place: Path) -> Mapping[str, int]:
+def _load_masks(folder: Path, below: Sequence[str]) -> Images:
+    """All images of a folder of masks, and those of its sub-folders ``below``."""
+    catalog = Catalog(FolderPlace(folder))
+    entries = Entries(catalog.db, folder)
+    with catalog.filling():
+        entries.read(FLAG)
+        for parent in below:
+            entries.read_below(parent)
+        for name in list(entries.names(EntryKind.BELOW)):
+            entries.take_as_image(name)
+        require_images(entries, FLAG)
+        for name in entries.names(EntryKind.IMAGE):
+            catalog.add(name, [""])
+        for kind in (EntryKind.CAPTION, EntryKind.METADATA):
+            for name in list(entries.names(kind)):
+                entries.unused(name, "captions beside masks do not count")
+        explain_unused(entries)
+    return Images(catalog, tuple(map(printable, unused_note(entries))), FolderAccount(catalog), entries)
+
+
+def _masks_of_images(files: Images, images: Entries, folder: Path) -> dict[str, int]:
+    """The mask of every image that has one, by the image's name, also of images that are not used."""
     rows: dict[str, int] = {}
-    for row, mask in enumerate(masks):
-        other = rows.setdefault(_stem(mask.name), row)
-        if other != row:
-            raise UserError(f"{masks[other].name} and {mask.name} in {place} are masks of one image: keep one of them")
+    stray: list[str] = []
+    for row, mask in enumerate(files.records):
+        alike = images.like(mask.name, EntryKind.IMAGE)
+        named = [image for image in alike if belongs(mask.name, image, images, folder)]
+        if not named:
+            stray.append(mask.name)
+        for image in named:
+            other = rows.setdefault(image, row)
+            if other != row:
+                raise UserError(
+                    f"{files.records[other].name} and {mask.name} in {folder} are masks of one image: keep one of them"
+                )
+    if stray:
+        several = len(stray) > 1
+        raise UserError(
+            f"{len(stray)} mask{'s' * several} in {folder} belong{'s' * (not several)} to no image, such as "
+            f"{stray[0]}: a mask has the name of its image (its ending may be another)"
+        )
     return rows
-
-
-def _stem(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
 
 
 def _require_same_shape(image: ImageRecord) -> None:

@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, overload
 
+import numpy as np
+
 from dreamlora.config import Data
 from dreamlora.data.cache_folder import cache_folder
-from dreamlora.data.catalog import RecordSubset
+from dreamlora.data.catalog import RecordSubset, hash_prefixes
 from dreamlora.data.dataset import examine, load_images
-from dreamlora.data.folder import Images, load_folder
+from dreamlora.data.folder import Images
 from dreamlora.data.images import ImageRecord
-from dreamlora.data.mask_files import MaskedRecords
-from dreamlora.errors import UserError
+from dreamlora.data.mask_files import MaskedRecords, Masks, list_masks, look_at_mask
 
 
 class DataSets(NamedTuple):
@@ -27,10 +28,12 @@ class DataSets(NamedTuple):
     Attributes:
         records: the images, data set by data set.
         notes: what the person should know of them, a sentence each.
+        shared: the same of images that are in several data sets.
     """
 
     records: Sequence[ImageRecord]
     notes: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
 
 class JoinedRecords(Sequence[ImageRecord]):
@@ -81,7 +84,17 @@ def joined(several: Sequence[DataSets], data: Data) -> DataSets:
         return several[0]
     names = _different([entry.name for entry in data.datasets])
     notes = tuple(dict.fromkeys(note for images in several for note in images.notes))
-    return DataSets(JoinedRecords([images.records for images in several], names), notes)
+    shared = tuple(_shared_note([hash_prefixes(images.records) for images in several]))
+    return DataSets(JoinedRecords([images.records for images in several], names), notes + shared, shared)
+
+
+def _shared_note(hashes: Sequence[np.ndarray]) -> Iterator[str]:
+    """What is to be said of images that are in several data sets."""
+    different = [np.unique(one) for one in hashes]
+    _, counts = np.unique(np.concatenate(different), return_counts=True)
+    shared = int((counts > 1).sum())
+    if shared:
+        yield f"{shared} of {len(counts)} different images {'is' if shared == 1 else 'are'} in more than one data set"
 
 
 def places(records: Sequence[ImageRecord], data: Data) -> Sequence[int] | None:
@@ -110,40 +123,42 @@ def loss_shares(records: Sequence[ImageRecord], data: Data) -> Sequence[float] |
     return array("d", (weights[record.dataset] for record in records))
 
 
-def list_masks(data: Data) -> Images | None:
-    """The masks of one data set; no file is opened.
+def load_masks(images: Images, data: Data, cache: Path | None, progress: bool = False) -> Masks | None:
+    """The masks of one data set, those that count decoded once; None if it has no folder of them.
+
+    Args:
+        images: of the data set.
+        data: its options.
+        cache: see ``examine``.
+        progress: show a bar.
 
     Raises:
-        UserError: their folder is missing, or is that of the images.
+        UserError: see ``list_masks`` and ``look_at_mask``.
     """
-    folder = data.mask_data_dir
-    if folder is None:
-        return None
-    source = data.instance_data_dir or data.train_data_dir
-    if source and folder.resolve() == source.resolve():
-        raise UserError(f"--mask_data_dir {folder} is the folder of the images: put the masks into one of their own")
-    return load_folder(folder, "mask", flag="--mask_data_dir", strict=False)
+    masks = list_masks(images, data)
+    if masks:
+        examine(masks.files.records, cache, progress, masks.rows, look_at_mask)
+    return masks
 
 
-def with_masks(images: Images, masks: Images | None, data: Data) -> DataSets:
+def with_masks(images: Images, masks: Masks | None, data: Data) -> DataSets:
     """One data set whose images, and masks, have been looked at.
 
     Raises:
         UserError: see ``MaskedRecords``.
     """
-    if masks is None or data.mask_data_dir is None:
+    if masks is None:
         return DataSets(images.records, images.notes)
-    masked = MaskedRecords(images.records, masks.records, data.mask_data_dir)
-    missing = f"{masked.without} of {len(masked)} images have no mask in {data.mask_data_dir}: all of them is learned"
-    return DataSets(masked, (*images.notes, *([missing] if masked.without else [])))
+    notes = [*images.notes, *masks.files.notes]
+    if masks.without:
+        count = f"{masks.without} of {len(images.records)}"
+        notes.append(f"images without a mask in {data.mask_data_dir}, which are learned everywhere: {count}")
+    return DataSets(MaskedRecords(images.records, masks), tuple(notes))
 
 
 def _load(data: Data, cache_dir: Path | None, progress: bool) -> DataSets:
-    masks = list_masks(data)
     images = load_images(data, cache_dir, progress)
-    if masks:
-        examine(masks.records, cache_folder(data.latents_cache_dir), progress)
-    return with_masks(images, masks, data)
+    return with_masks(images, load_masks(images, data, cache_folder(data.latents_cache_dir), progress), data)
 
 
 def _different(names: Sequence[str]) -> list[str]:

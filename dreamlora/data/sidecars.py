@@ -54,25 +54,10 @@ class SidecarReader:
         Raises:
             UserError: one cannot be read, or could belong to another image as well.
         """
-        files = [name for name in self._entries.like(image, EntryKind.CAPTION) if self._belongs(name, image)]
+        captions = self._entries.like(image, EntryKind.CAPTION)
+        files = [name for name in captions if belongs(name, image, self._entries, self._entries.folder)]
         files.sort(key=lambda name: CAPTION_SUFFIXES.index(Path(name).suffix.lower()))
         return [self._read(name) for name in files]
-
-    def _belongs(self, name: str, image: str) -> bool:
-        """Whether a caption file is this image's: by its exact name, or by another case if no image has that."""
-        base = name.removesuffix(Path(name).suffix)
-        if _names(image, base, spelled):
-            return True
-        if not _names(image, base, folded):
-            return False
-        others = [other for other in self._entries.like(name, EntryKind.IMAGE) if _names(other, base, folded)]
-        if any(_names(other, base, spelled) for other in others):
-            return False
-        if len({spelled(_without_ending(other)) for other in others}) > 1:
-            raise UserError(
-                f"{self._entries.folder / name} differs in case from {' and '.join(others)}: name it as its image"
-            )
-        return True
 
     def _read(self, name: str) -> Sidecar:
         file = self._entries.folder / name
@@ -105,9 +90,34 @@ class SidecarReader:
         return captions_of(content[key], str(file))
 
 
+def belongs(name: str, image: str, entries: Entries, folder: Path) -> bool:
+    """Whether a file is named after this image: by its exact name, or by another case if no image has that.
+
+    Args:
+        name: of the file.
+        image: of the folder.
+        entries: of the folder.
+        folder: where the file lies, for the error message.
+
+    Raises:
+        UserError: it could belong to another image as well.
+    """
+    base = _without_ending(name)
+    if _names(image, base, spelled):
+        return True
+    if not _names(image, base, folded):
+        return False
+    others = [other for other in entries.like(name, EntryKind.IMAGE) if _names(other, base, folded)]
+    if any(_names(other, base, spelled) for other in others):
+        return False
+    if len({spelled(_without_ending(other)) for other in others}) > 1:
+        raise UserError(f"{folder / name} differs in case from {' and '.join(others)}: name it as its image")
+    return True
+
+
 def _names(image: str, base: str, alike: Callable[[str], str]) -> bool:
     return alike(base) in (alike(image), alike(_without_ending(image)))
 
 
-def _without_ending(image: str) -> str:
-    return image.removesuffix(Path(image).suffix)
+def _without_ending(name: str) -> str:
+    return name.removesuffix(Path(name).suffix)

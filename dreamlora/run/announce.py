@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dreamlora.compare.records import model_name
 from dreamlora.config import Data, as_flat_dict
+from dreamlora.data.caption_text import tidy
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.sets import epoch_length
 from dreamlora.files import write_atomically
@@ -95,7 +96,7 @@ def _source(data: Data, weight: float) -> str:
 
 def _captions(context: RunContext, records: Sequence[ImageRecord]) -> str:
     data = context.config.data
-    prompts = [one.instance_prompt for one in data.each()]
+    prompts = [tidy(one.instance_prompt) for one in data.each()]
     own = [record.caption for record in records if record.caption != prompts[record.dataset]]
     common = " or ".join(f'"{prompt}"' for prompt in dict.fromkeys(prompts) if prompt)
     if not own:

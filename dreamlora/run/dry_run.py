@@ -6,18 +6,19 @@ import os
 import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from dreamlora.config import Data, RunConfig
-from dreamlora.data.account import Entry, printable
+from dreamlora.data.account import TRUNCATED, Entry, printable
 from dreamlora.data.dataset import copies_note, examine, list_images, split_holdout
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.images import ImageRecord, holds_images
-from dreamlora.data.sets import epoch_length, joined, list_masks, with_masks
+from dreamlora.data.mask_files import Masks
+from dreamlora.data.sets import DataSets, epoch_length, joined, load_masks, with_masks
 
 HEADS = ("entry", "use", "captions from", "captions, or why it is not used")
 WIDEST = 40
@@ -32,12 +33,14 @@ class Listed(NamedTuple):
         title: what it is, with its flag.
         images: with what became of every entry.
         repeats: how often each image is seen in an epoch.
-        holdout: how many images are to be held out, as the option says; 0 for class images.
+        measured: whether images of it alone are held out.
+        holdout: how many, as the option says.
     """
 
     title: str
     images: Images
     repeats: int = 1
+    measured: bool = False
     holdout: int | None = None
 
 
@@ -68,36 +71,42 @@ def _data_sets(config: RunConfig, scratch: Path) -> Iterator[Listed]:
     for one in data.each() if data.brings_images else ():
         images = _examined(list_images(_kept_in(scratch, one), config.model.cache_dir))
         source = one.dataset_name or one.train_data_dir or one.instance_data_dir
-        yield Listed(f"images to learn: {source}", images, one.repeats, 0 if data.datasets else data.holdout)
-        masks = list_masks(one)
+        yield Listed(f"images to learn: {source}", images, one.repeats, not data.datasets, data.holdout)
+        masks = load_masks(images, one, None, progress=True)
+        several.append(with_masks(images, masks, one))
         if masks:
-            examine(masks.records, None, progress=True)
-        learned = with_masks(images, masks, one)
-        several.append(learned)
-        if masks:
-            yield Listed(f"masks: {one.mask_data_dir}", masks._replace(account=_of_images(masks, learned.records)))
+            account = _of_images(masks)
+            yield Listed(f"masks: {one.mask_data_dir}", masks.files._replace(account=account))
     if data.datasets:
-        sys.stdout.writelines(f"{line}\n" for line in _of_all(joined(several, data).records, data))
+        sys.stdout.writelines(f"{line}\n" for line in _of_all(joined(several, data), data))
     classes = data.class_data_dir
     if classes and holds_images(classes, "--class_data_dir"):
         images = _examined(load_folder(classes, data.class_prompt, flag="--class_data_dir"))
-        yield Listed(f"class images: {classes}", images, holdout=0)
+        yield Listed(f"class images: {classes}", images)
 
 
-def _of_images(masks: Images, images: Iterable[ImageRecord]) -> list[Entry]:
+def _of_images(masks: Masks) -> list[Entry]:
     """The account of a folder of masks, with their images."""
-    image_of = {image.mask.name: image.name for image in images if image.mask}
-    return [
-        Entry(entry.name, "mask", "", (f"of {image_of[entry.name]}",)) if entry.name in image_of else entry
-        for entry in masks.account
-    ]
+    images: dict[str, list[str]] = defaultdict(list)
+    for image, row in masks.row.items():
+        images[masks.files.records[row].name].append(image)
+
+    def told(entry: Entry) -> Entry:
+        if entry.name in images:
+            return Entry(entry.name, "mask", "", (f"of {', '.join(images[entry.name])}",))
+        if entry.use == "folder":
+            return entry._replace(texts=("its masks belong to images",))
+        return Entry(entry.name, "not used", "", (f"of {TRUNCATED}",)) if entry.use == "image" else entry
+
+    return list(map(told, masks.files.account))
 
 
-def _of_all(records: Sequence[ImageRecord], data: Data) -> Iterator[str]:
+def _of_all(images: DataSets, data: Data) -> Iterator[str]:
     """The totals of several data sets."""
-    training, held_out = split_holdout(records, data.holdout)
-    yield f"all {len(data.datasets)} data sets: {_split(training, held_out)}"
+    training, held_out = split_holdout(images.records, data.holdout)
+    yield f"in all, {_split(training, held_out)}"
     yield f"samples in an epoch: {epoch_length(training, data)}"
+    yield from (f"note: {note}" for note in images.shared)
     yield ""
 
 
@@ -149,9 +158,9 @@ def _totals(listed: Listed, counts: Counter[str], sources: Counter[str]) -> Iter
     if not sources:  # masks
         return
     yield "captions: " + ", ".join(f"{count} from {source}" for source, count in sources.most_common())
-    training, held_out = split_holdout(listed.images.records, listed.holdout)
-    several = sum(len(record.captions) > 1 for record in listed.images.records)
-    told = _split(training, held_out)
+    records = listed.images.records
+    several = sum(len(record.captions) > 1 for record in records)
+    told = _split(*split_holdout(records, listed.holdout)) if listed.measured else f"images: {len(records)}"
     told += f", with several captions, of which one is drawn each time: {several}" if several else ""
     yield f"{told}, repeats: {listed.repeats}"
 

@@ -141,8 +141,6 @@ def _eval_prompts(context: RunContext, captions: Sequence[str]) -> tuple[str, ..
 def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:
     """Images of a built-in subject or style of the embedded model, as files, so that they go the way of a person's."""
     data, images = context.config.data, folder.instance_images
-    if data.style is None and data.subject is None:
-        raise UserError("nothing to train on: give --instance_data_dir (--train_data_dir), or --dataset_name")
     if context.accelerator.is_main_process:
         from dreamlora.tiny import styles, subjects
 

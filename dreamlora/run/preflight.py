@@ -6,7 +6,7 @@ from dreamlora.config import RunConfig
 from dreamlora.data.dataset import list_images
 from dreamlora.data.entries import check_folder
 from dreamlora.data.hub import check_dataset
-from dreamlora.data.sets import list_masks
+from dreamlora.data.mask_files import list_masks
 from dreamlora.errors import UserError
 from dreamlora.models.local import check_model
 from dreamlora.run import defaults
@@ -44,12 +44,13 @@ def check_inputs(config: RunConfig) -> None:
     for file in (config.sample.sample_prompts, config.eval.eval_prompts):
         if file:
             read_prompts(file, subject)
+    if not (data.brings_images or data.style or data.subject):
+        raise UserError("nothing to train on: give --instance_data_dir (--train_data_dir), or --dataset_name")
     for one in data.each() if data.brings_images else ():
-        list_masks(one)
         if one.dataset_name:
             check_dataset(one.dataset_name)
         else:
-            list_images(one)
+            list_masks(list_images(one), one)
     if data.class_data_dir and data.class_data_dir.exists():
         check_folder(data.class_data_dir, "--class_data_dir")
 

@@ -45,7 +45,8 @@ def settings(context: RunContext, pictures: RunImages, options: Any) -> dict[str
         options: of the optimizer.
     """
     kept = {name: value for name, value in as_flat_dict(context.config).items() if name not in FREE_ON_RESUME}
-    kept["datasets"] = [{name: entry[name] for name in entry.keys() - FREE_ON_RESUME} for entry in kept["datasets"]]
+    for number, entry in enumerate(kept.pop("datasets"), start=1):
+        kept |= {f"{name} of data set {number}": entry[name] for name in entry.keys() - FREE_ON_RESUME}
     train = context.config.train
     world = context.accelerator.num_processes
     kept["global batch size"] = (train.train_batch_size or 1) * train.gradient_accumulation_steps * world

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dreamlora.__main__ import COMMANDS
+from tests.data.odd_folder import picture
 
 LOCALES = {
     "ascii alone": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
@@ -40,6 +41,21 @@ def test_a_reader_who_has_gone_is_no_error(words: list[str]) -> None:
     os.close(write)
     _, told = program.communicate()
     assert program.returncode == 141 and told == b""  # as other programs whose output goes to `head`
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_table_whose_reader_has_gone_or_whose_disk_is_full(tmp_path: Path) -> None:
+    """Its lines are written many at a time."""
+    picture(tmp_path / "photos" / "a.png")
+    words = ("dreambooth", "--instance_data_dir", str(tmp_path / "photos"), "--instance_prompt", "p", "--dry_run")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    read, write = os.pipe()
+    os.close(read)
+    with Path("/dev/full").open("wb") as full, os.fdopen(write, "wb") as pipe:
+        for output, status, message in ((pipe, 141, b""), (full, 1, b"error: cannot write the output: the disk is")):
+            program = start(*words, stdout=output, stderr=subprocess.PIPE, env=environment)
+            _, told = program.communicate()
+            assert program.returncode == status and told.startswith(message) and b"Traceback" not in told
 
 
 def test_nobody_reads_the_errors_either() -> None:

@@ -232,6 +232,11 @@ def test_a_saved_config_gives_the_same_config(argv: list[str], run_yaml: Any) ->
         ("center_crop: maybe", r"run.yaml: center_crop takes true or false \(got 'maybe'\)"),
         ("- rank", r"must hold entries such as `rank: 8` \(got a list\)"),
         ("a: [", r"run.yaml is no valid YAML"),
+        ("rank: 3\nrank: 4", r"rank is there twice: keep one\s+in .*, line 2"),
+        ("datasets:\n- {dataset_name: a, dataset_name: b}", r"dataset_name is there twice: keep one\s+in .*, line 2"),
+        ("rank: 3\nlora: {rank: 4}", r"run.yaml has rank twice: keep one"),
+        ("lora-alpha: 3\nlora_alpha: 4", r"run.yaml has lora_alpha twice: keep one"),
+        ("datasets: [{dataset_name: a, dataset-name: b}]", r"entry 1 of datasets has dataset_name twice: keep one"),
         ("use_8bit_adam: true", r"key 'use_8bit_adam' in \S+ is not offered: use --optimizer adamw8bit"),
     ],
 )

@@ -345,7 +345,7 @@ STOPPERS = {
     ),
     "link to another photo": Stopper(_link("b.png", "a.png"), r"a\.png and b\.png are one file \(a link\)"),
     "hard link": Stopper(lambda folder: os.link(folder / "a.png", folder / "b.png"), r"a\.png and b\.png are one file"),
-    "unreadable format": Stopper(_file("b.heic"), r"the installed Pillow cannot read b\.heic"),
+    "unreadable format": Stopper(_file("b.jxl"), r"the installed Pillow cannot read b\.jxl"),
     "no image at all": Stopper(_file("b.png", "no image"), r"b\.png: its content is no known image format"),
 }
 """By what is wrong. All are run with --instance_prompt, which a caption that does not count would give way to."""

@@ -119,8 +119,8 @@ def test_bad_caption_and_format(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
         load_folder(tmp_path, "p")
-    (tmp_path / "b.heic").write_bytes(b"")
-    with pytest.raises(UserError, match=r"cannot read b\.heic \(1 such files\): convert"):
+    (tmp_path / "b.jxl").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot read b\.jxl \(1 such file\): convert"):
         load_folder(tmp_path, "p")
 
 

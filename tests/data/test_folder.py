@@ -12,6 +12,7 @@ import pytest
 from dreamlora.config import Data
 from dreamlora.data import entries
 from dreamlora.data.dataset import load_images
+from dreamlora.data.entries import EntryKind
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.errors import UserError
 from tests.data.odd_folder import IMAGES, STOPPERS, make, picture
@@ -234,3 +235,17 @@ def test_sub_folders_are_counted_up_to_a_limit(tmp_path: Path, monkeypatch: pyte
     for number in range(9):
         picture(tmp_path / "sub" / f"{number}.png", number)
     assert entries.images_below(tmp_path / "sub") == {str(tmp_path / "sub"): 5}
+
+
+def test_many_names_of_one_file_are_found_in_one_pass(tmp_path: Path) -> None:
+    """They were compared in pairs: minutes for twenty thousand."""
+    picture(tmp_path / "0.png")
+    for number in range(1, 500):
+        os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
+    found = load_folder(tmp_path, "p", strict=False).entries
+    assert found is not None
+    passed: list[None] = []
+    found.db.set_progress_handler(lambda: passed.append(None), 100)
+    pairs = list(found.same_files(EntryKind.IMAGE))
+    assert pairs[:2] == [("0.png", "1.png"), ("1.png", "2.png")] and len(pairs) == 499
+    assert len(passed) * 100 < 200 * 500  # SQLite's instructions for each file

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 
+from dreamlora.data import colour, images
 from dreamlora.data.folder import load_folder
-from dreamlora.data.images import FORMATS, ImageRecord, decode, holds_images, upright_size
+from dreamlora.data.images import FORMATS, ImageRecord, decode, holds_images, readable, upright_size
 from dreamlora.errors import UserError
 
 WIDTH, HEIGHT = 48, 32
@@ -62,7 +66,7 @@ def test_every_suffix_of_a_format_is_read(picture, suffix, tmp_path):
     assert distance(record.open(), picture) < 6
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix, kind in FORMATS.items() if kind not in Image.OPEN])
+@pytest.mark.parametrize("suffix", [suffix for suffix in FORMATS if not readable(Path(f"x{suffix}"))])
 def test_photos_that_cannot_be_read_stop_the_run(picture, suffix, tmp_path):
     picture.save(tmp_path / "a.png")
     (tmp_path / f"b{suffix}").write_bytes(b"whatever")
@@ -70,11 +74,53 @@ def test_photos_that_cannot_be_read_stop_the_run(picture, suffix, tmp_path):
         load_folder(tmp_path, "p")
 
 
-@pytest.mark.parametrize(
-    "suffix", [".jxl", ".heic", ".dng", ".cr2", ".nef", ".arw", ".psd", ".tga", ".svg", ".ico", ".jxr"]
-)
+@pytest.mark.parametrize("suffix", [".jxl", ".dng", ".cr2", ".nef", ".arw", ".psd", ".tga", ".svg", ".ico", ".jxr"])
 def test_what_is_known_as_a_photo_without_being_read(suffix):
     assert suffix in FORMATS and FORMATS[suffix] not in Image.OPEN
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What Pillow can read is asked anew, and as it was afterwards."""
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    Image.OPEN.pop("HEIF", None)
+    images._formats.cache_clear()
+    yield
+    images._formats.cache_clear()
+
+
+def test_heic_is_read_where_the_plug_in_is_installed(
+    picture: Image.Image, afresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Photos of iPhones; here the plug-in is a fake one, for files that are PNGs with another beginning."""
+
+    def register() -> None:
+        Image.register_open("HEIF", lambda file, name: Image.open(io.BytesIO(file.read()[4:])), _is_heic)
+
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"HEIC" + encoded(picture, "PNG"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UserError, match=r'cannot read IMG_1.HEIC \(1 such file\): pip install "dreamlora\[heif\]" for'):
+        load_folder(tmp_path, "p")
+    images._formats.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert distance(load_folder(tmp_path, "p").records[0].open(), picture) == 0
+
+
+def _is_heic(begin: bytes) -> bool:
+    return begin.startswith(b"HEIC")
+
+
+@pytest.mark.parametrize("turned", [1, 3, 6, 8])
+def test_heic_as_the_plug_in_reads_it(picture: Image.Image, afresh: None, turned: int) -> None:
+    """It turns photos itself, and must not have them turned twice."""
+    pytest.importorskip("pillow_heif")
+    assert readable(Path("a.heic"))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    data = encoded(picture, "HEIF", quality=-1, exif=exif.tobytes(), icc_profile=colour.adobe_rgb())
+    expected = decode(encoded(picture, "PNG", exif=exif, icc_profile=colour.adobe_rgb()), "x")
+    assert upright_size(data, "x") == expected.size and distance(decode(data, "x"), expected) < 3
 
 
 def test_folders_that_hold_images(picture, tmp_path):

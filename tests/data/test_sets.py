@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_a_mask_says_how_much_of_the_loss_every_place_has(tmp_path: Path) -> Non
         latents_cache_dir=tmp_path / "cache",
         random_flip=True,
     )
-    assert [note for note in load_sets(data).notes if "1 of 2 images have no mask" in note]
+    assert [note for note in load_sets(data).notes if "which are learned everywhere: 1 of 2" in note]
     _, _, store = encoded(data, tmp_path / "cache")
     assert store.mask(0, 0) is None
     mask, mirrored = (store.mask(1, variant) for variant in (0, 1))
@@ -170,7 +171,7 @@ def two_of_one(folder: Path) -> None:
     ("spoil", "message"),
     [
         (another_shape, r"0.png has another shape \(32 x 20\) than its image .*0.png \(32 x 32\)"),
-        (of_no_image, "1 masks in .* belong to no image, such as dog.png"),
+        (of_no_image, "1 mask in .* belongs to no image, such as dog.png"),
         (two_of_one, "0.jpg and 0.png in .* are masks of one image"),
     ],
 )
@@ -190,11 +191,89 @@ def test_a_black_mask_is_refused(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     Image.new("L", (32, 32)).save(tmp_path / "masks" / "0.png")
     data = Data(
-        instance_data_dir=pictures(tmp_path / "dogs", 1), mask_data_dir=tmp_path / "masks", instance_prompt="p",
+        instance_data_dir=pictures(tmp_path / "dogs", 1),
+        mask_data_dir=tmp_path / "masks",
+        instance_prompt="p",
         latents_cache_dir=tmp_path / "cache",
-    )  # fmt: skip
+    )
     with pytest.raises(UserError, match=r"0.png is black everywhere"):
-        encoded(data, tmp_path / "cache")
+        load_sets(data)
+
+
+def masked(tmp_path: Path, **options) -> Data:
+    folders = {"instance_data_dir": tmp_path / "dogs", "mask_data_dir": tmp_path / "masks"}
+    return Data(**folders, instance_prompt="p", latents_cache_dir=tmp_path / "cache", **options)
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0.png.png", "DÉJÀ VU.webp", unicodedata.normalize("NFD", "Déjà vu.png")])
+def test_a_mask_is_named_like_its_image_as_captions_are(name: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "dogs", 2)
+    (tmp_path / "dogs" / "1.png").rename(tmp_path / "dogs" / "Déjà vu.png")
+    half_white(tmp_path / "masks" / name)
+    marked = [record.name for record in load_sets(masked(tmp_path)).records if record.mask]
+    assert marked == ["0.png" if name.startswith("0") else "Déjà vu.png"]
+
+
+def test_a_mask_that_could_belong_to_several_images_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path / "dogs", 2)
+    for number, name in enumerate(("DOG.png", "Dog.png")):
+        (tmp_path / "dogs" / f"{number}.png").rename(tmp_path / "dogs" / name)
+    if len(list((tmp_path / "dogs").iterdir())) < 2:
+        pytest.skip("a file system where case does not count")
+    half_white(tmp_path / "masks" / "dog.png")
+    with pytest.raises(UserError, match=r"masks.dog.png differs in case from DOG.png and Dog.png"):
+        load_sets(masked(tmp_path))
+
+
+def test_images_that_are_not_used_may_have_masks(tmp_path: Path) -> None:
+    pictures(tmp_path / "dogs", 3)
+    for number in range(3):
+        half_white(tmp_path / "masks" / f"{number}.png")
+    (tmp_path / "masks" / "2.png").write_text("no image, but not looked at either")
+    records, notes, _ = load_sets(masked(tmp_path, max_train_samples=2))
+    assert [bool(record.mask) for record in records] == [True, True] and not notes
+
+
+def test_masks_of_images_in_sub_folders_lie_in_such_ones(tmp_path: Path) -> None:
+    for place in ("", "more", "others"):
+        pictures(tmp_path / "dogs" / place, 1)
+        half_white(tmp_path / "masks" / place / "0.png")
+    rows = '{"file_name": "0.png", "text": "a"}\n{"file_name": "more/0.png", "text": "b"}\n'
+    (tmp_path / "dogs" / "metadata.jsonl").write_text(rows, encoding="utf-8")
+    records, notes, _ = load_sets(masked(tmp_path))
+    assert [(record.name, record.mask.name) for record in records if record.mask] == [
+        ("0.png", "0.png"),
+        ("more/0.png", "more/0.png"),
+    ]
+    assert any("masks has 1 entry that is not used: others" in note for note in notes)
+
+
+def test_every_file_among_the_masks_is_used_or_named(tmp_path: Path) -> None:
+    pictures(tmp_path / "dogs", 1)
+    half_white(tmp_path / "masks" / "0.png")
+    for name in ("0.txt", "metadata.csv", "plan.xcf.bak"):
+        (tmp_path / "masks" / name).write_text("file_name,text\n", encoding="utf-8")
+    (note,) = load_sets(masked(tmp_path)).notes
+    assert "masks has 3 entries that are not used: 0.txt, metadata.csv (captions beside masks do not count)" in note
+    assert "plan.xcf.bak" in note
+
+
+def cut_out(opaque: int) -> Image.Image:
+    picture = Image.new("RGBA", (32, 32), (200, 50, 50, 255))
+    picture.putalpha(Image.new("L", (32, 32), opaque))
+    return picture
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_mask_that_is_transparent_in_places_is_refused(mode: str, tmp_path: Path) -> None:
+    """On white, as photos are put, what was cut away would be learned, too."""
+    pictures(tmp_path / "dogs", 1)
+    (tmp_path / "masks").mkdir()
+    cut_out(0).convert(mode).save(tmp_path / "masks" / "0.png")
+    with pytest.raises(UserError, match=r"0.png is transparent in places"):
+        load_sets(masked(tmp_path))
+    cut_out(255).convert(mode).save(tmp_path / "masks" / "0.png")
+    assert load_sets(masked(tmp_path)).records[0].mask
 
 
 def test_masks_among_the_photos_are_refused(tmp_path: Path) -> None:
@@ -219,6 +298,29 @@ def test_what_belongs_into_an_entry(options: dict, message: str) -> None:
         Data(datasets=(DataSet(instance_data_dir=Path("b")),), **options)
 
 
+def test_every_line_is_a_caption_where_there_are_files() -> None:
+    sets = (DataSet(instance_data_dir=Path("a")), DataSet(dataset_name="b"))
+    assert [one.captions_per_line for one in Data(datasets=sets, captions_per_line=True).each()] == [True, False]
+    with pytest.raises(UserError, match="--captions_per_line is about text files beside images"):
+        Data(datasets=sets[1:], captions_per_line=True)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_data_set_has_a_weight(weight: float) -> None:
+    with pytest.raises(UserError, match=r"--loss_weight must be above 0"):
+        DataSet(dataset_name="a", loss_weight=weight)
+
+
+def test_images_in_more_than_one_data_set_are_told(tmp_path: Path) -> None:
+    dogs, parks = (pictures(tmp_path / name, 3) for name in ("dogs", "parks"))
+    (parks / "2.png").unlink()
+    sets = tuple(DataSet(instance_data_dir=folder, instance_prompt="p") for folder in (dogs, parks))
+    data = Data(datasets=sets, latents_cache_dir=tmp_path / "cache")
+    assert "2 of 3 different images are in more than one data set" in load_sets(data).notes
+    pictures(parks, 2, seed=1)
+    assert not load_sets(data).notes
+
+
 def test_an_entry_takes_from_the_flags_what_it_does_not_say() -> None:
     data = Data(
         datasets=(DataSet(dataset_name="a"), DataSet(instance_data_dir=Path("b"), repeats=2, caption_column="x")),
@@ -231,3 +333,10 @@ def test_an_entry_takes_from_the_flags_what_it_does_not_say() -> None:
     assert (first.dataset_name, first.repeats, first.caption_column, first.streaming) == ("a", 5, "text", True)
     assert (second.instance_data_dir, second.repeats, second.caption_column) == (Path("b"), 2, "x")
     assert not second.streaming and first.instance_prompt == second.instance_prompt == "p"
+
+
+def test_one_photo_in_sets_of_several_sizes_is_encoded_at_each(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "dogs", 2)
+    sets = tuple(DataSet(instance_data_dir=folder, instance_prompt="p", resolution=side) for side in (32, 16, 32))
+    records, _, store = encoded(Data(datasets=sets, latents_cache_dir=tmp_path / "cache"), tmp_path / "cache")
+    assert [store.latents(index, 0)[0].shape[-1] for index in range(len(records))] == [4, 4, 2, 2, 4, 4]

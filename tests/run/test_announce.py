@@ -98,7 +98,8 @@ def agrees_with_report(outline: dict[str, str], facts: RunFacts) -> None:
 
 def test_captions_of_their_own_are_counted(photos: Path, tmp_path: Path) -> None:
     flags = [*SHORT, *CASES["photos"], "--instance_data_dir", str(photos), "--output_dir", str(tmp_path / "run")]
-    run = train_with([*flags, "--max_train_steps", "1", "--holdout", "0"])
+    blanks = ["--instance_prompt", "a photo  of sks dog "]
+    run = train_with([*flags, "--max_train_steps", "1", "--holdout", "0", *blanks])
     captions = json.loads(run.outline_file.read_text(encoding="utf-8"))["captions"]
     assert captions == (
         '2 of 6 images have their own, such as "caption 0"; the others are learned as "a photo of sks dog"'

@@ -93,6 +93,21 @@ def test_class_images_and_other_processes(tmp_path: Path) -> None:
     assert dry_run(place, "dreambooth", *flags, *prompts, RANK="1") == ""
 
 
+def test_several_data_sets(tmp_path: Path) -> None:
+    """Images are held out of all sets together: a set's own line says nothing of it."""
+    place = tmp_path / "place"
+    for number in range(4):
+        picture(place / "dogs" / f"{number}.png", number)
+        picture(place / "parks" / f"{number}.png", number + 3)
+    entries = "datasets: [{instance_data_dir: dogs, repeats: 3}, {instance_data_dir: parks}]"
+    (place / "sets.yaml").write_text(entries, encoding="utf-8")
+    table = dry_run(place, "dreambooth", "--config", "sets.yaml", "--instance_prompt", "a", "--holdout", "1")
+    assert re.findall(r"^images: (.*)", table, re.MULTILINE) == ["4, repeats: 3", "4, repeats: 1"]
+    held_out = re.findall(r".*held out: .*", table)
+    assert held_out in (["in all, images to learn: 7, held out: 1"], ["in all, images to learn: 6, held out: 2"])
+    assert "note: 1 of 7 different images is in more than one data set\n" in table
+
+
 def test_built_in_subject(tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     assert "drawn when the run begins" in dry_run(tmp_path / "place", "dreambooth")

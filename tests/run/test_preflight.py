@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamlora.config import RunConfig
+from dreamlora.config import Data, RunConfig
 from dreamlora.run import preflight
 from tests.data.odd_folder import picture
 
@@ -89,6 +89,7 @@ CASES = {
     "a file as cache": (f"{PHOTOS} --latents_cache_dir file", "--latents_cache_dir file is a file"),
     "a file for downloads": (f"{PHOTOS} --cache_dir file", "--cache_dir file is a file"),
     "a folder of weights": (f"{PHOTOS} --inception_weights empty", "--inception_weights empty is a folder"),
+    "nothing to train on": ("--pretrained_model_name_or_path some/model", "nothing to train on: give --instance"),
     "rank": (f"{PHOTOS} --init orthogonal --rank 3", "--init orthogonal needs a --rank that is a multiple of 2"),
 }
 
@@ -109,5 +110,5 @@ def test_other_programs(place: Path, argv: str) -> None:
 
 def test_right_values_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    preflight.check(RunConfig())
+    preflight.check(RunConfig(data=Data(subject="robot")))
     assert list(tmp_path.iterdir()) == []

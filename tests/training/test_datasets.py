@@ -80,7 +80,7 @@ def test_a_run_sees_all_its_data_sets_as_often_as_they_say(
         "parks": 0.125,
     }
     assert any(batch.masks is not None and batch.masks.mean() < 1 for batch in seen)
-    assert "2 of 4 images have no mask" in run.summary_file.read_text(encoding="utf-8")
+    assert "which are learned everywhere: 2 of 4" in run.summary_file.read_text(encoding="utf-8")
     saved = run.config()["datasets"]
     assert [entry.get("repeats") for entry in saved] == [None, 3] and saved[1]["mask_data_dir"]
 
@@ -121,3 +121,28 @@ def test_a_wrong_entry_is_told_before_anything_is_loaded(tmp_path: Path, photos:
     file = listed(tmp_path / "sets.yaml", {"instance_data_dir": photos}, {"instance_data_dir": tmp_path / "nowhere"})
     with pytest.raises(UserError, match=r"there is no .*nowhere"):
         parse_run([*file, "--instance_prompt", "a dog"])
+
+
+def test_a_resume_names_what_differs_in_which_data_set(
+    common: list[str], photos: Path, parks: Path, tmp_path: Path
+) -> None:
+    file, moved = tmp_path / "sets.yaml", tmp_path / "elsewhere"
+    first, second = {"instance_data_dir": photos}, {"instance_data_dir": parks, "repeats": 2}
+    masked = {**second, "mask_data_dir": parks.parent / "masks"}
+
+    def go_on(*entries: dict[str, Any]) -> RunFolder:
+        on = ["--resume_from_checkpoint", "latest", "--max_train_steps", "7"]
+        return train_with([*common, *listed(file, *entries, instance_prompt="a dog"), *on])
+
+    train_with([*common, *listed(file, first, second, instance_prompt="a dog")])
+    for entries, message in (
+        ((first, {**second, "repeats": 3}), r"other settings: repeats of data set 2: 2 then, 3 now\. Give"),
+        ((first, {**second, "loss_weight": 0.5}), r"other settings: loss_weight of data set 2: 1\.0 then, 0\.5 now\. "),
+        ((first,), r"loss_weight of data set 2: 1\.0 then, 'none' now; repeats of data set 2: 2 then, 'none' now"),
+        ((second, first), r"repeats of data set 1: 'none' then, 2 now; repeats of data set 2: 2 then, 'none' now"),
+        ((first, masked), r"images or captions are others .*another mask: parks/"),
+    ):
+        with pytest.raises(UserError, match=message):
+            go_on(*entries)
+    parks.rename(moved)
+    assert go_on(first, {**second, "instance_data_dir": moved}).checkpoint_steps()[-1] == 7
