@@ -119,3 +119,27 @@ def test_a_stored_set_gives_the_same_losses(tmp_path: Path):
         again = EvalSet.load(tmp_path / "set.json")
         assert (again.id, again.captions, again.model_id) == (items.id, items.captions, "m")
         assert losses(again) == losses(items)
+
+
+def test_masks_weigh_the_places_and_belong_to_the_identity(tmp_path: Path):
+    items = make_set()
+    left = torch.zeros(4, 1, 4, 4)
+    left[..., :2] = 1
+    masked = items.masked(left)
+    assert items.masked(None) is items and len({items.id, masked.id, items.masked(1 - left).id}) == 3
+    assert build_final_set(masked, list("abcd"), LinearPath(), seed=1).masks is left
+    item = 5
+    image, time = masked.latents[masked.image[item]], masked.times[item]
+    noise = masked.noise([item])[0]
+    prediction = predict(
+        ((1 - time) * image + time * noise)[None], time[None], conditioning([masked.captions[image_of(masked, item)]])
+    )
+    error = (prediction[0] - (noise - image)).square()[:, :, :2].mean()
+    assert losses(masked)[item] == pytest.approx(float(error), rel=1e-5)
+    masked.save(tmp_path / "set.json")
+    again = EvalSet.load(tmp_path / "set.json")
+    assert again.masks is not None and torch.equal(again.masks, left) and losses(again) == losses(masked)
+
+
+def image_of(items: EvalSet, item: int) -> int:
+    return int(items.image[item])
