@@ -74,11 +74,11 @@ class Data:
     """Which images and captions are trained on, and how they are prepared."""
 
     train_data_dir: Path | None = None
-    """Folder with captioned images: captions lie beside them as name.txt, or in metadata.jsonl or metadata.csv."""
+    """Folder with captioned images. Captions lie beside them (name.txt, .caption, .json) or in metadata files."""
     style: str | None = None
     """A built-in style of the embedded model, drawn with captions on demand; used when no images are given."""
     instance_data_dir: Path | None = None
-    """Folder with the images to learn. Captions may lie beside them: name.txt, metadata.jsonl or metadata.csv."""
+    """Folder with the images to learn. Captions may lie beside them (name.txt, .caption, .json) or in metadata files."""
     subject: str | None = None
     """A built-in subject of the embedded model, drawn on demand; used when no images are given."""
     instance_prompt: str | None = None

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from dreamlora.errors import UserError
 from dreamlora.lora.fused import fuse
 from dreamlora.lora.pairs import ADAPTER
-from dreamlora.lora.whole import converted, refuse_other_parts
+from dreamlora.lora.whole import NO_ALPHA, converted, refuse_other_parts
+from dreamlora.runfolder import LORA_FILE
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
 _RELATIVES = re.compile(r"hada_|lokr_|oft_|\.diff|dora_scale|on_input$")
 _FACTOR = re.compile(r"(?P<layer>.+?)[._](?P<factor>lora_A|lora_B|lora(?:_linear_layer)?[._](?:down|up))\b")
@@ -134,7 +134,7 @@ def _as_written(
     those of attention and of text encoders, and gives the commonest to layers that have none; they mean the rank.
 
     Raises:
-        UserError: the adapter has what the file has not, or the other way round; or an alpha of 0.
+        UserError: the adapter has what the file has not, or the other way round; or an alpha is not above 0.
     """
     nested = hasattr(module, "text_model")
     values, factors = (
@@ -154,10 +154,8 @@ def _as_written(
             continue
         if factors:
             layer.lora_alpha[ADAPTER] = float(factors.get(f"{name}.lora_A.weight", layer.r[ADAPTER]))
-        if not layer.lora_alpha[ADAPTER]:
-            raise UserError(
-                f"{lora.path}: the alpha of {name} is 0, with which it does nothing (or stands for the rank)"
-            )
+        if layer.lora_alpha[ADAPTER] <= 0:
+            raise UserError(NO_ALPHA.format(lora.path, name, layer.lora_alpha[ADAPTER]))
 
 
 def _find(path: Path) -> Path:

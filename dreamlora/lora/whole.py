@@ -31,6 +31,7 @@ _KINDS = {
     r"lora_[AB]\.(?!default\.|weight$)[^.]+\.weight$": "adapters with names of their own",
 }
 """What else trainers write, by a pattern of its names."""
+NO_ALPHA = "{}: the alpha of {} is {:g}, and must be above 0: programs differ in what they take 0 or less for"
 
 
 def refuse_other_parts(path: Path, keys: Collection[str], read: Callable[[str], Tensor]) -> None:
@@ -55,7 +56,8 @@ def converted(pipeline: Any, path: Path, tensors: Mapping[str, Tensor]) -> tuple
     Which of them go in is seen from the gradients of what comes out.
 
     Raises:
-        UserError: it leaves some out that are not zero; a factor holds whole numbers, or a value is not finite.
+        UserError: it leaves some out that are not zero; a factor holds whole numbers, a value is not finite, or an
+            alpha not above 0.
         ValueError, KeyError, IndexError, RuntimeError: it cannot read them.
     """
     _refuse_odd_values(path, tensors)
@@ -89,6 +91,8 @@ def _refuse_odd_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"{path}: {key} is of {tensor.dtype}: quantised LoRAs cannot be applied")
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise UserError(f"{path}: {key} is not finite: the LoRA is damaged, or its training diverged")
+        if _ALPHA.match(key) and not (tensor > 0).all():  # for some models diffusers would never come to an end
+            raise UserError(NO_ALPHA.format(path, key, tensor.min()))
 
 
 def _refuse(path: Path, unused: Collection[str], total: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -279,7 +280,7 @@ def test_every_layer_has_its_own_alpha(family, pipeline, own, tmp_path):
         tensors |= {f"{layer}.{name}": tensor for name, tensor in factors.items()}
     alphas = [name for name in tensors if name.endswith(".alpha")]
     for number, name in enumerate(alphas):
-        tensors[name] = torch.tensor((8.0, 2.0, 0.5, -4.0, 8.0)[number % 5])
+        tensors[name] = torch.tensor((8.0, 2.0, 0.5, 4.0, 8.0)[number % 5])
     drawn = []
     for each in (tensors, alphas_multiplied_in(tensors)):
         apply_lora(pipeline, written(each, tmp_path))
@@ -329,13 +330,19 @@ def test_values_and_names_that_no_loader_can_mean(family, pipeline, own, change,
     assert untouched(pipeline)
 
 
-def test_an_alpha_of_zero_is_refused(sd_folder, own, tmp_path, family):
-    if family != "sd":
-        pytest.skip("diffusers multiplies it in")
-    pipeline = DiffusionPipeline.from_pretrained(sd_folder)
-    tensors = {name: torch.tensor(0.0) if name.endswith("alpha") else tensor for name, tensor in kohya(own).items()}
-    with pytest.raises(UserError, match=r"the alpha of .* is 0"):
+@pytest.mark.parametrize("alpha", [0.0, -2.0])
+def test_an_alpha_that_is_not_above_zero_is_refused(family, pipeline, own, alpha, tmp_path):
+    """Of a negative one of FLUX diffusers looks for a power of two for ever."""
+    tensors = kohya(own) if family == "sd" else kohya_flux()
+    tensors = {name: torch.tensor(alpha) if name.endswith("alpha") else tensor for name, tensor in tensors.items()}
+    with pytest.raises(UserError, match=rf"the alpha of .* is {alpha:g}, and must be above 0"):
         apply_lora(pipeline, written(tensors, tmp_path))
+    part = FAMILIES[family].DENOISER
+    settings = json.dumps({f"{part}.r": 2, f"{part}.lora_alpha": alpha, f"{part}.target_modules": ["to_q", "to_k"]})
+    tensors = {name: tensor.contiguous() for name, tensor in own.items() if "to_q" in name or "to_k" in name}
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(UserError, match=rf"the alpha of .* is {alpha:g}, and must be above 0"):
+        apply_lora(pipeline, tmp_path / "other.safetensors")
     assert untouched(pipeline)
 
 
