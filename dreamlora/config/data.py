@@ -74,11 +74,11 @@ class Data:
     """Which images and captions are trained on, and how they are prepared."""
 
     train_data_dir: Path | None = None
-    """Folder with captioned images. Captions lie beside them (name.txt, .caption, .json) or in metadata files."""
+    """Folder with captioned images. Captions lie beside them (name.txt, .caption, .json), or in metadata."""
     style: str | None = None
     """A built-in style of the embedded model, drawn with captions on demand; used when no images are given."""
     instance_data_dir: Path | None = None
-    """Folder with the images to learn. Captions may lie beside them (name.txt, .caption, .json) or in metadata files."""
+    """Folder with the images to learn. Captions may lie beside them (name.txt, .caption, .json), or in metadata."""
     subject: str | None = None
     """A built-in subject of the embedded model, drawn on demand; used when no images are given."""
     instance_prompt: str | None = None
@@ -194,8 +194,13 @@ class Data:
 
     @property
     def brings_images(self) -> bool:
-        """Whether a person's images are named: none means those of the embedded model."""
+        """Whether a person's images are named."""
         return any(getattr(self, name) for name in OWN_IMAGES)
+
+    @property
+    def built_in(self) -> str | None:
+        """The built-in subject or style that is trained on; None where images are named, or nothing is."""
+        return None if self.brings_images else self.style or self.subject
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
