@@ -165,6 +165,8 @@ class Data:
         _at_least(self, 1, "max_token_length")
         if self.max_token_length and self.tokenizer_max_length not in (None, self.max_token_length + 2):
             raise UserError("give either --max_token_length or --tokenizer_max_length, not both")
+        if self.dataset_name == "":  # a shell variable that is not set; the built-in images are not meant then
+            raise UserError("--dataset_name needs a name (got nothing)")
         if self.train_data_dir and self.dataset_name:
             raise UserError("give either --train_data_dir or --dataset_name, not both")
         of_one = next((name for name in (*SOURCES, "max_train_samples", "mask_data_dir") if getattr(self, name)), None)
@@ -194,13 +196,8 @@ class Data:
 
     @property
     def brings_images(self) -> bool:
-        """Whether a person's images are named."""
+        """Whether a person's images are named: none means those of the embedded model."""
         return any(getattr(self, name) for name in OWN_IMAGES)
-
-    @property
-    def built_in(self) -> str | None:
-        """The built-in subject or style that is trained on; None where images are named, or nothing is."""
-        return None if self.brings_images else self.style or self.subject
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

@@ -68,7 +68,7 @@ def list_images(data: Data, cache_dir: Path | None = None, progress: bool = Fals
         prompt = None if data.train_data_dir else data.instance_prompt
         images = load_folder(folder, prompt, data.caption_column, flag, captions_per_line=data.captions_per_line)
     else:
-        raise UserError("nothing to train on: give --instance_data_dir (--train_data_dir), or --dataset_name")
+        raise UserError("nothing to train on: give a folder of images or --dataset_name")
     if data.max_train_samples is not None:
         images.records.truncate(data.max_train_samples)
     return images

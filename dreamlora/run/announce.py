@@ -73,8 +73,8 @@ def _lora(context: RunContext) -> str:
 def _images(context: RunContext, pictures: RunImages) -> str:
     data = context.config.data
     held_out = f"; {len(pictures.held_out)} held out to measure on" if pictures.held_out else "; none held out"
-    if data.built_in:
-        return f"{len(pictures.train)} to learn, drawn for {data.built_in}{held_out}"
+    if not data.brings_images:
+        return f"{len(pictures.train)} to learn, drawn for {data.style or data.subject}{held_out}"
     counts = Counter(record.dataset for record in pictures.train)
     sets = zip(data.each(), data.loss_weights, strict=True)
     parts = [f"{counts[number]} from {_source(one, weight)}" for number, (one, weight) in enumerate(sets)]

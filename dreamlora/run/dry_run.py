@@ -61,10 +61,11 @@ def dry_run(config: RunConfig) -> None:
 
 def _data_sets(config: RunConfig, scratch: Path) -> Iterator[Listed]:
     data = config.data
-    if data.built_in:
-        sys.stdout.write(f"images of the built-in {data.built_in}: drawn when the run begins\n\n")
+    if not data.brings_images:
+        built_in = f"style {data.style}" if data.style else f"subject {data.subject}"
+        sys.stdout.write(f"images of the built-in {built_in}: drawn when the run begins\n\n")
     several = []
-    for one in () if data.built_in else data.each():
+    for one in data.each() if data.brings_images else ():
         images = _examined(list_images(_kept_in(scratch, one), config.model.cache_dir))
         source = one.dataset_name or one.train_data_dir or one.instance_data_dir
         yield Listed(f"images to learn: {source}", images, one.repeats, 0 if data.datasets else data.holdout)

@@ -73,7 +73,7 @@ class RunImages:
 def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     """Images to learn and to measure on, and the prompts to draw; a file that is no image stops the run here."""
     data, main = context.config.data, context.accelerator.is_main_process
-    if data.built_in:
+    if not data.brings_images:
         data = _draw_built_in(context, folder)
     with main_first():
         images = load_sets(data, context.config.model.cache_dir, progress=main)
@@ -141,6 +141,8 @@ def _eval_prompts(context: RunContext, captions: Sequence[str]) -> tuple[str, ..
 def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:
     """Images of a built-in subject or style of the embedded model, as files, so that they go the way of a person's."""
     data, images = context.config.data, folder.instance_images
+    if data.style is None and data.subject is None:
+        raise UserError("nothing to train on: give --instance_data_dir (--train_data_dir), or --dataset_name")
     if context.accelerator.is_main_process:
         from dreamlora.tiny import styles, subjects
 

@@ -44,7 +44,7 @@ def check_inputs(config: RunConfig) -> None:
     for file in (config.sample.sample_prompts, config.eval.eval_prompts):
         if file:
             read_prompts(file, subject)
-    for one in () if data.built_in else data.each():
+    for one in data.each() if data.brings_images else ():
         list_masks(one)
         if one.dataset_name:
             check_dataset(one.dataset_name)
