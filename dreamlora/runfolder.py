@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from dreamlora.errors import UserError, WriteError, numbers
 from dreamlora.files import remove, write_atomically, writing
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 METRICS_VERSION = 1
 METRIC_FIELDS: Mapping[str, tuple[type, ...]] = {
     "step": (int,),
@@ -65,7 +66,7 @@ class RunFolder:
         self.evalset_tensors = self.path / "evalset.safetensors"
         self.final_evalset_file = self.path / "evalset_final.json"
         self.final_evalset_tensors = self.path / "evalset_final.safetensors"
-        self.lora_file = self.path / "pytorch_lora_weights.safetensors"
+        self.lora_file = self.path / LORA_FILE
         self.best = self.path / "best"
         self.selection_file = self.best / "selection.json"
         self.candidates = self.path / "checkpoints" / "candidates"

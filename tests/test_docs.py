@@ -104,16 +104,14 @@ def test_flags_exist(file: Path) -> None:
         assert flag.removeprefix("no_") in OURS | foreign, f"--{flag} is no option"
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("photos", "captioned", "run"):
-        (tmp_path / name).mkdir(parents=True)
+def command_and_flags(words: list[str], place: Path) -> tuple[str, list[str]]:
+    """What a document's command calls, and its flags; ``place``, where it is to run, gets the files that it names."""
+    for name in ("photos", "captioned", "run", "dog"):
+        (place / name).mkdir(parents=True)
     for name in ("my_lora.safetensors", "run/evalset_final.json"):
-        (tmp_path / name).touch()
-    (tmp_path / "sets.yaml").write_text("datasets: [{instance_data_dir: photos}]", encoding="utf-8")
-    (tmp_path / "prompts").symlink_to(ROOT / "prompts")
-    (tmp_path / "sets.yaml").write_text("datasets: [{instance_data_dir: photos}]", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
+        (place / name).touch()
+    (place / "sets.yaml").write_text("datasets: [{instance_data_dir: dog, repeats: 10}]", encoding="utf-8")
+    (place / "prompts").symlink_to(ROOT / "prompts")
     script = next((number for number, word in enumerate(words) if word.startswith("train_scripts/")), None)
     if script is not None:
         assert (ROOT / words[script]).exists()
@@ -121,6 +119,13 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         words = ["dreamlora", command, *words[script + 1 :]]
     program, command, *flags = [re.sub(r"outputs/<\w+>", "run", word) for word in words if word != "..."]
     assert program == "dreamlora" and command in __main__.COMMANDS
+    return command, flags
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command, flags = command_and_flags(words, tmp_path)
     if command in programs.PROGRAMS:
         parse_run(flags, programs.PROGRAMS[command])
     elif command == "compare":

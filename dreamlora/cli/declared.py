@@ -112,6 +112,8 @@ class Option:
         """The default as one would type it."""
         if isinstance(self.default, tuple):
             return ("," if self.count else " ").join(map(str, self.default))
+        if isinstance(self.default, float):
+            return f"{self.default:g}"
         return ("off", "on")[self.default] if isinstance(self.default, bool) else str(self.default)
 
     def read(self, words: Sequence[str]) -> Any:

@@ -21,7 +21,7 @@ _YIELDS = {
 
 def brings_images(given: Mapping[str, Any]) -> bool:
     """Whether a person's own images are trained on: nothing of the built-in subject or style is meant then."""
-    return any(given.get(flag) is not None for flag in OWN_IMAGES)
+    return any(given.get(flag) for flag in OWN_IMAGES)
 
 
 def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -31,8 +31,9 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
         given: what the user says, by option.
 
     Raises:
-        UserError: there is no such built-in subject.
+        UserError: there is no such built-in subject or style.
     """
+    _check_built_in(given)
     if given.get("pretrained_model_name_or_path") not in (None, EMBEDDED_MODEL):
         return {}
     preset: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text(encoding="utf-8"))
@@ -60,9 +61,17 @@ def _rates(file: str) -> dict[str, Any]:
     return rates
 
 
+def _check_built_in(given: Mapping[str, Any]) -> None:
+    if given.get("subject") is None and given.get("style") is None:
+        return
+    from dreamlora.tiny import styles, subjects
+
+    for flag, names in (("subject", subjects.SUBJECTS), ("style", styles.STYLES)):
+        if given.get(flag) not in (None, *names):
+            raise UserError(f"--{flag} takes one of {', '.join(names)} (got {given[flag]!r})")
+
+
 def _subject_prompts(subject: str) -> dict[str, str]:
     from dreamlora.tiny import subjects
 
-    if subject not in subjects.SUBJECTS:
-        raise UserError(f"--subject takes one of {', '.join(subjects.SUBJECTS)} (got {subject!r})")
     return {"instance_prompt": subjects.instance_prompt(subject), "class_prompt": subjects.class_prompt(subject)}

@@ -75,11 +75,11 @@ class Data:
     """Which images and captions are trained on, and how they are prepared."""
 
     train_data_dir: Path | None = None
-    """Folder with captioned images: captions lie beside them as name.txt, or in metadata.jsonl or metadata.csv."""
+    """Folder with captioned images. Captions lie beside them (name.txt, .caption, .json), or in metadata."""
     style: str | None = None
     """A built-in style of the embedded model, drawn with captions on demand; used when no images are given."""
     instance_data_dir: Path | None = None
-    """Folder with the images to learn. Captions may lie beside them: name.txt, metadata.jsonl or metadata.csv."""
+    """Folder with the images to learn. Captions may lie beside them (name.txt, .caption, .json), or in metadata."""
     subject: str | None = None
     """A built-in subject of the embedded model, drawn on demand; used when no images are given."""
     instance_prompt: str | None = None
@@ -166,6 +166,8 @@ class Data:
         _at_least(self, 1, "max_token_length")
         if self.max_token_length and self.tokenizer_max_length not in (None, self.max_token_length + 2):
             raise UserError("give either --max_token_length or --tokenizer_max_length, not both")
+        if self.dataset_name == "":  # a shell variable that is not set; the built-in images are not meant then
+            raise UserError("--dataset_name needs a name (got nothing)")
         if self.train_data_dir and self.dataset_name:
             raise UserError("give either --train_data_dir or --dataset_name, not both")
         of_one = next((name for name in (*SOURCES, "max_train_samples", "mask_data_dir") if getattr(self, name)), None)

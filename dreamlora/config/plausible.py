@@ -13,7 +13,7 @@ from dreamlora import registry
 from dreamlora.config.run import RunConfig, as_flat_dict
 
 RATE_FACTOR = 100
-"""How many times an optimizer's own rate another one may be, unless its plug-in knows better (``USUAL_LR``)."""
+"""So many times larger or smaller than an optimizer's own, a rate is doubted, but for plug-ins with a ``USUAL_LR``."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ def _draws(c: RunConfig) -> bool:
 
 def _draws_built_in(c: RunConfig) -> bool:
     return not c.data.brings_images
+
+
+def _epochs_count(c: RunConfig) -> bool:
+    """Whether anything goes by the length of an epoch: the embedded model's preset has a number of steps."""
+    by_steps = "max_train_steps" in c.given or (c.embedded and "num_train_epochs" not in c.given)
+    return not by_steps or c.sample.validation_epochs is not None
 
 
 _IDLE = (
@@ -104,6 +110,8 @@ _IDLE = (
         "only --eval_metrics needs such a model",
     ),
     _Idle(("caption_variants",), lambda c: c.data.shuffle_tags, "it belongs to --shuffle_tags"),
+    _Idle(("crop_variants",), lambda c: not c.data.center_crop, "with --center_crop an image has one crop"),
+    _Idle(("repeats",), lambda c: c.data.datasets or _epochs_count(c), "the number of steps decides, not the epochs"),
     _Idle(
         ("checkpoints_total_limit",),
         lambda c: c.train.checkpointing_steps,
@@ -137,7 +145,6 @@ class _Usual(NamedTuple):
     usual: str
 
 
-_INF = float("inf")
 _USUAL = {
     "adam_beta1": _Usual(0.1, 0.99, "0.9"),
     "adam_beta2": _Usual(0.5, 0.99999, "0.99 to 0.999"),
@@ -147,24 +154,33 @@ _USUAL = {
     "caption_dropout": _Usual(0, 0.5, "0.05 to 0.2"),
     "caption_variants": _Usual(1, 64, "4"),
     "crop_variants": _Usual(1, 64, "4"),
+    "dataloader_num_workers": _Usual(0, 64, "0 to 8"),
+    "eval_batch_size": _Usual(1, 256, "8"),
+    "eval_num_images": _Usual(1, 64, "1 to 4"),
     "gradient_accumulation_steps": _Usual(1, 256, "1 to 16"),
     "guidance_scale": _Usual(0, 30, "1 to 4"),
     "logit_mean": _Usual(-5, 5, "0"),
     "logit_std": _Usual(0.05, 5, "1"),
     "lora_dropout": _Usual(0, 0.5, "0 to 0.1"),
+    "loss_weight": _Usual(0.01, 10, "1"),
     "lr_power": _Usual(0.1, 10, "1 or 2"),
+    "max_grad_norm": _Usual(0, 100, "1"),
     "max_train_steps": _Usual(1, 1e6, "some hundreds to some thousands"),
+    "mode_scale": _Usual(-1, 2, "1.29"),
     "noise_offset": _Usual(0, 0.5, "0.05 to 0.1"),
     "num_class_images": _Usual(4, 5000, "100 to 300"),
     "num_images_per_prompt": _Usual(1, 64, "1 to 4"),
     "num_inference_steps": _Usual(2, 250, "20 to 50"),
     "num_train_epochs": _Usual(1, 1e5, "some dozens to some hundreds"),
+    "num_validation_images": _Usual(1, 64, "1 to 4"),
     "prior_loss_weight": _Usual(0.01, 10, "1"),
     "repeats": _Usual(1, 1000, "1 to 20"),
+    "sample_batch_size": _Usual(1, 256, "4"),
     "sample_guidance_scale": _Usual(0, 30, "3 to 9"),
     "snr_gamma": _Usual(0.5, 20, "5"),
 }
-"""Numbers of which any value is allowed, but some can hardly be meant."""
+"""Numbers of which any value is allowed, but some can hardly be meant; by flag, or key of an entry of ``datasets``."""
+_ANY = _Usual(float("-inf"), float("inf"), "any")
 
 
 def doubts(config: RunConfig, facts: Facts) -> list[str]:
@@ -192,9 +208,16 @@ def _without_effect(config: RunConfig, facts: Facts) -> Iterator[str]:
 
 def _unusual(config: RunConfig) -> Iterator[str]:
     values = as_flat_dict(config)
-    for flag, (low, high, usual) in _USUAL.items():
-        if flag in config.given and values.get(flag) is not None and not low <= values[flag] <= high:
-            yield f"--{flag} {_as_typed(values[flag])} is far from what is usual ({usual})"
+    given = [(f"--{flag}", flag, values.get(flag)) for flag in _USUAL if flag in config.given]
+    given += [
+        (f"{flag} of {entry.name}", flag, value)
+        for entry in config.data.datasets
+        for flag, value in entry.given().items()
+    ]
+    for name, flag, value in given:
+        low, high, usual = _USUAL.get(flag, _ANY)
+        if isinstance(value, int | float) and not low <= value <= high:
+            yield f"{name} {_as_typed(value)} is far from what is usual ({usual})"
 
 
 def _rates(config: RunConfig) -> Iterator[str]:
@@ -229,16 +252,18 @@ def _relations(config: RunConfig, facts: Facts) -> Iterator[str]:
         )
         if not 0.05 <= scale <= 8:
             yield f"{told}, which is far from what is usual (0.5 to 2)"
-    resolution = config.data.resolution or 0
-    if "resolution" in given and not facts.resolution / 2 <= resolution <= facts.resolution * 2:
-        yield f"--resolution {resolution} is far from the {facts.resolution} pixels that this model was trained with"
+    sides = [("--resolution", config.data.resolution)] if "resolution" in given else []
+    sides += [(f"resolution of {entry.name}", entry.resolution) for entry in config.data.datasets]
+    for name, side in sides:
+        if side and not facts.resolution / 2 <= side <= facts.resolution * 2:
+            yield f"{name} {side} is far from the {facts.resolution} pixels that this model was trained with"
     if {"train_batch_size", "gradient_accumulation_steps"} & given and facts.batch > facts.epoch:
         yield (
             f"a step of {facts.batch} samples is more than the {facts.epoch} of an epoch, and sees images twice: "
             "--train_batch_size, --gradient_accumulation_steps and the processes multiply"
         )
     warmup = config.optim.lr_warmup_steps
-    if config.optim.lr_scheduler != "constant" and warmup >= steps:
+    if {"lr_warmup_steps", "lr_scheduler"} & given and config.optim.lr_scheduler != "constant" and warmup >= steps:
         yield f"--lr_warmup_steps {warmup} covers all {steps} steps: the learning rate will not reach its value"
     for flag in ("checkpointing_steps", "sample_steps", "eval_steps", "eval_metrics_steps"):
         every = as_flat_dict(config)[flag]

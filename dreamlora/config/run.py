@@ -150,7 +150,7 @@ class Train:
     overwrite_output_dir: bool = False
     """Begin anew in a folder that holds a run; the old run is removed."""
     resume_from_checkpoint: str | None = None
-    """Go on from a checkpoint: a folder, or "latest" of --output_dir."""
+    """Go on from a checkpoint: a folder, or "latest" of --output_dir, which begins the run where there is none yet."""
     seed: int = 0
     """Decides everything random; the same seed gives the same run."""
     train_batch_size: int | None = None
@@ -162,7 +162,7 @@ class Train:
     max_train_steps: int | None = None
     """Optimizer steps of the run."""
     checkpointing_steps: int = 500
-    """A checkpoint every N steps, and at the end; 0 for none."""
+    """A checkpoint every N steps, and at the end; 0 for none. A run that is stopped writes one, too."""
     checkpoints_total_limit: int | None = None
     """Checkpoints kept; the oldest goes first."""
     snr_gamma: float | None = None

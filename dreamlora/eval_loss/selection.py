@@ -91,9 +91,13 @@ def select(
         return None
     passed_over = kept[0] in vetoes
     step, lowest = kept[0], kept[-1]
-    others = [other for other in losses.steps if other not in (0, step) and math.isfinite(losses.mean(other))]
+    refused = {} if passed_over else vetoes
+    others = [other for other in losses.steps if other not in (0, step, *refused) and math.isfinite(losses.mean(other))]
     runner_up = min(others, key=losses.mean, default=None)
-    reason = [_main_reason(losses, metric, step, lowest), _against_runner_up(losses, step, lowest, runner_up)]
+    reason = [
+        _main_reason(losses, metric, step, lowest, refused),
+        _against_runner_up(losses, step, lowest, runner_up, refused),
+    ]
     reason += [_against_base(losses, step), _about_vetoes(vetoes, passed_over), _about_images(metric)]
     facts = {
         "schema_version": SCHEMA_VERSION,
@@ -126,20 +130,24 @@ def _compared(losses: ItemLosses, step: int, best: int) -> dict[str, Any]:
     return {"step": step, **{name: value if math.isfinite(value) else None for name, value in numbers.items()}}
 
 
-def _main_reason(losses: ItemLosses, metric: str, step: int, lowest: int) -> str:
+def _main_reason(losses: ItemLosses, metric: str, step: int, lowest: int, refused: Collection[int]) -> str:
+    lower = any(losses.mean(other) < losses.mean(lowest) for other in refused if other in losses)
+    of_which = " of those that are not refused" if lower else ""
     value = f"{metric} {loss(losses.mean(step))} on {losses.image.size} items"
     if step == lowest:
-        return f"Best: step {step}, because it has the lowest loss ({value})."
+        return f"Best: step {step}, because it has the lowest loss{of_which} ({value})."
     apart = losses.difference(step, lowest)
     return (
-        f"Best: step {step}, because it is the earliest whose loss ({value}) cannot be told from the lowest: step "
-        f"{lowest} has {loss(losses.mean(lowest))}, which is {difference_text(apart)} lower."
+        f"Best: step {step}, because it is the earliest whose loss ({value}) cannot be told from the lowest{of_which}: "
+        f"step {lowest} has {loss(losses.mean(lowest))}, which is {difference_text(apart)} lower."
     )
 
 
-def _against_runner_up(losses: ItemLosses, step: int, lowest: int, runner_up: int | None) -> str:
+def _against_runner_up(
+    losses: ItemLosses, step: int, lowest: int, runner_up: int | None, refused: Collection[int]
+) -> str:
     if runner_up is None:
-        return "No other step was measured."
+        return "No other step was measured." if not refused else "No other step could be taken."
     if step != lowest:  # the sentence before was about it
         return ""
     apart = losses.difference(runner_up, step)

@@ -15,10 +15,10 @@ from dreamlora.errors import UserError
 from dreamlora.files import replacing
 from dreamlora.interfaces import Latents
 from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
+from dreamlora.runfolder import LORA_FILE
 
 MARKS = 2
 """Begin and end of a text."""
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -46,8 +46,9 @@ def clip_limit(tokenizer: Any, max_length: int | None) -> int:
     chunk = longest - MARKS
     if limit > longest and (limit - MARKS) % chunk:
         raise UserError(
-            f"--tokenizer_max_length must be at most {longest}, the text encoder's limit (got {limit}); longer prompts "
-            f"are read in chunks: --max_token_length {2 * chunk} or {3 * chunk}"
+            f"the text encoder reads prompts of at most {longest} tokens, begin and end included (got {limit}), and "
+            f"longer ones in chunks of {chunk}: leave --tokenizer_max_length out and give --max_token_length "
+            f"{2 * chunk} or {3 * chunk}"
         )
     return limit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,14 @@ from safetensors.torch import load_file
 from dreamlora.errors import UserError
 from dreamlora.lora.fused import fuse
 from dreamlora.lora.pairs import ADAPTER
-from dreamlora.lora.whole import converted, refuse_other_parts
+from dreamlora.lora.whole import NO_ALPHA, converted, refuse_other_parts
+from dreamlora.runfolder import LORA_FILE
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
 _RELATIVES = re.compile(r"hada_|lokr_|oft_|\.diff|dora_scale|on_input$")
 _FACTOR = re.compile(r"(?P<layer>.+?)[._](?P<factor>lora_A|lora_B|lora(?:_linear_layer)?[._](?:down|up))\b")
+_NAMED = re.compile(r"(?<=lora_[AB])\.default\.")
+"""PEFT's name of the adapter, which some leave in."""
 
 
 @dataclass(frozen=True)
@@ -91,27 +94,68 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
     lora = read_lora(path)
     _check_parts(pipeline, lora)
     try:
-        parts = _by_component(converted(pipeline, lora.path, load_file(lora.path)))
+        state, alphas = converted(pipeline, lora.path, load_file(lora.path))
+        parts, alphas_of = _by_component(state), _by_component(alphas)
         _check_fit(pipeline, lora, parts)
-        pipeline.load_lora_weights(str(lora.path), adapter_name=ADAPTER, use_safetensors=True)
+        _load(pipeline, lora)
+        for component, tensors in parts.items():
+            _as_written(getattr(pipeline, component), tensors, alphas_of.get(component, {}), lora)
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         pipeline.unload_lora_weights()
-        raise UserError(f"{lora.path}: diffusers cannot read this {lora.format} file: {error}") from error
+        raise _unreadable(lora, error) from error
+    except UserError:
+        pipeline.unload_lora_weights()
+        raise
     pipeline.set_adapters([ADAPTER], [scale])
-    for component, tensors in parts.items():
-        _unround(getattr(pipeline, component), tensors)
+    for component in parts:
         fuse(getattr(pipeline, component))
     return lora
 
 
-def _unround(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Give the adapter of ``module`` the values of the file again, given by PEFT's names, in float32."""
-    if not hasattr(module, "text_model"):
-        tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+def _load(pipeline: Any, lora: LoraFile) -> None:
+    try:
+        pipeline.load_lora_weights(str(lora.path), adapter_name=ADAPTER, use_safetensors=True)
+    except (TypeError, AttributeError) as error:  # of metadata that is none of PEFT's
+        raise _unreadable(lora, error) from error
+
+
+def _unreadable(lora: LoraFile, error: Exception) -> UserError:
+    """diffusers names every tensor: a few are enough."""
+    why = textwrap.shorten(str(error), 300, placeholder=" …")
+    return UserError(f"{lora.path}: diffusers cannot read this {lora.format} file: {why}")
+
+
+def _as_written(
+    module: torch.nn.Module, tensors: dict[str, torch.Tensor], alphas: dict[str, torch.Tensor], lora: LoraFile
+) -> None:
+    """Give the adapter of ``module`` the values and the alphas of the file again, by PEFT's names, in float32.
+
+    diffusers rounds the values to the precision of the base model. Of alphas that differ from layer to layer it drops
+    those of attention and of text encoders, and gives the commonest to layers that have none; they mean the rank.
+
+    Raises:
+        UserError: the adapter has what the file has not, or the other way round; or an alpha is not above 0.
+    """
+    nested = hasattr(module, "text_model")
+    values, factors = (
+        {name if nested else name.removeprefix("text_model."): tensor for name, tensor in some.items()}
+        for some in (tensors, alphas)
+    )
     for name, parameter in module.named_parameters():
         if f".{ADAPTER}." in name:
-            exact = tensors.get(name.replace(f".{ADAPTER}.", "."), parameter)
+            exact = values.pop(name.replace(f".{ADAPTER}.", "."), None)
+            if exact is None:
+                raise UserError(f"{lora.path} lacks {name}, which its metadata or its other names ask for")
             parameter.data = exact.detach().to(parameter.device, torch.float32)
+    if values:
+        raise UserError(f"{lora.path} cannot be applied as a whole: {next(iter(values))} became no part of the model")
+    for name, layer in module.named_modules():
+        if ADAPTER not in getattr(layer, "lora_alpha", ()):
+            continue
+        if factors:
+            layer.lora_alpha[ADAPTER] = float(factors.get(f"{name}.lora_A.weight", layer.r[ADAPTER]))
+        if layer.lora_alpha[ADAPTER] <= 0:
+            raise UserError(NO_ALPHA.format(lora.path, name, layer.lora_alpha[ADAPTER]))
 
 
 def _find(path: Path) -> Path:
@@ -152,7 +196,7 @@ def _check_fit(pipeline: Any, lora: LoraFile, parts: dict[str, dict[str, torch.T
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(
             f"{lora.path} does not fit this {type(pipeline).__name__}: {wrong[0]}{more}. "
-            "Was it trained on another model?"
+            "Was it trained on another model, or has it other names than diffusers' and kohya's?"
         )
 
 
@@ -167,6 +211,7 @@ def _by_component(state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.T
             parts[component] = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
         elif not any("lora_A" in name for name in tensors):
             parts[component] = convert_unet_state_dict_to_peft(tensors)
+        parts[component] = {_NAMED.sub(".", name): tensor for name, tensor in parts[component].items()}
     return parts
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dreamlora.errors import UserError
 
-_FACTOR = re.compile(r"lora(?:\d|_linear_layer)?[._](?:A|B|up|down)(?:\.[^.]+)?\.weight$")
+_FACTOR = re.compile(r"lora(?:\d|_linear_layer)?[._](?:A|B|up|down)(?:\.default)?\.weight$")
 _ALPHA = re.compile(r"(?P<layer>.*)[._]alpha$")
 _KINDS = {
     r"dora_scale|magnitude_vector": "DoRA's magnitudes",
@@ -28,8 +28,10 @@ _KINDS = {
     r"bias(?:_\w+)?$": "a bias",
     r"\.[abc][12]\.weight$|\.bm\.weight$": "a GLoRA",
     r"on_input$": "an (IA)³",
+    r"lora_[AB]\.(?!default\.|weight$)[^.]+\.weight$": "adapters with names of their own",
 }
 """What else trainers write, by a pattern of its names."""
+NO_ALPHA = "{}: the alpha of {} is {:g}, and must be above 0: programs differ in what they take 0 or less for"
 
 
 def refuse_other_parts(path: Path, keys: Collection[str], read: Callable[[str], Tensor]) -> None:
@@ -47,19 +49,22 @@ def refuse_other_parts(path: Path, keys: Collection[str], read: Callable[[str], 
     _refuse(path, [key for key in others if bool((read(key) != 0).any())], len(keys))
 
 
-def converted(pipeline: Any, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What diffusers' loader makes of a file's tensors: float32, by the names of the pipeline's layers.
+def converted(pipeline: Any, path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What diffusers' loader makes of a file's tensors: factors in float32, by the names of the pipeline's layers, and
+    alphas by the names of the first factors. Alphas that it has multiplied in are not among them.
 
     Which of them go in is seen from the gradients of what comes out.
 
     Raises:
-        UserError: it leaves some out that are not zero.
+        UserError: it leaves some out that are not zero; a factor holds whole numbers, a value is not finite, or an
+            alpha not above 0.
         ValueError, KeyError, IndexError, RuntimeError: it cannot read them.
     """
+    _refuse_odd_values(path, tensors)
     leaves = {key: value.float().requires_grad_() for key, value in tensors.items() if value.is_floating_point()}
     copies = {key: leaf.clone() for key, leaf in leaves.items()}  # the loader may change them in place
-    state = type(pipeline).lora_state_dict({**tensors, **copies})
-    state = state[0] if isinstance(state, tuple) else state
+    loaded = type(pipeline).lora_state_dict({**tensors, **copies})
+    state, alphas = loaded if isinstance(loaded, tuple) else (loaded, None)
     factors = {key: leaf for key, leaf in leaves.items() if not _ALPHA.match(key)}
     out = [value for value in state.values() if value.requires_grad]
     ones = [torch.ones_like(value) for value in out]
@@ -71,7 +76,23 @@ def converted(pipeline: Any, path: Path, tensors: Mapping[str, Tensor]) -> dict[
         if alpha and not any(factor.startswith(alpha["layer"]) for factor in used):
             unused.append(key)
     _refuse(path, unused, len(tensors))
-    return {key: value.detach() for key, value in state.items()}
+    return {key: value.detach() for key, value in state.items()}, _by_factor(alphas or {})
+
+
+def _by_factor(alphas: Mapping[str, Any]) -> dict[str, Tensor]:
+    """diffusers names an alpha after its layer, or after its layer's first factor."""
+    bare = {key.removesuffix(".alpha"): torch.as_tensor(alpha) for key, alpha in alphas.items()}
+    return {key if key.endswith(".weight") else f"{key}.lora.down.weight": alpha for key, alpha in bare.items()}
+
+
+def _refuse_odd_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if _FACTOR.search(key) and not tensor.is_floating_point():
+            raise UserError(f"{path}: {key} is of {tensor.dtype}: quantised LoRAs cannot be applied")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise UserError(f"{path}: {key} is not finite: the LoRA is damaged, or its training diverged")
+        if _ALPHA.match(key) and not (tensor > 0).all():  # for some models diffusers would never come to an end
+            raise UserError(NO_ALPHA.format(path, key, tensor.min()))
 
 
 def _refuse(path: Path, unused: Collection[str], total: int) -> None:

@@ -168,7 +168,7 @@ def rates(comparison: ComparisonFile) -> Chart | None:
         axes.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the crosses
         _broken(axes, comparison, top)
         axes.set_ylabel("final loss")
-        axes.set_xlabel("learning rate (grey: within 5 %; ×: a run diverged, failed, or lies above)")
+        axes.set_xlabel("learning rate (grey: within 5 %; ×: failed or above)")
         legend(axes)
 
     best_rates = ", ".join(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from dreamlora.compare.records import model_name
 from dreamlora.config import Data, as_flat_dict
@@ -15,7 +14,7 @@ from dreamlora.data.sets import epoch_length
 from dreamlora.files import write_atomically
 from dreamlora.models.loading import read_model_index
 from dreamlora.run.context import RunContext
-from dreamlora.run.images import RunImages
+from dreamlora.run.images import RunImages, class_folder
 from dreamlora.runfolder import RunFolder
 
 _LONGEST = 70
@@ -33,19 +32,19 @@ def announce(context: RunContext, folder: RunFolder, pictures: RunImages, begun:
     """
     if not context.accelerator.is_main_process:
         return
-    outline = outline_of(context, pictures, begun)
+    outline = outline_of(context, folder, pictures, begun)
     write_atomically(folder.outline_file, json.dumps(outline, indent=1, ensure_ascii=False))
     width = max(map(len, outline))
     context.tell("\n".join(f"{name:<{width}}  {text}" for name, text in outline.items()))
 
 
-def outline_of(context: RunContext, pictures: RunImages, begun: int) -> dict[str, str]:
+def outline_of(context: RunContext, folder: RunFolder, pictures: RunImages, begun: int) -> dict[str, str]:
     """Every line by its name, in the order in which they are told."""
     lines = {
         "model": _model(context),
         "images": _images(context, pictures),
         "captions": _captions(context, pictures.train),
-        "class images": _class_images(context),
+        "class images": _class_images(context, folder),
         "size": _size(context),
         "LoRA": _lora(context),
         "optimizer": _optimizer(context),
@@ -54,7 +53,7 @@ def outline_of(context: RunContext, pictures: RunImages, begun: int) -> dict[str
         "samples": _samples(context, pictures),
         "checkpoints": _checkpoints(context),
         "seed": str(context.config.train.seed),
-        "folder": str(context.config.train.output_dir),
+        "folder": str(folder.path),
     }
     return {name: text for name, text in lines.items() if text}
 
@@ -99,24 +98,25 @@ def _captions(context: RunContext, records: Sequence[ImageRecord]) -> str:
     prompts = [tidy(one.instance_prompt) for one in data.each()]
     own = [record.caption for record in records if record.caption != prompts[record.dataset]]
     common = " or ".join(f'"{prompt}"' for prompt in dict.fromkeys(prompts) if prompt)
-    if not own:
-        return f"none of their own: every image is learned as {common}"
-    text = f"{len(own)} of {len(records)} images have their own, such as {_quoted(own[0])}"
-    text += "" if len(own) == len(records) else f"; the others are learned as {common}"
+    if own:
+        text = f"{len(own)} of {len(records)} images have their own, such as {_quoted(own[0])}"
+        text += "" if len(own) == len(records) else f"; the others are learned as {common}"
+    else:
+        text = f"none of their own: every image is learned as {common}"
     several = sum(len(record.captions) > 1 for record in records)
     text += f"; {several} have several, of which one is drawn each time" if several else ""
-    return f"{text}; left out {data.caption_dropout:.0%} of the time" if data.caption_dropout else text
+    if data.shuffle_tags:
+        text += f"; tags shuffled but for the first {data.keep_tags}" if data.keep_tags else "; tags shuffled"
+    return f"{text}; left out {100 * data.caption_dropout:.3g} % of the time" if data.caption_dropout else text
 
 
-def _class_images(context: RunContext) -> str:
+def _class_images(context: RunContext, folder: RunFolder) -> str:
     data = context.config.data
     if not data.with_prior_preservation:
         return ""
-    folder = data.class_data_dir or (context.config.train.output_dir or Path()).parent / "class_images"
-    return (
-        f'{data.num_class_images} of "{data.class_prompt}" in {folder}, made by the base model where they are missing; '
-        f"weight {data.prior_loss_weight:g}"
-    )
+    own = ", or more if more are your own" if data.class_data_dir else ""
+    where = f'{data.num_class_images} of "{data.class_prompt}" in {class_folder(context, folder)}{own}'
+    return f"{where}; the base model makes what is missing; weight {data.prior_loss_weight:g}"
 
 
 def _size(context: RunContext) -> str:

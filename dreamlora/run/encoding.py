@@ -80,9 +80,10 @@ def warn_of_cut_texts(context: RunContext, pictures: RunImages) -> None:
             named.append(name)
     if count:
         more = f", and {count - len(named)} more" if count > len(named) else ""
-        longer = {"tokenizer_max_length": "; --max_token_length 150 or 225 reads longer ones"}
+        longer = {"tokenizer_max_length": "; a larger --max_token_length reads more of them"}
+        many = "caption or prompt has" if count == 1 else "captions or prompts have"
         context.warn(
-            f"{count} captions or prompts have more than {limit} tokens: what is beyond does not count"
+            f"{count} {many} more than {limit} tokens: what is beyond does not count"
             + longer.get(context.family.PROMPT_LENGTH, ""),
             f" ({', '.join(named)}{more})",
         )

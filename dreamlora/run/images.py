@@ -160,7 +160,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
     data = context.config.data
     if not data.with_prior_preservation or data.class_prompt is None:
         return pictures
-    images = data.class_data_dir or _class_folder(context, folder.path.parent)
+    images = class_folder(context, folder)
     precision = data.prior_generation_precision or context.accelerator.mixed_precision
     plan = context.sample_plan((data.class_prompt,))
     plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
@@ -221,9 +221,13 @@ def _what_is_found(folder: Path, found: prior.ClassImages) -> str:
     return f"class images in {folder}{new}: " + ", ".join(f"{n} {what}" for what, n in counts.items() if n)
 
 
-def _class_folder(context: RunContext, outputs: Path) -> Path:
-    """``outputs/class_images/<prompt>-<hash>``: other prompts, models and sizes have folders of their own."""
+def class_folder(context: RunContext, folder: RunFolder) -> Path:
+    """Where the class images of a run lie: where it was told to, or in ``class_images/<prompt>-<hash>`` beside its
+    folder, where other prompts, models and sizes have folders of their own.
+    """
+    if context.config.data.class_data_dir:
+        return context.config.data.class_data_dir
     prompt = context.config.data.class_prompt or ""
     kind = f"{prompt}/{context.source.predictor_id}/{context.config.data.resolution}"
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:40]
-    return outputs / "class_images" / f"{slug}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"
+    return folder.path.parent / "class_images" / f"{slug}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dreamlora import compare
+from dreamlora import compare, figures
 from dreamlora.cli.parse import parse_run
 from dreamlora.compare.comparison import ComparisonPlan
 from dreamlora.compare.methods import Group, group
@@ -201,5 +201,6 @@ def _line(ended: Ended) -> str:
     if ended.status != "finished":
         return text + f"{ended.status} after {ended.seconds:.0f} s. {ended.message}"
     record = read_record(job.folder, job.folder.name)
-    change = 100 * (record.losses[-1] / record.base - 1)
-    return text + f"{record.metric} {record.losses[-1]:.4g} ({change:+.1f} % to the base model), {ended.seconds:.0f} s"
+    last = record.losses[-1]
+    against = f"{figures.loss(last)} ({figures.change(last, record.base)} against the base model)"
+    return f"{text}{record.metric} {against}, {ended.seconds:.0f} s"

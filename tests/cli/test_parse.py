@@ -442,7 +442,11 @@ def test_nothing_of_the_built_in_style_is_said_of_own_images() -> None:
 def test_prompts_follow_the_built_in_subject() -> None:
     data = parse_run(["--subject", "bannerfish", "--class_prompt", "a fish"])[0].data
     assert (data.instance_prompt, data.class_prompt) == ("a photo of sks fish", "a fish")
-    assert "--subject takes one of checkerling, bannerfish" in message("--subject", "dog")
+    for model in ([], ["--pretrained_model_name_or_path", "another"]):
+        assert "--subject takes one of checkerling, bannerfish" in message("--subject", "dog", *model)
+        with pytest.raises(UserError, match=r"--style takes one of woodcut \(got 'nope'\)"):
+            parse_run(["--style", "nope", *model], TextToImageConfig)
+    assert message("--dataset_name", "") == "--dataset_name needs a name (got nothing)"
 
 
 # The commands

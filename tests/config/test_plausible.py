@@ -11,11 +11,14 @@ from dreamlora import registry
 from dreamlora.cli.declared import options_of
 from dreamlora.cli.parse import parse_run
 from dreamlora.config import RunConfig, TextToImageConfig
+from dreamlora.config.data import DataSet
 from dreamlora.config.plausible import _IDLE, _OF_FAMILIES, _USUAL, doubts
+from dreamlora.config.programs import PROGRAMS
 from dreamlora.families import flux, sd
 from dreamlora.interfaces import SampleDefaults
 from dreamlora.run import defaults
 from dreamlora.run.defaults import ImageCounts
+from tests.test_docs import COMMANDS, command_and_flags
 
 MODEL = ["--pretrained_model_name_or_path", "somewhere/else"]
 OPTIMIZERS = registry.names("optimizers")
@@ -24,7 +27,10 @@ OPTIMIZERS = registry.names("optimizers")
 def told(argv: str | list[str], family: Any = sd, images: int = 8, own: int = 512, embedded: bool = False) -> list[str]:
     """Of a run by its flags, decided as a run decides them."""
     words = argv.split() if isinstance(argv, str) else argv
-    config, _ = parse_run([*([] if embedded else MODEL), *words])
+    return told_of(parse_run([*([] if embedded else MODEL), *words])[0], family, images, own)
+
+
+def told_of(config: RunConfig, family: Any, images: int, own: int) -> list[str]:
     config = defaults.by_model(config, own, SampleDefaults(20, 3.0), world=1)
     config = defaults.by_length(config, ImageCounts(images, 2, 2), world=1)
     return doubts(config, defaults.facts(config, family, own, images, world=1))
@@ -70,6 +76,7 @@ def test_a_flag_counts_only_beside_another(flags: str, counts: str) -> None:
         ("--checkpoints_total_limit 3 --checkpointing_steps 0", "checkpoints_total_limit"),
         ("--subject checkerling --instance_data_dir prompts", "subject"),
         ("--subject checkerling --dataset_name a/b", "subject"),
+        ("--crop_variants 8 --center_crop", "crop_variants"),
         ("--adam_beta1 0.5 --optimizer sgd", "adam_beta1"),
         ("--adam_beta2 0.9 --optimizer adafactor", "adam_beta2"),
         ("--adam_epsilon 1e-7 --optimizer lion", "adam_epsilon"),
@@ -97,7 +104,7 @@ def test_every_family_s_options_are_options_and_explained() -> None:
     for name in registry.names("families"):
         own = registry.load("families", name).OWN_OPTIONS
         assert set(own) <= _OF_FAMILIES.keys() and registry.load("families", name).PROMPT_LENGTH in own
-    known = options_of(RunConfig).keys() | options_of(TextToImageConfig).keys()
+    known = options_of(RunConfig).keys() | options_of(TextToImageConfig).keys() | options_of(DataSet).keys()
     assert {flag for idle in _IDLE for flag in idle.flags} | _OF_FAMILIES.keys() | _USUAL.keys() <= known
 
 
@@ -110,32 +117,40 @@ FAR = {
     "caption_dropout": "0.99",
     "caption_variants": "100",
     "crop_variants": "1000",
+    "dataloader_num_workers": "1000",
+    "eval_batch_size": "5000",
+    "eval_num_images": "500",
     "gradient_accumulation_steps": "1000",
     "guidance_scale": "-1 100",
     "logit_mean": "9 -9",
     "logit_std": "0.001 40",
     "lora_dropout": "0.9",
     "lr_power": "0 50",
+    "max_grad_norm": "1e6",
     "max_train_steps": "1000000000",
+    "mode_scale": "-20 100",
     "noise_offset": "10",
     "num_class_images": "1 1000000",
     "num_images_per_prompt": "500",
     "num_inference_steps": "1 1000",
     "num_train_epochs": "10000000",
+    "num_validation_images": "500",
     "prior_loss_weight": "0 100",
     "repeats": "100000",
+    "sample_batch_size": "10000",
     "sample_guidance_scale": "100",
     "snr_gamma": "0.01 500",
 }
 
 
-@pytest.mark.parametrize("flag", _USUAL)
+@pytest.mark.parametrize("flag", _USUAL.keys() & options_of(RunConfig).keys())
 def test_numbers_far_from_the_usual_are_told_and_defaults_are_usual(flag: str) -> None:
     low, high, usual = _USUAL[flag]
     default = options_of(RunConfig)[flag].default
     assert default is None or low <= default <= high
     for value in FAR[flag].split():
-        found = told([f"--{flag}={value}"], flux if flag in flux.OWN_OPTIONS else sd)
+        more = ["--eval_metrics", "dino"] if flag == "eval_num_images" else []
+        found = told([f"--{flag}={value}", *more], flux if flag in flux.OWN_OPTIONS else sd)
         assert [doubt for doubt in found if f"is far from what is usual ({usual})" in doubt], (value, found)
 
 
@@ -196,10 +211,52 @@ def test_nothing_is_said_of_presets_and_defaults() -> None:
             assert "needs the package" in str(error)
 
 
+@pytest.mark.parametrize("words", COMMANDS)
+@pytest.mark.parametrize("images", [5, 96])
+def test_nothing_is_said_of_the_commands_in_documents(words, images, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command, flags = command_and_flags(words, tmp_path)
+    if command in PROGRAMS:
+        config, _ = parse_run(flags, PROGRAMS[command])
+        is_flux = "FLUX" in config.model.pretrained_model_name_or_path
+        assert not told_of(config, flux if is_flux else sd, images, own=64 if config.embedded else 512)
+
+
 def test_nothing_is_said_of_values_that_are_the_default() -> None:
     """As the commands of others have them, and saved configs."""
     argv = "--lr_num_cycles 1 --lr_power 1.0 --image_column image --num_class_images 100 --prior_loss_weight 1.0"
     assert not told(f"{STEPS}{argv} --lr_scheduler constant --lr_warmup_steps 0 --logging_dir logs")
+
+
+def test_entries_of_data_sets_are_doubted_by_name(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    entry = f"{{instance_data_dir: {photos}, instance_prompt: a, KEY: VALUE}}"
+    for key, value, words in (
+        ("repeats", "100000", "repeats of photos 100000 is far from what is usual (1 to 20)"),
+        ("loss_weight", "500", "loss_weight of photos 500 is far from what is usual (1)"),
+        ("resolution", "64", "resolution of photos 64 is far from the 512 pixels"),
+        ("max_train_samples", "1000000", ""),
+    ):
+        file = tmp_path / "sets.yaml"
+        file.write_text(f"datasets: [{entry.replace('KEY', key).replace('VALUE', value)}]", encoding="utf-8")
+        doubts_told = told(f"{STEPS}--config {file}")
+        assert [doubt for doubt in doubts_told if doubt.startswith(words)] if words else not doubts_told
+
+
+def test_repeats_of_a_single_data_set_only_make_epochs_longer(tmp_path):
+    file = tmp_path / "sets.yaml"
+    file.write_text("datasets: [{instance_data_dir: prompts, instance_prompt: a}]", encoding="utf-8")
+    for flags in (f"{STEPS}--repeats 3", "--repeats 3 --pretrained_model_name_or_path tiny"):
+        assert told(flags) == ["--repeats has no effect: the number of steps decides, not the epochs"]
+    for flags in ("--repeats 3", f"{STEPS}--repeats 3 --validation_epochs 1", f"{STEPS}--repeats 3 --config {file}"):
+        assert not told(flags)
+
+
+def test_a_warm_up_that_a_preset_sets_is_not_doubted() -> None:
+    assert not told("--max_train_steps 10", embedded=True, own=64)
+    assert told("--max_train_steps 10 --lr_scheduler cosine", embedded=True, own=64)
+    assert told("--max_train_steps 10 --lr_warmup_steps 10", embedded=True, own=64)
 
 
 def test_what_was_given_survives_every_decision_and_makes_no_other_config() -> None:

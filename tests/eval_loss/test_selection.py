@@ -107,6 +107,12 @@ def test_vetoes() -> None:
     assert found is not None and found.step == 50
     assert "Refused: step 100 (prompts are ignored)." in found.reason
     assert found.facts["vetoed"] == {"100": "prompts are ignored"}
+    assert "because it has the lowest loss of those that are not refused (eval/loss 0.4000" in found.reason
+    assert found.facts["runner_up"] is None and "No other step could be taken." in found.reason
+    three = select(table({0: 0.5, 50: 0.4, 100: 0.3, 150: 0.45}), "eval/loss", {100: "prompts are ignored"})
+    assert three is not None and "The runner-up, step 150 with 0.4500, is 0.05" in three.reason
+    worse = select(table({0: 0.5, 50: 0.4, 100: 0.45}), "eval/loss", {100: "prompts are ignored"})
+    assert worse is not None and "because it has the lowest loss (eval/loss" in worse.reason
     all_vetoed = select(losses, "eval/loss", {50: "a", 100: "b"})
     assert all_vetoed is not None and all_vetoed.step == 100
     assert all_vetoed.facts["vetoes_passed_over"] and "so the loss alone decided" in all_vetoed.reason

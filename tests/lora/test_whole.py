@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,3 +253,116 @@ def test_what_is_dropped_but_zero_does_no_harm(flux_folder, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     biases = {"lora_unet_double_blocks_0_img_attn_qkv.diff_b": torch.zeros(96)}
     apply_lora(pipeline, written({**kohya_flux(), **biases}, tmp_path))
+
+
+def alphas_multiplied_in(tensors: Tensors) -> Tensors:
+    """The same LoRA with alphas that are the rank; a layer without one has that already."""
+    made = dict(tensors)
+    for key, alpha in tensors.items():
+        if key.endswith(".alpha"):
+            up = key.replace(".alpha", ".lora_up.weight")
+            rank = tensors[up].shape[1]
+            made |= {up: tensors[up] * (alpha / rank), key: torch.tensor(float(rank))}
+    return made
+
+
+def test_every_layer_has_its_own_alpha(family, pipeline, own, tmp_path):
+    """diffusers gives attention layers and text encoders the commonest, and it to layers that have none."""
+    tensors = kohya(own) if family == "sd" else kohya_flux()
+    draw = torch.Generator().manual_seed(1)
+    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer = f"lora_te{'' if family == 'sd' else '1'}_text_model_encoder_layers_0_self_attn_{part}"
+        factors = {
+            "lora_down.weight": torch.randn(2, 16, generator=draw),
+            "lora_up.weight": torch.randn(16, 2, generator=draw),
+            "alpha": torch.tensor(2.0),
+        }
+        tensors |= {f"{layer}.{name}": tensor for name, tensor in factors.items()}
+    alphas = [name for name in tensors if name.endswith(".alpha")]
+    for number, name in enumerate(alphas):
+        tensors[name] = torch.tensor((8.0, 2.0, 0.5, 4.0, 8.0)[number % 5])
+    drawn = []
+    for each in (tensors, alphas_multiplied_in(tensors)):
+        apply_lora(pipeline, written(each, tmp_path))
+        drawn.append(image(pipeline))
+        pipeline.unload_lora_weights()
+    assert torch.allclose(*drawn, atol=1e-4) and not torch.allclose(drawn[0], image(pipeline), atol=1e-2)
+
+
+def test_a_layer_without_alpha_has_its_rank(sd_folder, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(sd_folder)
+    drawn = []
+    pipeline.set_progress_bar_config(disable=True)
+    attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_"
+    draw = torch.Generator().manual_seed(2)
+    width = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
+    layers = {
+        f"{attention}{part}.{factor}.weight": torch.randn(shape, generator=draw)
+        for part in ("to_q", "to_k", "to_v")
+        for factor, shape in (("lora_down", (2, width)), ("lora_up", (width, 2)))
+    }
+    some = {**layers, f"{attention}to_q.alpha": torch.tensor(0.5)}
+    for each in (some, alphas_multiplied_in(some)):
+        apply_lora(pipeline, written(each, tmp_path))
+        drawn.append(image(pipeline))
+        pipeline.unload_lora_weights()
+    assert torch.allclose(*drawn, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda name, tensor: {name: tensor * float("nan")}, "is not finite"),
+        (lambda name, tensor: {name: (tensor * 100).to(torch.int8)}, "quantised"),
+        (lambda name, tensor: {name.replace(".weight", ".one.weight"): tensor}, "adapters with names of their own"),
+        (
+            lambda name, tensor: {name.replace(".weight", f".{one}.weight"): tensor + 0 for one in ("a", "b")},
+            "adapters with names of their own",
+        ),
+    ],
+)
+def test_values_and_names_that_no_loader_can_mean(family, pipeline, own, change, words, tmp_path):
+    tensors: Tensors = {}
+    for name, tensor in own.items():
+        tensors |= change(name, tensor)
+    with pytest.raises(UserError, match=words):
+        apply_lora(pipeline, written(tensors, tmp_path))
+    assert untouched(pipeline)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -2.0])
+def test_an_alpha_that_is_not_above_zero_is_refused(family, pipeline, own, alpha, tmp_path):
+    """Of a negative one of FLUX diffusers looks for a power of two for ever."""
+    tensors = kohya(own) if family == "sd" else kohya_flux()
+    tensors = {name: torch.tensor(alpha) if name.endswith("alpha") else tensor for name, tensor in tensors.items()}
+    with pytest.raises(UserError, match=rf"the alpha of .* is {alpha:g}, and must be above 0"):
+        apply_lora(pipeline, written(tensors, tmp_path))
+    part = FAMILIES[family].DENOISER
+    settings = json.dumps({f"{part}.r": 2, f"{part}.lora_alpha": alpha, f"{part}.target_modules": ["to_q", "to_k"]})
+    tensors = {name: tensor.contiguous() for name, tensor in own.items() if "to_q" in name or "to_k" in name}
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(UserError, match=rf"the alpha of .* is {alpha:g}, and must be above 0"):
+        apply_lora(pipeline, tmp_path / "other.safetensors")
+    assert untouched(pipeline)
+
+
+def test_the_name_that_peft_gives_an_adapter_may_stand_in_the_file(family, pipeline, own, tmp_path):
+    drawn = []
+    for each in (own, {name.replace(".weight", ".default.weight"): tensor for name, tensor in own.items()}):
+        apply_lora(pipeline, written(each, tmp_path))
+        drawn.append(image(pipeline))
+        pipeline.unload_lora_weights()
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["{x", "[1]", '{"PART.foo": 1}', '{"PART.r": 3, "PART.lora_alpha": 3, "PART.target_modules": ["to_q"]}'],
+)
+def test_metadata_that_is_none_of_this_lora_s(family, pipeline, own, settings, tmp_path):
+    settings = settings.replace("PART", FAMILIES[family].DENOISER)
+    tensors = {name: tensor.contiguous() for name, tensor in own.items()}
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(UserError) as refusal:
+        apply_lora(pipeline, tmp_path / "other.safetensors")
+    assert len(str(refusal.value)) < 600 and untouched(pipeline)

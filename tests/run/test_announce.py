@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,10 @@ def agrees_with_config(outline: dict[str, str], config: dict[str, Any], run: Run
     assert outline["steps"].startswith(f"{config['max_train_steps']}, {each}")
     assert ("class images" in outline) == config["with_prior_preservation"] == ("class images" in outline["steps"])
     if config["with_prior_preservation"]:
-        assert outline["class images"].startswith(f'{config["num_class_images"]} of "{config["class_prompt"]}"')
+        start = f'{config["num_class_images"]} of "{config["class_prompt"]}" in '
+        assert outline["class images"].startswith(start)
+        folder = Path(outline["class images"].removeprefix(start).partition("; ")[0])
+        assert len(list(folder.glob("*.png"))) == config["num_class_images"]
     assert outline["LoRA"].startswith(f"rank {config['rank']}, alpha {config['lora_alpha']:g}, init {config['init']}")
     assert ("text encoder" in outline["LoRA"]) == config["train_text_encoder"]
     assert outline["optimizer"].startswith(f"{config['optimizer']}, learning rate {config['learning_rate']:g}")
@@ -103,6 +107,17 @@ def test_captions_of_their_own_are_counted(photos: Path, tmp_path: Path) -> None
     captions = json.loads(run.outline_file.read_text(encoding="utf-8"))["captions"]
     assert captions == (
         '2 of 6 images have their own, such as "caption 0"; the others are learned as "a photo of sks dog"'
+    )
+
+
+def test_what_becomes_of_captions_is_told_whoever_they_are_from(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    shutil.copy(photos / "3.png", tmp_path / "photos")
+    flags = [*SHORT, *OFF.split(), "--instance_data_dir", str(tmp_path / "photos"), "--instance_prompt", "sks, dog"]
+    flags += ["--caption_dropout", "0.125", "--shuffle_tags", "--output_dir", str(tmp_path / "run")]
+    captions = json.loads(train_with(flags).outline_file.read_text(encoding="utf-8"))["captions"]
+    assert captions == (
+        'none of their own: every image is learned as "sks, dog"; tags shuffled; left out 12.5 % of the time'
     )
 
 

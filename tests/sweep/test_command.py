@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamlora import figures
+from dreamlora.compare.records import read_record
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
 from dreamlora.sweep import command
@@ -210,7 +212,7 @@ class TrainingPool(FakePool):
 
 
 def test_real_runs_from_flags_to_compare_json(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two rates, one of them far too high; one seed, one fresh seed."""
     monkeypatch.setattr(command, "Pool", TrainingPool)
@@ -225,6 +227,11 @@ def test_real_runs_from_flags_to_compare_json(
     tuned = RunFolder(out / "runs" / "adamw" / "lr0.001" / "seed0")
     assert tuned.holds_run() and not tuned.samples.exists() and not tuned.checkpoint_steps()
     assert "--optimizer adamw" in found["runs"][0]["command"] and found["methods"][0]["rates"][0]["dw_norm"]["n"] == 1
+    record = read_record(tuned.path, "tuned")
+    told = (
+        f"{figures.loss(record.losses[-1])} ({figures.change(record.losses[-1], record.base)} against the base model)"
+    )
+    assert told in "".join(capsys.readouterr()), "as reports and evaluate say it"
 
 
 def test_a_comparison_on_captioned_images(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
