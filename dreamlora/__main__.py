@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamlora import __version__
-from dreamlora.cli.messages import console_messages
-from dreamlora.cli.parse import Program, parse, parse_run, run
-from dreamlora.config import RunConfig
-from dreamlora.config.programs import TextToImageConfig
-from dreamlora.errors import UserError
+from dreamlora.interrupts import unheeded
+
+with unheeded():
+    from dreamlora import __version__
+    from dreamlora.cli.messages import console_messages
+    from dreamlora.cli.parse import Program, parse, parse_run, run
+    from dreamlora.config import RunConfig
+    from dreamlora.config.programs import TextToImageConfig
+    from dreamlora.errors import UserError
 
 if TYPE_CHECKING:
     from dreamlora.report.document import Document

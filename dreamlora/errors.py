@@ -49,6 +49,8 @@ _SQLITE = {
     "attempt to write a readonly database": errno.EROFS,
     "unable to open database file": errno.EACCES,
 }
+_PARTNER = re.compile(r"Connection (?:closed|reset) by peer|Broken pipe|Connection was likely closed|remote process")
+"""What gloo, torch's store and NCCL say in a process of a run when another one is there no more."""
 _MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|OUT_OF_MEMORY|ALLOC_FAILED|alloc_cpu\.cpp"
     r"|Storage size calculation overflowed|integer multiplication overflow",
@@ -122,6 +124,8 @@ def explained(error: BaseException) -> str | None:
         return f"{error.strerror}. Free some space there, or name another folder in TMPDIR"
     if isinstance(error, UnicodeEncodeError):
         return f"a name or a text cannot be said in this system's encoding ({error}). Set PYTHONUTF8=1 and start again"
+    if isinstance(error, RuntimeError) and _PARTNER.search(str(error)):
+        return f"another process of this run has ended: see what it said, or who ended it. {_GO_ON}"
     found = os_error(error)
     if found is None or found.errno not in _ADVICE:
         return None

@@ -10,9 +10,10 @@ from __future__ import annotations
 import _thread
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -22,6 +23,8 @@ SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP",
 """Those that are heeded; SIGUSR1 is what SLURM can be told to send some time before it ends a job."""
 BURST_S = 1.0
 """A launcher hands on the Ctrl-C that the terminal has sent already: in so short a time two are one."""
+AGAIN_S = 0.1
+"""So much later a signal comes again that came where nothing can be raised."""
 PIPE = 13
 """SIGPIPE, which Windows lacks: what ends a program that writes to a reader who has gone."""
 
@@ -68,13 +71,44 @@ def heeded() -> Iterator[None]:
         for signum in SIGNALS:
             if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 _state.previous[signum] = signal.signal(signum, _heed)
-    mine = _state
+    mine, hook = _state, sys.unraisablehook
+    sys.unraisablehook = _again(hook)
     try:
         yield
     finally:
         for signum, handler in mine.previous.items():
             signal.signal(signum, handler)
+        sys.unraisablehook = hook
         _state = before
+
+
+def _again(otherwise: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Let a signal come once more that came in what Python calls as it tidies up, where ``Interrupted`` has no way."""
+
+    def hook(failed: Any) -> None:
+        if not isinstance(failed.exc_value, Interrupted):
+            otherwise(failed)
+            return
+        later = threading.Timer(AGAIN_S, _thread.interrupt_main, (failed.exc_value.signum,))
+        later.daemon = True
+        later.start()
+
+    return hook
+
+
+@contextmanager
+def unheeded() -> Iterator[None]:
+    """For the imports of a program: Ctrl-C ends it as it ends programs that are not in Python, without a traceback."""
+    ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -101,12 +101,12 @@ class RunFolder:
         return sorted(int(folder.name[5:]) for folder in self.candidates.glob("step-*") if folder.name[5:].isdigit())
 
     def selection(self) -> dict[str, Any]:
-        """Which checkpoint lies in best/ and why (selection.json); empty if there is none.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        return read_json(self.selection_file)
+        """Which checkpoint lies in best/ and why (selection.json); empty if there is none."""
+        found = found_json(self.selection_file)
+        if found and not isinstance(found.get("step"), int):
+            tell_once(f"cannot read {self.selection_file}: it names no step. What it held is left out")
+            return {}
+        return found
 
     def config(self) -> dict[str, Any]:
         """The options that the run was made with (config.yaml).
@@ -125,12 +125,8 @@ class RunFolder:
         return content
 
     def outcome(self) -> dict[str, Any]:
-        """How the run ended (outcome.json); empty if that is not known. A damaged file counts as none, with a word."""
-        try:
-            return read_json(self.outcome_file)
-        except UserError as error:
-            tell_once(f"{error}. How this run ended is not known")
-            return {}
+        """How the run ended (outcome.json); empty if that is not known."""
+        return found_json(self.outcome_file)
 
     def base_model(self) -> dict[str, Any]:
         """What exactly was trained: id, and commits of the hub (base_model.json); empty if it was not noted.
@@ -291,6 +287,15 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"cannot read {file}: it holds a {type(content).__name__} instead of an object")
     return content
+
+
+def found_json(file: Path) -> dict[str, Any]:
+    """The same of a file that can be done without: a damaged one counts as none, which is told once."""
+    try:
+        return read_json(file)
+    except UserError as error:
+        tell_once(f"{error}. What it held is left out")
+        return {}
 
 
 def _parsed(file: Path, fields: Mapping[str, tuple[type, ...]]) -> tuple[list[dict[str, Any]], list[int]]:

@@ -106,3 +106,17 @@ def test_processes_can_tell_each_other() -> None:
     error = WriteError.of(Path("x"), OSError(errno.ENOSPC, "No space left on device"))
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.reason, again.disk_full) == (str(error), "the disk is full", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24485. GLHF!",
+        "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:10159: Connection reset by peer",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    ],
+)
+@pytest.mark.parametrize("kind", [RuntimeError, torch.distributed.DistNetworkError])
+def test_a_process_of_the_run_that_has_gone_is_told(kind: type[RuntimeError], text: str) -> None:
+    told = explained(kind(text))
+    assert told is not None and told.startswith("another process of this run has ended")

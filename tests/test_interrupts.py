@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from dreamlora import interrupts
-from dreamlora.interrupts import PIPE, SIGNALS, Interrupted, asked, deferred, heed, heeded, request
+from dreamlora.interrupts import PIPE, SIGNALS, Interrupted, asked, deferred, heed, heeded, request, unheeded
 
 
 def send(signum: int) -> None:
@@ -90,3 +92,29 @@ def test_a_forked_process_ends_as_it_would() -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+
+
+class Interrupting:
+    """What a signal comes into while Python tidies up."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+
+def test_a_signal_that_cannot_be_raised_where_it_comes_is_raised_a_little_later(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(Interrupted) as stop, heeded():
+        Interrupting()
+        time.sleep(5)
+    assert stop.value.signum == signal.SIGTERM and "Traceback" not in capsys.readouterr().err
+
+
+def test_imports_of_a_program_are_ended_without_a_word() -> None:
+    code = "import os; from dreamlora.interrupts import unheeded\nwith unheeded(): os.kill(os.getpid(), 2)"
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=False)
+    assert done.returncode in (-signal.SIGINT, 128 + signal.SIGINT) and done.stderr == b""
+    with unheeded():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

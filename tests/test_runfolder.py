@@ -256,3 +256,14 @@ def test_clearing_leaves_what_is_not_the_runs(folder: RunFolder) -> None:
     folder.clear()
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
     assert not folder.holds_run()
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"step": ', b'{"step": "x"}', b"\xff"])
+def test_a_damaged_choice_of_the_best_counts_as_none(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It can be made anew, and nothing else depends on it."""
+    folder = RunFolder(tmp_path)
+    folder.best.mkdir()
+    folder.selection_file.write_bytes(content)
+    assert folder.selection() == {} and f"cannot read {folder.selection_file}" in caplog.text

@@ -46,10 +46,12 @@ class CheckpointCallback:
         run.fallback = state.taken(run) if ahead else None
 
     def _keep(self, run: Run) -> None:
-        """For the end by a signal: save the last step on which all has followed."""
+        """For the end by a signal: save the last step on which all has followed; none if that is half gone."""
         with deferred():
-            if run.fallback is not None and run.step > run.fallback[0]:
+            if run.fallback is not None and (run.amid or run.step > run.fallback[0]):
                 state.put_back(run, run.fallback)
+            elif run.amid:
+                return
             if run.step and run.step not in run.folder.checkpoint_steps():
                 self._save(run)
 

@@ -38,6 +38,7 @@ def console_messages() -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    _open_closed_streams()
     try:
         with _tolerant("stdout"), _tolerant("stderr"):
             yield
@@ -54,12 +55,19 @@ class _BesideBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _open_closed_streams() -> None:
+    """Put nothing in the place of a stream that the caller has closed (``>&-``), or that Windows does not give.
+
+    In this order each takes its own number again, which else the next file would get: libraries write to 2 unasked.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the program ends
+
+
 @contextmanager
 def _tolerant(name: str) -> Iterator[None]:
     stream = getattr(sys, name)
-    if stream is None:  # a program of Windows without a console
-        yield
-        return
     ours = _Tolerant(stream, results=name == "stdout")
     setattr(sys, name, ours)
     try:

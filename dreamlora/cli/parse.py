@@ -25,7 +25,7 @@ from dreamlora.cli.help import page, settings
 from dreamlora.cli.places import check_folders
 from dreamlora.config import RunConfig
 from dreamlora.errors import UserError, WriteError, explained
-from dreamlora.interrupts import PIPE, Interrupted, deferred, heeded
+from dreamlora.interrupts import PIPE, Interrupted, deferred, heed, heeded
 
 Config = TypeVar("Config")
 
@@ -181,12 +181,17 @@ def run(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
     """
     with heeded(), _threads_told():
         try:
-            main(argv)
-            sys.stdout.flush()
-        except Exception as error:
-            return _complaint(error)
-        except KeyboardInterrupt as error:
+            return _status(main, argv)
+        except KeyboardInterrupt as error:  # of any moment: also of the one in which an error is about to be told
             return _farewell(error if isinstance(error, Interrupted) else Interrupted())
+
+
+def _status(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
+    try:
+        main(argv)
+        sys.stdout.flush()
+    except Exception as error:
+        return _complaint(error)
     return 0
 
 
@@ -210,6 +215,7 @@ def _complaint(error: Exception) -> int:
     """One message for what a user can mend; all else is raised again, with its traceback."""
     told = str(error) if isinstance(error, UserError) else explained(error)
     if told is None:
+        heed()  # after a signal to all processes of a run, those that live longer fail at what they share
         raise error
     with deferred():  # a reader who has gone changes nothing any more
         _say(f"error: {told}")

@@ -58,5 +58,5 @@ def _files_of(path: Path, config: SampleConfig) -> list[tuple[str, Path]]:
 def _best_of(run: RunFolder, name: str) -> tuple[str, Path]:
     step = run.selection().get("step")
     if step is None:
-        raise UserError(f"--best: no checkpoint was selected in {run.path} (there is no {run.selection_file})")
+        raise UserError(f"--best: no checkpoint was selected in {run.path} (nothing in {run.selection_file})")
     return f"{name}\nbest: step {step:,}", read_lora(run.best).path

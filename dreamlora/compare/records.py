@@ -163,6 +163,8 @@ def read_record(path: Path, name: str) -> Record:
     """
     folder = RunFolder(path)
     config = folder.config()
+    if "learning_rate" not in config:
+        raise UserError(f"{name}: cannot read {folder.config_file}: it names no learning_rate")
     outcome, summary = folder.outcome(), read_json(folder.summary_file)
     values, more = _metrics(folder)
     metric = next((candidate for candidate in EVAL_LOSSES if candidate in values), "")

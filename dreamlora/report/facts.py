@@ -18,7 +18,7 @@ from dreamlora.config.programs import program_of
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
 from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND, measured_on
-from dreamlora.runfolder import RunFolder, read_json, read_jsonl
+from dreamlora.runfolder import RunFolder, found_json, read_json, read_jsonl
 from dreamlora.sampling.recorded import motifs_of
 
 _SECRETS = re.compile(r"(--?hub[_-]token[= ]+)('[^']*'|\S+)")
@@ -211,7 +211,7 @@ class RunFacts:
     @cached_property
     def outline(self) -> list[tuple[str, str]]:
         """What the run takes and does, in the words that it said before its first step; empty for older runs."""
-        return [(name, str(text)) for name, text in read_json(self.folder.outline_file).items()]
+        return [(name, str(text)) for name, text in found_json(self.folder.outline_file).items()]
 
     @property
     def command(self) -> str | None:

@@ -6,7 +6,7 @@ First what needs the model (``conclude``); when that has left the memory, all th
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,20 +53,26 @@ class Conclusion:
 
 
 def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
-    """Write the LoRA, and keep what the end of the run needs to know. The model cannot train on afterwards."""
-    with deferred():  # without checkpoints this is all that there is of the training
-        if run.accelerator.is_main_process:
-            state.save_lora(run, run.folder.path)
-    heed()
-    return Conclusion(
+    """Write the LoRA, and keep what the end of the run needs to know. The model cannot train on afterwards.
+
+    With the LoRA there is a summary at once: whatever ends the program from here on, the run counts as made.
+    """
+    ended = Conclusion(
         images={source.name: len(source.store.names) for source in run.stream.sources},
         parameters=sum(parameter.numel() for parameter in run.trainables.values()),
         pairs=len(run.trainables) // 2,
         eval_seconds=run.eval_seconds,
         ended_early=run.ended_early,
-        expected=_expected_output(context, run) if run.accelerator.is_main_process else "the main process does that",
+        expected=resume.UNCHECKED,
         made=resume.made(run, pictures),
     )
+    if not run.accelerator.is_main_process:
+        return ended
+    with deferred():  # without checkpoints this is all that there is of the training
+        state.save_lora(run, run.folder.path)
+        write_summary(context, run.folder, ended, {"reason": resume.UNCHECKED})
+    heed()
+    return replace(ended, expected=_expected_output(context, run))
 
 
 def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:

@@ -12,7 +12,7 @@ from dreamlora.errors import UserError
 from dreamlora.run.context import RunContext
 from dreamlora.run.image_list import changes, fingerprint
 from dreamlora.run.images import RunImages
-from dreamlora.runfolder import RunFolder, read_json
+from dreamlora.runfolder import RunFolder, found_json
 from dreamlora.training.loop import Run
 from dreamlora.training.state import Checkpoint
 
@@ -33,6 +33,8 @@ FREE_ON_RESUME = {
 model's id, the images' hashes, the global batch size)."""
 
 
+UNCHECKED = "the run was stopped before that"
+"""Why there are no figures of a parity check that was still to come."""
 _IMAGES, _CLASSES = "training images", "class images"
 
 
@@ -122,27 +124,26 @@ def complete(config: RunConfig, folder: RunFolder, settings: dict[str, Any], pic
         pictures: with the prompts; other ones are still to be drawn.
 
     Raises:
-        UserError: the folder holds a LoRA of another length or of other settings, and no checkpoint to go on from.
+        UserError: the folder holds a LoRA of other settings, prompts or length, and no checkpoint to go on from.
     """
     if config.train.resume_from_checkpoint != "latest":
         return ""
-    try:
-        summary = read_json(folder.summary_file)
-    except UserError:
-        summary = {}
+    summary = found_json(folder.summary_file)
     before = summary.get("made") or {"settings": {}, "wanted": {}, "steps": 0}
     wanted = _wanted(config, pictures)
     if before["steps"] >= (config.train.max_train_steps or 0):
         wanted["max_train_steps"] = before["wanted"].get("max_train_steps")  # a longer run is complete too
-    if before["wanted"] == wanted and {**before["settings"], _CLASSES: None} == {**settings, _CLASSES: None}:
+    same = before["wanted"] == wanted and {**before["settings"], _CLASSES: None} == {**settings, _CLASSES: None}
+    unchecked = summary.get("parity") == {"reason": UNCHECKED} and before["steps"] in folder.checkpoint_steps()
+    if same and folder.lora_file.exists() and not unchecked:
         return (
             f"the run in {folder.path} is complete ({before['steps']} steps). To train it further give a larger "
             "--max_train_steps, to begin anew --overwrite_output_dir without --resume_from_checkpoint"
         )
     if folder.holds_result() and not folder.checkpoint_steps():
         raise UserError(
-            f"--resume_from_checkpoint latest: {folder.path} holds a trained LoRA of other settings or another length, "
-            "and no checkpoint to go on from. Give another --output_dir, or --overwrite_output_dir alone to begin anew"
+            f"--resume_from_checkpoint latest: {folder.path} holds a LoRA of other settings, prompts or length, and no "
+            "checkpoint to go on from. Give another --output_dir, or --overwrite_output_dir alone to begin anew"
         )
     return ""
 
@@ -154,11 +155,12 @@ def way_on(folder: RunFolder, command: str) -> str:
         command: that was stopped.
     """
     steps = folder.checkpoint_steps()
-    where = (
-        f"The checkpoint of step {steps[-1]} lies in {folder.checkpoint_dir(steps[-1])}"
-        if steps
-        else "Nothing was trained yet; what was encoded and drawn so far is kept"
-    )
+    if steps:
+        where = f"The checkpoint of step {steps[-1]} lies in {folder.checkpoint_dir(steps[-1])}"
+    elif folder.holds_result():
+        where = f"The LoRA is trained and lies in {folder.lora_file}; the rest is not there yet"
+    else:
+        where = "Nothing was trained yet; what was encoded and drawn so far is kept"
     words = shlex.split(command)
     if not any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in words):
         words += ["--output_dir", str(folder.path)]

@@ -75,6 +75,8 @@ class Run:
         keep: writes a checkpoint when a signal ends the run.
         fallback: step and state before the step that is under way, if what follows on it takes long: a signal need not
             wait for all that, and a resumed run makes the step once more.
+        amid: whether a step is being made: weights and optimizer may be of two steps. Only a second Ctrl-C, or an
+            error, can be seen there.
         counted: what the optimizer had counted when that was logged last.
         stopping: the signal that ends the run after this step, in all processes; 0: none.
         eval_seconds: that the evaluation loss has taken, in this process.
@@ -105,6 +107,7 @@ class Run:
     occasions: tuple[int, ...] = ()
     keep: Callable[[], None] = lambda: None
     fallback: tuple[int, bytes] | None = None
+    amid: bool = False
     counted: dict[str, int] = field(default_factory=dict)
     stopping: int = 0
 
@@ -142,30 +145,41 @@ def train(run: Run) -> None:
     Raises:
         DivergedError: the loss or a gradient is not finite: that update is not made; or the last update left weights
             that are not finite. What is in checkpoints is finite in any case.
-        Interrupted: a signal came; there is a checkpoint then, unless nothing was trained yet.
+        Interrupted: a signal came; there is a checkpoint then, unless nothing was trained yet, or the signal was a
+            second Ctrl-C amid a step.
     """
     try:
-        for callback in run.callbacks:
-            callback.on_start(run)
-        run.model.train()
-        batches = next_batches(run, run.step, 0)
-        while run.step < run.total_steps:
-            batches = _step(run, batches)
-        check_state(run)
-        for callback in run.callbacks:
-            callback.on_end(run)
+        try:
+            _train(run)
+        except RuntimeError:
+            heed()  # a signal comes to all processes: what they share fails where another has ended by it already
+            raise
     except Interrupted:
         run.keep()
         raise
+
+
+def _train(run: Run) -> None:
+    for callback in run.callbacks:
+        callback.on_start(run)
+    run.model.train()
+    batches = next_batches(run, run.step, 0)
+    while run.step < run.total_steps:
+        batches = _step(run, batches)
+    check_state(run)
+    for callback in run.callbacks:
+        callback.on_end(run)
 
 
 def _step(run: Run, batches: list[Batch]) -> list[Batch]:
     """A step and what follows on it. A signal waits for it to be whole; but not for callbacks that take long."""
     long = run.takes_long(run.step + 1)
     with deferred():
+        run.amid = True
         run.optimizer.train()
         result, batches = optimizer_step(run, batches)
         run.optimizer.eval()
+        run.amid = False
         if not long:
             _follow(run, result)
     if run.stopping:

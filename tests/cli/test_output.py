@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,24 @@ def test_results_that_cannot_be_written_are_told() -> None:
 def test_a_log_on_a_full_disk_changes_nothing() -> None:
     with Path("/dev/full").open("wb") as full:
         assert start("report", "nowhere", stderr=full).wait() == 2
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(streams: str) -> None:
+    for words, status in (("dreambooth --help", 0), ("report nowhere", 2)):
+        program = f"{shlex.quote(sys.executable)} -m dreamlora {words} {streams}"
+        done = subprocess.run(["sh", "-c", program], capture_output=True, check=False)
+        assert done.returncode == status and b"Traceback" not in done.stderr
+
+
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """What libraries write to standard error unasked would go into it."""
+    code = (
+        "import os, pathlib, sys; from dreamlora.cli.messages import console_messages\n"
+        "with console_messages(), pathlib.Path(sys.argv[1]).open('w'): os.write(2, b'x')"
+    )
+    file = tmp_path / "metrics.jsonl"
+    for streams in ("2>&-", "<&- >&- 2>&-"):
+        program = shlex.join([sys.executable, "-c", code, str(file)])
+        assert subprocess.run(["sh", "-c", f"{program} {streams}"], check=False).returncode == 0
+        assert file.read_bytes() == b""

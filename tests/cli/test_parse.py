@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.parse import Program, method_options, parse, parse_run, run
 from dreamlora.config import RunConfig, TextToImageConfig, as_flat_dict
 from dreamlora.errors import UserError, WriteError
-from dreamlora.interrupts import PIPE, Interrupted
+from dreamlora.interrupts import PIPE, Interrupted, deferred
 
 DIFFUSERS_FLAGS = """
 pretrained_model_name_or_path revision variant tokenizer_name instance_data_dir class_data_dir instance_prompt
@@ -357,6 +359,32 @@ def test_other_errors_keep_their_traceback() -> None:
 
     with pytest.raises(FileNotFoundError):
         run(program, [])
+
+
+def test_a_signal_that_comes_while_an_error_is_told_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def complain(error: Exception) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        return 1
+
+    def fail(argv: Sequence[str]) -> None:
+        raise UserError("x")
+
+    monkeypatch.setattr(sys.modules[run.__module__], "_complaint", complain)
+    assert run(fail, []) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped (SIGTERM)\n"
+
+
+def test_what_fails_after_a_signal_to_all_processes_is_the_signal_s_doing(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(argv: Sequence[str]) -> None:
+        with deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("a collective without one of its processes")
+
+    assert run(fail, []) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped (SIGTERM)\n"
 
 
 # The optimizer's settings

@@ -186,6 +186,23 @@ def test_a_complete_run_has_nothing_to_resume(
     assert (run.metrics_file.read_bytes(), run.lora_file.read_bytes()) == before
 
 
+def test_damaged_side_files_are_made_anew(train: Train) -> None:
+    run = train("--max_train_steps", "3")
+    before = weights(run), run.selection()
+    for file in (run.selection_file, run.outline_file, run.base_model_file, run.evalset_file, run.summary_file):
+        file.write_bytes(file.read_bytes()[:-9])
+    run.lora_file.unlink()
+    train("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    assert same(before[0], weights(run)) and run.selection() == before[1] and run.damage() == []
+
+
+def test_a_run_whose_lora_has_gone_is_not_complete(train: Train) -> None:
+    run = train("--max_train_steps", "2")
+    before = weights(run)
+    run.lora_file.unlink()
+    assert same(before, weights(train("--max_train_steps", "2", "--resume_from_checkpoint", "latest")))
+
+
 def test_latest_is_the_newest_checkpoint_that_is_sound(train: Train, caplog: pytest.LogCaptureFixture) -> None:
     run = train()
     before = weights(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shlex
 import signal
@@ -16,12 +17,13 @@ from typing import Any
 
 import pytest
 
+from dreamlora import interrupts
 from dreamlora.callbacks import best, evaluate, final, sample
 from dreamlora.callbacks.log import LogCallback
 from dreamlora.families import _parts
-from dreamlora.interrupts import Interrupted, heeded
+from dreamlora.interrupts import Interrupted, deferred, heeded
 from dreamlora.run import assemble, ending
-from dreamlora.runfolder import RunFolder
+from dreamlora.runfolder import RunFolder, read_json
 from dreamlora.training import loop, state
 from tests.training.conftest import flags_of, train_with
 from tests.training.test_processes import REPOSITORY, SCRIPT
@@ -72,6 +74,8 @@ MOMENTS: dict[str, tuple[Any, str, int, int | None]] = {
     "the last step": (loop, "micro_batch_loss", 6, 5),
     "the last measurement": (final.FinalCallback, "on_end", 1, 6),
     "the last drawing": (sample, "draw", 3, 5),
+    "the check of the LoRA": (ending.parity, "check", 1, None),
+    "the report": (ending, "write_report", 1, None),
 }
 """Where a signal comes, and the step of the checkpoint; None: there is none."""
 
@@ -96,6 +100,45 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(train: Train, tmp_p
     assert RunFolder(tmp_path / "run").checkpoint_steps() == [3]
 
 
+@pytest.mark.parametrize("step, saved", [(2, []), (3, [2])], ids=["a step", "one on which much follows"])
+def test_a_second_ctrl_c_amid_an_update_saves_no_half_of_it(
+    step: int, saved: list[int], whole: RunFolder, train: Train, tmp_path: Path
+) -> None:
+    update, calls = loop._update, []
+
+    def impatient(*args: Any) -> None:
+        update(*args)
+        calls.append(step)
+        if len(calls) == step:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted), heeded():
+        patch.setattr(interrupts, "BURST_S", 0)
+        patch.setattr(loop, "_update", impatient)
+        train(*SAVED_BY_SIGNALS)
+    assert RunFolder(tmp_path / "run").checkpoint_steps() == saved
+    assert_equal_runs(whole, train(*SAVED_BY_SIGNALS, "--resume_from_checkpoint", "latest"))
+
+
+def test_what_fails_as_another_process_has_ended_by_the_signal_costs_no_step(train: Train, tmp_path: Path) -> None:
+    gather, calls = sample.gather_lists, []
+
+    def collective(rows: list[Any]) -> list[Any]:
+        calls.append(rows)
+        if len(calls) == 1:  # the base model's
+            return gather(rows)
+        with deferred():  # in the library's code nothing is raised
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted), heeded():
+        patch.setattr(sample, "gather_lists", collective)
+        train("--checkpointing_steps", "0", "--eval_steps", "0")
+    assert RunFolder(tmp_path / "run").checkpoint_steps() == [2]
+
+
 @pytest.mark.parametrize("optimizer", ["schedulefree_adamw"])
 def test_averages_of_the_path_survive_a_signal(optimizer: str, train: Train, tmp_path: Path) -> None:
     """Their parameters are exchanged at every step, which rounds."""
@@ -115,6 +158,22 @@ def test_a_signal_while_the_lora_is_written_leaves_it_whole(train: Train, whole:
         signal_in(patch, ending.state, "save_lora", 3)  # two are candidates for the best checkpoint
         train(*SAVED_BY_SIGNALS)
     assert same(weights(RunFolder(tmp_path / "run")), weights(whole))
+
+
+def test_a_check_that_a_signal_stopped_is_made_where_a_checkpoint_is_left(train: Train) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted), heeded():
+        signal_in(patch, ending.parity, "check", 1)
+        train("--max_train_steps", "2")
+    run = train("--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert read_json(run.summary_file)["parity"]["psnr_db"] > 40
+
+
+def test_where_the_trained_lora_lies_is_told(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted), heeded():
+        signal_in(patch, ending.parity, "check", 1)
+        train("--max_train_steps", "1", "--checkpointing_steps", "0", "--eval_steps", "0")
+    assert "The LoRA is trained and lies in " in caplog.text and "Nothing was trained" not in caplog.text
 
 
 def test_a_write_that_a_signal_stops_leaves_no_rest(train: Train, tmp_path: Path) -> None:
