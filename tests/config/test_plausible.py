@@ -143,7 +143,7 @@ FAR = {
 }
 
 
-@pytest.mark.parametrize("flag", _USUAL.keys() & options_of(RunConfig).keys())
+@pytest.mark.parametrize("flag", sorted(_USUAL.keys() & options_of(RunConfig).keys()))
 def test_numbers_far_from_the_usual_are_told_and_defaults_are_usual(flag: str) -> None:
     low, high, usual = _USUAL[flag]
     default = options_of(RunConfig)[flag].default
