@@ -131,7 +131,7 @@ class Prelude:
 def _read(context: RunContext, folder: RunFolder, options: Any) -> Prelude:
     """Images, prompts and checkpoint; the options that depend on them."""
     pictures = read_images(context, folder)
-    warn_of_cut_texts(context, pictures)
+    _decided(context, lambda: warn_of_cut_texts(context, pictures))
     epoch = epoch_length(pictures.train, context.config.data)
     counts = defaults.ImageCounts(epoch, len(pictures.measured), len(pictures.learned))
     context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)
@@ -200,6 +200,7 @@ def _start(config: RunConfig) -> RunContext:
     data = defaults.prompt_length(defaults.bucket_step(config.data, family.SIDE_MULTIPLE), family.PROMPT_LENGTH)
     config = replace(config, data=data)
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
+    family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
     return RunContext(config, accelerator, family, source, parts)
 
 

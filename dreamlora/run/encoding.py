@@ -60,11 +60,11 @@ def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
 def warn_of_cut_texts(context: RunContext, pictures: RunImages) -> None:
     """Tell how many captions and prompts are longer than the text encoder reads; in the report, which ones.
 
+    Main process only.
+
     Raises:
         UserError: the prompt length that was asked for is none that the text encoder can take.
     """
-    if not context.accelerator.is_main_process:
-        return
     records = itertools.chain(pictures.train, pictures.held_out)
     prompts = dict.fromkeys((*pictures.prompts, *pictures.eval_prompts))
     texts = itertools.chain(

@@ -334,3 +334,13 @@ def test_what_can_hardly_be_meant_is_told_and_stands_in_the_report(
         "--rank 64 is more than",
     ):
         assert told in caplog.text and told in report.replace("\\", ""), told
+
+
+def test_options_of_other_models_are_refused_before_anything_is_encoded(
+    train: Train, flux_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dreamlora.run import assemble
+
+    monkeypatch.setattr(assemble, "read_images", lambda *_: pytest.fail("images were read"))
+    with pytest.raises(UserError, match="--snr_gamma is for diffusion models"):
+        train("--pretrained_model_name_or_path", str(flux_folder), "--snr_gamma", "5")
