@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 import tempfile
 import weakref
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,27 @@ class ImageSource(Protocol):
         """What identifies a file and what changes with its content, without reading it; None if that is unknown."""
 
 
-class Catalog(Sequence[ImageRecord]):
+class Records(Sequence[ImageRecord]):
+    """Images in order, each made when it is asked for by ``at``."""
+
+    @abstractmethod
+    def at(self, row: int) -> ImageRecord:
+        """The record of a row, from 0."""
+
+    @overload
+    def __getitem__(self, row: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
+    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
+        if isinstance(row, slice):
+            return RecordSubset(self, range(len(self))[row])
+        return self.at(range(len(self))[row])
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return map(self.at, range(len(self)))
+
+
+class Catalog(Records):
     """Images in order; written once (``add``, ``examined``), then read.
 
     Args:
@@ -115,19 +136,10 @@ class Catalog(Sequence[ImageRecord]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, row: int) -> ImageRecord: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
-    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
-        if isinstance(row, slice):
-            return RecordSubset(self, range(len(self))[row])
-        row = range(self._length)[row]
+    def at(self, row: int) -> ImageRecord:
+        """The record of a row."""
         values = self.db.execute(f"SELECT {_COLUMNS} FROM rows WHERE id = ?", (row,)).fetchone()
         return self._record(row, *values)
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return (self[row] for row in range(self._length))
 
     def _record(self, row: int, name: bytes, captions: str, digest: bytes | None, *more: int) -> ImageRecord:
         spelled = os.fsdecode(name)
@@ -137,7 +149,7 @@ class Catalog(Sequence[ImageRecord]):
         return ImageRecord(spelled, caption, reader, where, known, other_captions=tuple(others))
 
 
-class RecordSubset(Sequence[ImageRecord]):
+class RecordSubset(Records):
     """Some rows of other records: 8 bytes for each."""
 
     def __init__(self, records: Sequence[ImageRecord], rows: Iterable[int]) -> None:
@@ -147,13 +159,8 @@ class RecordSubset(Sequence[ImageRecord]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, row: int) -> ImageRecord: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
-    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
-        if isinstance(row, slice):
-            return RecordSubset(self._records, self._rows[row])
+    def at(self, row: int) -> ImageRecord:
+        """The record of a row."""
         return self._records[self._rows[row]]
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 from PIL import Image
 
 from dreamlora.config import Data
 from dreamlora.data.account import FolderAccount, explain_unused, printable, unused_note
-from dreamlora.data.catalog import Catalog, RecordSubset
+from dreamlora.data.catalog import Catalog, Records
 from dreamlora.data.entries import Entries, EntryKind
 from dreamlora.data.folder import FolderPlace, Images, require_images
 from dreamlora.data.images import ImageFacts, ImageRecord, decode, see_through
@@ -89,7 +89,7 @@ def grey(mask: ImageRecord) -> Image.Image:
     return picture
 
 
-class MaskedRecords(Sequence[ImageRecord]):
+class MaskedRecords(Records):
     """Images, each with its mask if there is one.
 
     Args:
@@ -109,19 +109,11 @@ class MaskedRecords(Sequence[ImageRecord]):
     def __len__(self) -> int:
         return len(self._images)
 
-    @overload
-    def __getitem__(self, row: int) -> ImageRecord: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
-    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
-        if isinstance(row, slice):
-            return RecordSubset(self, range(len(self))[row])
+    def at(self, row: int) -> ImageRecord:
+        """The record of a row."""
         image = self._images[row]
         place = self._masks.row.get(image.name)
         return image if place is None else replace(image, mask=self._masks.files.records[place])
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return (self[row] for row in range(len(self)))
 
 
 def _load_masks(folder: Path, below: Sequence[str]) -> Images:

@@ -9,13 +9,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
 from dreamlora.config import Data
 from dreamlora.data.cache_folder import cache_folder
-from dreamlora.data.catalog import RecordSubset, hash_prefixes
+from dreamlora.data.catalog import Records, hash_prefixes
 from dreamlora.data.dataset import examine, load_images
 from dreamlora.data.folder import Images
 from dreamlora.data.images import ImageRecord
@@ -36,7 +36,7 @@ class DataSets(NamedTuple):
     shared: tuple[str, ...] = ()
 
 
-class JoinedRecords(Sequence[ImageRecord]):
+class JoinedRecords(Records):
     """The images of several data sets, one set after the other; each carries the number of its set.
 
     Args:
@@ -52,20 +52,11 @@ class JoinedRecords(Sequence[ImageRecord]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, row: int) -> ImageRecord: ...
-    @overload
-    def __getitem__(self, row: slice) -> Sequence[ImageRecord]: ...
-    def __getitem__(self, row: int | slice) -> ImageRecord | Sequence[ImageRecord]:
-        if isinstance(row, slice):
-            return RecordSubset(self, range(len(self))[row])
-        row = range(len(self))[row]
+    def at(self, row: int) -> ImageRecord:
+        """The record of a row."""
         number = bisect.bisect_right(self._starts, row) - 1
         record = self._sets[number][row - self._starts[number]]
         return replace(record, name=f"{self._names[number]}/{record.name}", dataset=number)
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return (self[row] for row in range(len(self)))
 
 
 def load_sets(data: Data, cache_dir: Path | None = None, progress: bool = False) -> DataSets:
