@@ -122,6 +122,8 @@ def explained(error: BaseException) -> str | None:
         return f"{_first_line(error)}. {_LESS_MEMORY}"
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
         return f"{error.strerror}. Free some space there, or name another folder in TMPDIR"
+    if isinstance(error, FileNotFoundError) and not _has_working_folder():
+        return "the folder that this was started in is there no more: change into another one, and start again"
     if isinstance(error, UnicodeEncodeError):
         return f"a name or a text cannot be said in this system's encoding ({error}). Set PYTHONUTF8=1 and start again"
     if isinstance(error, RuntimeError) and _PARTNER.search(str(error)):
@@ -147,6 +149,14 @@ def _is_of_memory(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno == errno.ENOMEM) or (
         isinstance(error, RuntimeError) and _MEMORY.search(str(error)) is not None
     )
+
+
+def _has_working_folder() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

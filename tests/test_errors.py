@@ -120,3 +120,14 @@ def test_processes_can_tell_each_other() -> None:
 def test_a_process_of_the_run_that_has_gone_is_told(kind: type[RuntimeError], text: str) -> None:
     told = explained(kind(text))
     assert told is not None and told.startswith("another process of this run has ended")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a folder that is in use cannot be removed")
+def test_a_working_folder_that_has_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as failed:
+        Path("run").resolve()
+    told = explained(failed.value)
+    assert told is not None and told.startswith("the folder that this was started in is there no more")

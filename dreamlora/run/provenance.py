@@ -32,8 +32,13 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     options = {name: value for name, value in as_flat_dict(config).items() if name not in left_out}
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     made_by = f"commit {git_commit()}, {device_name(device)}"
-    head = "".join(f"# {line}\n" for line in (command(), packages, made_by))
+    head = "".join(f"# {_printable(line)}\n" for line in (command(), packages, made_by))
     write_atomically(folder.config_file, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+
+def _printable(text: str) -> str:
+    """On one line, which a comment is; YAML knows no other control characters either."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def write_base_model(source: ModelSource, folder: RunFolder) -> None:

@@ -1,14 +1,19 @@
-"""The commit that a run records is one of dreamlora's, or none."""
+"""The commit that a run records is one of dreamlora's, or none; what is noted beside the options leaves them whole."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from dreamlora.config import RunConfig
 from dreamlora.run import provenance
+from dreamlora.runfolder import RunFolder
 
 INSIDE = "dreamlora/run/provenance.py"
 
@@ -90,3 +95,13 @@ def test_a_git_that_hangs_ends_no_run(tmp_path: Path, monkeypatch: pytest.Monkey
     commit_all(package_in(tmp_path))
     monkeypatch.setattr(subprocess, "run", hang)
     assert recorded(monkeypatch, tmp_path) is None
+
+
+@pytest.mark.parametrize("word", ["a photo\nof sks dog", "a\r\nb", "a\u2028b", "\x1b[1m", "ü 犬 \U0001f436", "a\tb"])
+def test_the_command_that_is_noted_spoils_no_options(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dreamlora", "dreambooth", "--instance_prompt", word])
+    config = dataclasses.replace(RunConfig(), data=dataclasses.replace(RunConfig().data, instance_prompt=word))
+    provenance.write_config(config, RunFolder(tmp_path), torch.device("cpu"))
+    assert RunFolder(tmp_path).config()["instance_prompt"] == word
