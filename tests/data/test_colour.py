@@ -252,10 +252,20 @@ def test_turned_photo_keeps_its_colours() -> None:
     assert np.array_equal(read(data), np.rot90(read(plain), -1))
 
 
+def exif_of_interop(index: bytes) -> bytes:
+    """An EXIF block as cameras write it: a directory, in it one for EXIF, in it one for interoperability."""
+
+    def directory(tag: int, kind: int, count: int, value: bytes) -> bytes:
+        return struct.pack("<HHHI4sI", 1, tag, kind, count, value, 0)
+
+    first, second, third = (8 + 18 * number for number in range(3))
+    head = b"Exif\0\0II*\0" + struct.pack("<I", first)
+    pointers = directory(0x8769, 4, 1, struct.pack("<I", second)) + directory(0xA005, 4, 1, struct.pack("<I", third))
+    return head + pointers + directory(1, 2, 4, index)
+
+
 def test_camera_that_says_adobe_rgb_in_exif_alone() -> None:
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Interop)[ExifTags.Interop.InteropIndex] = "R03"
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = exif.get_ifd(ExifTags.IFD.Interop)
+    exif = exif_of_interop(b"R03\0")
     data = encoded(Image.fromarray(cube()), "JPEG", exif=exif, quality=100)
     stored = np.asarray(Image.open(io.BytesIO(data)), np.float64)
     assert np.quantile(np.abs(read(data) - expected(stored, "Adobe RGB")), 0.999) <= 1

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from tests.tinymodels import save_flux
 
 NOT_COMPARED = ("train/steps_per_s", "system/")
 """Beginnings of the names of values that are another every time, or that not every version logs."""
+_SETTINGS = re.compile(r"-[0-9a-f]{12}(?=\.png)")
+"""What tells samples of other settings apart in their names; older versions had no such thing."""
 COMMON = (
     "--max_train_steps 30 --sample_steps 15 --eval_steps 15 --seed 3 --final_eval_items 32 --checkpointing_steps 15"
 )
@@ -115,7 +118,7 @@ def _parts(run: Path) -> list[tuple[str, str]]:
         for key, array in load_file(file).items()
     ]
     found += [
-        (str(f.relative_to(run)), hashlib.sha256(f.read_bytes()).hexdigest())
+        (_SETTINGS.sub("", str(f.relative_to(run))), hashlib.sha256(f.read_bytes()).hexdigest())
         for f in sorted(run.rglob("samples/*/*.png"))
     ]
     for file in sorted(run.glob("*.npz")):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamlora.report import words
 from dreamlora.report.facts import RunFacts
-from dreamlora.report.words import numbers, setup
 from dreamlora.runfolder import RunFolder
 from tests.training.conftest import train_with
 
@@ -94,10 +94,10 @@ def agrees_with_report(outline: dict[str, str], facts: RunFacts) -> None:
     learned, held_out = facts.summary["data"]["instance"], re.search(r"(\d+) held out", outline["images"])
     assert outline["images"].startswith(f"{learned} to learn")
     if facts.evaluation:
-        assert held_out and dict(numbers(facts))["images"].startswith(f"{learned} + {held_out[1]} held out")
+        assert held_out and dict(words.numbers(facts))["images"].startswith(f"{learned} + {held_out[1]} held out")
     for part in (outline["model"].partition(" (")[0], *outline["optimizer"].split(", ")[:1]):
-        assert part in setup(facts)
-    assert re.search(r"learning rate [\d.e-]+", outline["optimizer"])[0] in setup(facts)  # type: ignore[index]
+        assert part in words.setup(facts)
+    assert re.search(r"learning rate [\d.e-]+", outline["optimizer"])[0] in words.setup(facts)  # type: ignore[index]
 
 
 def test_captions_of_their_own_are_counted(photos: Path, tmp_path: Path) -> None:
