@@ -21,9 +21,8 @@ NAMED = 3
 
 def write(file: Path, pictures: RunImages) -> None:
     """A row for every image: file, what it is for, hash, captions, and the hash of its mask."""
-    parts = ((TRAINED, pictures.train), (HELD_OUT, pictures.held_out), (CLASS, pictures.classes))
     with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as rows:
-        rows.writelines(json.dumps(row) + "\n" for role, records in parts for row in _rows(role, records))
+        rows.writelines(json.dumps(row) + "\n" for row in _rows(pictures))
 
 
 def fingerprint(records: Iterable[ImageRecord]) -> str:
@@ -40,8 +39,7 @@ def changes(file: Path, pictures: RunImages) -> str:
     before = {row["name"]: row for row in read_jsonl(file, FIELDS) if row["role"] != CLASS}
     if not before:
         return "which ones is not known, as the run is of an older version"
-    parts = ((TRAINED, pictures.train), (HELD_OUT, pictures.held_out))
-    now = {row["name"]: row for role, records in parts for row in _rows(role, records)}
+    now = {row["name"]: row for row in _rows(pictures) if row["role"] != CLASS}
     gone = {row["sha256"]: name for name, row in before.items() if name not in now}
     added, renamed = [], []
     for name in (name for name in now if name not in before):
@@ -65,8 +63,9 @@ def changes(file: Path, pictures: RunImages) -> str:
     )
 
 
-def _rows(role: str, records: Iterable[ImageRecord]) -> Iterator[dict[str, Any]]:
-    for record in records:
+def _rows(pictures: RunImages) -> Iterator[dict[str, Any]]:
+    parts = ((TRAINED, pictures.train), (HELD_OUT, pictures.held_out), (CLASS, pictures.classes))
+    for role, record in ((role, record) for role, records in parts for record in records):
         row = {"name": record.name, "role": role, "sha256": record.content_hash(), "captions": list(record.captions)}
         yield row | ({"mask": record.mask.content_hash()} if record.mask else {})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dreamlora.config import RunConfig
 from dreamlora.data.dataset import list_images
-from dreamlora.data.entries import check_folder
 from dreamlora.data.hub import check_dataset
 from dreamlora.data.mask_files import list_masks
 from dreamlora.errors import UserError
@@ -51,8 +50,6 @@ def check_inputs(config: RunConfig) -> None:
             check_dataset(one.dataset_name)
         else:
             list_masks(list_images(one), one)
-    if data.class_data_dir and data.class_data_dir.exists():
-        check_folder(data.class_data_dir, "--class_data_dir")
 
 
 def _check_places(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +21,7 @@ BEGINNING = "abcdefghijklmn"  # all that the small text encoder reads, whose tok
 def test_captions_that_are_cut_are_counted_in_one_line_and_named_in_the_report(
     train: Train, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "captioned"
-    folder.mkdir()
-    for photo in photos.iterdir():
-        (folder / photo.name).write_bytes(photo.read_bytes())
+    folder = shutil.copytree(photos, tmp_path / "captioned")
     (folder / "3.txt").write_text(BEGINNING + "o", encoding="utf-8")
     (folder / "5.txt").write_text(BEGINNING + "opq", encoding="utf-8")
     (folder / "6.txt").write_text(BEGINNING, encoding="utf-8")

@@ -23,6 +23,11 @@ from tests.training.test_run import weights
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "train_scripts" / "dreambooth_lora.py"
+ON_CPU = {
+    **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
+    "PYTHONPATH": str(REPOSITORY),
+}
+"""Environment of a training in processes of its own."""
 TIMEOUT_S = 150
 """Several times what a run takes: processes that wait for each other do it for ever."""
 
@@ -37,10 +42,9 @@ def train_with_two(flags: list[str], script: Path = SCRIPT) -> str:
         port = free.getsockname()[1]
     launch = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
     words = [*launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *flags]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     launcher = subprocess.Popen(
         [sys.executable, *words],
-        env=os.environ | settings | {"PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | ON_CPU,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

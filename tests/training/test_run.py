@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -212,10 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_to_do(
 def test_a_broken_image_stops_the_run_before_any_model_is_loaded(
     train: Train, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for file in photos.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(photos, tmp_path / "broken")
     (folder / "9.png").write_bytes((photos / "0.png").read_bytes()[:200])
     from dreamlora.models import parts
 

@@ -26,7 +26,7 @@ from dreamlora.run import assemble, ending
 from dreamlora.runfolder import RunFolder, read_json
 from dreamlora.training import loop, state
 from tests.training.conftest import flags_of, train_with
-from tests.training.test_processes import REPOSITORY, SCRIPT
+from tests.training.test_processes import ON_CPU, SCRIPT
 from tests.training.test_resume import HARD, assert_equal_runs
 from tests.training.test_run import same, weights
 
@@ -202,10 +202,9 @@ def started(flags: list[str], tmp_path: Path) -> Iterator[Callable[..., subproce
     def start(*launcher: str, **options: Any) -> subprocess.Popen[str]:
         words = [*(launcher or ("-m", "dreamlora", "dreambooth")), *flags, "--max_train_steps", "100000"]
         words += ["--eval_steps", "0", "--sample_steps", "0", "--checkpointing_steps", "0"]
-        settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         process = subprocess.Popen(
             [sys.executable, *words],
-            env=os.environ | settings | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | ON_CPU,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
