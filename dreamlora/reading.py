@@ -111,7 +111,7 @@ def read_bytes(file: Path, most: int, inside: Path | None = None) -> bytes:
     return content
 
 
-def read_text(file: Path, most: int, inside: Path | None = None) -> str:
+def utf8_text(file: Path, most: int, inside: Path | None = None) -> str:
     """The same as UTF-8 text.
 
     Raises:
@@ -129,14 +129,14 @@ def read_json(file: Path, schema: Schema, inside: Path | None = None) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        UnreadableError: it is not valid, not what the schema says, or see ``read_text``.
+        UnreadableError: it is not valid, not what the schema says, or see ``utf8_text``.
     """
-    return _checked(file, read_text(file, JSON_BYTES, inside), json_of, schema)
+    return _checked(file, utf8_text(file, JSON_BYTES, inside), json_of, schema)
 
 
 def read_yaml(file: Path, schema: Schema, inside: Path | None = None) -> Any:
     """What a .yaml file holds, as ``schema`` has it; raises as ``read_json``."""
-    return _checked(file, read_text(file, YAML_BYTES, inside), yaml_of, schema)
+    return _checked(file, utf8_text(file, YAML_BYTES, inside), yaml_of, schema)
 
 
 def read_lines(file: Path, inside: Path | None = None, most: int = LINE_BYTES) -> Iterator[tuple[int, bytes | None]]:
