@@ -5,36 +5,24 @@ No torch here: reports read run folders on machines without it.
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
-import math
-import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
+from dreamlora import schemas
+from dreamlora.cli.saved import saved_options
 from dreamlora.errors import UserError, WriteError, numbers
 from dreamlora.files import remove, write_atomically, writing
+from dreamlora.jsonl import append_jsonl, finite, lines_of, read_jsonl, rows_and_damage
+from dreamlora.reading import Schema, UnreadableError, read_json, read_yaml, tell_once
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METRICS_VERSION = 1
-METRIC_FIELDS: Mapping[str, tuple[type, ...]] = {
-    "step": (int,),
-    "name": (str,),
-    "value": (int, float, type(None)),
-}
-"""What every row of metrics.jsonl has, and its types."""
-SAMPLE_FIELDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("step", "prompt_index", "image_index", "seed"), (int,)),
-    **dict.fromkeys(("prompt", "file"), (str,)),
-}
-"""The same of samples.jsonl."""
 ADOPTED = (
     *("metrics_file", "eval_items_file", "final_items_file", "candidates"),
     *("samples", "eval_images", "reference_dir"),
@@ -43,7 +31,6 @@ ADOPTED = (
 
 _NO_LOCKS = numbers("ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP", "EINVAL")
 """What network file systems without locks say."""
-_NAMED = 5
 
 logger = logging.getLogger(__name__)
 
@@ -100,41 +87,89 @@ class RunFolder:
         """Steps whose weights are kept because they are or may become the best, ascending."""
         return sorted(int(folder.name[5:]) for folder in self.candidates.glob("step-*") if folder.name[5:].isdigit())
 
-    def selection(self) -> dict[str, Any]:
-        """Which checkpoint lies in best/ and why (selection.json); empty if there is none."""
-        found = found_json(self.selection_file)
-        if found and not isinstance(found.get("step"), int):
-            tell_once(f"cannot read {self.selection_file}: it names no step. What it held is left out")
-            return {}
-        return found
-
     def config(self) -> dict[str, Any]:
-        """The options that the run was made with (config.yaml).
+        """The options that the run was made with (config.yaml), in the types of YAML.
+
+        One whose value cannot be right is left out, which is told once.
 
         Raises:
             UserError: there is no run, or the file is damaged.
         """
-        try:
-            content = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"there is no run in {self.path}: config.yaml is missing") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {self.config_file}: {error}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"cannot read {self.config_file}: it holds no options")
-        return content
+        return _told(self._config())
+
+    def selection(self) -> dict[str, Any]:
+        """Which checkpoint lies in best/ and why (selection.json); empty if there is none."""
+        return _told(self._found(self.selection_file, schemas.SELECTION))
 
     def outcome(self) -> dict[str, Any]:
         """How the run ended (outcome.json); empty if that is not known."""
-        return found_json(self.outcome_file)
+        return _told(self._found(self.outcome_file, schemas.OUTCOME))
 
     def base_model(self) -> dict[str, Any]:
-        """What exactly was trained: id, and commits of the hub (base_model.json); empty if it was not noted.
+        """What exactly was trained: id, and commits of the hub (base_model.json); empty if it was not noted."""
+        return _told(self._found(self.base_model_file, schemas.BASE_MODEL))
 
-        Raises:
-            UserError: the file is damaged.
-        """
-        return read_json(self.base_model_file)
+    def outline(self) -> dict[str, str]:
+        """What the run takes and does, in the words that it said before its first step; empty for older runs."""
+        return _told(self._found(self.outline_file, schemas.OUTLINE))
+
+    def summary(self) -> dict[str, Any]:
+        """What the run has come to (summary.json), as far as it is read again; empty if it has not ended."""
+        return _told(self._found(self.summary_file, schemas.SUMMARY))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl that can be read; a value that was not finite is None."""
+        return read_jsonl(self.metrics_file, schemas.METRIC_ROW, self.path)
+
+    def sample_rows(self) -> list[dict[str, Any]]:
+        """All rows of samples.jsonl that can be read."""
+        return read_jsonl(self.samples_file, schemas.SAMPLE_ROW, self.path)
+
+    def image_rows(self) -> list[dict[str, Any]]:
+        """All rows of images.jsonl that can be read."""
+        return read_jsonl(self.images_file, schemas.IMAGE_ROW, self.path)
+
+    def damage(self) -> list[str]:
+        """What cannot be read in the run's files and is left out, in sentences without a full stop."""
+        objects = (self._found(file, schema)[1] for file, schema in self._objects)
+        rows = (rows_and_damage(file, schema, self.path)[1] for file, schema in self._row_files)
+        options = self._config()[1] if self.holds_run() else []
+        return [*options, *(text for texts in objects for text in texts), *filter(None, rows)]
+
+    @property
+    def _objects(self) -> Sequence[tuple[Path, Schema]]:
+        return (
+            (self.summary_file, schemas.SUMMARY),
+            (self.outcome_file, schemas.OUTCOME),
+            (self.selection_file, schemas.SELECTION),
+            (self.base_model_file, schemas.BASE_MODEL),
+            (self.outline_file, schemas.OUTLINE),
+        )
+
+    @property
+    def _row_files(self) -> Sequence[tuple[Path, Schema]]:
+        samples = (self.samples_file, self.eval_images_file)
+        return ((self.metrics_file, schemas.METRIC_ROW), *((file, schemas.SAMPLE_ROW) for file in samples))
+
+    def _config(self) -> tuple[dict[str, Any], list[str]]:
+        try:
+            content = read_yaml(self.config_file, schemas.OBJECT, self.path)
+        except FileNotFoundError:
+            raise UserError(f"there is no run in {self.path}: config.yaml is missing") from None
+        options, wrong = saved_options(content)
+        return options, [f"{self.config_file}: {text}. It is left out" for text in wrong]
+
+    def _found(self, file: Path, schema: Schema) -> tuple[dict[str, Any], list[str]]:
+        """The fields of a .json file that fit, and sentences about all else; empty if there is no such file."""
+        try:
+            fields, wrong = schema.fitting(read_json(file, schemas.OBJECT, self.path))
+        except FileNotFoundError:
+            return {}, []
+        except UnreadableError as error:
+            return {}, [f"{error}. What it held is left out"]
+        except ValueError as error:
+            return {}, [f"cannot read {file}: {error}. What it held is left out"]
+        return fields, [f"{file}: {text}. It is left out" for text in wrong]
 
     def sample_dir(self, step: int) -> Path:
         """``samples/step_000100``."""
@@ -206,28 +241,15 @@ class RunFolder:
         common = {"v": METRICS_VERSION, "run": self.path.name, "step": step}
         common["wall_s"] = round(time.monotonic() - self._started, 3)
         rows = [{**common, "name": name, "value": value, **more} for name, value in values.items()]
-        append_jsonl(self.metrics_file, [{name: _finite(value) for name, value in row.items()} for row in rows])
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl that can be read; a value that was not finite is None."""
-        return read_jsonl(self.metrics_file, METRIC_FIELDS)
-
-    def damage(self) -> list[str]:
-        """What cannot be read in the files of rows, a sentence for each such file."""
-        damaged_lines = ((file, _parsed(file, fields)[1]) for file, fields in self._row_files)
-        return [_damage(file, numbers) for file, numbers in damaged_lines if numbers]
-
-    @property
-    def _row_files(self) -> Sequence[tuple[Path, Mapping[str, tuple[type, ...]]]]:
-        samples = (self.samples_file, self.eval_images_file)
-        return ((self.metrics_file, METRIC_FIELDS), *((file, SAMPLE_FIELDS) for file in samples))
+        append_jsonl(self.metrics_file, [{name: finite(value) for name, value in row.items()} for row in rows])
 
     def forget_after(self, step: int) -> None:
         """Drop what a resumed run will write again: the metrics of later steps, and those that come at the end."""
-        for file, fields in self._row_files:
+        for file, schema in self._row_files:
             if file.exists():
-                known = [row for row in read_jsonl(file, fields) if row["step"] <= step and not row.get("at_end")]
-                write_atomically(file, _lines(known))
+                rows = read_jsonl(file, schema, self.path)
+                known = [row for row in rows if row["step"] <= step and not row.get("at_end")]
+                write_atomically(file, lines_of(known))
         for place in (self.samples, self.eval_images):
             for folder in place.glob("step_" + "[0-9]" * 6):
                 if int(folder.name[5:]) > step:
@@ -245,106 +267,8 @@ class RunFolder:
                     shutil.copyfile(theirs, ours)
 
 
-def read_jsonl(file: Path, fields: Mapping[str, tuple[type, ...]] = SAMPLE_FIELDS) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none if it is missing. Lines that are no such rows are left out, and told once.
-
-    Args:
-        file: to read: rows of samples, or what ``fields`` says.
-        fields: that every row must have, and the types of each.
-    """
-    rows, damaged = _parsed(file, fields)
-    if damaged:
-        tell_once(_damage(file, damaged))
-    return rows
-
-
-def append_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows, on lines of their own: a kill may have left half a line, which would spoil the next row too.
-
-    Raises:
-        WriteError: the system refused.
-    """
-    with writing(file), file.open("a+b") as target:
-        if target.tell():
-            target.seek(-1, os.SEEK_END)
-            if target.read(1) != b"\n":
-                target.write(b"\n")
-        target.write(_lines(rows).encode())
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a .json file; empty if there is no such file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {file}: it holds a {type(content).__name__} instead of an object")
-    return content
-
-
-def found_json(file: Path) -> dict[str, Any]:
-    """The same of a file that can be done without: a damaged one counts as none, which is told once."""
-    try:
-        return read_json(file)
-    except UserError as error:
-        tell_once(f"{error}. What it held is left out")
-        return {}
-
-
-def _parsed(file: Path, fields: Mapping[str, tuple[type, ...]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows that have the fields, and the numbers of all other lines.
-
-    Blank lines are neither, nor is the beginning of a last line, which is what a kill leaves.
-    """
-    rows: list[dict[str, Any]] = []
-    damaged: list[int] = []
-    if not file.exists():
-        return rows, damaged
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = _row(line, fields)
-            if row is not None:
-                rows.append(row)
-            elif line.strip() and line.endswith(b"\n"):
-                damaged.append(number)
-    return rows, damaged
-
-
-def _row(line: bytes, fields: Mapping[str, tuple[type, ...]]) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line.decode())
-    except ValueError:  # also of bytes that are no UTF-8
-        return None
-    if not isinstance(row, dict) or not all(name in row and isinstance(row[name], fields[name]) for name in fields):
-        return None
-    return {name: _finite(value) for name, value in row.items()}
-
-
-def _finite(value: Any) -> Any:
-    """None for a number that is not finite, which is no JSON."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-
-
-def _damage(file: Path, numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"{file}: line {numbers[0]} cannot be read and is left out"
-    named = ", ".join(map(str, numbers[:_NAMED]))
-    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-    return f"{file}: lines {named}{more} cannot be read and are left out"
-
-
-@functools.cache
-def tell_once(text: str) -> None:
-    """Warn of something that is read, and found damaged, again and again."""
-    logger.warning(text)
+def _told(read: tuple[dict[str, Any], list[str]]) -> dict[str, Any]:
+    """What was read; what was left out is told once."""
+    for text in read[1]:
+        tell_once(text)
+    return read[0]

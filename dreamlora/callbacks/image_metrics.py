@@ -18,12 +18,13 @@ from dreamlora.eval_loss.selection import difference_text
 from dreamlora.evaluation.embedders import Embedders
 from dreamlora.evaluation.measure import MeasuredImages, Value, load_metric, measure, read
 from dreamlora.interfaces import EncoderRole, MetricInputs, Need, Reading, StepResult
+from dreamlora.jsonl import read_jsonl
 from dreamlora.metric_names import OTHER_IMAGES, is_part, of_metric
 from dreamlora.metrics import clip_score, dino
 from dreamlora.metrics._vectors import paired_cosines
 from dreamlora.processes import tell_everyone
-from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.sampler import SamplePlan
+from dreamlora.schemas import SAMPLE_ROW
 from dreamlora.training.loop import Run
 
 CLIP_CHANGE = of_metric(clip_score.NAME, "change")
@@ -83,7 +84,8 @@ class Scenes:
     def problem(self, step: int) -> str | None:
         """Why the images of a step cannot be measured, if they cannot."""
         files = self.files(step)
-        rows = {row["file"]: row for row in read_jsonl(self.folder / "samples.jsonl") if row["file"] in files}
+        drawn = read_jsonl(self.folder / "samples.jsonl", SAMPLE_ROW)
+        rows = {row["file"]: row for row in drawn if row["file"] in files}
         wrong = [row for row in rows.values() if row.get("problem")]
         if wrong:
             return f"{len(wrong)} of {len(rows)} images are {wrong[0]['problem']}"

@@ -18,12 +18,13 @@ from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import StepResult
+from dreamlora.jsonl import read_jsonl
 from dreamlora.processes import gather_lists, tell_everyone
-from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
 from dreamlora.sampling.recorded import motif_of
 from dreamlora.sampling.sampler import Drawn, SampleItem, SamplePlan, draw
 from dreamlora.sampling.schedulers import deterministic
+from dreamlora.schemas import SAMPLE_ROW
 from dreamlora.training.loop import Run
 
 REFERENCE_SIDE = 256
@@ -98,7 +99,7 @@ class SampleCallback:
     def _is_complete(self, run: Run, step: int) -> bool:
         folder, complete = self._folder(run), False
         if run.accelerator.is_main_process:  # it decides: others may not see its disk
-            known = {row["file"] for row in read_jsonl(folder / run.folder.samples_file.name)}
+            known = {row["file"] for row in read_jsonl(folder / run.folder.samples_file.name, SAMPLE_ROW)}
             files = [self._file(run, step, item) for item in self._plan.items()]
             complete = all(file in known and (folder / file).exists() for file in files)
         return bool(tell_everyone(complete))
@@ -154,7 +155,7 @@ class SampleCallback:
         """Put rows into samples.jsonl, in place of those that showed the same; of a step, the plan's come first."""
         file = self._folder(run) / run.folder.samples_file.name
         new = {(row["step"], motif_of(row)) for row in rows}
-        others = [row for row in read_jsonl(file) if (row["step"], motif_of(row)) not in new]
+        others = [row for row in read_jsonl(file, SAMPLE_ROW) if (row["step"], motif_of(row)) not in new]
         planned = {self._plan.file_name(item) for item in self._plan.items()}
 
         def place(row: dict[str, Any]) -> tuple[int, bool, int, int]:

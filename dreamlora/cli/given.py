@@ -98,7 +98,7 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for name, value in _flat(entries or {}, config_class, file).items():
         if name in options and options[name].entries:
-            given[name] = _entries(options[name], value, str(file), config_class)
+            given[name] = entries_of(options[name], value, str(file), config_class)
         elif name in options:
             given[name] = value_of(options[name], value, str(file))
         elif not _unneeded(name, options) and value is not None:
@@ -119,7 +119,7 @@ def _flat(entries: Mapping[Any, Any], config_class: type, file: Path) -> dict[st
     return flat
 
 
-def _entries(option: Option, given: Any, file: str, config_class: type) -> tuple[Any, ...] | None:
+def entries_of(option: Option, given: Any, file: str, config_class: type) -> tuple[Any, ...] | None:
     """A list of mappings as records of the option's dataclass; without what the program does not offer."""
     if given is None:
         return None

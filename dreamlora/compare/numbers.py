@@ -35,7 +35,6 @@ from dreamlora.compare.schema import (
 )
 from dreamlora.compare.verdict import ABOVE_BASE_TEXT, delta_sentence
 from dreamlora.metric_names import UPDATE_RMS, main_values
-from dreamlora.runfolder import read_jsonl
 from dreamlora.sampling.recorded import motif_of
 
 TOLERANCES = (0.02, 0.05, 0.10, 0.25)
@@ -305,7 +304,7 @@ def _image_metric(name: str, at: str, values: Sequence[ImageValue]) -> ComparedI
 def samples(records: Sequence[Record], root: Path) -> Samples | None:
     """The images of the first run that drew some."""
     for record in records:
-        rows = read_jsonl(record.folder.samples_file)
+        rows = record.folder.sample_rows()
         if rows:
             return _samples(record, rows, root)
     return None

@@ -18,7 +18,7 @@ from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, comparable, is_image_metric
-from dreamlora.runfolder import RunFolder, read_json
+from dreamlora.runfolder import RunFolder
 
 OCTILES = 8
 
@@ -165,7 +165,7 @@ def read_record(path: Path, name: str) -> Record:
     config = folder.config()
     if "learning_rate" not in config:
         raise UserError(f"{name}: cannot read {folder.config_file}: it names no learning_rate")
-    outcome, summary = folder.outcome(), read_json(folder.summary_file)
+    outcome, summary = folder.outcome(), folder.summary()
     values, more = _metrics(folder)
     metric = next((candidate for candidate in EVAL_LOSSES if candidate in values), "")
     curve = values.get(metric, {})

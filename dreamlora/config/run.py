@@ -199,6 +199,8 @@ class Train:
     def __post_init__(self) -> None:
         _at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps")
         _at_least(self, 0, "seed", "checkpointing_steps", "noise_offset")
+        _within(self, 0, 2**63, "seed")
+        _within(self, 1, 10**9 + 1, "max_train_steps")
         _at_least(self, 1, "checkpoints_total_limit")
         _above(self, 0, "snr_gamma", "logit_std")
         _finite(self, "logit_mean", "mode_scale", "guidance_scale")
@@ -274,13 +276,14 @@ def as_flat_dict(config: RunConfig) -> dict[str, Any]:
     for part in (getattr(config, group.name) for group in fields(config) if group.metadata.get("option", True)):
         for option in (option for option in fields(part) if option.name not in config.NOT_OFFERED):
             value = getattr(part, option.name)
-            flat[option.name] = _as_yaml(value)
+            flat[option.name] = as_yaml(value)
     return flat
 
 
-def _as_yaml(value: Any) -> Any:
+def as_yaml(value: Any) -> Any:
+    """An option's value in the types of YAML: lists for tuples, text for paths, mappings for entries."""
     if isinstance(value, tuple):
-        return [_as_yaml(part) for part in value]
+        return [as_yaml(part) for part in value]
     if isinstance(value, DataSet):
-        return {name: _as_yaml(part) for name, part in value.given().items()}
+        return {name: as_yaml(part) for name, part in value.given().items()}
     return str(value) if isinstance(value, Path) else value

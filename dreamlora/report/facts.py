@@ -18,7 +18,7 @@ from dreamlora.config.programs import program_of
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
 from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND, measured_on
-from dreamlora.runfolder import RunFolder, found_json, read_json, read_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.recorded import motifs_of
 
 _SECRETS = re.compile(r"(--?hub[_-]token[= ]+)('[^']*'|\S+)")
@@ -102,7 +102,7 @@ class RunFacts:
         self.folder = folder
         self.name = folder.path.resolve().name
         self.config: dict[str, Any] = folder.config()
-        self.summary = read_json(folder.summary_file)
+        self.summary = folder.summary()
         self.finished = folder.summary_file.exists()
         self.curves, self._earlier, self._not_finite = _curves(folder.metrics())
 
@@ -211,7 +211,7 @@ class RunFacts:
     @cached_property
     def outline(self) -> list[tuple[str, str]]:
         """What the run takes and does, in the words that it said before its first step; empty for older runs."""
-        return [(name, str(text)) for name, text in found_json(self.folder.outline_file).items()]
+        return list(self.folder.outline().items())
 
     @property
     def command(self) -> str | None:
@@ -226,7 +226,7 @@ class RunFacts:
     @property
     def prompts(self) -> list[str]:
         """The prompts that were drawn, in the order of the grid's columns."""
-        return list(dict.fromkeys(motif.prompt for motif in motifs_of(read_jsonl(self.folder.samples_file))))
+        return list(dict.fromkeys(motif.prompt for motif in motifs_of(self.folder.sample_rows())))
 
     @property
     def speed(self) -> float | None:

@@ -22,7 +22,7 @@ from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
 from dreamlora.run.images import RunImages
 from dreamlora.run.upload import push_to_hub
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.training import parity, state
 from dreamlora.training.loop import Run
 
@@ -160,7 +160,7 @@ def _expected_output(context: RunContext, run: Run) -> parity.ExpectedOutput | s
     """The first image of the last step, and one call of the denoiser for the same prompt; or why there is none."""
     if not run.config.train.parity_check:
         return "it was switched off (--no_parity_check)"
-    rows = [row for row in read_jsonl(run.folder.samples_file) if row["step"] == run.step]
+    rows = [row for row in run.folder.sample_rows() if row["step"] == run.step]
     if not rows:
         return "no samples were drawn at the last step"
     sample = {**rows[0], "negative_prompt": run.config.sample.negative_prompt}

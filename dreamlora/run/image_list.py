@@ -10,10 +10,11 @@ from typing import Any
 
 from dreamlora.data.images import ImageRecord
 from dreamlora.files import replacing
+from dreamlora.jsonl import read_jsonl
+from dreamlora.reading import legible
 from dreamlora.run.images import RunImages
-from dreamlora.runfolder import read_jsonl
+from dreamlora.schemas import IMAGE_ROW
 
-FIELDS: Mapping[str, tuple[type, ...]] = {"name": (str,), "role": (str,), "sha256": (str,), "captions": (list,)}
 TRAINED, HELD_OUT, CLASS = "trained", "held out", "class"
 NAMED = 3
 """Images that are told by name of each kind of change."""
@@ -36,7 +37,7 @@ def fingerprint(records: Iterable[ImageRecord]) -> str:
 
 def changes(file: Path, pictures: RunImages) -> str:
     """What is not as ``file`` says, in words; "" if all images are known to be the same."""
-    before = {row["name"]: row for row in read_jsonl(file, FIELDS) if row["role"] != CLASS}
+    before = {row["name"]: row for row in read_jsonl(file, IMAGE_ROW) if row["role"] != CLASS}
     if not before:
         return "which ones is not known, as the run is of an older version"
     now = {row["name"]: row for row in _rows(pictures) if row["role"] != CLASS}
@@ -66,7 +67,8 @@ def changes(file: Path, pictures: RunImages) -> str:
 def _rows(pictures: RunImages) -> Iterator[dict[str, Any]]:
     parts = ((TRAINED, pictures.train), (HELD_OUT, pictures.held_out), (CLASS, pictures.classes))
     for role, record in ((role, record) for role, records in parts for record in records):
-        row = {"name": record.name, "role": role, "sha256": record.content_hash(), "captions": list(record.captions)}
+        captions = list(map(legible, record.captions))
+        row = {"name": legible(record.name), "role": role, "sha256": record.content_hash(), "captions": captions}
         yield row | ({"mask": record.mask.content_hash()} if record.mask else {})
 
 

@@ -12,7 +12,7 @@ from dreamlora.errors import UserError
 from dreamlora.run.context import RunContext
 from dreamlora.run.image_list import changes, fingerprint
 from dreamlora.run.images import RunImages
-from dreamlora.runfolder import RunFolder, found_json
+from dreamlora.runfolder import RunFolder
 from dreamlora.training.loop import Run
 from dreamlora.training.state import Checkpoint
 
@@ -128,7 +128,7 @@ def complete(config: RunConfig, folder: RunFolder, settings: dict[str, Any], pic
     """
     if config.train.resume_from_checkpoint != "latest":
         return ""
-    summary = found_json(folder.summary_file)
+    summary = folder.summary()
     before = summary.get("made") or {"settings": {}, "wanted": {}, "steps": 0}
     wanted = _wanted(config, pictures)
     if before["steps"] >= (config.train.max_train_steps or 0):

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, features
 
 from dreamlora.files import replacing
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.canvas import GAP, INK, LABEL, MARGIN, SMALL, TITLE, Canvas, Cell, font, wrap
 from dreamlora.sampling.recorded import Motif, common_settings, motif_of, motifs_of, titles
 
@@ -173,7 +173,7 @@ def grid_of_run(folder: RunFolder) -> bool:
     Rows are steps. A column is a prompt with its seed and settings, those that were drawn last first: what a step has
     not drawn of them, or a file that is missing or broken, is a grey cell, and steps without any have no row.
     """
-    drawn = read_jsonl(folder.samples_file)
+    drawn = folder.sample_rows()
     if not drawn:
         return False
     motifs = motifs_of(drawn)

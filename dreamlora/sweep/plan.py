@@ -19,7 +19,9 @@ from dreamlora.config.programs import PROGRAMS
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import FINAL_SIZES
 from dreamlora.files import write_atomically
-from dreamlora.runfolder import RunFolder, read_json
+from dreamlora.reading import read_json
+from dreamlora.runfolder import RunFolder
+from dreamlora.schemas import OBJECT
 from dreamlora.sweep.config import DECIDED_HERE, PROGRAM, CompareConfig, flags_in
 
 RATIO = math.sqrt(10)
@@ -230,7 +232,7 @@ def check_settings(sweep: Sweep) -> None:
     """
     file = sweep.root / "settings.json"
     now = {name: value for name, value in sweep.settings.items() if name not in OWN_OF_A_RUN}
-    before = read_json(file)
+    before = read_json(file, OBJECT, sweep.root) if file.exists() else {}
     names = [name for name in before if name in now and before[name] != now[name]]
     if names:
         changes = "; ".join(f"{name}: {before[name]!r} then, {now[name]!r} now" for name in names)

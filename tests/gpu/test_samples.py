@@ -13,7 +13,6 @@ from PIL import Image
 from dreamlora.callbacks.sample import SampleCallback
 from dreamlora.report import words
 from dreamlora.report.facts import RunFacts
-from dreamlora.runfolder import read_jsonl
 from dreamlora.training import loop
 from tests.gpu.conftest import STEPS, Train, peak_mib
 
@@ -36,7 +35,7 @@ def test_samples_are_what_a_stock_pipeline_draws(
     images = ("--sample_steps", str(STEPS), "--num_images_per_prompt", "4")
     folder = train(precision, "scaled_adamw", *images).folder
 
-    rows = list(read_jsonl(folder.samples_file))
+    rows = folder.sample_rows()
     assert {row["step"] for row in rows} == {0, STEPS} and len(rows) >= 8
     assert not [row["problem"] for row in rows if "problem" in row]
     for row in rows:

@@ -18,7 +18,7 @@ from dreamlora.callbacks.sample import SampleCallback
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
 from dreamlora.interfaces import StepResult
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.canvas import GAP, MARGIN
 from dreamlora.sampling.grid import CELL, GUTTER
 from dreamlora.sampling.sampler import SamplePlan
@@ -46,7 +46,7 @@ class FakeRun:
         return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
     def rows(self) -> list[dict[str, Any]]:
-        return list(read_jsonl(self.folder.samples_file))
+        return self.folder.sample_rows()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from PIL import Image
 from dreamlora.data.folder import load_folder
 from dreamlora.errors import UserError
 from dreamlora.report.facts import RunFacts
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.recorded import motif_of
 from tests.training.conftest import flags_of, train_with
 
@@ -45,7 +45,7 @@ def half(
 
 
 def samples(run: RunFolder) -> list[dict[str, Any]]:
-    return read_jsonl(run.samples_file)
+    return run.sample_rows()
 
 
 def pixels(run: RunFolder, row: dict[str, Any]) -> bytes:

@@ -21,8 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreamlora.errors import UserError
-from dreamlora.run import image_list
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.training import state
 from tests.hubcache import FakeHub
 from tests.training.test_run import same, values, weights
@@ -263,7 +262,7 @@ def test_what_changed_of_the_images_is_named(train: Train, photos: Path, tmp_pat
     shutil.copytree(photos, folder)
     flags = ["--max_train_steps", "2", "--instance_data_dir", str(folder), "--holdout", "0", "--sample_steps", "0"]
     run = train(*flags)
-    rows = read_jsonl(run.images_file, image_list.FIELDS)
+    rows = run.image_rows()
     assert [(row["name"], row["role"], row["captions"]) for row in rows] == [
         (f"{number}.png", "trained", ["a photo of sks dog"]) for number in range(8)
     ]
@@ -304,7 +303,7 @@ def test_an_image_that_is_no_longer_held_out_is_named(train: Train, photos: Path
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     flags = ["--max_train_steps", "2", "--instance_data_dir", str(folder), "--sample_steps", "0", "--holdout", "2"]
-    rows = read_jsonl(train(*flags).images_file, image_list.FIELDS)
+    rows = train(*flags).image_rows()
     held_out = {row["name"]: row["sha256"] for row in rows if row["role"] == "held out"}
     for red in range(256):  # until the new one's hash is the smallest
         file = folder / "new.png"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from dreamlora.errors import UserError
 from dreamlora.families import sd
 from dreamlora.run import ending
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, parity
 from dreamlora.training.loop import Run
 
@@ -279,7 +279,7 @@ def test_captioned_images_of_all_shapes(
     assert losses[-1] < losses[0]
     summary = json.loads(run.summary_file.read_text(encoding="utf-8"))
     assert summary["data"] == {"instance": 8} and summary["parity"]["max_abs"] <= 1
-    prompts = {row["prompt"] for row in read_jsonl(run.samples_file)}
+    prompts = {row["prompt"] for row in run.sample_rows()}
     assert len(prompts) == 1 and prompts.pop().endswith("red, green, blue")  # of the held-out image
 
 

@@ -13,7 +13,9 @@ from PIL import Image
 
 from dreamlora.errors import UserError
 from dreamlora.evaluation.encoders import load_encoder
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.jsonl import read_jsonl
+from dreamlora.runfolder import RunFolder
+from dreamlora.schemas import SAMPLE_ROW
 from tests.training.conftest import flags_of, train_with
 from tests.training.test_resume import assert_equal_runs
 from tests.training.test_run import same, weights
@@ -118,7 +120,7 @@ def test_images_for_the_metrics_alone(train: Train, tmp_path: Path) -> None:
     own = ["--eval_prompts", str(tmp_path / "prompts.txt"), "--eval_num_images", "2", "--eval_metrics_steps", "4"]
     run = train(*TINY, "--eval_metrics", "clip_score", "diversity", *own, *SPARSE, "--sample_steps", "0")
     assert not run.samples.exists() and not run.grid_file.exists()
-    drawn = list(read_jsonl(run.eval_images_file))
+    drawn = list(read_jsonl(run.eval_images_file, SAMPLE_ROW))
     assert [row["step"] for row in drawn] == [0] * 4 + [4] * 4 + [6] * 4
     assert {row["prompt"] for row in drawn} == {"a sks dog in the snow", "a cat"}
     assert {row["seed"] for row in drawn} == {1234, 1235, 1236, 1237}

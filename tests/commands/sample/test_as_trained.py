@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from dreamlora.commands.sample.command import main
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.jsonl import read_jsonl
+from dreamlora.runfolder import RunFolder
+from dreamlora.schemas import OBJECT
 from tests.training.conftest import cache, flags_of, photos, train_with
 
 __all__ = ["cache", "photos"]  # fixtures
@@ -44,8 +46,8 @@ def test_it_draws_the_very_images_that_training_drew(
     flags = [*flags_of(photos, cache, model, tmp_path / "run"), *QUICK, "--learning_rate", "0.3", *more]
     run: RunFolder = train_with(flags)
     main([str(run.path), "--output_dir", str(tmp_path / "out")])
-    drawn = list(read_jsonl(tmp_path / "out" / "samples.jsonl", {}))
-    trained = list(read_jsonl(run.samples_file))
+    drawn = list(read_jsonl(tmp_path / "out" / "samples.jsonl", OBJECT))
+    trained = run.sample_rows()
     for step, lora in ((0, False), (3, True)):
         ours = images([row for row in drawn if bool(row["lora"]) == lora], tmp_path / "out")
         theirs = images([row for row in trained if row["step"] == step], run.samples)

@@ -17,7 +17,9 @@ from dreamlora.commands.rows import rows_of
 from dreamlora.commands.sample.command import main
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.errors import UserError
-from dreamlora.runfolder import RunFolder, read_jsonl
+from dreamlora.jsonl import read_jsonl
+from dreamlora.runfolder import RunFolder
+from dreamlora.schemas import OBJECT
 
 
 def save_lora(sd_folder: Path, folder: Path, strength: float) -> Path:
@@ -51,7 +53,7 @@ def run(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def sample(output: Path, *argv: Any) -> list[dict[str, Any]]:
     flags = ["--output_dir", output, "--num_inference_steps", 2, "--resolution", 16]
     main([str(word) for word in [*argv, *flags]])
-    return list(read_jsonl(output / "samples.jsonl", {}))
+    return list(read_jsonl(output / "samples.jsonl", OBJECT))
 
 
 def test_rows_are_base_checkpoints_and_scales(

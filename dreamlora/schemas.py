@@ -1,0 +1,197 @@
+"""The types and bounds of what a run folder's files hold. What does not fit is named and left out, the rest is used.
+
+A field that is not declared here is not read. The options of config.yaml are declared in ``config``.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, NotRequired
+
+from annotated_types import Ge, Le, MaxLen, MinLen, Predicate
+from typing_extensions import TypedDict
+
+from dreamlora.reading import LARGEST, Schema
+
+Step = Annotated[int, Ge(0), Le(10**9)]
+Count = Annotated[int, Ge(0), Le(LARGEST)]
+Seed = Annotated[int, Ge(0), Le(2**64)]
+Seconds = Annotated[float, Ge(0), Le(10**12)]
+Name = Annotated[str, MinLen(1), MaxLen(1000)]
+Text = Annotated[str, MaxLen(2**16)]
+"""Prompts, captions, sentences."""
+Number = float | None
+"""None for one that was not finite."""
+
+
+def lies_below(name: str) -> bool:
+    """Whether a file's name leads to no other place than below the folder that it is relative to."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    odd = hidden or path.is_absolute() or not name.isprintable() or not {"\\", ":"}.isdisjoint(name)
+    return bool(path.parts) and not odd
+
+
+FileName = Annotated[Name, Predicate(lies_below)]
+"""Of a file below a folder of the run."""
+
+
+class MetricRow(TypedDict):
+    """A line of metrics.jsonl."""
+
+    v: NotRequired[Count]
+    run: NotRequired[str]
+    wall_s: NotRequired[Number]
+    step: Step
+    name: Name
+    value: Number
+    n: NotRequired[Count | None]
+    n_other: NotRequired[Count | None]
+    evalset_id: NotRequired[Name | None]
+    images_id: NotRequired[Name | None]
+    encoder_id: NotRequired[Name | None]
+    se: NotRequired[Number]
+    at_end: NotRequired[bool]
+
+
+class SampleRow(TypedDict):
+    """A line of samples.jsonl."""
+
+    step: Step
+    prompt_index: Count
+    image_index: Count
+    prompt: Text
+    seed: Seed
+    file: FileName
+    num_inference_steps: NotRequired[Count]
+    guidance_scale: NotRequired[Annotated[float, Ge(0), Le(10**6)]]
+    lora_scale: NotRequired[Number]
+    sha256: NotRequired[Name]
+    scheduler: NotRequired[Name]
+    negative_prompt: NotRequired[Text | None]
+    problem: NotRequired[Text]
+
+
+class ImageRow(TypedDict):
+    """A line of images.jsonl."""
+
+    name: Name
+    role: Name
+    sha256: Name
+    captions: Annotated[list[str], MaxLen(1000)]
+    mask: NotRequired[Name]
+
+
+class Compared(TypedDict, total=False):
+    """A step of a run, and how it lies against the selected one."""
+
+    step: Step
+    value: Number
+    difference: Number
+    standard_error: Number
+    standard_errors: Number
+
+
+class Selection(TypedDict):
+    """best/selection.json."""
+
+    schema_version: NotRequired[Count]
+    step: Step
+    reason: NotRequired[Text]
+    rule: NotRequired[Text]
+    metric: NotRequired[Name]
+    value: NotRequired[Number]
+    n: NotRequired[Count]
+    evalset_id: NotRequired[Name]
+    lowest: NotRequired[Compared | None]
+    runner_up: NotRequired[Compared | None]
+    base: NotRequired[Compared | None]
+    last: NotRequired[Compared | None]
+    vetoed: NotRequired[dict[Name, Text]]
+    vetoes_passed_over: NotRequired[bool]
+    best_product: NotRequired[dict[str, Any] | None]
+
+
+class Outcome(TypedDict):
+    """outcome.json."""
+
+    status: NotRequired[Literal["finished", "diverged", "failed"]]
+    message: NotRequired[Text]
+    method: NotRequired[Name | None]
+
+
+class BaseModel(TypedDict):
+    """base_model.json."""
+
+    id: NotRequired[Name]
+    revision: NotRequired[Name | None]
+    vae_revision: NotRequired[Name | None]
+
+
+class NoEffect(TypedDict):
+    """One call of the denoiser, to which the LoRA made no difference."""
+
+    effect: float
+
+
+class Call(NoEffect):
+    """... to which it made one, in training and in a stock pipeline."""
+
+    error: float
+    rounding: float
+    scale: float
+
+
+class Parity(TypedDict, total=False):
+    """Whether the saved file does what training showed."""
+
+    reason: Text
+    psnr_db: float
+    max_abs: float
+    mean_abs: float
+    call: Call | NoEffect | None
+
+
+class EvalPrice(TypedDict):
+    """What the evaluation loss cost."""
+
+    sentence: Text
+    seconds: Seconds
+
+
+class Made(TypedDict):
+    """What a run is, for a resume that has nothing left to do."""
+
+    steps: Step
+    settings: dict[str, Any]
+    wanted: dict[str, Any]
+
+
+class Summary(TypedDict, total=False):
+    """summary.json, as far as it is read again."""
+
+    parity: Parity
+    timings: Annotated[dict[Name, Seconds], MaxLen(100)]
+    versions: Annotated[dict[Name, Name], MaxLen(100)]
+    device: Name | None
+    peak_memory_gib: Annotated[float, Ge(0), Le(10**6)] | None
+    git_commit: Name | None
+    warnings: Annotated[list[Text], MaxLen(1000)]
+    data: Annotated[dict[Name, Count], MaxLen(1000)]
+    lora: dict[Name, Count]
+    eval_price: EvalPrice | Annotated[dict[str, Any], MaxLen(0)]
+    ended_early: Text | None
+    made: Made
+    command: Annotated[str, MaxLen(2**20)] | None
+
+
+METRIC_ROW = Schema(MetricRow)
+SAMPLE_ROW = Schema(SampleRow)
+IMAGE_ROW = Schema(ImageRow)
+SELECTION = Schema(Selection)
+OUTCOME = Schema(Outcome)
+BASE_MODEL = Schema(BaseModel)
+SUMMARY = Schema(Summary)
+OUTLINE = Schema(Annotated[dict[Name, Text], MaxLen(1000)])
+OBJECT = Schema(Annotated[dict[str, Any], MaxLen(10_000)])
+"""A file whose fields are checked elsewhere."""
