@@ -97,7 +97,7 @@ class Selection(TypedDict):
 
     schema_version: NotRequired[Count]
     step: Step
-    reason: NotRequired[Text]
+    reason: Text
     rule: NotRequired[Text]
     metric: NotRequired[Name]
     value: NotRequired[Number]

@@ -8,7 +8,7 @@ from typing import Any
 
 from dreamlora.cli.declared import Option, options_of, subgroups_of
 from dreamlora.cli.given import entries_of, value_of
-from dreamlora.config import RunConfig, program_of
+from dreamlora.config import PROGRAMS, RunConfig, program_of
 from dreamlora.config.run import as_yaml
 from dreamlora.errors import UserError
 from dreamlora.reading import shortened_text
@@ -27,13 +27,14 @@ def saved_options(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         content: of config.yaml.
     """
     program = program_of(content)
-    declared = _declared(program)
+    declared = _declared(program.COMMAND)
     kept: dict[str, Any] = {}
     wrong: list[str] = []
     for name, value in content.items():
         try:
             if name in declared:
-                kept[name] = _checked(*declared[name], value, program)
+                group = _group(declared[name], {name: value}, program)
+                kept[name] = None if value is None else as_yaml(getattr(group, name))
             elif _plain(value):
                 kept[name] = value
             else:
@@ -43,19 +44,35 @@ def saved_options(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     return kept, wrong
 
 
+def saved_group(options: Mapping[str, Any], kind: Any) -> Any:
+    """A group of options, such as ``Data``, as ``saved_options`` gave them.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    program = program_of(options)
+    return _group(kind, {name: options.get(name) for name in options_of(kind)}, program)
+
+
 @functools.cache
-def _declared(program: type[RunConfig]) -> dict[str, tuple[Option, type]]:
-    """Every option with the group that it belongs to; finding them takes a hundred times as long as checking them."""
-    groups = subgroups_of(program).values()
-    offered = options_of(program)
-    return {name: (offered[name], group) for group in groups for name in options_of(group) if name in offered}
+def _declared(command: str) -> dict[str, type]:
+    """The group of every option; finding them takes a hundred times as long as checking them."""
+    groups = subgroups_of(PROGRAMS[command]).values()
+    offered = options_of(PROGRAMS[command])
+    return {name: group for group in groups for name in options_of(group) if name in offered}
 
 
-def _checked(option: Option, group: type, value: Any, program: type[RunConfig]) -> Any:
-    if value is None:
-        return None
-    read: Any = entries_of(option, value, _WHERE, program) if option.entries else value_of(option, value, _WHERE)
-    return as_yaml(getattr(group(**{option.name: read}), option.name))  # the group checks the range
+def _group(kind: Any, values: Mapping[str, Any], program: type[RunConfig]) -> Any:
+    """The group, which checks the ranges; values that are None stay at their default."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return kind(**{name: _read(_options(kind)[name], value, program) for name, value in given.items()})
+
+
+def _read(option: Option, value: Any, program: type[RunConfig]) -> Any:
+    return entries_of(option, value, _WHERE, program) if option.entries else value_of(option, value, _WHERE)
+
+
+_options = functools.cache(options_of)
 
 
 def _plain(value: Any) -> bool:

@@ -30,7 +30,7 @@ def rows_of(config: SampleConfig) -> list[Row]:
     """
     rows = [Row("base model")]
     for path in config.lora:
-        run = run_of(path)
+        run = run_of(path, config.trust_runs)
         for label, file in _files_of(path, config):
             for scale in config.lora_scales:
                 rows.append(Row(label if scale == 1 else f"{label}\nscale {scale:g}", file, scale, run))

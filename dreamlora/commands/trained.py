@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dreamlora.commands.outside import outside, way_in
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import EMBEDDED_MODEL, Model, Sample, instance_prompt_of
 from dreamlora.errors import UserError
@@ -25,6 +27,10 @@ DRAWN_WITH = ("resolution", "num_inference_steps", "sample_guidance_scale", "neg
 """Those that decide an image besides."""
 MEASURED_WITH = ("guidance_scale",)
 """Those that decide the loss besides."""
+_BASE, _VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
+_TAKEN_OVER = (_BASE, _VAE, "family", "revision", "variant", *COMPUTED_WITH, *DRAWN_WITH, *MEASURED_WITH)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,35 +39,58 @@ class TrainedRun:
 
     Attributes:
         folder: of the run.
-        options: that it was trained with, by flag.
+        options: that it was trained with, by flag; those that are not to be opened are None.
         base: what exactly was trained (base_model.json); empty for runs that have not noted it.
+        outside: options that name places outside the run's folder, which nobody has said may be opened.
     """
 
     folder: RunFolder
     options: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
+    outside: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Of its folder."""
         return self.folder.path.resolve().name
 
+    @property
+    def model(self) -> str | None:
+        """The base model that its config.yaml names, whether it may be opened or not."""
+        return self.outside.get(_BASE) or self.options.get(_BASE)
 
-def run_of(path: Path) -> TrainedRun | None:
-    """The run whose folder this is, or lies around it."""
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Those that it drew last, in their order; empty if it drew nothing."""
+        rows = self.folder.sample_rows()
+        last = max((row["step"] for row in rows), default=0)
+        rows = sorted((row for row in rows if row["step"] == last), key=lambda row: row["prompt_index"])
+        return tuple(dict.fromkeys(row["prompt"] for row in rows))
+
+
+def run_of(path: Path, trusted: bool = False) -> TrainedRun | None:
+    """The run whose folder this is, or lies around it.
+
+    Args:
+        trusted: whether what its config.yaml names outside its folder may be opened.
+    """
     for folder in (path, *path.resolve().parents[:3]):
         run = RunFolder(folder)
         if run.holds_run():
             options = run.config()
-            if options.get("mixed_precision") is False:  # YAML reads a bare no so
-                options["mixed_precision"] = "no"
-            return TrainedRun(run, options, run.base_model())
+            withheld = {} if trusted else outside(options, run.path)
+            return TrainedRun(run, options | dict.fromkeys(withheld), run.base_model(), withheld)
     return None
 
 
 def first_run(config: SampleConfig) -> TrainedRun | None:
-    """That of the first ``--lora`` that has one."""
-    return next((run for path in config.lora if (run := run_of(path))), None)
+    """That of the first ``--lora`` that has one; says what is taken over from it."""
+    run = next((run for path in config.lora if (run := run_of(path, config.trust_runs))), None)
+    if run:
+        taken = {name: run.options.get(name) for name in _TAKEN_OVER if getattr(config, name, None) is None}
+        words = ", ".join(f"{name} {value}" for name, value in taken.items() if value is not None)
+        logger.info("taken over from %s: %s", run.folder.config_file, words or "nothing")
+    return run
 
 
 def source_of(config: SampleConfig, run: TrainedRun | None) -> ModelSource:
@@ -77,38 +106,48 @@ def source_of(config: SampleConfig, run: TrainedRun | None) -> ModelSource:
 
 def _takes_over(config: SampleConfig, run: TrainedRun) -> bool:
     """Whether the base model is that of the run."""
-    return config.pretrained_model_name_or_path in (None, run.options.get("pretrained_model_name_or_path"))
+    return config.pretrained_model_name_or_path in (None, run.model)
 
 
 def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
-    """The base model: the one given, else the run's, else the embedded one."""
+    """The base model: the one given, else the run's, else the embedded one.
+
+    Raises:
+        UserError: the run's lies outside its folder, and nobody has said that it may be opened.
+    """
     inherited = run.options if run and _takes_over(config, run) else {}
     commit = run.base.get("revision") if run and inherited else None
+    for name in (_BASE, _VAE):
+        if run and inherited and name in run.outside and getattr(config, name) is None:
+            raise UserError(
+                f"{run.name} was trained with --{name} {run.outside[name]}. No folder is opened because a run's "
+                f"config.yaml names it: {way_in(name, run.outside[name])}"
+            )
     return Model(
-        pretrained_model_name_or_path=config.pretrained_model_name_or_path
-        or inherited.get("pretrained_model_name_or_path")
-        or EMBEDDED_MODEL,
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path or inherited.get(_BASE) or EMBEDDED_MODEL,
         family=config.family or inherited.get("family"),
         revision=config.revision or commit or inherited.get("revision"),
         variant=config.variant or inherited.get("variant"),
-        pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path
-        or inherited.get("pretrained_vae_model_name_or_path"),
+        pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path or inherited.get(_VAE),
         cache_dir=config.cache_dir,
         allow_pickle=config.allow_pickle,
     )
 
 
-def prompts_of(config: SampleConfig, settings: dict[str, Any]) -> tuple[str, ...]:
-    """The prompts given, else the run's, with the subject in its place.
+def prompts_of(config: SampleConfig, run: TrainedRun | None) -> tuple[str, ...]:
+    """The prompts given, else those that the run drew, else those that it would have drawn; with the subject in them.
 
     Raises:
         UserError: there are none, or no subject for a placeholder.
     """
+    settings = run.options if run else {}
     subject = _subject(config, settings)
     if config.prompts:
         return tuple(subject.put_into(prompt, "--prompts") for prompt in config.prompts)
     if config.sample_prompts:
         return read_prompts(config.sample_prompts, subject)
+    if run and run.prompts and config.subject is None:
+        return run.prompts
     file = settings.get("sample_prompts")
     trained = Sample(
         sample_prompts=Path(file) if file and Path(file).exists() else None,

@@ -15,6 +15,7 @@ from dreamlora import metrics
 from dreamlora.compare import numbers, verdict
 from dreamlora.compare.endings import Judge, judge_of
 from dreamlora.compare.methods import Group, differing_options, group, labelled, shared_options
+from dreamlora.compare.pictures import with_own_pictures
 from dreamlora.compare.records import Record, data_name, model_name, read_record
 from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
@@ -84,8 +85,9 @@ def compare_runs(folders: Sequence[Path], root: Path, plan: ComparisonPlan = Com
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
-    """Write compare.json: strict JSON, the same bytes for the same runs."""
+    """Write compare.json: strict JSON, the same bytes for the same runs; and copies of pictures from elsewhere."""
     file = folder / COMPARE_FILE
+    comparison = with_own_pictures(comparison, folder)
     write_atomically(file, json.dumps(comparison, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return file
 

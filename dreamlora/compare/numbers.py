@@ -36,6 +36,7 @@ from dreamlora.compare.schema import (
 from dreamlora.compare.verdict import ABOVE_BASE_TEXT, delta_sentence
 from dreamlora.metric_names import UPDATE_RMS, main_values
 from dreamlora.sampling.recorded import motif_of
+from dreamlora.schemas import lies_below
 
 TOLERANCES = (0.02, 0.05, 0.10, 0.25)
 EDGE_TEXT = "LR grid edge"
@@ -342,6 +343,7 @@ def _samples(record: Record, rows: Sequence[Mapping[str, Any]], root: Path) -> S
 def run_row(record: Record, label: str, headline: bool, against: Against) -> RunRow:
     """One line of the table of runs."""
     report = record.folder.report_html
+    link = relative(report, against.root)
     return RunRow(
         id=record.id,
         method=label,
@@ -362,7 +364,7 @@ def run_row(record: Record, label: str, headline: bool, against: Against) -> Run
         steps=list(record.steps),
         losses=[number(loss) for loss in record.losses],
         seconds=[number(round(value, 3)) for value in record.seconds],
-        report=relative(report, against.root) if report.exists() else None,
+        report=link if report.exists() and lies_below(link) else None,
         command=record.command,
     )
 

@@ -8,12 +8,23 @@ since a loss is compared. Folders and files are relative to the folder of compar
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Annotated, Literal, TypeVar
+
+from annotated_types import Ge, Le, MaxLen
+from typing_extensions import TypedDict
+
+from dreamlora.reading import Schema
+from dreamlora.schemas import Count, Name, Seed, Step, Text
 
 SCHEMA_VERSION = 2
 
-Number = float | Literal["inf", "-inf"] | None
+Number = Annotated[float, Ge(-1e300), Le(1e300)] | Literal["inf", "-inf"] | None
 """A number, infinity, or null for "not computed"."""
+Rate = Annotated[float, Ge(0), Le(10**6)]
+Element = TypeVar("Element")
+Few = Annotated[list[Element], MaxLen(10**4)]
+Many = Annotated[list[Element], MaxLen(10**6)]
+Command = Annotated[str, MaxLen(2**20)]
 Word = Literal["better", "worse", "equivalent", "inconclusive", "insufficient seeds"]
 Status = Literal["finished", "diverged", "failed", "unfinished", "planned"]
 Edge = Literal["low", "high"]
@@ -25,7 +36,7 @@ class Spread(TypedDict):
     median: Number
     min: Number
     max: Number
-    n: int
+    n: Count
 
 
 class Interval(TypedDict):
@@ -34,7 +45,7 @@ class Interval(TypedDict):
     mean: Number
     low: Number
     high: Number
-    n: int
+    n: Count
 
 
 class Pair(TypedDict):
@@ -43,7 +54,7 @@ class Pair(TypedDict):
     ``pct`` is "inf" where only the baseline has a loss, "-inf" where only the method has one, null where neither has.
     """
 
-    seed: int
+    seed: Seed
     pct: Number
 
 
@@ -67,12 +78,12 @@ class Delta(TypedDict):
     pct: Interval
     ended: Interval
     images_se_pct: Number
-    wins: int
-    pairs: list[Pair]
+    wins: Count
+    pairs: Few[Pair]
     word: Word
-    suffixes: list[str]
-    verdict: str
-    sentence: str
+    suffixes: Few[Text]
+    verdict: Text
+    sentence: Text
 
 
 class ToTarget(TypedDict):
@@ -84,7 +95,7 @@ class ToTarget(TypedDict):
     """
 
     spread: Spread
-    reached: int
+    reached: Count
     speedup: Number
 
 
@@ -98,7 +109,7 @@ class Basin(TypedDict):
         censored_low, censored_high: the basin goes on beyond the lowest (highest) rate that was tried.
     """
 
-    tolerance: float
+    tolerance: Rate
     low: Number
     high: Number
     decades: Number
@@ -119,33 +130,33 @@ class RatePoint(TypedDict):
         runs: ids.
     """
 
-    lr: float
+    lr: Rate
     score: Number
     final: Spread
-    n_diverged: int
-    n_runs: int
+    n_diverged: Count
+    n_runs: Count
     added: bool
     dw_norm: Spread
     update_rms: Spread
-    runs: list[str]
+    runs: Few[Text]
 
 
 class Band(TypedDict):
     """The loss by step over the headline runs that neither diverged nor failed; the lists are of the same length."""
 
-    steps: list[int]
-    median: list[Number]
-    mean: list[Number]
-    low: list[Number]
-    high: list[Number]
-    min: list[Number]
-    max: list[Number]
+    steps: Many[Step]
+    median: Many[Number]
+    mean: Many[Number]
+    low: Many[Number]
+    high: Many[Number]
+    min: Many[Number]
+    max: Many[Number]
 
 
 class Octile(TypedDict):
     """The delta on one eighth of the timesteps: 0 is the least noisy eighth, 7 the noisiest."""
 
-    octile: int
+    octile: Annotated[int, Ge(0), Le(7)]
     pct: Interval
 
 
@@ -157,11 +168,11 @@ class ComparedImageMetric(TypedDict):
         images: how many images one value is of.
     """
 
-    name: str
+    name: Name
     at: Literal["final", "best"]
     value: Interval
-    encoder_id: str | None
-    images: int | None
+    encoder_id: Text | None
+    images: Count | None
 
 
 class Cell(TypedDict):
@@ -170,13 +181,13 @@ class Cell(TypedDict):
     Those with the same prompt, seed and settings show the same thing, whatever their numbers.
     """
 
-    step: int
-    prompt_index: int
-    image_index: int
-    prompt: str
-    seed: int
-    settings: list[str]
-    file: str | None
+    step: Step
+    prompt_index: Count
+    image_index: Count
+    prompt: Text
+    seed: Seed
+    settings: Few[Text]
+    file: Text | None
 
 
 class Samples(TypedDict):
@@ -187,14 +198,14 @@ class Samples(TypedDict):
         losses: loss by step (the step as text), where it was measured at a step that was drawn.
     """
 
-    run: str
-    lr: float
-    training_seed: int
-    steps: list[int]
-    prompts: list[str]
-    losses: dict[str, Number]
-    cells: list[Cell]
-    references: list[str]
+    run: Name
+    lr: Rate
+    training_seed: Seed
+    steps: Many[Step]
+    prompts: Few[Text]
+    losses: Annotated[dict[Name, Number], MaxLen(10**5)]
+    cells: Many[Cell]
+    references: Few[Text]
 
 
 class Method(TypedDict):
@@ -219,21 +230,21 @@ class Method(TypedDict):
         peak_memory_gib: of the device, while training; null on CPUs.
     """
 
-    label: str
-    optimizer: str
-    optimizer_args: dict[str, str]
-    options: dict[str, str]
+    label: Name
+    optimizer: Name
+    optimizer_args: Annotated[dict[Text, Text], MaxLen(1000)]
+    options: Annotated[dict[Text, Text], MaxLen(1000)]
     is_baseline: bool
     tuned: bool
-    rates: list[RatePoint]
-    best_lr: float | None
+    rates: Few[RatePoint]
+    best_lr: Rate | None
     at_grid_edge: Edge | None
-    suggested_lrs: list[float]
-    n_runs: int
-    n_diverged: int
-    tuning_seeds: list[int]
-    headline_seeds: list[int]
-    headline_diverged: int
+    suggested_lrs: Few[Rate]
+    n_runs: Count
+    n_diverged: Count
+    tuning_seeds: Few[Seed]
+    headline_seeds: Few[Seed]
+    headline_diverged: Count
     final: Spread
     vs_base_pct: Number
     delta: Delta | None
@@ -242,9 +253,9 @@ class Method(TypedDict):
     seconds_per_step: Spread
     peak_memory_gib: Spread
     log_auc: Spread
-    lr_basin: list[Basin]
-    octiles: list[Octile]
-    images: list[ComparedImageMetric]
+    lr_basin: Few[Basin]
+    octiles: Few[Octile]
+    images: Few[ComparedImageMetric]
     curve: Band
     samples: Samples | None
 
@@ -259,44 +270,44 @@ class RunRow(TypedDict):
         seconds: of training at each of ``steps``, without evaluations and samples.
     """
 
-    id: str
-    method: str
-    lr: float
-    seed: int
+    id: Name
+    method: Name
+    lr: Rate
+    seed: Seed
     role: Literal["tuning", "headline"]
     status: Status
-    message: str
+    message: Text
     base: Number
     final: Number
     best: Number
-    best_step: int | None
+    best_step: Step | None
     steps_to_target: Number
     seconds_to_target: Number
     seconds_per_step: Number
     log_auc: Number
     dw_norm: Number
-    steps: list[int]
-    losses: list[Number]
-    seconds: list[Number]
-    report: str | None
-    command: str | None
+    steps: Many[Step]
+    losses: Many[Number]
+    seconds: Many[Number]
+    report: Text | None
+    command: Command | None
 
 
 class SameRate(TypedDict):
     """A method against the baseline at one learning rate that both tried: instructive, but no fair comparison."""
 
-    method: str
-    lr: float
+    method: Name
+    lr: Rate
     pct: Interval
-    method_diverged: int
-    baseline_diverged: int
+    method_diverged: Count
+    baseline_diverged: Count
 
 
 class Dropped(TypedDict):
     """A run that is left out, and why."""
 
-    run: str
-    reason: str
+    run: Name
+    reason: Text
 
 
 class Task(TypedDict):
@@ -308,18 +319,18 @@ class Task(TypedDict):
         final_evalset_id: of the larger set that they are about; null if it is the last point of the curves.
     """
 
-    model: str
-    data: str
-    instance_prompt: str | None
-    steps: int | None
-    evalset_id: str
-    eval_items: int
-    eval_images: int
-    final_evalset_id: str | None
-    options: dict[str, str]
-    device: str | None
-    git_commit: str | None
-    versions: dict[str, str]
+    model: Text
+    data: Text
+    instance_prompt: Text | None
+    steps: Step | None
+    evalset_id: Annotated[str, MaxLen(1000)]
+    eval_items: Count
+    eval_images: Count
+    final_evalset_id: Text | None
+    options: Annotated[dict[Text, Text], MaxLen(1000)]
+    device: Text | None
+    git_commit: Text | None
+    versions: Annotated[dict[Text, Text], MaxLen(1000)]
 
 
 class Comparison(TypedDict):
@@ -340,21 +351,24 @@ class Comparison(TypedDict):
         command: that makes this comparison again; null if it was made of runs that existed.
     """
 
-    schema_version: int
-    name: str
+    schema_version: Count
+    name: Name
     complete: bool
-    metric: str
+    metric: Name
     held_out: bool
-    sentence: str
+    sentence: Text
     task: Task
-    baseline: str
+    baseline: Name
     base_loss: Number
     target: Number
     fresh_seeds: bool
-    budget: list[str]
-    warnings: list[str]
-    methods: list[Method]
-    same_lr: list[SameRate]
-    runs: list[RunRow]
-    dropped: list[Dropped]
-    command: str | None
+    budget: Few[Text]
+    warnings: Few[Text]
+    methods: Few[Method]
+    same_lr: Few[SameRate]
+    runs: Few[RunRow]
+    dropped: Few[Dropped]
+    command: Command | None
+
+
+COMPARISON = Schema(Comparison)

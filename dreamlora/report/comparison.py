@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dreamlora.compare.schema import COMPARISON, SCHEMA_VERSION
 from dreamlora.errors import UserError
 from dreamlora.figures import value_of
+from dreamlora.reading import read_json, shortened
 from dreamlora.report.facts import command_without_secrets, readable_command
+from dreamlora.schemas import OBJECT
 
 FILE = "compare.json"
-SCHEMA_VERSION = 2
-
-_NEEDED = ("name", "sentence", "methods", "runs", "baseline", "task", "warnings")
 _FEW_SEEDS = 3
 
 
@@ -132,15 +132,34 @@ def _own_cautions(method: dict[str, Any]) -> tuple[str, ...]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)  # NaN is no JSON
+        content = read_json(file, OBJECT)
     except FileNotFoundError:
         raise UserError(f"there is no comparison in {file.parent}: {FILE} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
+    version = content.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise UserError(f"{file} has schema_version {version}; this dreamlora reads {SCHEMA_VERSION}: compare anew")
-    missing = [key for key in _NEEDED if key not in content]
-    if missing:
-        raise UserError(f"{file} lacks {', '.join(missing)}: compare anew")
-    return content
+        raise UserError(
+            f"{file} has schema_version {shortened(version)}; this dreamlora reads {SCHEMA_VERSION}: compare anew"
+        )
+    try:
+        comparison: dict[str, Any] = COMPARISON.check(content)
+        _check_whole(comparison)
+    except ValueError as error:
+        raise UserError(f"cannot read {file}: {error}. Compare anew") from None
+    return comparison
+
+
+def _check_whole(comparison: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the parts that belong together do."""
+    labels = [method["label"] for method in comparison["methods"]]
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError("methods: every one must have a label of its own, and there must be one")
+    if comparison["baseline"] not in labels:
+        raise ValueError(f"baseline: there is no method {shortened(comparison['baseline'])}")
+    columns = [(f"methods.{n}.curve", list(method["curve"].values())) for n, method in enumerate(comparison["methods"])]
+    columns += [(f"runs.{n}", [run["steps"], run["losses"]]) for n, run in enumerate(comparison["runs"])]
+    columns += [
+        (f"runs.{n}", [run["steps"], run["seconds"]]) for n, run in enumerate(comparison["runs"]) if run["seconds"]
+    ]
+    for where, lists in columns:
+        if len(set(map(len, lists))) > 1:
+            raise ValueError(f"{where}: the lists are not of the same length")

@@ -9,8 +9,9 @@ from dreamlora.figures import loss, rate, value_of
 from dreamlora.report import pictures
 from dreamlora.report.comparison import ComparisonFile
 from dreamlora.report.pictures import Picture
-from dreamlora.sampling.grid import MAX_COLUMNS, MAX_ROWS, spread
+from dreamlora.sampling.grid import MAX_COLUMNS, shown_steps
 from dreamlora.sampling.recorded import Motif, common_settings, motif_of, motifs_of
+from dreamlora.schemas import lies_below
 
 _PIXELS = 192
 _REFERENCE_PIXELS = 128
@@ -74,7 +75,7 @@ def gallery(comparison: ComparisonFile) -> SampleGallery | None:
     steps = sorted({cell["step"] for cell in cells})
     motifs = motifs_of(cells)
     shared = common_settings(motifs)
-    kept_steps = [steps[index] for index in spread(len(steps), MAX_ROWS)]
+    kept_steps = shown_steps(steps)
     views = []
     for motif in motifs[:MAX_COLUMNS]:
         rows = tuple(tuple(_shot(comparison, number, step, motif) for number, _ in drawn) for step in kept_steps)
@@ -100,12 +101,15 @@ def _shot(comparison: ComparisonFile, number: int, step: int, motif: Motif) -> S
     cell = next((cell for cell in samples["cells"] if cell["step"] == step and motif_of(cell) == motif), None)
     if cell is None or not cell["file"]:
         return Shot(number, None, "not drawn", loss_text)
+    if not lies_below(cell["file"]):
+        return Shot(number, None, "lies outside the comparison's folder: compare anew", loss_text)
     picture = pictures.embedded(comparison.folder / cell["file"], _PIXELS)
     return Shot(number, picture, "" if picture else "file is missing", loss_text)
 
 
 def _references(comparison: ComparisonFile, samples: JsonObject) -> tuple[Picture, ...]:
-    files = [comparison.folder / name for name in samples["references"][:_REFERENCES]]
+    names = [name for name in samples["references"] if lies_below(name)]
+    files = [comparison.folder / name for name in names[:_REFERENCES]]
     return tuple(picture for file in files if (picture := pictures.embedded(file, _REFERENCE_PIXELS)))
 
 

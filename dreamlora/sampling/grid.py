@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,12 @@ class GridRow:
 
     label: str
     images: Sequence[Picture]
+
+
+def shown_steps(steps: Iterable[int]) -> list[int]:
+    """Those of the steps that are shown where there is room for ``MAX_ROWS``, ascending."""
+    known = sorted(set(steps))
+    return [known[index] for index in spread(len(known), MAX_ROWS)]
 
 
 def spread(count: int, limit: int) -> list[int]:

@@ -38,7 +38,7 @@ def run(sd_folder: Path, tmp_path: Path) -> Any:
 
 
 def under_test(*paths: Path, **flags: Any) -> UnderTest:
-    config = SampleConfig(lora=paths, **flags)
+    config = SampleConfig(lora=paths, trust_runs=True, **flags)
     rows = [Row("base model"), *(Row(path.name, path / "lora", 1.0, run_of(path)) for path in paths)]
     return prepared(config, rows, first_run(config), CPU, DRAWN_WITH)
 

@@ -330,9 +330,9 @@ def test_a_comparison_that_goes_on_says_how_far_it_is(make_comparison: Callable[
     [
         (None, r"there is no comparison in .*: compare\.json is missing"),
         ("{", r"cannot read .*compare\.json"),
-        ("[]", "has schema_version None; this dreamlora reads 2"),
+        ("[]", "Input should be a valid dictionary"),
         ('{"schema_version": 1}', "has schema_version 1; this dreamlora reads 2"),
-        ('{"schema_version": 2, "name": "x"}', "lacks sentence, methods, runs, baseline, task, warnings"),
+        ('{"schema_version": 2, "name": "x"}', "complete: Field required. Compare anew"),
     ],
 )
 def test_what_is_no_comparison_is_refused(text: str | None, problem: str, tmp_path: Path) -> None:

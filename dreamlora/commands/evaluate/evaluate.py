@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,12 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from dreamlora import registry
-from dreamlora.cli.parse import Program, parse
+from dreamlora.cli.saved import saved_group
 from dreamlora.commands.evaluate.drawing import Job, Sheet, draw_sheet, share_of
 from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
 from dreamlora.commands.evaluate.losses import measure_losses
 from dreamlora.commands.evaluate.table import table
+from dreamlora.commands.outside import way_in
 from dreamlora.commands.rows import Row, rows_of
 from dreamlora.commands.trained import (
     DRAWN_WITH,
@@ -32,8 +34,7 @@ from dreamlora.commands.trained import (
     prompts_of,
 )
 from dreamlora.commands.under_test import UnderTest, prepared
-from dreamlora.config import EMBEDDED_MODEL, Encoders, instance_prompt_of
-from dreamlora.config.programs import program_of
+from dreamlora.config import EMBEDDED_MODEL, OWN_IMAGES, Data, Encoders, instance_prompt_of
 from dreamlora.data.cache import TensorCache
 from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine, split_holdout
@@ -49,11 +50,14 @@ from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is b
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import gather_lists, main_first, tell_everyone, wait_for_everyone
+from dreamlora.reading import lies_inside
 from dreamlora.run import provenance
 from dreamlora.run.launch import processes
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import SamplePlan
+
+logger = logging.getLogger(__name__)
 
 METRICS_JSON_VERSION = 1
 NO_CAPTION = "(no caption)"
@@ -143,7 +147,7 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         subject=Subject.of(
             instance_prompt_of(settings), config.class_prompt or settings.get("class_prompt"), name=config.subject
         ),
-        real=_real_images(config, run.folder if run else None),
+        real=_real_images(config, run),
         state=state,
         device=state.device if state.device.type == "cuda" else torch.device("cpu"),
     )
@@ -158,12 +162,12 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         if evaluation.loss_asked:  # first, as it is quick, and what is wrong with its items should be told soon
             losses = measure_losses(config, under_test, run.folder if run else None, _processes(state))
         if evaluation.image_metrics:
-            drawn, of_drawing = _draw(evaluation, under_test)
+            drawn, of_drawing = _draw(evaluation, under_test, run)
             facts |= of_drawing
             galleries = {**drawn, **galleries}
         under_test.parts.free(*ROLES)
     embedded = bool(loras or run) and model_of(config, run).pretrained_model_name_or_path == EMBEDDED_MODEL
-    measurements = _measure(evaluation, galleries, Embedders(_encoders(config, settings), embedded, _place(evaluation)))
+    measurements = _measure(evaluation, galleries, Embedders(_encoders(config, run), embedded, _place(evaluation)))
     for label, measured in losses.items():
         images = measurements.get(label, Measurement())
         measurements[label] = Measurement([*measured.values, *images.values], [*measured.notes, *images.notes])
@@ -199,14 +203,15 @@ def _holds_images(path: Path) -> bool:
     return holds_images(path, "--lora")
 
 
-def _real_images(config: EvaluateConfig, run: RunFolder | None) -> Real:
+def _real_images(config: EvaluateConfig, run: TrainedRun | None) -> Real:
     """The images that the flags name; what they leave open is taken from the run, as far as it is still there."""
-    training, held_out, notes = _images_of(run) if run else ([], [], [])
+    asked = run if run and not (config.references and config.training_images) else None
+    training, held_out, notes = _images_of(asked) if asked else ([], [], [])
     if config.references:
         held_out = _images_in(config.references, "--references", config)
     if config.training_images:
         training = _images_in(config.training_images, "--training_images", config)
-    return Real(held_out, training, () if config.references and config.training_images else tuple(notes))
+    return Real(held_out, training, tuple(notes))
 
 
 def _images_in(folder: Path, flag: str, config: EvaluateConfig, prompt: str = NO_CAPTION) -> list[ImageRecord]:
@@ -217,22 +222,28 @@ def _images_in(folder: Path, flag: str, config: EvaluateConfig, prompt: str = NO
     return list(records)
 
 
-def _images_of(run: RunFolder) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
+def _images_of(run: TrainedRun) -> tuple[list[ImageRecord], list[ImageRecord], list[str]]:
     """Training and held-out images of a run, and what is to be said of them."""
+    path, own = run.folder.path, run.folder.instance_images
+    named = next((name for name in OWN_IMAGES if name in run.outside), None)
+    if named:
+        value = "its data sets" if named == "datasets" else f"--{named} {run.outside[named]}"
+        way = way_in(named, value, "--training_images and --references")
+        return [], [], [f"the images of the run {path} ({value}) lie outside its folder and are not opened: {way}"]
     try:
-        program = program_of(run.config())
-        config = parse(program, ["--config", str(run.config_file)], Program("dreamlora evaluate"))
-        data = config.data
+        data: Data = saved_group(run.options, Data)
         if data.style:
-            data = replace(data, train_data_dir=run.instance_images)
+            data = replace(data, train_data_dir=own)
         elif not data.brings_images:
-            data = replace(data, instance_data_dir=run.instance_images)
+            data = replace(data, instance_data_dir=own)
+        if own in (data.train_data_dir, data.instance_data_dir) and not lies_inside(own, path):
+            raise UserError(f"{own} is a link that leads out of the run's folder")
         with main_first():
-            records = load_sets(data, config.model.cache_dir).records
+            records = load_sets(data, Path(cache) if (cache := run.options.get("cache_dir")) else None).records
         training, held_out = map(list, split_holdout(records, data.holdout))
     except UserError as error:
-        return [], [], [f"the images of the run {run.path} cannot be used: {error}"]
-    return training, held_out, [] if held_out else [f"the run {run.path} held out no images to compare with"]
+        return [], [], [f"the images of the run {path} cannot be used: {error}"]
+    return training, held_out, [] if held_out else [f"the run {path} held out no images to compare with"]
 
 
 def _folder_gallery(evaluation: EvaluationContext, folder: Path) -> MeasuredImages:
@@ -245,10 +256,12 @@ def _folder_gallery(evaluation: EvaluationContext, folder: Path) -> MeasuredImag
     return evaluation.gallery(records, [] if NO_CAPTION in prompts else prompts)
 
 
-def _draw(evaluation: EvaluationContext, under_test: UnderTest) -> tuple[dict[str, MeasuredImages], dict[str, Any]]:
+def _draw(
+    evaluation: EvaluationContext, under_test: UnderTest, run: TrainedRun | None
+) -> tuple[dict[str, MeasuredImages], dict[str, Any]]:
     """Draw what is missing of the base model and all LoRAs; their galleries by label, and facts for metrics.json."""
     config, rows, settings = evaluation.config, under_test.rows, under_test.settings
-    plan = plan_for(config, settings, under_test.parts.family, prompts_of(config, settings))
+    plan = plan_for(config, settings, under_test.parts.family, prompts_of(config, run))
     under_test.warn_of_cut(plan.prompts)
     sheets = [_sheet(evaluation.output, row, plan, under_test.made_of) for row in rows]
     broken = _draw_missing(evaluation.state, under_test, sheets)
@@ -308,12 +321,16 @@ def _record(file: Path, caption: str) -> ImageRecord:
     return ImageRecord(file.name, caption, file.read_bytes, str(file))
 
 
-def _encoders(config: EvaluateConfig, settings: Mapping[str, Any]) -> Encoders:
-    """The encoders given, else those that the run was measured with."""
-    weights = config.encoders.inception_weights or settings.get("inception_weights")
+def _encoders(config: EvaluateConfig, run: TrainedRun | None) -> Encoders:
+    """The encoders given, else those that the run was measured with, as far as these may be opened."""
+    options = run.options if run else {}
+    for name in ("clip_model", "dino_model", "inception_weights"):
+        if run and name in run.outside and getattr(config.encoders, name) is None:
+            logger.warning("%s of %s is not opened: %s", name, run.name, way_in(name, run.outside[name]))
+    weights = config.encoders.inception_weights or options.get("inception_weights")
     return Encoders(
-        clip_model=config.encoders.clip_model or settings.get("clip_model"),
-        dino_model=config.encoders.dino_model or settings.get("dino_model"),
+        clip_model=config.encoders.clip_model or options.get("clip_model"),
+        dino_model=config.encoders.dino_model or options.get("dino_model"),
         inception_weights=Path(weights) if weights else None,
     )
 

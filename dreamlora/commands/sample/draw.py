@@ -28,7 +28,7 @@ def sample_loras(config: SampleConfig) -> Path:
     """
     rows = rows_of(config)
     run = first_run(config)
-    prompts = prompts_of(config, run.options if run else {})
+    prompts = prompts_of(config, run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     under_test = prepared(config, rows, run, device, DRAWN_WITH)
     plan = plan_for(config, under_test.settings, under_test.parts.family, prompts)

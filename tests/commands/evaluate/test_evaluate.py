@@ -57,7 +57,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def evaluate(output: Path, *argv: Any) -> dict[str, Any]:
     flags = ["--output_dir", output, "--latents_cache_dir", output.parent / "cache", "--clip_model", "tiny"]
-    main([str(word) for word in [*argv, *flags, "--dino_model", "tiny"]])
+    main([str(word) for word in [*argv, "--trust_runs", *flags, "--dino_model", "tiny"]])
     result: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     return result
 

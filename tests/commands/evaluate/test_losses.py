@@ -38,7 +38,7 @@ def run(sd_folder: Path, photos: Path, cache: Path, tmp_path_factory: pytest.Tem
 def evaluate(output: Path, *argv: Any) -> dict[str, dict[str, Any]]:
     """Values by label and name."""
     flags = ["--metrics", "eval_loss", "--output_dir", output]
-    main([str(word) for word in [*flags, "--lora", *argv]])
+    main([str(word) for word in [*flags, "--trust_runs", "--lora", *argv]])
     rows = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["rows"]
     return {row["label"]: {value["name"]: value for value in row["values"]} for row in rows}
 
@@ -71,7 +71,17 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
     """Of the loss and of images, with p-values and numbers; each process has its share alone, of 3 images and of 8."""
     asked = ["--num_images_per_prompt", "3", "--references", photos]
     asked += ["--metrics", "eval_loss", "clip_score", "dino", "kid", "diversity"]
-    asked += ["--clip_model", "tiny", "--dino_model", "tiny", "--subject", "sks dog", "--lora", run.path]
+    asked += [
+        "--clip_model",
+        "tiny",
+        "--dino_model",
+        "tiny",
+        "--subject",
+        "sks dog",
+        "--trust_runs",
+        "--lora",
+        run.path,
+    ]
     words = [
         [str(word) for word in [*asked, "--output_dir", place, "--latents_cache_dir", place / "cache"]]
         for place in (tmp_path / "one", tmp_path / "two")

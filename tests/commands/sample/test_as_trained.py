@@ -45,7 +45,7 @@ def test_it_draws_the_very_images_that_training_drew(
     model = request.getfixturevalue(f"{family}_folder")
     flags = [*flags_of(photos, cache, model, tmp_path / "run"), *QUICK, "--learning_rate", "0.3", *more]
     run: RunFolder = train_with(flags)
-    main([str(run.path), "--output_dir", str(tmp_path / "out")])
+    main([str(run.path), "--trust_runs", "--output_dir", str(tmp_path / "out")])
     drawn = list(read_jsonl(tmp_path / "out" / "samples.jsonl", OBJECT))
     trained = run.sample_rows()
     for step, lora in ((0, False), (3, True)):

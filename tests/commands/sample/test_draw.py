@@ -52,7 +52,7 @@ def run(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def sample(output: Path, *argv: Any) -> list[dict[str, Any]]:
     flags = ["--output_dir", output, "--num_inference_steps", 2, "--resolution", 16]
-    main([str(word) for word in [*argv, *flags]])
+    main([str(word) for word in [*argv, *flags, "--trust_runs"]])
     return list(read_jsonl(output / "samples.jsonl", OBJECT))
 
 
@@ -107,7 +107,7 @@ def test_mistakes_are_found_before_the_model_loads(tmp_path: Path, run: RunFolde
 
 def test_the_best_checkpoint_has_a_row_of_its_own(run: RunFolder, sd_folder: Path, tmp_path: Path) -> None:
     def labels(*paths: Path, **options: Any) -> list[str]:
-        config = SampleConfig(lora=paths, **options)
+        config = SampleConfig(lora=paths, trust_runs=True, **options)
         return [row.label.replace("\n", ", ") for row in rows_of(config)]
 
     with pytest.raises(UserError, match="--best: no checkpoint was selected in"):
