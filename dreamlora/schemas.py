@@ -5,7 +5,7 @@ A field that is not declared here is not read. The options of config.yaml are de
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, NotRequired
 
 from annotated_types import Ge, Le, MaxLen, MinLen, Predicate
@@ -28,7 +28,7 @@ def lies_below(name: str) -> bool:
     """Whether a file's name leads to no other place than below the folder that it is relative to."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
-    odd = hidden or path.is_absolute() or not name.isprintable() or not {"\\", ":"}.isdisjoint(name)
+    odd = hidden or path.is_absolute() or not name.isprintable() or "\\" in name or PureWindowsPath(name).drive
     return bool(path.parts) and not odd
 
 
