@@ -12,28 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dreamlora.cli.declared import Option, expanded, options_of, subgroups_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.help import filled
 from dreamlora.errors import UserError
+from dreamlora.reading import YAML_BYTES, UnreadableError, shortened, utf8_text, yaml_of
 
 _FLAG = re.compile(r"--?[A-Za-z]")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose mappings have every key once: of two, the first would not count."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Raises yaml.MarkedYAMLError if a key is there twice."""
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key.value} is there twice: keep one", key.start_mark)
-            seen.add(str(key.value))
-        return node
 
 
 def flag_in(word: str) -> str | None:
@@ -88,11 +73,13 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
     """
     options = options_of(config_class)
     try:
-        entries = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
+        entries = yaml_of(utf8_text(file, YAML_BYTES), finite=False)
+    except FileNotFoundError as error:
         raise UserError(f"--config: cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {file} is no valid YAML: {error}") from None
+    except UnreadableError as error:
+        raise UserError(f"--config: {error}") from None
+    except ValueError as error:
+        raise UserError(f"--config: {file}: {error}") from None
     if not isinstance(entries, dict | None):
         raise UserError(f"--config: {file} must hold entries such as `rank: 8` (got a {type(entries).__name__})")
     given: dict[str, Any] = {}

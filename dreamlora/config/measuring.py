@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamlora.config.ranges import at_least, spelled
+from dreamlora.config.ranges import at_least, short, spelled
 from dreamlora.errors import UserError
 
 IMAGES_FOR_METRICS = ("eval_metrics_steps", "eval_prompts", "eval_num_images")
@@ -40,6 +40,7 @@ class Sample:
     def __post_init__(self) -> None:
         at_least(self, 0, "sample_steps", "sample_guidance_scale", "sample_seed")
         at_least(self, 1, "num_images_per_prompt", "num_inference_steps", "num_validation_images", "validation_epochs")
+        short(self, "validation_prompt", "negative_prompt")
 
 
 @dataclass(frozen=True)
