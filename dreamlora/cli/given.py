@@ -50,7 +50,7 @@ def from_argv(
             given[name] = _switched_on(name, words) if options[name].switch else value_of(options[name], words)
         elif name.removeprefix("no_") in options and options[name.removeprefix("no_")].switch:
             if words:
-                raise UserError(f"--{name} takes no value (got {' '.join(words)!r})")
+                raise UserError(f"--{name} takes no value (got {shortened(' '.join(words))})")
             given[name.removeprefix("no_")] = False
         elif not _unneeded(name, options):
             unknown = _unknown(f"flag --{name}", name, options, config_class)
@@ -89,7 +89,7 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
         elif name in options:
             given[name] = value_of(options[name], value, str(file))
         elif not _unneeded(name, options) and value is not None:
-            raise UserError(_unknown(f"key {name!r} in {file}", name, options, config_class))
+            raise UserError(_unknown(f"key {shortened(name)} in {file}", name, options, config_class))
     return given
 
 
@@ -111,7 +111,7 @@ def _entries(option: Option, given: Any, file: str, config_class: type) -> tuple
     if given is None:
         return None
     if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
-        raise UserError(f"{file}: {option.name} takes {option.takes} (got {given!r:.80})")
+        raise UserError(f"{file}: {option.name} takes {option.takes} (got {shortened(given)})")
     not_offered: Mapping[str, str] = getattr(config_class, "NOT_OFFERED", {})
     offered = {name: own for name, own in options_of(option.kind).items() if name not in not_offered}
     records = []
@@ -124,7 +124,7 @@ def _entries(option: Option, given: Any, file: str, config_class: type) -> tuple
                 raise UserError(f"{where} has {name} twice: keep one")
             if name not in offered:
                 why = f"not offered: {not_offered[name]}" if name in not_offered else "unknown"
-                raise UserError(f"{where}: {key!r} is {why}. An entry takes {', '.join(offered)}")
+                raise UserError(f"{where}: {shortened(key)} is {why}. An entry takes {', '.join(offered)}")
             values[name] = value_of(offered[name], value, where)
         try:
             records.append(option.kind(**{name: value for name, value in values.items() if value is not None}))
@@ -196,7 +196,7 @@ def _split(
 
 def _switched_on(name: str, words: Sequence[str]) -> bool:
     if words:
-        raise UserError(f"--{name} takes no value (got {' '.join(words)!r}): write --{name} or --no_{name}")
+        raise UserError(f"--{name} takes no value (got {shortened(' '.join(words))}): write --{name} or --no_{name}")
     return True
 
 
@@ -207,7 +207,9 @@ def _word(value: Any) -> str:
     if isinstance(value, list):  # the betas of optimizer_args
         return ",".join(map(_word, value))
     if value is None or isinstance(value, dict):
-        raise ValueError(f"takes no {'null' if value is None else 'mapping'} here (got {value}); put text in quotes")
+        raise ValueError(
+            f"takes no {'null' if value is None else 'mapping'} here (got {value!s:.160}); put text in quotes"
+        )
     return str(value)
 
 

@@ -23,7 +23,7 @@ def check_length(text: str, where: str) -> None:
         UserError: it is too long; the message says where it stands.
     """
     if len(text) > MOST_CHARACTERS:
-        raise UserError(f"{where}: a text of {len(text):,} characters is too long: at most {MOST_CHARACTERS:,} can be used")
+        raise UserError(f"{where}: a text of {len(text):,} characters is too long: {MOST_CHARACTERS:,} are the most")
 
 
 def respell(part: Any, name: str, kind: str) -> None:

@@ -146,8 +146,10 @@ def links_note(entries: Entries) -> list[str]:
     """What is to be said of links: whoever made the folder chose files of this machine with them."""
     names = list(entries.followed_links())
     told = (f"{name} (to {os.readlink(entries.folder / name)})" for name in names)  # noqa: PTH115 - as it is spelled
-    what = "1 file of" if len(names) == 1 else f"{len(names)} files of"
-    return [f"{what} {entries.folder} lie elsewhere, behind links: {shown(told, len(names))}"] if names else []
+    what = f"1 file of {entries.folder} lies elsewhere, behind a link"
+    if len(names) > 1:
+        what = f"{len(names)} files of {entries.folder} lie elsewhere, behind links"
+    return [f"{what}: {shown(told, len(names))}"] if names else []
 
 
 def _names(db: sqlite3.Connection, reason: bytes) -> Iterator[str]:

@@ -43,7 +43,7 @@ def captions_of(value: Any, where: str) -> tuple[str, ...]:
     """
     texts = list(value) if isinstance(value, list | tuple) else [value]
     if len(texts) > MOST_CAPTIONS:
-        raise UserError(f"{where}: {len(texts):,} captions are too many for one image: at most {MOST_CAPTIONS:,} can be")
+        raise UserError(f"{where}: {len(texts):,} captions are too many for an image: {MOST_CAPTIONS:,} are the most")
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: a caption is a text or a list of texts (got {shortened(text)})")
@@ -89,13 +89,12 @@ def refuse_same(columns: Sequence[str], where: str) -> None:
         UserError: two are the same but for blanks around them and case, or there are too many.
     """
     if len(columns) > MOST_COLUMNS:
-        raise UserError(f"{where} has {len(columns):,} columns: at most {MOST_COLUMNS:,} are read")
+        raise UserError(f"{where} has {len(columns):,} columns: {MOST_COLUMNS:,} are the most")
     count = Counter(map(plain, columns))
     twice = [column for column in columns if column and count[plain(column)] > 1]
     if twice:
-        raise UserError(
-            f"{where} has the column {shortened(twice[0].strip())[1:-1]} twice ({listed(twice)}): keep one, or rename one"
-        )
+        name = shortened(twice[0].strip())[1:-1]
+        raise UserError(f"{where} has the column {name} twice ({listed(twice)}): keep one, or rename one")
 
 
 def unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

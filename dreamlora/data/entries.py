@@ -197,7 +197,7 @@ class Entries:
     def _list(self, entry: os.DirEntry[str]) -> None:
         name = entry.name
         if name.startswith("."):
-            return self.add(name, None, EntryKind.HIDDEN)
+            return self.add(name, None, EntryKind.HIDDEN, link=entry.is_symlink())
         if name.lower() in SYSTEM_NAMES:
             return self.add(name, None, EntryKind.SYSTEM)
         try:

@@ -87,7 +87,7 @@ def _columns(file: Path) -> tuple[list[str], list[str]]:
     for _, row in _rows(file):
         columns.update(dict.fromkeys(row))
         if len(columns) > MOST_COLUMNS:
-            raise UserError(f"the rows of {file} have more than {MOST_COLUMNS:,} columns together: keep those that count")
+            raise UserError(f"{file} has more than {MOST_COLUMNS:,} columns in all its rows: keep those that count")
         texts.update(dict.fromkeys(name for name, cell in row.items() if _is_text(cell) and plain(name) != NAME_COLUMN))
     return list(columns), [name for name in texts if not plain(name).endswith("file_name")]
 

@@ -83,8 +83,9 @@ class SidecarReader:
             return captions_of(content, str(file))
         key = pick_caption_column(list(content), self._column, str(file))
         if key is None:
+            keys = listed(content) or "nothing"
             raise UserError(
-                f"{file} has no text or caption: it has {listed(content) or 'nothing'}. Say which one is the caption with --caption_column, or "
+                f"{file} has no text or caption: it has {keys}. Say which one is the caption with --caption_column, or "
                 "move the file elsewhere"
             )
         return captions_of(content[key], str(file))
