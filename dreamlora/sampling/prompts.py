@@ -54,7 +54,7 @@ class Subject:
         """``prompt`` with the name in place of ``{}``; ``where`` it stands is for the error message.
 
         Raises:
-            UserError: there is a ``{}`` and no name.
+            UserError: there is a ``{}`` and no name, or the text gets too long.
         """
         if PLACEHOLDER not in prompt:
             return prompt
@@ -63,7 +63,9 @@ class Subject:
                 f'{where}: nothing to put in place of {PLACEHOLDER} in "{prompt}": give the subject, such as "sks dog" '
                 "(training reads it from --instance_prompt, `dreamlora sample` from --subject), or write it out"
             )
-        return prompt.replace(PLACEHOLDER, self.name)
+        filled = prompt.replace(PLACEHOLDER, self.name)
+        check_length(filled, where)
+        return filled
 
     def is_in(self, prompt: str) -> bool:
         """Whether a prompt has all words of the name, as "a red sks dog" has; True if no name is known."""
@@ -134,7 +136,7 @@ def read_prompts(file: Path, subject: Subject = UNKNOWN) -> tuple[str, ...]:
     if not prompts:
         raise UserError(f"{file} holds no prompts: write one per line")
     if len(prompts) > MOST_PROMPTS:
-        raise UserError(f"{file} holds {len(prompts):,} prompts: at most {MOST_PROMPTS:,} can be drawn")
+        raise UserError(f"{file} holds {len(prompts):,} prompts: {MOST_PROMPTS:,} are the most")
     return tuple(prompts)
 
 
