@@ -55,7 +55,7 @@ class _File(TypedDict):
     filename: str
 
 
-class _State(TypedDict):
+class _SavedState(TypedDict):
     _data_files: list[_File]
 
 
@@ -143,7 +143,7 @@ def load_saved(folder: Path) -> Any:
 
 
 def _check_saved(folder: Path) -> None:
-    for name in [file["filename"] for file in read_json(folder / STATE, Schema(_State))["_data_files"]]:
+    for name in [file["filename"] for file in read_json(folder / STATE, Schema(_SavedState))["_data_files"]]:
         _check_plain(folder / STATE, name)
         if not is_regular(folder / name):
             raise UnreadableError(folder / STATE, f"there is no file {shortened(name)} in {folder}")
