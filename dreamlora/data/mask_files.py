@@ -133,9 +133,8 @@ def _load_masks(folder: Path, below: Sequence[str]) -> Images:
             for name in list(entries.names(kind)):
                 entries.unused(name, "captions beside masks do not count")
         explain_unused(entries)
-    return Images(
-        catalog, tuple(map(printable, (*links_note(entries), *unused_note(entries)))), FolderAccount(catalog), entries
-    )
+    notes = (*links_note(entries), *unused_note(entries))
+    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog), entries)
 
 
 def _masks_of_images(files: Images, images: Entries, folder: Path) -> dict[str, int]:
