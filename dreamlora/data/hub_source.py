@@ -173,11 +173,11 @@ def builder_of(name: str, config_name: str | None, cache_dir: Path | None) -> tu
     extracted = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "downloads" / "extracted"
     if folder:
         origin = Origin((folder, extracted))
-        _check_cards(folder / CARD, folder / CONFIGS, folder)
+        check_cards(folder / CARD, folder / CONFIGS, folder)
     else:
         own = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
         origin = Origin((own, extracted), f"hf://datasets/{name}")
-        _check_cards(_downloaded(name, CARD), _downloaded(name, CONFIGS), None)
+        check_cards(_downloaded(name, CARD), _downloaded(name, CONFIGS), None)
     where = str(cache_dir) if cache_dir else None
     # by its full path, a folder is not taken for a reader of its name
     builder = datasets.load_dataset_builder(str(folder or name), config_name, cache_dir=where)
@@ -220,7 +220,7 @@ def _downloaded(name: str, file: str) -> Path | None:
         return None
 
 
-def _check_cards(card: Path | None, configs: Path | None, folder: Path | None) -> None:
+def check_cards(card: Path | None, configs: Path | None, folder: Path | None) -> None:
     """Nothing, if all files that a data set says are its own can be; raises UserError.
 
     Args:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dreamlora.config import Data
@@ -21,6 +23,7 @@ from dreamlora.data.hub import _Rows
 from dreamlora.data.hub_source import Origin
 from dreamlora.errors import UserError
 from tests.data.odd_folder import picture
+from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -413,6 +416,40 @@ def test_a_made_up_fingerprint_does_not_stand_for_the_files(saved: Path) -> None
     edit(saved / "train" / "state.json", _fingerprint=first)
     stamps = [stamp(saved.parent / "other"), stamp(saved / "train")]
     assert stamps[0] is None or stamps[0] != stamps[1]  # None: written a moment ago
+
+
+# Anything
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved data set, and a folder with a parquet file."""
+    home = tmp_path_factory.mktemp("shelf")
+    picture(home / "p.png", 1)
+    content = (home / "p.png").read_bytes()
+    datasets.Dataset.from_dict({"image": [content], "text": ["x"]}).save_to_disk(str(home / "saved"))
+    table(home / "set" / "train.parquet", [content, {"bytes": None, "path": "a.png"}], text=["x", "y"])
+    picture(home / "set" / "a.png", 2)
+    return home
+
+
+STATE = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "0", "_split": None}
+CARD = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.parquet"}]}], "a": {"b": 1}}
+
+
+@fuzzed
+@given(content=st.one_of(damaged(as_json(STATE)), changed(STATE).map(as_json)))
+def test_fuzz_state(shelf: Path, content: bytes) -> None:
+    (shelf / "saved" / "state.json").write_bytes(content)
+    harmless(lambda: load(shelf / "saved", caption_column="text"))
+
+
+@fuzzed
+@given(content=st.one_of(damaged(as_json(CARD)), changed(CARD).map(as_json)))
+def test_fuzz_card(shelf: Path, content: bytes) -> None:
+    file = shelf / "set" / "README.md"
+    file.write_bytes(b"---\n" + content + b"\n---\n")
+    harmless(lambda: hub_source.check_cards(file, None, shelf / "set"))
 
 
 # A repository of the hub
