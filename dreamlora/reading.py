@@ -159,29 +159,50 @@ def read_lines(file: Path, inside: Path | None = None, most: int = LINE_BYTES) -
             yield number, line if whole else None
 
 
-def json_of(text: str | bytes) -> Any:
+def json_of(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
     """What JSON text says; a number that is not finite is None.
+
+    Args:
+        text: to parse.
+        pairs: makes an object of its keys and values; raises a ValueError for those that it does not take.
 
     Raises:
         ValueError: it is no JSON, or too deeply nested.
     """
     try:
-        content = json.loads(text, parse_constant=lambda name: None)
+        content = json.loads(text, parse_constant=lambda name: None, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from None
     return _plain(content)
 
 
-def yaml_of(text: str) -> Any:
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML whose mappings have every key once: of two, the first would not count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ValueError if a key is there twice."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line} has the key {shortened(key.value)[1:-1]} a second time: keep one")
+            seen.add(str(key.value))
+        return dict(super().construct_mapping(node, deep))
+
+
+def yaml_of(text: str, finite: bool = True) -> Any:
     """What YAML text says, in the types of JSON; dates are text.
 
+    Args:
+        text: to parse.
+        finite: whether a number that is not finite is None; else it stays what it is.
+
     Raises:
-        ValueError: it is no YAML, too deeply nested, or holds references or tags.
+        ValueError: it is no YAML, too deeply nested, has a key twice, or holds references or tags.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        _refuse_odd_events(yaml.parse(text, loader))
-        return _plain(yaml.load(text, loader))
+        _refuse_odd_events(yaml.parse(text, _Loader))
+        return _plain(yaml.load(text, _Loader), finite=finite)
     except yaml.YAMLError as error:
         mark: Any = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -205,16 +226,16 @@ def _refuse_odd_events(events: Iterable[Any]) -> None:
             raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """The value in JSON's types, finite; raises ValueError."""
+def _plain(value: Any, depth: int = 0, finite: bool = True) -> Any:
+    """The value in JSON's types; raises ValueError."""
     if depth > _DEEPEST:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
     if isinstance(value, dict):
-        return {str(key): _plain(own, depth + 1) for key, own in value.items()}
+        return {str(key): _plain(own, depth + 1, finite) for key, own in value.items()}
     if isinstance(value, list):
-        return [_plain(own, depth + 1) for own in value]
+        return [_plain(own, depth + 1, finite) for own in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) or not finite else None
     if isinstance(value, int) and abs(value) > _WIDEST:
         raise ValueError(f"it holds a whole number of {value.bit_length()} bits")
     return value if isinstance(value, bool | int | None) else legible(str(value))

@@ -13,6 +13,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from dreamlora.config.ranges import MOST_CHARACTERS
+from dreamlora.reading import shortened
+
 
 class _Kind(NamedTuple):
     """What one value can be: in words, in the help text, and how a word becomes one (ValueError: it does not)."""
@@ -129,18 +132,20 @@ class Option:
         if self.count and len(words) == 1:
             words = words[0].split(",")
         if self.count and len(words) != self.count:
-            raise ValueError(f"takes {self.count} values (got {len(words)}: {' '.join(words)})")
+            raise ValueError(f"takes {self.count} values (got {len(words)}: {_first(words)})")
         if self.several:
             return tuple(self._one(word) for word in words)
         if not words:
             hint = "; if it begins with a dash, put = before it" if self.kind is str and not self.choices else ""
             raise ValueError(f"needs a value: {self.takes}{hint}")
         if len(words) > 1:
-            got = f"got {len(words)}: {' '.join(words)}"
+            got = f"got {len(words)}: {_first(words)}"
             raise ValueError(f"takes one value ({got}); put quotes round a text with spaces")
         return self._one(words[0])
 
     def _one(self, word: str) -> Any:
+        if len(word) > MOST_CHARACTERS:
+            raise ValueError(f"takes {self.takes} of at most {MOST_CHARACTERS:,} characters (got {len(word):,})")
         try:
             if self.choices:  # case does not matter
                 return self.choices[[choice.lower() for choice in self.choices].index(word.lower())]
@@ -148,7 +153,12 @@ class Option:
         except ValueError:
             near = get_close_matches(word.lower(), self.choices, n=1)
             hint = f". Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"takes {self.takes} (got {word!r}){hint}") from None
+            raise ValueError(f"takes {self.takes} (got {shortened(word)}){hint}") from None
+
+
+def _first(words: Sequence[str]) -> str:
+    """Words as a message shows them."""
+    return shortened(" ".join(words[:20]))[1:-1]
 
 
 def subgroups_of(config_class: type[Any]) -> dict[str, type]:

@@ -12,28 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dreamlora.cli.declared import Option, expanded, options_of, subgroups_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.help import filled
 from dreamlora.errors import UserError
+from dreamlora.reading import YAML_BYTES, UnreadableError, shortened, utf8_text, yaml_of
 
 _FLAG = re.compile(r"--?[A-Za-z]")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose mappings have every key once: of two, the first would not count."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Raises yaml.MarkedYAMLError if a key is there twice."""
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key.value} is there twice: keep one", key.start_mark)
-            seen.add(str(key.value))
-        return node
 
 
 def flag_in(word: str) -> str | None:
@@ -65,7 +50,7 @@ def from_argv(
             given[name] = _switched_on(name, words) if options[name].switch else value_of(options[name], words)
         elif name.removeprefix("no_") in options and options[name.removeprefix("no_")].switch:
             if words:
-                raise UserError(f"--{name} takes no value (got {' '.join(words)!r})")
+                raise UserError(f"--{name} takes no value (got {shortened(' '.join(words))})")
             given[name.removeprefix("no_")] = False
         elif not _unneeded(name, options):
             unknown = _unknown(f"flag --{name}", name, options, config_class)
@@ -88,11 +73,13 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
     """
     options = options_of(config_class)
     try:
-        entries = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
+        entries = yaml_of(utf8_text(file, YAML_BYTES), finite=False)
+    except FileNotFoundError as error:
         raise UserError(f"--config: cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {file} is no valid YAML: {error}") from None
+    except UnreadableError as error:
+        raise UserError(f"--config: {error}") from None
+    except ValueError as error:
+        raise UserError(f"--config: {file}: {error}") from None
     if not isinstance(entries, dict | None):
         raise UserError(f"--config: {file} must hold entries such as `rank: 8` (got a {type(entries).__name__})")
     given: dict[str, Any] = {}
@@ -102,7 +89,7 @@ def from_yaml(file: Path, config_class: type) -> dict[str, Any]:
         elif name in options:
             given[name] = value_of(options[name], value, str(file))
         elif not _unneeded(name, options) and value is not None:
-            raise UserError(_unknown(f"key {name!r} in {file}", name, options, config_class))
+            raise UserError(_unknown(f"key {shortened(name)} in {file}", name, options, config_class))
     return given
 
 
@@ -124,7 +111,7 @@ def entries_of(option: Option, given: Any, file: str, config_class: type) -> tup
     if given is None:
         return None
     if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
-        raise UserError(f"{file}: {option.name} takes {option.takes} (got {given!r:.80})")
+        raise UserError(f"{file}: {option.name} takes {option.takes} (got {shortened(given)})")
     not_offered: Mapping[str, str] = getattr(config_class, "NOT_OFFERED", {})
     offered = {name: own for name, own in options_of(option.kind).items() if name not in not_offered}
     records = []
@@ -137,7 +124,7 @@ def entries_of(option: Option, given: Any, file: str, config_class: type) -> tup
                 raise UserError(f"{where} has {name} twice: keep one")
             if name not in offered:
                 why = f"not offered: {not_offered[name]}" if name in not_offered else "unknown"
-                raise UserError(f"{where}: {key!r} is {why}. An entry takes {', '.join(offered)}")
+                raise UserError(f"{where}: {shortened(key)} is {why}. An entry takes {', '.join(offered)}")
             values[name] = value_of(offered[name], value, where)
         try:
             records.append(option.kind(**{name: value for name, value in values.items() if value is not None}))
@@ -209,7 +196,7 @@ def _split(
 
 def _switched_on(name: str, words: Sequence[str]) -> bool:
     if words:
-        raise UserError(f"--{name} takes no value (got {' '.join(words)!r}): write --{name} or --no_{name}")
+        raise UserError(f"--{name} takes no value (got {shortened(' '.join(words))}): write --{name} or --no_{name}")
     return True
 
 
@@ -220,7 +207,9 @@ def _word(value: Any) -> str:
     if isinstance(value, list):  # the betas of optimizer_args
         return ",".join(map(_word, value))
     if value is None or isinstance(value, dict):
-        raise ValueError(f"takes no {'null' if value is None else 'mapping'} here (got {value}); put text in quotes")
+        raise ValueError(
+            f"takes no {'null' if value is None else 'mapping'} here (got {value!s:.160}); put text in quotes"
+        )
     return str(value)
 
 

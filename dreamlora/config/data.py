@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
+from dreamlora.config.ranges import short as _short
 from dreamlora.config.ranges import within as _within
 from dreamlora.errors import UserError
 
@@ -53,6 +54,7 @@ class DataSet:
         _at_least(self, 1, "repeats", "max_train_samples")
         _within(self, 8, LARGEST + 1, "resolution")
         _above(self, 0, "loss_weight")
+        _short(self, "instance_prompt", "caption_column", "image_column")
         given = [name for name in SOURCES if getattr(self, name)]
         if len(given) != 1:
             got = " and ".join(given) or "none"
@@ -164,6 +166,7 @@ class Data:
         _at_least(self, 8, "max_sequence_length")
         _at_least(self, 3, "tokenizer_max_length")
         _at_least(self, 1, "max_token_length")
+        _short(self, "instance_prompt", "class_prompt", "caption_column", "image_column")
         if self.max_token_length and self.tokenizer_max_length not in (None, self.max_token_length + 2):
             raise UserError("give either --max_token_length or --tokenizer_max_length, not both")
         if self.dataset_name == "":  # a shell variable that is not set; the built-in images are not meant then

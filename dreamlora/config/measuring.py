@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamlora.config.ranges import at_least, spelled, within
+from dreamlora.config.ranges import at_least, short, spelled, within
 from dreamlora.errors import UserError
 
 IMAGES_FOR_METRICS = ("eval_metrics_steps", "eval_prompts", "eval_num_images")
@@ -42,6 +42,7 @@ class Sample:
         at_least(self, 1, "num_images_per_prompt", "num_inference_steps", "num_validation_images", "validation_epochs")
         within(self, 1, 1001, "num_images_per_prompt", "num_inference_steps")  # a slip that would draw for weeks
         within(self, 0, 2**63, "sample_seed")
+        short(self, "validation_prompt", "negative_prompt")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,20 @@ from typing import Any
 from dreamlora import registry
 from dreamlora.errors import UserError
 
+MOST_CHARACTERS = 10_000
+"""Of a caption, a prompt or any other value: text encoders read some hundred tokens, and a tokenizer takes minutes and
+gigabytes for megabytes."""
+
+
+def check_length(text: str, where: str) -> None:
+    """Nothing, if ``text`` can be a caption, a prompt or another value.
+
+    Raises:
+        UserError: it is too long; the message says where it stands.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"{where}: a text of {len(text):,} characters is too long: {MOST_CHARACTERS:,} are the most")
+
 
 def respell(part: Any, name: str, kind: str) -> None:
     """Put a plug-in's name as the registry spells it."""
@@ -69,6 +83,13 @@ def finite(part: Any, *names: str) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if not math.isfinite(number):
                 raise UserError(f"--{name} must be finite (got {number})")
+
+
+def short(part: Any, *names: str) -> None:
+    """Texts, or tuples of them, that are no longer than a prompt can be."""
+    for name, value in _given(part, names):
+        for text in value if isinstance(value, tuple) else (value,):
+            check_length(text, f"--{name}")
 
 
 def pairs(part: Any, name: str) -> None:

@@ -142,6 +142,16 @@ def unused_note(entries: Entries) -> list[str]:
     return [f"{entries.folder} has {what} not used: {'; '.join(told)}"]
 
 
+def links_note(entries: Entries) -> list[str]:
+    """What is to be said of links: whoever made the folder chose files of this machine with them."""
+    names = list(entries.followed_links())
+    told = (f"{name} (to {os.readlink(entries.folder / name)})" for name in names)  # noqa: PTH115 - as it is spelled
+    what = f"1 file of {entries.folder} lies elsewhere, behind a link"
+    if len(names) > 1:
+        what = f"{len(names)} files of {entries.folder} lie elsewhere, behind links"
+    return [f"{what}: {shown(told, len(names))}"] if names else []
+
+
 def _names(db: sqlite3.Connection, reason: bytes) -> Iterator[str]:
     query = "SELECT name FROM entries WHERE use IS NULL AND reason = ? AND listed ORDER BY sort"
     return (os.fsdecode(name) for (name,) in db.execute(query, (reason,)))

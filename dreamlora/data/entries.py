@@ -19,6 +19,7 @@ from pathlib import Path
 from dreamlora.data.catalog import to_bytes, to_text
 from dreamlora.data.images import FORMATS
 from dreamlora.errors import UserError
+from dreamlora.reading import lies_inside
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
@@ -38,7 +39,7 @@ MOST_WALKED = 20_000
 
 SCHEMA = """
 CREATE TABLE entries (name BLOB PRIMARY KEY, kind TEXT, stem BLOB, sort BLOB, identity TEXT, listed INTEGER,
-                      captions TEXT, line INTEGER, use BLOB, reason BLOB);
+                      link INTEGER, captions TEXT, line INTEGER, use BLOB, reason BLOB);
 CREATE INDEX stems ON entries (stem);
 CREATE INDEX identities ON entries (identity);
 """
@@ -87,7 +88,15 @@ class Entries:
         except OSError as error:
             raise UserError(f"{flag} {self.folder} cannot be read: {error.strerror}") from error
 
-    def add(self, name: str, status: os.stat_result | None, kind: EntryKind | None = None, listed: bool = True) -> None:
+    def add(
+        self,
+        name: str,
+        status: os.stat_result | None,
+        kind: EntryKind | None = None,
+        *,
+        listed: bool = True,
+        link: bool = False,
+    ) -> None:
         """Put an entry down.
 
         Args:
@@ -95,11 +104,13 @@ class Entries:
             status: of the file that it is, or points to.
             kind: None: what its name says.
             listed: whether it is an entry of the folder itself.
+            link: whether it points to another file.
         """
         kind = kind or kind_of(Path(name).name)
         identity = f"{status.st_dev}/{status.st_ino}" if status is not None and status.st_ino else None
-        row = (os.fsencode(name), kind, _stem(name, kind), natural_key(name), identity, listed)
-        self.db.execute("INSERT INTO entries (name, kind, stem, sort, identity, listed) VALUES (?, ?, ?, ?, ?, ?)", row)
+        row = (os.fsencode(name), kind, _stem(name, kind), natural_key(name), identity, listed, link)
+        columns = "name, kind, stem, sort, identity, listed, link"
+        self.db.execute(f"INSERT INTO entries ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def unused_as(self, kind: EntryKind, reason: str) -> Iterator[str]:
         """Names of one kind that are not used for this reason, in natural order."""
@@ -120,16 +131,26 @@ class Entries:
         return EntryKind(row[0]) if row else None
 
     def read_below(self, parent: str) -> None:
-        """Put down the images of a sub-folder, and the caption files beside them, once."""
+        """Put down the images of a sub-folder, and the caption files beside them, once.
+
+        Raises:
+            UserError: it lies elsewhere, behind a link.
+        """
         if parent in self._below:
             return
         self._below.add(parent)
-        with contextlib.suppress(OSError), os.scandir(self.folder / parent) as found:  # none of them is there, then
+        place = self.folder / parent
+        with contextlib.suppress(OSError), os.scandir(place) as found:  # none of them is there, then
+            if not lies_inside(place, self.folder):
+                raise UserError(
+                    f"{place} leads out of {self.folder} through a link: put the files, or links to each of them, there"
+                )
             for entry in found:
                 kind = kind_of(entry.name)
                 if kind in (EntryKind.IMAGE, EntryKind.CAPTION) and entry.is_file():
                     name = (Path(parent) / entry.name).as_posix()
-                    self.add(name, entry.stat(), EntryKind.BELOW if kind is EntryKind.IMAGE else kind, listed=False)
+                    kind = EntryKind.BELOW if kind is EntryKind.IMAGE else kind
+                    self.add(name, entry.stat(), kind, listed=False, link=entry.is_symlink())
 
     def same_files(self, kind: EntryKind) -> Iterator[tuple[str, str]]:
         """Pairs of names of one kind, next to each other, that the file system says are one file."""
@@ -138,6 +159,12 @@ class Entries:
             "FROM entries WHERE kind = ? AND identity IS NOT NULL) WHERE next IS NOT NULL ORDER BY sort"
         )
         return ((os.fsdecode(a), os.fsdecode(b)) for a, b in self.db.execute(query, (kind,)))
+
+    def followed_links(self) -> Iterator[str]:
+        """Names of the files in use that lie elsewhere: the entry points to them."""
+        used = "(use IS NOT NULL OR kind = ?)"
+        query = f"SELECT name FROM entries WHERE link AND {used} ORDER BY sort"
+        return (os.fsdecode(name) for (name,) in self.db.execute(query, (EntryKind.IMAGE,)))
 
     def take_as_image(self, name: str) -> None:
         """Make an image of one that is hidden or lies in a sub-folder."""
@@ -170,7 +197,7 @@ class Entries:
     def _list(self, entry: os.DirEntry[str]) -> None:
         name = entry.name
         if name.startswith("."):
-            return self.add(name, None, EntryKind.HIDDEN)
+            return self.add(name, None, EntryKind.HIDDEN, link=entry.is_symlink())
         if name.lower() in SYSTEM_NAMES:
             return self.add(name, None, EntryKind.SYSTEM)
         try:
@@ -179,7 +206,7 @@ class Entries:
             status = None
         kind = kind_of(name)
         if status is not None and stat.S_ISREG(status.st_mode):
-            return self.add(name, status, kind)
+            return self.add(name, status, kind, link=entry.is_symlink())
         what = _what(status, entry)
         if (
             kind is EntryKind.IMAGE

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dreamlora.data.account import (
     NO_ROLE,
@@ -28,6 +29,7 @@ from dreamlora.data.account import (
     explain_unused,
     folder_name_note,
     kohya_meaning,
+    links_note,
     printable,
     unused_note,
 )
@@ -39,6 +41,10 @@ from dreamlora.data.images import FORMATS, readable
 from dreamlora.data.metadata import Metadata, read_metadata
 from dreamlora.data.sidecars import Sidecar, SidecarReader
 from dreamlora.errors import UserError
+from dreamlora.reading import UnreadableError, read_bytes
+
+IMAGE_BYTES = 2**29
+"""Of an image file: the largest picture that Pillow opens has so many, uncompressed."""
 
 
 class Images(NamedTuple):
@@ -63,9 +69,9 @@ class FolderPlace:
 
     folder: Path
 
-    def reader(self, row: int, name: str) -> Any:
+    def reader(self, row: int, name: str) -> Callable[[], bytes]:
         """Reads the file."""
-        return (self.folder / name).read_bytes
+        return partial(read_image_file, self.folder / name)
 
     def where(self, row: int, name: str) -> str:
         """The file's path."""
@@ -76,6 +82,18 @@ class FolderPlace:
         file = self.folder / name
         stamp = stamp_of(file)
         return (str(file.absolute()), stamp) if stamp else None
+
+
+def read_image_file(file: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or larger than any image can be.
+    """
+    try:
+        return read_bytes(file, IMAGE_BYTES)
+    except UnreadableError as error:
+        raise OSError(error.reason) from None
 
 
 def load_folder(
@@ -122,7 +140,7 @@ def load_folder(
                 f"--caption_column {caption_column}: {folder} has no metadata.jsonl, metadata.csv or .json captions: "
                 "leave the flag out"
             )
-        notes = (*folder_name_note(folder), *captions.notes(), *unused_note(entries))
+        notes = (*folder_name_note(folder), *captions.notes(), *links_note(entries), *unused_note(entries))
     return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog), entries)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from dreamlora.data.account import RowAccount, row_name
 from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.caption_text import CAPTION_COLUMNS, captions_of, pick_caption_column, plain, tidy
 from dreamlora.data.catalog import Catalog
+from dreamlora.data.file_index import stamp_of
 from dreamlora.data.folder import FolderPlace, Images
+from dreamlora.data.hub_source import Origin, builder_of, is_saved, load_saved
+from dreamlora.data.images import BrokenImage, decode
 from dreamlora.errors import UserError
 from dreamlora.files import make_folder, replacing
+from dreamlora.reading import UnreadableError, read_bytes
 from dreamlora.registry import check_installed
 
 
@@ -29,9 +34,10 @@ class _HubRow:
     dataset: Any
     column: str
     index: int
+    origin: Origin
 
     def __call__(self) -> bytes:
-        return _file(self.dataset[self.index][self.column])
+        return self.origin.image(self.dataset[self.index][self.column])
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,24 @@ class _Rows:
     dataset: Any
     column: str
     name: str
+    origin: Origin
 
     def reader(self, row: int, name: str) -> Callable[[], bytes]:
         """Reads the row."""
-        return _HubRow(self.dataset, self.column, row)
+        return _HubRow(self.dataset, self.column, row, self.origin)
 
     def where(self, row: int, name: str) -> str:
         """Row and data set."""
         return f"in row {row} of {self.name}"
 
     def stamp(self, row: int, name: str) -> tuple[str, str] | None:
-        """The data set's fingerprint tells all of its content."""
-        return f"datasets/{row}/{self.name}", str(self.dataset._fingerprint)
+        """Of the files with all rows. What a data set calls its fingerprint it may have made up."""
+        return (f"datasets/{row}/{self.name}", self._stamp) if self._stamp else None
+
+    @cached_property
+    def _stamp(self) -> str | None:
+        stamps = [stamp_of(Path(file["filename"])) for file in self.dataset.cache_files]
+        return hashlib.sha256(repr(stamps).encode()).hexdigest() if stamps and None not in stamps else None
 
 
 def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) -> Images:
@@ -67,7 +79,8 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
             is no text.
     """
     name = str(data.dataset_name)
-    dataset = _train_split(_load(name, data, cache_dir), name)
+    loaded, origin = _load(name, data, cache_dir)
+    dataset = _train_split(loaded, name).with_format(None)
     columns = _columns(dataset, name)
     if data.image_column not in columns:
         raise UserError(f"{name} has no column {data.image_column!r} (--image_column): it has {', '.join(columns)}")
@@ -78,11 +91,13 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
         raise UserError(
             f"give --caption_column (one of {', '.join(columns)}), or in DreamBooth --instance_prompt, for {name}"
         )
+    if wanted and _holds_files((dataset.features or {}).get(wanted)):
+        raise UserError(f"the column {wanted!r} of {name} holds files, no captions (--caption_column)")
     captions = _RowCaptions(data, wanted)
     if data.streaming:
-        catalog = _streamed(data, dataset, captions, progress)
+        catalog = _streamed(data, dataset, origin, captions, progress)
     else:
-        catalog = Catalog(_Rows(_undecoded(dataset, data.image_column, name), data.image_column, name))
+        catalog = Catalog(_Rows(_undecoded(dataset, data.image_column, name), data.image_column, name, origin))
         texts = dataset.select_columns([wanted]) if wanted else dataset
         count = min(len(dataset), data.max_train_samples or len(dataset))
         with catalog.filling():
@@ -93,8 +108,17 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
     return Images(catalog, tuple(captions.notes(columns)), RowAccount(catalog))
 
 
-def _streamed(data: Data, dataset: Any, captions: _RowCaptions, progress: bool) -> Catalog:
-    """Rows in the order of the stream. Images lie as files in the cache, named by their hashes: each once."""
+def _holds_files(feature: Any) -> bool:
+    """Whether cells of a column would be opened as files (images, sounds, ...) by whoever reads them."""
+    inner = feature.values() if isinstance(feature, dict) else getattr(feature, "feature", feature)
+    parts = inner if isinstance(feature, dict | list) else [] if inner is feature else [inner]
+    return bool(getattr(feature, "decode", False)) or any(map(_holds_files, parts))
+
+
+def _streamed(data: Data, dataset: Any, origin: Origin, captions: _RowCaptions, progress: bool) -> Catalog:
+    """Rows in the order of the stream. Images lie as files in the cache, named by their hashes: each once, and none
+    that is no image.
+    """
     folder = make_folder(cache_folder(data.latents_cache_dir) / "streamed")
     wanted = captions.column
     kept = dataset.select_columns([data.image_column, *([wanted] if wanted else [])])
@@ -103,17 +127,27 @@ def _streamed(data: Data, dataset: Any, captions: _RowCaptions, progress: bool) 
     stream = itertools.islice(rows, data.max_train_samples)
     with catalog.filling():
         for row, cells in enumerate(_bar(stream, progress)):
+            where = f"in row {row} of {data.dataset_name}"
             try:
-                content = _file(cells[data.image_column])
+                content = origin.image(cells[data.image_column])
             except OSError as error:
-                raise UserError(f"cannot read the image in row {row} of {data.dataset_name}: {error}") from error
+                raise BrokenImage(where, str(error)) from error
             digest = hashlib.sha256(content).hexdigest()
             file = folder / digest[:2] / digest
-            if not file.exists():
+            if not _is_there(file, content):
+                decode(content, where)
                 with replacing(file) as temporary:
                     temporary.write_bytes(content)
             catalog.add(f"{digest[:2]}/{digest}", *captions.of(cells[wanted] if wanted else None, row))
     return catalog
+
+
+def _is_there(file: Path, content: bytes) -> bool:
+    """Whether this was written before, as it is."""
+    try:
+        return read_bytes(file, len(content)) == content
+    except (FileNotFoundError, UnreadableError):
+        return False
 
 
 def _bar(rows: Iterator[Any], progress: bool) -> Any:
@@ -161,12 +195,6 @@ class _RowCaptions:
             )
 
 
-def _file(cell: Any) -> bytes:
-    if cell is None:
-        raise OSError("the row has no image")
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
-
 def _columns(dataset: Any, name: str) -> list[str]:
     """The columns; of a stream that does not declare any, those of its first row."""
     columns = dataset.column_names
@@ -194,18 +222,22 @@ def check_dataset(name: str) -> None:
         raise UserError(f"--dataset_name {name}: there is no such folder (looked from {Path.cwd()})")
 
 
-def _load(name: str, data: Data, cache_dir: Path | None) -> Any:
+def _load(name: str, data: Data, cache_dir: Path | None) -> tuple[Any, Origin]:
     check_dataset(name)
-    import datasets
-
     try:
-        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            saved = datasets.load_from_disk(name)
-            return _train_split(saved, name).to_iterable_dataset() if data.streaming else saved
-        where = str(cache_dir) if cache_dir else None
-        return datasets.load_dataset(name, data.dataset_config_name, cache_dir=where, streaming=data.streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if is_saved(Path(name)):
+            saved = _train_split(load_saved(Path(name)), name)
+            return saved.to_iterable_dataset() if data.streaming else saved, Origin((Path(name).resolve(),))
+        builder, origin = builder_of(name, data.dataset_config_name, cache_dir)
+        if data.streaming:
+            return builder.as_streaming_dataset(), origin
+        builder.download_and_prepare()
+        return builder.as_dataset(), origin
+    except UserError as error:
         raise UserError(f"cannot load --dataset_name {name}: {error}") from error
+    except Exception as error:  # what a data set can be wrong in is nowhere said
+        reason = error.__cause__ or error  # datasets' own error tells nothing but that there is one
+        raise UserError(f"cannot load --dataset_name {name}: {str(reason) or type(reason).__name__}") from error
 
 
 def _train_split(loaded: Any, name: str) -> Any:
@@ -228,5 +260,5 @@ def _undecoded(dataset: Any, column: str, name: str) -> Any:
             next(iter(images), None)  # a stream is cast while it is read
             return images
         return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
+    except Exception as error:  # pyarrow's and those of files that the first row is from
         raise UserError(f"the column {column!r} of {name} holds no images (--image_column): {error}") from error

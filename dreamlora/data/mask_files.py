@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from dreamlora.config import Data
-from dreamlora.data.account import FolderAccount, explain_unused, printable, unused_note
+from dreamlora.data.account import FolderAccount, explain_unused, links_note, printable, unused_note
 from dreamlora.data.catalog import Catalog, Records
 from dreamlora.data.entries import Entries, EntryKind
 from dreamlora.data.folder import FolderPlace, Images, require_images
@@ -133,7 +133,8 @@ def _load_masks(folder: Path, below: Sequence[str]) -> Images:
             for name in list(entries.names(kind)):
                 entries.unused(name, "captions beside masks do not count")
         explain_unused(entries)
-    return Images(catalog, tuple(map(printable, unused_note(entries))), FolderAccount(catalog), entries)
+    notes = (*links_note(entries), *unused_note(entries))
+    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog), entries)
 
 
 def _masks_of_images(files: Images, images: Entries, folder: Path) -> dict[str, int]:

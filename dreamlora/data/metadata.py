@@ -5,17 +5,31 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreamlora.data.caption_text import captions_of, listed, not_utf8, pick_caption_column, plain
+from dreamlora.data.caption_text import (
+    MOST_COLUMNS,
+    captions_of,
+    listed,
+    not_utf8,
+    pick_caption_column,
+    plain,
+    refuse_same,
+    unique,
+)
 from dreamlora.data.entries import Entries, EntryKind, folded, kind_of, spelled
 from dreamlora.errors import UserError
+from dreamlora.reading import LINE_BYTES, is_regular, json_of, opened, shortened
 
 NAME_COLUMN = "file_name"
+METADATA_BYTES = 2**29
+"""Of a metadata file: a million images have a fifth of it."""
+_LOOKED_AHEAD = 100
+"""Lines of a cell in which another row is looked for."""
 
 Row = tuple[int, dict[str, Any]]
 
@@ -72,6 +86,8 @@ def _columns(file: Path) -> tuple[list[str], list[str]]:
     texts: dict[str, None] = {}
     for _, row in _rows(file):
         columns.update(dict.fromkeys(row))
+        if len(columns) > MOST_COLUMNS:
+            raise UserError(f"{file} has more than {MOST_COLUMNS:,} columns in all its rows: keep those that count")
         texts.update(dict.fromkeys(name for name, cell in row.items() if _is_text(cell) and plain(name) != NAME_COLUMN))
     return list(columns), [name for name in texts if not plain(name).endswith("file_name")]
 
@@ -105,7 +121,7 @@ def _file_name(row: dict[str, Any], where: str) -> str:
 def _refuse_list(given: tuple[str, ...], where: str) -> None:
     """A list written as text would be learned with its brackets."""
     try:
-        listed_texts = given and given[0].startswith('["') and isinstance(json.loads(given[0]), list)
+        listed_texts = given and given[0].startswith('["') and isinstance(json_of(given[0]), list)
     except ValueError:
         return
     if listed_texts:
@@ -119,9 +135,14 @@ def _resolve(entries: Entries, written: str, where: str) -> str:
     """The image's name in its folder, however a row spells it."""
     name = _inside(entries.folder, written, where)
     if kind_of(name) is not EntryKind.IMAGE:
-        raise UserError(f"{where}: {written} has no ending of an image: correct the row or take it out")
+        raise UserError(
+            f"{where}: {shortened(written)[1:-1]} has no ending of an image: correct the row or take it out"
+        )
     if "/" in name:
-        entries.read_below(Path(name).parent.as_posix())
+        try:
+            entries.read_below(Path(name).parent.as_posix())
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     if entries.kind(name):
         return name
     similar = [other for kind in (EntryKind.IMAGE, EntryKind.BELOW) for other in entries.like(name, kind)]
@@ -130,32 +151,34 @@ def _resolve(entries: Entries, written: str, where: str) -> str:
     if len(same) == 1:
         return same[0]
     hint = f" (there are {' and '.join(same)})" if same else _nearly(entries, written)
-    raise UserError(f"{where}: there is no file {entries.folder / name}{hint}: correct the row or take it out")
+    missing = shortened(str(entries.folder / name))[1:-1]
+    raise UserError(f"{where}: there is no file {missing}{hint}: correct the row or take it out")
 
 
 def _inside(folder: Path, written: str, where: str) -> str:
-    """The path in the folder that ``written`` means, without ``.`` and ``..``."""
-    name = os.path.normpath(written)
-    if Path(written).is_absolute():
-        bases = (base for base in (folder.absolute(), folder.resolve()) if Path(name).is_relative_to(base))
-        name = next((str(Path(name).relative_to(base)) for base in bases), "..")
-    name = Path(name).as_posix()
-    if name.split("/")[0] == "..":
+    """The path in the folder that ``written`` means; ``..`` is not followed, whereever it leads."""
+    path = Path(written)
+    if path.is_absolute():
+        bases = (base for base in (folder.absolute(), folder.resolve()) if path.is_relative_to(base))
+        path = next((path.relative_to(base) for base in bases), path)
+    if path.anchor or ".." in path.parts:
         raise UserError(
-            f"{where}: {written} lies outside of the folder {folder}: put the image, or a link to it, there"
+            f"{where}: {shortened(written)[1:-1]} lies outside of the folder {folder}, or goes through ..: put the "
+            "image, or a link to it, there"
         )
     try:
-        if b"\0" in os.fsencode(name):
-            raise ValueError(name)
+        if b"\0" in os.fsencode(path):
+            raise ValueError(path)
     except ValueError:  # halves of characters among them
-        raise UserError(f"{where}: {written!r} can be no name of a file") from None
-    return name
+        raise UserError(f"{where}: {shortened(written)} can be no name of a file") from None
+    return path.as_posix()
 
 
 def _nearly(entries: Entries, written: str) -> str:
     """What the row could mean, for an error message."""
     for guess in (written.strip(), written.replace("\\", "/")):
-        if guess != written and not guess.startswith("/") and (entries.folder / guess).is_file():
+        inside = not Path(guess).anchor and ".." not in Path(guess).parts
+        if guess != written and inside and is_regular(entries.folder / guess):
             return f" (there is {guess})"
     return ""
 
@@ -182,7 +205,9 @@ def _rows(file: Path, entries: Entries | None = None) -> Iterator[Row]:
     """
     jsonl = file.suffix.lower() == ".jsonl"
     try:
-        with file.open("rb") as content:
+        with opened(file) as content:
+            if os.fstat(content.fileno()).st_size > METADATA_BYTES:
+                raise UserError(f"{file} is larger than metadata can be ({METADATA_BYTES // 2**20} MiB)")
             lines = _lines(file, content, None if jsonl else "")
             yield from _jsonl_rows(file, lines) if jsonl else _csv_rows(file, lines, entries)
     except OSError as error:
@@ -191,10 +216,16 @@ def _rows(file: Path, entries: Entries | None = None) -> Iterator[Row]:
 
 def _lines(file: Path, content: Any, newline: str | None) -> Iterator[str]:
     head = content.peek(2)[:2]
+    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)
     try:
-        for line in io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline):
+        for number in itertools.count(1):
+            line = text.readline(LINE_BYTES + 1)
+            if not line:
+                return
             if "\0" in line:
                 raise not_utf8(file, head + b"\0")
+            if len(line) > LINE_BYTES:
+                raise UserError(f"{file}, line {number} is longer than a row can be ({LINE_BYTES // 2**10} KiB)")
             yield line
     except UnicodeDecodeError:
         raise not_utf8(file, head) from None
@@ -205,26 +236,12 @@ def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[Row]:
         if line.strip():
             where = f"{file}, line {number}"
             try:
-                row = json.loads(line, object_pairs_hook=functools.partial(_unique, where))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg})") from None
-            except RecursionError:
-                raise UserError(f"{where}: not JSON that can be read (too deep)") from None
+                row = json_of(line, functools.partial(unique, where=where))
+            except ValueError as error:
+                raise UserError(f"{where}: not JSON that can be read ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f'{where}: expected {{"file_name": ..., "text": ...}}')
             yield number, row
-
-
-def _unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _refuse_same([name for name, _ in pairs], where)
-    return dict(pairs)
-
-
-def _refuse_same(columns: list[str], where: str) -> None:
-    plains = [plain(column) for column in columns]
-    twice = [column for column in columns if column and plains.count(plain(column)) > 1]
-    if twice:
-        raise UserError(f"{where} has the column {twice[0].strip()} twice ({listed(twice)}): keep one, or rename one")
 
 
 def _csv_rows(file: Path, lines: Iterable[str], entries: Entries | None) -> Iterator[Row]:
@@ -254,7 +271,7 @@ def _check_header(header: list[str], file: Path) -> None:
     for delimiter, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(header) == 1 and delimiter in header[0]:
             raise UserError(f"{file} has {called} between its columns: save it with commas")
-    _refuse_same(header, str(file))
+    refuse_same(header, str(file))
     if NAME_COLUMN not in map(plain, header):
         raise UserError(
             f"{file} has no column file_name in its first line: it has {listed(header)}. Call the column with the "
@@ -287,7 +304,7 @@ def _quoted(header: list[str], cells: list[str]) -> str:
 def _check_swallowed(entries: Entries, cells: list[str], where: str) -> None:
     """A forgotten quotation mark makes the next lines part of a cell."""
     for cell in cells:
-        for text in cell.splitlines()[1:]:
+        for text in cell.splitlines()[1:_LOOKED_AHEAD]:
             name = text.split(",")[0].strip().strip('"')
             if name and kind_of(name) is EntryKind.IMAGE and entries.kind(name):
                 raise UserError(

@@ -6,14 +6,15 @@ could be meant.
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dreamlora.data.caption_text import captions_of, pick_caption_column, text_of, tidy
+from dreamlora.data.caption_text import captions_of, listed, pick_caption_column, text_of, tidy, unique
 from dreamlora.data.entries import CAPTION_SUFFIXES, Entries, EntryKind, folded, spelled
 from dreamlora.errors import UserError
+from dreamlora.reading import json_of
 
 
 class Sidecar(NamedTuple):
@@ -75,14 +76,14 @@ class SidecarReader:
 
     def _json(self, file: Path) -> tuple[str, ...]:
         try:
-            content = json.loads(text_of(file))
-        except (ValueError, RecursionError) as error:
+            content = json_of(text_of(file), functools.partial(unique, where=str(file)))
+        except ValueError as error:
             raise UserError(f"{file} is not JSON ({error}): mend it, or move it elsewhere") from None
         if not isinstance(content, dict):
             return captions_of(content, str(file))
         key = pick_caption_column(list(content), self._column, str(file))
         if key is None:
-            keys = ", ".join(content) or "nothing"
+            keys = listed(content) or "nothing"
             raise UserError(
                 f"{file} has no text or caption: it has {keys}. Say which one is the caption with --caption_column, or "
                 "move the file elsewhere"

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.config import Sample
+from dreamlora.config.ranges import check_length
 from dreamlora.errors import UserError
+from dreamlora.reading import utf8_text
 
 PLACEHOLDER = "{}"
+PROMPTS_BYTES = 2**24
+"""Of a file of prompts."""
+MOST_PROMPTS = 100_000
+"""Of a file: lists for metrics have some ten thousand."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Subject:
             UserError: a prompt has a ``{}``: what takes its place is read from these prompts.
         """
         for flag, prompt in (("instance_prompt", instance_prompt), ("class_prompt", class_prompt)):
+            check_length(prompt or "", f"--{flag}")
             if PLACEHOLDER in (prompt or ""):
                 raise UserError(
                     f'--{flag} "{prompt}": {PLACEHOLDER} has no meaning here: what takes its place in other '
@@ -47,7 +54,7 @@ class Subject:
         """``prompt`` with the name in place of ``{}``; ``where`` it stands is for the error message.
 
         Raises:
-            UserError: there is a ``{}`` and no name.
+            UserError: there is a ``{}`` and no name, or the text gets too long.
         """
         if PLACEHOLDER not in prompt:
             return prompt
@@ -56,7 +63,9 @@ class Subject:
                 f'{where}: nothing to put in place of {PLACEHOLDER} in "{prompt}": give the subject, such as "sks dog" '
                 "(training reads it from --instance_prompt, `dreamlora sample` from --subject), or write it out"
             )
-        return prompt.replace(PLACEHOLDER, self.name)
+        filled = prompt.replace(PLACEHOLDER, self.name)
+        check_length(filled, where)
+        return filled
 
     def is_in(self, prompt: str) -> bool:
         """Whether a prompt has all words of the name, as "a red sks dog" has; True if no name is known."""
@@ -112,19 +121,22 @@ def read_prompts(file: Path, subject: Subject = UNKNOWN) -> tuple[str, ...]:
         subject: takes the place of ``{}``.
 
     Raises:
-        UserError: the file is missing, no text, or without prompts; or a line has ``{}`` and there is no subject.
+        UserError: the file is missing, no text, too large, or without prompts; a line is too long, or has ``{}`` and
+            there is no subject.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {file}: {error}") from None
-    prompts = [
-        subject.put_into(line.strip(), f"{file}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip() and not line.strip().startswith("#")
-    ]
+        lines = utf8_text(file, PROMPTS_BYTES).splitlines()
+    except FileNotFoundError:
+        raise UserError(f"cannot read the prompts in {file}: there is no such file") from None
+    prompts = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line and not line.startswith("#"):
+            check_length(line, f"{file}, line {number}")
+            prompts.append(subject.put_into(line, f"{file}, line {number}"))
     if not prompts:
         raise UserError(f"{file} holds no prompts: write one per line")
+    if len(prompts) > MOST_PROMPTS:
+        raise UserError(f"{file} holds {len(prompts):,} prompts: {MOST_PROMPTS:,} are the most")
     return tuple(prompts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable
@@ -11,14 +12,17 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dreamlora import registry
 from dreamlora.cli.declared import Option, options_of, subgroups_of
 from dreamlora.cli.given import flag_in, from_argv, from_yaml
 from dreamlora.cli.parse import method_options, parse
-from dreamlora.config import DataSet, RunConfig
+from dreamlora.config import Data, DataSet, RunConfig, Sample
 from dreamlora.errors import UserError
 from tests.cli.conftest import Case
+from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless
 
 EDGES: dict[type, list[Any]] = {
     int: [0, -1, 10**12],
@@ -209,6 +213,68 @@ def test_mistakes_at_the_edge_of_a_file(text: str, expected: str, tmp_path: Path
     with pytest.raises(UserError) as error:
         parse(RunConfig, ["--config", str(file)])
     assert str(error.value).startswith(f"{file}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: &x [1]\nb: *x", "{file}: line 2 refers to another place of the file (*x)"),
+        ("a: &x [*x]", "{file}: line 1 refers to another place of the file (*x)"),
+        ("a: !!python/object/apply:os.system [id]", "{file}: line 1 has a tag"),
+        ("rank: " + "[" * 100_000, "{file}: it is nested deeper than 32 levels"),
+        ("rank: 0x" + "f" * 400, "{file}: it holds a whole number of 1600 bits"),
+        ("rank: " + "9" * 5000, "{file}: "),
+        ("instance_prompt: " + "x" * 10_001, "{file}: instance_prompt takes a text of at most 10,000 characters"),
+        ("rank: [" + "1, " * 50_000 + "]", "{file}: rank takes one value (got 50000: 1 1 1"),
+        ("x" * 1000 + ": 1", "unknown key 'xxx"),
+        ("a: 1\n" * 100_000, "cannot read {file}: it has more than the 256 KiB"),
+        ("rank: 1\nlora: {lora_alpha: 1, lora_alpha: 2}", "{file}: line 2 has the key lora_alpha a second time: keep"),
+        ("a: \ud800", "cannot read {file}: it is not UTF-8 text"),
+    ],
+)
+def test_files_have_bounds(text: str, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    told = str(harmless(lambda: parse(RunConfig, ["--config", str(file)])))
+    assert expected.format(file=file) in told and len(told) < 5000
+
+
+def test_files_that_never_end_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=r"--config: cannot read .*: it is a (pipe or device|folder), not a file"):
+            from_yaml(place, RunConfig)
+
+
+@pytest.mark.parametrize("flag", ["instance_prompt", "class_prompt", "validation_prompt", "negative_prompt"])
+def test_prompts_have_a_bound_wherever_they_are_given(flag: str) -> None:
+    with pytest.raises(UserError, match=rf"--{flag} takes a text of at most 10,000 characters \(got 10,001\)"):
+        parse(RunConfig, [f"--{flag}", "x" * 10_001])
+    group: Any = Sample if flag in ("validation_prompt", "negative_prompt") else Data
+    with pytest.raises(UserError, match=rf"--{flag}: a text of 10,001 characters is too long"):
+        group(**{flag: "x" * 10_001})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("config")
+
+
+OPTIONS = {
+    "rank": 8,
+    "optim": {"learning_rate": 1e-4, "optimizer_args": {"betas": [0.8, 0.9]}},
+    "eval_metrics": ["clip_text"],
+    "instance_prompt": "a photo of sks dog",
+    "datasets": [{"dataset_name": "a", "repeats": 2}],
+}
+
+
+@fuzzed
+@given(content=st.one_of(damaged(yaml.safe_dump(OPTIONS).encode()), changed(OPTIONS).map(as_json)))
+def test_fuzz_config(folder: Path, content: bytes) -> None:
+    file = folder / "run.yaml"
+    file.write_bytes(content)
+    harmless(lambda: parse(RunConfig, ["--config", str(file)]))
 
 
 def test_values_at_the_edge_of_a_file(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ ROWS = [
     {"file_name": "e.gif", "text": ["one of a list", "another of a list"]},
     {"file_name": "./f.tiff", "text": "only a row"},
     {"file_name": "h.png", " Text ": "a row for h"},
-    {"file_name": "more/../img10.png", "text": "ten"},
+    {"file_name": "./img10.png", "text": "ten"},
     {"File_Name": "img2.png", "text": "the row says so too"},
     {"file_name": "more/named.png", "text": "of a sub-folder"},
     {"file_name": ".named.png", "text": "hidden, but named"},
@@ -267,7 +267,7 @@ STOPPERS = {
     "no name": _rows({"file_name": "\ud800.png", "text": "x"}, message=r"can be no name of a file"),
     "named twice": _rows(
         {"file_name": "a.png", "text": "x"},
-        {"file_name": "./sub/../a.png", "text": "y"},
+        {"file_name": "././a.png", "text": "y"},
         message=r"line 2: a\.png was named before, in line 1",
     ),
     "named twice by its path": Stopper(

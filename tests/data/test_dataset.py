@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -380,6 +381,22 @@ def test_a_stream_of_files(tmp_path):
     found = {record.caption: record.load() for record in load_images(data, cache_dir=tmp_path / "hub").records}
     files = {"ay": "a.png", "bee": "b.png"}
     assert found == {caption: (tmp_path / "data" / "train" / name).read_bytes() for caption, name in files.items()}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_runs_on_one_data_set(saved, tmp_path, streaming):
+    data = Data(dataset_name=str(saved), instance_prompt="p", streaming=streaming, latents_cache_dir=tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: load_images(data).records, range(4)))
+    assert all([record.facts for record in records] == [record.facts for record in both[0]] for records in both)
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    save(tmp_path / "photos", *(f"{n}.png" for n in range(20)))
+    data = Data(instance_data_dir=tmp_path / "photos", instance_prompt="p", latents_cache_dir=tmp_path / "cache")
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: load_images(data).records, range(4)))
+    assert all([record.facts for record in records] == [record.facts for record in both[0]] for records in both)
 
 
 def test_local_files_of_any_builder(tmp_path):

@@ -58,6 +58,7 @@ def test_every_entry_is_used_or_named(tmp_path: Path) -> None:
     assert {record.name for record in images.records} == {*IMAGES, "shared.jpg", "shared.png", "copy.jpg", "link.png"}
     notes = " ".join(images.notes)
     assert "1 of 27 images is a copy of another one" in notes and "j.txt. With --captions_per_line" in notes
+    assert f"1 file of {folder} lies elsewhere, behind a link: link.png (to {folder.parent / 'elsewhere'}" in notes
     assert "shared.txt (shared.jpg, shared.png)" in notes and "dataset.json" in notes and "Thumbs.db" not in notes
 
 
@@ -163,7 +164,7 @@ def test_numbers_of_files_may_mean_nothing(tmp_path: Path, monkeypatch: pytest.M
         picture(tmp_path / name, number)
     add = entries.Entries.add
     same = tmp_path.stat()
-    monkeypatch.setattr(entries.Entries, "add", lambda self, name, status, *rest: add(self, name, same, *rest))
+    monkeypatch.setattr(entries.Entries, "add", lambda self, name, _, *a, **k: add(self, name, same, *a, **k))
     assert len(captions(tmp_path)) == 3
 
 

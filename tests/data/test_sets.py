@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -246,6 +247,21 @@ def test_masks_of_images_in_sub_folders_lie_in_such_ones(tmp_path: Path) -> None
         ("more/0.png", "more/0.png"),
     ]
     assert any("masks has 1 entry that is not used: others" in note for note in notes)
+
+
+def test_masks_lie_in_their_folder_and_are_files(tmp_path: Path) -> None:
+    pictures(tmp_path / "dogs" / "more", 1)
+    (tmp_path / "dogs" / "metadata.csv").write_text("file_name\nmore/0.png\n", encoding="utf-8")
+    half_white(tmp_path / "private" / "0.png")
+    half_white(tmp_path / "masks" / "0.png")
+    (tmp_path / "masks" / "more").symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match=r"more leads out of .*masks through a link"):
+        load_sets(masked(tmp_path))
+    (tmp_path / "masks" / "more").unlink()
+    (tmp_path / "masks" / "0.png").unlink()
+    os.mkfifo(tmp_path / "masks" / "0.png")
+    with pytest.raises(UserError, match=r"0\.png is a pipe, not a file"):
+        load_sets(masked(tmp_path))
 
 
 def test_every_file_among_the_masks_is_used_or_named(tmp_path: Path) -> None:

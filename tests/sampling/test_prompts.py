@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 
 from dreamlora.config import Sample
 from dreamlora.errors import UserError
@@ -10,6 +12,7 @@ from dreamlora.sampling.prompts import UNKNOWN, Subject, read_prompts, sample_pr
 from dreamlora.tiny import world
 from dreamlora.tiny.scenery import BACKGROUNDS
 from dreamlora.tiny.shapes import KINDS
+from tests.fuzzing import damaged, fuzzed, harmless
 
 LISTS = Path(__file__).parents[2] / "prompts"
 
@@ -55,6 +58,47 @@ def test_prompts_that_the_subject_is_read_from_take_no_placeholder(prompts: tupl
 def test_no_prompts(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"prompts\.txt holds no prompts"):
         read_prompts(write(tmp_path, text))
+
+
+def test_prompts_have_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer takes a minute for a megabyte."""
+    long = "x" * 10_001
+    with pytest.raises(UserError, match=r"prompts\.txt, line 2: a text of 10,001 characters is too long: 10,000 are"):
+        read_prompts(write(tmp_path, f"a dog\n{long}"))
+    assert read_prompts(write(tmp_path, "x" * 10_000)) == ("x" * 10_000,)
+    with pytest.raises(UserError, match=r"holds 100,001 prompts: 100,000 are the most"):
+        read_prompts(write(tmp_path, "a\n" * 100_001))
+    with pytest.raises(UserError, match=r"prompts\.txt: it has more than the 16 MiB"):
+        read_prompts(write(tmp_path, "#" * (2**24 + 1)))
+    for subject in ({"instance_prompt": long}, {"instance_prompt": None, "class_prompt": long}):
+        with pytest.raises(UserError, match=r"--(instance|class)_prompt: a text of 10,001 characters"):
+            Subject.of(**subject)
+
+
+def test_what_takes_a_placeholder_s_place_has_a_bound_too(tmp_path: Path) -> None:
+    subject = Subject("x" * 9000)
+    with pytest.raises(UserError, match=r"line 1: a text of 18,\d+ characters is too long"):
+        read_prompts(write(tmp_path, "{} and {}"), subject)
+
+
+def test_pipes_and_devices_hold_no_prompts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=r"it is a (pipe or device|folder), not a file"):
+            read_prompts(place)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prompts")
+
+
+@fuzzed
+@given(content=damaged("# list\na photo of {}\n日本の犬\n".encode()))
+def test_fuzz_prompts(folder: Path, content: bytes) -> None:
+    file = folder / "prompts.txt"
+    file.write_bytes(content)
+    harmless(lambda: read_prompts(file, Subject("sks dog")))
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

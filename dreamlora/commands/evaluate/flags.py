@@ -8,6 +8,7 @@ from pathlib import Path
 from dreamlora import registry
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import Encoders
+from dreamlora.config.ranges import short
 from dreamlora.errors import UserError
 
 LOSS_METRIC = "eval_loss"
@@ -44,6 +45,7 @@ class EvaluateConfig(SampleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        short(self, "class_prompt")
         try:
             names = tuple(dict.fromkeys(map(_metric, self.metrics)))
         except UserError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dreamlora.config.ranges import finite
+from dreamlora.config.ranges import finite, short
 from dreamlora.errors import UserError
 
 
@@ -71,6 +71,7 @@ class SampleConfig:
         if not self.lora_scales:
             raise UserError("--lora_scales needs at least one number")
         finite(self, "lora_scales")
+        short(self, "prompts", "subject", "negative_prompt")
         if self.prompts and self.sample_prompts:
             raise UserError("give either --prompts or --sample_prompts, not both")
         for name, lowest in (
