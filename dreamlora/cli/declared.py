@@ -13,6 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from dreamlora.credentials import is_secret
+
 
 class _Kind(NamedTuple):
     """What one value can be: in words, in the help text, and how a word becomes one (ValueError: it does not)."""
@@ -129,16 +131,20 @@ class Option:
         if self.count and len(words) == 1:
             words = words[0].split(",")
         if self.count and len(words) != self.count:
-            raise ValueError(f"takes {self.count} values (got {len(words)}: {' '.join(words)})")
+            raise ValueError(f"takes {self.count} values (got {len(words)}{self._shown(words)})")
         if self.several:
             return tuple(self._one(word) for word in words)
         if not words:
             hint = "; if it begins with a dash, put = before it" if self.kind is str and not self.choices else ""
             raise ValueError(f"needs a value: {self.takes}{hint}")
         if len(words) > 1:
-            got = f"got {len(words)}: {' '.join(words)}"
+            got = f"got {len(words)}{self._shown(words)}"
             raise ValueError(f"takes one value ({got}); put quotes round a text with spaces")
         return self._one(words[0])
+
+    def _shown(self, words: Sequence[str]) -> str:
+        """What was given, as messages show it."""
+        return "" if is_secret(self.name) else f": {' '.join(words)}"
 
     def _one(self, word: str) -> Any:
         try:
