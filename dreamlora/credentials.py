@@ -51,7 +51,13 @@ def _masked_value(value: Any) -> Any:
 
 def command_line(words: Sequence[str]) -> str:
     """Words as a shell takes them, without secrets."""
-    return shlex.join(_masked_words(words))
+    return " ".join(map(quoted, _masked_words(words)))
+
+
+def quoted(word: str) -> str:
+    """A word as a shell takes it; what stands for a secret alone needs no quotes, for it has to be replaced anyway."""
+    rest = word.replace(HIDDEN, "x")
+    return word if shlex.quote(rest) == rest else shlex.quote(word)
 
 
 def masked_command(command: str) -> str:

@@ -67,8 +67,8 @@ class UserError(Exception):
     traceback and exits with status 2. Secrets in it are masked: what others say, and what was given, may hold some.
     """
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(masked(message))
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
 
 class DivergedError(UserError):

@@ -110,9 +110,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def continuing(file: Path) -> Iterator[BinaryIO]:
-    """A file to write on at its end, made if it is not there; it can be read too.
+def open_at_end(file: Path) -> BinaryIO:
+    """A file to write on at its end, made if it is not there; it can be read too. The writing itself is ``writing``'s.
 
     Raises:
         WriteError: the system refused; or a link, a pipe or a device lies there, or a file with a second name, where
@@ -125,8 +124,7 @@ def continuing(file: Path) -> Iterator[BinaryIO]:
             os.close(descriptor)
             second = "it has a second name somewhere else, a hard link"
             raise OSError(errno.EEXIST, second if stat.S_ISREG(status.st_mode) else "it is a pipe or a device")
-        with os.fdopen(descriptor, "a+b") as stream:
-            yield stream
+        return os.fdopen(descriptor, "a+b")
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dreamlora.errors import UserError, WriteError, numbers
-from dreamlora.files import check_links_to, continuing, remove, remove_leftovers, write_atomically
+from dreamlora.files import check_links_to, open_at_end, remove, remove_leftovers, write_atomically, writing
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRAINABLES_FILE = "trainables.safetensors"
@@ -261,7 +261,7 @@ def append_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         WriteError: the system refused.
     """
-    with continuing(file) as target:
+    with writing(file), open_at_end(file) as target:
         if target.tell():
             target.seek(-1, os.SEEK_END)
             if target.read(1) != b"\n":

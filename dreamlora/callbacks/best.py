@@ -116,4 +116,3 @@ def _is_whole(folder: RunFolder, step: int) -> bool:
     """Whether the weights of a candidate are there, as regular files: the folder may have been somebody else's."""
     place = folder.candidate_dir(step)
     return all(is_regular(place / name, place) for name in (folder.lora_file.name, TRAINABLES_FILE))
-

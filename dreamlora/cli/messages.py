@@ -82,15 +82,15 @@ def _tolerant(name: str) -> Iterator[None]:
 @contextmanager
 def work_beside_output() -> Iterator[None]:
     """For work whose result are files, such as a training: it goes on whether or not its output can be written."""
-    stream = sys.stdout
-    ours = isinstance(stream, _Tolerant) and stream.results
-    if ours:
+    stream: Any = sys.stdout
+    before = getattr(stream, "results", None)
+    if before:
         stream.results = False
     try:
         yield
     finally:
-        if ours:
-            stream.results = True
+        if before:
+            stream.results = before
 
 
 class _Tolerant:

@@ -174,4 +174,3 @@ def to_text(stored: bytes) -> str:
 def hash_prefixes(records: Iterable[ImageRecord]) -> np.ndarray:
     """uint64 ``[n]``: the first 64 bits of every content hash; they sort as the hashes do."""
     return np.fromiter((int(record.content_hash()[:16], 16) for record in records), np.uint64)
-

@@ -15,7 +15,7 @@ import numpy as np
 from dreamlora.compare.records import model_name
 from dreamlora.config import as_flat_dict
 from dreamlora.config.programs import program_of
-from dreamlora.credentials import HIDDEN, is_secret, masked, masked_command
+from dreamlora.credentials import is_secret, masked, masked_command, quoted
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
 from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND, measured_on
@@ -250,9 +250,9 @@ def readable_command(command: str | None) -> str | None:
     text = masked_command(str(command or ""))
     if len(text) > _LINE:
         with contextlib.suppress(ValueError):  # it may be a stranger's
-            words = [shlex.quote(word) for word in shlex.split(text)]
+            words = [quoted(word) for word in shlex.split(text)]
             text = " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in words)
-    return text.replace(f"'{HIDDEN}'", HIDDEN) or None
+    return text or None
 
 
 def value_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rows of samples.jsonl: which of them show one and the same thing at other steps, and which files are theirs. No torch.
+"""Rows of samples.jsonl: which of them show the same thing at other steps, and which files are theirs. No torch.
 
 A picture belongs to its prompt, seed and settings. Its number does not tell which picture it is: a resumed run may have
 other prompts, or the same in another order.

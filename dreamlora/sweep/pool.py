@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from dreamlora.errors import WriteError
-from dreamlora.files import continuing, make_folder
+from dreamlora.files import make_folder, open_at_end
 from dreamlora.runfolder import RunFolder
 from dreamlora.sweep.plan import Job
 from dreamlora.sweep.seats import Seat
@@ -268,7 +268,7 @@ class _Worker:
         if self._seat.processes > 1:  # what accelerate launch would set
             places = (rank, rank, self._seat.processes, "127.0.0.1", port)
             environment |= dict(zip(_LAUNCHER, map(str, places), strict=True))
-        with continuing(self.log) as log:
+        with open_at_end(self.log) as log:
             return subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,

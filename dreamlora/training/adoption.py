@@ -97,8 +97,9 @@ def _size(file: Path, run: RunFolder) -> int:
 def _check_room(folder: RunFolder, other: RunFolder, size: int) -> None:
     if size > MOST_BYTES:
         raise UserError(
-            f"--resume_from_checkpoint: what {other.path} has measured and drawn are {size / 2**30:.0f} GiB, more than "
-            f"the {MOST_BYTES / 2**30:.0f} GiB that are taken over. Copy the checkpoint out of there to go on without it"
+            f"--resume_from_checkpoint: what {other.path} has measured and drawn are {size / 2**30:.0f} GiB, more "
+            f"than the {MOST_BYTES / 2**30:.0f} GiB that are taken over. Copy the checkpoint out of there to go on "
+            "without it"
         )
     make_folder(folder.path)
     free = shutil.disk_usage(folder.path).free
