@@ -64,8 +64,8 @@ def masked_command(command: str) -> str:
     """A command line that was written down, without secrets: it may be an older version's, or somebody else's."""
     try:
         return command_line(shlex.split(command))
-    except ValueError:  # quotes that are not in order: all that follows such a flag may belong to it
-        return _CUT.sub(rf"\1{HIDDEN}", masked(command))
+    except ValueError:  # its quotes are not in order
+        return _cut(command)
 
 
 def _masked_words(words: Sequence[str]) -> Iterator[str]:
@@ -81,4 +81,9 @@ def _masked_words(words: Sequence[str]) -> Iterator[str]:
             first = secret and not equals
             yield f"{name}={HIDDEN}" if secret and equals else masked(word)
         else:
-            yield HIDDEN if secret else f"{name}={HIDDEN}" if equals and is_secret(name) else masked(word)
+            yield HIDDEN if secret else f"{name}={HIDDEN}" if equals and is_secret(name) else _cut(word)
+
+
+def _cut(text: str) -> str:
+    """A text in which a command may stand: all that follows a secret's flag may belong to the secret."""
+    return _CUT.sub(rf"\1{HIDDEN}", masked(text))

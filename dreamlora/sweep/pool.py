@@ -25,8 +25,10 @@ from dreamlora.sweep.plan import Job
 from dreamlora.sweep.seats import Seat
 from dreamlora.sweep.worker import write_outcome
 
-WORKER = (sys.executable, "-m", "dreamlora.sweep.worker")
+WORKER = (sys.executable, "-P", "-m", "dreamlora.sweep.worker")
+"""Without -P a torch.py in the current folder, which may be a stranger's, would be taken for the package."""
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ROOT = Path(__file__).resolve().parents[2]
 STATUSES = ("finished", "diverged", "failed")
 """How a run can end."""
 _POLL_SECONDS = 0.2
@@ -268,6 +270,8 @@ class _Worker:
         if self._seat.processes > 1:  # what accelerate launch would set
             places = (rank, rank, self._seat.processes, "127.0.0.1", port)
             environment |= dict(zip(_LAUNCHER, map(str, places), strict=True))
+        if _ROOT.name not in ("site-packages", "dist-packages"):  # a checkout: this very one
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), environment.get("PYTHONPATH"))))
         with open_at_end(self.log) as log:
             return subprocess.Popen(
                 self._command,
