@@ -167,7 +167,7 @@ def test_nothing_is_written_through_a_link_that_somebody_else_has_placed(
     place_link(shared / "link", precious, STRANGER)
     (tmp_path / "mine").symlink_to(shared / "link")
     folder = {".": shared / "link", "between": shared / "link" / "deeper", "chain": tmp_path / "mine"}[way]
-    with pytest.raises(WriteError, match="somebody else has placed the link .*A link lies there that is not followed"):
+    with pytest.raises(WriteError, match=r"somebody else has placed the link .*A link lies there that is not followed"):
         write(folder)
     assert [file.read_text(encoding="utf-8") for file in precious.iterdir()] == ["precious"]
 

@@ -1,4 +1,6 @@
-"""Print the lowest versions that pyproject.toml allows, as constraints for pip; torch and setuptools as constraints.txt has them.
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip.
+
+Torch and setuptools are as constraints.txt has them.
 
     python tools/lower_bounds.py > lower_bounds.txt
 
