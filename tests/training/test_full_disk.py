@@ -237,3 +237,9 @@ def test_every_write_of_other_commands(
             f"{place}: {said[-2000:]}"
         )
         assert not [file for file in root.rglob("*") if ".tmp" in file.name], place
+
+
+def test_few_open_files_suffice(flags: list[str]) -> None:
+    program = shlex.join([sys.executable, "-m", "dreamlora", "dreambooth", *flags, "--max_train_steps", "1"])
+    done = subprocess.run(["bash", "-c", f"ulimit -n 64; {program}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
