@@ -4,6 +4,7 @@ VENV := .venv
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INSTALL := python -m pip install --quiet --disable-pip-version-check
 
 OLDEST := .venv-oldest
 
@@ -33,17 +34,18 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_architecture.py
 
+# Only what constraints.txt pins: also what builds this package (setuptools), and no code of others that would build theirs.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/$(INSTALL) --only-binary :all: -c constraints.txt torch setuptools
+	$(BIN)/$(INSTALL) --only-binary :all: -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
 $(OLDEST)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(PYTHON) tools/lower_bounds.py > $(OLDEST)/lower_bounds.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(OLDEST)/lower_bounds.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/lower_bounds.txt -e ".[dev]"
+	$(OLDEST)/bin/$(INSTALL) -c $(OLDEST)/lower_bounds.txt torch setuptools
+	$(OLDEST)/bin/$(INSTALL) -c $(OLDEST)/lower_bounds.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
 clean:

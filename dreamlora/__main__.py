@@ -14,7 +14,7 @@ from dreamlora.interrupts import unheeded
 
 with unheeded():
     from dreamlora import __version__
-    from dreamlora.cli.messages import console_messages
+    from dreamlora.cli.messages import console_messages, work_beside_output
     from dreamlora.cli.parse import Program, parse, parse_run, run
     from dreamlora.config import RunConfig
     from dreamlora.config.programs import TextToImageConfig
@@ -61,13 +61,14 @@ def _train(argv: Sequence[str], config_class: type[RunConfig]) -> None:
         from dreamlora.run.dry_run import dry_run
 
         return dry_run(config)
-    from accelerate import PartialState
+    with work_beside_output():
+        from accelerate import PartialState
 
-    from dreamlora.run import assemble
+        from dreamlora.run import assemble
 
-    folder = assemble.train(config, optimizer_options)
-    if PartialState().is_main_process:  # the others are done before the report is
-        print(f"{folder.path}: LoRA, samples and report.html")
+        folder = assemble.train(config, optimizer_options)
+        if PartialState().is_main_process:  # the others are done before the report is
+            print(f"{folder.path}: LoRA, samples and report.html", flush=True)
     return None
 
 

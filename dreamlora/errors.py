@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dreamlora.credentials import masked
+
 
 def numbers(*names: str) -> tuple[int, ...]:
     """Error numbers by their names; systems lack some."""
@@ -62,8 +64,11 @@ class UserError(Exception):
     """A bad flag, file, image, checkpoint or model.
 
     The message names what is wrong, what was expected and what to do. The command line prints it without a
-    traceback and exits with status 2.
+    traceback and exits with status 2. Secrets in it are masked: what others say, and what was given, may hold some.
     """
+
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
 
 class DivergedError(UserError):

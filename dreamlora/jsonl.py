@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamlora.files import writing
+from dreamlora.files import open_at_end, writing
 from dreamlora.reading import Schema, UnreadableError, read_lines, tell_once
 
 MOST_ROWS = 10**6
@@ -23,7 +23,7 @@ def append_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         WriteError: the system refused.
     """
-    with writing(file), file.open("a+b") as target:
+    with writing(file), open_at_end(file) as target:
         if target.tell():
             target.seek(-1, os.SEEK_END)
             if target.read(1) != b"\n":

@@ -6,7 +6,7 @@ No torch here: reports read run folders on machines without it.
 from __future__ import annotations
 
 import logging
-import shutil
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,20 +17,19 @@ from filelock import FileLock, Timeout
 from dreamlora import schemas
 from dreamlora.cli.saved import saved_options
 from dreamlora.errors import UserError, WriteError, numbers
-from dreamlora.files import remove, write_atomically, writing
+from dreamlora.files import check_links_to, remove, remove_leftovers, write_atomically
 from dreamlora.jsonl import append_jsonl, finite, lines_of, read_jsonl, rows_and_damage
 from dreamlora.reading import Schema, UnreadableError, read_json, read_yaml, tell_once
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+TRAINABLES_FILE = "trainables.safetensors"
+"""LoRA parameters by their names in the model, beside a LoRA file with diffusers' names."""
 METRICS_VERSION = 1
-ADOPTED = (
-    *("metrics_file", "eval_items_file", "final_items_file", "candidates"),
-    *("samples", "eval_images", "reference_dir"),
-)
-"""What a run takes over that goes on from another's checkpoint."""
 
 _NO_LOCKS = numbers("ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP", "EINVAL")
 """What network file systems without locks say."""
+_STEP = re.compile(r"step-(\d{6}|[1-9]\d{6,14})", re.ASCII)
+"""As ``checkpoint_dir`` writes it."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending. Unfinished ones have temporary names and are not listed."""
-        return sorted(int(folder.name[5:]) for folder in self.checkpoints.glob("step-*") if folder.name[5:].isdigit())
+        return _steps_in(self.checkpoints)
 
     def candidate_dir(self, step: int) -> Path:
         """``checkpoints/candidates/step-000100``."""
@@ -85,7 +84,7 @@ class RunFolder:
 
     def candidate_steps(self) -> list[int]:
         """Steps whose weights are kept because they are or may become the best, ascending."""
-        return sorted(int(folder.name[5:]) for folder in self.candidates.glob("step-*") if folder.name[5:].isdigit())
+        return _steps_in(self.candidates)
 
     def config(self) -> dict[str, Any]:
         """The options that the run was made with (config.yaml), in the types of YAML.
@@ -192,6 +191,7 @@ class RunFolder:
         # the system's own lock, which ends with the process: a file that stands for a lock would outlive a kill
         lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         try:
+            check_links_to(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
@@ -208,6 +208,7 @@ class RunFolder:
             )
             return
         self._lock = lock
+        remove_leftovers(self.path)  # nobody else trains into it
 
     def release(self) -> None:
         """Give the folder free again, if this process holds it."""
@@ -256,15 +257,11 @@ class RunFolder:
                     remove(folder)
         remove(self.summary_file)
 
-    def adopt(self, other: RunFolder) -> None:
-        """Take over what another run measured and drew, to go on from one of its checkpoints."""
-        for name in ADOPTED:
-            theirs, ours = getattr(other, name), getattr(self, name)
-            with writing(ours):
-                if theirs.is_dir():
-                    shutil.copytree(theirs, ours, dirs_exist_ok=True)
-                elif theirs.exists():
-                    shutil.copyfile(theirs, ours)
+
+def _steps_in(place: Path) -> list[int]:
+    """The steps of the folders in it, ascending."""
+    found = (_STEP.fullmatch(folder.name) for folder in place.glob("step-*"))
+    return sorted(int(name[1]) for name in found if name)
 
 
 def _told(read: tuple[dict[str, Any], list[str]]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,19 @@ import torch
 from safetensors.torch import save_file
 
 from dreamlora.errors import UserError, WriteError
-from dreamlora.files import make_folder, remove, replacing, replacing_folder, write_atomically
+from dreamlora.files import (
+    make_folder,
+    open_at_end,
+    remove,
+    remove_leftovers,
+    replacing,
+    replacing_folder,
+    write_atomically,
+)
 from tests.limits import file_size_limit
 
 
-@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+@pytest.fixture(params=[0o022, 0o002, 0o027, 0o077], ids=oct)
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
     yield request.param
@@ -103,3 +113,148 @@ def test_reasons_are_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(WriteError, match="the disk is full") as error:
         write_atomically(tmp_path / "file", "x")
     assert error.value.disk_full and list(tmp_path.iterdir()) == []
+
+
+# Folders that somebody else has prepared.
+
+STRANGER = 12345
+
+
+def place_link(link: Path, target: Path, owner: int) -> None:
+    """A link in a folder that all may write to."""
+    link.symlink_to(target)
+    link.parent.chmod(0o777)
+    try:
+        os.lchown(link, owner, -1)
+    except PermissionError:
+        pytest.skip("only root may give links away")
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("precious", encoding="utf-8")
+    return tmp_path / "precious"
+
+
+def append(file: Path) -> None:
+    with open_at_end(file) as more:
+        more.write(b"x")
+
+
+def fill(folder: Path) -> None:
+    with replacing_folder(folder) as temporary:
+        write_atomically(temporary / "file", "x")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "whole": lambda folder: write_atomically(folder / "file", "x"),
+    "at the end": lambda folder: append(folder / "file"),
+    "a folder": lambda folder: fill(folder / "inner"),
+    "an empty folder": lambda folder: make_folder(folder / "inner"),
+    "in place": make_folder,
+    "removed": lambda folder: remove(folder / "file"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("way", [".", "between", "chain"])
+def test_nothing_is_written_through_a_link_that_somebody_else_has_placed(
+    write: Callable[[Path], object], way: str, precious: Path, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    place_link(shared / "link", precious, STRANGER)
+    (tmp_path / "mine").symlink_to(shared / "link")
+    folder = {".": shared / "link", "between": shared / "link" / "deeper", "chain": tmp_path / "mine"}[way]
+    with pytest.raises(WriteError, match=r"somebody else has placed the link .*A link lies there that is not followed"):
+        write(folder)
+    assert [file.read_text(encoding="utf-8") for file in precious.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_links_of_ones_own_and_where_nobody_else_can_place_any_count(
+    write: Callable[[Path], object], precious: Path, tmp_path: Path
+) -> None:
+    """samples/ on a larger disk, a colleague's folder under a link of hers."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    place_link(shared / "link", precious, os.getuid())
+    write(shared / "link")
+    (shared / "hers").symlink_to(precious)
+    os.lchown(shared / "hers", STRANGER, -1)
+    shared.chmod(0o755)
+    write(shared / "hers")
+
+
+def test_links_in_a_circle_are_an_error_like_others(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for write in WRITERS.values():
+        with pytest.raises(WriteError):
+            write(tmp_path / "a")
+
+
+def test_a_link_in_a_files_place_is_replaced_or_refused(precious: Path, tmp_path: Path) -> None:
+    for target in (precious / "file", tmp_path / "nowhere"):
+        for kind, write in (("whole", write_atomically), ("at the end", lambda file, _: append(file))):
+            link = tmp_path / "run" / f"{kind} {target.name}"
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(target)
+            if kind == "whole":
+                write(link, "new")
+                assert not link.is_symlink() and link.read_text(encoding="utf-8") == "new"
+            else:
+                with pytest.raises(WriteError, match="A link lies there that is not followed"):
+                    write(link, "new")
+    assert (precious / "file").read_text(encoding="utf-8") == "precious" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_link_in_a_folders_place_is_replaced(precious: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").symlink_to(precious)
+    fill(tmp_path / "folder")
+    assert not (tmp_path / "folder").is_symlink()
+    assert (precious / "file").read_text(encoding="utf-8") == "precious"
+
+
+def test_only_a_regular_file_of_one_name_is_written_on(precious: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "second").hardlink_to(precious / "file")
+    for name, words in (("pipe", "it is a pipe"), ("second", "it has a second name"), ("precious", "Is a directory")):
+        with pytest.raises(WriteError, match=words):
+            append(tmp_path / name)
+    append(tmp_path / "new")
+    append(tmp_path / "new")
+    assert (tmp_path / "new").read_bytes() == b"xx"
+    assert (precious / "file").read_text(encoding="utf-8") == "precious"
+
+
+def test_temporary_names_cannot_be_guessed(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(3):
+        with replacing_folder(tmp_path / "folder") as temporary:
+            names.add(temporary.name)
+        with replacing(tmp_path / "file") as temporary:
+            names.add(temporary.name)
+    assert len(names) == 6
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(precious: Path, tmp_path: Path) -> None:
+    code = "import os, signal, sys; from pathlib import Path; from dreamlora.files import replacing, replacing_folder\n"
+    code += "with replacing_folder(Path(sys.argv[1]) / 'c' / 'step') as t, replacing(t.parent / 'x.json') as file:\n"
+    code += "    (t / 'a').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    left = {file.name for file in (tmp_path / "c").iterdir()}
+    assert len(left) == 2
+    (tmp_path / "c" / "link").symlink_to(precious)
+    for name in (
+        f".mine.{os.getppid()}.00000000.tmp",
+        ".other.tmp",
+        ".x.999999999999999999999.tmp",
+        "a.1.00000000.tmp",
+    ):
+        (tmp_path / "c" / name).touch()
+        (precious / name).touch()
+    kept = {file.name for file in (tmp_path / "c").iterdir()} - left
+    remove_leftovers(tmp_path)
+    assert {file.name for file in (tmp_path / "c").iterdir()} == kept

@@ -267,3 +267,30 @@ def test_a_damaged_choice_of_the_best_counts_as_none(
     folder.best.mkdir()
     folder.selection_file.write_bytes(content)
     assert folder.selection() == {} and f"cannot read {folder.selection_file}" in caplog.text
+
+
+def test_who_claims_the_folder_removes_what_a_killed_run_left(folder: RunFolder) -> None:
+    code = "import os, signal, sys; from pathlib import Path; from dreamlora.files import replacing_folder\n"
+    code += "with replacing_folder(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code, str(folder.checkpoint_dir(100))], check=False)
+    assert len(list(folder.checkpoints.iterdir())) == 1
+    folder.lock()
+    folder.release()
+    assert list(folder.checkpoints.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["step-²", "step-٠٠٠١٠٠", "step-1", "step-0001000", "step-" + "9" * 200, "step-00010a"]
+)
+def test_folders_with_other_names_are_no_checkpoints(name: str, folder: RunFolder) -> None:
+    for place in (folder.checkpoints, folder.candidates):
+        (place / name).mkdir(parents=True)
+    assert folder.checkpoint_steps() == [] == folder.candidate_steps()
+
+
+def test_rows_are_not_written_through_a_link(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious", encoding="utf-8")
+    folder.metrics_file.symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*A link lies there"):
+        folder.log_all(1, {"train/loss": 0.5})
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "precious"

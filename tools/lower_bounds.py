@@ -1,4 +1,6 @@
-"""Print the lowest versions that pyproject.toml allows, as constraints for pip; torch as constraints.txt has it.
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip.
+
+Torch and setuptools are as constraints.txt has them.
 
     python tools/lower_bounds.py > lower_bounds.txt
 
@@ -13,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EXTRA = "dev"
+KEPT = ("torch==", "setuptools==")
+"""They stay those of constraints.txt: torch, and what builds this package."""
 
 
 def lower_bounds(pyproject: str, constraints: str) -> list[str]:
@@ -22,7 +26,7 @@ def lower_bounds(pyproject: str, constraints: str) -> list[str]:
         ValueError: a dependency is not of the form ``name>=version``.
     """
     project = tomllib.loads(pyproject)["project"]
-    pins = [line for line in constraints.splitlines() if line.startswith("torch==")]
+    pins = [line for line in constraints.splitlines() if line.startswith(KEPT)]
     for requirement in [*project["dependencies"], *project["optional-dependencies"][EXTRA]]:
         name, bound, version = re.match(r"([\w.-]+)(>=)?(.*)", requirement).groups()
         if name == "torch" or (not bound and name.startswith("types-")):

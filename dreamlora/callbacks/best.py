@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 
 from safetensors.torch import save_file
 
@@ -13,7 +12,10 @@ from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.selection import Selection, candidates, select
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.interfaces import StepResult
+from dreamlora.reading import is_regular
+from dreamlora.runfolder import TRAINABLES_FILE, RunFolder
 from dreamlora.training import state
+from dreamlora.training.adoption import copy
 from dreamlora.training.loop import Run
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ class BestCallback:
         for step in run.folder.candidate_steps():
             if step > run.step:
                 remove(run.folder.candidate_dir(step))
-        while missing := set(self._candidates()) - set(run.folder.candidate_steps()):
+        there = {step for step in run.folder.candidate_steps() if _is_whole(run.folder, step)}
+        while missing := set(self._candidates()) - there:
             logger.warning("the weights of step %d are gone: it cannot become the best checkpoint", min(missing))
             self._lost |= missing
         self._select(run)
@@ -71,7 +74,7 @@ class BestCallback:
         with replacing_folder(run.folder.candidate_dir(run.step)) as temporary:
             state.save_lora(run, temporary)
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in run.trainables.items()}
-            with replacing(temporary / state.TRAINABLES_FILE) as file:
+            with replacing(temporary / TRAINABLES_FILE) as file:
                 save_file(tensors, file)
 
     def _select(self, run: Run) -> None:
@@ -87,7 +90,8 @@ class BestCallback:
             return
         with replacing_folder(folder.best) as temporary:
             lora = folder.lora_file.name
-            shutil.copyfile(folder.candidate_dir(selection.step) / lora, temporary / lora)
+            candidate = folder.candidate_dir(selection.step)
+            copy(candidate / lora, temporary / lora, candidate)
             write_atomically(temporary / folder.selection_file.name, text)
 
     def _forget(self, run: Run) -> None:
@@ -105,4 +109,10 @@ def _lies_there(run: Run, selection: Selection) -> bool:
     there, wanted = (
         place / run.folder.lora_file.name for place in (run.folder.best, run.folder.candidate_dir(selection.step))
     )
-    return there.exists() and there.read_bytes() == wanted.read_bytes()
+    return is_regular(there, run.folder.best) and there.read_bytes() == wanted.read_bytes()
+
+
+def _is_whole(folder: RunFolder, step: int) -> bool:
+    """Whether the weights of a candidate are there, as regular files: the folder may have been somebody else's."""
+    place = folder.candidate_dir(step)
+    return all(is_regular(place / name, place) for name in (folder.lora_file.name, TRAINABLES_FILE))

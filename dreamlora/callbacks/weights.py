@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.processes import wait_for_everyone
-from dreamlora.training import state
+from dreamlora.runfolder import TRAINABLES_FILE
 from dreamlora.training.loop import Run
 
 
@@ -33,7 +33,7 @@ def base_model(run: Run) -> Iterator[None]:
 def candidate(run: Run, step: int) -> Iterator[None]:
     """The LoRA is that of a step that was kept; afterwards it is as it was. The main process reads the file."""
     main = run.accelerator.is_main_process
-    stored: Mapping[str, Tensor] = load_file(run.folder.candidate_dir(step) / state.TRAINABLES_FILE) if main else {}
+    stored: Mapping[str, Tensor] = load_file(run.folder.candidate_dir(step) / TRAINABLES_FILE) if main else {}
     wait_for_everyone()  # the file may come from a slow disk
     with _kept_weights(run):
         for name, parameter in run.trainables.items():

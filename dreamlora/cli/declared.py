@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from dreamlora.config.ranges import MOST_CHARACTERS
+from dreamlora.credentials import is_secret
 from dreamlora.reading import shortened
 
 
@@ -132,16 +133,20 @@ class Option:
         if self.count and len(words) == 1:
             words = words[0].split(",")
         if self.count and len(words) != self.count:
-            raise ValueError(f"takes {self.count} values (got {len(words)}: {_first(words)})")
+            raise ValueError(f"takes {self.count} values (got {len(words)}{self._shown(words)})")
         if self.several:
             return tuple(self._one(word) for word in words)
         if not words:
             hint = "; if it begins with a dash, put = before it" if self.kind is str and not self.choices else ""
             raise ValueError(f"needs a value: {self.takes}{hint}")
         if len(words) > 1:
-            got = f"got {len(words)}: {_first(words)}"
+            got = f"got {len(words)}{self._shown(words)}"
             raise ValueError(f"takes one value ({got}); put quotes round a text with spaces")
         return self._one(words[0])
+
+    def _shown(self, words: Sequence[str]) -> str:
+        """What was given, as messages show it."""
+        return "" if is_secret(self.name) else f": {_first(words)}"
 
     def _one(self, word: str) -> Any:
         if len(word) > MOST_CHARACTERS:

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dreamlora.credentials import masked
 from dreamlora.errors import WriteError
 from dreamlora.interrupts import PIPE, request
 
@@ -52,7 +53,7 @@ class _BesideBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(masked(self.format(record)), file=sys.stderr)
 
 
 def _open_closed_streams() -> None:
@@ -78,20 +79,37 @@ def _tolerant(name: str) -> Iterator[None]:
         ours.end()
 
 
-class _Tolerant:
-    """A stream that says what its encoding lacks in another way, and whose failures do not end a training.
+@contextmanager
+def work_beside_output() -> Iterator[None]:
+    """For work whose result are files, such as a training: it goes on whether or not its output can be written."""
+    stream: Any = sys.stdout
+    before = getattr(stream, "results", None)
+    if before:
+        stream.results = False
+    try:
+        yield
+    finally:
+        if before:
+            stream.results = before
 
-    If its reader has gone, that asks for the end as a signal would: a training writes its checkpoint first.
+
+class _Tolerant:
+    """A stream that says what its encoding lacks in another way, and whose failures end nothing but what it is for.
+
+    If its reader has gone, a program that was called for what it prints ends there, quietly. All else goes on, and what
+    it says goes nowhere: of other output nothing is said if it cannot be written, for there is no place to say it.
 
     Args:
         stream: to write to.
-        results: whether it is what the program was called for. Of other output nothing is said if it cannot be written,
-            for there is no place to say it.
+        results: whether it is what the program was called for.
+
+    Attributes:
+        results: as given.
     """
 
     def __init__(self, stream: TextIO, results: bool) -> None:
         self._stream = stream
-        self._results = results
+        self.results = results
         with contextlib.suppress(AttributeError, ValueError):  # not every stream has an encoding
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
@@ -132,11 +150,11 @@ class _Tolerant:
 
     def _fail(self, error: OSError) -> None:
         gone = error.errno == errno.EPIPE or (os.name == "nt" and error.errno == errno.EINVAL)
-        if gone or self._results:
+        if gone or self.results:
             self._drop()
-        if gone:
+        if gone and self.results:
             request(PIPE)
-        elif self._results:
+        elif self.results:
             raise WriteError.of(Path("the output"), error, "Mend that, and start again") from error
 
     def _drop(self) -> None:

@@ -8,20 +8,17 @@ sent one, read the same file.
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
-import tempfile
-import weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol, overload
 
 import numpy as np
 
 from dreamlora.data.images import ImageFacts, ImageRecord
+from dreamlora.scratch import Scratch
 
 _SCHEMA = """
 CREATE TABLE rows (id INTEGER PRIMARY KEY, name BLOB, captions TEXT, source BLOB, hash BLOB, width INTEGER,
@@ -75,10 +72,10 @@ class Catalog(Records):
 
     def __init__(self, place: ImageSource) -> None:
         self.place = place
-        self._file = Path(tempfile.mkdtemp(prefix="dreamlora-rows-")) / "rows.sqlite"
+        self._scratch = Scratch()
+        self._file = self._scratch.path / "rows.sqlite"
         self._connections: dict[int, sqlite3.Connection] = {}
         self._length = 0
-        weakref.finalize(self, _remove, self._file.parent, os.getpid())
         self.db.executescript(_SCHEMA)
 
     @property
@@ -177,8 +174,3 @@ def to_text(stored: bytes) -> str:
 def hash_prefixes(records: Iterable[ImageRecord]) -> np.ndarray:
     """uint64 ``[n]``: the first 64 bits of every content hash; they sort as the hashes do."""
     return np.fromiter((int(record.content_hash()[:16], 16) for record in records), np.uint64)
-
-
-def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked worker drops its copy of the catalogue too
-        shutil.rmtree(folder, ignore_errors=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 import PIL
 
 from dreamlora.data.images import ImageFacts
+from dreamlora.errors import WriteError
+from dreamlora.files import make_folder, open_at_end
 
 INDEX_FILE = "files.sqlite"
 SETTLED_S = 2.0
@@ -43,11 +45,11 @@ class FileIndex:
         if folder is None:
             return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / INDEX_FILE).open("ab").close()  # SQLite would make it with a mode of its own
+            make_folder(folder)
+            open_at_end(folder / INDEX_FILE).close()  # SQLite would follow a link, and make it with a mode of its own
             self._db = sqlite3.connect(folder / INDEX_FILE, timeout=10, isolation_level=None)
             self._db.execute(_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
+        except (WriteError, sqlite3.Error) as error:
             self._give_up(error)
 
     def get(self, path: str, stamp: str) -> ImageFacts | None:

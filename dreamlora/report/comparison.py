@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.compare.schema import COMPARISON, SCHEMA_VERSION
+from dreamlora.credentials import masked_command
 from dreamlora.errors import UserError
 from dreamlora.figures import value_of
 from dreamlora.reading import read_json, shortened
-from dreamlora.report.facts import command_without_secrets, readable_command
+from dreamlora.report.facts import readable_command
 from dreamlora.schemas import OBJECT
 
 FILE = "compare.json"
@@ -92,8 +93,8 @@ class ComparisonFile:
 
 def without_secrets(raw: dict[str, Any]) -> dict[str, Any]:
     """compare.json as it may be shown to others."""
-    runs = [{**run, "command": run.get("command") and command_without_secrets(run["command"])} for run in raw["runs"]]
-    return {**raw, "runs": runs, "command": raw.get("command") and command_without_secrets(raw["command"])}
+    runs = [{**run, "command": run.get("command") and masked_command(run["command"])} for run in raw["runs"]]
+    return {**raw, "runs": runs, "command": raw.get("command") and masked_command(raw["command"])}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -15,13 +15,13 @@ import numpy as np
 from dreamlora.compare.records import model_name
 from dreamlora.config import as_flat_dict
 from dreamlora.config.programs import program_of
+from dreamlora.credentials import is_secret, masked, masked_command, quoted
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
 from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND, measured_on
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.recorded import motifs_of
 
-_SECRETS = re.compile(r"(--?hub[_-]token[= ]+)('[^']*'|\S+)")
 _LINE = 90
 _OVERFITTED = 1.01
 """The last evaluation counts as worse than the best from this ratio on; below it, the two are the same for a reader."""
@@ -203,7 +203,7 @@ class RunFacts:
         defaults = as_flat_dict(program_of(self.config)())
         for name, value in self.config.items():
             default = defaults.get(name)
-            text = "(hidden)" if name == "hub_token" and value else value_text(value)
+            text = "(hidden)" if is_secret(name) and value else masked(value_text(value))
             row = (name, text, "automatic" if default in (None, []) else value_text(default))
             (unchanged if value == default else changed).append(row)
         return changed, unchanged
@@ -245,18 +245,14 @@ def require_run(folder: RunFolder) -> None:
         raise UserError(f"there is no run in {folder.path}: config.yaml is missing")
 
 
-def command_without_secrets(command: str) -> str:
-    """A command line without secrets."""
-    return _SECRETS.sub(r"\1***", command)
-
-
 def readable_command(command: str | None) -> str | None:
     """A command line without secrets; a long one with a line for every flag."""
-    text = command_without_secrets(str(command or ""))
+    text = masked_command(str(command or ""))
     if len(text) > _LINE:
-        words = [shlex.quote(word) for word in shlex.split(text)]
-        text = " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in words)
-    return text.replace("'***'", "***") or None
+        with contextlib.suppress(ValueError):  # it may be a stranger's
+            words = [quoted(word) for word in shlex.split(text)]
+            text = " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in words)
+    return text or None
 
 
 def value_text(value: Any) -> str:

@@ -18,10 +18,12 @@ from dreamlora import registry
 from dreamlora.cli.parse import method_options
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.config.plausible import doubts
+from dreamlora.credentials import masked_options
 from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.sets import epoch_length, loss_shares, places
 from dreamlora.data.transforms import Preparations, bucket_numbers
 from dreamlora.errors import UserError
+from dreamlora.files import make_folder
 from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import add_lora, trainable_parameters
@@ -42,6 +44,9 @@ from dreamlora.training import loop, start, state
 from dreamlora.training.loop import Predictor, Run
 from dreamlora.training.state import Checkpoint
 from dreamlora.training.stream import Layout, Source, Stream
+
+PROJECT = "dreamlora"
+"""What trackers call all runs of this program."""
 
 T = TypeVar("T")
 
@@ -366,13 +371,14 @@ def _optimizer(context: RunContext, model: Predictor, options: Any) -> tuple[Any
 
 def _start_trackers(context: RunContext, folder: RunFolder) -> None:
     if context.config.train.report_to:
-        context.accelerator.project_configuration.logging_dir = str(folder.path / context.config.train.logging_dir)
+        place = folder.path / context.config.train.logging_dir
+        context.accelerator.project_configuration.logging_dir = str(place)
+        make_folder(place / PROJECT)
         simple = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
-            for name, value in as_flat_dict(context.config).items()
-            if name != "hub_token"
+            for name, value in masked_options(as_flat_dict(context.config)).items()
         }
-        context.accelerator.init_trackers("dreamlora", config=simple)
+        context.accelerator.init_trackers(PROJECT, config=simple)
 
 
 def _layout(context: RunContext) -> Layout:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.images import ImageRecord, holds_images
 from dreamlora.data.mask_files import Masks
 from dreamlora.data.sets import DataSets, epoch_length, joined, load_masks, with_masks
+from dreamlora.scratch import Scratch
 
 HEADS = ("entry", "use", "captions from", "captions, or why it is not used")
 WIDEST = 40
@@ -56,8 +56,8 @@ def dry_run(config: RunConfig) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    with tempfile.TemporaryDirectory() as scratch:
-        for listed in _data_sets(config, Path(scratch)):
+    with Scratch() as scratch:
+        for listed in _data_sets(config, scratch):
             sys.stdout.writelines(f"{line}\n" for line in describe(listed, width))
     sys.stdout.write("dry run: flags and data can be used; no model was loaded and nothing written\n")
 

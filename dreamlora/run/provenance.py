@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -15,6 +13,7 @@ import torch
 import yaml
 
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.credentials import command_line, masked_options
 from dreamlora.files import write_atomically
 from dreamlora.interfaces import ModelSource
 from dreamlora.runfolder import RunFolder
@@ -29,7 +28,7 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     Without secrets, and without what is about this run's folder: the other run gets one of its own.
     """
     left_out = ("hub_token", "local_rank", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-    options = {name: value for name, value in as_flat_dict(config).items() if name not in left_out}
+    options = masked_options({name: value for name, value in as_flat_dict(config).items() if name not in left_out})
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     made_by = f"commit {git_commit()}, {device_name(device)}"
     head = "".join(f"# {_printable(line)}\n" for line in (command(), packages, made_by))
@@ -97,14 +96,11 @@ def device_name(device: torch.device) -> str:
 
 
 def command() -> str:
-    """The command line, to be typed again; without the hub token, since it is written to files that people share."""
+    """The command line, to be typed again; without secrets, since it is written to files that people share."""
     program = Path(sys.argv[0])
-    name = "dreamlora" if program.name in ("__main__.py", "dreamlora") else f"accelerate launch {_relative(program)}"
-    words = [shlex.quote(word) for word in sys.argv[1:]]
-    return _TOKEN.sub(r"\1...", " ".join([name, *words]))
-
-
-_TOKEN = re.compile(r"(--?hub[_-]token[= ])\S+")
+    by_name = program.name in ("__main__.py", "dreamlora")
+    name = ["dreamlora"] if by_name else ["accelerate", "launch", str(_relative(program))]
+    return command_line([*name, *sys.argv[1:]])
 
 
 def _relative(path: Path) -> Path:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
-from dreamlora.config import RunConfig
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from dreamlora.config import EMBEDDED_MODEL, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
+from dreamlora.models.local import local_file
+from dreamlora.reading import is_regular
 from dreamlora.runfolder import RunFolder
+from dreamlora.sampling.recorded import recorded_picture, rows_with_places
 
-UPLOADED = ["README.md", "pytorch_lora_weights.safetensors", "samples/*", "best/*"]
+CARD = "README.md"
+TOLD = (
+    *("step", "prompt_index", "image_index", "prompt", "negative_prompt", "seed", "file", "sha256"),
+    *("num_inference_steps", "guidance_scale", "lora_scale", "scheduler", "problem"),
+)
+"""What is told of a sample."""
 
 
 def check_hub(config: RunConfig) -> None:
@@ -22,23 +33,84 @@ def check_hub(config: RunConfig) -> None:
     """
     try:
         HfApi(token=config.train.hub_token).whoami()
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        raise UserError(f"--push_to_hub: {error}. Log in with `hf auth login`, or give --hub_token") from error
+    except Exception as error:  # also of what makes no header of a request, such as a token of two words
+        raise UserError(
+            f"--push_to_hub: {_without_token(error, config)}. Log in with `hf auth login`, or give --hub_token"
+        ) from None
 
 
 def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
-    """Upload LoRA, samples and a model card. Checkpoints, config and report stay here: they show photos and paths."""
+    """Upload LoRA, samples and a model card: what this run has made, none of it from behind a link.
+
+    Checkpoints, config and report stay here: they show photos and paths.
+
+    Raises:
+        UserError: the hub refused.
+    """
     train = config.train
     api = HfApi(token=train.hub_token)
-    name = train.hub_model_id or folder.path.name
+    try:
+        repository = api.create_repo(train.hub_model_id or folder.path.resolve().name, exist_ok=True).repo_id
+        card = _card(config, repository)
+        write_atomically(folder.path / CARD, card)
+        api.create_commit(
+            repository,
+            [CommitOperationAdd(CARD, card.encode()), *_made(folder)],
+            commit_message="LoRA, samples and model card of a run of dreamlora",
+        )
+    except UserError:
+        raise
+    except Exception as error:  # of the hub, the network, and what lies between
+        raise UserError(
+            f"--push_to_hub: the run in {folder.path} is complete, but the upload failed: "
+            f"{_without_token(error, config)}. The same command with --resume_from_checkpoint latest tries it again"
+        ) from error
+
+
+def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
+    """The files to upload, besides the card."""
+    for file in (folder.lora_file, folder.best / folder.lora_file.name, folder.selection_file):
+        if is_regular(file, file.parent):
+            yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
+    place = folder.samples.relative_to(folder.path)
+    rows = []
+    for row in rows_with_places(folder.samples, folder.samples_file.name, folder.samples):
+        if recorded_picture(folder.samples, row, folder.samples) is not None:
+            rows.append({name: row[name] for name in TOLD if name in row})
+            yield CommitOperationAdd((place / row["file"]).as_posix(), str(folder.samples / row["file"]))
+    if rows:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        yield CommitOperationAdd((place / folder.samples_file.name).as_posix(), lines.encode())
+
+
+def _card(config: RunConfig, repository: str) -> str:
+    """The model card; the base model is named if it is one of the hub: of a folder nobody else knows anything."""
     card = load_or_create_model_card(
-        repo_id_or_path=name,
+        repo_id_or_path=repository,
+        token=config.train.hub_token,
         from_training=True,
-        base_model=config.model.pretrained_model_name_or_path,
+        base_model=_hub_name(config.model.pretrained_model_name_or_path),
         prompt=config.data.subject_prompt,
         model_description=f"A LoRA of rank {config.lora.rank}, trained by dreamlora.",
     )
-    card = populate_model_card(card, tags=["lora", "text-to-image", "diffusers"])
-    write_atomically(folder.path / "README.md", str(card))
-    repository = api.create_repo(name, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repository, folder_path=str(folder.path), allow_patterns=UPLOADED)
+    if getattr(card.data, "base_model", None):  # one that is there already may be from before this was so
+        card.data.base_model = _hub_name(str(card.data.base_model))
+    return str(populate_model_card(card, tags=["lora", "text-to-image", "diffusers"]))
+
+
+def _hub_name(model: str) -> str | None:
+    """The name of a model of the hub; None for a folder."""
+    if model == EMBEDDED_MODEL or Path(model).exists():
+        return None
+    try:
+        local_file(model, "")
+    except UserError:  # a folder that is there no more
+        return None
+    return model
+
+
+def _without_token(error: Exception, config: RunConfig) -> str:
+    """What an error says, on one line; some tell the request."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    token = config.train.hub_token
+    return text.replace(token, "***") if token else text

@@ -1,4 +1,4 @@
-"""Rows of samples.jsonl: which of them show one and the same thing at other steps. No torch.
+"""Rows of samples.jsonl: which of them show the same thing at other steps, and which files are theirs. No torch.
 
 A picture belongs to its prompt, seed and settings. Its number does not tell which picture it is: a resumed run may have
 other prompts, or the same in another order.
@@ -6,9 +6,29 @@ other prompts, or the same in another order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import MaxLen
+from typing_extensions import TypedDict
+
+from dreamlora.reading import Schema, UnreadableError, json_of, read_bytes, read_lines
+
+PICTURE_BYTES = 2**27
+"""Of a picture: more than one of 4096 x 4096 pixels has."""
+_PLACE = re.compile(r"step_\d{6,12}/\w[\w.-]{0,200}\.png", re.ASCII)
+
+
+class _Named(TypedDict):
+    file: Annotated[str, MaxLen(255)]
+    sha256: Annotated[str, MaxLen(64)]
+
+
+_NAMED = Schema(_Named)
 
 
 @dataclass(frozen=True)
@@ -68,3 +88,38 @@ def common_settings(motifs: Sequence[Motif]) -> tuple[str, ...]:
     """What all motifs were drawn with."""
     first = motifs[0].settings if motifs else ()
     return tuple(setting for setting in first if all(setting in motif.settings for motif in motifs))
+
+
+def rows_with_places(folder: Path, rows_file: str, inside: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a folder of pictures that say which file is theirs, and what it holds; of others nothing is known.
+
+    Args:
+        folder: with the pictures, in folders by step.
+        rows_file: its file with rows.
+        inside: the run folder, which no link leads out of.
+    """
+    try:
+        for _, line in read_lines(folder / rows_file, inside):
+            row = _row(line or b"")
+            if row is not None:
+                yield row
+    except (FileNotFoundError, UnreadableError):
+        return
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json_of(line)
+        _NAMED.check(row)
+    except ValueError:
+        return None
+    return row if _PLACE.fullmatch(row["file"]) else None
+
+
+def recorded_picture(folder: Path, row: Mapping[str, Any], inside: Path) -> bytes | None:
+    """The file of a row, byte for byte as the run has drawn it; None if it is missing, or another."""
+    try:
+        content = read_bytes(folder / row["file"], PICTURE_BYTES, inside)
+    except (FileNotFoundError, UnreadableError):
+        return None
+    return content if hashlib.sha256(content).hexdigest() == row["sha256"] else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from dreamlora import compare, figures
+from dreamlora.cli.messages import work_beside_output
 from dreamlora.cli.parse import parse_run
 from dreamlora.compare.comparison import ComparisonPlan
 from dreamlora.compare.methods import Group, group
@@ -18,6 +18,7 @@ from dreamlora.compare.records import Record, read_record
 from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import EDGES, table
 from dreamlora.config import EMBEDDED_MODEL, PROGRAMS
+from dreamlora.credentials import command_line
 from dreamlora.errors import UserError
 from dreamlora.report import write_compare_report
 from dreamlora.run import preflight
@@ -39,13 +40,14 @@ def main(argv: Sequence[str]) -> None:
         UserError: a flag is wrong, runs cannot be compared, or no run could be made.
     """
     config, training = parse(argv)
-    command = shlex.join([*PROGRAM.split(), *argv])
+    command = command_line([*PROGRAM.split(), *argv])
     if config.runs:
         root, comparison = _existing(config, command)
     else:
         sweep = plan.sweep_of(config, training)
         preflight.check_inputs(parse_run(training, PROGRAMS[config.program], PROGRAM)[0])
-        root, comparison = sweep.root, Sweeper(sweep, config, command).run()
+        with work_beside_output():
+            root, comparison = sweep.root, Sweeper(sweep, config, command).run()
     sys.stdout.write(f"\n{table(comparison)}\n\n{comparison['sentence']}\n{write_compare_report(root)}\n")
 
 

@@ -250,7 +250,8 @@ def _pair(text: str, pair: str) -> tuple[str, str]:
 
 
 def _flag_words(text: str, flag: str, options: Mapping[str, Option]) -> list[str]:
-    name, equals, value = flag.partition("=")
+    spelled, equals, value = flag.partition("=")
+    name = spelled.replace("-", "_")
     if name in DECIDED_HERE or name == "output_dir":
         raise UserError(f"--optimizers {text}: {name} cannot differ between methods")
     if name in options and options[name].several and equals:

@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import IO
 
 from dreamlora.errors import WriteError
-from dreamlora.files import make_folder, writing
+from dreamlora.files import make_folder, open_at_end
 from dreamlora.runfolder import RunFolder
 from dreamlora.sweep.plan import Job
 from dreamlora.sweep.seats import Seat
 from dreamlora.sweep.worker import write_outcome
 
-WORKER = (sys.executable, "-m", "dreamlora.sweep.worker")
+WORKER = (sys.executable, "-P", "-m", "dreamlora.sweep.worker")
+"""Without -P a torch.py in the current folder, which may be a stranger's, would be taken for the package."""
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ROOT = Path(__file__).resolve().parents[2]
 STATUSES = ("finished", "diverged", "failed")
 """How a run can end."""
 _POLL_SECONDS = 0.2
@@ -268,9 +270,9 @@ class _Worker:
         if self._seat.processes > 1:  # what accelerate launch would set
             places = (rank, rank, self._seat.processes, "127.0.0.1", port)
             environment |= dict(zip(_LAUNCHER, map(str, places), strict=True))
-        with writing(self.log):
-            log = self.log.open("a", encoding="utf-8")
-        with log:
+        if _ROOT.name not in ("site-packages", "dist-packages"):  # a checkout: this very one
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), environment.get("PYTHONPATH"))))
+        with open_at_end(self.log) as log:
             return subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,

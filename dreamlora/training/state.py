@@ -19,12 +19,11 @@ from dreamlora.errors import UserError
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.lora.pairs import restore_starts, starts_of
 from dreamlora.runfolder import RunFolder
+from dreamlora.training.adoption import adopt
 from dreamlora.training.loop import Run
 
 STATE_FILE = "training_state.pt"
 SETTINGS_FILE = "settings.json"
-TRAINABLES_FILE = "trainables.safetensors"
-"""LoRA parameters by their names in the model, beside a LoRA file with diffusers' names."""
 _DAMAGED = (errno.ENOENT, errno.EINVAL, None)
 """What reading a checkpoint says that lacks a file, or whose content cannot be right."""
 
@@ -142,10 +141,10 @@ def find_checkpoint(folder: RunFolder, which: str, fits: Callable[[Checkpoint], 
     if which == "latest":
         return _latest(folder, fits)
     path = folder.named_checkpoint(which)
+    fits(open_checkpoint(path))
     other = RunFolder(path.parent.parent)
     if other.path.resolve() != folder.path.resolve() and other.holds_run() and not folder.holds_run():
-        folder.adopt(other)
-    fits(open_checkpoint(path))
+        adopt(folder, other)
     return path
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 from dreamlora.callbacks import image_metrics
 from dreamlora.callbacks.image_metrics import CLIP_CHANGE, ImageMetricsCallback, Scenes
 from dreamlora.evaluation.measure import Measurement, Value
+from dreamlora.jsonl import append_jsonl
 from dreamlora.metric_names import OTHER_IMAGES
 from dreamlora.metrics import clip_score, dino
-from dreamlora.runfolder import RunFolder, append_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.sampler import SamplePlan
 
 PLAN = SamplePlan(("a sks dog", "a dog"), 2, 3.0)

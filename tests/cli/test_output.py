@@ -103,3 +103,32 @@ def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
         program = shlex.join([sys.executable, "-c", code, str(file)])
         assert subprocess.run(["sh", "-c", f"{program} {streams}"], check=False).returncode == 0
         assert file.read_bytes() == b""
+
+
+def test_work_beside_output_goes_on_when_its_reader_has_gone(tmp_path: Path) -> None:
+    """And what is printed behind it goes nowhere, too."""
+    code = (
+        "import pathlib, sys; from dreamlora.cli.messages import console_messages, work_beside_output\n"
+        "from dreamlora.cli.parse import run\n"
+        "def main(argv):\n"
+        "    with work_beside_output():\n"
+        "        print('work', flush=True); print('work', flush=True)\n"
+        "    pathlib.Path(argv[0]).touch()\n"
+        "    print('a table', flush=True)\n"
+        "with console_messages(): status = run(main, sys.argv[1:])\n"
+        "sys.exit(status)"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    program = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "made")], stdout=write)
+    os.close(write)
+    assert program.wait() == 0 and (tmp_path / "made").exists()
+
+
+def test_messages_hold_no_token() -> None:
+    code = (
+        "import logging; from dreamlora.cli.messages import console_messages\n"
+        "with console_messages(): logging.getLogger('dreamlora').warning('Bearer hf_' + 'a' * 34)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stderr == b"Bearer ***\n"

@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw
 from dreamlora import compare
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.eval_loss.items import ItemLosses
-from dreamlora.runfolder import RunFolder, append_jsonl
+from dreamlora.jsonl import append_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.sweep.worker import write_outcome
 
 EXAMPLE = Path(__file__).parents[1] / "report" / "compare_example.json"

@@ -19,7 +19,8 @@ from dreamlora.compare.records import data_name, lora_norm, read_record
 from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import table
 from dreamlora.errors import UserError
-from dreamlora.runfolder import RunFolder, append_jsonl
+from dreamlora.jsonl import append_jsonl
+from dreamlora.runfolder import RunFolder
 from tests.compare.synthetic import BASE, Curve, make_comparison, make_run
 
 RATES = (2e-4, 2e-3, 2e-2)

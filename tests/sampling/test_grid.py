@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from dreamlora.runfolder import RunFolder, append_jsonl
+from dreamlora.jsonl import append_jsonl
+from dreamlora.runfolder import RunFolder
 from dreamlora.sampling import grid
 from dreamlora.sampling.canvas import GAP, MARGIN, MISSING, font, wrap
 from dreamlora.sampling.grid import CELL, GUTTER, GridRow, capped, grid_of_run, spread, write_grid, write_timelapse

@@ -13,11 +13,19 @@ from dreamlora.commands.sample import command
 from dreamlora.runfolder import RunFolder
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077], ids=oct)
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027, 0o077], ids=oct)
 def test_files_have_the_modes_that_the_umask_gives(umask: int, train: Callable[..., RunFolder], tmp_path: Path) -> None:
     """LoRAs, checkpoints, evaluation sets, cache, class images, pictures, report: a colleague shares the disk."""
     more = ["--max_train_steps", "2", "--eval_steps", "1", "--sample_steps", "2", "--checkpointing_steps", "1"]
-    more += ["--with_prior_preservation", "--class_prompt", "dog", "--num_class_images", "2"]
+    more += [
+        "--with_prior_preservation",
+        "--class_prompt",
+        "dog",
+        "--num_class_images",
+        "2",
+        "--report_to",
+        "tensorboard",
+    ]
     before = os.umask(umask)
     try:
         run = train(
