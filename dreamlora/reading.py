@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ _DEEPEST = 32
 """Lists and mappings in one another. Both parsers would end the whole program at some hundred thousand."""
 _SHOWN = 160
 """Characters of what was found in a file that a message shows."""
+_SURROGATE = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F]")
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -174,7 +176,8 @@ def yaml_of(text: str) -> Any:
     Raises:
         ValueError: it is no YAML, too deeply nested, or holds references or tags.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    plain = _SURROGATE.search(text) is not None  # of file names whose bytes are no text, which libyaml does not take
+    loader = yaml.SafeLoader if plain else getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _refuse_odd_events(yaml.parse(text, loader))
         return _plain(yaml.load(text, loader))

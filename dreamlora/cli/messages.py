@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,10 +18,13 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dreamlora import escapes
 from dreamlora.errors import WriteError
 from dreamlora.interrupts import PIPE, request
 
 PACKAGE = __name__.partition(".")[0]
+_BAR = re.compile(r"\r|(?:\x1b\[A)+$")
+"""What a progress bar writes before its text, to begin its line anew, and alone, to go to the lines above."""
 
 
 @contextmanager
@@ -52,7 +56,12 @@ class _BesideBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(escapes.message(self.format(record)), file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    bar = _BAR.match(text)
+    return escapes.visible(text) if bar is None else bar[0] + escapes.visible(text[bar.end() :])
 
 
 def _open_closed_streams() -> None:
@@ -79,7 +88,9 @@ def _tolerant(name: str) -> Iterator[None]:
 
 
 class _Tolerant:
-    """A stream that says what its encoding lacks in another way, and whose failures do not end a training.
+    """A stream that shows text as text, and whose failures do not end a training.
+
+    Control characters, and what the encoding lacks, are spelled out: a name may hold what would clear the screen.
 
     If its reader has gone, that asks for the end as a signal would: a training writes its checkpoint first.
 
@@ -106,10 +117,10 @@ class _Tolerant:
             WriteError: results cannot be written.
         """
         try:
-            return self._stream.write(text)
+            self._stream.write(_shown(text))
         except OSError as error:
             self._fail(error)
-            return len(text)
+        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         """As the stream's; raises what ``write`` does."""

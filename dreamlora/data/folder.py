@@ -28,7 +28,6 @@ from dreamlora.data.account import (
     explain_unused,
     folder_name_note,
     kohya_meaning,
-    printable,
     unused_note,
 )
 from dreamlora.data.caption_text import listed, tidy
@@ -39,6 +38,7 @@ from dreamlora.data.images import FORMATS, readable
 from dreamlora.data.metadata import Metadata, read_metadata
 from dreamlora.data.sidecars import Sidecar, SidecarReader
 from dreamlora.errors import UserError
+from dreamlora.escapes import one_line
 
 
 class Images(NamedTuple):
@@ -123,7 +123,7 @@ def load_folder(
                 "leave the flag out"
             )
         notes = (*folder_name_note(folder), *captions.notes(), *unused_note(entries))
-    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog), entries)
+    return Images(catalog, tuple(map(one_line, notes)), FolderAccount(catalog), entries)
 
 
 @dataclass

@@ -10,13 +10,14 @@ from typing import NamedTuple
 from PIL import Image
 
 from dreamlora.config import Data
-from dreamlora.data.account import FolderAccount, explain_unused, printable, unused_note
+from dreamlora.data.account import FolderAccount, explain_unused, unused_note
 from dreamlora.data.catalog import Catalog, Records
 from dreamlora.data.entries import Entries, EntryKind
 from dreamlora.data.folder import FolderPlace, Images, require_images
 from dreamlora.data.images import ImageFacts, ImageRecord, decode, see_through
 from dreamlora.data.sidecars import belongs
 from dreamlora.errors import UserError
+from dreamlora.escapes import one_line
 
 FLAG = "--mask_data_dir"
 
@@ -133,7 +134,7 @@ def _load_masks(folder: Path, below: Sequence[str]) -> Images:
             for name in list(entries.names(kind)):
                 entries.unused(name, "captions beside masks do not count")
         explain_unused(entries)
-    return Images(catalog, tuple(map(printable, unused_note(entries))), FolderAccount(catalog), entries)
+    return Images(catalog, tuple(map(one_line, unused_note(entries))), FolderAccount(catalog), entries)
 
 
 def _masks_of_images(files: Images, images: Entries, folder: Path) -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from dreamlora.escapes import Markup, html, markup, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +20,10 @@ WIDTH = 4.5
 """Inches: few enough that a chart as wide as a telephone has text of 10 pixels."""
 _LEGEND_LETTERS = 52
 _LEGEND_ROW = 0.21  # inches
+_LONGEST = 100
+"""Letters of a text in a chart."""
+_MARKERS = 500
+"""On a line: each is an element of the page, while a line with ever so many points is simplified."""
 _PAGE_INK, _PAGE_PAPER = "#1b2230", "#ffffff"
 
 
@@ -36,11 +42,11 @@ class Chart:
     drawn: str
 
     @property
-    def inline(self) -> str:
+    def inline(self) -> Markup:
         """As an element of a page, as wide as its place."""
         body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", self._bare, count=1)
         body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1)
-        return self._labelled(body.replace(INK, "currentColor"))
+        return markup(self._labelled(body.replace(INK, "currentColor")))
 
     @property
     def file(self) -> str:
@@ -57,7 +63,7 @@ class Chart:
         return body.replace("'sans-serif'", "sans-serif")
 
     def _labelled(self, body: str) -> str:
-        return body.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.label)}"', 1).strip()
+        return body.replace("<svg", f'<svg role="img" aria-label="{html(self.label)}"', 1).strip()
 
 
 def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (WIDTH, 2.7)) -> Chart:
@@ -69,13 +75,15 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
 
     style: Any = {
         "svg.hashsalt": name,
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "font.size": 10,
-        "path.simplify": True,
+        "text.parse_math": False,
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
@@ -85,9 +93,21 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
         axes.patch.set_alpha(0)
         draw(axes)
         tidy(axes)
+        for text in figure.findobj(Text):
+            text.set_text(_label(text.get_text()))
+        for line in figure.findobj(Line2D):
+            line.set_markevery(1 + len(line.get_xdata()) // _MARKERS)
         target = io.StringIO()
-        figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # of this font; the page's reader has others
+            figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Chart(name, label, target.getvalue())
+
+
+def _label(text: str) -> str:
+    """A text of a chart, which may be a method's name, as it is drawn: on one line, and no wider than the chart."""
+    flat = one_line(text)
+    return flat if len(flat) <= _LONGEST else f"{flat[: _LONGEST - 1]}…"
 
 
 def legend(axes: Axes) -> None:

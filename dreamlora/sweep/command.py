@@ -19,6 +19,7 @@ from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import EDGES, table
 from dreamlora.config import EMBEDDED_MODEL, PROGRAMS
 from dreamlora.errors import UserError
+from dreamlora.escapes import message
 from dreamlora.report import write_compare_report
 from dreamlora.run import preflight
 from dreamlora.runfolder import RunFolder
@@ -160,7 +161,7 @@ class Sweeper:
         def show(ended: Ended) -> None:
             if ended.status == "failed":
                 self._failure = self._failure or ended.message
-            bar.write(_line(ended))
+            bar.write(message(_line(ended)))
             bar.update()
 
         pool.run(missing, show)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dreamlora import metrics
+from dreamlora.escapes import one_line
 from dreamlora.evaluation.measure import Measurement, Value
 from dreamlora.figures import NONE, change, loss, score
 from dreamlora.interfaces import ImageMetric
@@ -19,7 +20,10 @@ def table(rows: Mapping[str, Measurement]) -> str:
     about = metrics.by_value()
     base = next(iter(rows.values()))
     heads = [short(name) + (" ↑" if _higher_is_better(about.get(name)) else " ↓") for name in names]
-    cells = [[label.replace("\n", ", "), *(_cell(row, name, base) for name in names)] for label, row in rows.items()]
+    cells = [
+        [one_line(label.replace("\n", ", ")), *(_cell(row, name, base) for name in names)]
+        for label, row in rows.items()
+    ]
     grid = [["", *heads], *cells]
     widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
     lines = [
