@@ -1,7 +1,7 @@
 """Text that others may have written stays text: escaped where it goes into a language, by one function for each.
 
-In all of them characters that cannot be seen, or that make others be seen elsewhere, are spelled out (``\\x1b``), so that
-a page, a file or a terminal shows what a text holds. No torch here.
+In all of them characters that cannot be seen, or that make others be seen elsewhere, are spelled out (``\\x1b``), so
+that a page, a file or a terminal shows what a text holds. No torch here.
 """
 
 from __future__ import annotations
@@ -147,13 +147,14 @@ def inner_link(path: Any) -> str | None:
 
 # Markdown
 
-_ENTITIES = {one: f"&#{ord(one)};" for one in "~$="} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-"""Not every reader knows a backslash before these."""
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _IN_MARKDOWN = re.compile(
-    r"(?P<slash>[\\`*_{}\[\]#|]|^[-+!])"
-    r"|(?P<entity>[&<>~$@]|^[=:]|:(?=//)|(?<=www)\.)",
+    r"(?P<slash>[\\`*_{}\[\]#]|^[-+!])"
+    r"|(?P<entity>[&<>~$@|]|^[=:]|:(?=//)|(?<=www)\.)",
     re.IGNORECASE,
 )
+"""What may begin something: a list or a heading at the beginning, an address without brackets, and so on. Not every
+reader knows a backslash before the signs of the second line."""
 _NUMBERED = re.compile(r"^(\d+)([.)])")
 
 

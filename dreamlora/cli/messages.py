@@ -61,7 +61,7 @@ class _BesideBars(logging.Handler):
 
 def _shown(text: str) -> str:
     bar = _BAR.match(text)
-    return escapes.visible(text) if bar is None else bar[0] + escapes.visible(text[bar.end() :])
+    return escapes.visible(text) if bar is None else bar[0] + escapes.one_line(text[bar.end() :])
 
 
 def _open_closed_streams() -> None:

@@ -52,7 +52,7 @@ class Document:
 
 
 def filled(template: str, content: Mapping[str, Any]) -> str:
-    """A template of this package with its blanks filled; what goes into them is escaped as the kind of file needs it."""
+    """A template of this package with its blanks filled: by text that is escaped as the kind of file needs it."""
     environment = _environment(html if ".html" in template else markdown)
     more = {"program": f"dreamlora {__version__}", "scripts": _scripts(), "policy": policy()}
     return environment.get_template(template).render({**content, **more})

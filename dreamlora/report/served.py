@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from dreamlora.escapes import url_path
+from dreamlora.escapes import one_line, url_path
 from dreamlora.report.document import filled
 
 _PICTURES = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
@@ -50,5 +50,5 @@ def listing(path: str, folder: Path) -> str:
     """
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     shown = path.strip("/")
-    entries = [(url_path(f"/{shown}/{name}"), name) for name in names]
+    entries = [(url_path(f"/{shown}/{name}"), one_line(name)) for name in names]
     return filled("listing.html.j2", {"name": shown, "entries": entries})

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dreamlora.escapes import Markup, html, markup, one_line
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
         for text in figure.findobj(Text):
             text.set_text(_label(text.get_text()))
         for line in figure.findobj(Line2D):
-            line.set_markevery(1 + len(line.get_xdata()) // _MARKERS)
+            line.set_markevery(1 + np.size(line.get_xdata()) // _MARKERS)
         target = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # of this font; the page's reader has others

@@ -19,7 +19,7 @@ from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import EDGES, table
 from dreamlora.config import EMBEDDED_MODEL, PROGRAMS
 from dreamlora.errors import UserError
-from dreamlora.escapes import message
+from dreamlora.escapes import message, one_line
 from dreamlora.report import write_compare_report
 from dreamlora.run import preflight
 from dreamlora.runfolder import RunFolder
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         sweep = plan.sweep_of(config, training)
         preflight.check_inputs(parse_run(training, PROGRAMS[config.program], PROGRAM)[0])
         root, comparison = sweep.root, Sweeper(sweep, config, command).run()
-    sys.stdout.write(f"\n{table(comparison)}\n\n{comparison['sentence']}\n{write_compare_report(root)}\n")
+    sys.stdout.write(f"\n{table(comparison)}\n\n{one_line(comparison['sentence'])}\n{write_compare_report(root)}\n")
 
 
 def _existing(config: CompareConfig, command: str) -> tuple[Path, Comparison]:
