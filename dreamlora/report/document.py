@@ -74,6 +74,7 @@ def _scripts() -> dict[str, Markup]:
     return {name: markup((place / name).read_text(encoding="utf-8")) for name in _SCRIPTS}
 
 
+@functools.cache
 def _environment(escape: Callable[[Any], str]) -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -102,6 +102,7 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
         target = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # of this font; the page's reader has others
+            warnings.filterwarnings("ignore", "constrained_layout not applied")  # beside names that are so long
             figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Chart(name, label, target.getvalue())
 
