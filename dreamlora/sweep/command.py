@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> None:
         sweep = plan.sweep_of(config, training)
         preflight.check_inputs(parse_run(training, PROGRAMS[config.program], PROGRAM)[0])
         root, comparison = sweep.root, Sweeper(sweep, config, command).run()
-    sys.stdout.write(f"\n{table(comparison)}\n\n{one_line(comparison['sentence'])}\n{write_compare_report(root)}\n")
+    lines = one_line(comparison["sentence"]), one_line(str(write_compare_report(root)))
+    sys.stdout.write(f"\n{table(comparison)}\n\n" + "".join(f"{line}\n" for line in lines))
 
 
 def _existing(config: CompareConfig, command: str) -> tuple[Path, Comparison]:
