@@ -149,13 +149,13 @@ def inner_link(path: Any) -> str | None:
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _IN_MARKDOWN = re.compile(
-    r"(?P<slash>[\\`*_{}\[\]#]|^[-+!])"
+    r"(?P<slash>[\\`*_{}\[\]#]|^[-+](?=\s|$)|^-(?=-)|^!)"
     r"|(?P<entity>[&<>~$@|]|^[=:]|:(?=//)|(?<=www)\.)",
     re.IGNORECASE,
 )
 """What may begin something: a list or a heading at the beginning, an address without brackets, and so on. Not every
 reader knows a backslash before the signs of the second line."""
-_NUMBERED = re.compile(r"^(\d+)([.)])")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 
 
 def markdown(text: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamlora import __version__
-from dreamlora.escapes import Markup, html, html_around, markdown, markdown_code, markup
+from dreamlora.escapes import Markup, html, html_around, markdown, markdown_code, markup, url_path
 from dreamlora.files import write_atomically
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def _environment(escape: Callable[[Any], str]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["address"] = lambda path: markup(url_path(path))
     environment.filters["code"] = markdown_code
     environment.filters["flags"] = _flags
     environment.filters["breakable"] = _breakable

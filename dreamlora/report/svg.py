@@ -85,7 +85,7 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "font.size": 10,
-        "text.parse_math": False,
+        "path.simplify": True,
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
@@ -95,10 +95,11 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
         axes.patch.set_alpha(0)
         draw(axes)
         tidy(axes)
-        for text in figure.findobj(Text):
-            text.set_text(_label(text.get_text()))
+        for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text()):
+            text.set(text=_label(text.get_text()), parse_math=False)  # not of ticks, whose texts come later
         for line in figure.findobj(Line2D):
-            line.set_markevery(1 + np.size(line.get_xdata()) // _MARKERS)
+            if (count := np.size(line.get_xdata())) > _MARKERS:
+                line.set_markevery(1 + count // _MARKERS)
         target = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # of this font; the page's reader has others

@@ -109,3 +109,13 @@ def test_any_number_of_groups_and_metrics_is_bounded(make_run: Callable[..., Run
     began = time.process_time()
     assert "of 2003 groups" in charts.change_chart(facts)
     assert time.process_time() - began < 2 and len(charts.image_charts(facts)) == charts._MOST
+
+
+def test_numbers_at_the_axes_keep_their_powers_and_legends_their_form() -> None:
+    def draw(axes: Any) -> None:
+        axes.plot([1, 2], [1e-5, 1e-3], marker="s", label="$a^2$")
+        axes.set_yscale("log")
+        svg.legend(axes)
+
+    found = svg.chart("x", "x", draw).inline
+    assert "mathdefault" not in found and "$a^2$" in found and "\N{MULTIPLICATION SIGN}" not in found
