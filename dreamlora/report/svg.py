@@ -15,6 +15,7 @@ from dreamlora.escapes import Markup, html, markup, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
@@ -77,8 +78,6 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.text import Text
 
     style: Any = {
         "svg.hashsalt": name,
@@ -95,17 +94,26 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
         axes.patch.set_alpha(0)
         draw(axes)
         tidy(axes)
-        for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text()):
-            text.set(text=_label(text.get_text()), parse_math=False)  # not of ticks, whose texts come later
-        for line in figure.findobj(Line2D):
-            if (count := np.size(line.get_xdata())) > _MARKERS:
-                line.set_markevery(1 + count // _MARKERS)
+        _bound(figure)
         target = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # of this font; the page's reader has others
             warnings.filterwarnings("ignore", "constrained_layout not applied")  # beside names that are so long
             figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Chart(name, label, target.getvalue())
+
+
+def _bound(figure: Figure) -> None:
+    """Show texts as they are, without formulas, and not more markers than can be told apart."""
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    artists: list[Any] = figure.findobj()
+    for artist in artists:
+        if isinstance(artist, Text) and artist.get_text():  # not of ticks, whose texts come later
+            artist.set(text=_label(artist.get_text()), parse_math=False)
+        elif isinstance(artist, Line2D) and (count := np.size(artist.get_xdata())) > _MARKERS:
+            artist.set_markevery(1 + count // _MARKERS)
 
 
 def _label(text: str) -> str:
