@@ -111,7 +111,8 @@ def _bound(figure: Figure) -> None:
     artists: list[Any] = figure.findobj()
     for artist in artists:
         if isinstance(artist, Text) and artist.get_text():  # not of ticks, whose texts come later
-            artist.set(text=_label(artist.get_text()), parse_math=False)
+            artist.set_text(_label(artist.get_text()))
+            artist.set_parse_math(False)
         elif isinstance(artist, Line2D) and (count := np.size(artist.get_xdata())) > _MARKERS:
             artist.set_markevery(1 + count // _MARKERS)
 
