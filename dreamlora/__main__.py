@@ -19,6 +19,7 @@ with unheeded():
     from dreamlora.config import RunConfig
     from dreamlora.config.programs import TextToImageConfig
     from dreamlora.errors import UserError
+    from dreamlora.escapes import one_line
 
 if TYPE_CHECKING:
     from dreamlora.report.document import Document
@@ -68,7 +69,7 @@ def _train(argv: Sequence[str], config_class: type[RunConfig]) -> None:
 
         folder = assemble.train(config, optimizer_options)
         if PartialState().is_main_process:  # the others are done before the report is
-            print(f"{folder.path}: LoRA, samples and report.html", flush=True)
+            print(f"{one_line(str(folder.path))}: LoRA, samples and report.html", flush=True)
     return None
 
 
@@ -95,14 +96,14 @@ def report(argv: Sequence[str]) -> None:
     if config.live:
         _serve(document, config.port or 0)
     else:
-        print(document.write())
+        print(one_line(str(document.write())))
 
 
 def _serve(document: Document, port: int) -> None:
     from dreamlora.report.live import LivePage, LiveServer
 
     with LiveServer(LivePage(document), port) as server, contextlib.suppress(KeyboardInterrupt):
-        print(f"{server.url} follows {document.folder} (Ctrl-C ends it)", flush=True)
+        print(f"{server.url} follows {one_line(str(document.folder))} (Ctrl-C ends it)", flush=True)
         server.serve()
 
 

@@ -9,14 +9,20 @@ from typing import Any
 MINUS = "\N{MINUS SIGN}"
 NONE = "–"
 """Stands where there is no number."""
+MOST = 3.4e38
+"""No result of a run is larger, for they come from 32-bit floats; what is could not be squared, or drawn."""
 _UNIT = "\N{NARROW NO-BREAK SPACE}%"
 
 
 def value_of(number: Any) -> float | None:
-    """A number, or what stands for one in JSON: "inf" and "-inf" are infinite, null and NaN are None."""
+    """A number, or what stands for one in JSON: "inf" and "-inf" are infinite, null and NaN are None.
+
+    Beyond ``MOST`` it is infinite.
+    """
     if number is None or (isinstance(number, float) and math.isnan(number)):
         return None
-    return float(number)
+    value = float(number)
+    return value if abs(value) <= MOST else math.copysign(math.inf, value)
 
 
 def loss(entry: Any) -> str:

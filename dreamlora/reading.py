@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ _DEEPEST = 32
 """Lists and mappings in one another. Both parsers would end the whole program at some hundred thousand."""
 _SHOWN = 160
 """Characters of what was found in a file that a message shows."""
+_SURROGATE = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F]")
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -176,8 +178,8 @@ def json_of(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] = d
     return _plain(content)
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML whose mappings have every key once: of two, the first would not count."""
+class _UniqueKeys:
+    """For loaders of YAML: mappings have every key once, since of two the first would not count."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Raises ValueError if a key is there twice."""
@@ -187,7 +189,15 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
                 line = key.start_mark.line + 1
                 raise ValueError(f"line {line} has the key {shortened(key.value)[1:-1]} a second time: keep one")
             seen.add(str(key.value))
-        return dict(super().construct_mapping(node, deep))
+        return dict(super().construct_mapping(node, deep))  # type: ignore[misc]
+
+
+class _PureLoader(_UniqueKeys, yaml.SafeLoader):
+    """Takes escaped surrogates, as of file names whose bytes are no text, which libyaml does not."""
+
+
+class _Loader(_UniqueKeys, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Ten times as fast."""
 
 
 def yaml_of(text: str, finite: bool = True) -> Any:
@@ -200,9 +210,10 @@ def yaml_of(text: str, finite: bool = True) -> Any:
     Raises:
         ValueError: it is no YAML, too deeply nested, has a key twice, or holds references or tags.
     """
+    loader = _PureLoader if _SURROGATE.search(text) else _Loader
     try:
-        _refuse_odd_events(yaml.parse(text, _Loader))
-        return _plain(yaml.load(text, _Loader), finite=finite)
+        _refuse_odd_events(yaml.parse(text, loader))
+        return _plain(yaml.load(text, loader), finite=finite)
     except yaml.YAMLError as error:
         mark: Any = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -59,6 +59,7 @@ _KINDS: dict[Any, _Kind] = {
     Path: _Kind("a path", "PATH", _path),
     bool: _Kind("true or false", "", _truth),
 }
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,14 @@ class Option:
         try:
             if self.choices:  # case does not matter
                 return self.choices[[choice.lower() for choice in self.choices].index(word.lower())]
-            return _KINDS[self.kind].read(word)
+            value = _KINDS[self.kind].read(word)
         except ValueError:
             near = get_close_matches(word.lower(), self.choices, n=1)
             hint = f". Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"takes {self.takes} (got {shortened(word)}){hint}") from None
+        if self.kind is int and abs(value) > _LARGEST:  # torch takes none, and no file has it read again
+            raise ValueError(f"takes {self.takes} up to {_LARGEST} (got one of {len(word)} digits)")
+        return value
 
 
 def _first(words: Sequence[str]) -> str:

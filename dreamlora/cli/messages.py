@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,14 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dreamlora import escapes
 from dreamlora.credentials import masked
 from dreamlora.errors import WriteError
 from dreamlora.interrupts import PIPE, request
 
 PACKAGE = __name__.partition(".")[0]
+_BAR = re.compile(r"\r|(?:\x1b\[A)+$")
+"""What a progress bar writes before its text, to begin its line anew, and alone, to go to the lines above."""
 
 
 @contextmanager
@@ -53,7 +57,12 @@ class _BesideBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
-        tqdm.write(masked(self.format(record)), file=sys.stderr)
+        tqdm.write(escapes.message(masked(self.format(record))), file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    bar = _BAR.match(text)
+    return escapes.visible(text) if bar is None else bar[0] + escapes.one_line(text[bar.end() :])
 
 
 def _open_closed_streams() -> None:
@@ -124,10 +133,10 @@ class _Tolerant:
             WriteError: results cannot be written.
         """
         try:
-            return self._stream.write(text)
+            self._stream.write(_shown(text))
         except OSError as error:
             self._fail(error)
-            return len(text)
+        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         """As the stream's; raises what ``write`` does."""

@@ -25,6 +25,7 @@ from dreamlora.cli.help import page, settings
 from dreamlora.cli.places import check_folders
 from dreamlora.config import RunConfig
 from dreamlora.errors import UserError, WriteError, explained
+from dreamlora.escapes import message
 from dreamlora.interrupts import PIPE, Interrupted, deferred, heed, heeded
 
 Config = TypeVar("Config")
@@ -233,4 +234,4 @@ def _say(text: str) -> None:
     """The last word of a program, below bars that were left where they were."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{message(text)}\n")

@@ -9,6 +9,7 @@ from dreamlora import figures
 from dreamlora.compare.methods import Group
 from dreamlora.compare.schema import Comparison, Edge, Task, Word
 from dreamlora.compare.stats import EQUIVALENT_PCT, MIN_SEEDS, PairedDelta, TInterval
+from dreamlora.escapes import one_line
 
 EDGES: Mapping[Edge, str] = {"low": "lowest", "high": "highest"}
 ABOVE_BASE_TEXT = "ended above the base model's loss"
@@ -21,7 +22,7 @@ def table(comparison: Comparison) -> str:
         delta = method["delta"]
         rows.append(
             (
-                method["label"],
+                one_line(method["label"]),
                 figures.rate(method["best_lr"]),
                 figures.spread(method["final"]),
                 "baseline" if delta is None else figures.interval(delta["pct"]),

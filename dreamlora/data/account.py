@@ -157,11 +157,6 @@ def _names(db: sqlite3.Connection, reason: bytes) -> Iterator[str]:
     return (os.fsdecode(name) for (name,) in db.execute(query, (reason,)))
 
 
-def printable(text: str) -> str:
-    """``text`` without what would move a terminal's cursor, and with names that are no Unicode spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def folder_name_note(folder: Path) -> list[str]:
     """What is to be said of a folder whose own name follows kohya's convention."""
     convention = KOHYA_FOLDER.fullmatch(folder.absolute().name)

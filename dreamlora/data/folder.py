@@ -30,7 +30,6 @@ from dreamlora.data.account import (
     folder_name_note,
     kohya_meaning,
     links_note,
-    printable,
     unused_note,
 )
 from dreamlora.data.caption_text import listed, tidy
@@ -41,6 +40,7 @@ from dreamlora.data.images import FORMATS, readable
 from dreamlora.data.metadata import Metadata, read_metadata
 from dreamlora.data.sidecars import Sidecar, SidecarReader
 from dreamlora.errors import UserError
+from dreamlora.escapes import one_line
 from dreamlora.reading import UnreadableError, read_bytes
 
 IMAGE_BYTES = 2**29
@@ -141,7 +141,7 @@ def load_folder(
                 "leave the flag out"
             )
         notes = (*folder_name_note(folder), *captions.notes(), *links_note(entries), *unused_note(entries))
-    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog), entries)
+    return Images(catalog, tuple(map(one_line, notes)), FolderAccount(catalog), entries)
 
 
 @dataclass

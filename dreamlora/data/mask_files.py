@@ -10,13 +10,14 @@ from typing import NamedTuple
 from PIL import Image
 
 from dreamlora.config import Data
-from dreamlora.data.account import FolderAccount, explain_unused, links_note, printable, unused_note
+from dreamlora.data.account import FolderAccount, explain_unused, links_note, unused_note
 from dreamlora.data.catalog import Catalog, Records
 from dreamlora.data.entries import Entries, EntryKind
 from dreamlora.data.folder import FolderPlace, Images, require_images
 from dreamlora.data.images import ImageFacts, ImageRecord, decode, see_through
 from dreamlora.data.sidecars import belongs
 from dreamlora.errors import UserError
+from dreamlora.escapes import one_line
 
 FLAG = "--mask_data_dir"
 
@@ -134,7 +135,7 @@ def _load_masks(folder: Path, below: Sequence[str]) -> Images:
                 entries.unused(name, "captions beside masks do not count")
         explain_unused(entries)
     notes = (*links_note(entries), *unused_note(entries))
-    return Images(catalog, tuple(map(printable, notes)), FolderAccount(catalog), entries)
+    return Images(catalog, tuple(map(one_line, notes)), FolderAccount(catalog), entries)
 
 
 def _masks_of_images(files: Images, images: Entries, folder: Path) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE = "#3b82f6", "#f08c2e"
 _GROUPS = (_BLUE, _ORANGE, "#2fa36b", "#a06cd5", "#d64f7a", "#7a8699")
 """Colours of layer groups; a seventh begins anew with dashes."""
+_MOST = 24
+"""Layer groups in a chart, and charts of image metrics: a model has some ten, a file of metrics may name any number."""
 _SMOOTHING = 0.06
 """Width of the training loss' smoothing window as a share of the run."""
 _LEAST_SPAN = 0.05
@@ -130,6 +133,9 @@ def update_chart(facts: RunFacts) -> str:
 def _groups_chart(name: str, label: str, groups: dict[str, Curve], ylabel: str, *, log: bool) -> str:
     if not groups:
         return ""
+    if len(groups) > _MOST:
+        ylabel += f", {_MOST} of {len(groups)} groups"
+        groups = dict(islice(groups.items(), _MOST))
 
     def draw(axes: Axes) -> None:
         for number, (group, curve) in enumerate(groups.items()):
@@ -156,13 +162,13 @@ def image_charts(facts: RunFacts) -> list[tuple[str, str]]:
     """
     plugins = metrics.by_value()
     measured = {metric.name: metric for metric in facts.image_metrics}
+    names = [name for name in main_values(measured) if len(measured[name].curve.steps) > 1 or measured[name].earlier]
     return [
         (
             (plugins[name].ABOUT if name in plugins else short(name)) + _about_earlier(measured[name]),
             _image_chart(measured[name], facts.selection.get("step")),
         )
-        for name in main_values(measured)
-        if len(measured[name].curve.steps) > 1 or measured[name].earlier
+        for name in names[:_MOST]
     ]
 
 

@@ -25,6 +25,8 @@ _HIGHEST = 1.25
 _FARTHEST = 100.0
 """The same for differences, in percent."""
 _LEAST_SPAN = 0.02
+_POINTS = 2000
+"""Of a curve with its band; what else there is lies between them, and would not be seen."""
 _TALL = (WIDTH, 3.0)
 JsonObject = dict[str, Any]
 
@@ -138,6 +140,7 @@ def _band(curve: JsonObject, begin: float) -> tuple[list[float], list[float], li
             rows.append((step, numbers[0], *(numbers[0] if value is None else value for value in numbers[1:])))
     if not rows:
         return None
+    rows = [*rows[: -1 : 1 + len(rows) // _POINTS], rows[-1]]
     steps, means, lows, highs = (list(column) for column in zip(*rows, strict=True))
     return (steps, means, lows, highs) if lows != highs else (steps, means, [], [])
 

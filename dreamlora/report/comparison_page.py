@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from dreamlora.escapes import inner_path, script_json
 from dreamlora.report import comparison_charts, comparison_tables
 from dreamlora.report.comparison import FILE, ComparisonFile, without_secrets
 from dreamlora.report.comparison_samples import gallery
@@ -25,8 +24,9 @@ def comparison_document(folder: Path) -> Document:
     def render() -> dict[str, str]:
         return _files(ComparisonFile(folder))
 
-    linked = {Path(run["report"]).parts[0] for run in comparison.runs if run["report"]}
-    return Document(folder, (comparison.file,), (FILE, _PLOTS, *sorted(linked)), render)
+    reports = (inner_path(run["report"]) for run in comparison.runs)
+    linked = sorted({path.parts[0] for path in reports if path})
+    return Document(folder, (comparison.file,), (FILE, _PLOTS, *linked), render)
 
 
 def _files(comparison: ComparisonFile) -> dict[str, str]:
@@ -38,12 +38,7 @@ def _files(comparison: ComparisonFile) -> dict[str, str]:
         "colours": [comparison_charts.colour(number) for number in range(len(comparison.methods))],
         "gallery": gallery(comparison),
         "plots": _PLOTS,
-        "data": embedded_json(without_secrets(comparison.raw)),
+        "data": script_json(without_secrets(comparison.raw)),
     }
     files = {f"{_PLOTS}/{name}.svg": chart.file for name, chart in charts.items()}
     return {**files, TEXT: filled("comparison.md.j2", content), PAGE: filled("comparison.html.j2", content)}
-
-
-def embedded_json(content: Any) -> str:
-    """JSON that may stand inside a script element: without "<", no text can end the element or begin a comment."""
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

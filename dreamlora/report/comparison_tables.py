@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dreamlora.escapes import inner_link
 from dreamlora.figures import NONE, amount, interval, loss, percent, rate, size_in_percent, spread, value_of
 from dreamlora.metric_names import short
 from dreamlora.report.comparison import ComparisonFile, verdict
@@ -283,7 +284,7 @@ def _run(comparison: ComparisonFile, run: JsonObject) -> tuple[TableCell, ...]:
         TableCell(NONE if best_step is None else str(best_step), best_step),
         _entry(run["steps_to_target"], amount),
         TableCell(NONE if seconds is None else duration(seconds), seconds),
-        TableCell(run["id"], run["id"], link=run["report"]),
+        TableCell(run["id"], run["id"], link=inner_link(run["report"])),
     )
 
 

@@ -18,6 +18,7 @@ from dreamlora.config.programs import program_of
 from dreamlora.credentials import is_secret, masked, masked_command, quoted
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
+from dreamlora.figures import MOST
 from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND, measured_on
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.recorded import motifs_of
@@ -273,7 +274,7 @@ def _curves(
     points: dict[str, dict[tuple[Any, ...], dict[int, float]]] = defaultdict(dict)
     not_finite: dict[str, int] = defaultdict(int)
     for row in rows:
-        if row["value"] is None:
+        if row["value"] is None or abs(row["value"]) > MOST:
             not_finite[row["name"]] += 1
         else:
             same = points[row["name"]].setdefault(measured_on(row), {})

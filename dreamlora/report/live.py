@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
-import html
 import json
-import mimetypes
+import os
 import shutil
+import socket
 import sys
 import threading
 import time
-from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
 
+from dreamlora import reading
 from dreamlora.errors import UserError
-from dreamlora.report.document import PAGE, TEXT, Document, filled
+from dreamlora.escapes import path_of_url
+from dreamlora.report.document import PAGE, TEXT, Document, filled, policy
+from dreamlora.report.served import file_for, kind_of, listing
+from dreamlora.report.visitors import HOST, Door, is_foreign
 
-HOST = "127.0.0.1"
 _LEAST_PAUSE = 2.0
 _SHARE = 0.05
 """Rendering takes at most this share of the time, so that watching hardly slows the training down."""
-_SAFE = (
-    "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_MOST_VISITORS = 64
+"""Connections at once; a browser opens six."""
+_PATIENCE = 10.0
+"""Seconds that a request may take to arrive."""
+_NOTHING_RUNS = "default-src 'none'; sandbox; frame-ancestors 'none'"
+"""For what is not this program's own."""
+_ALWAYS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+_NO_TOKEN = (
+    "This page needs its token: the full address stands in the terminal where `dreamlora report --live` runs. Copy it "
+    "from there into the address bar.\n"
 )
-_TEXTS = {".jsonl", ".yaml", ".md", ".log"}
 
 
 class LivePage:
@@ -95,7 +108,7 @@ class LivePage:
 
 
 class LiveServer:
-    """Serves a page to this machine alone; use it in a ``with`` statement.
+    """Serves a page to those on this machine who have its address; use it in a ``with`` statement.
 
     Args:
         live: the page; what lies beside its document is served as well.
@@ -107,18 +120,17 @@ class LiveServer:
 
     def __init__(self, live: LivePage, port: int = 0) -> None:
         try:
-            self._server = _Server((HOST, port), _Handler)
+            self._server = _Server(live, port)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
             why = "is in use" if error.errno == errno.EADDRINUSE else "is not allowed to you"
             raise UserError(f"--port {port} {why}: give another, or leave --port out for a free one") from None
-        self._server.live = live
 
     @property
     def url(self) -> str:
-        """Address of the page."""
-        return f"http://{HOST}:{self._server.server_port}/"
+        """Address of the page, with the token that opens it: for the person alone who started this."""
+        return f"http://{HOST}:{self._server.server_port}/?token={self._server.door.token}"
 
     def serve(self) -> None:
         """Answer until ``stop`` is called or the user presses Ctrl-C."""
@@ -139,7 +151,26 @@ class LiveServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True  # an open connection does not hold up the end
-    live: LivePage
+
+    def __init__(self, live: LivePage, port: int) -> None:
+        super().__init__((HOST, port), _Handler)
+        self.live = live
+        self.door = Door(self.server_port)
+        self._places = threading.BoundedSemaphore(_MOST_VISITORS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread, unless there are too many."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The whole of a connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say what went wrong, unless it is only that the reader has gone, as with every reload in mid-answer."""
@@ -150,96 +181,91 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     server_version = "dreamlora"
+    sys_version = ""
     timeout = 30
 
-    @cached_property
-    def _path(self) -> str:
-        return unquote(urlsplit(self.path).path)
+    def setup(self) -> None:
+        """Hang up on whoever sends a request letter by letter."""
+        super().setup()
+        self._hurry = threading.Timer(_PATIENCE, self._hang_up)
+        self._hurry.daemon = True
+        self._hurry.start()
+
+    def finish(self) -> None:
+        """The end of the connection."""
+        self._hurry.cancel()
+        super().finish()
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self) -> None:
-        """The page, whether it is out of date, or a file beside it."""
-        # A page from elsewhere can point a name of its own at 127.0.0.1, but not forge the name it is asked by.
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in ("localhost", HOST):
-            self._answer(HTTPStatus.FORBIDDEN, "Only for localhost.\n", "text/plain")
-        elif self._path in ("/", f"/{PAGE}"):
+        """The page, whether it is out of date, or a file beside it; to those who may see it."""
+        self._hurry.cancel()
+        address, _, query = self.path.partition("?")
+        path, door = path_of_url(address), self.server.door
+        if not address.startswith("/"):
+            self._refuse(HTTPStatus.BAD_REQUEST)
+        elif is_foreign(self.headers):
+            self._answer(HTTPStatus.FORBIDDEN, "Only for pages of localhost itself.\n", "text/plain")
+        elif path == "/" and door.has_token(query):  # out of the address, which histories and screens show
+            self._answer(HTTPStatus.SEE_OTHER, "", "text/plain", {"Location": "/", "Set-Cookie": door.cookie})
+        elif not door.has_cookie(self.headers):
+            self._answer(HTTPStatus.FORBIDDEN, _NO_TOKEN, "text/plain")
+        elif path in ("/", f"/{PAGE}"):
             self._show_page()
-        elif self._path == "/live":
+        elif path == "/live":
             self._answer(HTTPStatus.OK, json.dumps({"version": self.server.live.version()}), "application/json")
         else:
-            self._show_file()
+            self._show_file(path)
 
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the terminal may be the training's."""
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses, without what was asked."""
+        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code))
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        self._answer(status, f"{status.phrase}.\n", "text/plain")
+
     def _show_page(self) -> None:
         try:
             page = self.server.live.page()
         except UserError as error:
-            page = filled("live.html.j2", {"version": ""})
-            page = f'<!DOCTYPE html><html lang="en"><title>dreamlora</title><p>{html.escape(str(error))}</p>{page}'
+            page = filled("waiting.html.j2", {"version": "", "reason": error})
         self._answer(HTTPStatus.OK, page, "text/html")
 
-    def _show_file(self) -> None:
+    def _show_file(self, path: str) -> None:
         document = self.server.live.document
-        file = file_for(document.folder, self._path, (*document.beside, TEXT))
+        file = file_for(document.folder, path, (*document.beside, TEXT))
         if file is None:
-            self._answer(HTTPStatus.NOT_FOUND, f"There is no {self._path} here.\n", "text/plain")
-        elif file.is_dir():
-            self._answer(HTTPStatus.OK, _listing(self._path.strip("/"), file), "text/html")
-        else:
-            kind = "text/plain" if file.suffix in _TEXTS else mimetypes.guess_type(file)[0]
-            with file.open("rb") as content:
-                self._start(HTTPStatus.OK, kind or "application/octet-stream", file.stat().st_size)
+            return self._refuse(HTTPStatus.NOT_FOUND)
+        if file.is_dir():
+            return self._answer(HTTPStatus.OK, listing(path, file), "text/html")
+        try:
+            with reading.opened(file, inside=document.folder) as content:
+                self._start(HTTPStatus.OK, kind_of(file), os.fstat(content.fileno()).st_size)
                 if self.command == "GET":
                     shutil.copyfileobj(content, self.wfile)
+        except (FileNotFoundError, reading.UnreadableError):
+            self._refuse(HTTPStatus.NOT_FOUND)
 
-    def _answer(self, status: HTTPStatus, text: str, kind: str) -> None:
+    def _answer(self, status: HTTPStatus, text: str, kind: str, headers: dict[str, str] | None = None) -> None:
         content = text.encode()
-        self._start(status, kind, len(content))
-        if self.command == "GET":
+        self._start(status, kind, len(content), headers or {})
+        if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _start(self, status: HTTPStatus, kind: str, size: int) -> None:
+    def _start(self, status: HTTPStatus, kind: str, size: int, headers: dict[str, str] | None = None) -> None:
         textual = kind.startswith("text/") or kind == "application/json"
+        ours = f"{policy()}; frame-ancestors 'none'" if kind == "text/html" else _NOTHING_RUNS
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8" if textual else kind)
         self.send_header("Content-Length", str(size))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Content-Security-Policy", _SAFE)
+        for name, value in {**_ALWAYS, "Content-Security-Policy": ours, **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
-
-
-def file_for(folder: Path, path: str, beside: tuple[str, ...]) -> Path | None:
-    """The file or folder that a request's path means, if it may be served.
-
-    Args:
-        folder: the document's.
-        path: decoded, such as "/samples/step_000100/p00_s42.png".
-        beside: names in ``folder`` that may be served, with all that is below them.
-
-    Returns:
-        None for what is missing, hidden, not among ``beside``, or leads out of ``folder``.
-    """
-    parts = PurePosixPath(path).parts[1:]
-    if not parts or parts[0] not in beside or any(part.startswith(".") or "\0" in part for part in parts):
-        return None
-    root = folder.resolve()
-    file = root.joinpath(*parts).resolve()
-    return file if file.is_relative_to(root) and file.exists() else None
-
-
-def _listing(path: str, folder: Path) -> str:
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    links = "".join(
-        f'<li><a href="/{quote(f"{path}/{entry.name}")}">{html.escape(entry.name)}</a></li>\n' for entry in entries
-    )
-    title = html.escape(path)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" '
-        f'content="light dark">\n<title>{title}</title>\n<h1>{title}</h1>\n'
-        f'<p><a href="/">back to the report</a></p>\n<ul>\n{links}</ul>\n</html>\n'
-    )

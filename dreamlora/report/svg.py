@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from dreamlora.escapes import Markup, html, markup, one_line
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
@@ -18,6 +23,10 @@ WIDTH = 4.5
 """Inches: few enough that a chart as wide as a telephone has text of 10 pixels."""
 _LEGEND_LETTERS = 52
 _LEGEND_ROW = 0.21  # inches
+_LONGEST = 100
+"""Letters of a text in a chart."""
+_MARKERS = 500
+"""On a line: each is an element of the page, while a line with ever so many points is simplified."""
 _PAGE_INK, _PAGE_PAPER = "#1b2230", "#ffffff"
 
 
@@ -36,11 +45,11 @@ class Chart:
     drawn: str
 
     @property
-    def inline(self) -> str:
+    def inline(self) -> Markup:
         """As an element of a page, as wide as its place."""
         body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", self._bare, count=1)
         body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1)
-        return self._labelled(body.replace(INK, "currentColor"))
+        return markup(self._labelled(body.replace(INK, "currentColor")))
 
     @property
     def file(self) -> str:
@@ -57,7 +66,7 @@ class Chart:
         return body.replace("'sans-serif'", "sans-serif")
 
     def _labelled(self, body: str) -> str:
-        return body.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.label)}"', 1).strip()
+        return body.replace("<svg", f'<svg role="img" aria-label="{html(self.label)}"', 1).strip()
 
 
 def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (WIDTH, 2.7)) -> Chart:
@@ -85,9 +94,33 @@ def chart(name: str, label: str, draw: Callable[[Axes], None], size: tuple[float
         axes.patch.set_alpha(0)
         draw(axes)
         tidy(axes)
+        _bound(figure)
         target = io.StringIO()
-        figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # of this font; the page's reader has others
+            warnings.filterwarnings("ignore", "constrained_layout not applied")  # beside names that are so long
+            figure.savefig(target, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Chart(name, label, target.getvalue())
+
+
+def _bound(figure: Figure) -> None:
+    """Show texts as they are, without formulas, and not more markers than can be told apart."""
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    artists: list[Any] = figure.findobj()
+    for artist in artists:
+        if isinstance(artist, Text) and artist.get_text():  # not of ticks, whose texts come later
+            artist.set_text(_label(artist.get_text()))
+            artist.set_parse_math(False)
+        elif isinstance(artist, Line2D) and (count := np.size(artist.get_xdata())) > _MARKERS:
+            artist.set_markevery(1 + count // _MARKERS)
+
+
+def _label(text: str) -> str:
+    """A text of a chart, which may be a method's name, as it is drawn: on one line, and no wider than the chart."""
+    flat = one_line(text)
+    return flat if len(flat) <= _LONGEST else f"{flat[: _LONGEST - 1]}…"
 
 
 def legend(axes: Axes) -> None:

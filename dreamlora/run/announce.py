@@ -35,7 +35,8 @@ def announce(context: RunContext, folder: RunFolder, pictures: RunImages, begun:
     outline = outline_of(context, folder, pictures, begun)
     write_atomically(folder.outline_file, json.dumps(outline, indent=1, ensure_ascii=False))
     width = max(map(len, outline))
-    context.tell("\n".join(f"{name:<{width}}  {text}" for name, text in outline.items()))
+    for name, text in outline.items():
+        context.tell(f"{name:<{width}}  {text}")
 
 
 def outline_of(context: RunContext, folder: RunFolder, pictures: RunImages, begun: int) -> dict[str, str]:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dreamlora.config import Data, RunConfig
-from dreamlora.data.account import TRUNCATED, Entry, printable
+from dreamlora.data.account import TRUNCATED, Entry
 from dreamlora.data.dataset import copies_note, examine, list_images, split_holdout
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.images import ImageRecord, holds_images
 from dreamlora.data.mask_files import Masks
 from dreamlora.data.sets import DataSets, epoch_length, joined, load_masks, with_masks
+from dreamlora.escapes import one_line
 from dreamlora.scratch import Scratch
 
 HEADS = ("entry", "use", "captions from", "captions, or why it is not used")
@@ -133,7 +134,7 @@ def describe(listed: Listed, width: int | None = None) -> Iterator[str]:
     """
     widths = [len(head) for head in HEADS[:3]]
     for entry in listed.images.account:
-        cells = (printable(entry.name), entry.use, printable(entry.source))
+        cells = (one_line(entry.name), entry.use, one_line(entry.source))
         widths = [min(WIDEST, max(size, len(cell))) for size, cell in zip(widths, cells, strict=True)]
     yield listed.title
     yield _line(HEADS, widths, width)
@@ -144,7 +145,7 @@ def describe(listed: Listed, width: int | None = None) -> Iterator[str]:
         if entry.use == "image":
             sources[_kind_of_source(entry.source)] += 1
         for number, text in enumerate(_texts(entry)):
-            first = (printable(entry.name), entry.use, printable(entry.source))
+            first = (one_line(entry.name), entry.use, one_line(entry.source))
             yield _line((*(first if number == 0 else ("", "", "")), text), widths, width)
     yield ""
     yield from _totals(listed, counts, sources)
@@ -166,7 +167,7 @@ def _totals(listed: Listed, counts: Counter[str], sources: Counter[str]) -> Iter
 
 
 def _texts(entry: Entry) -> Sequence[str]:
-    texts = [printable(text) for text in entry.texts] or [""]
+    texts = [one_line(text) for text in entry.texts] or [""]
     return texts if len(texts) == 1 else [f"{number}. {text}" for number, text in enumerate(texts, start=1)]
 
 

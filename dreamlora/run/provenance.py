@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import torch
-import yaml
 
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.credentials import command_line, masked_options
+from dreamlora.escapes import yaml_comment, yaml_text
 from dreamlora.files import write_atomically
 from dreamlora.interfaces import ModelSource
 from dreamlora.runfolder import RunFolder
@@ -31,13 +31,8 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     options = masked_options({name: value for name, value in as_flat_dict(config).items() if name not in left_out})
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     made_by = f"commit {git_commit()}, {device_name(device)}"
-    head = "".join(f"# {_printable(line)}\n" for line in (command(), packages, made_by))
-    write_atomically(folder.config_file, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
-
-
-def _printable(text: str) -> str:
-    """On one line, which a comment is; YAML knows no other control characters either."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    head = "".join(map(yaml_comment, (command(), packages, made_by)))
+    write_atomically(folder.config_file, head + yaml_text(options))
 
 
 def write_base_model(source: ModelSource, folder: RunFolder) -> None:

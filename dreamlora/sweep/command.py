@@ -20,6 +20,7 @@ from dreamlora.compare.verdict import EDGES, table
 from dreamlora.config import EMBEDDED_MODEL, PROGRAMS
 from dreamlora.credentials import command_line
 from dreamlora.errors import UserError
+from dreamlora.escapes import message, one_line
 from dreamlora.report import write_compare_report
 from dreamlora.run import preflight
 from dreamlora.runfolder import RunFolder
@@ -48,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
         preflight.check_inputs(parse_run(training, PROGRAMS[config.program], PROGRAM)[0])
         with work_beside_output():
             root, comparison = sweep.root, Sweeper(sweep, config, command).run()
-    sys.stdout.write(f"\n{table(comparison)}\n\n{comparison['sentence']}\n{write_compare_report(root)}\n")
+    lines = one_line(comparison["sentence"]), one_line(str(write_compare_report(root)))
+    sys.stdout.write(f"\n{table(comparison)}\n\n" + "".join(f"{line}\n" for line in lines))
 
 
 def _existing(config: CompareConfig, command: str) -> tuple[Path, Comparison]:
@@ -162,7 +164,7 @@ class Sweeper:
         def show(ended: Ended) -> None:
             if ended.status == "failed":
                 self._failure = self._failure or ended.message
-            bar.write(_line(ended))
+            bar.write(message(_line(ended)))
             bar.update()
 
         pool.run(missing, show)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import io
 import logging
+import re
+import sys
+import unicodedata
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tqdm import tqdm
 
 from dreamlora.__main__ import COMMANDS, main
-from dreamlora.cli.messages import console_messages
+from dreamlora.cli.messages import _Tolerant, console_messages
+from dreamlora.errors import UserError
+from tests.fuzzing import fuzzed
 
 logger = logging.getLogger("dreamlora.some.module")
 
@@ -71,3 +78,49 @@ def test_a_progress_bar_stays_in_one_piece(capsys: pytest.CaptureFixture[str]) -
         logger.info("a note")
         bar.update()
     assert "a note" in capsys.readouterr().err.splitlines(), "else it stands behind the bar"
+
+
+EVIL = "x\x1b[2J\x1b]0;t\x07\x9b1m\r\x08\u202e\u200b\x7f\x85\u2028\ud800\nERROR: run this"
+SHOWN = r"x\x1b[2J\x1b]0;t\x07\x9b1m\r\x08\u202e\u200b\x7f\x85\u2028\ud800"
+
+
+def test_text_from_outside_moves_nothing_on_the_terminal_and_forges_no_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(argv: object) -> None:
+        sys.stdout.write(f"result {EVIL}\n")
+        logger.warning("note %s", EVIL)
+        sys.stderr.write(f"library {EVIL}\n")
+        with tqdm(total=1, desc=f"bar {EVIL}", ncols=300) as bar:
+            bar.update()
+        raise UserError(f"no {EVIL}")
+
+    monkeypatch.setitem(COMMANDS, "report", fail)
+    assert main(["report"]) == 2
+    told = capsys.readouterr()
+    assert told.out == f"result {SHOWN}\nERROR: run this\n"
+    assert f"note {SHOWN}\n    ERROR: run this\n" in told.err and f"library {SHOWN}\n" in told.err
+    assert told.err.endswith(f"error: no {SHOWN}\n    ERROR: run this\n") and f"\rbar {SHOWN}\\nERROR" in told.err
+    assert not re.search(r"[^\n\r -~█▏▎▍▌▋▊▉]", told.err)
+
+
+def test_bars_still_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    with console_messages(), tqdm(total=2, ncols=40) as outer, tqdm(total=2, ncols=40, position=1, leave=False) as bar:
+        bar.update()
+        outer.update()
+        sys.stderr.write("\x1b[A\x1b[A")
+        sys.stderr.write("\x1b[A a name")
+    told = capsys.readouterr().err
+    assert r"\x1b[A a name" in told, "a text is no bar's"
+    assert "\r" in told and r"\r" not in told and "\x1b[A" in told
+
+
+@fuzzed
+@given(st.text(st.characters(), max_size=40))
+def test_fuzz_terminal(text: str) -> None:
+    written = io.StringIO()
+    stream = _Tolerant(written, results=False)
+    assert stream.write(f"a{text}") == len(text) + 1
+    shown = written.getvalue()
+    assert not any(unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") for one in shown if one != "\n")
+    assert shown.count("\n") == text.count("\n") and shown.startswith("a")

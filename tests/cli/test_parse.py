@@ -503,3 +503,15 @@ def test_clashing_names_of_groups_fail_at_once() -> None:
     Group.__annotations__.update(rank=int)
     with pytest.raises(TypeError, match=r"declares {'rank'} twice"):
         options_of(Clash)
+
+
+@pytest.mark.parametrize("name", ["seed", "max_train_steps", "sample_seed"])
+@pytest.mark.parametrize("value", [2**63, -(2**63), 10**400])
+def test_a_number_that_no_file_could_give_back_is_refused(name: str, value: int, tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(f"{name}: {value}\n", encoding="utf-8")
+    for argv in ([f"--{name}={value}"], ["--config", str(file)]):
+        with pytest.raises(
+            UserError, match=rf"{name} takes a whole number up to 9223372036854775807 \(got one of \d+ "
+        ):
+            parse_run(argv)

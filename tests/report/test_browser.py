@@ -167,4 +167,32 @@ def test_a_live_page_follows_its_run_and_keeps_its_place(page: Browser, make_run
             server.stop()
             thread.join()
     assert page.complaints == []
-    assert all(address.startswith((server.url, "data:")) for address in page.requested)
+    assert all(address.startswith((server.url.partition("?")[0], "data:")) for address in page.requested)
+
+
+def test_files_beside_a_live_page_are_looked_at_and_run_nothing(
+    page: Browser, make_run: Callable[..., RunFolder]
+) -> None:
+    folder = make_run()
+    (folder.samples / "x.svg").write_text(
+        "<svg xmlns='http://www.w3.org/2000/svg' onload='document.title=1'/>", "utf-8"
+    )
+    (folder.samples / "x.html").write_text("<title>0</title><script>document.title = 1</script>", encoding="utf-8")
+    with LiveServer(LivePage(document_of(folder.path))) as server:
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        try:
+            page.open(server.url)
+            assert page.ask("location.pathname + location.search") == "/" and page.ask("document.cookie") == ""
+            page.ask("document.querySelector('a[href=samples]').click()")
+            page.wait_for_load()
+            for name in ("x.svg", "x.html"):
+                page.ask(f"document.querySelector('a[href$=\"{name}\"]').click()")
+                page.wait_for_load()
+                assert page.ask("[document.contentType, document.title]") == ["text/plain", ""]
+                page.open(server.url.partition("?")[0] + "samples")
+            page.open(server.url.partition("?")[0] + "grid.png")
+            assert page.ask("document.images[0].naturalWidth") > 0
+        finally:
+            server.stop()
+            thread.join()

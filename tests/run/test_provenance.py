@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dreamlora.config import RunConfig
+from dreamlora.reading import yaml_of
 from dreamlora.run import provenance
 from dreamlora.runfolder import RunFolder
 
@@ -97,7 +98,9 @@ def test_a_git_that_hangs_ends_no_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert recorded(monkeypatch, tmp_path) is None
 
 
-@pytest.mark.parametrize("word", ["a photo\nof sks dog", "a\r\nb", "a\u2028b", "\x1b[1m", "ü 犬 \U0001f436", "a\tb"])
+@pytest.mark.parametrize(
+    "word", ["a photo\nof sks dog", "a\r\nb", "a\u2028b", "\x1b[1m", "ü 犬 \U0001f436", "a\tb", "a\x85b", "caf\udce9"]
+)
 def test_the_command_that_is_noted_spoils_no_options(
     word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,3 +108,6 @@ def test_the_command_that_is_noted_spoils_no_options(
     config = dataclasses.replace(RunConfig(), data=dataclasses.replace(RunConfig().data, instance_prompt=word))
     provenance.write_config(config, RunFolder(tmp_path), torch.device("cpu"))
     assert RunFolder(tmp_path).config()["instance_prompt"] == word
+    written = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    assert yaml_of(written)["instance_prompt"] == word, "as other programs of this package read it"
+    assert written.count("\n") == len(written.splitlines())

@@ -42,6 +42,7 @@ from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord, holds_images
 from dreamlora.data.sets import load_sets
 from dreamlora.errors import UserError
+from dreamlora.escapes import one_line
 from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metric, measure
@@ -181,7 +182,7 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
     file = evaluation.output / "metrics.json"
     if state.is_main_process:
         _write(file, evaluation, measurements, facts)
-        sys.stdout.write(f"{table(measurements)}\n\n{file}\n")
+        sys.stdout.write(f"{table(measurements)}\n\n{one_line(str(file))}\n")
     wait_for_everyone()
     if not any(row.values for row in measurements.values()):
         raise UserError("nothing could be measured: the notes above say what every metric lacks")

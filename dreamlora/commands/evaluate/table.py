@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dreamlora import metrics
+from dreamlora.escapes import message, one_line
 from dreamlora.evaluation.measure import Measurement, Value
 from dreamlora.figures import NONE, change, loss, score
 from dreamlora.interfaces import ImageMetric
@@ -19,7 +20,7 @@ def table(rows: Mapping[str, Measurement]) -> str:
     about = metrics.by_value()
     base = next(iter(rows.values()))
     heads = [short(name) + (" ↑" if _higher_is_better(about.get(name)) else " ↓") for name in names]
-    cells = [[label.replace("\n", ", "), *(_cell(row, name, base) for name in names)] for label, row in rows.items()]
+    cells = [[_shown(label), *(_cell(row, name, base) for name in names)] for label, row in rows.items()]
     grid = [["", *heads], *cells]
     widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
     lines = [
@@ -28,6 +29,10 @@ def table(rows: Mapping[str, Measurement]) -> str:
     ]
     legend = [_legend(name, rows, about.get(name)) for name in names]
     return "\n".join([*(line.rstrip() for line in lines), "", *legend, *_notes(rows)])
+
+
+def _shown(label: str) -> str:
+    return one_line(label.replace("\n", ", "))
 
 
 def _higher_is_better(metric: ImageMetric | None) -> bool:
@@ -78,9 +83,10 @@ def _notes(rows: Mapping[str, Measurement]) -> list[str]:
     by_note: dict[str, list[str]] = {}
     for label, measured in rows.items():
         for note in measured.notes:
-            by_note.setdefault(note, []).append(label.replace("\n", ", "))
+            by_note.setdefault(note, []).append(_shown(label))
     return [
-        f"note: {note}" + ("" if len(labels) == len(rows) else f" ({_few(labels)})") for note, labels in by_note.items()
+        message(f"note: {note}") + ("" if len(labels) == len(rows) else f" ({_few(labels)})")
+        for note, labels in by_note.items()
     ]
 
 

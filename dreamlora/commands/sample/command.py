@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dreamlora.cli.parse import Program, parse
 from dreamlora.commands.sample.flags import SampleConfig
+from dreamlora.escapes import one_line
 
 
 def main(argv: Sequence[str]) -> None:
@@ -18,4 +19,4 @@ def main(argv: Sequence[str]) -> None:
     config = parse(SampleConfig, argv, Program("dreamlora sample", positional="lora"))
     from dreamlora.commands.sample.draw import sample_loras
 
-    sys.stdout.write(f"{sample_loras(config)}\n")
+    sys.stdout.write(f"{one_line(str(sample_loras(config)))}\n")
