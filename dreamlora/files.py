@@ -179,7 +179,8 @@ def check_links_to(folder: Path, depth: int = 0) -> None:
     Raises:
         OSError: one does not.
     """
-    if not hasattr(os, "getuid"):
+    user = this_user()
+    if user is None:
         return
     way = folder.absolute()
     for place in (*reversed(way.parents), way):
@@ -189,10 +190,16 @@ def check_links_to(folder: Path, depth: int = 0) -> None:
             return
         if not stat.S_ISLNK(status.st_mode):
             continue
-        foreign = status.st_uid not in (os.getuid(), 0)
+        foreign = status.st_uid not in (user, 0)
         if (foreign and place.parent.stat().st_mode & _OTHERS_MAY_WRITE) or depth == _MOST_LINKS:
             raise OSError(errno.ELOOP, f"somebody else has placed the link {place}", str(place))
         check_links_to(place.parent / place.readlink(), depth + 1)
+
+
+def this_user() -> int | None:
+    """The number of the user that this process runs as; None on Windows, which has none."""
+    number: int | None = getattr(os, "getuid", lambda: None)()
+    return number
 
 
 def _temporary(path: Path) -> Path:

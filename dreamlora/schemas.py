@@ -92,7 +92,7 @@ class Compared(TypedDict, total=False):
     standard_errors: Number
 
 
-class Selection(TypedDict):
+class SelectionFile(TypedDict):
     """best/selection.json."""
 
     schema_version: NotRequired[Count]
@@ -112,7 +112,7 @@ class Selection(TypedDict):
     best_product: NotRequired[dict[str, Any] | None]
 
 
-class Outcome(TypedDict):
+class OutcomeFile(TypedDict):
     """outcome.json."""
 
     status: NotRequired[Literal["finished", "diverged", "failed"]]
@@ -120,7 +120,7 @@ class Outcome(TypedDict):
     method: NotRequired[Name | None]
 
 
-class BaseModel(TypedDict):
+class BaseModelFile(TypedDict):
     """base_model.json."""
 
     id: NotRequired[Name]
@@ -134,7 +134,7 @@ class NoEffect(TypedDict):
     effect: float
 
 
-class Call(NoEffect):
+class CallFigures(NoEffect):
     """... to which it made one, in training and in a stock pipeline."""
 
     error: float
@@ -142,14 +142,14 @@ class Call(NoEffect):
     scale: float
 
 
-class Parity(TypedDict, total=False):
+class ParityFigures(TypedDict, total=False):
     """Whether the saved file does what training showed."""
 
     reason: Text
     psnr_db: float
     max_abs: float
     mean_abs: float
-    call: Call | NoEffect | None
+    call: CallFigures | NoEffect | None
 
 
 class EvalPrice(TypedDict):
@@ -167,10 +167,10 @@ class Made(TypedDict):
     wanted: dict[str, Any]
 
 
-class Summary(TypedDict, total=False):
+class SummaryFile(TypedDict, total=False):
     """summary.json, as far as it is read again."""
 
-    parity: Parity
+    parity: ParityFigures
     timings: Annotated[dict[Name, Seconds], MaxLen(100)]
     versions: Annotated[dict[Name, Name], MaxLen(100)]
     device: Name | None
@@ -188,10 +188,10 @@ class Summary(TypedDict, total=False):
 METRIC_ROW = Schema(MetricRow)
 SAMPLE_ROW = Schema(SampleRow)
 IMAGE_ROW = Schema(ImageRow)
-SELECTION = Schema(Selection)
-OUTCOME = Schema(Outcome)
-BASE_MODEL = Schema(BaseModel)
-SUMMARY = Schema(Summary)
+SELECTION = Schema(SelectionFile)
+OUTCOME = Schema(OutcomeFile)
+BASE_MODEL = Schema(BaseModelFile)
+SUMMARY = Schema(SummaryFile)
 OUTLINE = Schema(Annotated[dict[Name, Text], MaxLen(1000)])
 OBJECT = Schema(Annotated[dict[str, Any], MaxLen(10_000)])
 """A file whose fields are checked elsewhere."""

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dreamlora.files import this_user
+
 PREFIX = "dreamlora-scratch-"
 _LOCK = ".lock"
 _NEW_S = 60.0
@@ -74,7 +76,7 @@ def _remove_abandoned(place: Path) -> None:
 
 def _may_be_abandoned(folder: Path) -> bool:
     status = folder.lstat()
-    ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    ours = this_user() in (None, status.st_uid)
     private = os.name == "nt" or stat.S_IMODE(status.st_mode) == 0o700
     settled = time.time() - status.st_mtime > _NEW_S
     return stat.S_ISDIR(status.st_mode) and ours and private and settled and (folder / _LOCK).is_file()

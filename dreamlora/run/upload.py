@@ -74,7 +74,7 @@ def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
             yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
     place = folder.samples.relative_to(folder.path)
     rows = []
-    for row in rows_with_places(folder.samples, folder.samples_file.name, folder.samples):
+    for row in rows_with_places(folder.samples_file, folder.samples):
         if recorded_picture(folder.samples, row, folder.samples) is not None:
             rows.append({name: row[name] for name in TOLD if name in row})
             yield CommitOperationAdd((place / row["file"]).as_posix(), str(folder.samples / row["file"]))

@@ -11,7 +11,7 @@ from typing import Any
 from dreamlora.config import Sample
 from dreamlora.config.ranges import check_length
 from dreamlora.errors import UserError
-from dreamlora.reading import utf8_text
+from dreamlora.reading import UnreadableError, utf8_text
 
 PLACEHOLDER = "{}"
 PROMPTS_BYTES = 2**24
@@ -128,6 +128,8 @@ def read_prompts(file: Path, subject: Subject = UNKNOWN) -> tuple[str, ...]:
         lines = utf8_text(file, PROMPTS_BYTES).splitlines()
     except FileNotFoundError:
         raise UserError(f"cannot read the prompts in {file}: there is no such file") from None
+    except UnreadableError as error:
+        raise UserError(f"cannot read the prompts in {file}: {error.reason}") from None
     prompts = []
     for number, line in enumerate(map(str.strip, lines), start=1):
         if line and not line.startswith("#"):

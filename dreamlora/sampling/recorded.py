@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import MaxLen
-from typing_extensions import TypedDict
-
-from dreamlora.reading import Schema, UnreadableError, json_of, read_bytes, read_lines
+from dreamlora.jsonl import read_jsonl
+from dreamlora.reading import UnreadableError, read_bytes
+from dreamlora.schemas import SAMPLE_ROW
 
 PICTURE_BYTES = 2**27
 """Of a picture: more than one of 4096 x 4096 pixels has."""
 _PLACE = re.compile(r"step_\d{6,12}/\w[\w.-]{0,200}\.png", re.ASCII)
-
-
-class _Named(TypedDict):
-    file: Annotated[str, MaxLen(255)]
-    sha256: Annotated[str, MaxLen(64)]
-
-
-_NAMED = Schema(_Named)
 
 
 @dataclass(frozen=True)
@@ -90,30 +81,15 @@ def common_settings(motifs: Sequence[Motif]) -> tuple[str, ...]:
     return tuple(setting for setting in first if all(setting in motif.settings for motif in motifs))
 
 
-def rows_with_places(folder: Path, rows_file: str, inside: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a folder of pictures that say which file is theirs, and what it holds; of others nothing is known.
+def rows_with_places(file: Path, inside: Path) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl that say where their picture lies, and what it holds; of others nothing is known.
 
     Args:
-        folder: with the pictures, in folders by step.
-        rows_file: its file with rows.
+        file: with the rows, beside the folders of pictures by step.
         inside: the run folder, which no link leads out of.
     """
-    try:
-        for _, line in read_lines(folder / rows_file, inside):
-            row = _row(line or b"")
-            if row is not None:
-                yield row
-    except (FileNotFoundError, UnreadableError):
-        return
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row: dict[str, Any] = json_of(line)
-        _NAMED.check(row)
-    except ValueError:
-        return None
-    return row if _PLACE.fullmatch(row["file"]) else None
+    rows = read_jsonl(file, SAMPLE_ROW, inside)
+    return [row for row in rows if "sha256" in row and _PLACE.fullmatch(row["file"])]
 
 
 def recorded_picture(folder: Path, row: Mapping[str, Any], inside: Path) -> bytes | None:

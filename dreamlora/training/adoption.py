@@ -7,7 +7,6 @@ their own, and pictures that are byte for byte what their rows say.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from dreamlora.errors import UserError, WriteError
 from dreamlora.files import make_folder, replacing, write_atomically
+from dreamlora.jsonl import lines_of
 from dreamlora.reading import is_regular, lies_inside, opened
 from dreamlora.runfolder import LORA_FILE, TRAINABLES_FILE, RunFolder
 from dreamlora.sampling.grid import MAX_REFERENCES
@@ -22,8 +22,6 @@ from dreamlora.sampling.recorded import recorded_picture, rows_with_places
 
 MOST_BYTES = 2**36
 """Of all that is taken over."""
-MOST_ROWS = 2**28
-"""Bytes of a file of rows about pictures, which are held in memory."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +39,7 @@ def adopt(folder: RunFolder, other: RunFolder) -> None:
     for place in (*(theirs for theirs, _ in places), other.candidates, other.reference_dir):
         if not lies_inside(place, other.path):
             logger.warning("%s is not taken over: a link leads out of that run's folder", place)
-    rows = {
-        theirs: list(rows_with_places(theirs, rows_file, other.path))
-        for theirs, _ in places
-        if _size(theirs / rows_file, other) <= MOST_ROWS
-    }
+    rows = {theirs: rows_with_places(theirs / rows_file, other.path) for theirs, _ in places}
     pictures = {place / row["file"] for place, rows_here in rows.items() for row in rows_here}
     _check_room(folder, other, sum(_size(file, other) for file in (*files, *pictures)))
     for file in files:
@@ -53,7 +47,7 @@ def adopt(folder: RunFolder, other: RunFolder) -> None:
     missing = 0
     for theirs, ours in places:
         kept = []
-        for row in rows.get(theirs, ()):
+        for row in rows[theirs]:
             content = recorded_picture(theirs, row, other.path)
             if content is None:
                 missing += 1
@@ -62,7 +56,7 @@ def adopt(folder: RunFolder, other: RunFolder) -> None:
                 temporary.write_bytes(content)
             kept.append(row)
         if kept:
-            write_atomically(ours / rows_file, "".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(ours / rows_file, lines_of(kept))
     if missing:
         logger.warning(
             "%d pictures of %s are not taken over: they are missing, or not what that run has drawn",
