@@ -204,11 +204,12 @@ def _named(place: Place, index: Path, ending: str) -> tuple[Path, ...]:
 
 
 def _missing(place: Place, layout: Layout, variant: str | None) -> str:
-    wanted = f"{place}: the weights are expected as {layout.names(variant)[0]} or {layout.names(variant)[-1]}"
+    whole = varied(f"{layout.stem}.safetensors", variant)
+    wanted = f"{place}: the weights are expected as {whole}, or as several files with an index"
     wanted += f" (variant {variant})" if variant else ""
     if not Path(place.path).is_dir():
         return (
-            f"{wanted}, and the hub repository has neither, or cannot be reached: check --revision and --variant; for "
+            f"{wanted}, and the hub repository has none, or cannot be reached: check --revision and --variant; for "
             ".bin weights of a base model that you trust there is --allow_pickle"
         )
     folder = Path(place.path, place.folder)
