@@ -29,12 +29,14 @@ _BOUNDS = {
 }
 """Of numbers and of lists of them, where they differ."""
 _DEEPEST = 3
-_WORD = re.compile(r"[A-Za-z0-9_.-]{0,64}")
+_WORD = re.compile(r"[A-Za-z0-9_.+-]{0,64}")
 """Names of layers and activations; none of a file or repository, which have a slash."""
 
 _SAID = 600
 _ALSO = {"use_attention_mask"}
 """Looked up by StableDiffusionPipeline, and by us, though it is no argument of CLIP's."""
+_INFINITE = {"lambda_min_clipped"}
+"""What diffusers writes as an infinite number, its default."""
 _ANY = Schema(dict[str, Any])
 
 
@@ -65,8 +67,19 @@ def arguments_for(part_class: Any, file: Path, more: Iterable[Any] = ()) -> dict
     Raises:
         FileNotFoundError, UnreadableError: see ``read_config``; or a value is none that a config can hold.
     """
-    names = set().union(*(_taken_by(own) for own in (part_class, *more)))
-    return _plain(file, {name: value for name, value in read_config(file).items() if name in names})
+    taken: dict[str, inspect.Parameter] = {}
+    for owner in (*more, part_class):
+        taken |= _taken_by(owner)
+    given = {name: value for name, value in read_config(file).items() if name in taken}
+    for name in _INFINITE & given.keys():
+        if given[name] is None:
+            del given[name]
+    for name, value in given.items():
+        if not _is_such(value, taken[name]):
+            raise UnreadableError(
+                file, f"{name}: expected something such as {taken[name].default!r} (got {shortened(value)})"
+            )
+    return _plain(file, given)
 
 
 def config_for(config_class: type[PretrainedConfig], file: Path) -> PretrainedConfig:
@@ -90,7 +103,9 @@ def config_for(config_class: type[PretrainedConfig], file: Path) -> PretrainedCo
 
 def _own(config_class: type[PretrainedConfig], file: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a config class and of those that it holds."""
-    names = _taken_by(config_class) - _taken_by(PretrainedConfig) | set(config_class.attribute_map) | _ALSO
+    names = (
+        _taken_by(config_class).keys() - _taken_by(PretrainedConfig).keys() | set(config_class.attribute_map) | _ALSO
+    )
     inner = config_class.sub_configs
     own = _plain(file, {name: value for name, value in given.items() if name in names - set(inner)})
     for name, inner_class in inner.items():
@@ -103,10 +118,26 @@ def _own(config_class: type[PretrainedConfig], file: Path, given: dict[str, Any]
     return own
 
 
-def _taken_by(owner: Any) -> set[str]:
+def _taken_by(owner: Any) -> dict[str, inspect.Parameter]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(owner.__init__).parameters.values()
-    return {parameter.name for parameter in parameters if parameter.kind in kinds} - {"self"}
+    return {
+        parameter.name: parameter for parameter in parameters if parameter.kind in kinds and parameter.name != "self"
+    }
+
+
+def _is_such(value: Any, parameter: inspect.Parameter) -> bool:
+    """Whether a value is of the kind of an argument's default, of which there may be a list."""
+    default = parameter.default
+    if value is None:  # also what was no finite number
+        return default is None or "None" in str(parameter.annotation)
+    if isinstance(value, list):
+        return default is None or not isinstance(default, str)
+    if isinstance(default, bool | str):
+        return isinstance(value, type(default))
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return not isinstance(default, tuple | list)
 
 
 def _plain(file: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import diffusers
 import torch
 import transformers
 from annotated_types import Len
+from diffusers.utils import DummyObject
 from transformers.utils.logging import disable_progress_bar
 
 from dreamlora import registry
@@ -195,6 +196,8 @@ def _class(entry: Any, name: str, allowed: Classes, place: Place) -> Any:
     part_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name, None)
     if part_class is None:
         raise UserError(f"{place} needs {named}, which the installed {library} does not have; another version may")
+    if isinstance(part_class, DummyObject):
+        raise UserError(f"{place} needs {named}, which diffusers has only with {' and '.join(part_class._backends)}")
     return part_class
 
 

@@ -58,7 +58,7 @@ def test_an_old_size_is_one_number(keeps: bool, resize: object, tmp_path: Path) 
 def test_what_would_be_done_otherwise_is_refused(more: dict[str, object], tmp_path: Path) -> None:
     good = {"size": {"shortest_edge": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (tmp_path / "a.json").write_text(json.dumps(good | more), encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.json: this way to prepare images is not supported"):
+    with pytest.raises(UserError, match=r"a\.json: (this way to prepare images is not supported|image_mean: )"):
         read_preprocessing(tmp_path / "a.json", True)
 
 

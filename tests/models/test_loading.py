@@ -85,7 +85,9 @@ def test_embedded_model(sd_folder, monkeypatch):
 def test_pickles_are_refused_unless_allowed(folder):
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=r"unet: the weights are expected as diffusion_pytorch_model\.safetensors.*incomplete"):
+    with pytest.raises(
+        UserError, match=r"unet: the weights are expected as diffusion_pytorch_model\.safetensors.*incomplete"
+    ):
         sd.load(source(folder), "denoiser", torch.float32)
     torch.save(tensors, folder / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"pickled weights \(diffusion_pytorch_model\.bin\).*--allow_pickle"):
@@ -132,12 +134,15 @@ def test_weights_of_another_shape(folder):
     tensors = load_file(folder / WEIGHTS)
     tensors["conv_in.bias"] = torch.zeros(3)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="cannot load .*/unet: expected a UNet2DConditionModel"):
+    with pytest.raises(UserError, match=r"cannot load .*/unet: expected a UNet2DConditionModel"):
         sd.load(source(folder), "denoiser", torch.float32)
 
 
 def test_missing_variant(folder):
-    with pytest.raises(UserError, match=r"fp16\.safetensors.*\(variant fp16\), but there are diffusion_pytorch_model\.safetensors: check"):
+    with pytest.raises(
+        UserError,
+        match=r"fp16\.safetensors.*\(variant fp16\), but there are diffusion_.*: check",
+    ):
         sd.load(source(folder, variant="fp16"), "denoiser", torch.float32)
 
 
@@ -162,7 +167,7 @@ def test_old_attention_names_of_autoencoders_still_load(folder):
 def test_class_of_an_unknown_library_is_not_imported(folder):
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["this", "UNet"]}), encoding="utf-8")
-    with pytest.raises(UserError, match="'this.UNet' is named as the class of 'unet', where diffusers.UNet2DConditionModel is expected"):
+    with pytest.raises(UserError, match=r"'this\.UNet' is named as the class of 'unet', where diffusers\.UNet2D"):
         sd.load(source(folder), "denoiser", torch.float32)
     assert "this" not in sys.modules
     (folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}), encoding="utf-8")
