@@ -84,7 +84,7 @@ def load_encoder(name: str, device: torch.device, cache_dir: Path | None = None)
     kind = KINDS.get(model_type) if isinstance(model_type, str) else None
     if kind is None:
         raise UserError(
-            f"{name} is a {shortened(model_type)} model, which is no supported encoder: choose a {', '.join(KINDS)}"
+            f"{name} is of type {shortened(model_type)}, which is no supported encoder: choose a {', '.join(KINDS)}"
         )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         model = _model(kind, place).to(device)

@@ -66,10 +66,10 @@ def load_scheduler(part_class: Any, place: Place) -> Any:
     arguments = arguments_for(part_class, file, part_class._get_compatibles() if part_class.has_compatibles else ())
     with building(part_class, place):
         scheduler = part_class.from_config(arguments)
-    for name in ("alphas_cumprod", "sigmas"):
-        schedule = getattr(scheduler, name, None)
-        if schedule is not None and not (len(schedule) and torch.as_tensor(schedule).isfinite().all()):
-            raise UnreadableError(file, f"it gives no noise schedule: its {name} are none, or not all finite")
+    name = "alphas_cumprod" if hasattr(scheduler, "alphas_cumprod") else "sigmas"
+    schedule = torch.as_tensor(getattr(scheduler, name))
+    if not len(schedule) or not ((schedule >= 0) & (schedule <= 1)).all():
+        raise UnreadableError(file, f"it gives no noise schedule: its {name} are none, or not all in [0, 1]")
     return scheduler
 
 

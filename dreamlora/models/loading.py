@@ -144,8 +144,9 @@ def load_components(source: ModelSource, classes: Mapping[str, Classes], dtype: 
     disable_progress_bar()  # one bar per part, for what takes a second; downloads keep theirs
     parts = {name: _load(source, name, index, allowed, dtype) for name, allowed in classes.items()}
     for name, part in parts.items():
-        if name.startswith("text_encoder"):
-            check_vocabulary(parts[name.replace("text_encoder", "tokenizer")], part, source.path)
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if name.startswith("text_encoder") and tokenizer is not None:
+            check_vocabulary(tokenizer, part, source.path)
     return parts
 
 

@@ -113,7 +113,7 @@ class Weights:
             nonlocal tensors, numbers
             tensors, numbers = tensors + 1, numbers + (0 if parameter is None else parameter.numel())
             # twice, as filling counts again, and twice that, for those that are tied, or missing and named later
-            if tensors > 4 * self.tensors + 1000 or numbers > 4 * self.numbers + 2**20:
+            if tensors > 4 * self.tensors + 100 or numbers > 4 * self.numbers + 2**20:
                 raise UserError(
                     f"{config} asks for far more than the {self.numbers} numbers in {self.tensors} tensors that its "
                     "weights hold: they do not belong together; download or export the model again"
