@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from typing_extensions import TypedDict
 
 from dreamlora.errors import UserError
+from dreamlora.files import replacing
 from dreamlora.models.fetching import Place
 from dreamlora.reading import Schema, UnreadableError, json_of, read_bytes, utf8_text
 
@@ -65,12 +66,12 @@ class _Settings(_Tokens, total=False):
     split_special_tokens: bool
 
 
-class _Named(TypedDict):
+class _ClassName(TypedDict):
     tokenizer_class: NotRequired[str | None]
 
 
 _SETTINGS = Schema(_Settings)
-_NAMED = Schema(_Named)
+_CLASS_NAME = Schema(_ClassName)
 _TOKENS = Schema(_Tokens)
 _NUMBERS = Schema(Annotated[dict[str, Annotated[int, Ge(0), Le(10**7)]], Len(0, _MOST_TOKENS)])
 
@@ -99,7 +100,8 @@ def load_tokenizer(part_class: Any, place: Place) -> Any:
         ):
             file = place.optional(name)
             if file is not None:
-                Path(folder, name).write_text(json.dumps(_settings(file, schema)), encoding="utf-8")
+                with replacing(Path(folder, name)) as temporary:
+                    temporary.write_text(json.dumps(_settings(file, schema)), encoding="utf-8")
         return part_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -110,14 +112,15 @@ def tokenizer_class(place: Place) -> str | None:
         UserError: there are settings that cannot be read.
     """
     file = place.optional(CONFIG)
-    name: str | None = None if file is None else _settings(file, _NAMED).get("tokenizer_class")
+    name: str | None = None if file is None else _settings(file, _CLASS_NAME).get("tokenizer_class")
     return name
 
 
 def _copied(place: Place, name: str, folder: Path) -> bool:
     file = place.optional(name)
     if file is not None:
-        Path(folder, name).write_bytes(read_bytes(file, VOCABULARY_BYTES))
+        with replacing(Path(folder, name)) as temporary:
+            temporary.write_bytes(read_bytes(file, VOCABULARY_BYTES))
     return file is not None
 
 

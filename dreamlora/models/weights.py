@@ -43,7 +43,7 @@ _INDEX = Schema(_Index)
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileNames:
     """How a library names the files of a model.
 
     Attributes:
@@ -56,7 +56,7 @@ class Layout:
     pickle: str
     index_first: bool
 
-    def names(self, variant: str | None) -> tuple[str, ...]:
+    def safetensors(self, variant: str | None) -> tuple[str, ...]:
         """Of a whole file and of indices, in the order in which they are looked for."""
         whole = varied(f"{self.stem}.safetensors", variant)
         index = varied(f"{self.stem}.safetensors.index.json", variant)
@@ -71,8 +71,8 @@ class Layout:
         return (whole,) if self.index_first else (whole, varied(f"{self.pickle}.index.json", variant))
 
 
-DIFFUSERS = Layout("diffusion_pytorch_model", "diffusion_pytorch_model.bin", index_first=True)
-TRANSFORMERS = Layout("model", "pytorch_model.bin", index_first=False)
+DIFFUSERS = FileNames("diffusion_pytorch_model", "diffusion_pytorch_model.bin", index_first=True)
+TRANSFORMERS = FileNames("model", "pytorch_model.bin", index_first=False)
 
 
 def varied(name: str, variant: str | None) -> str:
@@ -126,24 +126,24 @@ class Weights:
             handle.remove()
 
 
-def find_weights(place: Place, layout: Layout, variant: str | None, allow_pickle: bool) -> Weights:
+def find_weights(place: Place, names: FileNames, variant: str | None, allow_pickle: bool) -> Weights:
     """The files of the model at a place, fetched and looked through.
 
     Raises:
         UserError: there are none but pickles, an index names what it may not, or a file is none of safetensors.
     """
-    for name in layout.names(variant):
+    for name in names.safetensors(variant):
         file = place.optional(name)
         if file is not None:
             files = _named(place, file, "safetensors") if name.endswith(".json") else (file,)
             headers = [read_header(shard) for shard in files]
             return Weights(files, sum(map(len, headers)), sum(sum(header.values()) for header in headers))
-    for name in layout.pickles(variant) if allow_pickle else ():
+    for name in names.pickles(variant) if allow_pickle else ():
         file = place.optional(name)
         if file is not None:
             files = _named(place, file, "bin") if name.endswith(".json") else (file,)
             return Weights(files, MOST_TENSORS, sum(shard.stat().st_size for shard in files))
-    raise UserError(_missing(place, layout, variant))
+    raise UserError(_missing(place, names, variant))
 
 
 def read_header(file: Path) -> dict[str, int]:
@@ -203,8 +203,8 @@ def _named(place: Place, index: Path, ending: str) -> tuple[Path, ...]:
     return tuple(place.file(name) for name in names)
 
 
-def _missing(place: Place, layout: Layout, variant: str | None) -> str:
-    whole = varied(f"{layout.stem}.safetensors", variant)
+def _missing(place: Place, names: FileNames, variant: str | None) -> str:
+    whole = varied(f"{names.stem}.safetensors", variant)
     wanted = f"{place}: the weights are expected as {whole}, or as several files with an index"
     wanted += f" (variant {variant})" if variant else ""
     if not Path(place.path).is_dir():

@@ -109,7 +109,8 @@ def test_defaults_of_the_classes_are_taken(part_class, tmp_path):
         part_class().save_config(tmp_path)
     (file,) = tmp_path.glob("*.json")
     own = {name for name in json.loads(file.read_text(encoding="utf-8")) if not name.startswith("_")}
-    assert configs.arguments_for(part_class, file).keys() == own
+    derived = {"block_out_channels"} if part_class is AutoencoderTiny else set()
+    assert configs.arguments_for(part_class, file).keys() == own - derived
 
 
 def test_a_quantized_model_is_told_apart(tmp_path):

@@ -34,7 +34,7 @@ def write_index(place: Place, content: object, name: str = "model.safetensors.in
 
 
 @pytest.mark.parametrize(
-    ("layout", "variant", "name"),
+    ("names", "variant", "name"),
     [
         (TRANSFORMERS, None, "model.safetensors.index.json"),
         (TRANSFORMERS, "fp16", "model.safetensors.index.fp16.json"),
@@ -43,21 +43,19 @@ def write_index(place: Place, content: object, name: str = "model.safetensors.in
         (DIFFUSERS, "fp16", "diffusion_pytorch_model.safetensors.fp16.index.json"),
     ],
 )
-def test_an_index_names_files_beside_it(place, layout, variant, name):
+def test_an_index_names_files_beside_it(place, names, variant, name):
     write_index(place, INDEX, name)
-    found = find_weights(place, layout, variant, allow_pickle=False)
+    found = find_weights(place, names, variant, allow_pickle=False)
     assert [file.name for file in found.files] == ["x-1.safetensors", "x-2.safetensors"]
     assert (found.tensors, found.numbers) == (6, 24)
     for bad in ("evil.bin", "../x-1.safetensors", "/etc/x.safetensors", "a/b.safetensors", ".safetensors", "..", ""):
         write_index(place, {"metadata": {}, "weight_map": {"a": "x-1.safetensors", "b": bad}}, name)
         for allow_pickle in (False, True):
-            with pytest.raises(
-                UserError, match=r"it names '.*', where only files <name>\.safetensors beside it may be"
-            ):
-                find_weights(place, layout, variant, allow_pickle)
+            with pytest.raises(UserError, match=r"names '.*', where only files <name>\.safetensors beside it"):
+                find_weights(place, names, variant, allow_pickle)
     write_index(place, {"metadata": {}, "weight_map": {"a": "x-3.safetensors"}}, name)
     with pytest.raises(UserError, match=r"no x-3\.safetensors"):
-        find_weights(place, layout, variant, allow_pickle=False)
+        find_weights(place, names, variant, allow_pickle=False)
 
 
 @pytest.mark.parametrize("content", [[], {}, {"weight_map": {"a": "b"}}, {"metadata": {}, "weight_map": {"a": 5}}])
