@@ -56,6 +56,20 @@ def load_part(part_class: Any, place: Place, form: Form) -> Any:
     return load_module(part_class, place, form)
 
 
+def check_config(part_class: Any, place: Place) -> None:
+    """Nothing, if the config of a part is one that ``load_part`` takes; no weights are fetched for that.
+
+    Raises:
+        UserError: it is missing, or says what it may not.
+    """
+    if issubclass(part_class, SchedulerMixin):
+        load_scheduler(part_class, place)
+    elif issubclass(part_class, PreTrainedModel):
+        config_for(part_class.config_class, place.file(CONFIG))
+    elif not issubclass(part_class, PreTrainedTokenizerBase):
+        arguments_for(part_class, place.file(CONFIG))
+
+
 def load_scheduler(part_class: Any, place: Place) -> Any:
     """A scheduler of diffusers, which also keeps what the others take that can be made of its config.
 

@@ -18,7 +18,7 @@ from dreamlora.config import EMBEDDED_MODEL, Model
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Classes, Components, Family, ModelSource
 from dreamlora.models import configs
-from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, load_part
+from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, check_config, load_part
 from dreamlora.models.fetching import Place, commit_of, find_file, identity
 from dreamlora.models.local import INDEX, vae_file
 from dreamlora.reading import Schema, UnreadableError, read_json, shortened
@@ -85,11 +85,21 @@ def read_model_index(source: ModelSource) -> dict[str, Any]:
 def family_of(source: ModelSource, name: str | None = None) -> Family:
     """The family module for a pipeline: ``name`` if given, else the one that handles its class.
 
+    The classes and configs of its parts are looked through at once: the last part is loaded after minutes of work.
+
     Raises:
-        UserError: no family handles it; the message lists what is supported.
+        UserError: no family handles it, and the message lists what is supported; or see ``load_components``.
     """
-    if name is not None:
-        return cast(Family, registry.load("families", name))
+    family = cast(Family, registry.load("families", name)) if name is not None else _by_pipeline(source)
+    index = read_model_index(source)
+    for parts in family.PARTS.values():
+        for part, allowed in parts.items():
+            part_class = _class(_entry(source, part, index), part, allowed, place_of(source, part))
+            check_config(part_class, place_of(source, part))
+    return family
+
+
+def _by_pipeline(source: ModelSource) -> Family:
     pipeline = read_model_index(source)["_class_name"]
     families = {name: cast(Family, registry.load("families", name)) for name in registry.names("families")}
     for family in families.values():
@@ -152,11 +162,7 @@ def load_components(source: ModelSource, classes: Mapping[str, Classes], dtype: 
 
 def _load(source: ModelSource, name: str, index: dict[str, Any], allowed: Classes, dtype: torch.dtype | None) -> Any:
     place = place_of(source, name)
-    if name == "vae" and source.vae_path:
-        entry = ["diffusers", read_config(source, name).get("_class_name")]
-    else:
-        entry = _entry(source, name, index)
-    part_class = _class(entry, name, allowed, place)
+    part_class = _class(_entry(source, name, index), name, allowed, place)
     variant = source.variant if place.path == source.path else None
     part = load_part(part_class, place, Form(dtype, variant, source.allow_pickle))
     if name == SCHEDULER and source.prediction_type:
@@ -177,6 +183,9 @@ def _config_file(source: ModelSource, component: str) -> Path:
 
 
 def _entry(source: ModelSource, name: str, index: dict[str, Any]) -> Any:
+    """What is said of a part's class: in model_index.json, or by another autoencoder itself."""
+    if name == "vae" and source.vae_path:
+        return ["diffusers", read_config(source, name).get("_class_name")]
     entry = index.get(name)
     if entry in (None, [None, None]):
         raise UserError(f"{source.path}: the pipeline has no {name!r} in its {INDEX}; a complete pipeline is needed")

@@ -167,6 +167,15 @@ def test_a_tokenizer_must_not_give_more_than_the_text_encoder_reads(folder):
         load(folder, "text")
 
 
+@pytest.mark.parametrize("name", ["quantized unet", "a path for a word", "no number", "text betas", "endless layers"])
+def test_a_config_is_looked_through_before_any_part_is_loaded(folder, name):
+    """The UNet is loaded when all images and prompts have been encoded."""
+    change, _, words = REFUSED[name]
+    change(folder)
+    with pytest.raises(UserError, match=words):
+        loading.family_of(loading.resolve_source(Model(pretrained_model_name_or_path=str(folder))))
+
+
 ENTRIES = [
     *(["transformers", "AutoModel"], ["diffusers", "AutoModel"], ["diffusers", "StableDiffusionPipeline"]),
     *(["transformers", "CLIPTextModel"], ["diffusers_modules", "UNet2DConditionModel"], ["unet.code", "UNet"]),
@@ -179,9 +188,10 @@ ENTRIES = [
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_a_part_has_one_of_the_classes_that_its_family_declares(folder, entry):
     edit_json(folder / "model_index.json", unet=entry)
-    with nothing_foreign(), pytest.raises(UserError, match="unet") as error:
-        load(folder, "denoiser")
-    assert "where diffusers.UNet2DConditionModel is expected" in str(error.value)
+    source = loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
+    for read in (lambda: sd.load(source, "denoiser", torch.float32), lambda: loading.family_of(source)):
+        with nothing_foreign(), pytest.raises(UserError, match=r"where diffusers\.UNet2DConditionModel is expected"):
+            read()
 
 
 @pytest.mark.parametrize("name", ["AutoModel", "StableDiffusionPipeline", "UNet2DConditionModel", 7, None, ["a", "b"]])
