@@ -82,7 +82,7 @@ def load_scheduler(part_class: Any, place: Place) -> Any:
         scheduler = part_class.from_config(arguments)
     name = "alphas_cumprod" if hasattr(scheduler, "alphas_cumprod") else "sigmas"
     schedule = torch.as_tensor(getattr(scheduler, name))
-    if not len(schedule) or not ((schedule >= 0) & (schedule <= 1)).all():
+    if schedule.ndim != 1 or not len(schedule) or not ((schedule >= 0) & (schedule <= 1)).all():
         raise UnreadableError(file, f"it gives no noise schedule: its {name} are none, or not all in [0, 1]")
     return scheduler
 
