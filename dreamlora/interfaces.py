@@ -20,6 +20,9 @@ Conditioning: TypeAlias = "dict[str, Tensor]"
 Components = dict[str, Any]
 """Parts of a pipeline by diffusers' names: "unet" or "transformer", "vae", "text_encoder", "tokenizer", "scheduler"."""
 
+Classes: TypeAlias = tuple[str, ...]
+"""Those that a part of a pipeline can have, as "diffusers.AutoencoderKL": library and class of model_index.json."""
+
 Role = Literal["text", "vae", "denoiser", "scheduler"]
 """A part of a pipeline that can be loaded and freed by itself: "text" is all text encoders and their tokenizers."""
 
@@ -148,6 +151,10 @@ class Family(Protocol):
 
     PIPELINES: tuple[str, ...]
     """``_class_name`` values in model_index.json that this family handles."""
+    PARTS: Mapping[Role, Mapping[str, Classes]]
+    """Component names of every role, and the classes that each can have. A model is a stranger's: it does not decide
+    which code loads it, and what it names besides is refused. Each is a class whose own ``from_pretrained`` or
+    ``from_config`` makes it: a scheduler, a model or a tokenizer, no Auto class and no pipeline."""
     DENOISER: str
     """Component name of the denoiser: "unet" or "transformer"."""
     SIDE_MULTIPLE: int
@@ -332,6 +339,7 @@ class Callback(Protocol):
 __all__ = [
     "Batch",
     "Callback",
+    "Classes",
     "Components",
     "Conditioning",
     "Encoder",

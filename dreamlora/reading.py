@@ -130,14 +130,14 @@ def utf8_text(file: Path, most: int, inside: Path | None = None) -> str:
         raise UnreadableError(file, f"it is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def read_json(file: Path, schema: Schema, inside: Path | None = None) -> Any:
-    """What a .json file holds, as ``schema`` has it.
+def read_json(file: Path, schema: Schema, inside: Path | None = None, most: int = JSON_BYTES) -> Any:
+    """What a .json file of at most ``most`` bytes holds, as ``schema`` has it.
 
     Raises:
         FileNotFoundError: there is no such file.
         UnreadableError: it is not valid, not what the schema says, or see ``utf8_text``.
     """
-    return _checked(file, utf8_text(file, JSON_BYTES, inside), json_of, schema)
+    return _checked(file, utf8_text(file, most, inside), json_of, schema)
 
 
 def read_yaml(file: Path, schema: Schema, inside: Path | None = None) -> Any:

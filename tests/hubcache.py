@@ -17,9 +17,16 @@ class FakeHub:
         self.cache = cache
 
     def commit(self, repository: str, commit: str, content: Path) -> Path:
-        """Add a commit with what the folder ``content`` holds, and let the branch point to it."""
+        """Add a commit with what the folder ``content`` holds, as links to blobs, and let the branch point to it."""
         snapshot = self._place(repository) / "snapshots" / commit
-        shutil.copytree(content, snapshot)
+        blobs = self._place(repository) / "blobs"
+        blobs.mkdir(parents=True, exist_ok=True)
+        for file in sorted(path for path in content.rglob("*") if path.is_file()):
+            blob = blobs / f"{len(list(blobs.iterdir())):064x}"
+            shutil.copy(file, blob)
+            link = snapshot / file.relative_to(content)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(*[".."] * (len(link.relative_to(blobs.parent).parts) - 1), "blobs", blob.name))
         self.move(repository, commit)
         return snapshot
 

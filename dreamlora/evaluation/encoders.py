@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,12 +17,17 @@ from dreamlora import tiny
 from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.evaluation.preprocessing import DINO, Picture, Preprocessing, read_preprocessing
-from dreamlora.models.loading import commit_of, find_file, identity, refuse_pickles
+from dreamlora.interfaces import Classes
+from dreamlora.models.building import CONFIG, Form, building, load_module
+from dreamlora.models.configs import read_config
+from dreamlora.models.fetching import Place, commit_of, identity
+from dreamlora.models.loading import check_vocabulary
+from dreamlora.models.tokenizer import load_tokenizer, tokenizer_class
+from dreamlora.reading import shortened
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -33,43 +36,35 @@ class EncoderKind:
 
     Attributes:
         class_name: in transformers.
-        texts: whether it embeds texts in the same space.
+        tokenizers: that it can have; some: it embeds texts in the same space.
         options: for its ``from_pretrained``.
         keeps_proportions: what a size given as one number means in its old preprocessor_config.json.
         preprocessing: instead of what is written there.
     """
 
     class_name: str
-    texts: bool = False
+    tokenizers: Classes = ()
     options: tuple[tuple[str, Any], ...] = ()
     keeps_proportions: bool = False
     preprocessing: Preprocessing | None = None
 
+    @property
+    def texts(self) -> bool:
+        """Whether it embeds texts."""
+        return bool(self.tokenizers)
+
+
+_CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_SIGLIP_TOKENIZERS = ("SiglipTokenizer", "GemmaTokenizer", "GemmaTokenizerFast", *_CLIP_TOKENIZERS)
 
 KINDS = {
-    "clip": EncoderKind("CLIPModel", texts=True, keeps_proportions=True),
-    "siglip": EncoderKind("SiglipModel", texts=True),
+    "clip": EncoderKind("CLIPModel", _CLIP_TOKENIZERS, keeps_proportions=True),
+    "siglip": EncoderKind("SiglipModel", _SIGLIP_TOKENIZERS),
     # A pooler that the weights lack would be made of random numbers.
     "vit": EncoderKind("ViTModel", options=(("add_pooling_layer", False),), preprocessing=DINO),
     "dinov2": EncoderKind("Dinov2Model", keeps_proportions=True),
     "dinov2_with_registers": EncoderKind("Dinov2WithRegistersModel", keeps_proportions=True),
 }
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A folder, or a hub repository at one commit: a branch may move between two of its files.
-
-    Attributes:
-        commit: of the repository; None for a folder.
-    """
-
-    path: str
-    commit: str | None
-    cache_dir: Path | None
-
-    def file(self, name: str) -> Path:
-        return find_file(self.path, name, self.commit, self.cache_dir)
 
 
 def load_encoder(name: str, device: torch.device, cache_dir: Path | None = None) -> TransformersEncoder:
@@ -84,15 +79,19 @@ def load_encoder(name: str, device: torch.device, cache_dir: Path | None = None)
         UserError: it cannot be found or read, has no safetensors, or is of no supported type.
     """
     path = str(tiny.clip_path()) if name == EMBEDDED_MODEL else name
-    place = _Place(path, commit_of(path, CONFIG, None, cache_dir), cache_dir)
-    model_type = json.loads(place.file(CONFIG).read_text(encoding="utf-8")).get("model_type")
-    if model_type not in KINDS:
-        raise UserError(f"{name} is a {model_type!r} model, which is no supported encoder: choose a {', '.join(KINDS)}")
-    kind = KINDS[model_type]
+    place = Place(path, commit_of(path, CONFIG, None, cache_dir), cache_dir)
+    model_type = read_config(place.file(CONFIG)).get("model_type")
+    kind = KINDS.get(model_type) if isinstance(model_type, str) else None
+    if kind is None:
+        raise UserError(
+            f"{name} is of type {shortened(model_type)}, which is no supported encoder: choose a {', '.join(KINDS)}"
+        )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         model = _model(kind, place).to(device)
     preprocessing = kind.preprocessing or _preprocessing(kind, place)
-    tokenizer = _from_pretrained(transformers.AutoTokenizer, place) if kind.texts else None
+    tokenizer = _tokenizer(kind, place) if kind.texts else None
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.text_model, path)
     model_id = identity(name, path, place.commit)
     pooling = "projection" if kind.texts else "cls"
     return TransformersEncoder(f"{model_id}/{preprocessing.id}/{pooling}", model, preprocessing, tokenizer)
@@ -188,34 +187,29 @@ def _vectors(output: Any) -> Tensor:
     return vectors.float().cpu()
 
 
-def _model(kind: EncoderKind, place: _Place) -> nn.Module:
+def _model(kind: EncoderKind, place: Place) -> Any:
     model_class = getattr(transformers, kind.class_name, None)
     if model_class is None:
         raise UserError(
             f"{place.path} needs {kind.class_name}, which the installed transformers does not have: update it"
         )
-    refuse_pickles(Path(place.path), "encoder")
     disable_progress_bar()
-    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, **dict(kind.options)}
-    model, info = _from_pretrained(model_class, place, **options)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{place.path}: the weights lack {len(missing)} tensors, {missing[0]} first: download it again")
-    frozen: nn.Module = model.requires_grad_(False).eval()
-    return frozen
+    return load_module(model_class, place, Form(torch.float32, options=dict(kind.options)))
 
 
-def _from_pretrained(part_class: Any, place: _Place, **options: Any) -> Any:
-    try:
-        return part_class.from_pretrained(place.path, cache_dir=place.cache_dir, revision=place.commit, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+def _tokenizer(kind: EncoderKind, place: Place) -> Any:
+    name = tokenizer_class(place) or kind.tokenizers[0]
+    if name not in kind.tokenizers:
         raise UserError(
-            f"cannot load the encoder {place.path}: expected a {part_class.__name__} with *.safetensors. Copy "
-            f"or download it again, or load and save it with save_pretrained. The reason given: {error}"
-        ) from error
+            f"{place}: {shortened(name)} is named as the class of the tokenizer, where {' or '.join(kind.tokenizers)} "
+            "is expected: use another encoder, or save this one with such a tokenizer"
+        )
+    part_class = getattr(transformers, name)
+    with building(part_class, place):
+        return load_tokenizer(part_class, place)
 
 
-def _preprocessing(kind: EncoderKind, place: _Place) -> Preprocessing:
+def _preprocessing(kind: EncoderKind, place: Place) -> Preprocessing:
     try:
         file = place.file("preprocessor_config.json")
     except UserError as error:

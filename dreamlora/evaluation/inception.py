@@ -8,7 +8,6 @@ shift by half a pixel). So its numbers are those of torch-fidelity, within round
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +19,14 @@ from torch.nn import functional as F
 
 from dreamlora.errors import UserError
 from dreamlora.evaluation.preprocessing import Picture, as_image
+from dreamlora.models.configs import in_one_line
+from dreamlora.models.weights import read_header, read_tensors
 
 SIDE = 299
 DIM = 2048
 BATCH = 16
+MOST_BYTES = 2**28
+"""The release has 95 MB."""
 CLASSES = 1008
 RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -252,19 +255,29 @@ def _of_one_size(images: Sequence[Picture]) -> Iterator[np.ndarray]:
 def load_inception(file: Path, device: torch.device) -> InceptionEncoder:
     """Inception with the weights of a local file; tensors only are read from it, no other pickled objects.
 
+    Args:
+        file: of torch, or of safetensors.
+        device: where it computes.
+
     Raises:
         UserError: the file is not there, or holds something else; the message says where the right one is.
     """
     remedy = f"--inception_weights takes {FILE}, downloaded from {RELEASE}"
     if not file.is_file():
         raise UserError(f"there is no file {file}: {remedy}")
+    if file.stat().st_size > MOST_BYTES:
+        raise UserError(f"{file} is larger than Inception's weights can be: {remedy}")
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            read_header(file)
+        weights = read_tensors(file)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             network = Inception()
         network.load_state_dict(weights)
-    except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError, ValueError) as error:
-        raise UserError(f"{file} does not hold Inception's weights: {remedy}. The reason given: {error}") from error
+    except Exception as error:  # of many kinds: a pickle is a program, and this one a stranger's
+        raise UserError(
+            f"{file} does not hold Inception's weights: {remedy}. The reason given: {in_one_line(error)}"
+        ) from error
     content = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     frozen = network.requires_grad_(False).eval().to(device)
     return InceptionEncoder(f"inception-2015-12-05@{content}/tf-bilinear{SIDE}/pool3", frozen)

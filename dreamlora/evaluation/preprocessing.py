@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, Len
 from PIL import Image
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from dreamlora.data.images import to_rgb
 from dreamlora.errors import UserError
+from dreamlora.reading import Schema, read_json
 
 Picture = Image.Image | np.ndarray
 
@@ -90,6 +92,36 @@ def as_image(picture: Picture) -> Image.Image:
     raise TypeError(f"expected PIL images or uint8 HWC arrays (got {got})")
 
 
+LARGEST_SIDE = 4096
+"""Of the images that an encoder sees; 512 in all known ones."""
+_CONFIG_BYTES = 2**20
+_Side = Annotated[int, Ge(1), Le(LARGEST_SIDE)]
+
+
+class _Size(TypedDict, total=False):
+    shortest_edge: _Side
+    height: _Side
+    width: _Side
+
+
+class _Config(TypedDict, total=False):
+    size: _Side | _Size | None
+    crop_size: _Side | _Size | None
+    do_resize: bool | None
+    do_center_crop: bool | None
+    resample: Annotated[int, Ge(0), Le(5)] | None
+    rescale_factor: Annotated[float, Gt(0), Le(1)] | None
+    image_mean: Annotated[list[Annotated[float, Ge(-1000), Le(1000)]], Len(3, 3)] | None
+    image_std: Annotated[list[Annotated[float, Ge(1e-6), Le(1000)]], Len(3, 3)] | None
+
+
+class _Processor(_Config, total=False):
+    image_processor: _Config
+
+
+_PROCESSOR = Schema(_Processor)
+
+
 def read_preprocessing(file: Path, keeps_proportions: bool) -> Preprocessing:
     """The preprocessing that ``preprocessor_config.json`` (or ``processor_config.json``) describes.
 
@@ -98,10 +130,10 @@ def read_preprocessing(file: Path, keeps_proportions: bool) -> Preprocessing:
         keeps_proportions: what a size given as one number means: the shorter side, or both sides.
 
     Raises:
-        UserError: it describes something else.
+        UserError: it describes something else, or is no such file.
     """
-    loaded = json.loads(file.read_text(encoding="utf-8"))
-    config: Mapping[str, Any] = loaded.get("image_processor", loaded)
+    loaded = read_json(file, _PROCESSOR, most=_CONFIG_BYTES)
+    config = {name: value for name, value in loaded.get("image_processor", loaded).items() if value is not None}
     try:
         crop = _side(config["crop_size"]) if config.get("do_center_crop") else None
         resize = _resize(config["size"], keeps_proportions)
@@ -115,7 +147,7 @@ def read_preprocessing(file: Path, keeps_proportions: bool) -> Preprocessing:
             mean=_colours(config["image_mean"]),
             std=_colours(config["image_std"]),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError) as error:
         raise UserError(
             f"{file}: this way to prepare images is not supported ({error}); use another encoder"
         ) from error
@@ -124,7 +156,7 @@ def read_preprocessing(file: Path, keeps_proportions: bool) -> Preprocessing:
 def _resize(size: Any, keeps_proportions: bool) -> int | tuple[int, int]:
     if isinstance(size, int):
         return size if keeps_proportions else (size, size)
-    return int(size["shortest_edge"]) if "shortest_edge" in size else (int(size["height"]), int(size["width"]))
+    return size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
 
 
 def _side(size: Any) -> int:

@@ -13,9 +13,25 @@ from torch import Tensor, nn
 
 from dreamlora.errors import UserError
 from dreamlora.files import replacing
-from dreamlora.interfaces import Latents
+from dreamlora.interfaces import Classes, Latents, ModelSource
 from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
+from dreamlora.models import configs, loading
 from dreamlora.runfolder import LORA_FILE
+
+DIFFUSION_SCHEDULERS: Classes = tuple(
+    f"diffusers.{name}Scheduler"
+    for name in (
+        *("DDIM", "DDPM", "PNDM", "LCM", "TCD", "DEISMultistep", "UniPCMultistep", "SASolver"),
+        *("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "EulerDiscrete", "EulerAncestralDiscrete"),
+        *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete"),
+    )
+)
+"""Those over betas, whose configs give DDPM's: any of them samples from a Stable Diffusion."""
+FLOW_SCHEDULERS: Classes = (
+    "diffusers.FlowMatchEulerDiscreteScheduler",
+    "diffusers.FlowMatchHeunDiscreteScheduler",
+    "diffusers.FlowMatchLCMScheduler",
+)
 
 MARKS = 2
 """Begin and end of a text."""
@@ -86,6 +102,11 @@ def _in_chunks(ids: Tensor, mask: Tensor, chunk: int, tokenizer: Any) -> tuple[T
     body = torch.cat([torch.where(body[:, :1] == pad, end, body[:, :1]), body[:, 1:]], dim=1)
     begins = ids[:, :1].repeat_interleave(n, dim=0)
     return torch.cat([begins, body, ends], dim=1), torch.cat([torch.ones_like(begins), seen, seen[:, -1:]], dim=1)
+
+
+def pixels_per_latent(source: ModelSource) -> int:
+    """Pixels along a side that one latent stands for: each level of the autoencoder but the last halves the sides."""
+    return int(2 ** (len(loading.read_sizes(source, "vae", "block_out_channels", configs.LARGEST_NUMBER)) - 1))
 
 
 def encode_images(vae: Any, pixels: Tensor) -> Latents:

@@ -13,11 +13,22 @@ from torch import Tensor, nn
 
 from dreamlora.errors import UserError
 from dreamlora.families import _parts
-from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
+from dreamlora.interfaces import Classes, Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
 from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("FluxPipeline",)
+PARTS: dict[Role, dict[str, Classes]] = {
+    "text": {
+        "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
+        "tokenizer_2": ("transformers.T5TokenizerFast", "transformers.T5Tokenizer"),
+        "text_encoder": ("transformers.CLIPTextModel",),
+        "text_encoder_2": ("transformers.T5EncoderModel",),
+    },
+    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "denoiser": {"transformer": ("diffusers.FluxTransformer2DModel",)},
+    "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
+}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
@@ -47,13 +58,6 @@ OWN_OPTIONS: tuple[str, ...] = (
 LONGEST_PROMPT = 512
 """T5 tokens that FluxPipeline takes at most."""
 
-_PARTS: dict[Role, tuple[str, ...]] = {
-    "text": ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
-    "vae": ("vae",),
-    "denoiser": ("transformer",),
-    "scheduler": ("scheduler",),
-}
-
 
 def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     """One part of the pipeline on the CPU, frozen, in eval mode.
@@ -61,13 +65,12 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     Raises:
         UserError: the folder or hub repository is missing, incomplete or holds pickles.
     """
-    return loading.load_components(source, _PARTS[role], dtype)
+    return loading.load_components(source, PARTS[role], dtype)
 
 
 def resolution(source: ModelSource) -> int:
     """FluxPipeline's default side: 128 latents, 1024 pixels with FLUX.1's autoencoder."""
-    levels = len(loading.read_config(source, "vae")["block_out_channels"])
-    return 128 * 2 ** (levels - 1)
+    return 128 * _parts.pixels_per_latent(source)
 
 
 def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
@@ -171,7 +174,7 @@ def _image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype
 
 def pipeline(components: Components) -> FluxPipeline:
     """A stock pipeline around these parts; parts not given are None."""
-    return FluxPipeline(**{name: components.get(name) for role in _PARTS.values() for name in role})
+    return FluxPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
 
 
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:

@@ -10,11 +10,20 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from dreamlora.families import _parts
-from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
+from dreamlora.interfaces import Classes, Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
 from dreamlora.models import loading
 from dreamlora.objectives import Diffusion
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionPipeline",)
+PARTS: dict[Role, dict[str, Classes]] = {
+    "text": {
+        "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
+        "text_encoder": ("transformers.CLIPTextModel",),
+    },
+    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny", "diffusers.AsymmetricAutoencoderKL")},
+    "denoiser": {"unet": ("diffusers.UNet2DConditionModel",)},
+    "scheduler": {"scheduler": _parts.DIFFUSION_SCHEDULERS},
+}
 DENOISER: str = "unet"
 SIDE_MULTIPLE: int = 8
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
@@ -24,13 +33,8 @@ SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=30, guidanc
 PROMPT_LENGTH: str = "tokenizer_max_length"
 PROMPT_TOKENIZER: str = "tokenizer"
 OWN_OPTIONS: tuple[str, ...] = ("snr_gamma", "prediction_type", "negative_prompt", "tokenizer_max_length")
-
-_PARTS: dict[Role, tuple[str, ...]] = {
-    "text": ("tokenizer", "text_encoder"),
-    "vae": ("vae",),
-    "denoiser": ("unet",),
-    "scheduler": ("scheduler",),
-}
+LARGEST_SIDE = 1024
+"""Of the latents that a UNet was made for: 64 and 96 in all known ones."""
 
 
 def load(source: ModelSource, role: Role, dtype: Any) -> Components:
@@ -39,14 +43,13 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     Raises:
         UserError: the folder or hub repository is missing, incomplete or holds pickles.
     """
-    return loading.load_components(source, _PARTS[role], dtype)
+    return loading.load_components(source, PARTS[role], dtype)
 
 
 def resolution(source: ModelSource) -> int:
     """The side the UNet was made for, in pixels (512 for SD 1.x, 768 for SD 2.x)."""
-    side = loading.read_config(source, "unet")["sample_size"]
-    levels = len(loading.read_config(source, "vae")["block_out_channels"])
-    return int(side if isinstance(side, int) else side[0]) * 2 ** (levels - 1)
+    side = loading.read_sizes(source, "unet", "sample_size", LARGEST_SIDE)[0]
+    return side * _parts.pixels_per_latent(source)
 
 
 def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
@@ -102,7 +105,7 @@ def predict(
 
 def pipeline(components: Components) -> StableDiffusionPipeline:
     """A stock pipeline around these parts, without safety checker; parts not given are None."""
-    names = [name for role in _PARTS.values() for name in role]
+    names = [name for role in PARTS.values() for name in role]
     return StableDiffusionPipeline(
         **{name: components.get(name) for name in names},
         safety_checker=None,

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+import diffusers
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError
+import transformers
+from annotated_types import Len
+from diffusers.utils import DummyObject
 from transformers.utils.logging import disable_progress_bar
 
 from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, Model
-from dreamlora.errors import DISK_FULL, UserError
-from dreamlora.interfaces import Components, Family, ModelSource
-from dreamlora.models.fingerprint import fingerprint
-from dreamlora.models.local import INDEX, local_file, vae_file
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Classes, Components, Family, ModelSource
+from dreamlora.models import configs
+from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, check_config, load_part
+from dreamlora.models.fetching import Place, commit_of, find_file, identity
+from dreamlora.models.local import INDEX, vae_file
+from dreamlora.reading import Schema, UnreadableError, read_json, shortened
 
 SCHEDULER = "scheduler"
 
@@ -74,15 +69,15 @@ def read_model_index(source: ModelSource) -> dict[str, Any]:
         UserError: there is none, or it cannot be read.
     """
     file = find_file(source.path, INDEX, source.revision, source.cache_dir)
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{source.path}: {INDEX} is not valid JSON ({error}); copy or download the model again"
-        ) from error
-    if not isinstance(index, dict) or "_class_name" not in index:
+    index: dict[str, Any] = read_json(file, _MAPPING, most=configs.CONFIG_BYTES)
+    if "_class_name" not in index:
         raise UserError(
             f"{source.path}: {INDEX} does not name a pipeline (no _class_name); is it a diffusers pipeline?"
+        )
+    if not _is_name(index["_class_name"]):
+        raise UserError(
+            f"{source.path}: {INDEX} names {shortened(index['_class_name'])} as its pipeline, where the name of a "
+            "class of diffusers is expected; pipelines that come with code of their own are not loaded"
         )
     return index
 
@@ -90,11 +85,21 @@ def read_model_index(source: ModelSource) -> dict[str, Any]:
 def family_of(source: ModelSource, name: str | None = None) -> Family:
     """The family module for a pipeline: ``name`` if given, else the one that handles its class.
 
+    The classes and configs of its parts are looked through at once: the last part is loaded after minutes of work.
+
     Raises:
-        UserError: no family handles it; the message lists what is supported.
+        UserError: no family handles it, and the message lists what is supported; or see ``load_components``.
     """
-    if name is not None:
-        return cast(Family, registry.load("families", name))
+    family = cast(Family, registry.load("families", name)) if name is not None else _by_pipeline(source)
+    index = read_model_index(source)
+    for parts in family.PARTS.values():
+        for part, allowed in parts.items():
+            part_class = _class(_entry(source, part, index), part, allowed, place_of(source, part))
+            check_config(part_class, place_of(source, part))
+    return family
+
+
+def _by_pipeline(source: ModelSource) -> Family:
     pipeline = read_model_index(source)["_class_name"]
     families = {name: cast(Family, registry.load("families", name)) for name in registry.names("families")}
     for family in families.values():
@@ -108,195 +113,133 @@ def family_of(source: ModelSource, name: str | None = None) -> Family:
 
 
 def read_config(source: ModelSource, component: str) -> dict[str, Any]:
-    """``config.json`` of one part, without its weights; of the scheduler its ``scheduler_config.json``.
+    """The config of a part without loading it; of the autoencoder that is used, if another one is given.
 
     Raises:
-        UserError: there is none.
+        UserError: it is missing, or cannot be read.
     """
-    if component == "vae" and source.vae_path:
-        file = find_file(source.vae_path, vae_file(source.vae_path), source.vae_revision, source.cache_dir)
-    else:
-        name = "scheduler_config.json" if component == SCHEDULER else "config.json"
-        file = find_file(source.path, f"{component}/{name}", source.revision, source.cache_dir)
-    return json.loads(file.read_text(encoding="utf-8"))
+    return configs.read_config(_config_file(source, component))
 
 
-def load_components(source: ModelSource, names: Sequence[str], dtype: torch.dtype | None) -> Components:
-    """Parts of the pipeline by name, each of the class that model_index.json says; modules are frozen and in eval mode.
+def read_sizes(source: ModelSource, component: str, key: str, most: int) -> tuple[int, ...]:
+    """Whole numbers from 1 to ``most`` in the config of a part, of which there may be a list.
 
     Raises:
-        UserError: a part is missing, incomplete, of an unknown class, or only there as a pickle.
+        UserError: it has none, or others.
+    """
+    file = _config_file(source, component)
+    value = configs.read_config(file).get(key)
+    sizes = value if isinstance(value, list) else [value]
+    if not 1 <= len(sizes) <= MOST_SIZES or not all(type(size) is int and 1 <= size <= most for size in sizes):
+        raise UnreadableError(file, f"{key}: expected sizes from 1 to {most} (got {shortened(value)})")
+    return tuple(sizes)
+
+
+MOST_SIZES = 16
+"""In a list: levels of a network, or sides."""
+
+
+def load_components(source: ModelSource, classes: Mapping[str, Classes], dtype: torch.dtype | None) -> Components:
+    """Parts of the pipeline by name; modules are frozen and in eval mode.
+
+    Args:
+        source: the pipeline.
+        classes: of each part those that it can have (see ``Family.PARTS``).
+        dtype: of modules.
+
+    Raises:
+        UserError: a part is missing, incomplete, of another class, only there as a pickle, or does not fit another.
     """
     index = read_model_index(source)
     disable_progress_bar()  # one bar per part, for what takes a second; downloads keep theirs
-    return {name: _load(source, name, index, dtype) for name in names}
+    parts = {name: _load(source, name, index, allowed, dtype) for name, allowed in classes.items()}
+    for name, part in parts.items():
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if name.startswith("text_encoder") and tokenizer is not None:
+            check_vocabulary(tokenizer, part, source.path)
+    return parts
 
 
-def _load(source: ModelSource, name: str, index: dict[str, Any], dtype: torch.dtype | None) -> Any:
-    arguments: dict[str, Any] = {"cache_dir": source.cache_dir}
+def _load(source: ModelSource, name: str, index: dict[str, Any], allowed: Classes, dtype: torch.dtype | None) -> Any:
+    place = place_of(source, name)
+    part_class = _class(_entry(source, name, index), name, allowed, place)
+    variant = source.variant if place.path == source.path else None
+    part = load_part(part_class, place, Form(dtype, variant, source.allow_pickle))
+    if name == SCHEDULER and source.prediction_type:
+        part.register_to_config(prediction_type=source.prediction_type)
+    return part
+
+
+def place_of(source: ModelSource, component: str) -> Place:
+    """Where a part lies; that of the other autoencoder, if one is given."""
+    if component == "vae" and source.vae_path:
+        folder = vae_file(source.vae_path).rpartition("/")[0]
+        return Place(source.vae_path, source.vae_revision, source.cache_dir, folder)
+    return Place(source.path, source.revision, source.cache_dir, component)
+
+
+def _config_file(source: ModelSource, component: str) -> Path:
+    return place_of(source, component).file(SCHEDULER_CONFIG if component == SCHEDULER else CONFIG)
+
+
+def _entry(source: ModelSource, name: str, index: dict[str, Any]) -> Any:
+    """What is said of a part's class: in model_index.json, or by another autoencoder itself."""
     if name == "vae" and source.vae_path:
-        path, part_class = (
-            source.vae_path,
-            _class("diffusers", read_config(source, "vae")["_class_name"], source.vae_path),
-        )
-        arguments |= {
-            "subfolder": str(Path(vae_file(path)).parent).removeprefix("."),
-            "revision": source.vae_revision,
-        }
-    else:
-        path, part_class = source.path, _class(*_entry(source, name, index), source.path)
-        arguments |= {"subfolder": name, "revision": source.revision}
-    if not issubclass(part_class, torch.nn.Module):
-        part = _from_pretrained(part_class, path, name, arguments)
-        if name == SCHEDULER and source.prediction_type:
-            part.register_to_config(prediction_type=source.prediction_type)
-        return part
-    if path == source.path:
-        arguments["variant"] = source.variant
-    if not source.allow_pickle:
-        arguments["use_safetensors"] = True
-        refuse_pickles(Path(path, arguments["subfolder"]), name)
-    arguments["torch_dtype" if part_class.__module__.startswith("diffusers") else "dtype"] = dtype
-    part, info = _from_pretrained(part_class, path, name, arguments | {"output_loading_info": True})
-    if info["missing_keys"]:
-        # both libraries go on with random numbers there
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"{path}: the weights of {name!r} lack {len(missing)} tensors, {missing[0]} first; "
-            "they do not belong to its config.json: download or export the model again"
-        )
-    return part.requires_grad_(False).eval()
-
-
-def _from_pretrained(part_class: Any, path: str, name: str, arguments: dict[str, Any]) -> Any:
-    try:
-        return part_class.from_pretrained(path, **arguments)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        where = f"folder {path}" if Path(path).exists() else f"hub repository {path}"
-        variant = f" (variant {arguments['variant']})" if arguments.get("variant") else ""
-        raise UserError(
-            f"cannot load {name!r} of {where}: expected a {part_class.__name__}{variant} as safetensors. "
-            f"Copy or download it again, check --revision and --variant, or for .bin weights that you trust "
-            f"give --allow_pickle. The reason given: {error}"
-        ) from error
-
-
-def _entry(source: ModelSource, name: str, index: dict[str, Any]) -> tuple[str, str]:
-    library, class_name = index.get(name) or (None, None)
-    if library is None or class_name is None:
+        return ["diffusers", read_config(source, name).get("_class_name")]
+    entry = index.get(name)
+    if entry in (None, [None, None]):
         raise UserError(f"{source.path}: the pipeline has no {name!r} in its {INDEX}; a complete pipeline is needed")
     if Path(source.path).is_dir() and not Path(source.path, name).is_dir():
         raise UserError(f"{source.path} is incomplete: no folder {name!r}, which its {INDEX} names; copy it again")
-    return library, class_name
+    return entry
 
 
-def _class(library: str, class_name: str, path: str) -> Any:
-    # only these two: a library name from a file must not decide what code is imported
-    part_class = getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
-    if part_class is None:
+def _class(entry: Any, name: str, allowed: Classes, place: Place) -> Any:
+    """The class, of those that the family has for this part: others would load what nobody looked at."""
+    named = ".".join(entry) if isinstance(entry, list) and all(map(_is_name, entry)) else None
+    if named not in allowed:
         raise UserError(
-            f"{path} needs the class {class_name} of {library}, which the installed diffusers and transformers "
-            "do not have; a newer version may"
+            f"{place}: {shortened(named or str(entry))} is named as the class of {name!r}, where "
+            f"{' or '.join(allowed)} is expected; is it a pipeline of this family, or has --family chosen another?"
         )
+    library, _, class_name = named.partition(".")
+    part_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name, None)
+    if part_class is None:
+        raise UserError(f"{place} needs {named}, which the installed {library} does not have; another version may")
+    if isinstance(part_class, DummyObject):
+        raise UserError(f"{place} needs {named}, which diffusers has only with {' and '.join(part_class._backends)}")
     return part_class
 
 
-_LIBRARIES = ("diffusers", "transformers")
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and text.isidentifier() and len(text) <= 100
 
 
-def refuse_pickles(folder: Path, name: str) -> None:
-    """Nothing, unless a local folder has no safetensors for the part called ``name``.
+def check_vocabulary(tokenizer: Any, encoder: Any, path: str) -> None:
+    """Nothing, if a text encoder knows every token that its tokenizer can give it.
 
     Raises:
-        UserError: there are only pickled weights, or none.
+        UserError: it would be asked for others, or for more at once than it has positions.
     """
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for file in folder.glob(pattern))
-        weights_text = (
-            f"only pickled weights ({', '.join(pickles)}), which can run any code while they load"
-            if pickles
-            else "none"
-        )
-        remedy = "load it and save it again as safetensors; for a base model that you trust there is --allow_pickle"
+    known = encoder.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= known:
         raise UserError(
-            f"{folder}: the weights of {name!r} are expected as *.safetensors, but there are {weights_text}. "
-            + (f"To go on: {remedy}." if pickles else "The folder is incomplete: copy or download it again.")
+            f"{path}: the tokenizer has tokens up to {highest}, but its text encoder knows {known}: they do not belong "
+            "together; download or export the model again"
         )
+    positions = getattr(encoder.config, "max_position_embeddings", None)
+    if positions is not None and tokenizer.model_max_length > positions:
+        raise UserError(
+            f"{path}: the tokenizer gives prompts of {tokenizer.model_max_length} tokens (model_max_length), but its "
+            f"text encoder reads {positions}: they do not belong together; download or export the model again"
+        )
+
+
+_MAPPING = Schema(Annotated[dict[str, Any], Len(0, 1000)])
 
 
 def _embedded() -> str:
     from dreamlora import tiny  # only looked for when it is used
 
     return str(tiny.pipeline_path())
-
-
-def commit_of(path: str, file: str, revision: str | None, cache_dir: Path | None) -> str | None:
-    """The commit that a revision of a hub repository stands for now; None for a folder, which has none.
-
-    Offline it is the one that was downloaded last.
-
-    Args:
-        path: folder or hub repository.
-        file: one that must be there.
-        revision: branch, tag or commit; None: the default branch.
-        cache_dir: where downloads are kept.
-
-    Raises:
-        UserError: as ``find_file``.
-    """
-    local_file = find_file(path, file, revision, cache_dir)
-    return None if Path(path).is_dir() else local_file.parents[file.count("/")].name
-
-
-def identity(name: str, path: str, commit: str | None) -> str:
-    """A short name and what the files hold: ``name@fingerprint`` for folders, ``name@commit`` for the hub.
-
-    Args:
-        name: as the user gave it.
-        path: folder or hub repository that it stands for.
-        commit: of the repository; None for a folder.
-    """
-    return f"{name}@{commit}" if commit else f"{Path(name).resolve().name}@{fingerprint(Path(path))}"
-
-
-def find_file(path: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:
-    """A file of a folder or hub repository; fetched if it is not here yet.
-
-    Raises:
-        UserError: no such folder, repository or file, or the hub cannot be reached.
-    """
-    return local_file(path, name) or _download(path, name, revision, cache_dir)
-
-
-def _download(repository: str, name: str, revision: str | None, cache_dir: Path | None) -> Path:
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision, cache_dir=cache_dir))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise
-        raise UserError(_explain(error, repository, name, revision)) from error
-
-
-def _explain(error: Exception, repository: str, name: str, revision: str | None) -> str:
-    nowhere = f"there is no folder {repository}"
-    match error:
-        case GatedRepoError():
-            return (
-                f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, "
-                "then log in with `hf auth login`"
-            )
-        case RepositoryNotFoundError():
-            return f"{nowhere} and no such public hub repository; for a private one log in with `hf auth login`"
-        case RevisionNotFoundError():
-            return f"hub repository {repository} has no revision {revision!r}: check --revision"
-        case LocalEntryNotFoundError():
-            return (
-                f"{nowhere}, and the hub cannot be reached (or HF_HUB_OFFLINE is set) and {name} of such a repository "
-                "was not downloaded before: check the name, or the network"
-            )
-        case EntryNotFoundError():
-            return f"hub repository {repository} has no {name}: a repository in the format of save_pretrained is needed"
-        case HFValidationError():
-            return f"{nowhere}, and it is not a hub name (owner/name) either"
-        case _:
-            return f"{nowhere}, and the hub did not deliver {name} of a repository of that name: {error}"

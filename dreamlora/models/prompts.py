@@ -21,7 +21,8 @@ def cut_prompts(
     Raises:
         UserError: ``max_length`` is none that the text encoder can take.
     """
-    tokenizer = load_components(source, (family.PROMPT_TOKENIZER,), None)[family.PROMPT_TOKENIZER]
+    name = family.PROMPT_TOKENIZER
+    tokenizer = load_components(source, {name: family.PARTS["text"][name]}, None)[name]
     limit = family.prompt_limit(tokenizer, max_length)
 
     def cut() -> Iterator[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from dreamlora.errors import UserError
 from dreamlora.evaluation import encoders
 from dreamlora.evaluation.encoders import TransformersEncoder, load_encoder
 from dreamlora.evaluation.preprocessing import DINO
+from tests.hostile import edit_json, nothing_foreign
 from tests.hubcache import FakeHub
 from tests.tinymodels import CLIP_LENGTH
 
@@ -147,7 +149,7 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no_such/encoder"):
         load_encoder("no_such/encoder", CPU)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"is a 'bert' model.*choose a clip, siglip, vit, dinov2"):
+    with pytest.raises(UserError, match=r"is of type 'bert'.*choose a clip, siglip, vit, dinov2"):
         load(tmp_path)
 
 
@@ -174,3 +176,58 @@ def test_all_of_an_encoder_is_of_the_commit_that_its_id_names(
     encoder = load_encoder("owner/clip", CPU, hub.cache)
     assert encoder.id.startswith(f"owner/clip@{first}/")
     assert torch.equal(encoder.images(pictures), load(encoder_folders["clip"]).images(pictures))
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        {"attn_implementation": "kernels-community/flash-attn", "auto_map": {"AutoModel": "x/y--evil.M"}},
+        {"_attn_implementation_internal": "kernels-community/flash-attn", "transformers_weights": "../a.safetensors"},
+        {"_name_or_path": "x/y", "base_model": "x/y", "return_dict": False, "torch_dtype": "float64"},
+    ],
+    ids=["code", "files", "names"],
+)
+def test_an_encoder_is_made_of_its_numbers_alone(
+    encoder_folders: dict[str, Path], pictures: list[Image.Image], tmp_path: Path, reach: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(encoder_folders["clip"], tmp_path / "clip"))
+    edit_json(folder / "config.json", **reach)
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x/y--evil.T", None]}, init_inputs=[1])
+    edit_json(folder / "preprocessor_config.json", auto_map={"AutoImageProcessor": "x/y--evil.P"})
+    expected = load(encoder_folders["clip"])
+    with nothing_foreign():
+        encoder = load(folder)
+    assert torch.equal(encoder.images(pictures), expected.images(pictures))
+    assert torch.equal(encoder.texts(["a dog"]), expected.texts(["a dog"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("config.json", {"model_type": ["clip"]}, "is of type a list of 1, which is no supported encoder"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantized"),
+        ("config.json", {"text_config": 5}, r"config\.json: text_config: expected a mapping"),
+        ("config.json", {"vision_config": {"num_hidden_layers": 10**6}}, "far more than"),
+        ("tokenizer_config.json", {"tokenizer_class": "EvilTokenizer"}, "where CLIPTokenizer or CLIPTokenizerFast is"),
+        ("tokenizer_config.json", {"tokenizer_class": "AutoTokenizer"}, "where CLIPTokenizer or CLIPTokenizerFast is"),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, r"tokenizer_config\.json: tokenizer_class"),
+        ("tokenizer_config.json", {"model_max_length": 10**6}, "prompts of 1000000 tokens"),
+    ],
+)
+def test_what_an_encoder_may_not_say(
+    encoder_folders: dict[str, Path], tmp_path: Path, file: str, values: dict[str, Any], words: str
+) -> None:
+    folder = Path(shutil.copytree(encoder_folders["clip"], tmp_path / "clip"))
+    edit_json(folder / file, **values)
+    with nothing_foreign(), pytest.raises(UserError, match=words):
+        load(folder)
+
+
+def test_an_encoders_index_names_safetensors_alone(encoder_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(encoder_folders["dino"], tmp_path / "dino"))
+    torch.save({"a": torch.zeros(1)}, folder / "evil.bin")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"a": "evil.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match=r"it names 'evil\.bin', where only files <name>\.safetensors"):
+        load(folder)

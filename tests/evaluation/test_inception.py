@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamlora.errors import UserError
 from dreamlora.evaluation.inception import DIM, Inception, load_inception, resize_like_tensorflow
+from tests.fuzzing import damaged, fuzzed, harmless
 
 PLACES = (0, 319, 320, 703, 704, 1087, 1088, 1471, 1472, 1855, 1856, 2047)
 """The first and last feature of every branch of the last block."""
@@ -89,3 +94,40 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for name in ("a.pth", "b.pth"):
         with pytest.raises(UserError, match=rf"{name} does not hold Inception's weights: --inception_weights takes"):
             load_inception(tmp_path / name, torch.device("cpu"))
+
+
+def test_weights_may_be_safetensors(tmp_path: Path) -> None:
+    weights = made_up_weights()
+    torch.save(weights, tmp_path / "weights.pth")
+    save_file(weights, tmp_path / "weights.safetensors")
+    first, second = (load_inception(tmp_path / f"weights.{end}", torch.device("cpu")) for end in ("pth", "safetensors"))
+    assert torch.equal(first.images(pictures()[:1]), second.images(pictures()[:1]))
+
+
+def test_a_pickle_runs_no_code_and_no_file_is_larger_than_the_release(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"fc.weight": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="does not hold Inception's weights"):
+        load_inception(tmp_path / "evil.pth", torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+    with (tmp_path / "large.pth").open("wb") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(UserError, match="is larger than Inception's weights can be"):
+        load_inception(tmp_path / "large.pth", torch.device("cpu"))
+
+
+def saved(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+@fuzzed
+@given(damaged(saved({"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)})))
+def test_fuzz_inception(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "inception.pth"
+    file.write_bytes(content)
+    assert isinstance(harmless(lambda: load_inception(file, torch.device("cpu"))), UserError)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from PIL import Image
 from transformers import AutoImageProcessor
 
 from dreamlora.errors import UserError
 from dreamlora.evaluation.preprocessing import DINO, as_image, read_preprocessing
+from tests.fuzzing import as_json, changed, fuzzed, harmless
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
@@ -58,7 +60,7 @@ def test_an_old_size_is_one_number(keeps: bool, resize: object, tmp_path: Path) 
 def test_what_would_be_done_otherwise_is_refused(more: dict[str, object], tmp_path: Path) -> None:
     good = {"size": {"shortest_edge": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (tmp_path / "a.json").write_text(json.dumps(good | more), encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.json: this way to prepare images is not supported"):
+    with pytest.raises(UserError, match=r"a\.json: (this way to prepare images is not supported|image_mean: )"):
         read_preprocessing(tmp_path / "a.json", True)
 
 
@@ -79,3 +81,46 @@ def test_floats_and_other_shapes_are_refused(wrong: object) -> None:
 
 def test_arrays_are_images(pictures: list[Image.Image]) -> None:
     assert torch.equal(DINO([np.asarray(pictures[0])]), DINO([pictures[0]]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": 10**9},
+        {"size": {"height": 24, "width": 0}},
+        {"size": "24"},
+        {"crop_size": 10**6, "do_center_crop": True},
+        {"resample": 9},
+        {"rescale_factor": float("nan"), "image_std": [0.0] * 3},
+        {"image_mean": ["a"] * 3},
+        {"image_processor": []},
+    ],
+    ids=str,
+)
+def test_what_no_processor_says_is_refused(wrong: dict[str, object], tmp_path: Path) -> None:
+    good = {"size": {"shortest_edge": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "a.json").write_text(json.dumps(good | wrong), encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot read .*a\.json: "):
+        read_preprocessing(tmp_path / "a.json", True)
+
+
+PROCESSOR = {
+    "crop_size": {"height": 24, "width": 24},
+    "do_center_crop": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 3,
+    "rescale_factor": 0.004,
+    "size": {"shortest_edge": 24},
+}
+
+
+@fuzzed
+@given(changed({"image_processor": PROCESSOR} | PROCESSOR))
+def test_fuzz_preprocessor_config(tmp_path_factory: pytest.TempPathFactory, content: object) -> None:
+    file = tmp_path_factory.getbasetemp() / "preprocessor_config.json"
+    file.write_bytes(as_json(content))
+    found = harmless(lambda: read_preprocessing(file, True))
+    if not isinstance(found, UserError):
+        assert found([np.zeros((30, 40, 3), dtype=np.uint8)]).isfinite().all()

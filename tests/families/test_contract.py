@@ -12,9 +12,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dreamlora import registry
 from dreamlora.config import Lora, Model, Train
@@ -74,6 +76,23 @@ def test_module_has_every_member_with_the_contracts_signature(case):
         if not name.startswith("_"):
             wanted = [p for p in inspect.signature(member).parameters if p != "self"]
             assert list(inspect.signature(getattr(case.family, name)).parameters) == wanted, name
+
+
+def test_every_part_has_classes_that_are_made_of_their_own_files_alone(case):
+    """No Auto class, which any file may send elsewhere, and no pipeline, which loads others."""
+    kinds = (diffusers.ModelMixin, diffusers.SchedulerMixin, PreTrainedModel, PreTrainedTokenizerBase)
+    declared = {name: classes for parts in case.family.PARTS.values() for name, classes in parts.items()}
+    assert case.family.PARTS.keys() == set(ROLES)
+    assert declared.keys() >= {case.family.DENOISER, *case.family.TEXT_ENCODERS, case.family.PROMPT_TOKENIZER}
+    for classes in declared.values():
+        assert classes
+        for entry in classes:
+            library, name = entry.split(".")
+            part_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+            missing = isinstance(part_class, diffusers.utils.DummyObject)
+            assert missing or issubclass(part_class, kinds), entry
+    index = json.loads((case.folder / "model_index.json").read_text(encoding="utf-8"))
+    assert all(".".join(index[name]) in classes for name, classes in declared.items())
 
 
 def test_family_is_found_by_the_pipelines_class(case):

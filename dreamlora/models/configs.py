@@ -1,0 +1,168 @@
+"""What the configuration of a model's part may decide: shapes, numbers, and names of what its class is made of.
+
+The classes' own readers also take from it which attention to fetch from the hub, which code to load, which files hold
+the weights, and more with each version. So it is read here, and they are given the arguments that we know alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from dreamlora.errors import UserError
+from dreamlora.reading import Schema, UnreadableError, read_json, shortened
+
+CONFIG_BYTES = 2**20
+LARGEST_NUMBER = 10**6
+"""Of whole numbers: widths, vocabularies (a quarter of it), positions."""
+LONGEST_LIST = 1000
+LONGEST_SCHEDULE = 100_000
+"""Time steps of training; 1,000 in all known models."""
+_BOUNDS = {
+    "num_train_timesteps": (LONGEST_SCHEDULE, 0),
+    "trained_betas": (1, LONGEST_SCHEDULE),
+}
+"""Of numbers and of lists of them, where they differ."""
+_DEEPEST = 3
+_WORD = re.compile(r"[A-Za-z0-9_.+-]{0,64}")
+"""Names of layers and activations; none of a file or repository, which have a slash."""
+
+_SAID = 600
+_ALSO = {"use_attention_mask"}
+"""Looked up by StableDiffusionPipeline, and by us, though it is no argument of CLIP's."""
+_INFINITE = {"lambda_min_clipped"}
+"""What diffusers writes as an infinite number, its default."""
+_ANY = Schema(dict[str, Any])
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """All that the config of a part says.
+
+    Raises:
+        FileNotFoundError, UnreadableError: see ``reading.read_json``; or it is of a quantized model.
+    """
+    config: dict[str, Any] = read_json(file, _ANY, most=CONFIG_BYTES)
+    if config.get("quantization_config") is not None:
+        raise UnreadableError(
+            file,
+            "its weights are quantized (quantization_config), and such models cannot be trained here yet: give the "
+            "model that it was made from, in float32, bfloat16 or float16",
+        )
+    return config
+
+
+def arguments_for(part_class: Any, file: Path, more: Iterable[Any] = ()) -> dict[str, Any]:
+    """Of the config of a model or scheduler of diffusers what its class takes, as plain values within bounds.
+
+    Args:
+        part_class: the class.
+        file: the config.
+        more: classes whose arguments are kept as well, for those that are made of a scheduler's config later.
+
+    Raises:
+        FileNotFoundError, UnreadableError: see ``read_config``; or a value is none that a config can hold.
+    """
+    taken: dict[str, inspect.Parameter] = {}
+    for owner in (*more, part_class):
+        taken |= _taken_by(owner)
+    given = {name: value for name, value in read_config(file).items() if name in taken}
+    for name in _INFINITE & given.keys():
+        if given[name] is None:
+            del given[name]
+    for name, value in given.items():
+        if not _is_such(value, taken[name]):
+            raise UnreadableError(
+                file, f"{name}: expected something such as {taken[name].default!r} (got {shortened(value)})"
+            )
+    return _plain(file, given)
+
+
+def config_for(config_class: type[PretrainedConfig], file: Path) -> PretrainedConfig:
+    """The config of a model of transformers, with its own arguments alone: none that all models have.
+
+    Which attention computes is left to transformers, which takes the installed torch's.
+
+    Raises:
+        FileNotFoundError, UnreadableError: see ``arguments_for``.
+    """
+    given = read_config(file)
+    if isinstance(given.get(config_class.base_config_key), dict):  # of a whole CLIP, whose text model alone is here
+        given = given[config_class.base_config_key]
+    try:
+        return config_class(**_own(config_class, file, given))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the class makes of odd values
+        raise UnreadableError(file, f"it describes no {config_class.__name__}: {in_one_line(error)}") from error
+
+
+def _own(config_class: type[PretrainedConfig], file: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a config class and of those that it holds."""
+    names = (
+        _taken_by(config_class).keys() - _taken_by(PretrainedConfig).keys() | set(config_class.attribute_map) | _ALSO
+    )
+    inner = config_class.sub_configs
+    own = _plain(file, {name: value for name, value in given.items() if name in names - set(inner)})
+    for name, inner_class in inner.items():
+        for key in (name, f"{name}_dict"):  # the second is how CLIP's first configs have it
+            value = given.get(key)
+            if value is not None:
+                if not isinstance(value, dict):
+                    raise UnreadableError(file, f"{key}: expected a mapping (got {shortened(value)})")
+                own[key] = _own(inner_class, file, value)
+    return own
+
+
+def _taken_by(owner: Any) -> dict[str, inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(owner.__init__).parameters.values()
+    return {
+        parameter.name: parameter for parameter in parameters if parameter.kind in kinds and parameter.name != "self"
+    }
+
+
+def _is_such(value: Any, parameter: inspect.Parameter) -> bool:
+    """Whether a value is of the kind of an argument's default, of which there may be a list."""
+    default = parameter.default
+    if value is None:  # also what was no finite number
+        return default is None or "None" in str(parameter.annotation)
+    if isinstance(value, list):
+        return default is None or not isinstance(default, str)
+    if isinstance(default, bool | str):
+        return isinstance(value, type(default))
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return not isinstance(default, tuple | list)
+
+
+def _plain(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        problem = _problem(value, *_BOUNDS.get(name, (LARGEST_NUMBER, LONGEST_LIST)))
+        if problem:
+            raise UnreadableError(file, f"{name}: {problem}")
+    return values
+
+
+def _problem(value: Any, most: int, longest: int, depth: int = 0) -> str | None:
+    """What is wrong with a value of a config, if anything is."""
+    if isinstance(value, str) and not _WORD.fullmatch(value):
+        return f"expected a number or a word (got {shortened(value)})"
+    if isinstance(value, int | float) and abs(value) > most:
+        return f"expected a number up to {most} (got {shortened(value)})"
+    if not isinstance(value, list | dict):
+        return None
+    if depth == _DEEPEST or len(value) > longest:
+        return f"expected a list of at most {longest} numbers (got {shortened(value)})"
+    inner = value if isinstance(value, list) else [*value, *value.values()]
+    return next((problem for own in inner if (problem := _problem(own, most, longest, depth + 1))), None)
+
+
+def in_one_line(error: Exception) -> str:
+    """What a library says of a stranger's file, which may be many lines, or a megabyte quoted."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _SAID else text[: _SAID - 3] + "..."
