@@ -73,7 +73,7 @@ def check_archive(stream: BinaryIO) -> zipfile.ZipFile:
     size = stream.seek(0, 2)
     try:
         source = _Bounded(stream)
-        archive = zipfile.ZipFile(source)  # type: ignore[arg-type] - what it uses of a file is there
+        archive = zipfile.ZipFile(source)
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"it is no archive ({error})") from error
     source.most = size

@@ -213,18 +213,17 @@ def _by_component(
     """Tensors by component, under the names of its layers and PEFT's of the factors, by the steps of diffusers' loader.
 
     Raises:
-        UserError: two names mean the same factor.
+        UserError: it cannot read them, or two names mean the same factor.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
         component, _, name = key.partition(".")
         parts.setdefault(component, {})[name] = value
     for component, tensors in parts.items():
-        named = tensors
-        if component.startswith("text_encoder"):
-            named = convert_state_dict_to_peft(convert_state_dict_to_diffusers(dict(tensors)))
-        elif not any("lora_A" in name for name in tensors):
-            named = convert_unet_state_dict_to_peft(dict(tensors))
+        try:
+            named = _peft_names(component, tensors)
+        except (ValueError, LookupError, AttributeError) as error:
+            raise unreadable(lora.path, error) from error
         flat = not hasattr(getattr(pipeline, component, None), "text_model")
         parts[component] = {
             _NAMED.sub(".", name.removeprefix("text_model.") if flat else name): tensor
@@ -233,6 +232,14 @@ def _by_component(
         if len(parts[component]) != len(tensors):
             raise UserError(f"{lora.path} names a factor of the {component} twice")
     return parts
+
+
+def _peft_names(component: str, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    if component.startswith("text_encoder"):
+        return convert_state_dict_to_peft(convert_state_dict_to_diffusers(dict(tensors)))
+    if not any("lora_A" in name for name in tensors):
+        return convert_unet_state_dict_to_peft(dict(tensors))
+    return tensors
 
 
 def _check_fit(pipeline: Any, lora: LoraFile, parts: dict[str, dict[str, torch.Tensor]]) -> None:

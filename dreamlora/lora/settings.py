@@ -44,11 +44,11 @@ _DEFAULT_RANK = _DEFAULT_ALPHA = 8
 """PEFT's."""
 _NO_MATTER = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out"),
-    *("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_type"),
+    *("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping"),
     *("peft_version", "runtime_config", "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
 """Settings that say where the LoRA is, which the tensors tell; how it was made; or how it is to train. Not read."""
-_NEUTRAL = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal"), "bias": ("none",)}
+_NEUTRAL = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal"), "bias": ("none",), "peft_type": ("LORA",)}
 """Values of others that leave the LoRA a plain one; other inits have changed the base model's weights."""
 
 
