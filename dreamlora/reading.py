@@ -245,7 +245,7 @@ class Schema:
             return self._adapter.validate_python(content, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
+            place = ".".join(map(str, first["loc"]))[:_SHOWN]
             found = "" if first["type"] == "missing" else f" (got {shortened(first['input'])})"
             raise ValueError(f"{place + ': ' if place else ''}{first['msg']}{found}") from None
 
