@@ -26,6 +26,9 @@ NAME_LENGTH = 2**9
 _DIRECTORY_BYTES = 2**23
 """Of a zip archive: that of 10,000 tensors has a tenth of it."""
 
+_DAMAGED = (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, RuntimeError, UnicodeDecodeError, struct.error)
+"""What zipfile says of archives that nobody has written so."""
+
 
 @contextmanager
 def open_tensors(file: Path, framework: Literal["pt", "np"] = "pt", inside: Path | None = None) -> Iterator[Any]:
@@ -74,7 +77,7 @@ def check_archive(stream: BinaryIO) -> zipfile.ZipFile:
     try:
         source = _Bounded(stream)
         archive = zipfile.ZipFile(source)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, struct.error, UnicodeDecodeError) as error:
+    except (*_DAMAGED, OSError) as error:
         raise ValueError(f"it is no archive ({error})") from error
     source.most = size
     entries = archive.infolist()
@@ -90,6 +93,18 @@ def check_archive(stream: BinaryIO) -> zipfile.ZipFile:
     if sum(entry.file_size for entry in entries) > size:
         raise ValueError("its entries overlap")
     return archive
+
+
+def read_entry(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo) -> bytes:
+    """What an archive holds under a name.
+
+    Raises:
+        ValueError: nothing, or it is damaged.
+    """
+    try:
+        return archive.read(name)
+    except _DAMAGED as error:
+        raise ValueError(f"it is damaged ({error})") from error
 
 
 class _Bounded:

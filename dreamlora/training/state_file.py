@@ -18,7 +18,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from dreamlora.archives import check_archive
+from dreamlora.archives import check_archive, read_entry
 from dreamlora.reading import LARGEST, Schema, opened, shortened
 
 _PICKLE_BYTES = 2**23
@@ -50,7 +50,7 @@ def read_state(file: Path, inside: Path) -> dict[str, Any]:
         names = [entry for entry in archive.infolist() if entry.filename.casefold().endswith("data.pkl")]
         if len(names) != 1 or names[0].file_size > _PICKLE_BYTES:
             raise ValueError("it is no file of tensors, or names more of them than a state has")
-        _check_pickle(archive.read(names[0]))
+        _check_pickle(read_entry(archive, names[0]))
         stream.seek(0)
         content = torch.load(stream, map_location="cpu", weights_only=True)
     _refuse_odd_objects(content)
