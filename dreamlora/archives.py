@@ -74,6 +74,9 @@ def check_archive(stream: BinaryIO) -> zipfile.ZipFile:
         ValueError: it is no archive, it is packed or encrypted, or its entries overlap or share names.
     """
     size = stream.seek(0, 2)
+    stream.seek(0)
+    if stream.read(4) != b"PK\x03\x04":  # zipfile finds an archive behind anything, other readers do not
+        raise ValueError("it is no archive")
     try:
         source = _Bounded(stream)
         archive = zipfile.ZipFile(source)

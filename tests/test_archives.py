@@ -145,9 +145,10 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "unpacks to much": (lambda: archive({"a.npy": bytes(10**7)}, zipfile.ZIP_DEFLATED), "packed"),
     "two of a name": (lambda: archive({"data.pkl": b"a", "DATA.PKL": b"b"}), "same name"),
     "overlapping": (overlapping, "overlap"),
+    "something before it": (lambda: b"x" + archive({"a.npy": b"a"}), "no archive"),
     "no archive": (lambda: b"PK\x03\x04", "no archive"),
     "a huge directory": (
-        lambda: bytes(2**24) + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 9, 9, 2**24, 0, 0),
+        lambda: b"PK\x03\x04" + bytes(2**24) + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 9, 9, 2**24, 0, 0),
         "larger than any",
     ),
 }

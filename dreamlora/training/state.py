@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import logging
-import pickle
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -192,7 +191,7 @@ def _reading(path: Path) -> Iterator[None]:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno not in _DAMAGED:
             raise UserError(f"{error}. Mend that, and resume again") from error
         raise _unreadable(path, error) from error
-    except (ValueError, TypeError, RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
+    except ValueError as error:
         raise _unreadable(path, error) from error
 
 

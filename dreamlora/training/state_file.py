@@ -43,7 +43,7 @@ def read_state(file: Path, inside: Path) -> dict[str, Any]:
     Raises:
         OSError: there is no such file, or it cannot be read.
         UnreadableError: it is no regular file, or a link leads out of the folder.
-        ValueError, RuntimeError, pickle.UnpicklingError: it is damaged, or holds what no state has.
+        ValueError: it is damaged, or holds what no state has.
     """
     with opened(file, inside) as stream:
         archive = check_archive(stream)
@@ -52,7 +52,12 @@ def read_state(file: Path, inside: Path) -> dict[str, Any]:
             raise ValueError("it is no file of tensors, or names more of them than a state has")
         _check_pickle(read_entry(archive, names[0]))
         stream.seek(0)
-        content = torch.load(stream, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # its unpickler says all kinds of things of what no pickler writes
+            raise ValueError(str(error) or type(error).__name__) from error
     _refuse_odd_objects(content)
     state: dict[str, Any] = _STATE.check(content)
     if state.get("skipped_steps", 0) > state["step"]:

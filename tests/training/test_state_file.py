@@ -26,7 +26,7 @@ from dreamlora.training import state
 from dreamlora.training.state_file import read_state
 from tests.fuzzing import changed, damaged, fuzzed, harmless
 
-FAILURES = (ValueError, RuntimeError, pickle.UnpicklingError, OSError, EOFError)
+FAILURES = (ValueError, OSError)
 """What ``state.open_checkpoint`` makes one message of."""
 
 
@@ -187,7 +187,7 @@ def test_what_is_no_state_is_refused_at_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made = content()
-    assert isinstance(reading(tmp_path, made), FAILURES)
+    assert isinstance(reading(tmp_path, made), ValueError)
     assert not (tmp_path / "exploded").exists()
 
 
