@@ -162,7 +162,7 @@ _Count = Annotated[int, Ge(0), Le(LARGEST)]
 _Rate = Annotated[float, Ge(0), Le(1e9)]
 
 
-class _Start(TypedDict):
+class _Factors(TypedDict):
     A: _Finite
     B: _Finite
 
@@ -189,15 +189,15 @@ class _Scaler(TypedDict):
     _growth_tracker: _Count
 
 
-class _State(TypedDict):
+class _TrainingState(TypedDict):
     step: _Count
     skipped_steps: NotRequired[_Count]
     trainables: dict[str, _Finite]
-    starts: dict[str, _Start]
+    starts: dict[str, _Factors]
     optimizer: _Optimizer
     lr_scheduler: _Schedule
     scaler: _Scaler | Annotated[dict[str, Any], MaxLen(0)] | None
     uncounted: NotRequired[dict[str, Annotated[int, Ge(-LARGEST), Le(LARGEST)]]]
 
 
-_STATE = Schema(_State)
+_STATE = Schema(_TrainingState)
