@@ -53,7 +53,7 @@ def open_tensors(file: Path, framework: Literal["pt", "np"] = "pt", inside: Path
             _check_names(file, tensors.keys())
             yield tensors
     except SafetensorError as error:
-        raise UnreadableError(file, f"it is damaged or not a safetensors file ({error})") from error
+        raise UnreadableError(file, f"it is damaged or not a safetensors file ({_few_words(error)})") from error
 
 
 def _check_names(file: Path, names: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ def check_archive(stream: BinaryIO) -> zipfile.ZipFile:
         source = _Bounded(stream)
         archive = zipfile.ZipFile(source)
     except (*_DAMAGED, OSError) as error:
-        raise ValueError(f"it is no archive ({error})") from error
+        raise ValueError(f"it is no archive ({_few_words(error)})") from error
     source.most = size
     entries = archive.infolist()
     names = {entry.filename.casefold() for entry in entries}
@@ -107,7 +107,13 @@ def read_entry(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo) -> bytes:
     try:
         return archive.read(name)
     except _DAMAGED as error:
-        raise ValueError(f"it is damaged ({error})") from error
+        raise ValueError(f"it is damaged ({_few_words(error)})") from error
+
+
+def _few_words(error: Exception) -> str:
+    """Some errors quote what they are about, however long."""
+    text = str(error)
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 class _Bounded:
