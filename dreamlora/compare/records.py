@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from dreamlora.archives import open_tensors
 from dreamlora.compare.schema import Status
 from dreamlora.compare.stats import log_auc, steps_to_target
 from dreamlora.config import EMBEDDED_MODEL
@@ -21,6 +21,10 @@ from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, compa
 from dreamlora.runfolder import RunFolder
 
 OCTILES = 8
+_MOST_NUMBERS = 2**24
+"""In a factor, or in the product of one with itself."""
+_MOST_PRODUCTS = 2**33
+"""For the norm of a layer: a second; rank 512 of FLUX's largest takes half of that."""
 
 
 @dataclass(frozen=True)
@@ -223,15 +227,25 @@ def lora_norm(file: Path, scale: float) -> float:
     """
     total = 0.0
     try:
-        with safe_open(file, framework="np") as opened:
+        with open_tensors(file, "np", inside=file.parent) as opened, np.errstate(over="ignore", invalid="ignore"):
             for key in (key for key in opened.keys() if ".lora_A." in key):  # noqa: SIM118 - no iterator
-                down, up = opened.get_tensor(key), opened.get_tensor(key.replace(".lora_A.", ".lora_B."))
-                a = down.reshape(len(down), -1).astype(np.float64)
-                b = up.reshape(len(up), -1).astype(np.float64)
-                total += float(np.sum((b.T @ b) * (a @ a.T)))
-    except (SafetensorError, OSError):
+                total += _squared_norm(opened, key)
+    except (UserError, OSError, ValueError, TypeError, AttributeError):  # also of types that numpy has not
         return math.nan
-    return abs(scale) * math.sqrt(total) if total else math.nan
+    return abs(scale) * math.sqrt(total) if 0 < total < math.inf else math.nan
+
+
+def _squared_norm(opened: Any, key: str) -> float:
+    """Raises ValueError for what is no pair of factors, or larger than one can be."""
+    names = (key, key.replace(".lora_A.", ".lora_B."))
+    (rank, *ins), (outs, *ranks) = (opened.get_slice(name).get_shape() for name in names)
+    widths = math.prod(ins) + outs
+    few = rank * max(rank, widths) <= _MOST_NUMBERS and rank * rank * widths <= _MOST_PRODUCTS
+    if not few or not rank or math.prod(ranks) != rank:
+        raise ValueError(f"{key} is no factor of a LoRA")
+    down, up = (opened.get_tensor(name).astype(np.float64) for name in names)
+    a, b = down.reshape(rank, -1), up.reshape(outs, -1)
+    return float(np.sum((b.T @ b) * (a @ a.T)))
 
 
 def _metrics(folder: RunFolder) -> tuple[dict[str, dict[int, float]], dict[str, list[dict[str, Any]]]]:

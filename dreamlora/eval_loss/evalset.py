@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from annotated_types import Len, MaxLen
+from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.price import curve_times, final_design
 from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import Conditioning, Objective
 from dreamlora.randomness import generator
+from dreamlora.reading import LARGEST, Schema, UnreadableError, read_json, shortened
 
 SCHEMA_VERSION = 1
+_MOST_NUMBERS = 2**27
+"""In latents: 500 images of 1024² pixels for a model of 16 channels."""
+_BOUNDS = {"latents": (-1e6, 1e6), "masks": (0, 1), "position": (0, 1), "times": (0, LARGEST)}
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(noisy latents, times, conditioning) -> prediction, all batch first."""
@@ -68,6 +76,10 @@ class EvalSet:
         shape = self.latents.shape[1:]
         return torch.stack([torch.randn(shape, generator=generator(self.noise_keys[item])) for item in items])
 
+    def suits(self, objective: Objective) -> bool:
+        """Whether the times are those of this objective, which takes no others."""
+        return bool(torch.equal(objective.spread_times(self.position).double(), self.times.double()))
+
     def losses(self) -> ItemLosses:
         """An empty table for the losses of these items."""
         return ItemLosses(self.id, self.image.numpy(), self.position.numpy())
@@ -91,27 +103,65 @@ class EvalSet:
         write_atomically(file, json.dumps(about, indent=1))
 
     @classmethod
-    def load(cls, file: Path) -> EvalSet:
+    def load(cls, file: Path, inside: Path | None = None) -> EvalSet:
         """Read what ``save`` wrote.
+
+        Args:
+            file: the .json file; the tensors lie beside it.
+            inside: see ``reading.opened``.
 
         Raises:
             UserError: a file is missing or damaged, or the two do not belong together.
         """
+        beside = file.with_suffix(".safetensors")
         try:
-            about = json.loads(file.read_text(encoding="utf-8"))
-            tensors = load_file(file.with_suffix(".safetensors"))
-            keys, captions = tuple(about["noise_keys"]), tuple(about["captions"])
-            model, claimed_id = about["model_id"], about["evalset_id"]
-            parts = [tensors[name] for name in ("latents", "image", "times", "position")]
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{file} is no evaluation set that can be read ({type(error).__name__})") from error
-        latents, image, times, position = parts
-        masks = tensors.get("masks")
-        if _identity(latents, captions, times, keys, model, masks) != claimed_id:
-            raise UserError(
-                f"{file} and {file.with_suffix('.safetensors').name} do not belong together: copy both again"
-            )
-        return cls(latents, captions, image, times, position, keys, model, claimed_id, masks)
+            about = read_json(file, Schema(_About), inside)
+            tensors = _read_tensors(beside, inside, images=len(about["captions"]), items=len(about["noise_keys"]))
+        except FileNotFoundError:
+            missing = beside if file.exists() else file
+            raise UserError(f"{file} is no evaluation set that can be read: there is no {missing.name}") from None
+        captions, keys = tuple(about["captions"]), tuple(about["noise_keys"])
+        model, claimed_id = about["model_id"], about["evalset_id"]
+        if _identity(tensors["latents"], captions, tensors["times"], keys, model, tensors.get("masks")) != claimed_id:
+            raise UserError(f"{file} and {beside.name} do not belong together: copy both again")
+        return cls(**tensors, captions=captions, noise_keys=keys, model_id=model, id=claimed_id)
+
+
+class _About(TypedDict):
+    evalset_id: Annotated[str, MaxLen(100)]
+    model_id: Annotated[str, MaxLen(4096)]
+    captions: Annotated[list[Annotated[str, MaxLen(2**16)]], Len(1, 2**16)]
+    noise_keys: Annotated[list[Annotated[str, MaxLen(4096)]], Len(1, 2**20)]
+
+
+def _read_tensors(file: Path, inside: Path | None, *, images: int, items: int) -> dict[str, Tensor]:
+    """The tensors of a set of so many images and items.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnreadableError: it is damaged, or holds other tensors or values than ``save`` writes.
+    """
+    wanted = {"latents": "F32", "image": "I64", "times": "F32 or I64", "position": "F32", "masks": "F32"}
+    with open_tensors(file, inside=inside) as stored:
+        names = set(stored.keys())
+        if not wanted.keys() - {"masks"} <= names <= wanted.keys():
+            raise UnreadableError(file, f"it holds {shortened(', '.join(sorted(names)))}, and not {', '.join(wanted)}")
+        slices = {name: stored.get_slice(name) for name in names}
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        latents = shapes["latents"]
+        if len(latents) != 4 or latents[0] != images or not 0 < math.prod(latents) < _MOST_NUMBERS:
+            raise UnreadableError(file, f"latents are {latents}, and not those of {images} images")
+        fit = dict.fromkeys(wanted, (items,)) | {"latents": latents, "masks": (images, 1, *latents[2:])}
+        for name, shape in shapes.items():
+            if shape != fit[name] or slices[name].get_dtype() not in wanted[name]:
+                found = f"{slices[name].get_dtype()} {shape}"
+                raise UnreadableError(file, f"{name} is {found}, and not {wanted[name]} {fit[name]}")
+        tensors: dict[str, Tensor] = {name: stored.get_tensor(name) for name in sorted(names)}
+    for name, (low, high) in {**_BOUNDS, "image": (0, images - 1)}.items():
+        tensor = tensors.get(name)
+        if tensor is not None and not bool(((tensor >= low) & (tensor <= high)).all()):
+            raise UnreadableError(file, f"{name} has values that are not in [{low:g}, {high:g}]")
+    return tensors
 
 
 def build_eval_set(

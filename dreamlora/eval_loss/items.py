@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import io
 import math
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from dreamlora.archives import check_archive, read_entry
 from dreamlora.errors import UserError
 from dreamlora.files import replacing
 from dreamlora.metric_names import of_time_bin, relative
+from dreamlora.reading import LARGEST, UnreadableError, read_bytes
 from dreamlora.runfolder import tell_once
 
-_DAMAGED = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError),
-    *(zipfile.BadZipFile, zlib.error),
-)
-"""What numpy raises for files that are not what it wrote."""
+_MOST_BYTES = 2**27
+"""Of a file: 300,000 measurements of 64 items."""
+_MOST = 2**20
+"""Of steps, and of images."""
+_LONGEST_ID = 100
+_DAMAGED = (ValueError, TypeError, IndexError, RuntimeError, OverflowError, EOFError)
+"""What numpy raises for arrays that it has not written."""
 TIME_BINS = 8
 """Parts of the schedule whose mean losses are logged by themselves."""
 
@@ -104,7 +106,7 @@ class ItemLosses:
     def take_up(self, file: Path, until: int) -> bool:
         """Read the measurements of an interrupted run, up to and including a step; False if they are of other items."""
         before = ItemLosses.found(file)
-        if before is None or before.evalset_id != self.evalset_id:
+        if before is None or before.evalset_id != self.evalset_id or len(before.image) != len(self.image):
             return False
         self.rows = {step: row for step, row in before.rows.items() if step <= until}
         return True
@@ -114,17 +116,18 @@ class ItemLosses:
         """Read what ``save`` wrote.
 
         Raises:
-            UserError: the file is missing, damaged or of another kind.
+            FileNotFoundError: there is no such file.
+            UnreadableError: it is damaged, of another kind, or holds what no measurement gives.
         """
         try:
-            with np.load(file) as saved:
-                rows = dict(zip(saved["steps"].tolist(), saved["items"], strict=True))
-                losses = cls(str(saved["evalset_id"]), saved["image"], saved["position"], rows)
+            content = io.BytesIO(read_bytes(file, _MOST_BYTES, inside=file.parent))
+            archive = check_archive(content)
+            parts = {name: _array(read_entry(archive, f"{name}.npy")) for name in _PARTS}
+            return _losses(**parts)
+        except UserError:
+            raise
         except _DAMAGED as error:
-            raise UserError(f"cannot read {file}: {error}") from error
-        if not all(losses.image.shape == losses.position.shape == row.shape for row in rows.values()):
-            raise UserError(f"cannot read {file}: its parts do not belong together")
-        return losses
+            raise UnreadableError(file, str(error) or type(error).__name__) from error
 
     @classmethod
     def found(cls, file: Path) -> ItemLosses | None:
@@ -151,6 +154,53 @@ class ItemLosses:
         )
         with replacing(file) as temporary:
             temporary.write_bytes(content.getvalue())
+
+
+_PARTS = ("steps", "items", "position", "image", "evalset_id")
+
+
+def _array(content: bytes) -> np.ndarray:
+    """The array of a .npy file, if its header promises no more than there is.
+
+    Raises:
+        ValueError: it does, or the content is none; objects are none, as they are pickled.
+    """
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"an array is of version {version}, which numpy takes for odd types alone")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise ValueError("an array is not as large as it says, or holds objects")
+    stream.seek(0)
+    array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
+
+
+def _losses(
+    steps: np.ndarray, items: np.ndarray, position: np.ndarray, image: np.ndarray, evalset_id: np.ndarray
+) -> ItemLosses:
+    """The table of these parts; losses that are not finite are those of a diverged model. Raises ValueError."""
+    count = len(image) if image.ndim == 1 else 0
+    if steps.ndim != 1 or steps.dtype.kind not in "iu" or len(steps) > _MOST or not _ascending(steps):
+        raise ValueError("its steps are no ascending whole numbers from 0 on")
+    if not count or image.dtype.kind not in "iu" or not 0 <= image.min() <= image.max() < _MOST:
+        raise ValueError("its images are no numbers of images")
+    if position.shape != (count,) or position.dtype.kind != "f" or not ((position >= 0) & (position <= 1)).all():
+        raise ValueError("its positions are not one from 0 to 1 for each item")
+    if items.shape != (len(steps), count) and (len(steps) or items.size):
+        raise ValueError("its parts do not belong together")
+    if items.dtype.kind != "f" or (items < 0).any():
+        raise ValueError("its losses are no numbers from 0 on")
+    if evalset_id.shape != () or evalset_id.dtype.kind != "U" or len(str(evalset_id)) > _LONGEST_ID:
+        raise ValueError("its id is no short text")
+    rows = dict(zip(steps.tolist(), items.astype(np.float32, copy=False), strict=True))
+    return ItemLosses(str(evalset_id), image, position, rows)
+
+
+def _ascending(steps: np.ndarray) -> bool:
+    numbers = np.minimum(steps, LARGEST + 1).astype(np.int64)
+    return bool((numbers >= 0).all() and (numbers <= LARGEST).all() and (np.diff(numbers) > 0).all())
 
 
 def values_of(losses: ItemLosses, step: int, name: str) -> dict[str, float]:

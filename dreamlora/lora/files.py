@@ -1,9 +1,10 @@
-"""LoRA files: checked before use, and applied to a stock pipeline by diffusers' own loader."""
+"""LoRA files: checked before use, and applied to a stock pipeline as diffusers understands their names."""
 
 from __future__ import annotations
 
+import math
 import re
-import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +15,24 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from peft import LoraConfig
 
+from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
 from dreamlora.lora.fused import fuse
-from dreamlora.lora.pairs import ADAPTER
-from dreamlora.lora.whole import NO_ALPHA, converted, refuse_other_parts
+from dreamlora.lora.pairs import ADAPTER, put_factors
+from dreamlora.lora.settings import Settings, settings_of
+from dreamlora.lora.whole import NO_ALPHA, converted, refuse_other_parts, unreadable
 from dreamlora.runfolder import LORA_FILE
 
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
 _RELATIVES = re.compile(r"hada_|lokr_|oft_|\.diff|dora_scale|on_input$")
-_FACTOR = re.compile(r"(?P<layer>.+?)[._](?P<factor>lora_A|lora_B|lora(?:_linear_layer)?[._](?:down|up))\b")
+_FACTOR = re.compile(r"(?P<layer>.+)\.(?P<factor>lora_[AB])\.weight")
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _NAMED = re.compile(r"(?<=lora_[AB])\.default\.")
 """PEFT's name of the adapter, which some leave in."""
+_ALWAYS = 2**26
+"""Numbers that may be in the LoRA of a model however small."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,11 @@ def read_lora(path: Path) -> LoraFile:
         UserError: nothing there, not safetensors, not a LoRA, or more than can be applied (DoRA, LoHa, ...).
     """
     file = _find(Path(path))
-    try:
-        with safe_open(file, framework="pt") as opened:
-            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no iterator
-            metadata = opened.metadata() or {}
-            if any(_marks(key) for key in shapes):
-                refuse_other_parts(file, shapes, opened.get_tensor)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
+    with open_tensors(file) as opened:
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no iterator
+        metadata = opened.metadata() or {}
+        if any(_marks(key) for key in shapes):
+            refuse_other_parts(file, shapes, opened.get_tensor)
     kohya = bool(shapes) and all(key.startswith(_KOHYA) for key in shapes)
     if not any(_marks(key) for key in shapes):
         example = next(iter(shapes), "no tensors at all")
@@ -72,90 +74,101 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def same_lora(first: Path, second: Path) -> bool:
-    """Whether two files hold the same tensors and metadata. Their bytes may differ: safetensors shuffles metadata."""
-    with safe_open(first, framework="pt") as one, safe_open(second, framework="pt") as other:
+    """Whether two files hold the same tensors and metadata. Their bytes may differ: safetensors shuffles metadata.
+
+    Raises:
+        UserError: one of them is no file of tensors.
+    """
+    with open_tensors(first) as one, open_tensors(second) as other:
         keys = sorted(one.keys())
         return (
             keys == sorted(other.keys())
             and one.metadata() == other.metadata()
-            and all(torch.equal(one.get_tensor(key), other.get_tensor(key)) for key in keys)
+            and all(_same(one.get_tensor(key), other.get_tensor(key)) for key in keys)
         )
 
 
-def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
-    """Load a LoRA into a stock pipeline, with its effect multiplied by ``scale``, as it was while it trained.
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """To the last bit, whatever their type can do."""
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    return alike and torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (one, other)))
 
-    Its weights keep their own precision, as float32 (diffusers rounds them to that of the base model), and its layers
-    compute in the same order as in training.
+
+def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
+    """Put a LoRA into a stock pipeline, with its effect multiplied by ``scale``, as it was while it trained.
+
+    diffusers says which layers its names mean. Their ranks are those of the tensors; PEFT is told nothing that stands
+    in the file. The weights keep their own precision, as float32 (diffusers rounds them to that of the base model),
+    and the layers compute in the same order as in training.
 
     Raises:
         UserError: see :func:`read_lora`; or it was made for another model, or a part of it would not be applied.
     """
     lora = read_lora(path)
     _check_parts(pipeline, lora)
+    settings = settings_of(lora.path, lora.metadata)
+    with open_tensors(lora.path) as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no iterator
+    state, alphas = converted(pipeline, lora.path, tensors)
+    if settings and any(key.endswith("alpha") for key in tensors):
+        raise UserError(f"{lora.path} has alphas among its tensors and others in its metadata: which ones are meant?")
+    parts, alphas_of = _by_component(pipeline, lora, state), _by_component(pipeline, lora, alphas)
+    _check_fit(pipeline, lora, parts)
     try:
-        state, alphas = converted(pipeline, lora.path, load_file(lora.path))
-        parts, alphas_of = _by_component(state), _by_component(alphas)
-        _check_fit(pipeline, lora, parts)
-        _load(pipeline, lora)
-        for component, tensors in parts.items():
-            _as_written(getattr(pipeline, component), tensors, alphas_of.get(component, {}), lora)
+        for component, factors in parts.items():
+            given = alphas_of.get(component, {})
+            _inject(getattr(pipeline, component), factors, _alphas(lora, component, factors, given, settings))
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         pipeline.unload_lora_weights()
-        raise _unreadable(lora, error) from error
-    except UserError:
-        pipeline.unload_lora_weights()
-        raise
+        raise unreadable(lora.path, error) from error
     pipeline.set_adapters([ADAPTER], [scale])
     for component in parts:
         fuse(getattr(pipeline, component))
     return lora
 
 
-def _load(pipeline: Any, lora: LoraFile) -> None:
-    try:
-        pipeline.load_lora_weights(str(lora.path), adapter_name=ADAPTER, use_safetensors=True)
-    except (TypeError, AttributeError) as error:  # of metadata that is none of PEFT's
-        raise _unreadable(lora, error) from error
-
-
-def _unreadable(lora: LoraFile, error: Exception) -> UserError:
-    """diffusers names every tensor: a few are enough."""
-    why = textwrap.shorten(str(error), 300, placeholder=" …")
-    return UserError(f"{lora.path}: diffusers cannot read this {lora.format} file: {why}")
-
-
-def _as_written(
-    module: torch.nn.Module, tensors: dict[str, torch.Tensor], alphas: dict[str, torch.Tensor], lora: LoraFile
-) -> None:
-    """Give the adapter of ``module`` the values and the alphas of the file again, by PEFT's names, in float32.
-
-    diffusers rounds the values to the precision of the base model. Of alphas that differ from layer to layer it drops
-    those of attention and of text encoders, and gives the commonest to layers that have none; they mean the rank.
+def _alphas(
+    lora: LoraFile,
+    component: str,
+    factors: Mapping[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Settings],
+) -> dict[str, float]:
+    """The alpha of every layer of a component; without any it is the rank.
 
     Raises:
-        UserError: the adapter has what the file has not, or the other way round; or an alpha is not above 0.
+        UserError: the metadata says something else than the tensors, or nothing of this component; or an alpha is not
+            above 0.
     """
-    nested = hasattr(module, "text_model")
-    values, factors = (
-        {name if nested else name.removeprefix("text_model."): tensor for name, tensor in some.items()}
-        for some in (tensors, alphas)
-    )
-    for name, parameter in module.named_parameters():
-        if f".{ADAPTER}." in name:
-            exact = values.pop(name.replace(f".{ADAPTER}.", "."), None)
-            if exact is None:
-                raise UserError(f"{lora.path} lacks {name}, which its metadata or its other names ask for")
-            parameter.data = exact.detach().to(parameter.device, torch.float32)
-    if values:
-        raise UserError(f"{lora.path} cannot be applied as a whole: {next(iter(values))} became no part of the model")
-    for name, layer in module.named_modules():
-        if ADAPTER not in getattr(layer, "lora_alpha", ()):
+    if settings and component not in settings:
+        raise UserError(f"{lora.path} has tensors for the {component}, of which its metadata says nothing")
+    alphas: dict[str, float] = {}
+    for name, down in factors.items():
+        layer, is_down, _ = name.partition(_DOWN)
+        if not is_down:
             continue
-        if factors:
-            layer.lora_alpha[ADAPTER] = float(factors.get(f"{name}.lora_A.weight", layer.r[ADAPTER]))
-        if layer.lora_alpha[ADAPTER] <= 0:
-            raise UserError(NO_ALPHA.format(lora.path, name, layer.lora_alpha[ADAPTER]))
+        rank = down.shape[0]
+        try:
+            alphas[layer] = settings[component].alpha_of(layer, rank) if settings else float(given.get(name, rank))
+        except ValueError as error:
+            raise UserError(f"{lora.path}: {error}") from None
+        if alphas[layer] <= 0:
+            raise UserError(NO_ALPHA.format(lora.path, layer, alphas[layer]))
+    return alphas
+
+
+def _inject(module: Any, factors: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> None:
+    """Give layers of a diffusers or transformers model an adapter with these factors, in float32.
+
+    PEFT makes them all of rank 1, as it would find out other ranks by a regular expression for each pair of layers.
+
+    Raises:
+        ValueError: PEFT cannot adapt one of them.
+    """
+    names = "|".join(map(re.escape, alphas))
+    module.add_adapter(LoraConfig(r=1, target_modules=f"(?:{names})", init_lora_weights=False), adapter_name=ADAPTER)
+    for name, alpha in alphas.items():
+        put_factors(module.get_submodule(name), factors[name + _DOWN], factors[name + _UP], alpha)
 
 
 def _find(path: Path) -> Path:
@@ -178,13 +191,55 @@ def _marks(key: str) -> bool:
 
 
 def _check_parts(pipeline: Any, lora: LoraFile) -> None:
-    """Refuse a second text encoder's LoRA in a pipeline that has one: the loader would not know its names."""
+    """Refuse a second text encoder's LoRA in a pipeline that has one: the loader would not know its names; and more
+    numbers than the whole model has, before they are read.
+    """
+    parts = (getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules)
+    size = sum(p.numel() for part in parts if part is not None for p in part.parameters())
+    numbers = sum(map(math.prod, lora.shapes.values()))
+    if numbers > max(size, _ALWAYS):
+        raise UserError(f"{lora.path} holds {numbers:,} numbers, and the model that it is for {size:,}: it is no LoRA")
     second = [key for key in lora.shapes if key.startswith("lora_te2_")]
     if second and getattr(pipeline, "text_encoder_2", None) is None:
         raise UserError(
             f"{lora.path} does not fit this {type(pipeline).__name__}: {len(second)} of its {len(lora.shapes)} "
             f"tensors, such as {second[0]}, are for a text_encoder_2. Was it trained on another model?"
         )
+
+
+def _by_component(
+    pipeline: Any, lora: LoraFile, state: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors by component, under the names of its layers and PEFT's of the factors, by the steps of diffusers' loader.
+
+    Raises:
+        UserError: it cannot read them, or two names mean the same factor.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        component, _, name = key.partition(".")
+        parts.setdefault(component, {})[name] = value
+    for component, tensors in parts.items():
+        try:
+            named = _peft_names(component, tensors)
+        except (ValueError, LookupError, AttributeError) as error:
+            raise unreadable(lora.path, error) from error
+        flat = not hasattr(getattr(pipeline, component, None), "text_model")
+        parts[component] = {
+            _NAMED.sub(".", name.removeprefix("text_model.") if flat else name): tensor
+            for name, tensor in named.items()
+        }
+        if len(parts[component]) != len(tensors):
+            raise UserError(f"{lora.path} names a factor of the {component} twice")
+    return parts
+
+
+def _peft_names(component: str, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    if component.startswith("text_encoder"):
+        return convert_state_dict_to_peft(convert_state_dict_to_diffusers(dict(tensors)))
+    if not any("lora_A" in name for name in tensors):
+        return convert_unet_state_dict_to_peft(dict(tensors))
+    return tensors
 
 
 def _check_fit(pipeline: Any, lora: LoraFile, parts: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -200,40 +255,26 @@ def _check_fit(pipeline: Any, lora: LoraFile, parts: dict[str, dict[str, torch.T
         )
 
 
-def _by_component(state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors under PEFT's names by component, through the steps that the loader takes."""
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in state.items():
-        component, _, name = key.partition(".")
-        parts.setdefault(component, {})[name] = value
-    for component, tensors in parts.items():
-        if component.startswith("text_encoder"):
-            parts[component] = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
-        elif not any("lora_A" in name for name in tensors):
-            parts[component] = convert_unet_state_dict_to_peft(tensors)
-        parts[component] = {_NAMED.sub(".", name): tensor for name, tensor in parts[component].items()}
-    return parts
-
-
 def _problem(pipeline: Any, key: str, value: torch.Tensor) -> str | None:
     component, _, name = key.partition(".")
-    module, parts = getattr(pipeline, component, None), _FACTOR.match(name)
-    if not isinstance(module, torch.nn.Module):
+    module, parts = getattr(pipeline, component, None), _FACTOR.fullmatch(name)
+    if component not in pipeline._lora_loadable_modules or not isinstance(module, torch.nn.Module):
         return f"{key} is for a {component!r}, which is not loaded"
     if parts is None:
         return f"{key} is no factor of a LoRA"
-    layer_name = parts["layer"]
-    if not hasattr(module, "text_model"):
-        layer_name = layer_name.removeprefix("text_model.")
     try:
-        layer = module.get_submodule(layer_name)
+        layer = module.get_submodule(parts["layer"])
     except AttributeError:
         return f"{key} names no layer of the {component}"
-    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
-    axis = 1 if parts["factor"].endswith(("A", "down")) else 0
-    if weight is None or value.dim() < 2 or value.shape[axis] == weight.shape[axis]:
+    if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+        return f"{key} is for a {type(layer).__name__}, and LoRAs are for linear layers and convolutions"
+    weight = tuple(layer.weight.shape)
+    shape = tuple(value.shape)
+    down = (*shape[:1], *weight[1:])
+    up = (weight[0], *shape[1:2], *(1 for _ in weight[2:]))
+    if shape == (down if parts["factor"] == "lora_A" else up):
         return None
-    return f"{key} is {tuple(value.shape)}, but the layer's weight is {tuple(weight.shape)}"
+    return f"{key} is {shape}, but the layer's weight is {weight}"
 
 
 def _problem_of_pair(named: dict[str, torch.Tensor], key: str) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -74,6 +75,19 @@ def adapted_layers(module: nn.Module, prefix: str = "") -> Iterator[AdaptedLayer
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
             A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             yield AdaptedLayer(name, A, B, float(layer.scaling[ADAPTER]), offset.start_of(layer), layer)
+
+
+def put_factors(layer: Any, A: Tensor, B: Tensor, alpha: float) -> None:
+    """Give PEFT's layer factors of another rank and another alpha.
+
+    Args:
+        layer: with the adapter.
+        A, B: in the shapes of ``AdaptedLayer``; taken over as float32.
+        alpha: of ``alpha / r``, which counts from the next ``set_adapters`` on.
+    """
+    for part, value in ((layer.lora_A[ADAPTER], A), (layer.lora_B[ADAPTER], B)):
+        part.weight.data = value.detach().to(part.weight.device, torch.float32)
+    layer.r[ADAPTER], layer.lora_alpha[ADAPTER] = len(A), alpha
 
 
 def layers_below_rank(module: nn.Module) -> tuple[int, int]:

@@ -5,8 +5,11 @@ A LoRA without a part of it draws other images, and whoever looks at them takes 
 
 from __future__ import annotations
 
+import bisect
+import math
 import re
-from collections.abc import Callable, Collection, Mapping
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dreamlora.errors import UserError
+from dreamlora.lora.settings import HIGHEST_ALPHA
 
 _FACTOR = re.compile(r"lora(?:\d|_linear_layer)?[._](?:A|B|up|down)(?:\.default)?\.weight$")
 _ALPHA = re.compile(r"(?P<layer>.*)[._]alpha$")
@@ -31,22 +35,37 @@ _KINDS = {
     r"lora_[AB]\.(?!default\.|weight$)[^.]+\.weight$": "adapters with names of their own",
 }
 """What else trainers write, by a pattern of its names."""
+_MOST_ZEROS = 2**26
+"""Numbers in what is no factor that are looked at; whole layers of zeros are rare."""
+_PRECISIONS = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+}
+_WHOLE = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
 NO_ALPHA = "{}: the alpha of {} is {:g}, and must be above 0: programs differ in what they take 0 or less for"
 
 
-def refuse_other_parts(path: Path, keys: Collection[str], read: Callable[[str], Tensor]) -> None:
+def refuse_other_parts(path: Path, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]) -> None:
     """Nothing, if a file has pairs of factors and their alphas alone, or whatever else it has is zero.
 
     Args:
         path: for the message.
-        keys: names of its tensors.
+        shapes: of its tensors by name.
         read: the tensor of a name.
 
     Raises:
         UserError: it has something else.
     """
-    others = [key for key in keys if not (_FACTOR.search(key) or _ALPHA.match(key))]
-    _refuse(path, [key for key in others if bool((read(key) != 0).any())], len(keys))
+    others = [key for key in shapes if not (_FACTOR.search(key) or _ALPHA.match(key))]
+    few = sum(math.prod(shapes[key]) for key in others) <= _MOST_ZEROS
+    _refuse(path, [key for key in others if not (few and _is_zero(read(key)))], len(shapes))
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    try:
+        return not bool(tensor.count_nonzero())
+    except RuntimeError:  # of types that torch can only store
+        return False
 
 
 def converted(pipeline: Any, path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -56,43 +75,74 @@ def converted(pipeline: Any, path: Path, tensors: Mapping[str, Tensor]) -> tuple
     Which of them go in is seen from the gradients of what comes out.
 
     Raises:
-        UserError: it leaves some out that are not zero; a factor holds whole numbers, a value is not finite, or an
-            alpha not above 0.
-        ValueError, KeyError, IndexError, RuntimeError: it cannot read them.
+        UserError: it cannot read them; it leaves some out that are not zero; a factor holds whole numbers or nothing, a
+            value is not finite, or an alpha is out of bounds.
     """
     _refuse_odd_values(path, tensors)
     leaves = {key: value.float().requires_grad_() for key, value in tensors.items() if value.is_floating_point()}
     copies = {key: leaf.clone() for key, leaf in leaves.items()}  # the loader may change them in place
-    loaded = type(pipeline).lora_state_dict({**tensors, **copies})
+    try:
+        loaded = type(pipeline).lora_state_dict({**tensors, **copies}, return_alphas=True)
+    except Exception as error:  # its converters say all kinds of things of names and shapes that they do not expect
+        raise unreadable(path, error) from error
     state, alphas = loaded if isinstance(loaded, tuple) else (loaded, None)
     factors = {key: leaf for key, leaf in leaves.items() if not _ALPHA.match(key)}
     out = [value for value in state.values() if value.requires_grad]
     ones = [torch.ones_like(value) for value in out]
     grads = torch.autograd.grad(out, list(factors.values()), ones, allow_unused=True) if out else [None] * len(factors)
-    used = [key for key, grad in zip(factors, grads, strict=True) if grad is not None]
+    used = sorted(key for key, grad in zip(factors, grads, strict=True) if grad is not None)
     unused = [key for key in factors if key not in set(used) and bool((factors[key] != 0).any())]
     for key in tensors:
         alpha = _ALPHA.match(key)
-        if alpha and not any(factor.startswith(alpha["layer"]) for factor in used):
+        if alpha and not _is_beginning(alpha["layer"], used):
             unused.append(key)
     _refuse(path, unused, len(tensors))
-    return {key: value.detach() for key, value in state.items()}, _by_factor(alphas or {})
+    return {key: value.detach() for key, value in state.items()}, _by_factor(alphas or {}, state)
 
 
-def _by_factor(alphas: Mapping[str, Any]) -> dict[str, Tensor]:
+def unreadable(path: Path, error: Exception) -> UserError:
+    """diffusers names every tensor: a few are enough."""
+    why = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+    return UserError(f"{path}: diffusers cannot read this file: {why}")
+
+
+def _by_factor(alphas: Mapping[str, Any], state: Collection[str]) -> dict[str, Tensor]:
     """diffusers names an alpha after its layer, or after its layer's first factor."""
-    bare = {key.removesuffix(".alpha"): torch.as_tensor(alpha) for key, alpha in alphas.items()}
-    return {key if key.endswith(".weight") else f"{key}.lora.down.weight": alpha for key, alpha in bare.items()}
+    named: dict[str, Tensor] = {}
+    for key, alpha in alphas.items():
+        bare = key.removesuffix(".alpha")
+        of_peft = f"{bare}.lora_A.weight"
+        name = bare if bare.endswith(".weight") else of_peft if of_peft in state else f"{bare}.lora.down.weight"
+        named[name] = torch.as_tensor(alpha).detach()
+    return named
+
+
+def _is_beginning(text: str, names: Sequence[str]) -> bool:
+    """Whether one of the names, which are sorted, begins with the text."""
+    place = bisect.bisect_left(names, text)
+    return place < len(names) and names[place].startswith(text)
 
 
 def _refuse_odd_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if _FACTOR.search(key) and not tensor.is_floating_point():
+        if _ALPHA.match(key):
+            _refuse_odd_alpha(path, key, tensor)
+        elif _FACTOR.search(key) and tensor.dtype not in _PRECISIONS:
             raise UserError(f"{path}: {key} is of {tensor.dtype}: quantised LoRAs cannot be applied")
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+        elif _FACTOR.search(key) and not tensor.numel():
+            raise UserError(f"{path}: {key} is {tuple(tensor.shape)}: there is nothing in it")
+        elif tensor.dtype in _PRECISIONS and not tensor.float().isfinite().all():
             raise UserError(f"{path}: {key} is not finite: the LoRA is damaged, or its training diverged")
-        if _ALPHA.match(key) and not (tensor > 0).all():  # for some models diffusers would never come to an end
-            raise UserError(NO_ALPHA.format(path, key, tensor.min()))
+
+
+def _refuse_odd_alpha(path: Path, key: str, tensor: Tensor) -> None:
+    if tensor.numel() != 1 or tensor.is_complex() or not (tensor.is_floating_point() or tensor.dtype in _WHOLE):
+        raise UserError(f"{path}: {key} is {tuple(tensor.shape)} of {tensor.dtype}, and an alpha is one number")
+    alpha = float(tensor)
+    if not math.isfinite(alpha) or alpha > HIGHEST_ALPHA:
+        raise UserError(f"{path}: {key} is {alpha:g}, and an alpha is finite and at most {HIGHEST_ALPHA:g}")
+    if alpha <= 0:  # for some models diffusers would never come to an end
+        raise UserError(NO_ALPHA.format(path, key, alpha))
 
 
 def _refuse(path: Path, unused: Collection[str], total: int) -> None:

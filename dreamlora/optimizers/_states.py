@@ -6,8 +6,9 @@ its end, one of the same shapes trains on with the wrong moments.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,8 +78,11 @@ def _problems(optimizer: Optimizer, state_dict: Any) -> Iterator[str]:
     entries = sum(map(bool, state_dict["state"].values()))
     if written_by and written_by["entries"] != entries:
         yield f"it has values for {entries} parameters of the {written_by['entries']} that it was written with"
+    packaged = not hasattr(optimizer, "state_shapes")
+    # twice: prodigyopt keeps less of parameters that are zero
+    models = [_after_a_step(optimizer, value) for value in (0.0, 1.0)] if packaged else []
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        yield from _problems_of_values(optimizer, group, saved, state_dict["state"])
+        yield from _problems_of_values(optimizer, group, saved, state_dict["state"], models)
 
 
 def _problems_of_parameters(group: State, saved: State) -> Iterator[str]:
@@ -102,9 +106,9 @@ def _problems_of_settings(optimizer: Optimizer, group: State, saved: State, sign
     unknown = sorted(saved.keys() - group.keys() - _OF_SCHEDULES - {*_OF_THE_MODEL})
     if validate and unknown and not signed:
         yield f"it has the settings {', '.join(unknown)}, which are not known here (another optimizer)"
-    for name, value in optimizer.defaults.items():
-        if name in saved and _is_number(value) and not _is_number(saved[name]):
-            yield f"its {name} is no number ({saved[name]!r})"
+    for name in sorted(group.keys() & saved.keys() - {"params", *_OF_THE_MODEL}):
+        if problem := _problem_of_setting(group[name], saved[name]):
+            yield f"its {name}: {problem}"
     if validate:
         try:
             validate({**group, **saved})
@@ -112,41 +116,103 @@ def _problems_of_settings(optimizer: Optimizer, group: State, saved: State, sign
             yield str(error)
 
 
-def _problems_of_values(optimizer: Optimizer, group: State, saved: State, state: State) -> Iterator[str]:
+def _problem_of_setting(now: Any, saved: Any) -> str | None:
+    """What is wrong with a setting, beside that of this optimizer: of another kind, or no number that can be meant."""
+    if isinstance(now, bool | None) and not isinstance(saved, bool | None | int | float):
+        return f"is {saved!r}, and not {now!r}"
+    if isinstance(now, tuple | list):
+        alike = isinstance(saved, tuple | list) and len(saved) == len(now)
+        alike = alike and not any(map(_problem_of_setting, now, saved))
+        return None if alike else f"is {saved!r}, and not like {now!r}"
+    if isinstance(now, str):
+        return None if isinstance(saved, str) else f"is no word ({saved!r})"
+    if not isinstance(now, bool) and _is_number(now):
+        if not _is_number(saved) or isinstance(saved, bool):
+            return f"is no number ({saved!r})"
+        if math.isfinite(now) and not math.isfinite(saved):
+            return f"got {float(saved)}, which is no number"
+    return None
+
+
+def _problems_of_values(
+    optimizer: Optimizer, group: State, saved: State, state: State, models: Sequence[Mapping[Tensor, State]]
+) -> Iterator[str]:
     shapes_of = getattr(optimizer, "state_shapes", None)
-    first_of_shape: dict[torch.Size, set[str]] = {}
     for index, (p, i) in enumerate(zip(group["params"], saved["params"], strict=True)):
         values = state.get(i)
         if not values:  # it never had a gradient
             continue
         where = _name(group, index)
-        shapes = shapes_of(group, index) if shapes_of else None
-        known = set(shapes) if shapes is not None else first_of_shape.setdefault(p.shape, set(values))
+        shapes: Mapping[str, tuple[int, ...]] = shapes_of(group, index) if shapes_of else {}
+        like = [model[p] for model in models if p in model]
+        known = set(shapes) or set().union(*like)
         if values.keys() != known:
             yield f"of {where} it has {', '.join(sorted(values))}, and not {', '.join(sorted(known))}"
         for key, value in values.items():
-            if isinstance(value, Tensor) and (problem := _problem_of_value(value, shapes and shapes[key], p)):
+            if shapes:
+                problem = _problem_of_moment(value, shapes[key])
+            else:
+                problem = _problem_of_value(value, [model[key] for model in like])
+            if problem:
                 yield f"{key} of {where} {problem}"
 
 
-def _problem_of_value(value: Tensor, shape: tuple[int, ...] | None, p: Tensor) -> str | None:
-    """What is wrong with one tensor.
+def _problem_of_moment(value: Any, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a tensor that must have this shape."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return f"is of {value.dtype if isinstance(value, Tensor) else type(value).__name__}, which holds no moments"
+    return _problem_of_tensor(value, [tuple(value.shape) == shape], shape)
 
-    Args:
-        shape: that it must have; None where only its package knows: then a tensor of as many dimensions as the
-            parameter has must be as large in each, or 1 (a mean over it).
-    """
-    sizes = tuple(value.shape)
-    if shape is None:
-        fits = value.dim() != p.dim() or all(n in (1, full) for n, full in zip(sizes, p.shape, strict=True))
-    else:
-        fits = sizes == shape
-    if not fits:
-        return f"is {sizes}, and not {shape or tuple(p.shape)} (another rank?)"
-    if shape is not None and not value.is_floating_point():
-        return f"is of {value.dtype}, which holds no moments"
+
+def _problem_of_value(value: Any, like: Sequence[Any]) -> str | None:
+    """What is wrong with one value, beside those that this optimizer would have."""
+    if not isinstance(value, Tensor):
+        alike = any(type(value) is type(one) or (_is_number(value) and _is_number(one)) for one in like)
+        return None if alike else f"is a {type(value).__name__}"
+    tensors = [one for one in like if isinstance(one, Tensor)]
+    if not tensors:
+        return None if value.numel() == 1 and any(map(_is_number, like)) else f"is a tensor of {tuple(value.shape)}"
+    if value.dtype not in {one.dtype for one in tensors}:
+        return f"is of {value.dtype}, and not of {tensors[0].dtype}"
+    return _problem_of_tensor(value, [value.shape == one.shape for one in tensors], tuple(tensors[-1].shape))
+
+
+def _problem_of_tensor(value: Tensor, fits: Sequence[bool], shape: tuple[int, ...]) -> str | None:
+    if not any(fits):
+        return f"is {tuple(value.shape)}, and not {shape} (another rank?)"
     plain = type(value) is Tensor and value.is_floating_point()  # not the quantised tensors of some packages
     return "is not finite" if plain and not bool(value.isfinite().all()) else None
+
+
+@torch.no_grad()
+def _after_a_step(optimizer: Optimizer, value: float) -> dict[Tensor, State]:
+    """What an optimizer of another package keeps of its parameters after a first step, which is undone.
+
+    Args:
+        value: of all parameters; their gradients are zero.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
+    before = [(p.detach().clone(), p.grad) for p in parameters]
+    state = dict(optimizer.state)
+    optimizer.state.clear()
+    try:
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        for p in parameters:
+            p.fill_(value)
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return dict(optimizer.state)
+    finally:
+        for p, (data, grad) in zip(parameters, before, strict=True):
+            p.copy_(data)
+            p.grad = grad
+        for group, as_it_was in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(as_it_was)
+        optimizer.state.clear()
+        optimizer.state.update(state)
 
 
 def _name(group: State, index: int) -> str:

@@ -6,7 +6,8 @@ import errno
 import io
 import json
 import logging
-import pickle
+import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +19,18 @@ import torch
 from dreamlora.errors import UserError
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.lora.pairs import restore_starts, starts_of
+from dreamlora.reading import Schema, UnreadableError, read_json
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.adoption import adopt
+from dreamlora.training.fit import misfit
 from dreamlora.training.loop import Run
+from dreamlora.training.state_file import read_state
 
 STATE_FILE = "training_state.pt"
 SETTINGS_FILE = "settings.json"
 _DAMAGED = (errno.ENOENT, errno.EINVAL, None)
 """What reading a checkpoint says that lacks a file, or whose content cannot be right."""
+_SETTINGS = Schema(dict[str, Any])
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +102,11 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     """Put the run where a checkpoint's ``state`` was taken.
 
     Raises:
-        UserError: the optimizer's state is not one of this run's optimizer.
+        UserError: the state is not one of this run's LoRA, schedule and optimizer; nothing was changed then.
     """
+    problem = misfit(run, saved)
+    if problem:
+        raise UserError(f"--resume_from_checkpoint: this run cannot go on from there: {problem}")
     try:
         run.optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:
@@ -108,13 +116,17 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     for name, parameter in run.trainables.items():
         parameter.data.copy_(saved["trainables"][name])
     restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])
-    run.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    done = saved["lr_scheduler"]["last_epoch"]
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    # torch takes over whatever stands in a state, methods included
+    now = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
+    run.lr_scheduler.load_state_dict({**run.lr_scheduler.state_dict(), **now})
     if run.accelerator.scaler is not None and saved["scaler"]:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
     run.step = saved["step"]
     run.skipped_steps = saved.get("skipped_steps", 0)  # older checkpoints have none
-    now = counts(run)
-    run.counted = {name: now.get(name, 0) - n for name, n in saved.get("uncounted", {}).items()}
+    counted = counts(run)
+    run.counted = {name: counted.get(name, 0) - n for name, n in saved.get("uncounted", {}).items()}
 
 
 def rotate(folder: RunFolder, limit: int | None) -> None:
@@ -155,8 +167,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UserError: it is damaged (``DamagedCheckpoint``) or cannot be read.
     """
     with _reading(path):
-        settings = dict(json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8")))
-        return Checkpoint(path, settings, torch.load(path / STATE_FILE, map_location="cpu", weights_only=True))
+        settings = read_json(path / SETTINGS_FILE, _SETTINGS, inside=path)
+        state = read_state(path / STATE_FILE, inside=path)
+        if re.fullmatch(r"step-\d{6,}", path.name) and int(path.name[5:]) != state["step"]:
+            raise ValueError(f"its state is of step {state['step']}")
+        return Checkpoint(path, settings, state)
 
 
 class DamagedCheckpoint(UserError):
@@ -171,13 +186,18 @@ def _reading(path: Path) -> Iterator[None]:
         if error.errno not in _DAMAGED:  # it may be whole: nobody should be told to remove it
             raise UserError(f"cannot read {path}: {error}. Mend that, and resume again") from error
         raise _unreadable(path, error) from error
-    except (ValueError, TypeError, RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
+    except UnreadableError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in _DAMAGED:
+            raise UserError(f"{error}. Mend that, and resume again") from error
+        raise _unreadable(path, error) from error
+    except ValueError as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
+    why = textwrap.shorten(str(error), 400)
     return DamagedCheckpoint(
-        f"{path} is no checkpoint that can be read ({error}): remove it and resume from an earlier one"
+        f"{path} is no checkpoint that can be read ({why}): remove it and resume from an earlier one"
     )
 
 

@@ -1,11 +1,17 @@
 """The evaluation loss: frozen, spread, split and equal to a direct computation."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 
+from dreamlora.errors import UserError
 from dreamlora.eval_loss.evalset import EvalSet, Measured, build_eval_set, build_final_set, evaluate_loss
+from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless
 
 
 class LinearPath:
@@ -143,3 +149,98 @@ def test_masks_weigh_the_places_and_belong_to_the_identity(tmp_path: Path):
 
 def image_of(items: EvalSet, item: int) -> int:
     return int(items.image[item])
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("evalset") / "set.json"
+    make_set().save(file)
+    return file
+
+
+ODD_TENSORS = {
+    "latents of other images": lambda t: {**t, "latents": t["latents"][:2]},
+    "latents in half precision": lambda t: {**t, "latents": t["latents"].half()},
+    "flat latents": lambda t: {**t, "latents": t["latents"].flatten()},
+    "no places": lambda t: {**t, "latents": t["latents"][..., :0]},
+    "latents that are not finite": lambda t: {**t, "latents": t["latents"] * torch.nan},
+    "images that there are not": lambda t: {**t, "image": t["image"] + 1},
+    "images below 0": lambda t: {**t, "image": t["image"] - 1},
+    "images as numbers with a point": lambda t: {**t, "image": t["image"].float()},
+    "fewer times": lambda t: {**t, "times": t["times"][:-1]},
+    "times below 0": lambda t: {**t, "times": -t["times"]},
+    "complex times": lambda t: {**t, "times": t["times"].to(torch.complex64)},
+    "positions above 1": lambda t: {**t, "position": t["position"] + 1},
+    "masks of other places": lambda t: {**t, "masks": torch.ones(4, 1, 1, 1)},
+    "masks above 1": lambda t: {**t, "masks": torch.full((4, 1, 4, 4), 2.0)},
+    "one tensor more": lambda t: {**t, "x": torch.ones(1)},
+    "one tensor less": lambda t: {name: tensor for name, tensor in t.items() if name != "position"},
+}
+
+
+@pytest.mark.parametrize("change", ODD_TENSORS.values(), ids=ODD_TENSORS)
+def test_tensors_that_no_set_has_are_refused(change, stored: Path, tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_bytes(stored.read_bytes())
+    tensors = change(load_file(stored.with_suffix(".safetensors")))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "set.safetensors")
+    with pytest.raises(UserError, match=r"cannot read .*set\.safetensors"):
+        EvalSet.load(tmp_path / "set.json")
+
+
+ABOUT = {
+    "no captions": {"captions": []},
+    "captions that are numbers": {"captions": [1, 2, 3, 4]},
+    "a huge caption": {"captions": ["x" * 10**6, "b", "c", "d"]},
+    "keys that are numbers": {"noise_keys": [1] * 64},
+    "fewer keys": {"noise_keys": ["a"]},
+    "a model that is none": {"model_id": None},
+    "another id": {"evalset_id": "0" * 16},
+    "a huge id": {"evalset_id": "0" * 10**6},
+}
+
+
+@pytest.mark.parametrize("change", ABOUT.values(), ids=ABOUT)
+def test_what_no_set_says_of_itself_is_refused(change, stored: Path, tmp_path: Path) -> None:
+    (tmp_path / "set.safetensors").write_bytes(stored.with_suffix(".safetensors").read_bytes())
+    about = json.loads(stored.read_text(encoding="utf-8"))
+    (tmp_path / "set.json").write_text(json.dumps({**about, **change}), encoding="utf-8")
+    with pytest.raises(UserError) as refusal:
+        EvalSet.load(tmp_path / "set.json")
+    assert len(str(refusal.value)) < 600
+
+
+def test_a_file_that_is_missing_or_lies_elsewhere(stored: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no set\.json"):
+        EvalSet.load(tmp_path / "set.json")
+    (tmp_path / "set.json").symlink_to(stored)
+    with pytest.raises(UserError, match=r"no set\.safetensors"):
+        EvalSet.load(tmp_path / "set.json")
+    (tmp_path / "set.safetensors").symlink_to(stored.with_suffix(".safetensors"))
+    assert EvalSet.load(tmp_path / "set.json").id == make_set().id, "links that a person placed are followed"
+    with pytest.raises(UserError, match="link leads out"):
+        EvalSet.load(tmp_path / "set.json", inside=tmp_path)
+
+
+def test_times_of_another_schedule_do_not_suit() -> None:
+    class Hasty(LinearPath):
+        def spread_times(self, positions):
+            return positions * 2
+
+    assert make_set().suits(LinearPath()) and not make_set().suits(Hasty())
+
+
+ABOUT_SOUND = {"evalset_id": make_set().id, "model_id": "m"}
+ABOUT_SOUND |= {"captions": list(make_set().captions), "noise_keys": list(make_set().noise_keys)}
+TENSORS = save({name: getattr(make_set(), name).clone() for name in ("latents", "image", "times", "position")})
+
+
+@fuzzed
+@given(
+    st.one_of(damaged(as_json(ABOUT_SOUND)), changed(ABOUT_SOUND).map(as_json), st.just(as_json(ABOUT_SOUND))),
+    st.one_of(damaged(TENSORS), st.just(TENSORS)),
+)
+def test_fuzz_evalset(tmp_path_factory: pytest.TempPathFactory, about: bytes, tensors: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    file.write_bytes(about)
+    file.with_suffix(".safetensors").write_bytes(tensors)
+    harmless(lambda: EvalSet.load(file))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
 from dreamlora.families import sd
 from dreamlora.lora.files import apply_lora, read_lora, same_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
+from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless
 
 TEXT_LAYERS = sd.TEXT_LORA_LAYERS
 
@@ -191,3 +196,161 @@ def test_weights_keep_their_precision_in_a_model_of_another(sd_folder, lora, tmp
     assert pipeline.unet.dtype == torch.bfloat16
     pipeline.unload_lora_weights()
     assert not any(".lora_" in name for name, _ in pipeline.unet.named_parameters())
+
+
+NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+KOHYA = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def pair(A: tuple[int, ...], B: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return {f"{NAME}.lora_A.weight": torch.ones(A).to(dtype), f"{NAME}.lora_B.weight": torch.ones(B).to(dtype)}
+
+
+def with_alpha(alpha: torch.Tensor) -> dict[str, torch.Tensor]:
+    factors = {f"{KOHYA}.lora_down.weight": torch.ones(2, 16), f"{KOHYA}.lora_up.weight": torch.ones(16, 2)}
+    return {**factors, f"{KOHYA}.alpha": alpha}
+
+
+HOSTILE = {
+    "rank 0": lambda: pair((0, 16), (16, 0)),
+    "nothing in it": lambda: pair((2, 0), (16, 2)),
+    "kernels for a linear layer": lambda: pair((2, 16, 1, 1), (16, 2, 1, 1)),
+    "one dimension": lambda: pair((16,), (16,)),
+    "no dimension": lambda: pair((), ()),
+    "twelve dimensions": lambda: pair((2, 16, *[1] * 10), (16, 2, *[1] * 10)),
+    "whole numbers": lambda: pair((2, 16), (16, 2), torch.int64),
+    "bits": lambda: pair((2, 16), (16, 2), torch.bool),
+    "complex numbers": lambda: pair((2, 16), (16, 2), torch.complex64),
+    "a type of exponents": lambda: pair((2, 16), (16, 2), torch.float8_e8m0fnu),
+    "two alphas": lambda: with_alpha(torch.ones(2)),
+    "no alpha": lambda: with_alpha(torch.ones(0)),
+    "an alpha that is true": lambda: with_alpha(torch.tensor(True)),
+    "a complex alpha": lambda: with_alpha(torch.tensor(1j)),
+    "an endless alpha": lambda: with_alpha(torch.tensor(torch.inf)),
+    "a huge alpha": lambda: with_alpha(torch.tensor(1e30)),
+    "a class": lambda: {f"unet.__class__.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+    "a method": lambda: {f"unet.forward.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+    "a whole model": lambda: {f"unet.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+    "a norm": lambda: {f"unet.conv_norm_out.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+    "the autoencoder": lambda: {f"vae.decoder.conv_in.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+    "a wrapper": lambda: {f"base_model.model.{key}": tensor for key, tensor in pair((2, 16), (16, 2)).items()},
+    "a name of dots": lambda: {f"unet.{'.' * 400}.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+    "an expression": lambda: {f"unet.(.*)*!.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"},
+    "digits": lambda: {f"lora_unet_{'1' * 400}.lora_{factor}.weight": torch.ones(2, 2) for factor in ("down", "up")},
+    "marks alone": lambda: {"lora." * 90 + ".lora_A" * 10: torch.ones(2, 2)},
+    "the same layer twice": lambda: {
+        **pair((2, 16), (16, 2)),
+        **{key.replace(".weight", ".default.weight"): tensor for key, tensor in pair((2, 16), (16, 2)).items()},
+    },
+}
+
+
+@pytest.mark.parametrize("tensors", HOSTILE.values(), ids=HOSTILE)
+def test_tensors_that_no_lora_has_are_one_message(tensors, pipeline, tmp_path):
+    save_file(tensors(), tmp_path / "lora.safetensors")
+    error = harmless(lambda: apply_lora(pipeline, tmp_path / "lora.safetensors"))
+    assert isinstance(error, UserError) and len(str(error)) < 1200
+    assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
+
+
+def test_more_than_the_model_has_is_not_read(pipeline, tmp_path):
+    """A file of zeros takes no place on the disk, and all of them in memory."""
+    numbers = 2**26 + 2
+    data = {"dtype": "F32", "shape": [2, numbers // 2], "data_offsets": [0, 4 * numbers]}
+    header = json.dumps({f"{NAME}.lora_A.weight": data}).encode()
+    with (tmp_path / "lora.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * numbers)
+    error = harmless(lambda: apply_lora(pipeline, tmp_path / "lora.safetensors"))
+    assert isinstance(error, UserError) and "it is no LoRA" in str(error)
+
+
+def test_many_layers_of_many_ranks_take_no_time(pipeline, tmp_path):
+    """PEFT would look for each of them with the pattern of each other."""
+    layers = [
+        (name, layer.weight.shape)
+        for name, layer in pipeline.unet.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "block" in name
+    ]
+    tensors = {}
+    for number, (name, (m, n)) in enumerate(layers, start=1):
+        tensors |= {
+            f"unet.{name}.lora_A.weight": torch.ones(number, n),
+            f"unet.{name}.lora_B.weight": torch.ones(m, number),
+        }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    harmless(lambda: apply_lora(pipeline, tmp_path / "lora.safetensors"))
+    ranks = [m.r["default"] for m in pipeline.unet.modules() if "default" in getattr(m, "r", ())]
+    assert sorted(ranks) == list(range(1, len(layers) + 1))
+    pipeline.unload_lora_weights()
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "device.safetensors").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(UserError):
+            read_lora(tmp_path / f"{name}.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match="found no"):
+        read_lora(tmp_path / "folder.safetensors")
+
+
+def test_links_that_a_person_names_are_followed(lora, tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(lora)
+    assert read_lora(tmp_path / "link.safetensors").shapes == read_lora(lora).shapes
+
+
+def test_same_lora_knows_all_types(tmp_path):
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    kinds = [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int64, torch.float8_e8m0fnu]
+    for dtype in kinds:
+        for file in files:
+            save_file({"a": torch.ones(2, 3).to(dtype), "b": torch.ones(()).to(dtype)}, file)
+        assert same_lora(*files)
+        save_file({"a": torch.ones(2, 3), "b": torch.ones(())}, files[1])
+        assert not same_lora(*files)
+
+
+SOUND = {**pair((2, 16), (16, 2)), f"{NAME.replace('to_q', 'to_k')}.lora_A.weight": torch.ones(2, 16)}
+SOUND[f"{NAME.replace('to_q', 'to_k')}.lora_B.weight"] = torch.ones(16, 2)
+BYTES = [save(SOUND), save(with_alpha(torch.tensor(2.0)))]
+
+
+def headers_changed(content: bytes) -> st.SearchStrategy[bytes]:
+    end = 8 + int.from_bytes(content[:8], "little")
+
+    def put(header: object) -> bytes:
+        text = as_json(header)
+        return len(text).to_bytes(8, "little") + text + content[end:]
+
+    return changed(json.loads(content[8:end])).map(put)
+
+
+def renamed(content: bytes) -> st.SearchStrategy[bytes]:
+    """Other letters in names, so that the header stays sound."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    letters = st.lists(st.tuples(st.integers(8, end - 1), st.sampled_from(b"._0129abAB")), min_size=1, max_size=4)
+
+    def put(changes: list[tuple[int, int]]) -> bytes:
+        copy = bytearray(content)
+        for place, letter in changes:
+            copy[place] = letter
+        return bytes(copy)
+
+    return letters.map(put)
+
+
+@pytest.fixture(scope="module")
+def target(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionPipeline, Path]:
+    return DiffusionPipeline.from_pretrained(sd_folder), tmp_path_factory.mktemp("fuzz") / "lora.safetensors"
+
+
+@fuzzed
+@given(st.sampled_from(BYTES).flatmap(lambda sound: st.one_of(damaged(sound), headers_changed(sound), renamed(sound))))
+def test_fuzz_lora_file(target: tuple[DiffusionPipeline, Path], content: bytes) -> None:
+    pipeline, file = target
+    file.write_bytes(content)
+    if not isinstance(harmless(lambda: apply_lora(pipeline, file)), UserError):
+        pipeline.unload_lora_weights()
+    assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())

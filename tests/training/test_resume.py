@@ -243,7 +243,7 @@ def test_a_checkpoint_that_may_be_whole_is_not_to_be_removed(
 
     folder = RunFolder(tmp_path)
     (folder.checkpoint_dir(2)).mkdir(parents=True)
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UserError, match=f"cannot read .*{os.strerror(number)}") as error:
         state.find_checkpoint(folder, "latest", lambda checkpoint: None)
     assert "remove" not in str(error.value)

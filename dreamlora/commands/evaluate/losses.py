@@ -42,7 +42,7 @@ def measure_losses(
     labels = [row.label for row in under_test.rows]
     if file is None:
         return dict.fromkeys(labels, _left_out("there is no evaluation set (--evalset outputs/<run>/evalset.json)"))
-    items = EvalSet.load(file)
+    items = EvalSet.load(file, inside=None if given or run is None else run.path)
     model = under_test.source.predictor_id
     if items.model_id != model:
         wrong = f"{file} is for the model {items.model_id}, not for {model}"
@@ -69,6 +69,8 @@ def _losses(config: EvaluateConfig, under_test: UnderTest, items: EvalSet, proce
             return family.predict(denoiser, noisy, times, conditioning, train.guidance_scale)
 
     objective = family.objective(parts.get("scheduler")["scheduler"], train)
+    if not items.suits(objective):
+        raise UserError("the evaluation set has other times than this model's schedule: take that of a run with it")
     measured = Measured(predict, objective, under_test.encode, parts.device)
     batch = config.eval_batch_size
     losses = []
