@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from dreamlora.reading import UnreadableError, opened, shortened
 
 HEADER_BYTES = 2**24
-"""Of a safetensors file; kohya's statistics of tags have a megabyte or two."""
+"""Of a safetensors file; kohya's statistics of tags have a megabyte or two, 38,000 tensors of a model four."""
 TENSORS = 2**15
 """In one file: a LoRA of all layers of FLUX has some 2,000, with an alpha for each pair 3,000."""
 NAME_LENGTH = 2**9
@@ -31,13 +31,16 @@ _DAMAGED = (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, Runtime
 
 
 @contextmanager
-def open_tensors(file: Path, framework: Literal["pt", "np"] = "pt", inside: Path | None = None) -> Iterator[Any]:
+def open_tensors(
+    file: Path, framework: Literal["pt", "np"] = "pt", inside: Path | None = None, most: int = TENSORS
+) -> Iterator[Any]:
     """A safetensors file, as ``safe_open`` gives it; no tensor is read by this.
 
     Args:
         file: to read.
         framework: whose tensors it gives.
         inside: see ``reading.opened``.
+        most: tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -46,19 +49,21 @@ def open_tensors(file: Path, framework: Literal["pt", "np"] = "pt", inside: Path
     """
     with opened(file, inside) as stream:
         beginning = stream.read(8)
+    if beginning == b"version ":
+        raise UnreadableError(file, "it is a pointer of git-lfs, not the file itself: run `git lfs pull` there")
     if len(beginning) == 8 and struct.unpack("<Q", beginning)[0] > HEADER_BYTES:
         raise UnreadableError(file, f"it is damaged or not a safetensors file (a header of over {HEADER_BYTES} bytes)")
     try:
         with safe_open(file, framework=framework) as tensors:
-            _check_names(file, tensors.keys())
+            _check_names(file, tensors.keys(), most)
             yield tensors
     except SafetensorError as error:
         raise UnreadableError(file, f"it is damaged or not a safetensors file ({_few_words(error)})") from error
 
 
-def _check_names(file: Path, names: Sequence[str]) -> None:
-    if len(names) > TENSORS:
-        raise UnreadableError(file, f"it names {len(names)} tensors, and such files have at most {TENSORS}")
+def _check_names(file: Path, names: Sequence[str], most: int) -> None:
+    if len(names) > most:
+        raise UnreadableError(file, f"it names {len(names)} tensors, and such files have at most {most}")
     for name in names:
         if len(name) > NAME_LENGTH or not name.isprintable():
             raise UnreadableError(file, f"no tensor can have the name {shortened(name)}")

@@ -13,22 +13,18 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Len
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from typing_extensions import TypedDict
 
+from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
 from dreamlora.models.fetching import Place
-from dreamlora.reading import Schema, UnreadableError, opened, read_json, shortened
+from dreamlora.reading import Schema, UnreadableError, read_json, shortened
 
-HEADER_BYTES = 2**23
-"""Of a safetensors file. 38,000 tensors have four megabytes; the libraries take 100, which takes them seconds."""
 INDEX_BYTES = 2**24
 MOST_TENSORS = 100_000
-_LENGTH = 8
-"""Bytes before the header, which say how long it is."""
 _NUMBERS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _COUNTERS = {"I64", "I32"}
 """Positions, which SD 1.5's text encoder stores."""
@@ -154,21 +150,10 @@ def read_header(file: Path) -> dict[str, int]:
         UnreadableError: it is none of safetensors, its header is larger than any real one, or it holds what no model
             is made of.
     """
-    with opened(file) as stream:
-        start = stream.read(_LENGTH)
-    if start.startswith(b"version "):
-        raise UnreadableError(file, "it is a pointer of git-lfs, not the file itself: run `git lfs pull` there")
-    if int.from_bytes(start, "little") > HEADER_BYTES:
-        raise UnreadableError(file, "it is no safetensors file, or damaged (no real one has so long a header)")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            kinds = {name: tensor.get_dtype() for name, tensor in slices.items()}
-            sizes = {name: math.prod(tensor.get_shape()) for name, tensor in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise UnreadableError(file, f"it is no safetensors file, or damaged: {error}") from error
-    if len(sizes) > MOST_TENSORS:
-        raise UnreadableError(file, f"it has {len(sizes)} tensors, and no model here has more than {MOST_TENSORS}")
+    with open_tensors(file, most=MOST_TENSORS) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no iterator
+        kinds = {name: tensor.get_dtype() for name, tensor in slices.items()}
+        sizes = {name: math.prod(tensor.get_shape()) for name, tensor in slices.items()}
     for name, kind in kinds.items():
         if kind not in _NUMBERS | _COUNTERS:
             raise UnreadableError(

@@ -115,7 +115,7 @@ def test_incomplete_folder(folder):
 
 def test_damaged_weights(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"safetensors: it is no safetensors file, or damaged"):
+    with pytest.raises(UserError, match=r"safetensors: it is damaged or not a safetensors file"):
         sd.load(source(folder), "denoiser", torch.float32)
 
 

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from safetensors.torch import save, save_file
 
+from dreamlora.archives import HEADER_BYTES
 from dreamlora.errors import UserError
 from dreamlora.models.fetching import Place
-from dreamlora.models.weights import DIFFUSERS, HEADER_BYTES, TRANSFORMERS, find_weights, read_header
+from dreamlora.models.weights import DIFFUSERS, TRANSFORMERS, find_weights, read_header
 from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless
 
 TENSORS = {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2), "position_ids": torch.arange(4)}
