@@ -175,8 +175,8 @@ def test_a_limit_of_the_shell_is_told_as_such(flags: list[str]) -> None:
 
 
 COMMANDS = {
-    "sample": "sample {run} --prompts dog --num_images_per_prompt 1 --num_inference_steps 1 --output_dir {out}",
-    "evaluate": "evaluate {run} --metrics clip_score --clip_model tiny --num_images_per_prompt 1 --output_dir {out}",
+    "sample": "sample {run} --trust_runs --prompts dog --num_images_per_prompt 1 --num_inference_steps 1 --output_dir {out}",
+    "evaluate": "evaluate {run} --trust_runs --metrics clip_score --clip_model tiny --num_images_per_prompt 1 --output_dir {out}",
     "report": "report {out}/run",
     "compare": "compare --runs {run} {other} --output_dir {out}",
 }
