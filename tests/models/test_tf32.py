@@ -47,10 +47,21 @@ def test_every_run_sets_it_and_what_draws_or_measures_it_afterwards_too(
         runs.append(str(train_with([*flags, *QUICK.split(), *more]).path))
         assert used() == (bool(more), bool(more))
     for run, allowed in zip(runs, (True, False), strict=True):
-        sample([run, "--output_dir", str(tmp_path / "grid"), "--num_inference_steps", "1", "--prompts", "a dog"])
+        sample(
+            [
+                run,
+                "--trust_runs",
+                "--output_dir",
+                str(tmp_path / "grid"),
+                "--num_inference_steps",
+                "1",
+                "--prompts",
+                "a dog",
+            ]
+        )
         assert used() == (allowed, allowed)
         set_tf32(not allowed)
-        evaluate([run, "--metrics", "eval_loss", "--output_dir", str(tmp_path / "out")])
+        evaluate([run, "--trust_runs", "--metrics", "eval_loss", "--output_dir", str(tmp_path / "out")])
         assert used() == (allowed, allowed)
         set_tf32(allowed)
 

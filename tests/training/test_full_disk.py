@@ -174,9 +174,10 @@ def test_a_limit_of_the_shell_is_told_as_such(flags: list[str]) -> None:
     assert done.returncode == 1 and "Traceback" not in done.stderr and "`ulimit -f`" in done.stderr.splitlines()[-1]
 
 
+DRAWN = "{run} --trust_runs --num_images_per_prompt 1 --output_dir {out}"
 COMMANDS = {
-    "sample": "sample {run} --trust_runs --prompts dog --num_images_per_prompt 1 --num_inference_steps 1 --output_dir {out}",
-    "evaluate": "evaluate {run} --trust_runs --metrics clip_score --clip_model tiny --num_images_per_prompt 1 --output_dir {out}",
+    "sample": f"sample {DRAWN} --num_inference_steps 1 --prompts dog",
+    "evaluate": f"evaluate {DRAWN} --metrics clip_score --clip_model tiny",
     "report": "report {out}/run",
     "compare": "compare --runs {run} {other} --output_dir {out}",
 }
