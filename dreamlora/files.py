@@ -3,7 +3,7 @@
 What the system refuses becomes a ``WriteError`` that names the file. Nothing of this program writes in another way.
 
 A folder to write to may have been prepared by somebody else. So no file is written through a link that lies in its
-place: it takes the link's place, or is refused if it is to be continued. A link on the way there, such as samples/ on a
+place: it takes the link's place, or is refused if it is to be continued. A link on the way there, such as outputs/ on a
 larger disk, counts if this user or root has placed it, or where nobody but the owner of the folder around it can.
 """
 

@@ -19,7 +19,7 @@ from dreamlora.cli.saved import saved_options
 from dreamlora.errors import UserError, WriteError, numbers
 from dreamlora.files import check_links_to, remove, remove_leftovers, write_atomically
 from dreamlora.jsonl import append_jsonl, finite, lines_of, read_jsonl, rows_and_damage
-from dreamlora.reading import Schema, UnreadableError, read_json, read_yaml, tell_once
+from dreamlora.reading import Schema, UnreadableError, lies_inside, read_json, read_yaml, tell_once
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRAINABLES_FILE = "trainables.safetensors"
@@ -231,6 +231,21 @@ class RunFolder:
     def entries(self) -> list[Path]:
         """All files and folders that a run may write here."""
         return [entry for entry in vars(self).values() if isinstance(entry, Path) and entry != self.path]
+
+    def refuse_links_out(self) -> None:
+        """Nothing, if all that a run writes lies in its folder: what lies elsewhere is read by no report, and by no
+        resume, since in a run of somebody else it could be anything of this machine.
+
+        Raises:
+            UserError: a folder in it is a link that leads out.
+        """
+        for entry in self.entries():
+            if entry.is_symlink() and not entry.is_file() and not lies_inside(entry, self.path):
+                raise UserError(
+                    f"{entry} is a link that leads out of the run's folder, and what lies there would not be read "
+                    f"again. Put the whole of {self.path} where there is room, or make it a link to such a place; or "
+                    "remove this link"
+                )
 
     def clear(self) -> None:
         """Remove what an earlier run wrote here (and nothing else that lies in the folder)."""

@@ -176,7 +176,7 @@ def test_nothing_is_written_through_a_link_that_somebody_else_has_placed(
 def test_links_of_ones_own_and_where_nobody_else_can_place_any_count(
     write: Callable[[Path], object], precious: Path, tmp_path: Path
 ) -> None:
-    """samples/ on a larger disk, a colleague's folder under a link of hers."""
+    """outputs/ on a larger disk, a colleague's folder under a link of hers."""
     shared = tmp_path / "shared"
     shared.mkdir()
     place_link(shared / "link", precious, os.getuid())

@@ -220,14 +220,15 @@ def run_folder(config: RunConfig) -> RunFolder:
     """The folder that ``config`` asks for; without ``--output_dir`` a new one under outputs/, or the newest to resume.
 
     Raises:
-        UserError: it holds a run and neither ``--resume_from_checkpoint`` nor ``--overwrite_output_dir`` is given; or
-            it would mix with a folder of images.
+        UserError: it holds a run and neither ``--resume_from_checkpoint`` nor ``--overwrite_output_dir`` is given; it
+            would mix with a folder of images; or a part of it lies elsewhere, behind a link.
     """
     check_folders(config)
     resume = config.train.resume_from_checkpoint
     if config.train.output_dir is None:
         folder = _default_folder(config, new=not resume and not config.train.overwrite_output_dir)
         _refuse_images_in(folder, config)
+        folder.refuse_links_out()
         return folder
     folder = RunFolder(config.train.output_dir)
     _refuse_images_in(folder, config)
@@ -238,6 +239,7 @@ def run_folder(config: RunConfig) -> RunFolder:
             f"--output_dir {folder.path} holds a run already: go on with --resume_from_checkpoint latest, replace it "
             "with --overwrite_output_dir, or give another folder"
         )
+    folder.refuse_links_out()
     return folder
 
 

@@ -70,12 +70,12 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
 def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
     """The files to upload, besides the card."""
     for file in (folder.lora_file, folder.best / folder.lora_file.name, folder.selection_file):
-        if is_regular(file, file.parent):
+        if is_regular(file, folder.path):
             yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
     place = folder.samples.relative_to(folder.path)
     rows = []
-    for row in rows_with_places(folder.samples_file, folder.samples):
-        if recorded_picture(folder.samples, row, folder.samples) is not None:
+    for row in rows_with_places(folder.samples_file, folder.path):
+        if recorded_picture(folder.samples, row, folder.path) is not None:
             rows.append({name: row[name] for name in TOLD if name in row})
             yield CommitOperationAdd((place / row["file"]).as_posix(), str(folder.samples / row["file"]))
     if rows:

@@ -72,6 +72,34 @@ def test_images_beside_what_a_run_writes(tmp_path: Path, monkeypatch: pytest.Mon
     assert defaults.run_folder(parse_run(["--instance_data_dir", "photos", "--output_dir", "."])[0]).path == Path()
 
 
+@pytest.mark.parametrize(
+    "place", ["samples", "checkpoints", "checkpoints/candidates", "eval_images", "best", "references"]
+)
+@pytest.mark.parametrize("target", ["large", "nowhere", "/", "itself"])
+@pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"]])
+def test_a_run_lies_in_one_place(place: str, target: str, flags: list[str], tmp_path: Path) -> None:
+    """Else its report would have no samples, and it could not be resumed: readers follow no link out of the folder."""
+    (tmp_path / "large").mkdir()
+    link = tmp_path / "run" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to({"/": Path("/"), "itself": link}.get(target, tmp_path / target))
+    config, _ = parse_run(["--subject", "checkerling", "--output_dir", str(tmp_path / "run"), *flags])
+    with pytest.raises(
+        UserError, match=rf"run/{place} is a link that leads out of the run's folder, .* or make it a link"
+    ):
+        defaults.run_folder(config)
+
+
+@pytest.mark.parametrize("way", [".", "above"])
+def test_which_may_be_behind_a_link(way: str, tmp_path: Path) -> None:
+    (tmp_path / "large" / "kept" / "samples").mkdir(parents=True)
+    (tmp_path / "large" / "eval_images").symlink_to("kept/samples")
+    (tmp_path / "large" / "checkpoints").symlink_to("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    path = {".": tmp_path / "link", "above": tmp_path / "link" / "kept"}[way]
+    assert defaults.run_folder(parse_run(["--subject", "checkerling", "--output_dir", str(path)])[0]).path == path
+
+
 def test_folders_are_looked_at_again_for_those_who_call_from_python(tmp_path: Path) -> None:
     plain = RunConfig()
     data = replace(plain.data, instance_data_dir=tmp_path)

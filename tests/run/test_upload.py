@@ -113,11 +113,13 @@ def test_a_link_in_the_cards_place_is_replaced(run: RunFolder, hub: Hub, tmp_pat
     assert (tmp_path / "notes").read_bytes() == b"notes" and b"A LoRA of rank" in hub.sent["README.md"]
 
 
-def test_samples_that_the_person_put_on_a_larger_disk_are(run: RunFolder, hub: Hub, tmp_path: Path) -> None:
-    run.samples.rename(tmp_path / "large")
-    run.samples.symlink_to(tmp_path / "large")
+@pytest.mark.parametrize("place", ["samples", "best"])
+def test_nor_from_a_folder_behind_one(place: str, run: RunFolder, hub: Hub, tmp_path: Path) -> None:
+    """It may be one of another run, which is not to be published."""
+    (run.path / place).rename(tmp_path / "private")
+    (run.path / place).symlink_to(tmp_path / "private")
     push_to_hub(config(), run)
-    assert set(hub.sent) == MADE
+    assert set(hub.sent) == {name for name in MADE if not name.startswith(place)}
 
 
 @pytest.mark.parametrize("model", ["{}", "{}/none", "./model", "models/sd", "../a/b", "~/model", EMBEDDED_MODEL])
