@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from dreamlora.data.cache import (
     content_key,
 )
 from dreamlora.data.catalog import RecordSubset, hash_prefixes
-from dreamlora.data.images import ImageRecord, decode
+from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
 from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants
 from dreamlora.errors import UserError
@@ -213,10 +212,9 @@ class _Crops(Dataset):
         if not wanted:
             return []
         try:
-            data = record.load()
-            if hashlib.sha256(data).hexdigest() != record.content_hash():
+            image, facts = record.decoded()
+            if facts.content_hash != record.content_hash():
                 raise UserError(f"the image {record.where} changed while it was being read: start again")
-            image = decode(data, record.where)
         except UserError as error:
             return error
         return [_Crop(key, record.where, crop(image, variant, self._how[record])) for key, variant in wanted.items()]

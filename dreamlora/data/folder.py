@@ -35,7 +35,7 @@ from dreamlora.data.caption_text import listed, tidy
 from dreamlora.data.catalog import Catalog
 from dreamlora.data.entries import KOHYA_FOLDER, Entries, EntryKind, images_below, may_hold_captions, shown
 from dreamlora.data.file_index import stamp_of
-from dreamlora.data.images import FORMATS, readable
+from dreamlora.data.images import FORMATS, file_reader, readable
 from dreamlora.data.metadata import Metadata, read_metadata
 from dreamlora.data.sidecars import Sidecar, SidecarReader
 from dreamlora.errors import UserError
@@ -65,7 +65,7 @@ class FolderPlace:
 
     def reader(self, row: int, name: str) -> Any:
         """Reads the file."""
-        return (self.folder / name).read_bytes
+        return file_reader(self.folder / name)
 
     def where(self, row: int, name: str) -> str:
         """The file's path."""

@@ -68,10 +68,10 @@ def test_a_grid_without_any_image(tmp_path: Path) -> None:
 
 
 def test_references_and_note_add_height(tmp_path: Path) -> None:
-    plain(GREEN, (300, 200)).save(tmp_path / "photo.jpg")
+    plain(GREEN, (300, 200)).save(tmp_path / "photo.png")
     rows = [GridRow("base model", [plain(RED)])]
     write_grid(tmp_path / "without.png", rows, ["a"])
-    write_grid(tmp_path / "with.png", rows, ["a"], [tmp_path / "photo.jpg", tmp_path / "gone.jpg"], "title", "note")
+    write_grid(tmp_path / "with.png", rows, ["a"], [tmp_path / "photo.png", tmp_path / "gone.jpg"], "title", "note")
     with Image.open(tmp_path / "without.png") as without, Image.open(tmp_path / "with.png") as with_all:
         assert with_all.width == without.width
         assert with_all.height > without.height + 160
