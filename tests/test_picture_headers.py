@@ -59,9 +59,7 @@ def tiff(*tags: tuple[int, int, int, int], order: str = "<", big: bool = False) 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "jpeg"])
 def test_usual_tiffs(compression: str | None) -> None:
-    exif = Image.Exif()
-    exif[0x8769] = {0x9000: b"0230"}
-    refuse_bomb(encoded("TIFF", compression=compression, exif=exif))
+    refuse_bomb(encoded("TIFF", compression=compression, dpi=(72, 72)))
 
 
 @pytest.mark.parametrize("big", [False, True])
@@ -133,7 +131,7 @@ def test_tiles_of_jpeg_2000_cannot_say_otherwise() -> None:
     data = codestream()
     for marker in (b"\xff\x52", b"\xff\x53", b"\xff\x5f"):
         for place in (data.index(b"\xff\x93"), data.index(b"\xff\x90")):
-            with pytest.raises(ValueError, match="different ways|layers"):
+            with pytest.raises(ValueError, match=r"different ways|layers"):
                 refuse_bomb(data[:place] + marker + b"\0\x0c\0\0\xff\xff\0\5\4\4\0\0" + data[place:])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dreamlora.data.cache import TensorCache, content_key
+from dreamlora.data.cache import TensorCache, Wanted, content_key
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Encoder
@@ -113,7 +113,8 @@ class Embedder:
     def _own(self, records: Sequence[ImageRecord]) -> Tensor:
         keys = [content_key("embedding", self.encoder.id, record.content_hash()) for record in records]
         by_key = dict(zip(keys, records, strict=True))
-        missing = self._cache.missing(by_key)
+        layout = (("vector", "F32", (self.encoder.dim,)),)
+        missing = self._cache.missing(Wanted(key, layout) for key in by_key)
         bar = tqdm(total=len(missing), desc="embedding", unit="image", disable=self._silent or not missing, leave=False)
         with bar:
             for batch in _batches(missing):
@@ -122,7 +123,7 @@ class Embedder:
                     _refuse_pointless(vector, by_key[key].where)
                     self._cache.put(key, {"vector": vector})
                 bar.update(len(batch))
-        rows = [self._cache.load(key)["vector"] for key in keys]
+        rows = [self._cache.load(Wanted(key, layout))["vector"] for key in keys]
         return torch.stack(rows) if rows else torch.zeros(0, self.encoder.dim)
 
 

@@ -386,12 +386,13 @@ def test_ram_is_bounded(tmp_path):
     keys = [content_key("t", number) for number in range(4)]
     for number, key in enumerate(keys):
         cache.put(key, {"x": torch.full((256,), float(number))})  # 1 KiB each
+    places = [cache_module.Wanted(key, None) for key in keys]
     recent = Recent(cache, limit=2 * (1024 + cache_module._OBJECT_BYTES))
-    kept = [recent[keys[0]], recent[keys[1]]]
-    assert recent[keys[0]] is kept[0]
-    _ = recent[keys[2]]  # pushes out 1, the longest unused
-    assert recent[keys[0]] is kept[0] and recent[keys[1]] is not kept[1]
-    assert recent[keys[3]]["x"][0] == 3 and Recent(cache, limit=0)[keys[3]]["x"][0] == 3
+    kept = [recent[places[0]], recent[places[1]]]
+    assert recent[places[0]] is kept[0]
+    _ = recent[places[2]]  # pushes out 1, the longest unused
+    assert recent[places[0]] is kept[0] and recent[places[1]] is not kept[1]
+    assert recent[places[3]]["x"][0] == 3 and Recent(cache, limit=0)[places[3]]["x"][0] == 3
 
 
 def test_entries_of_any_shape(tmp_path):
@@ -399,5 +400,5 @@ def test_entries_of_any_shape(tmp_path):
     base = torch.arange(6).view(2, 3)
     tensors = {"scalar": torch.tensor(3), "none": torch.zeros(0, 4), "plain": base, "same": base, "strided": base.T}
     cache.put("ab" * 32, tensors)
-    loaded = cache.load("ab" * 32)
+    loaded = cache.load(cache_module.Wanted("ab" * 32, None))
     assert set(loaded) == set(tensors) and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
