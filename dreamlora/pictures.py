@@ -58,7 +58,7 @@ _ROWS_PER_STRIP = 278
 _CONVERTED = 8
 """Per pixel: the picture and another one that is made of it."""
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # there are bounds here
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures: there are bounds here; of odd tags
 
 
 class BrokenImage(UserError):
@@ -241,7 +241,7 @@ def _needed(image: Image.Image, content: Content, memory: int) -> int:
         if pixels > SLOW_PIXELS:
             raise ValueError(f"it has {_millions(pixels)} pixels, and decoding so many takes minutes in this format")
         content.trust()
-    each = 4 if coders == {"raw"} or _in_strips(image) else _PIXEL_BYTES.get(image.format or "", 5)
+    each = 4 if _in_strips(image) else _PIXEL_BYTES.get(image.format or "", 5)
     needed = max(len(content.getvalue()) + pixels * each, pixels * _CONVERTED)
     if needed > memory:
         raise ValueError(
@@ -252,9 +252,11 @@ def _needed(image: Image.Image, content: Content, memory: int) -> int:
 
 
 def _in_strips(image: Image.Image) -> bool:
-    """Whether it is a TIFF whose parts are small beside the whole."""
-    rows = image.tag_v2.get(_ROWS_PER_STRIP) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
-    return isinstance(rows, int) and rows * 16 <= image.height
+    """Whether it is a TIFF that is not packed, or in parts that are small beside the whole."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    rows = image.tag_v2.get(_ROWS_PER_STRIP, image.height)
+    return image.tile[0][0] == "raw" or rows * 16 <= image.height
 
 
 def _millions(pixels: int) -> str:

@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from dreamlora.config import Data
 from dreamlora.data.account import RowAccount, row_name
-from dreamlora.data.cache_folder import cache_folder
+from dreamlora.data.cache_folder import cache_folder, own_place
 from dreamlora.data.caption_text import CAPTION_COLUMNS, captions_of, pick_caption_column, plain, tidy
 from dreamlora.data.catalog import Catalog
 from dreamlora.data.folder import FolderPlace, Images
 from dreamlora.errors import UserError
 from dreamlora.files import make_folder, replacing
+from dreamlora.reading import UnreadableError, read_bytes
 from dreamlora.registry import check_installed
 
 
@@ -95,7 +96,7 @@ def load_hub(data: Data, cache_dir: Path | None = None, progress: bool = False) 
 
 def _streamed(data: Data, dataset: Any, captions: _RowCaptions, progress: bool) -> Catalog:
     """Rows in the order of the stream. Images lie as files in the cache, named by their hashes: each once."""
-    folder = make_folder(cache_folder(data.latents_cache_dir) / "streamed")
+    folder = make_folder(own_place(cache_folder(data.latents_cache_dir)) / "streamed")
     wanted = captions.column
     kept = dataset.select_columns([data.image_column, *([wanted] if wanted else [])])
     rows = _undecoded(kept, data.image_column, str(data.dataset_name))
@@ -109,11 +110,19 @@ def _streamed(data: Data, dataset: Any, captions: _RowCaptions, progress: bool) 
                 raise UserError(f"cannot read the image in row {row} of {data.dataset_name}: {error}") from error
             digest = hashlib.sha256(content).hexdigest()
             file = folder / digest[:2] / digest
-            if not file.exists():
+            if not _holds(file, content):
                 with replacing(file) as temporary:
                     temporary.write_bytes(content)
             catalog.add(f"{digest[:2]}/{digest}", *captions.of(cells[wanted] if wanted else None, row))
     return catalog
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    """Whether a kept file is what its name says."""
+    try:
+        return read_bytes(file, len(content)) == content
+    except (FileNotFoundError, UnreadableError):
+        return False
 
 
 def _bar(rows: Iterator[Any], progress: bool) -> Any:
