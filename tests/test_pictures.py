@@ -173,8 +173,8 @@ def test_more_pixels_than_fit_are_refused_before_they_are_decoded(depth: int, co
 
 def test_photos_of_the_largest_cameras_are_taken() -> None:
     """Phones of 108 million pixels, medium format of 102, also as TIFF of three times 16 bits."""
-    assert pictures.MEMORY > (4 + 6) * 102e6
-    assert pictures.MEMORY > pictures._PIXEL_BYTES["JPEG"] * 102e6 and pictures.MEMORY > pictures._CONVERTED * 109e6
+    bytes_needed = [(4 + 6) * 102e6, pictures._PIXEL_BYTES["JPEG"] * 102e6, pictures._CONVERTED * 109e6]
+    assert max(bytes_needed) < pictures.MEMORY
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,8 @@ def test_qoi_of_a_usual_size_is_not_counted() -> None:
 
 def gif_comments(count: int) -> bytes:
     data = encoded("GIF", "P", (8, 8))
-    return data[:781] + (b"\x21\xfe" + b"\1x\0") * count + data[781:]
+    palette_end = 13 + 3 * 2 ** ((data[10] & 7) + 1)
+    return data[:palette_end] + (b"\x21\xfe" + b"\1x\0") * count + data[palette_end:]
 
 
 @pytest.mark.parametrize(
