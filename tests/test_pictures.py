@@ -302,7 +302,7 @@ def test_too_little_memory_is_told() -> None:
 
 
 SOUND = [
-    pytest.param(encoded(kind, mode, **options), id=f"{kind} {mode} {options}")
+    pytest.param(encoded(kind, mode, **options), id=" ".join([kind, mode, *options]))
     for kind, mode, options in [
         ("JPEG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"}),
         ("JPEG", "CMYK", {"progressive": True}),
