@@ -14,22 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dreamlora.data.cache import (
-    CHECKED_WHOLE,
-    RAM_BYTES,
-    Entry,
-    KeyPart,
-    LatentStore,
-    Layout,
-    PromptStore,
-    Recent,
-    TensorCache,
-    Wanted,
-    content_key,
-)
+from dreamlora.data.cache import CHECKED_WHOLE, Entry, KeyPart, Layout, TensorCache, Wanted, content_key
 from dreamlora.data.catalog import RecordSubset, hash_prefixes
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
+from dreamlora.data.stores import RAM_BYTES, LatentStore, PromptStore, Recent
 from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents

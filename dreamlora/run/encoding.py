@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dreamlora.data.cache import LatentStore
 from dreamlora.data.encode import LatentSize, encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
+from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations
 from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource
 from dreamlora.models.loading import read_config

@@ -22,11 +22,12 @@ from dreamlora.data import cache as cache_module
 from dreamlora.data import cache_folder as cache_folder_module
 from dreamlora.data import encode as encode_module
 from dreamlora.data.buckets import bucket_sizes
-from dreamlora.data.cache import Recent, TensorCache, Wanted, content_key
+from dreamlora.data.cache import TensorCache, Wanted, content_key
 from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine
 from dreamlora.data.encode import Filling, LatentSize, encode_dataset, encode_prompts
 from dreamlora.data.folder import load_folder
+from dreamlora.data.stores import _OBJECT_BYTES, Recent
 from dreamlora.data.transforms import Preparation, Preparations, prepare, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Latents
@@ -394,7 +395,7 @@ def test_ram_is_bounded(tmp_path):
     for number, key in enumerate(keys):
         cache.put(key, {"x": torch.full((256,), float(number))})  # 1 KiB each
     places = [Wanted(key, None) for key in keys]
-    recent = Recent(cache, limit=2 * (1024 + cache_module._OBJECT_BYTES))
+    recent = Recent(cache, limit=2 * (1024 + _OBJECT_BYTES))
     kept = [recent[places[0]], recent[places[1]]]
     assert recent[places[0]] is kept[0]
     _ = recent[places[2]]  # pushes out 1, the longest unused
