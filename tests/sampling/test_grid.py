@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,24 @@ def test_no_torch() -> None:
 
     code = "import sys, dreamlora.sampling.grid; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pictures_of_strangers_are_grey_cells(tmp_path: Path) -> None:
+    """Links out of the run, pipes, and files for other programs; before, the grid showed the first, and waited."""
+    folder = RunFolder(tmp_path / "run")
+    recorded(folder, 1, {"link": RED, "pipe": RED, "eps": RED, "path": RED, "whole": BLUE})
+    link, pipe, eps = (next(folder.sample_dir(1).glob(f"{name}-*")) for name in ("link", "pipe", "eps"))
+    plain(GREEN).save(tmp_path / "private.png")
+    link.unlink()
+    link.symlink_to(tmp_path / "private.png")
+    pipe.unlink()
+    os.mkfifo(pipe)
+    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n{} loop\n")
+    rows = [json.loads(line) for line in folder.samples_file.read_text(encoding="utf-8").splitlines()]
+    rows[3]["file"] = "../../private.png"
+    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder.reference_dir.mkdir()
+    (folder.reference_dir / "00.png").symlink_to(tmp_path / "private.png")
+    grid_of_run(folder)
+    assert shown(folder, 1, 5) == [[MISSING, MISSING, MISSING, MISSING, BLUE]]
+    assert grid.references_of(folder) == []
