@@ -109,7 +109,8 @@ def read_bytes(file: Path, most: int, inside: Path | None = None) -> bytes:
     """
     with opened(file, inside) as stream:
         try:
-            content = stream.read(most + 1)
+            # no more is asked for than there is: room for as much is made at once. Files that the system makes have 0
+            content = stream.read(min(os.fstat(stream.fileno()).st_size or most, most) + 1)
         except OSError as error:
             raise UnreadableError(file, error.strerror or str(error)) from error
     if len(content) > most:
