@@ -110,7 +110,9 @@ def _shot(comparison: ComparisonFile, number: int, step: int, motif: Motif) -> S
 def _references(comparison: ComparisonFile, samples: JsonObject) -> tuple[Picture, ...]:
     names = [name for name in samples["references"] if lies_below(name)]
     files = [comparison.folder / name for name in names[:_REFERENCES]]
-    return tuple(picture for file in files if (picture := pictures.embedded(file, _REFERENCE_PIXELS, comparison.folder)))
+    return tuple(
+        picture for file in files if (picture := pictures.embedded(file, _REFERENCE_PIXELS, comparison.folder))
+    )
 
 
 def _left_out(steps: tuple[int, int], prompts: tuple[int, int]) -> str:
