@@ -178,7 +178,7 @@ def json_of(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] = d
         content = json.loads(text, parse_constant=lambda name: None, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from None
-    return _plain(content, text=legible)
+    return _plain(content, legible)
 
 
 class _UniqueKeys:
@@ -222,7 +222,7 @@ def yaml_of(text: str, finite: bool = True) -> Any:
             )
     try:
         _refuse_odd_events(yaml.parse(text, loader))
-        return _plain(yaml.load(text, loader), finite=finite, text=str)
+        return _plain(yaml.load(text, loader), str, finite)
     except yaml.YAMLError as error:
         mark: Any = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
