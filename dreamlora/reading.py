@@ -38,6 +38,8 @@ _WIDEST = 2**64
 """Of any whole number: seeds are drawn from so many."""
 _DEEPEST = 32
 """Lists and mappings in one another. Both parsers would end the whole program at some hundred thousand."""
+_PURE_CHARACTERS = 2**15
+"""That the slow parser of YAML is given, which takes a second for each hundred thousand."""
 _SHOWN = 160
 """Characters of what was found in a file that a message shows."""
 _SURROGATE = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F]")
@@ -109,7 +111,8 @@ def read_bytes(file: Path, most: int, inside: Path | None = None) -> bytes:
     """
     with opened(file, inside) as stream:
         try:
-            content = stream.read(most + 1)
+            # no more is asked for than there is: room for as much is made at once. Files that the system makes have 0
+            content = stream.read(min(os.fstat(stream.fileno()).st_size or most, most) + 1)
         except OSError as error:
             raise UnreadableError(file, error.strerror or str(error)) from error
     if len(content) > most:
@@ -175,7 +178,7 @@ def json_of(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] = d
         content = json.loads(text, parse_constant=lambda name: None, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels") from None
-    return _plain(content)
+    return _plain(content, legible)
 
 
 class _UniqueKeys:
@@ -210,10 +213,16 @@ def yaml_of(text: str, finite: bool = True) -> Any:
     Raises:
         ValueError: it is no YAML, too deeply nested, has a key twice, or holds references or tags.
     """
-    loader = _PureLoader if _SURROGATE.search(text) else _Loader
+    loader: Any = _Loader
+    if _SURROGATE.search(text):
+        loader = _PureLoader
+        if len(text) > _PURE_CHARACTERS:
+            raise ValueError(
+                f"it is too long for one with text that UTF-8 has no bytes for ({_PURE_CHARACTERS} at most)"
+            )
     try:
         _refuse_odd_events(yaml.parse(text, loader))
-        return _plain(yaml.load(text, loader), finite=finite)
+        return _plain(yaml.load(text, loader), str, finite)
     except yaml.YAMLError as error:
         mark: Any = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -237,19 +246,19 @@ def _refuse_odd_events(events: Iterable[Any]) -> None:
             raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
 
 
-def _plain(value: Any, depth: int = 0, finite: bool = True) -> Any:
-    """The value in JSON's types; raises ValueError."""
+def _plain(value: Any, text: Callable[[str], str], finite: bool = True, depth: int = 0) -> Any:
+    """The value in JSON's types, with what ``text`` makes of texts; raises ValueError."""
     if depth > _DEEPEST:
         raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
     if isinstance(value, dict):
-        return {str(key): _plain(own, depth + 1, finite) for key, own in value.items()}
+        return {text(str(key)): _plain(own, text, finite, depth + 1) for key, own in value.items()}
     if isinstance(value, list):
-        return [_plain(own, depth + 1, finite) for own in value]
+        return [_plain(own, text, finite, depth + 1) for own in value]
     if isinstance(value, float):
         return value if math.isfinite(value) or not finite else None
     if isinstance(value, int) and abs(value) > _WIDEST:
         raise ValueError(f"it holds a whole number of {value.bit_length()} bits")
-    return value if isinstance(value, bool | int | None) else legible(str(value))
+    return value if isinstance(value, bool | int | None) else text(str(value))
 
 
 def legible(text: str) -> str:

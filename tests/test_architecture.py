@@ -228,6 +228,19 @@ def test_files_are_written_in_one_place(file: Path) -> None:
         assert called not in ("rmtree", "mkdir", "unlink", "rmdir", "touch") or name_of(file) in CACHES, where
 
 
+PICTURES_ARE_OPENED_BY = "dreamlora/pictures.py"
+
+
+@pytest.mark.parametrize("file", [file for file in SOURCES if name_of(file) != PICTURES_ARE_OPENED_BY], ids=name_of)
+def test_pictures_are_opened_in_one_place(file: Path) -> None:
+    """With its bounds, and the decoders that it allows."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr == "open":
+            assert ast.unparse(node.value) not in ("Image", "PIL.Image"), f"line {node.lineno} opens a picture"
+        if isinstance(node, ast.ImportFrom) and node.module in ("PIL", "PIL.Image"):
+            assert not {alias.name for alias in node.names} & {"open", "ImageFile"}, f"line {node.lineno}"
+
+
 def text_calls_without_encoding(tree: ast.AST) -> list[int]:
     """Lines that read or write text in the encoding of whatever system they run on."""
     lines = []

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from dreamlora.callbacks.weights import base_model
@@ -19,6 +18,7 @@ from dreamlora.errors import UserError
 from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import StepResult
 from dreamlora.jsonl import read_jsonl
+from dreamlora.pictures import own_picture
 from dreamlora.processes import gather_lists, tell_everyone
 from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
 from dreamlora.sampling.recorded import motif_of
@@ -170,8 +170,7 @@ class SampleCallback:
             file = run.folder.samples / row["file"]
             if not file.exists():  # drawn on another machine
                 continue
-            with Image.open(file) as image:
-                pixels = np.asarray(image)[None]
+            pixels = np.asarray(own_picture(file, run.folder.path))[None]
             for tracker in trackers:
                 # TensorBoard takes channels first unless told otherwise; the others do not know the word
                 order = {"dataformats": "NHWC"} if getattr(tracker, "name", "") == "tensorboard" else {}

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
+
+from dreamlora.pictures import exif_of
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
 """Pillow's mode of the colours that a profile is about."""
@@ -20,6 +23,8 @@ SAME = 1
 """A profile that moves no colour by more than one level of 255 is sRGB by another name."""
 KEPT = 16
 """Different profiles whose conversion stays in memory."""
+MOST_BYTES = 2**23
+"""Of a profile; those of presses with their large tables have three million."""
 
 _PROBE = np.stack(np.meshgrid(*[np.linspace(0, 255, 18)] * 3), -1).round().astype(np.uint8).reshape(18, -1, 3)
 
@@ -28,22 +33,23 @@ class UnusableProfile(ValueError):
     """A profile that is damaged, or about other colours than its image has."""
 
 
-def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The image in sRGB; as it is where it is that already.
+def to_srgb(profile: bytes | None, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """What makes sRGB of an image's pixels; None where nothing would change.
 
     Args:
-        image: without transparency, 8 bit per channel.
         profile: of its colours; None: they are sRGB, or those of its mode as Pillow takes them.
+        mode: of the image, without transparency, 8 bit per channel.
 
     Raises:
         UnusableProfile: see there.
     """
-    if profile is None and image.mode != "LAB":
-        return image
-    mode, conversion = _conversion(profile, _plain_mode(image))
+    if profile is None and mode != "LAB":
+        return None
+    wanted, conversion = _conversion(profile, _plain_mode(mode))
     if conversion is None:
-        return image
-    return conversion.apply(image if image.mode == mode else image.convert(mode))
+        return None
+    apply = conversion.apply
+    return lambda image: apply(image if image.mode == wanted else image.convert(wanted))
 
 
 def says_adobe_rgb(image: Image.Image) -> bool:
@@ -51,7 +57,7 @@ def says_adobe_rgb(image: Image.Image) -> bool:
     if image.mode != "RGB" or "icc_profile" in image.info:
         return False
     try:
-        return image.getexif().get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) == "R03"
+        return exif_of(image).get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) == "R03"
     except Exception:  # a damaged EXIF block does not make the picture unusable
         return False
 
@@ -76,15 +82,17 @@ def adobe_rgb() -> bytes:
     return struct.pack(">I", start + len(content)) + header + struct.pack(">I", len(tags)) + table + content
 
 
-def _plain_mode(image: Image.Image) -> str:
-    if image.mode in ("1", "L"):
+def _plain_mode(mode: str) -> str:
+    if mode in ("1", "L"):
         return "L"
-    return image.mode if image.mode in MODES.values() else "RGB"
+    return mode if mode in MODES.values() else "RGB"
 
 
 @functools.lru_cache(maxsize=KEPT)
 def _conversion(profile: bytes | None, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """The mode to convert from and how; None: nothing would change."""
+    if profile and len(profile) > MOST_BYTES:
+        raise UnusableProfile(f"a profile of more than {MOST_BYTES >> 20} MiB")
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
         wanted = MODES.get(source.profile.xcolor_space.strip(), "")

@@ -18,8 +18,9 @@ from dreamlora.data.catalog import Catalog, RecordSubset, hash_prefixes
 from dreamlora.data.file_index import FileIndex
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.hub import load_hub
-from dreamlora.data.images import BrokenImage, ImageFacts, ImageRecord
+from dreamlora.data.images import ImageFacts, ImageRecord
 from dreamlora.errors import UserError
+from dreamlora.pictures import BrokenImage
 
 FEWEST_TO_SPLIT = 6
 MOST_HELD_OUT = 16

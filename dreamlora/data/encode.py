@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +14,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dreamlora.data.cache import (
-    CHECKED_WHOLE,
-    RAM_BYTES,
-    Entry,
-    KeyPart,
-    LatentStore,
-    PromptStore,
-    Recent,
-    TensorCache,
-    content_key,
-)
+from dreamlora.data.cache import CHECKED_WHOLE, Entry, KeyPart, Layout, TensorCache, Wanted, content_key
 from dreamlora.data.catalog import RecordSubset, hash_prefixes
-from dreamlora.data.images import ImageRecord, decode
+from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
+from dreamlora.data.stores import RAM_BYTES, LatentStore, PromptStore, Recent
 from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents
+
+
+class LatentSize(NamedTuple):
+    """Of an autoencoder: the channels of its latents, and how many pixels one of their places stands for."""
+
+    channels: int
+    pixels: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Filling:
         batch_size: images or prompts per call of the encoder. Above 1 it is faster on some GPUs, but then the last bits
             of an entry depend on what happened to be in its batch, so on what the cache held before.
         ram_bytes: bound of what a store keeps in RAM.
+        latents: what the autoencoder makes, so that entries can be told from what it cannot have made; None: unknown.
         progress: show a bar (in the process of rank 0).
     """
 
@@ -58,6 +57,7 @@ class Filling:
     workers: int = 0
     batch_size: int = 1
     ram_bytes: int = RAM_BYTES
+    latents: LatentSize | None = None
     progress: bool = True
 
     def bar(self, items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
@@ -103,9 +103,9 @@ def encode_dataset(
     store_masks(filling.bar(share, "mask", len(share)), how, filling.cache)
     return LatentStore(
         records,
-        lambda record: [key for key, _ in _plan(record, how, filling.key_parts)],
+        lambda record: [wanted for wanted, _ in _plan(record, how, filling)],
         Recent(filling.cache, filling.ram_bytes),
-        lambda record: [key for key, _ in mask_plan(record, how)],
+        lambda record: [wanted for wanted, _ in mask_plan(record, how)],
     )
 
 
@@ -129,20 +129,68 @@ def encode_prompts(
     def key_of(prompt: str) -> str:
         return content_key("prompt", prompt, filling.key_parts)
 
-    waiting: dict[str, str] = {}
+    work = _Prompts(encode, filling)
     with torch.no_grad():
         for number, prompt in enumerate(filling.bar(prompts, "prompt")):
             key = key_of(prompt)
-            if int(key[:8], 16) % filling.world != filling.rank or key in waiting:  # a prompt has one process
-                continue
-            if filling.cache.missing([key], thorough=number < CHECKED_WHOLE):
-                waiting[key] = prompt
-            if len(waiting) >= filling.batch_size:
-                _store_prompts(waiting, encode, filling.cache)
-                waiting = {}
-        if waiting:
-            _store_prompts(waiting, encode, filling.cache)
-    return PromptStore(key_of, Recent(filling.cache, filling.ram_bytes))
+            if int(key[:8], 16) % filling.world == filling.rank:  # a prompt has one process
+                work.see(key, prompt, thorough=number < CHECKED_WHOLE)
+        work.finish()
+    return PromptStore(key_of, Recent(filling.cache, filling.ram_bytes), work.layout)
+
+
+class _Prompts:
+    """Prompts, of which those that the cache lacks are encoded.
+
+    All embeddings of one encoder are alike: where an entry differs from those before it, the encoder decides.
+
+    Attributes:
+        layout: of the entries so far; None: there are none.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Conditioning], filling: Filling) -> None:
+        self.layout: Layout | None = None
+        self._encode = encode
+        self._cache = filling.cache
+        self._at_once = filling.batch_size
+        self._waiting: dict[str, str] = {}
+        self._believed: dict[str, str] = {}
+        self._made = False
+
+    def see(self, key: str, prompt: str, thorough: bool) -> None:
+        """Encode a prompt, given by key, if the cache lacks it; maybe later, with others."""
+        if key in self._waiting or key in self._believed:
+            return
+        found = self._cache.look(Wanted(key, self.layout), thorough)
+        if found is None:
+            self._waiting[key] = prompt
+        elif not self._made and len(self._believed) < CHECKED_WHOLE:
+            self._believed[key] = prompt
+        self.layout = self.layout or found
+        if len(self._waiting) >= self._at_once:
+            self.finish()
+
+    def finish(self) -> None:
+        """Encode what waits."""
+        if not self._waiting:
+            return
+        _store_prompts(self._waiting, self._encode, self._cache)
+        made = self._cache.look(Wanted(next(iter(self._waiting)), None), thorough=False)
+        self._waiting = {}
+        if self._made or made == self.layout or self.layout is None:
+            self.layout, self._made = made, True
+            return
+        if len(self._believed) >= CHECKED_WHOLE:
+            raise UserError(
+                f"the cache {self._cache.folder} has embeddings of other shapes than the text encoder makes: remove it"
+            )
+        self.layout, self._made = made, True
+        for key, prompt in self._believed.items():
+            self._waiting[key] = prompt
+            if len(self._waiting) >= self._at_once:
+                self.finish()
+        self._believed = {}
+        self.finish()
 
 
 def _store_prompts(waiting: Mapping[str, str], encode: Callable[[list[str]], Conditioning], cache: TensorCache) -> None:
@@ -154,16 +202,28 @@ def _store_prompts(waiting: Mapping[str, str], encode: Callable[[list[str]], Con
         cache.put(key, entry)
 
 
-Plan = list[tuple[str, Variant]]
-"""The cache key of every variant of one image."""
+Plan = list[tuple[Wanted, Variant]]
+"""The cache entry of every variant of one image."""
 
 
-def _plan(record: ImageRecord, how: Preparations, key_parts: Mapping[str, KeyPart]) -> Plan:
-    facts, own = record.facts, how[record]
+def _plan(record: ImageRecord, how: Preparations, filling: Filling) -> Plan:
+    facts, own, parts = record.facts, how[record], filling.key_parts
+    layout = _latent_layout(own.target(facts.size), filling.latents)
     return [
-        (content_key("latents", facts.content_hash, variant, own.resolution, own.interpolation, key_parts), variant)
-        for variant in variants(facts.size, facts.content_hash, own)
+        (
+            Wanted(content_key("latents", facts.content_hash, each, own.resolution, own.interpolation, parts), layout),
+            each,
+        )
+        for each in variants(facts.size, facts.content_hash, own)
     ]
+
+
+@functools.cache
+def _latent_layout(size: tuple[int, int], latents: LatentSize | None) -> Layout:
+    shape: tuple[int | None, ...] = (None, None, None)
+    if latents:
+        shape = (latents.channels, size[1] // latents.pixels, size[0] // latents.pixels)
+    return ("mean", "F32", shape), ("std", "F32", shape)
 
 
 def _jobs(records: Sequence[ImageRecord], how: Preparations, filling: Filling) -> array[int]:
@@ -177,8 +237,8 @@ def _jobs(records: Sequence[ImageRecord], how: Preparations, filling: Filling) -
     jobs = array("q")
     bar = tqdm(share, desc="checking the cache", unit="image", delay=3, leave=False, disable=filling.silent)
     for number, index in enumerate(bar):
-        plan = _plan(records[int(index)], how, filling.key_parts)
-        if filling.cache.missing((key for key, _ in plan), thorough=number < CHECKED_WHOLE):
+        plan = _plan(records[int(index)], how, filling)
+        if filling.cache.missing((wanted for wanted, _ in plan), thorough=number < CHECKED_WHOLE):
             jobs.append(int(index))
     return jobs
 
@@ -200,26 +260,24 @@ class _Crops(Dataset):
         self._records = records
         self._jobs = jobs
         self._how = how
-        self._cache = filling.cache
-        self._key_parts = filling.key_parts
+        self._filling = filling
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     def __getitem__(self, index: int) -> list[_Crop] | UserError:
         record = self._records[self._jobs[index]]
-        wanted = dict(_plan(record, self._how, self._key_parts))
-        wanted = {key: variant for key, variant in wanted.items() if not self._cache.holds(key)}
-        if not wanted:
+        plan = dict(_plan(record, self._how, self._filling))
+        lacking = {place.key: variant for place, variant in plan.items() if not self._filling.cache.holds(place)}
+        if not lacking:
             return []
         try:
-            data = record.load()
-            if hashlib.sha256(data).hexdigest() != record.content_hash():
+            image, facts = record.decoded()
+            if facts.content_hash != record.content_hash():
                 raise UserError(f"the image {record.where} changed while it was being read: start again")
-            image = decode(data, record.where)
         except UserError as error:
             return error
-        return [_Crop(key, record.where, crop(image, variant, self._how[record])) for key, variant in wanted.items()]
+        return [_Crop(key, record.where, crop(image, variant, self._how[record])) for key, variant in lacking.items()]
 
 
 def _as_is(crops: Any) -> Any:

@@ -4,31 +4,39 @@ An entry counts only for the Pillow that decoded the file (another one may find 
 and times are those it had when it was read. The time of the last change of
 the inode is among them: programs can set a file's modification time back, but not that. A file that changed within the
 last seconds before it was read is not remembered: it might change again without another time stamp.
+
+The index is believed if it is a regular file of a user whose word counts (``cache_folder``) and holds nothing but the
+table that is written here; each row has the types and bounds of its kind.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sqlite3
+import stat
 import time
 from pathlib import Path
 
 import PIL
 
+from dreamlora.data.cache_folder import counts, own_place
 from dreamlora.data.images import ImageFacts
 from dreamlora.errors import WriteError
 from dreamlora.files import make_folder, open_at_end
+from dreamlora.pictures import LONGEST
 
 INDEX_FILE = "files.sqlite"
 SETTLED_S = 2.0
 """A file must be unchanged for so long before it is remembered; file systems have time stamps as coarse as that."""
 _COMMIT_EVERY = 500
+_LONGEST_VALUE = 2**16
+"""Of a value in bytes; paths have some thousand."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS images (
+_TABLE = """CREATE TABLE images (
     path TEXT PRIMARY KEY, stamp TEXT, decoder TEXT, hash BLOB, width INT, height INT, profile_unused INT
-)
-"""
+)"""
+_SCHEMA = {("table", "images", _TABLE), ("index", "sqlite_autoindex_images_1", None)}
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +53,8 @@ class FileIndex:
         if folder is None:
             return
         try:
-            make_folder(folder)
-            open_at_end(folder / INDEX_FILE).close()  # SQLite would follow a link, and make it with a mode of its own
-            self._db = sqlite3.connect(folder / INDEX_FILE, timeout=10, isolation_level=None)
-            self._db.execute(_SCHEMA)
-        except (WriteError, sqlite3.Error) as error:
+            self._db = _connected(folder)
+        except (WriteError, OSError, ValueError, sqlite3.Error) as error:
             self._give_up(error)
 
     def get(self, path: str, stamp: str) -> ImageFacts | None:
@@ -63,7 +68,7 @@ class FileIndex:
             if isinstance(error, sqlite3.Error):
                 self._give_up(error)
             return None
-        return ImageFacts(row[0].hex(), (row[1], row[2]), bool(row[3])) if row else None
+        return _facts(*row) if row else None
 
     def put(self, path: str, stamp: str, facts: ImageFacts) -> None:
         """Remember a file; written when enough have come together, or by ``close``."""
@@ -96,12 +101,53 @@ class FileIndex:
         self._db = None
 
 
+def _connected(folder: Path) -> sqlite3.Connection:
+    """The index of a cache, made if it is not there.
+
+    Raises:
+        WriteError, OSError, ValueError, sqlite3.Error: it cannot be made, or cannot be believed.
+    """
+    place = make_folder(own_place(folder))
+    file = place / INDEX_FILE
+    for beside in (file, *(file.with_name(INDEX_FILE + end) for end in ("-journal", "-wal", "-shm"))):
+        _require_own(beside, folder)
+    open_at_end(file).close()  # SQLite would follow a link, and make it with a mode of its own
+    db = sqlite3.connect(file, timeout=10, isolation_level=None)
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
+    db.execute("PRAGMA trusted_schema = OFF")
+    db.execute("PRAGMA cell_size_check = ON")
+    db.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS", 1))
+    if set(db.execute("SELECT type, name, sql FROM sqlite_master")) != _SCHEMA:
+        raise ValueError("it holds other things than the index")
+    return db
+
+
+def _require_own(file: Path, folder: Path) -> None:
+    try:
+        status = file.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{file} is a link, or no file")
+    if not counts(status.st_uid, folder):
+        raise ValueError(f"{file} was written by another user")
+
+
+def _facts(digest: object, width: object, height: object, profile_unused: object) -> ImageFacts | None:
+    """What a row says, if it is of its kind."""
+    if not isinstance(digest, bytes) or len(digest) != hashlib.sha256().digest_size or profile_unused not in (0, 1):
+        return None
+    if not all(isinstance(side, int) and 0 < side < LONGEST for side in (width, height)):
+        return None
+    return ImageFacts(digest.hex(), (width, height), bool(profile_unused))  # type: ignore[arg-type]
+
+
 def stamp_of(file: Path) -> str | None:
     """What changes whenever the file does; None if it changed a moment ago, or cannot be looked at."""
     try:
-        stat = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    if max(stat.st_mtime, stat.st_ctime) > time.time() - SETTLED_S:
+    if max(status.st_mtime, status.st_ctime) > time.time() - SETTLED_S:
         return None
-    return f"{stat.st_size}/{stat.st_mtime_ns}/{stat.st_ctime_ns}/{stat.st_ino}"
+    return f"{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}/{status.st_ino}"

@@ -17,7 +17,6 @@ import filecmp
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,15 +35,11 @@ from dreamlora.data.caption_text import listed, tidy
 from dreamlora.data.catalog import Catalog
 from dreamlora.data.entries import KOHYA_FOLDER, Entries, EntryKind, images_below, may_hold_captions, shown
 from dreamlora.data.file_index import stamp_of
-from dreamlora.data.images import FORMATS, readable
+from dreamlora.data.images import FORMATS, file_reader, readable
 from dreamlora.data.metadata import Metadata, read_metadata
 from dreamlora.data.sidecars import Sidecar, SidecarReader
 from dreamlora.errors import UserError
 from dreamlora.escapes import one_line
-from dreamlora.reading import UnreadableError, read_bytes
-
-IMAGE_BYTES = 2**29
-"""Of an image file: the largest picture that Pillow opens has so many, uncompressed."""
 
 
 class Images(NamedTuple):
@@ -71,7 +66,7 @@ class FolderPlace:
 
     def reader(self, row: int, name: str) -> Callable[[], bytes]:
         """Reads the file."""
-        return partial(read_image_file, self.folder / name)
+        return file_reader(self.folder / name)
 
     def where(self, row: int, name: str) -> str:
         """The file's path."""
@@ -82,18 +77,6 @@ class FolderPlace:
         file = self.folder / name
         stamp = stamp_of(file)
         return (str(file.absolute()), stamp) if stamp else None
-
-
-def read_image_file(file: Path) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        OSError: it cannot be read, is no regular file, or larger than any image can be.
-    """
-    try:
-        return read_bytes(file, IMAGE_BYTES)
-    except UnreadableError as error:
-        raise OSError(error.reason) from None
 
 
 def load_folder(

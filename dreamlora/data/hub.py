@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dreamlora.config import Data
 from dreamlora.data.account import RowAccount, row_name
-from dreamlora.data.cache_folder import cache_folder
+from dreamlora.data.cache_folder import cache_folder, own_place
 from dreamlora.data.caption_text import CAPTION_COLUMNS, captions_of, pick_caption_column, plain, tidy
 from dreamlora.data.catalog import Catalog
 from dreamlora.data.file_index import stamp_of
@@ -119,7 +119,7 @@ def _streamed(data: Data, dataset: Any, origin: Origin, captions: _RowCaptions, 
     """Rows in the order of the stream. Images lie as files in the cache, named by their hashes: each once, and none
     that is no image.
     """
-    folder = make_folder(cache_folder(data.latents_cache_dir) / "streamed")
+    folder = make_folder(own_place(cache_folder(data.latents_cache_dir)) / "streamed")
     wanted = captions.column
     kept = dataset.select_columns([data.image_column, *([wanted] if wanted else [])])
     rows = _undecoded(kept, data.image_column, str(data.dataset_name))

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 from typing_extensions import TypedDict
 
-from dreamlora.data.folder import IMAGE_BYTES, read_image_file
+from dreamlora.data.images import IMAGE_BYTES, file_reader
 from dreamlora.errors import UserError
 from dreamlora.reading import (
     Schema,
@@ -105,7 +105,10 @@ class Origin:
         if (len(archive) > 1 and not inside) or not self.holds(archive[-1]):
             raise OSError(f"its path {shortened(path)} leads to none of the data set's own files")
         if not inside and "://" not in path:
-            return read_image_file(self.folders[0] / path)
+            try:
+                return file_reader(self.folders[0] / path)()
+            except UnreadableError as error:
+                raise OSError(error.reason) from None
         import fsspec
 
         try:

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from dreamlora.data import colour
 from dreamlora.errors import UserError
+from dreamlora.pictures import READ, BrokenImage, Content, formats, opened, orientation
+from dreamlora.reading import UnreadableError, read_bytes
 
-_READ = {
-    "JPEG": ".jpg .jpeg .jpe .jfif .jif .jfi .pjpeg .pjp .jpg_large .mpo .jps .insp",
-    "PNG": ".png .apng",
-    "WEBP": ".webp",
-    "BMP": ".bmp .dib",
-    "TIFF": ".tif .tiff",
-    "GIF": ".gif",
-    "AVIF": ".avif .avifs",
-    "HEIF": ".heic .heif .heics .heifs .hif",
-    "JPEG2000": ".jp2 .j2k .j2c .jpc .jpx .jpf .jpeg2000",
-    "JXL": ".jxl",
-    "PPM": ".ppm .pgm .pbm .pnm .pfm",
-    "QOI": ".qoi",
-}
-"""Suffixes by Pillow's name of the format. Pillow reads AVIF from 11.3 on, HEIF with pillow-heif, JPEG XL not."""
 _NEVER_READ = (
     ".arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf "
     ".srw .x3f .3fr .fff .jxr .wdp .hdp .bpg .flif .exr .hdr .psd .psb .xcf .kra .ora .ai .eps .svg .svgz .wmf .emf "
@@ -39,7 +25,7 @@ _NEVER_READ = (
 )
 """Photos and pictures that need a program of their own, or a decoder that takes any file for one of its kind."""
 FORMATS: dict[str, str | None] = {
-    **{suffix: name for name, suffixes in _READ.items() for suffix in suffixes.split()},
+    **{suffix: name for name, suffixes in READ.items() for suffix in suffixes.split()},
     **dict.fromkeys(_NEVER_READ.split()),
 }
 """Suffixes of images, and Pillow's name of the format: None for one that is not read here."""
@@ -53,6 +39,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+IMAGE_BYTES = 2**29
+"""Of an image file."""
 
 
 class ImageFacts(NamedTuple):
@@ -70,21 +60,11 @@ class ImageFacts(NamedTuple):
     profile_unused: bool = False
 
 
-class BrokenImage(UserError):
-    """An image that cannot be read.
+class Decoded(NamedTuple):
+    """An image, and the facts of the file that it is from."""
 
-    Args:
-        where: full path, or data set and row.
-        reason: what is wrong with it.
-    """
-
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(where, reason)
-        self.where = where
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"cannot read the image {self.where}: {self.reason}. Repair it, save it anew or take it out"
+    image: Image.Image
+    facts: ImageFacts
 
 
 @dataclass(frozen=True)
@@ -131,8 +111,22 @@ class ImageRecord:
         """
         try:
             return self.read()
+        except UnreadableError as error:
+            raise BrokenImage(self.where, error.reason) from error
         except OSError as error:
             raise BrokenImage(self.where, error.strerror or str(error)) from error
+
+    def decoded(self) -> Decoded:
+        """The upright RGB image, and the facts of its file as it is now.
+
+        Raises:
+            BrokenImage: it cannot be read, or is broken.
+        """
+        data = self.load()
+        digest, content = hashlib.sha256(data).hexdigest(), Content(data)
+        del data  # else it would lie in memory beside the decoded image
+        image, profile_unused = _decoded(content, self.where)
+        return Decoded(image, ImageFacts(digest, image.size, profile_unused))
 
     def open(self) -> Image.Image:
         """The upright RGB image.
@@ -140,7 +134,7 @@ class ImageRecord:
         Raises:
             BrokenImage: it cannot be read, or is broken.
         """
-        return decode(self.load(), self.where)
+        return self.decoded().image
 
     @cached_property
     def facts(self) -> ImageFacts:
@@ -160,9 +154,7 @@ class ImageRecord:
         Raises:
             BrokenImage: it cannot be read, or is broken.
         """
-        data = self.load()
-        image, profile_unused = _decoded(data, self.where)
-        return ImageFacts(hashlib.sha256(data).hexdigest(), image.size, profile_unused)
+        return self.decoded().facts
 
     def content_hash(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal."""
@@ -179,7 +171,7 @@ class _Constant:
 
 def readable(file: Path) -> bool:
     """Whether the installed Pillow can read images with this file's suffix."""
-    return FORMATS.get(file.suffix.lower()) in _formats()
+    return FORMATS.get(file.suffix.lower()) in formats()
 
 
 def holds_images(folder: Path, flag: str) -> bool:
@@ -201,13 +193,18 @@ def holds_images(folder: Path, flag: str) -> bool:
     return any(file.suffix.lower() in FORMATS and not file.name.startswith(".") and file.is_file() for file in files)
 
 
+def file_reader(file: Path) -> Callable[[], bytes]:
+    """Gives the bytes of a regular file that can be an image; can be pickled."""
+    return functools.partial(read_bytes, file, IMAGE_BYTES)
+
+
 def decode(data: bytes, where: str) -> Image.Image:
     """The first frame of an image file as upright RGB; see ``to_rgb`` for what becomes of other modes and colours.
 
     Raises:
         BrokenImage: truncated, damaged, too large or no image; the message names ``where``.
     """
-    return _decoded(data, where)[0]
+    return _decoded(Content(data), where)[0]
 
 
 def see_through(data: bytes, where: str) -> bool:
@@ -216,14 +213,10 @@ def see_through(data: bytes, where: str) -> bool:
     Raises:
         BrokenImage: see ``decode``.
     """
-    try:
-        with _opened(data) as image:
-            if not image.has_transparency_data or image.mode.startswith(("I", "F")):
-                return False
-            straight = image.convert("LA") if image.mode == "La" else image
-            return straight.convert("RGBA").getchannel("A").getextrema() != (255, 255)
-    except Exception as error:
-        raise _broken(where, error) from error
+    with opened(Content(data), where) as image:
+        if not image.has_transparency_data or image.mode.startswith(("I", "F")):
+            return False
+        return any(_parted(piece)[1].getextrema() != (255, 255) for piece in map(image.crop, _boxes(image.size)))
 
 
 def upright_size(data: bytes, where: str) -> tuple[int, int]:
@@ -232,16 +225,12 @@ def upright_size(data: bytes, where: str) -> tuple[int, int]:
     Raises:
         BrokenImage: no image, or one that is too large; the message names ``where``.
     """
-    try:
-        with _opened(data) as image:
-            if image.format == "TIFF":  # whether its size is already turned depends on Pillow's version
-                return decode(data, where).size
+    content = Content(data)
+    with opened(content, where) as image:
+        if image.format != "TIFF":
             width, height = image.size
-            return (height, width) if _orientation(image, data) >= 5 else (width, height)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _broken(where, error) from error
+            return (height, width) if orientation(image, content) >= 5 else (width, height)
+    return decode(data, where).size  # whether a TIFF's size is already turned depends on Pillow's version
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -252,87 +241,98 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return _rgb(image)[0]
 
 
-def _decoded(data: bytes, where: str) -> tuple[Image.Image, bool]:
-    """The image as ``decode`` gives it, and whether it has a profile that cannot be used."""
-    try:
-        with _opened(data) as image:
-            image.load()
-            if colour.says_adobe_rgb(image):
-                image.info["icc_profile"] = colour.adobe_rgb()
-            turn = _TURNS.get(_orientation(image, data))
-            return _rgb(image if turn is None else image.transpose(turn))
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise _broken(where, error) from error
+def _decoded(content: Content, where: str) -> tuple[Image.Image, bool]:
+    """The image as ``decode`` gives it, and whether it has a profile that cannot be used; closes ``content``."""
+    with opened(content, where) as image:
+        image.load()
+        if colour.says_adobe_rgb(image):
+            image.info["icc_profile"] = colour.adobe_rgb()
+        turn = _TURNS.get(orientation(image, content))
+        content.close()
+        upright, profile_unused = _rgb(image)
+        image.close()
+        return (upright if turn is None else upright.transpose(turn)), profile_unused
 
 
 def _rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     """The image as ``to_rgb`` gives it, and whether it has a profile that cannot be used."""
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bit(image)
-    if image.mode == "La":
-        image = image.convert("LA")
-    grey, alpha = image.mode in ("1", "L", "LA"), None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        image = image.getchannel("R") if grey else image.convert("RGB")
+    deep = image.mode.startswith(("I", "F"))
+    seen_through = not deep and image.has_transparency_data
+    mode = image.mode
+    if deep or mode in _GREY:
+        mode = "L"
+    elif seen_through:
+        mode = "RGB"
     profile_unused = False
     try:
-        image = colour.to_srgb(image, profile)
+        to_srgb = colour.to_srgb(image.info.get("icc_profile"), mode)
     except colour.UnusableProfile:
-        image, profile_unused = colour.to_srgb(image, None), True
-    image = image.convert("RGB")
-    if alpha:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image.info.pop("icc_profile", None)  # it is no longer true
-    return image, profile_unused
+        to_srgb, profile_unused = colour.to_srgb(None, mode), True
+    if to_srgb is None and image.mode == "RGB" and not seen_through:
+        image = image.convert("RGB")
+        image.info.pop("icc_profile", None)  # it is no longer true
+        return image, profile_unused
+    top = _top(image) if deep else 0.0
+
+    def converted(piece: Image.Image) -> Image.Image:
+        alpha = None
+        if deep:
+            piece = _eight_bit(piece, top)
+        elif seen_through:
+            piece, alpha = _parted(piece)
+        piece = (to_srgb(piece) if to_srgb else piece).convert("RGB")
+        return _on_white(piece, alpha) if alpha else piece
+
+    return _in_pieces(image, converted), profile_unused
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Modes I;16, I and F as L. The range is that of the type: 16 bit, more if values need it, 0 to 1 for floats."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("it has pixels that are not finite numbers")
+_GREY = ("1", "L", "LA", "La")
+_PIECE = 2**20
+"""Pixels that are converted at once: on the way they take several times the memory of the image."""
+
+
+def _in_pieces(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The RGB image that ``convert``, which looks at single pixels, makes of all."""
+    result = Image.new("RGB", image.size)
+    for box in _boxes(image.size):
+        result.paste(convert(image.crop(box)), box)
+    return result
+
+
+def _boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of pieces that cover an image; a side has fewer pixels than a piece can have."""
+    width, height = size
+    rows = max(_PIECE // width, 1)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def _parted(image: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The image without its transparency, in L or RGB, and its transparency."""
+    full = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return full.getchannel("R") if image.mode in _GREY else full.convert("RGB"), full.getchannel("A")
+
+
+def _on_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
+    image.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _top(image: Image.Image) -> float:
+    """The end of the range of the modes I;16, I and F: 16 bit, more if values need it, 0 to 1 for floats."""
+    if image.mode.startswith("I;"):
+        return 65535.0
+    largest = -np.inf
+    for box in _boxes(image.size):
+        values = np.asarray(image.crop(box))
+        if not np.isfinite(values).all():
+            raise ValueError("it has pixels that are not finite numbers")
+        largest = max(largest, float(values.max()))
     ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31 - 1)
-    top = next((top for top in ranges if values.max() <= top), ranges[-1])
+    return next((top for top in ranges if largest <= top), ranges[-1])
+
+
+def _eight_bit(image: Image.Image, top: float) -> Image.Image:
+    """Modes I;16, I and F as L, where ``top`` becomes 255."""
+    values = np.asarray(image).astype(np.float64)
     return Image.fromarray(np.clip(np.rint(values * (255 / top)), 0, 255).astype(np.uint8))
-
-
-def _opened(data: bytes) -> Image.Image:
-    return Image.open(BytesIO(data), formats=_formats())
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those above that can be read. Not all of Pillow's: these include some that start external programs (EPS)."""
-    Image.init()
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        pass
-    else:
-        register_heif_opener()
-    return tuple(name for name in _READ if name in Image.OPEN)
-
-
-def _orientation(image: Image.Image, data: bytes) -> int:
-    """EXIF orientation, 1 to 8; 1 if there is none or the EXIF block is damaged."""
-    if image.format == "PNG" and b"eXIf" not in data:
-        return 1  # Pillow would decode the whole PNG to look for one
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block does not make the picture unusable
-        return 1
-
-
-def _broken(where: str, error: Exception) -> BrokenImage:
-    if isinstance(error, Image.DecompressionBombError):
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6  # Pillow warns above the limit and refuses above its double
-        return BrokenImage(
-            where, f"it has too many pixels (more than {most:.0f} million), far above any resolution here"
-        )
-    if isinstance(error, Image.UnidentifiedImageError):
-        return BrokenImage(where, "its content is no known image format")
-    return BrokenImage(where, str(error) or type(error).__name__)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dreamlora.data.cache import TensorCache, content_key
+from dreamlora.data.cache import TensorCache, Wanted, content_key
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Encoder
@@ -113,17 +113,31 @@ class Embedder:
     def _own(self, records: Sequence[ImageRecord]) -> Tensor:
         keys = [content_key("embedding", self.encoder.id, record.content_hash()) for record in records]
         by_key = dict(zip(keys, records, strict=True))
-        missing = self._cache.missing(by_key)
+        layout = (("vector", "F32", (self.encoder.dim,)),)
+        missing = self._cache.missing(Wanted(key, layout) for key in by_key)
         bar = tqdm(total=len(missing), desc="embedding", unit="image", disable=self._silent or not missing, leave=False)
         with bar:
             for batch in _batches(missing):
-                vectors = self.encoder.images([by_key[key].open() for key in batch])
+                vectors = self.encoder.images(_Opened([by_key[key] for key in batch]))
                 for key, vector in zip(batch, vectors, strict=True):
                     _refuse_pointless(vector, by_key[key].where)
                     self._cache.put(key, {"vector": vector})
                 bar.update(len(batch))
-        rows = [self._cache.load(key)["vector"] for key in keys]
+        rows = [self._cache.load(Wanted(key, layout))["vector"] for key in keys]
         return torch.stack(rows) if rows else torch.zeros(0, self.encoder.dim)
+
+
+class _Opened(Sequence[Any]):
+    """Images of records, each decoded when it is asked for: photos of a whole batch can take gigabytes."""
+
+    def __init__(self, records: Sequence[ImageRecord]) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, place: Any) -> Any:
+        return _Opened(self._records[place]) if isinstance(place, slice) else self._records[place].open()
 
 
 def _batches(keys: list[str]) -> Iterator[list[str]]:

@@ -51,7 +51,7 @@ class _Tokens(TypedDict, total=False):
     extra_special_tokens: Annotated[list[_Token] | dict[_Text, _Token], Len(0, _MOST_TOKENS)] | None
 
 
-class _Settings(_Tokens, total=False):
+class _TokenizerSettings(_Tokens, total=False):
     added_tokens_decoder: Annotated[dict[str, _Added], Len(0, _MOST_TOKENS)]
     model_max_length: Annotated[int | float, Ge(1)] | None
     extra_ids: Annotated[int, Ge(0), Le(1000)]
@@ -70,7 +70,7 @@ class _ClassName(TypedDict):
     tokenizer_class: NotRequired[str | None]
 
 
-_SETTINGS = Schema(_Settings)
+_SETTINGS = Schema(_TokenizerSettings)
 _CLASS_NAME = Schema(_ClassName)
 _TOKENS = Schema(_Tokens)
 _NUMBERS = Schema(Annotated[dict[str, Annotated[int, Ge(0), Le(10**7)]], Len(0, _MOST_TOKENS)])

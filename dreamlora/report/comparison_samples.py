@@ -103,14 +103,16 @@ def _shot(comparison: ComparisonFile, number: int, step: int, motif: Motif) -> S
         return Shot(number, None, "not drawn", loss_text)
     if not lies_below(cell["file"]):
         return Shot(number, None, "lies outside the comparison's folder: compare anew", loss_text)
-    picture = pictures.embedded(comparison.folder / cell["file"], _PIXELS)
+    picture = pictures.embedded(comparison.folder / cell["file"], _PIXELS, comparison.folder)
     return Shot(number, picture, "" if picture else "file is missing", loss_text)
 
 
 def _references(comparison: ComparisonFile, samples: JsonObject) -> tuple[Picture, ...]:
     names = [name for name in samples["references"] if lies_below(name)]
     files = [comparison.folder / name for name in names[:_REFERENCES]]
-    return tuple(picture for file in files if (picture := pictures.embedded(file, _REFERENCE_PIXELS)))
+    return tuple(
+        picture for file in files if (picture := pictures.embedded(file, _REFERENCE_PIXELS, comparison.folder))
+    )
 
 
 def _left_out(steps: tuple[int, int], prompts: tuple[int, int]) -> str:

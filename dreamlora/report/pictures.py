@@ -9,11 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from dreamlora.pictures import BrokenImage, own_film, own_picture
+
 _GRID_PIXELS = 1600
 _REFERENCE_PIXELS = 160
 _REFERENCES = 8
 _TIMELAPSE_BYTES = 4_000_000
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -30,35 +31,32 @@ class Picture:
     height: int
 
 
-def embedded(file: Path, longest: int = _GRID_PIXELS) -> Picture | None:
-    """A picture as WebP, shrunk if it is larger than ``longest``; None if it is missing or cannot be read."""
+def embedded(file: Path, longest: int = _GRID_PIXELS, inside: Path | None = None) -> Picture | None:
+    """A run's picture as WebP, shrunk if it is larger than ``longest``; None if it is missing or cannot be read.
+
+    ``inside`` is the folder that it must lie in once all links are followed.
+    """
     try:
-        with Image.open(file) as image:
-            image.load()
-            picture = image.convert("RGB")
-    except (OSError, ValueError):
+        picture = own_picture(file, inside)
+    except (FileNotFoundError, BrokenImage):
         return None
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return _picture(picture)
 
 
-def references(folder: Path) -> list[Picture]:
+def references(folder: Path, inside: Path | None = None) -> list[Picture]:
     """The first training images as thumbnails."""
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in _SUFFIXES)
-    return [picture for file in files[:_REFERENCES] if (picture := embedded(file, _REFERENCE_PIXELS))]
+    files = sorted(folder.glob("*.png"))
+    return [picture for file in files[:_REFERENCES] if (picture := embedded(file, _REFERENCE_PIXELS, inside))]
 
 
-def timelapse(file: Path) -> tuple[Picture, Picture] | None:
-    """The animation as it is and its last frame; None if it is missing, unreadable or too large to embed."""
+def timelapse(file: Path, inside: Path | None = None) -> tuple[Picture, Picture] | None:
+    """The animation as it is and its last frame; None if it is missing, no WebP or too large to embed."""
     try:
-        if file.stat().st_size > _TIMELAPSE_BYTES:
-            return None
-        with Image.open(file) as image:
-            image.seek(getattr(image, "n_frames", 1) - 1)
-            last = image.convert("RGB")
-    except (OSError, ValueError, EOFError):
+        content, last = own_film(file, _TIMELAPSE_BYTES, inside)
+    except (FileNotFoundError, BrokenImage):
         return None
-    return Picture(_address(file.read_bytes()), *last.size), _picture(last)
+    return Picture(_address(content), *last.size), _picture(last)
 
 
 def _picture(image: Image.Image) -> Picture:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from dreamlora.data.cache import LatentStore
-from dreamlora.data.encode import encode_dataset, encode_prompts
+from dreamlora.data.encode import LatentSize, encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
+from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations
-from dreamlora.interfaces import Components, Conditioning, Latents
+from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource
+from dreamlora.models.loading import read_config
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
@@ -25,6 +27,9 @@ MOST_NAMED = 100
 MOST_TOKENIZED = 1000
 """Captions whose token ids stay in memory while the text encoder trains."""
 
+_BLOCKS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
+"""Each block but one halves the sides."""
+
 Encode = Callable[[Sequence[str]], Conditioning]
 """Captions to batched conditioning."""
 
@@ -35,9 +40,18 @@ def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Prep
     def encode(pixels: Tensor) -> Latents:
         return context.family.encode_images(context.parts.get("vae"), pixels)
 
-    store = encode_dataset(records, how, encode, context.filling(dtype="float32"))
+    filling = replace(context.filling(dtype="float32"), latents=_latent_size(context.source))
+    store = encode_dataset(records, how, encode, filling)
     wait_for_everyone()
     return store
+
+
+def _latent_size(source: ModelSource) -> LatentSize | None:
+    """What the autoencoder's settings say of its latents; None for a class that is not known here."""
+    settings = read_config(source, "vae")
+    blocks = settings.get(_BLOCKS.get(settings.get("_class_name", ""), ""))
+    channels = settings.get("latent_channels")
+    return LatentSize(channels, 2 ** (len(blocks) - 1)) if blocks and isinstance(channels, int) else None
 
 
 def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:

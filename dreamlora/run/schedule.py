@@ -16,7 +16,7 @@ from dreamlora.callbacks.image_metrics import ImageMetricsCallback, Scenes
 from dreamlora.callbacks.log import LogCallback
 from dreamlora.callbacks.meet import MeetCallback
 from dreamlora.callbacks.sample import SampleCallback
-from dreamlora.data.cache import LatentStore
+from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations
 from dreamlora.eval_loss.evalset import EvalSet, build_eval_set, build_final_set
 from dreamlora.evaluation.embed import Processes

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, features
+from PIL import Image, features
 
 from dreamlora.files import replacing
+from dreamlora.pictures import BrokenImage, own_picture
+from dreamlora.reading import lies_inside
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.canvas import GAP, INK, LABEL, MARGIN, SMALL, TITLE, Canvas, Cell, font, wrap
 from dreamlora.sampling.recorded import Motif, common_settings, motif_of, motifs_of, titles
@@ -209,12 +211,13 @@ def _picture(folder: RunFolder, row: dict | None) -> Picture:
         return "not drawn at this step"
     if row.get("problem") == "not finite":
         return "not finite (NaN)"
-    return folder.samples / row["file"]
+    file = folder.samples / row["file"]
+    return file if lies_inside(file, folder.path) else "file is not in the run's folder"
 
 
 def references_of(folder: RunFolder) -> list[Path]:
     """The training images that a run keeps for the strip above its grid."""
-    return sorted(folder.reference_dir.glob("*.png"))
+    return [file for file in sorted(folder.reference_dir.glob("*.png")) if lies_inside(file, folder.path)]
 
 
 def _size(picture: Picture) -> tuple[int, int] | None:
@@ -223,15 +226,14 @@ def _size(picture: Picture) -> tuple[int, int] | None:
 
 
 def _open(picture: Picture) -> Image.Image | str:
-    """The picture, upright and in RGB, or the reason why it cannot be shown."""
+    """The picture in RGB, or the reason why it cannot be shown."""
     if isinstance(picture, str):
         return picture or "no image"
     try:
-        opened = Image.open(picture) if isinstance(picture, Path) else picture
-        return (ImageOps.exif_transpose(opened) or opened).convert("RGB")
+        return own_picture(picture) if isinstance(picture, Path) else picture.convert("RGB")
     except FileNotFoundError:
         return "file is missing"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except BrokenImage:
         return "file is damaged"
 
 

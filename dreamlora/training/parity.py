@@ -20,6 +20,7 @@ from torch import Tensor
 from dreamlora.interfaces import Conditioning
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
 from dreamlora.sampling.sampler import Embed, SamplePlan, draw, embedding
 from dreamlora.training.loop import Run
@@ -119,8 +120,7 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
     without_lora = _answer(fresh, expected)
     pipeline.load_lora_weights(str(expected.lora_folder))
     call = compare_calls(expected.call, _answer(fresh, expected), without_lora)
-    with Image.open(expected.image_file) as opened:
-        seen = opened.convert("RGB")
+    seen = own_picture(expected.image_file)
     plan = SamplePlan(
         prompts=(sample["prompt"],),
         num_inference_steps=sample["num_inference_steps"],

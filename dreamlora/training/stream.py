@@ -25,7 +25,7 @@ from dreamlora.interfaces import Batch, Conditioning, Objective
 from dreamlora.randomness import generator, permutation
 
 if TYPE_CHECKING:
-    from dreamlora.data.cache import LatentStore
+    from dreamlora.data.stores import LatentStore
 
 
 @dataclass(frozen=True)

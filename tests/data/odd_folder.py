@@ -264,7 +264,7 @@ STOPPERS = {
         _all(_file("b.pdf"), _file("metadata.jsonl", '{"file_name": "b.pdf", "text": "x"}')),
         r"b\.pdf has no ending of an image",
     ),
-    "no name": _rows({"file_name": "\ud800.png", "text": "x"}, message=r"can be no name of a file"),
+    "no name": _rows({"file_name": "\ud800.png", "text": "x"}, message=r"there is no file"),
     "named twice": _rows(
         {"file_name": "a.png", "text": "x"},
         {"file_name": "././a.png", "text": "y"},

@@ -6,25 +6,33 @@ import errno
 import logging
 import multiprocessing
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given
 from PIL import Image
 from torch import Tensor
 
 from dreamlora.data import cache as cache_module
+from dreamlora.data import cache_folder as cache_folder_module
 from dreamlora.data import encode as encode_module
 from dreamlora.data.buckets import bucket_sizes
-from dreamlora.data.cache import Recent, TensorCache, content_key
+from dreamlora.data.cache import TensorCache, Wanted, content_key
 from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine
-from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
+from dreamlora.data.encode import Filling, LatentSize, encode_dataset, encode_prompts
 from dreamlora.data.folder import load_folder
+from dreamlora.data.stores import _OBJECT_BYTES, Recent
 from dreamlora.data.transforms import Preparation, Preparations, prepare, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Latents
+from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless
+from tests.limits import memory_limit, open_files_limit
 
 HOW = Preparation(resolution=16)
 EACH = Preparations((HOW,))
@@ -386,12 +394,291 @@ def test_ram_is_bounded(tmp_path):
     keys = [content_key("t", number) for number in range(4)]
     for number, key in enumerate(keys):
         cache.put(key, {"x": torch.full((256,), float(number))})  # 1 KiB each
-    recent = Recent(cache, limit=2 * (1024 + cache_module._OBJECT_BYTES))
-    kept = [recent[keys[0]], recent[keys[1]]]
-    assert recent[keys[0]] is kept[0]
-    _ = recent[keys[2]]  # pushes out 1, the longest unused
-    assert recent[keys[0]] is kept[0] and recent[keys[1]] is not kept[1]
-    assert recent[keys[3]]["x"][0] == 3 and Recent(cache, limit=0)[keys[3]]["x"][0] == 3
+    places = [Wanted(key, None) for key in keys]
+    recent = Recent(cache, limit=2 * (1024 + _OBJECT_BYTES))
+    kept = [recent[places[0]], recent[places[1]]]
+    assert recent[places[0]] is kept[0]
+    _ = recent[places[2]]  # pushes out 1, the longest unused
+    assert recent[places[0]] is kept[0] and recent[places[1]] is not kept[1]
+    assert recent[places[3]]["x"][0] == 3 and Recent(cache, limit=0)[places[3]]["x"][0] == 3
+
+
+SIZE = LatentSize(3, 2)
+"""What ``Encoder`` makes."""
+
+
+def replaced(filling: Filling, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], number: int = 0) -> Path:
+    """An entry of the cache with other tensors and a right checksum, as whoever can write there can make it."""
+    file = entries(filling)[number]
+    filling.cache.put(file.stem, change(safetensors.torch.load_file(file)))
+    return file
+
+
+WRONG: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "another type": lambda entry: {name: tensor.half() for name, tensor in entry.items()},
+    "whole numbers": lambda entry: {name: tensor.int() for name, tensor in entry.items()},
+    "no mean": lambda entry: {"std": entry["std"]},
+    "another name": lambda entry: {"mean": entry["mean"], "scale": entry["std"]},
+    "one more": lambda entry: {**entry, "more": entry["std"].clone()},
+    "none": lambda entry: {},
+    "other places": lambda entry: {name: tensor[:, :1, :1] for name, tensor in entry.items()},
+    "other channels": lambda entry: {name: tensor[:1] for name, tensor in entry.items()},
+    "a flat std": lambda entry: {**entry, "std": entry["std"][0, 0, 0]},
+    "an empty one": lambda entry: {**entry, "std": entry["std"][:, :0]},
+    "turned": lambda entry: {name: tensor.transpose(0, 1) for name, tensor in entry.items()},
+}
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_an_entry_that_holds_other_things_is_encoded_again(folder, filling, change, thorough, monkeypatch, caplog):
+    """Though its checksum is right; before, latents of any shape were trained on."""
+    monkeypatch.setattr(encode_module, "CHECKED_WHOLE", 1000 if thorough else 0)
+    filling = replace(filling, latents=SIZE)
+    encode(folder, filling)
+    sound = entries(filling)[0].read_bytes()
+    file = replaced(filling, change)
+    assert encode(folder, filling)[1] == 1 and file.read_bytes() == sound
+    assert "instead of (('mean', 'F32', (3, 8, 8)), ('std', 'F32', (3, 8, 8)))" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_damage(tmp_path, dtype, odd):
+    cache, values = TensorCache(tmp_path), torch.randn(3, 700).to(dtype)
+    cache.put("ab" * 32, {"x": values, "none": values[:0], "ids": torch.tensor([2**62])})
+    assert cache.holds(Wanted("ab" * 32, None))
+    values[1, 333] = odd
+    cache.put("ab" * 32, {"x": values})
+    assert not cache.holds(Wanted("ab" * 32, None))
+
+
+def test_numbers_that_are_not_finite_are_encoded_again(folder, filling, monkeypatch):
+    filling = replace(filling, latents=SIZE)
+    encode(folder, filling)
+    replaced(filling, lambda entry: {**entry, "std": entry["std"] / 0})
+    assert encode(folder, filling)[1] == 1
+    monkeypatch.setattr(encode_module, "CHECKED_WHOLE", 0)  # a glance does not see them; who reads them does
+    for number in range(len(entries(filling))):
+        replaced(filling, lambda entry: {**entry, "std": entry["std"] / 0}, number)
+    store, made = encode(folder, filling)
+    assert made == 0
+    with pytest.raises(UserError, match="damaged during the run: start again"):
+        store.latents(0, 0)
+
+
+def test_an_entry_replaced_during_the_run_ends_it(folder, filling):
+    store, _ = encode(folder, replace(filling, latents=SIZE))
+    for number in range(len(entries(filling))):
+        replaced(filling, WRONG["other places"], number)
+    with pytest.raises(UserError, match="damaged during the run: start again"):
+        store.latents(0, 0)
+
+
+def _as_link(file: Path) -> None:
+    file.rename(file.with_suffix(".away"))
+    file.symlink_to(file.with_suffix(".away"))
+
+
+def _as_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _as_endless(file: Path) -> None:
+    with file.open("r+b") as handle:
+        handle.truncate(2**33)
+
+
+def _as_long_header(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes((2**40).to_bytes(8, "little") + data[8:])
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+@pytest.mark.parametrize("put", [_as_link, _as_pipe, _as_endless, _as_long_header])
+def test_what_is_no_entry_is_encoded_again(folder, filling, put, thorough, monkeypatch):
+    """A pipe was waited for, for ever."""
+    monkeypatch.setattr(encode_module, "CHECKED_WHOLE", 1000 if thorough else 0)
+    encode(folder, filling)
+    file = entries(filling)[0]
+    sound = file.read_bytes()
+    put(file)
+    assert encode(folder, filling)[1] == 1
+    assert file.is_file() and not file.is_symlink() and file.read_bytes() == sound
+
+
+def test_masks_and_vectors_are_checked_too(tmp_path):
+    cache = TensorCache(tmp_path)
+    for layout, wrong in (
+        ((("mask", "U8", (1, 4, 6)),), {"mask": torch.zeros(1, 6, 4, dtype=torch.uint8)}),
+        ((("vector", "F32", (5,)),), {"vector": torch.zeros(4)}),
+    ):
+        cache.put("ab" * 32, wrong)
+        assert cache.missing([Wanted("ab" * 32, layout)]) == cache.missing([Wanted("ab" * 32, layout)], False) != []
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: {**entry, "prompt_embeds": entry["prompt_embeds"][:, :1].clone()},
+        lambda entry: {"prompt_embeds": entry["prompt_embeds"]},
+        lambda entry: {**entry, "prompt_embeds": entry["prompt_embeds"].float()},
+    ],
+)
+def test_a_prompt_unlike_the_others_is_encoded_again(filling, number, change, monkeypatch):
+    """Whichever comes first: the text encoder says which are right."""
+    prompts, encoder = ["a", "b", "c", "d"], TextEncoder()
+    table = encode_prompts(prompts, encoder, filling)
+    sound = {prompt: table[prompt] for prompt in prompts}
+    replaced(filling, change, number)
+    monkeypatch.setattr(encode_module, "CHECKED_WHOLE", 3)
+    encoder.seen.clear()
+    table = encode_prompts(prompts, encoder, filling)
+    assert 1 <= len(encoder.seen) <= 3
+    for prompt in prompts:
+        assert all(torch.equal(table[prompt][name], tensor) for name, tensor in sound[prompt].items())
+    assert encode_prompts(prompts, encoder, filling) and len(encoder.seen) <= 3
+
+
+def test_prompts_that_all_are_other_than_the_encoder_s(filling, monkeypatch):
+    encode_prompts(["a", "b"], lambda texts: {"x": torch.zeros(len(texts), 2)}, filling)
+    monkeypatch.setattr(encode_module, "CHECKED_WHOLE", 1)
+    with pytest.raises(UserError, match=r"the cache .* has embeddings of other shapes than the text encoder makes"):
+        encode_prompts(["a", "b", "c"], TextEncoder(), filling)
+
+
+# --- whose entries count ---
+
+
+class Owners:
+    """Files and folders as if they were of other users (tests may not have the right to give them away)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of: dict[str, int] = {}
+        true_fstat, true_stat = os.fstat, Path.stat
+        monkeypatch.setattr(cache_folder_module, "this_user", lambda: 1000)
+        monkeypatch.setattr(cache_module.os, "fstat", lambda fd: self._seen(true_fstat(fd)))
+        monkeypatch.setattr(Path, "stat", lambda path, **how: self._seen(true_stat(path, **how)))
+        cache_folder_module._owner.cache_clear()
+        cache_folder_module._tell.cache_clear()
+
+    def give(self, path: Path, user: int) -> None:
+        self.of[str(path.lstat().st_ino)] = user
+        cache_folder_module._owner.cache_clear()
+
+    def _seen(self, status: os.stat_result) -> Any:
+        user = self.of.get(str(status.st_ino), 1000)
+        return os.stat_result((*status[:4], user, *status[5:10]))
+
+
+@pytest.fixture
+def owners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Owners]:
+    yield Owners(monkeypatch)
+    monkeypatch.undo()
+    cache_folder_module._owner.cache_clear()
+
+
+def test_entries_of_other_users_do_not_count(folder, filling, owners, caplog):
+    encode(folder, filling)
+    for file in entries(filling)[:3]:
+        owners.give(file, 1001)
+    owners.give(entries(filling)[3], 0)  # root's do
+    assert encode(folder, filling)[1] == 3
+    assert caplog.text.count("another user (number 1001)") == 1 and "damaged" not in caplog.text
+    owners.of.clear()  # new files may have the old ones' numbers
+    assert encode(folder, filling)[1] == 0, "they are one's own now"
+
+
+def test_a_cache_of_somebody_else(folder, filling, owners, caplog):
+    """Its owner's entries count, those of third users do not, and what is new lies apart."""
+    encode(folder, filling)
+    theirs = entries(filling)
+    for file in theirs:
+        owners.give(file, 1001)
+    owners.give(theirs[0], 1002)
+    owners.give(filling.cache.folder, 1001)
+    assert encode(folder, filling)[1] == 1
+    [mine] = [file for file in entries(filling) if file not in theirs]
+    assert mine.relative_to(filling.cache.folder) == Path("users/1000") / theirs[0].relative_to(filling.cache.folder)
+    assert caplog.text.count("belongs to another user (number 1001)") == 1
+    assert encode(folder, filling)[1] == 0
+
+
+def test_where_files_have_no_owners_all_count(folder, filling, owners, monkeypatch):
+    encode(folder, filling)
+    for file in entries(filling):
+        owners.give(file, 1001)
+    monkeypatch.setattr(cache_folder_module, "this_user", lambda: None)
+    assert encode(folder, filling)[1] == 0
+
+
+def test_a_place_that_gives_all_files_one_owner(folder, filling, owners, monkeypatch):
+    """Network drives, and root on some of them: nothing is made twice, and what was written is believed."""
+    encode(folder, filling)
+    for path in (filling.cache.folder, *filling.cache.folder.rglob("*")):
+        owners.give(path, 65534)
+    store, made = encode(folder, filling)
+    assert made == 0 and store.latents(0, 0)[0].isfinite().all()
+
+
+# --- low limits, damage ---
+
+
+def test_few_open_files_are_enough(folder, filling):
+    with open_files_limit(4):
+        store, _ = encode(folder, filling)
+        for index in range(4):
+            store.latents(index, 0)
+        assert filling.cache.missing([Wanted(file.stem, None) for file in entries(filling)]) == []
+
+
+def test_little_memory_is_enough(folder, filling):
+    encode(folder, filling)
+    _as_endless(entries(filling)[0])
+    with memory_limit(300 * 2**20):
+        assert encode(folder, filling)[1] == 1
+
+
+@pytest.fixture(scope="module")
+def fuzzed_cache(tmp_path_factory: pytest.TempPathFactory) -> TensorCache:
+    return TensorCache(tmp_path_factory.mktemp("cache"))
+
+
+def _sound() -> bytes:
+    cache, key = TensorCache(Path("/nowhere")), "ab" * 32
+    tensors = {"mean": torch.ones(4, 2, 2), "std": torch.ones(4, 2, 2)}
+    assert cache.file(key).name == f"{key}.safetensors"
+    return safetensors.torch.save(tensors, {"sha256": cache_module._digest(key, tensors)})
+
+
+@fuzzed
+@given(data=damaged(_sound()))
+def test_fuzz_entries(fuzzed_cache, data):
+    shape = (4, 2, 2)
+    wanted = Wanted("ab" * 32, (("mean", "F32", shape), ("std", "F32", shape)))
+    file = fuzzed_cache.file(wanted.key)
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(data)
+    harmless(lambda: fuzzed_cache.missing([wanted]))
+    harmless(lambda: fuzzed_cache.missing([wanted], thorough=False))
+    entry = harmless(lambda: fuzzed_cache.load(wanted))
+    assert isinstance(entry, UserError) or entry["mean"].shape == shape
+
+
+header = {
+    "__metadata__": {"sha256": "00"},
+    "mean": {"dtype": "F32", "shape": [4, 2, 2], "data_offsets": [0, 64]},
+    "std": {"dtype": "F32", "shape": [4, 2, 2], "data_offsets": [64, 128]},
+}
+
+
+@fuzzed
+@given(content=changed(header))
+def test_fuzz_headers(fuzzed_cache, content):
+    text = as_json(content)
+    test_fuzz_entries.hypothesis.inner_test(fuzzed_cache, len(text).to_bytes(8, "little") + text + bytes(128))
 
 
 def test_entries_of_any_shape(tmp_path):
@@ -399,5 +686,5 @@ def test_entries_of_any_shape(tmp_path):
     base = torch.arange(6).view(2, 3)
     tensors = {"scalar": torch.tensor(3), "none": torch.zeros(0, 4), "plain": base, "same": base, "strided": base.T}
     cache.put("ab" * 32, tensors)
-    loaded = cache.load("ab" * 32)
+    loaded = cache.load(Wanted("ab" * 32, None))
     assert set(loaded) == set(tensors) and all(torch.equal(loaded[name], tensors[name]) for name in tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import threading
 import time
@@ -369,6 +370,17 @@ def test_streamed_rows_are_those_of_the_data_set(saved, tmp_path):
         load_images(Data(dataset_name=str(saved), streaming=True, image_column="img"))
     with pytest.raises(UserError, match=r"column 'n' of .* holds no images"):
         load_images(Data(**options, streaming=True, image_column="n"))
+
+
+def test_a_kept_image_of_a_stream_is_what_its_name_says(saved, tmp_path):
+    """Another file in its place, a link or a pipe is replaced; it was believed."""
+    data = Data(dataset_name=str(saved), caption_column="title", latents_cache_dir=tmp_path, streaming=True)
+    before = [record.load() for record in load_images(data).records]
+    files = sorted(file for file in (tmp_path / "streamed").rglob("*") if file.is_file())
+    files[0].write_bytes(files[1].read_bytes())
+    files[1].unlink()
+    os.mkfifo(files[1])
+    assert [record.load() for record in load_images(data).records] == before
 
 
 def test_a_stream_of_files(tmp_path):

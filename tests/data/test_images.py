@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, features
 
-from dreamlora.data import colour, images
+from dreamlora import pictures
+from dreamlora.data import colour
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import FORMATS, ImageRecord, decode, holds_images, readable, upright_size
 from dreamlora.errors import UserError
@@ -85,9 +86,9 @@ def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     monkeypatch.setattr(Image, "ID", list(Image.ID))
     Image.OPEN.pop("HEIF", None)
-    images._formats.cache_clear()
+    pictures.formats.cache_clear()
     yield
-    images._formats.cache_clear()
+    pictures.formats.cache_clear()
 
 
 def test_heic_is_read_where_the_plug_in_is_installed(
@@ -102,7 +103,7 @@ def test_heic_is_read_where_the_plug_in_is_installed(
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(UserError, match=r'cannot read IMG_1.HEIC \(1 such file\): pip install "dreamlora\[heif\]" for'):
         load_folder(tmp_path, "p")
-    images._formats.cache_clear()
+    pictures.formats.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
     assert distance(load_folder(tmp_path, "p").records[0].open(), picture) == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -37,3 +38,25 @@ def test_the_timelapse_keeps_its_frames_and_ends_in_its_last(tmp_path: Path) -> 
     assert found is not None
     assert getattr(opened(found[0]), "n_frames", 1) == 2
     assert opened(found[1]).convert("RGB").getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_only_a_webp_is_embedded_as_one(tmp_path: Path) -> None:
+    """Any bytes were, as they are."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "png.webp", "PNG")
+    (tmp_path / "page.webp").write_bytes(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
+    for file in tmp_path.iterdir():
+        assert pictures.timelapse(file) is None
+
+
+def test_pictures_that_do_not_lie_in_the_run_are_left_out(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "references").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.webp")
+    for name in ("grid.png", "references/00.png"):
+        (run / name).symlink_to(tmp_path / "private.png")
+    (run / "timelapse.webp").symlink_to(tmp_path / "private.webp")
+    os.mkfifo(run / "references" / "01.png")
+    assert pictures.embedded(run / "grid.png", inside=run) is None
+    assert pictures.references(run / "references", run) == []
+    assert pictures.timelapse(run / "timelapse.webp", run) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ def test_a_grid_without_any_image(tmp_path: Path) -> None:
 
 
 def test_references_and_note_add_height(tmp_path: Path) -> None:
-    plain(GREEN, (300, 200)).save(tmp_path / "photo.jpg")
+    plain(GREEN, (300, 200)).save(tmp_path / "photo.png")
     rows = [GridRow("base model", [plain(RED)])]
     write_grid(tmp_path / "without.png", rows, ["a"])
-    write_grid(tmp_path / "with.png", rows, ["a"], [tmp_path / "photo.jpg", tmp_path / "gone.jpg"], "title", "note")
+    write_grid(tmp_path / "with.png", rows, ["a"], [tmp_path / "photo.png", tmp_path / "gone.jpg"], "title", "note")
     with Image.open(tmp_path / "without.png") as without, Image.open(tmp_path / "with.png") as with_all:
         assert with_all.width == without.width
         assert with_all.height > without.height + 160
@@ -254,3 +255,24 @@ def test_no_torch() -> None:
 
     code = "import sys, dreamlora.sampling.grid; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pictures_of_strangers_are_grey_cells(tmp_path: Path) -> None:
+    """Links out of the run, pipes, and files for other programs; before, the grid showed the first, and waited."""
+    folder = RunFolder(tmp_path / "run")
+    recorded(folder, 1, {"link": RED, "pipe": RED, "eps": RED, "path": RED, "whole": BLUE})
+    link, pipe, eps = (next(folder.sample_dir(1).glob(f"{name}-*")) for name in ("link", "pipe", "eps"))
+    plain(GREEN).save(tmp_path / "private.png")
+    link.unlink()
+    link.symlink_to(tmp_path / "private.png")
+    pipe.unlink()
+    os.mkfifo(pipe)
+    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n{} loop\n")
+    rows = [json.loads(line) for line in folder.samples_file.read_text(encoding="utf-8").splitlines()]
+    rows[3]["file"] = "../../private.png"
+    folder.samples_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder.reference_dir.mkdir()
+    (folder.reference_dir / "00.png").symlink_to(tmp_path / "private.png")
+    grid_of_run(folder)
+    assert shown(folder, 1, 5) == [[MISSING, MISSING, MISSING, MISSING, BLUE]]
+    assert grid.references_of(folder) == []
