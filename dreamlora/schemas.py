@@ -64,7 +64,7 @@ class SampleRow(TypedDict):
     seed: Seed
     file: FileName
     num_inference_steps: NotRequired[Count]
-    guidance_scale: NotRequired[Annotated[float, Ge(0), Le(10**6)]]
+    guidance_scale: NotRequired[Annotated[float, Ge(0), Le(1e300)]]
     lora_scale: NotRequired[Number]
     sha256: NotRequired[Name]
     scheduler: NotRequired[Name]

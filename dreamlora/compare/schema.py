@@ -20,7 +20,7 @@ SCHEMA_VERSION = 2
 
 Number = Annotated[float, Ge(-1e300), Le(1e300)] | Literal["inf", "-inf"] | None
 """A number, infinity, or null for "not computed"."""
-Rate = Annotated[float, Ge(0), Le(10**6)]
+Rate = Annotated[float, Ge(0), Le(1e300)]
 Element = TypeVar("Element")
 Few = Annotated[list[Element], MaxLen(10**4)]
 Many = Annotated[list[Element], MaxLen(10**6)]

@@ -295,11 +295,12 @@ def test_leaving_ends_the_processes_and_records_nothing(tmp_path: Path, worker: 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Pool([Seat()], tmp_path / "logs", worker) as running:
         threading.Thread(target=running.run, args=(jobs, print), daemon=True).start()
-        while not (jobs[0].folder / "who").exists():
+        who = jobs[0].folder / "who"
+        while not (who.exists() and who.read_text(encoding="utf-8")):
             time.sleep(0.02)
         raise KeyboardInterrupt
     assert time.monotonic() - began < 10
-    process = int((jobs[0].folder / "who").read_text(encoding="utf-8").split()[0])
+    process = int(who.read_text(encoding="utf-8").split()[0])
     assert not Path(f"/proc/{process}").exists()
     time.sleep(0.1)
     assert not (jobs[0].folder / "outcome.json").exists() and not jobs[1].folder.exists()
