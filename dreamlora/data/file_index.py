@@ -118,7 +118,7 @@ def _connected(folder: Path) -> sqlite3.Connection:
     db.execute("PRAGMA cell_size_check = ON")
     db.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS", 1))
     if set(db.execute("SELECT type, name, sql FROM sqlite_master")) != _SCHEMA:
-        raise ValueError("it holds other things than the index")
+        raise ValueError(f"{file} holds other things than the index, such as those of an older version: remove it")
     return db
 
 

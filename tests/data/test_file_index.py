@@ -119,6 +119,13 @@ def test_the_index_of_the_version_before_is_read(tmp_path: Path) -> None:
     assert FileIndex(tmp_path).get("/x", "1") == FACTS
 
 
+def test_that_of_an_older_one_is_not_and_what_to_do_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with sqlite3.connect(tmp_path / INDEX_FILE) as db:
+        db.execute("CREATE TABLE files (path TEXT PRIMARY KEY, stamp TEXT, hash BLOB, width INT, height INT)")
+    FileIndex(tmp_path).close()
+    assert f"({tmp_path / INDEX_FILE} holds other things than the index, " in caplog.text and "remove it" in caplog.text
+
+
 @pytest.mark.parametrize(
     "change",
     [
