@@ -95,7 +95,7 @@ def test_a_sound_file_and_links_to_it(tmp_path: Path) -> None:
     with open_tensors(folder / "link.safetensors", "np") as opened:
         assert opened.get_tensor("a.lora_A.weight").shape == (2, 3)
     with (
-        pytest.raises(UnreadableError, match="link leads out"),
+        pytest.raises(UnreadableError, match=r"link leads out of .*cp -rL"),
         open_tensors(folder / "link.safetensors", "np", folder),
     ):
         pass
