@@ -7,6 +7,7 @@ memory. No torch here.
 
 from __future__ import annotations
 
+import math
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,15 @@ from typing import Any, BinaryIO, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from dreamlora.reading import UnreadableError, opened, shortened
+from dreamlora.reading import LARGEST, UnreadableError, opened, shortened, shortened_text
 
 HEADER_BYTES = 2**24
 """Of a safetensors file; kohya's statistics of tags have a megabyte or two, 38,000 tensors of a model four."""
 TENSORS = 2**15
 """In one file: a LoRA of all layers of FLUX has some 2,000, with an alpha for each pair 3,000."""
 NAME_LENGTH = 2**9
+_MOST_SIDES = 16
+"""Of a tensor; five in a video model."""
 _DIRECTORY_BYTES = 2**23
 """Of a zip archive: that of 10,000 tensors has a tenth of it."""
 
@@ -44,8 +47,8 @@ def open_tensors(
 
     Raises:
         FileNotFoundError: there is no such file.
-        UnreadableError: it is none, also if that is found while it is used; or it has more or other names than such
-            files have; or see ``reading.opened``.
+        UnreadableError: it is none, also if that is found while it is used; or it has more tensors, or other names or
+            shapes, than such files have; or see ``reading.opened``.
     """
     with opened(file, inside) as stream:
         beginning = stream.read(8)
@@ -55,18 +58,23 @@ def open_tensors(
         raise UnreadableError(file, f"it is damaged or not a safetensors file (a header of over {HEADER_BYTES} bytes)")
     try:
         with safe_open(file, framework=framework) as tensors:
-            _check_names(file, tensors.keys(), most)
+            _check_header(file, tensors, most)
             yield tensors
     except SafetensorError as error:
         raise UnreadableError(file, f"it is damaged or not a safetensors file ({_few_words(error)})") from error
 
 
-def _check_names(file: Path, names: Sequence[str], most: int) -> None:
+def _check_header(file: Path, tensors: Any, most: int) -> None:
+    """Raises UnreadableError for names and shapes that no such file has; an empty tensor may have any other sides."""
+    names: Sequence[str] = tensors.keys()
     if len(names) > most:
         raise UnreadableError(file, f"it names {len(names)} tensors, and such files have at most {most}")
     for name in names:
         if len(name) > NAME_LENGTH or not name.isprintable():
             raise UnreadableError(file, f"no tensor can have the name {shortened(name)}")
+        shape = tensors.get_slice(name).get_shape()
+        if len(shape) > _MOST_SIDES or math.prod(side or 1 for side in shape) > LARGEST:
+            raise UnreadableError(file, f"{name} cannot have the shape {shortened_text(str(shape))}")
 
 
 def check_archive(stream: BinaryIO) -> zipfile.ZipFile:

@@ -71,7 +71,9 @@ def opened(file: Path, inside: Path | None = None) -> Iterator[BinaryIO]:
         UnreadableError: it is no regular file, leads out of the folder, or the system refuses.
     """
     if inside is not None and not lies_inside(file, inside):
-        raise UnreadableError(file, f"a link leads out of {inside}")
+        raise UnreadableError(
+            file, f"a link leads out of {inside}. If you trust it, copy the folder with what its links name (cp -rL)"
+        )
     try:
         descriptor = os.open(file, _FLAGS)
     except FileNotFoundError:

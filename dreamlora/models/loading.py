@@ -11,6 +11,8 @@ import torch
 import transformers
 from annotated_types import Len
 from diffusers.utils import DummyObject
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils.logging import disable_progress_bar
 
 from dreamlora import registry
@@ -167,7 +169,17 @@ def _load(source: ModelSource, name: str, index: dict[str, Any], allowed: Classe
     part = load_part(part_class, place, Form(dtype, variant, source.allow_pickle))
     if name == SCHEDULER and source.prediction_type:
         part.register_to_config(prediction_type=source.prediction_type)
+    if isinstance(part, PreTrainedTokenizerBase) and part.model_max_length > LARGE_INTEGER:
+        part.model_max_length = _positions(source, name) or part.model_max_length
     return part
+
+
+def _positions(source: ModelSource, tokenizer: str) -> int | None:
+    """What a tokenizer that names no limit, such as a tokenizer.json alone, has as its own: what its text encoder
+    reads.
+    """
+    positions = read_config(source, tokenizer.replace("tokenizer", "text_encoder")).get("max_position_embeddings")
+    return positions if type(positions) is int and positions > 0 else None
 
 
 def place_of(source: ModelSource, component: str) -> Place:
@@ -229,7 +241,7 @@ def check_vocabulary(tokenizer: Any, encoder: Any, path: str) -> None:
             "together; download or export the model again"
         )
     positions = getattr(encoder.config, "max_position_embeddings", None)
-    if positions is not None and tokenizer.model_max_length > positions:
+    if positions is not None and positions < tokenizer.model_max_length <= LARGE_INTEGER:  # more: it names no limit
         raise UserError(
             f"{path}: the tokenizer gives prompts of {tokenizer.model_max_length} tokens (model_max_length), but its "
             f"text encoder reads {positions}: they do not belong together; download or export the model again"

@@ -223,6 +223,16 @@ def test_what_an_encoder_may_not_say(
         load(folder)
 
 
+@pytest.mark.parametrize("limit", [int(1e30), None])
+def test_the_tokenizer_of_an_encoder_need_not_name_a_limit(
+    encoder_folders: dict[str, Path], tmp_path: Path, limit: int | None
+) -> None:
+    """SigLIP 2's does not."""
+    folder = Path(shutil.copytree(encoder_folders["clip"], tmp_path / "clip"))
+    edit_json(folder / "tokenizer_config.json", model_max_length=limit)
+    assert torch.equal(load(folder).texts(["a dog"]), load(encoder_folders["clip"]).texts(["a dog"]))
+
+
 def test_an_encoders_index_names_safetensors_alone(encoder_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(encoder_folders["dino"], tmp_path / "dino"))
     torch.save({"a": torch.zeros(1)}, folder / "evil.bin")

@@ -24,6 +24,7 @@ from dreamlora.families import flux, sd
 from dreamlora.interfaces import Components, Role
 from dreamlora.models import building, loading
 from dreamlora.models.fetching import Place
+from dreamlora.models.prompts import cut_prompts
 from tests import tinymodels
 from tests.fuzzing import CASES, as_json, changed, fuzzed, harmless
 from tests.hostile import edit_json, nothing_foreign
@@ -166,6 +167,15 @@ def test_a_tokenizer_must_not_give_more_than_the_text_encoder_reads(folder):
     edit_json(folder / TOKENIZER, model_max_length=10**9)
     with pytest.raises(UserError, match="prompts of 1000000000 tokens"):
         load(folder, "text")
+
+
+def test_a_tokenizer_without_a_limit_has_that_of_its_text_encoder(folder):
+    """A tokenizer.json alone says none."""
+    (folder / TOKENIZER).unlink()
+    assert load(folder, "text")["tokenizer"].model_max_length == tinymodels.CLIP_LENGTH
+    source = loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
+    limit, cut = cut_prompts(sd, source, ["a", "a" * 100], None)
+    assert limit == tinymodels.CLIP_LENGTH and list(cut) == [False, True]
 
 
 @pytest.mark.parametrize("name", ["quantized unet", "a path for a word", "no number", "text betas", "endless layers"])

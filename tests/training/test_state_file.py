@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import pickle
 import struct
@@ -353,6 +354,29 @@ def test_a_state_of_its_own_fits_bit_for_bit(optimizer: str, tmp_path: Path) -> 
         each.optimizer.step()
         each.lr_scheduler.step()
     assert all(torch.equal(p, q) for p, q in zip(run.trainables.values(), resumed.trainables.values(), strict=True))
+
+
+def test_an_fp16_run_goes_on_with_the_scale_of_its_loss(tmp_path: Path) -> None:
+    def scaled(run: Any) -> Any:
+        run.accelerator.scaler = torch.amp.GradScaler("cpu")
+        return run
+
+    run = scaled(fake_run())
+    for gradient in (math.inf, 0.01, 0.02):  # the first step is skipped
+        loss = sum(parameter.sum() for parameter in run.trainables.values()) * gradient
+        run.accelerator.scaler.scale(loss).backward()
+        run.accelerator.scaler.unscale_(run.optimizer)
+        if math.isfinite(gradient):
+            run.optimizer.step()
+            run.lr_scheduler.step()
+        run.optimizer.zero_grad()
+        run.accelerator.scaler.update()
+        run.step += 1
+    other = scaled(fake_run())
+    restored(other, reading(tmp_path, written(state_of(run))))
+    assert (other.step, other.lr_scheduler.last_epoch, other.accelerator.scaler.get_scale()) == (3, 2, 2.0**15)
+    assert other.accelerator.scaler.state_dict() == run.accelerator.scaler.state_dict()
+    assert state_of(other)["optimizer"]["state"].keys() == state_of(run)["optimizer"]["state"].keys()
 
 
 def test_a_schedule_takes_over_numbers_alone(tmp_path: Path) -> None:
