@@ -273,7 +273,7 @@ def test_the_larger_set_decides_where_all_have_measured_it(tmp_path: Path) -> No
     assert delta["pct"]["mean"] == pytest.approx(100 * ((theirs - apart).mean() / theirs.mean() - 1), rel=1e-6)
     by_image = 1.01 * apart.reshape(4, 4).mean(1)  # 1.01: mean over the seeds
     expected = 100 * by_image.std(ddof=1) / 2 / (1.01 * theirs.mean())
-    assert delta["images_se_pct"] == pytest.approx(expected, rel=1e-6)
+    assert delta["images_se_pct"] == pytest.approx(expected, rel=1e-5)  # losses of items are read as float32
     assert by_label(found)["sgd"]["final"]["median"] == pytest.approx(1.01 * (theirs - apart).mean())
     assert by_label(found)["sgd"]["vs_base_pct"] == pytest.approx(100 * (1.01 * (theirs - apart).mean() - 1))
     assert (found["task"]["eval_items"], found["task"]["eval_images"]) == (16, 4)
