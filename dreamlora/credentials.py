@@ -14,6 +14,9 @@ from typing import Any
 HIDDEN = "***"
 """Stands in the place of a secret."""
 
+_LONGEST = 2**16
+"""Characters of a command that is taken apart, which takes the longer for each the more there are."""
+
 _NAME = re.compile(r"(?:^|_)(?:hub_t\w*|token|\w*(?:secret|passw(?:or)?d|api_?key)\w*)$", re.IGNORECASE)
 """Of flags, options and variables; also flags that were cut short, or are of other programs."""
 _FLAG = re.compile(r"-{1,2}[A-Za-z]")
@@ -62,6 +65,8 @@ def quoted(word: str) -> str:
 
 def masked_command(command: str) -> str:
     """A command line that was written down, without secrets: it may be an older version's, or somebody else's."""
+    if len(command) > _LONGEST:
+        return f"(a command line of {len(command):,} characters)"
     try:
         return command_line(shlex.split(command))
     except ValueError:  # its quotes are not in order

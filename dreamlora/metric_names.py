@@ -5,7 +5,7 @@ A name may have a second part behind it: ``of_metric``, ``of_part``, ``of_time_b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 EVAL_LOSS = "eval/loss"
@@ -34,6 +34,8 @@ BALANCE = "lora/balance"
 UPDATE_RMS = "opt/update_rms"
 
 _IMAGE = "img/"
+_JOINT = "_"
+"""Between a metric's name and that of a part."""
 OTHER_IMAGES = "of other images (other prompts, seeds or settings) or by another encoder"
 """What is said of values of an image metric that must not be compared with its others."""
 
@@ -47,7 +49,7 @@ RELATIVE = "rel"
 
 def of_metric(name: str, part: str) -> str:
     """What a metric says besides its main value ``name``."""
-    return f"{name}_{part}"
+    return f"{name}{_JOINT}{part}"
 
 
 def relative(name: str) -> str:
@@ -67,8 +69,13 @@ def of_time_bin(name: str, number: int) -> str:
 
 def main_values(names: Iterable[str]) -> list[str]:
     """Those of ``names`` that are no part of another of them, in their order."""
-    known = list(dict.fromkeys(names))
-    return [name for name in known if not any(is_part(name, other) for other in known)]
+    known = dict.fromkeys(names)
+    return [name for name in known if not is_part_of_any(name, known)]
+
+
+def is_part_of_any(name: str, mains: Container[str]) -> bool:
+    """Whether it is part of one of ``mains``; they are looked up, since files of others may name any number."""
+    return any(name[:at] in mains for at, letter in enumerate(name) if letter == _JOINT)
 
 
 def is_part(name: str, main: str) -> bool:

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -26,10 +26,16 @@ TRAINABLES_FILE = "trainables.safetensors"
 """LoRA parameters by their names in the model, beside a LoRA file with diffusers' names."""
 METRICS_VERSION = 1
 
+_JSON_BYTES = 2**22
+"""Of a .json file of a run: the largest, summary.json, has some thousand, and the report shows all of its texts."""
+_MOST_METRICS = 5000
+"""Of a run that are read: each may have a row of a table, or a curve. Training logs some hundred."""
 _NO_LOCKS = numbers("ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP", "EINVAL")
 """What network file systems without locks say."""
 _STEP = re.compile(r"step-(\d{6}|[1-9]\d{6,14})", re.ASCII)
 """As ``checkpoint_dir`` writes it."""
+
+Content = TypeVar("Content")
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +124,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl that can be read; a value that was not finite is None."""
-        return read_jsonl(self.metrics_file, schemas.METRIC_ROW, self.path)
+        return _told(self._metrics())
 
     def sample_rows(self) -> list[dict[str, Any]]:
         """All rows of samples.jsonl that can be read."""
@@ -131,9 +137,9 @@ class RunFolder:
     def damage(self) -> list[str]:
         """What cannot be read in the run's files and is left out, in sentences without a full stop."""
         objects = (self._found(file, schema)[1] for file, schema in self._objects)
-        rows = (rows_and_damage(file, schema, self.path)[1] for file, schema in self._row_files)
+        samples = (rows_and_damage(file, schemas.SAMPLE_ROW, self.path)[1] for file in self._sample_files)
         options = self._config()[1] if self.holds_run() else []
-        return [*options, *(text for texts in objects for text in texts), *filter(None, rows)]
+        return [*options, *(text for texts in objects for text in texts), *self._metrics()[1], *filter(None, samples)]
 
     @property
     def _objects(self) -> Sequence[tuple[Path, Schema]]:
@@ -147,12 +153,26 @@ class RunFolder:
 
     @property
     def _row_files(self) -> Sequence[tuple[Path, Schema]]:
-        samples = (self.samples_file, self.eval_images_file)
-        return ((self.metrics_file, schemas.METRIC_ROW), *((file, schemas.SAMPLE_ROW) for file in samples))
+        return ((self.metrics_file, schemas.METRIC_ROW), *((file, schemas.SAMPLE_ROW) for file in self._sample_files))
+
+    @property
+    def _sample_files(self) -> Sequence[Path]:
+        return self.samples_file, self.eval_images_file
+
+    def _metrics(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The rows of the metrics that come first, and sentences about all else."""
+        rows, damage = rows_and_damage(self.metrics_file, schemas.METRIC_ROW, self.path)
+        texts = [damage] if damage else []
+        names = list(dict.fromkeys(row["name"] for row in rows))
+        if len(names) <= _MOST_METRICS:
+            return rows, texts
+        known = set(names[:_MOST_METRICS])
+        texts.append(f"{self.metrics_file}: of {len(names):,} metrics all but {_MOST_METRICS:,} are left out")
+        return [row for row in rows if row["name"] in known], texts
 
     def _config(self) -> tuple[dict[str, Any], list[str]]:
         try:
-            content = read_yaml(self.config_file, schemas.OBJECT, self.path)
+            content = read_yaml(self.config_file, schemas.OPTIONS, self.path)
         except FileNotFoundError:
             raise UserError(f"there is no run in {self.path}: config.yaml is missing") from None
         options, wrong = saved_options(content)
@@ -161,7 +181,7 @@ class RunFolder:
     def _found(self, file: Path, schema: Schema) -> tuple[dict[str, Any], list[str]]:
         """The fields of a .json file that fit, and sentences about all else; empty if there is no such file."""
         try:
-            fields, wrong = schema.fitting(read_json(file, schemas.OBJECT, self.path))
+            fields, wrong = schema.fitting(read_json(file, schemas.OBJECT, self.path, _JSON_BYTES))
         except FileNotFoundError:
             return {}, []
         except UnreadableError as error:
@@ -279,8 +299,9 @@ def _steps_in(place: Path) -> list[int]:
     return sorted(int(name[1]) for name in found if name)
 
 
-def _told(read: tuple[dict[str, Any], list[str]]) -> dict[str, Any]:
+def _told(read: tuple[Content, list[str]]) -> Content:
     """What was read; what was left out is told once."""
-    for text in read[1]:
+    content, damage = read
+    for text in damage:
         tell_once(text)
-    return read[0]
+    return content

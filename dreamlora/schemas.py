@@ -193,5 +193,7 @@ OUTCOME = Schema(OutcomeFile)
 BASE_MODEL = Schema(BaseModelFile)
 SUMMARY = Schema(SummaryFile)
 OUTLINE = Schema(Annotated[dict[Name, Text], MaxLen(1000)])
+OPTIONS = Schema(Annotated[dict[str, Any], MaxLen(1000)])
+"""config.yaml, whose options ``config`` declares; there are some two hundred."""
 OBJECT = Schema(Annotated[dict[str, Any], MaxLen(10_000)])
 """A file whose fields are checked elsewhere."""

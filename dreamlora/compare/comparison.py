@@ -17,14 +17,13 @@ from dreamlora.compare.endings import Judge, judge_of
 from dreamlora.compare.methods import Group, differing_options, group, labelled, shared_options
 from dreamlora.compare.pictures import with_own_pictures
 from dreamlora.compare.records import Record, data_name, model_name, read_record
-from dreamlora.compare.schema import SCHEMA_VERSION, Comparison, Dropped, Task
+from dreamlora.compare.schema import COMPARE_FILE, COMPARISON, SCHEMA_VERSION, Comparison, Dropped, Task
 from dreamlora.compare.stats import MIN_SEEDS
 from dreamlora.config import instance_prompt_of
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
-from dreamlora.metric_names import EVAL_LOSS, is_part, main_values, short
+from dreamlora.metric_names import EVAL_LOSS, is_part_of_any, main_values, short
 
-COMPARE_FILE = "compare.json"
 BASELINE = "adamw"
 
 
@@ -85,8 +84,17 @@ def compare_runs(folders: Sequence[Path], root: Path, plan: ComparisonPlan = Com
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
-    """Write compare.json: strict JSON, the same bytes for the same runs; and copies of pictures from elsewhere."""
+    """Write compare.json: strict JSON, the same bytes for the same runs; and copies of pictures from elsewhere.
+
+    Raises:
+        UserError: the runs hold more than compare.json can; nothing was written.
+        WriteError: the system refused.
+    """
     file = folder / COMPARE_FILE
+    try:
+        COMPARISON.check(comparison)
+    except ValueError as error:
+        raise UserError(f"cannot compare these runs: it does not fit into {COMPARE_FILE}: {error}") from None
     comparison = with_own_pictures(comparison, folder)
     write_atomically(file, json.dumps(comparison, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return file
@@ -216,7 +224,7 @@ def _with_shared_images(records: Sequence[Record]) -> tuple[list[Record], list[s
             images={
                 name: values
                 for name, values in record.images.items()
-                if name not in apart and not any(is_part(name, main) for main in apart)
+                if name not in apart and not is_part_of_any(name, apart)
             },
         )
         for record in records

@@ -34,12 +34,16 @@ from dreamlora.compare.schema import (
     ToTarget,
 )
 from dreamlora.compare.verdict import ABOVE_BASE_TEXT, delta_sentence
+from dreamlora.figures import MOST
 from dreamlora.metric_names import UPDATE_RMS, main_values
+from dreamlora.reading import is_regular
 from dreamlora.sampling.recorded import motif_of
 from dreamlora.schemas import lies_below
 
 TOLERANCES = (0.02, 0.05, 0.10, 0.25)
 EDGE_TEXT = "LR grid edge"
+MOST_SAMPLES = 10**4
+"""Rows of a run's samples that are taken, of which a page shows a few dozen."""
 NOT_TUNED_TEXT = "not tuned: LR effect and optimizer effect cannot be separated"
 
 
@@ -71,7 +75,7 @@ def number(value: float) -> Number:
     value = float(value)
     if math.isnan(value):
         return None
-    return value if math.isfinite(value) else "inf" if value > 0 else "-inf"
+    return value if abs(value) <= MOST else "inf" if value > 0 else "-inf"
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -305,7 +309,7 @@ def _image_metric(name: str, at: str, values: Sequence[ImageValue]) -> ComparedI
 def samples(records: Sequence[Record], root: Path) -> Samples | None:
     """The images of the first run that drew some."""
     for record in records:
-        rows = record.folder.sample_rows()
+        rows = record.folder.sample_rows()[:MOST_SAMPLES]
         if rows:
             return _samples(record, rows, root)
     return None
@@ -325,7 +329,7 @@ def _samples(record: Record, rows: Sequence[Mapping[str, Any]], root: Path) -> S
                 prompt=row["prompt"],
                 seed=row["seed"],
                 settings=list(motif_of(row).settings),
-                file=relative(file, root) if file.exists() else None,
+                file=relative(file, root) if is_regular(file) else None,
             )
         )
     return Samples(

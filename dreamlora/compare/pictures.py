@@ -5,13 +5,14 @@ So compare.json names no file that it does not bring along, and the folder can b
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Set
 from pathlib import Path
 
-from dreamlora.compare.schema import Cell, Comparison
+from dreamlora.compare.schema import COMPARE_FILE, Cell, Comparison
 from dreamlora.files import remove, replacing
 from dreamlora.reading import UnreadableError, read_bytes, tell_once
-from dreamlora.sampling.grid import shown_steps
+from dreamlora.sampling.grid import MAX_COLUMNS, shown_steps
+from dreamlora.sampling.recorded import Motif, motif_of, motifs_of
 from dreamlora.schemas import lies_below
 
 COPIES = "sample_images"
@@ -22,14 +23,16 @@ PICTURE_BYTES = 2**26
 def with_own_pictures(comparison: Comparison, folder: Path) -> Comparison:
     """The comparison, with copies in ``folder`` of the pictures that lie elsewhere.
 
-    Of more steps than a report shows, the others' pictures are not copied, and no longer named.
+    Those that a report has no room to show are not copied, and no longer named.
 
     Raises:
         WriteError: a copy cannot be written.
     """
-    remove(folder / COPIES)
+    if (folder / COMPARE_FILE).exists():  # else a folder of that name is not an earlier comparison's
+        remove(folder / COPIES)
     drawn = [method["samples"] for method in comparison["methods"] if method["samples"]]
-    shown = shown_steps(cell["step"] for samples in drawn for cell in samples["cells"])
+    cells = [cell for samples in drawn for cell in samples["cells"]]
+    shown = set(shown_steps(cell["step"] for cell in cells)), set(motifs_of(cells)[:MAX_COLUMNS])
     for number, samples in enumerate(drawn):
         place = folder / COPIES / f"{number:02d}"
         samples["cells"] = [_cell(cell, folder / samples["run"], place, shown) for cell in samples["cells"]]
@@ -38,12 +41,13 @@ def with_own_pictures(comparison: Comparison, folder: Path) -> Comparison:
     return comparison
 
 
-def _cell(cell: Cell, run: Path, place: Path, shown: Collection[int]) -> Cell:
+def _cell(cell: Cell, run: Path, place: Path, shown: tuple[Set[int], Set[Motif]]) -> Cell:
     file = cell["file"]
     if not file or lies_below(file):
         return cell
-    copied = _own(file, run, place / f"step_{cell['step']:06d}") if cell["step"] in shown else None
-    return {**cell, "file": copied}
+    steps, motifs = shown
+    seen = cell["step"] in steps and motif_of(cell) in motifs
+    return {**cell, "file": _own(file, run, place / f"step_{cell['step']:06d}") if seen else None}
 
 
 def _own(file: str, run: Path, place: Path) -> str | None:
@@ -51,7 +55,7 @@ def _own(file: str, run: Path, place: Path) -> str | None:
     if lies_below(file):
         return file
     try:
-        content = read_bytes(Path(file), PICTURE_BYTES, inside=run)
+        content = read_bytes(place.parents[2] / file, PICTURE_BYTES, inside=run)
     except (UnreadableError, FileNotFoundError) as error:
         tell_once(f"{error}: it is left out")
         return None

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from dreamlora.reading import Schema
 from dreamlora.schemas import Count, Name, Seed, Step, Text
 
+COMPARE_FILE = "compare.json"
 SCHEMA_VERSION = 2
 
 Number = Annotated[float, Ge(-1e300), Le(1e300)] | Literal["inf", "-inf"] | None
@@ -230,8 +231,8 @@ class Method(TypedDict):
         peak_memory_gib: of the device, while training; null on CPUs.
     """
 
-    label: Name
-    optimizer: Name
+    label: Text
+    optimizer: Text
     optimizer_args: Annotated[dict[Text, Text], MaxLen(1000)]
     options: Annotated[dict[Text, Text], MaxLen(1000)]
     is_baseline: bool
@@ -271,7 +272,7 @@ class RunRow(TypedDict):
     """
 
     id: Name
-    method: Name
+    method: Text
     lr: Rate
     seed: Seed
     role: Literal["tuning", "headline"]
@@ -296,7 +297,7 @@ class RunRow(TypedDict):
 class SameRate(TypedDict):
     """A method against the baseline at one learning rate that both tried: instructive, but no fair comparison."""
 
-    method: Name
+    method: Text
     lr: Rate
     pct: Interval
     method_diverged: Count
@@ -358,7 +359,7 @@ class Comparison(TypedDict):
     held_out: bool
     sentence: Text
     task: Task
-    baseline: Name
+    baseline: Text
     base_loss: Number
     target: Number
     fresh_seeds: bool

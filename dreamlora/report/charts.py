@@ -37,6 +37,8 @@ _SMOOTHING = 0.06
 """Width of the training loss' smoothing window as a share of the run."""
 _LEAST_SPAN = 0.05
 """The evaluation's axis spans at least this share of the loss, so that a change of nothing looks like nothing."""
+_FLAT = 1e-30
+"""... and this much, where all of them are 0."""
 
 
 def evaluation_chart(facts: RunFacts) -> str:
@@ -66,7 +68,7 @@ def evaluation_chart(facts: RunFacts) -> str:
             color=INK,
         )
         low, high = min(curve.values), max(curve.values)
-        span = max(1.36 * (high - low), _LEAST_SPAN * high)
+        span = max(1.36 * (high - low), _LEAST_SPAN * abs(high), _FLAT)
         axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
         axes.set_ylabel(f"loss on {images} images")
         by_step(axes)

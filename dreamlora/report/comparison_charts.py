@@ -110,7 +110,7 @@ def _curves(comparison: ComparisonFile, name: str, begin: float) -> Chart | None
             if low:
                 axes.fill_between(steps, low, high, color=colour(number), alpha=0.16, linewidth=0)
             axes.plot(steps, middle, label=comparison.labels[number], **_style(number))
-        base, target = value_of(comparison["base_loss"]), value_of(comparison["target"])
+        base, target = _height(comparison["base_loss"]), _height(comparison["target"])
         if base is not None and not begin:
             level(axes, base, "base model")
         _crop(axes, base)
@@ -152,7 +152,7 @@ def rates(comparison: ComparisonFile) -> Chart | None:
     if not medians or len({lr for method_points in points for lr, *_ in method_points}) < 2:
         return None
     best = min(medians)
-    base = value_of(comparison["base_loss"])
+    base = _height(comparison["base_loss"])
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
@@ -188,6 +188,12 @@ def _finite(method: JsonObject) -> list[tuple[float, float, float, float]]:
         if median is not None and low is not None and high is not None and np.isfinite(median):
             points.append((float(point["lr"]), median, low, high if np.isfinite(high) else median))
     return points
+
+
+def _height(entry: Any) -> float | None:
+    """Where a line can be drawn; None for infinity too."""
+    value = value_of(entry)
+    return value if value is not None and np.isfinite(value) else None
 
 
 def _crop(axes: Axes, base: float | None) -> None:

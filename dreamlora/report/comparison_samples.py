@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,13 @@ def gallery(comparison: ComparisonFile) -> SampleGallery | None:
     motifs = motifs_of(cells)
     shared = common_settings(motifs)
     kept_steps = shown_steps(steps)
+    cells_of = {number: _by_place(samples["cells"]) for number, samples in drawn}
     views = []
     for motif in motifs[:MAX_COLUMNS]:
-        rows = tuple(tuple(_shot(comparison, number, step, motif) for number, _ in drawn) for step in kept_steps)
+        rows = tuple(
+            tuple(_shot(comparison, number, step, cells_of[number].get((step, motif))) for number, _ in drawn)
+            for step in kept_steps
+        )
         own = ", ".join(setting for setting in motif.settings if setting not in shared)
         views.append(PromptView(motif.prompt, motif.seed, own, rows))
     return SampleGallery(
@@ -94,11 +99,15 @@ def _run(samples: JsonObject) -> str:
     return f"learning rate {rate(samples['lr'])}, training seed {samples['training_seed']}"
 
 
-def _shot(comparison: ComparisonFile, number: int, step: int, motif: Motif) -> Shot:
+def _by_place(cells: Sequence[JsonObject]) -> dict[tuple[int, Motif], JsonObject]:
+    """The first cell of every step and motif."""
+    return {(cell["step"], motif_of(cell)): cell for cell in reversed(cells)}
+
+
+def _shot(comparison: ComparisonFile, number: int, step: int, cell: JsonObject | None) -> Shot:
     samples = comparison.methods[number]["samples"]
     measured = samples["losses"].get(str(step))
     loss_text = loss(measured) if value_of(measured) is not None else ""
-    cell = next((cell for cell in samples["cells"] if cell["step"] == step and motif_of(cell) == motif), None)
     if cell is None or not cell["file"]:
         return Shot(number, None, "not drawn", loss_text)
     if not lies_below(cell["file"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from dreamlora import figures
@@ -223,6 +224,8 @@ def seconds_of(facts: RunFacts) -> list[tuple[str, float]]:
 
 def duration(seconds: float) -> str:
     """``75`` as "1 min 15 s"."""
+    if math.isinf(seconds):
+        return "∞"
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -20,6 +20,7 @@ from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import table
 from dreamlora.errors import UserError
 from dreamlora.jsonl import append_jsonl
+from dreamlora.report.comparison import ComparisonFile
 from dreamlora.runfolder import RunFolder
 from tests.compare.synthetic import BASE, Curve, make_comparison, make_run
 
@@ -125,6 +126,26 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     plan = make_comparison(tmp_path)
     first = compare.write_comparison(compared(tmp_path, plan), tmp_path).read_bytes()
     assert compare.write_comparison(compared(tmp_path, plan), tmp_path).read_bytes() == first
+
+
+def test_a_method_with_a_long_name_can_be_read_again(tmp_path: Path) -> None:
+    for label, seed, text in (("adamw", 0, "a"), ("adamw", 1, "a"), ("adamw+b", 0, "b" * 3000)):
+        make_run(tmp_path, label, 2e-3, seed, lora_target_modules=text)
+    folders = sorted(file.parent for file in tmp_path.rglob("config.yaml"))
+    for folder in folders:
+        (folder / "outcome.json").unlink()
+    compare.write_comparison(compare.compare_runs(folders, tmp_path), tmp_path)
+    assert max(map(len, ComparisonFile(tmp_path).labels)) > 3000
+
+
+def test_what_does_not_fit_into_compare_json_is_said_before_the_last_one_is_lost(tmp_path: Path) -> None:
+    for method in ("adamw", "sgd"):
+        make_run(tmp_path, method, 2e-3, 0)
+    found = compared(tmp_path)
+    before = compare.write_comparison(found, tmp_path).read_bytes()
+    with pytest.raises(UserError, match=r"does not fit into compare.json: warnings.0: .*at most 65536 characters"):
+        compare.write_comparison({**found, "warnings": ["a" * 70_000]}, tmp_path)
+    assert (tmp_path / compare.COMPARE_FILE).read_bytes() == before
 
 
 def test_words_name_budget_and_limits(example: dict[str, Any]) -> None:
@@ -252,7 +273,7 @@ def test_the_larger_set_decides_where_all_have_measured_it(tmp_path: Path) -> No
     assert delta["pct"]["mean"] == pytest.approx(100 * ((theirs - apart).mean() / theirs.mean() - 1), rel=1e-6)
     by_image = 1.01 * apart.reshape(4, 4).mean(1)  # 1.01: mean over the seeds
     expected = 100 * by_image.std(ddof=1) / 2 / (1.01 * theirs.mean())
-    assert delta["images_se_pct"] == pytest.approx(expected, rel=1e-6)
+    assert delta["images_se_pct"] == pytest.approx(expected, rel=1e-5)  # losses of items are read as float32
     assert by_label(found)["sgd"]["final"]["median"] == pytest.approx(1.01 * (theirs - apart).mean())
     assert by_label(found)["sgd"]["vs_base_pct"] == pytest.approx(100 * (1.01 * (theirs - apart).mean() - 1))
     assert (found["task"]["eval_items"], found["task"]["eval_images"]) == (16, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from dreamlora.compare.numbers import _samples as samples_of
 from dreamlora.compare.records import read_record
 from dreamlora.errors import UserError
-from dreamlora.report import comparison_tables, document_of, words
+from dreamlora.report import comparison_charts, comparison_tables, document_of, words
+from dreamlora.report.charts import evaluation_chart
 from dreamlora.report.comparison import ComparisonFile
 from dreamlora.report.comparison_samples import gallery
-from dreamlora.report.facts import RunFacts
+from dreamlora.report.facts import RunFacts, readable_command
 from dreamlora.runfolder import RunFolder
 from tests.fuzzing import CASES, as_json, changed, damaged, fuzzed, harmless
 from tests.report.conftest import SUMMARY, compare_example, write_comparison, write_run
@@ -212,6 +214,53 @@ def test_what_is_no_file_of_the_run_is_not_read(
     {"pipe": os.mkfifo, "link": lambda path: path.symlink_to(secret), "folder": Path.mkdir}[kind](file)
     told = harmless(lambda: "\n".join(RunFacts(folder).warnings))
     assert f"cannot read {file}: " in str(told)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.4, 5e-324, 3e38])
+def test_a_loss_that_is_the_same_all_along_is_drawn_without_a_word(
+    value: float, make_run: Callable[..., RunFolder], recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = make_run(steps=50)
+    rows = [{**row, "value": value} for row in folder.metrics()]
+    folder.metrics_file.write_bytes(lines(rows))
+    assert "<svg" in evaluation_chart(RunFacts(folder))
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+
+
+def test_of_ever_so_many_metrics_the_first_are_shown_and_that_is_told(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run(steps=50)
+    of_images = {"step": 50, "value": 0.3, "n": 4, "encoder_id": "clip"}
+    with folder.metrics_file.open("ab") as file:
+        file.write(lines([{**of_images, "name": f"img/m{number}"} for number in range(6000)]))
+    facts = RunFacts(folder)
+    assert facts.evaluation is not None and 4000 < len(facts.image_metrics) < 5000
+    assert [text for text in facts.warnings if "all but 5,000 are left out" in text]
+    assert read_record(folder.path, "run").damage == tuple(folder.damage())
+
+
+def test_more_text_than_a_page_can_show_is_left_out(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run(summary=odd(warnings=["--flag " * 9000] * 200))
+    [warning] = [text for text in RunFacts(folder).warnings if str(folder.summary_file) in text]
+    assert "it has more than the 4 MiB that such a file can have" in warning
+
+
+@pytest.mark.parametrize("command", ["a=" * 500_000, '"' + "a:" * 500_000, "--flag value " * 80_000])
+def test_a_command_of_a_megabyte_is_not_taken_apart(command: str) -> None:
+    began = time.process_time()
+    assert str(readable_command(command)).startswith("(a command line of 1,0")
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", 1e300])
+def test_levels_that_no_chart_reaches_are_not_drawn(value: Any, comparison: Path) -> None:
+    content = {**compare_example(), "base_loss": value, "target": value}
+    content["runs"] = [{**run, "seconds": [value] * len(run["steps"])} for run in content["runs"]]
+
+    def draw() -> None:
+        found = ComparisonFile(comparison)
+        assert comparison_charts.all_of(found) and comparison_tables.all_of(found)
+
+    written(comparison / "compare.json", as_json(content), draw)
 
 
 def test_pictures_of_a_comparison_lie_in_its_folder(make_comparison: Callable[..., Path], tmp_path: Path) -> None:
