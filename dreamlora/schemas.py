@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, NotRequired
 
-from annotated_types import Ge, Le, MaxLen, MinLen, Predicate
+from annotated_types import Ge, Le, MaxLen, Predicate
 from typing_extensions import TypedDict
 
 from dreamlora.reading import LARGEST, Schema
@@ -17,7 +17,7 @@ Step = Annotated[int, Ge(0), Le(10**9)]
 Count = Annotated[int, Ge(0), Le(LARGEST)]
 Seed = Annotated[int, Ge(0), Le(2**64)]
 Seconds = Annotated[float, Ge(0), Le(10**12)]
-Name = Annotated[str, MinLen(1), MaxLen(1000)]
+Name = Annotated[str, MaxLen(1000)]
 Text = Annotated[str, MaxLen(2**16)]
 """Prompts, captions, sentences."""
 Number = float | None
@@ -97,7 +97,7 @@ class SelectionFile(TypedDict):
 
     schema_version: NotRequired[Count]
     step: Step
-    reason: Text
+    reason: NotRequired[Text]
     rule: NotRequired[Text]
     metric: NotRequired[Name]
     value: NotRequired[Number]

@@ -80,7 +80,7 @@ def _problems(optimizer: Optimizer, state_dict: Any) -> Iterator[str]:
         yield f"it has values for {entries} parameters of the {written_by['entries']} that it was written with"
     packaged = not hasattr(optimizer, "state_shapes")
     # twice: prodigyopt keeps less of parameters that are zero
-    models = [_after_a_step(optimizer, value) for value in (0.0, 1.0)] if packaged else []
+    models = [_after_a_step(optimizer, value) for value in (0.0, 1.0)] if packaged and entries else []
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         yield from _problems_of_values(optimizer, group, saved, state_dict["state"], models)
 

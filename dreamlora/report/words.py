@@ -63,7 +63,7 @@ def best(facts: RunFacts) -> str | None:
     selection = facts.selection
     if not selection:
         return None
-    text = str(selection["reason"])
+    text = selection.get("reason", f"Step {selection['step']} was selected.")
     apart = facts.best_against_last
     if apart is None:
         return text

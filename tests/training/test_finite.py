@@ -175,9 +175,9 @@ def test_skipped_steps_are_logged_and_a_resume_goes_on_counting(
 
     def prepare(*arguments: Any) -> tuple[Run, Any]:
         """In fp16, with broken gradients at steps 2 and 4."""
+        arguments[0].accelerator.scaler = torch.amp.GradScaler("cpu")
         run, pictures = original(*arguments)
         resumed_at.append((run.step, run.skipped_steps))
-        run.accelerator.scaler = torch.amp.GradScaler("cpu")
         parameter = list(run.trainables.values())[-1]
         parameter.register_hook(lambda gradient: gradient * (math.inf if run.step in (1, 3) else 1))
         return run, pictures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,8 @@ def test_the_report_shows_them_with_encoder_and_number(measured: RunFolder) -> N
     html = measured.report_html.read_text(encoding="utf-8")
     assert 'aria-label="clip_t by step' in html and "CLIP-T: does the image show its prompt?" in html
     (encoder,) = {row["encoder_id"] for row in image_rows(measured) if "encoder_id" in row}
-    for page in (html, measured.report_md.read_text(encoding="utf-8").replace("\\", "")):
+    written = unescape(measured.report_md.read_text(encoding="utf-8")).replace("\\", "")
+    for page in (html, written):
         assert encoder in page and "1 and 1" in page
 
 
