@@ -8,21 +8,21 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from dreamlora.errors import UserError
+from tests.limits import memory_limit
 
 CASES = int(os.environ.get("DREAMLORA_FUZZ_CASES", "200"))
 SECONDS = 2.0
 """Of computing: a machine with other work may take longer by the clock."""
 MEMORY = 2**30
+"""That a reader may take more than there was."""
 
 fuzzed = settings(
     max_examples=CASES,
@@ -38,7 +38,7 @@ def harmless(read: Callable[[], Any], *allowed: type[Exception]) -> Any:
     """What ``read`` gives, or the exception that it may end with: a UserError, or one of ``allowed``."""
     began = time.process_time()
     try:
-        with _memory_limit():
+        with memory_limit(MEMORY):
             result = read()
     except (UserError, *allowed) as error:
         result = error
@@ -46,24 +46,6 @@ def harmless(read: Callable[[], Any], *allowed: type[Exception]) -> Any:
     took = time.process_time() - began
     assert took < SECONDS, f"took {took:.1f} s"
     return result
-
-
-@contextmanager
-def _memory_limit() -> Iterator[None]:
-    """A further ``MEMORY`` bytes of address space, where the system can say so: more ends in a MemoryError."""
-    if sys.platform != "linux":
-        yield
-        return
-    import resource
-
-    with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - in every single case
-        now = int(statm.read().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 odd_values = st.one_of(
