@@ -26,7 +26,8 @@ from dreamlora.errors import WriteError
 from dreamlora.files import make_folder, open_at_end
 from dreamlora.pictures import LONGEST
 
-INDEX_FILE = "files.sqlite"
+INDEX_FILE = "images.sqlite"
+"""Another name than older versions have, whose tables are others."""
 SETTLED_S = 2.0
 """A file must be unchanged for so long before it is remembered; file systems have time stamps as coarse as that."""
 _COMMIT_EVERY = 500
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class FileIndex:
-    """``<folder>/files.sqlite``; a convenience: where it cannot be read or written, files are read anew.
+    """``<folder>/images.sqlite``; a convenience: where it cannot be read or written, files are read anew.
 
     Several processes may use it at the same time. Without a folder it knows nothing, and writes nothing.
     """
@@ -118,7 +119,7 @@ def _connected(folder: Path) -> sqlite3.Connection:
     db.execute("PRAGMA cell_size_check = ON")
     db.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS", 1))
     if set(db.execute("SELECT type, name, sql FROM sqlite_master")) != _SCHEMA:
-        raise ValueError(f"{file} holds other things than the index, such as those of an older version: remove it")
+        raise ValueError(f"{file} holds other things than the index: remove it")
     return db
 
 

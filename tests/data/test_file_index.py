@@ -119,7 +119,7 @@ def test_the_index_of_the_version_before_is_read(tmp_path: Path) -> None:
     assert FileIndex(tmp_path).get("/x", "1") == FACTS
 
 
-def test_that_of_an_older_one_is_not_and_what_to_do_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_with_other_tables_is_not_and_what_to_do_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with sqlite3.connect(tmp_path / INDEX_FILE) as db:
         db.execute("CREATE TABLE files (path TEXT PRIMARY KEY, stamp TEXT, hash BLOB, width INT, height INT)")
     FileIndex(tmp_path).close()
