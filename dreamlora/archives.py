@@ -61,7 +61,9 @@ def open_tensors(
             _check_header(file, tensors, most)
             yield tensors
     except SafetensorError as error:
-        raise UnreadableError(file, f"it is damaged or not a safetensors file ({_few_words(error)})") from error
+        raise UnreadableError(
+            file, f"it is damaged or not a safetensors file ({shortened_text(str(error))})"
+        ) from error
 
 
 def _check_header(file: Path, tensors: Any, most: int) -> None:
@@ -94,7 +96,7 @@ def check_archive(stream: BinaryIO) -> zipfile.ZipFile:
         source = _Bounded(stream)
         archive = zipfile.ZipFile(source)
     except (*_DAMAGED, OSError) as error:
-        raise ValueError(f"it is no archive ({_few_words(error)})") from error
+        raise ValueError(f"it is no archive ({shortened_text(str(error))})") from error
     source.most = size
     entries = archive.infolist()
     names = {entry.filename.casefold() for entry in entries}
@@ -120,13 +122,7 @@ def read_entry(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo) -> bytes:
     try:
         return archive.read(name)
     except _DAMAGED as error:
-        raise ValueError(f"it is damaged ({_few_words(error)})") from error
-
-
-def _few_words(error: Exception) -> str:
-    """Some errors quote what they are about, however long."""
-    text = str(error)
-    return text if len(text) <= 200 else f"{text[:200]} …"
+        raise ValueError(f"it is damaged ({shortened_text(str(error))})") from error
 
 
 class _Bounded:

@@ -146,8 +146,9 @@ def prompts_of(config: SampleConfig, run: TrainedRun | None) -> tuple[str, ...]:
         return tuple(subject.put_into(prompt, "--prompts") for prompt in config.prompts)
     if config.sample_prompts:
         return read_prompts(config.sample_prompts, subject)
-    if run and run.prompts and config.subject is None:
-        return run.prompts
+    drawn = run.prompts if run and config.subject is None else ()
+    if drawn:
+        return drawn
     file = settings.get("sample_prompts")
     trained = Sample(
         sample_prompts=Path(file) if file and Path(file).exists() else None,

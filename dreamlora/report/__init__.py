@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dreamlora.report.comparison import FILE
+from dreamlora.compare.schema import COMPARE_FILE
 from dreamlora.report.comparison_page import comparison_document
 from dreamlora.report.document import Document
 from dreamlora.report.page import run_document
@@ -19,7 +19,7 @@ def document_of(folder: Path) -> Document:
     Raises:
         UserError: it holds neither.
     """
-    return comparison_document(folder) if (folder / FILE).exists() else run_document(folder)
+    return comparison_document(folder) if (folder / COMPARE_FILE).exists() else run_document(folder)
 
 
 def write_report(run: RunFolder | Path | str) -> Path:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dreamlora.compare.schema import COMPARISON, SCHEMA_VERSION
+from dreamlora.compare.schema import COMPARE_FILE, COMPARISON, SCHEMA_VERSION
 from dreamlora.credentials import masked_command
 from dreamlora.errors import UserError
 from dreamlora.figures import value_of
@@ -17,7 +17,6 @@ from dreamlora.reading import read_json, shortened
 from dreamlora.report.facts import readable_command
 from dreamlora.schemas import OBJECT
 
-FILE = "compare.json"
 _FEW_SEEDS = 3
 
 
@@ -33,7 +32,7 @@ class ComparisonFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file = folder / FILE
+        self.file = folder / COMPARE_FILE
         self.raw: dict[str, Any] = _read(self.file)
         self.methods: list[dict[str, Any]] = self.raw["methods"]
         self.runs: list[dict[str, Any]] = self.raw["runs"]
@@ -135,7 +134,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = read_json(file, OBJECT)
     except FileNotFoundError:
-        raise UserError(f"there is no comparison in {file.parent}: {FILE} is missing") from None
+        raise UserError(f"there is no comparison in {file.parent}: {COMPARE_FILE} is missing") from None
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dreamlora.compare.schema import COMPARE_FILE
 from dreamlora.escapes import inner_path, script_json
 from dreamlora.report import comparison_charts, comparison_tables
-from dreamlora.report.comparison import FILE, ComparisonFile, without_secrets
+from dreamlora.report.comparison import ComparisonFile, without_secrets
 from dreamlora.report.comparison_samples import gallery
 from dreamlora.report.document import PAGE, TEXT, Document, filled
 
@@ -26,7 +27,7 @@ def comparison_document(folder: Path) -> Document:
 
     reports = (inner_path(run["report"]) for run in comparison.runs)
     linked = sorted({path.parts[0] for path in reports if path})
-    return Document(folder, (comparison.file,), (FILE, _PLOTS, *linked), render)
+    return Document(folder, (comparison.file,), (COMPARE_FILE, _PLOTS, *linked), render)
 
 
 def _files(comparison: ComparisonFile) -> dict[str, str]:

@@ -26,6 +26,7 @@ from dreamlora.errors import UserError
 from dreamlora.training import state
 from dreamlora.training.state_file import read_state
 from tests.fuzzing import changed, damaged, fuzzed, harmless
+from tests.optimizers.test_states import same
 
 FAILURES = (ValueError, OSError)
 """What ``state.open_checkpoint`` makes one message of."""
@@ -323,16 +324,6 @@ def test_a_state_must_fit_exactly_and_changes_nothing_if_it_does_not(change: Any
         restored(run, read)
     del run.optimizer.optimizer
     assert same(state_of(run), before)
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 @pytest.mark.parametrize("optimizer", registry.names("optimizers"))
