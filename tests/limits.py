@@ -5,51 +5,42 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 
 @contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond ``size`` bytes: with 0 every write fails, by whatever library."""
+def _limit(kind: str, size: int) -> Iterator[None]:
+    """This process has another soft limit, by the name that the module ``resource`` has for it."""
     resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    number = getattr(resource, kind)
+    before = resource.getrlimit(number)
+    resource.setrlimit(number, (size, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(number, before)
 
 
-@contextmanager
-def memory_limit(size: int) -> Iterator[None]:
+def file_size_limit(size: int) -> AbstractContextManager[None]:
+    """No file of this process may grow beyond ``size`` bytes: with 0 every write fails, by whatever library."""
+    return _limit("RLIMIT_FSIZE", size)
+
+
+def memory_limit(size: int) -> AbstractContextManager[None]:
     """This process may have ``size`` more bytes of address space, where the system can say so: more is MemoryError."""
     if sys.platform != "linux":
-        yield
-        return
-    resource = pytest.importorskip("resource")
-    with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123
-        now = int(statm.read().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        return nullcontext()
+    with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - in every single case of a fuzz test
+        now = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return _limit("RLIMIT_AS", now + size)
 
 
-@contextmanager
-def open_files_limit(more: int) -> Iterator[None]:
+def open_files_limit(more: int) -> AbstractContextManager[None]:
     """This process may open ``more`` files than it has open."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + more, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    return _limit("RLIMIT_NOFILE", len(list(Path("/proc/self/fd").iterdir())) + more)
 
 
 def peak_memory(work: Callable[[bytes], None], data: bytes) -> int:
