@@ -15,10 +15,20 @@ if TYPE_CHECKING:  # plug-ins import this module, and what they say of themselve
     from torch import Tensor, nn
 
 Conditioning: TypeAlias = "dict[str, Tensor]"
-"""What a family's denoiser is told besides the noisy latents: tensors by name, batch first (from prompts)."""
+"""What a family's denoiser is told besides the noisy latents: tensors by name, batch first.
+
+Of a prompt, and of an image's view (``Family.describe_views``); that of one prompt or image has a leading 1. Tensors
+whose length is the prompt's own are named in ``Family.LENGTH_AXES``: they are kept without padding, and a batch of them
+is padded with zeros to its longest."""
 
 Components = dict[str, Any]
-"""Parts of a pipeline by diffusers' names: "unet" or "transformer", "vae", "text_encoder", "tokenizer", "scheduler"."""
+"""Parts of a pipeline by diffusers' names: "unet" or "transformer", "vae", "text_encoder", "tokenizer", "scheduler".
+
+Under "settings" there is what model_index.json says besides (``Settings``)."""
+
+Settings: TypeAlias = Mapping[str, Any]
+"""Of a pipeline: its class as "_class_name", and by the names of ``Family.SETTINGS`` what its constructor takes besides
+its parts, such as "is_distilled"."""
 
 Classes: TypeAlias = tuple[str, ...]
 """Those that a part of a pipeline can have, as "diffusers.AutoencoderKL": library and class of model_index.json."""
@@ -56,6 +66,28 @@ class ModelSource:
         return self.model_id + (f" with {self.prediction_type}" if self.prediction_type else "")
 
 
+class LatentSize(NamedTuple):
+    """Of an autoencoder: the channels of its latents, and how many pixels of a side one of their places stands for."""
+
+    channels: int
+    pixels: int
+
+
+@dataclass(frozen=True)
+class View:
+    """How much of an image is seen; pixels, width before height.
+
+    Attributes:
+        original: size of the image, upright.
+        corner: left and top of the crop in the image after it was resized to cover the crop.
+        size: of the crop, which is what is encoded.
+    """
+
+    original: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Latents:
     """Encoded images: the moments of the autoencoder's posterior, scaled as the denoiser wants them.
@@ -77,7 +109,7 @@ class Batch:
         latents: ``[B, C, h, w]`` float32, drawn from the posterior.
         noise: ``[B, C, h, w]`` float32.
         times: ``[B]``: integer time steps (diffusion) or sigmas in (0, 1) (flow).
-        conditioning: prompt embeddings, or token ids while the text encoder trains.
+        conditioning: prompt embeddings, or token ids while the text encoder trains; and what belongs to the images.
         weights: ``[B]`` float32: the loss is ``sum(weights * per_sample_loss)``.
         names: file of every sample, for error messages.
         masks: ``[B, 1, h, w]`` float32 in [0, 1], how much of the loss every place has; None: the same everywhere.
@@ -127,8 +159,10 @@ class SampleDefaults:
 class Objective(Protocol):
     """A training objective: pure functions of latents ``[B, C, h, w]``, noise (same shape) and times ``[B]``."""
 
-    def draw_times(self, uniforms: Tensor) -> Tensor:
-        """Training times from numbers ``[B, 2]`` uniform in (0, 1)."""
+    def draw_times(self, uniforms: Tensor, sides: tuple[int, int]) -> Tensor:
+        """Training times from numbers ``[B, 2]`` uniform in (0, 1), for latents of these sides (h, w): the more there
+        is to see, the more noise it takes to hide it.
+        """
 
     def spread_times(self, positions: Tensor) -> Tensor:
         """Evaluation times at positions ``[n]`` in (0, 1), uniform whatever the training density."""
@@ -146,7 +180,8 @@ class Objective(Protocol):
 class Family(Protocol):
     """One architecture family (one module in ``families/``): how to load, encode, predict and save.
 
-    Plug-ins are modules: every member below is a module-level name.
+    Plug-ins are modules: every member below is a module-level name. What most families have in common is taken over
+    from ``families._parts`` and its siblings by assignment.
     """
 
     PIPELINES: tuple[str, ...]
@@ -155,27 +190,34 @@ class Family(Protocol):
     """Component names of every role, and the classes that each can have. A model is a stranger's: it does not decide
     which code loads it, and what it names besides is refused. Each is a class whose own ``from_pretrained`` or
     ``from_config`` makes it: a scheduler, a model or a tokenizer, no Auto class and no pipeline."""
+    OPTIONAL: frozenset[str]
+    """Parts that a pipeline may lack; they are None then."""
+    SETTINGS: Settings
+    """What the pipelines' constructors take besides parts, with their defaults; model_index.json has the values."""
     DENOISER: str
     """Component name of the denoiser: "unet" or "transformer"."""
     SIDE_MULTIPLE: int
     """Sides of images, in pixels, must be multiples of this."""
     TEXT_ENCODERS: tuple[str, ...]
-    """Component names of the text encoders that can be trained."""
+    """Component names of the text encoders that can be trained; others stay frozen."""
     LORA_LAYERS: tuple[str, ...]
     """Default target modules in the denoiser."""
     TEXT_LORA_LAYERS: tuple[str, ...]
     """Target modules in the text encoders."""
-    SAMPLE_DEFAULTS: SampleDefaults
     OWN_OPTIONS: tuple[str, ...]
     """Options that not all families use (``config.plausible`` says what they are for), and this one does."""
     PROMPT_LENGTH: str
     """The option of ``config.Data`` that limits this family's prompts: its value is ``tokenize``'s ``max_length``."""
-
+    PROMPT_DEFAULT: int | None
+    """Its value unless given; None: the tokenizer's own."""
     PROMPT_TOKENIZER: str
     """Component name of the tokenizer whose tokens decide how much of a prompt counts."""
+    LENGTH_AXES: Mapping[str, int]
+    """Of each tensor of ``encode_tokens`` (and ``encode_frozen``) whose length is the prompt's own the axis, the
+    batch's being 0; none where padding is a part of the model. A batch is padded with zeros: a mask of ones tells."""
 
     def load(self, source: ModelSource, role: Role, dtype: Any) -> Components:
-        """Load one part of the pipeline on the CPU, frozen, in eval mode.
+        """Load one part of the pipeline on the CPU, frozen, in eval mode; "settings" come with each.
 
         Raises:
             UserError: the folder or hub repository is missing, incomplete or holds pickles.
@@ -184,6 +226,17 @@ class Family(Protocol):
     def resolution(self, source: ModelSource) -> int:
         """The model's own image side in pixels."""
 
+    def latent_size(self, source: ModelSource) -> LatentSize | None:
+        """Of the latents that ``encode_images`` gives; None: not known before one is encoded."""
+
+    def sample_defaults(self, source: ModelSource) -> SampleDefaults:
+        """How samples are drawn unless told otherwise; distilled checkpoints want few steps."""
+
+    def distilled(self, source: ModelSource) -> str | None:
+        """What to train instead or besides, in words, if the checkpoint was distilled to few steps (plain training
+        undoes that); None if it was not, as far as its files tell.
+        """
+
     def prompt_limit(self, tokenizer: Any, max_length: int | None) -> int:
         """Tokens that count of a prompt, begin and end included; ``max_length`` is the value of ``PROMPT_LENGTH``.
 
@@ -191,14 +244,33 @@ class Family(Protocol):
             UserError: the text encoder cannot take so many.
         """
 
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt has, as ``prompt_limit`` counts them."""
+
     def tokenize(self, text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
         """Token ids by name, batch first."""
 
+    def encode_frozen(self, text: Components, tokens: Conditioning) -> Conditioning:
+        """The tokens with those of encoders that never train (all that ``TEXT_ENCODERS`` does not name) encoded: made
+        once, while the others train.
+        """
+
     def encode_tokens(self, text: Components, tokens: Conditioning) -> Conditioning:
-        """Prompt embeddings as ``predict`` takes them; differentiable in the text encoders."""
+        """Prompt embeddings as ``predict`` takes them; differentiable in the text encoders.
+
+        Args:
+            text: the text components; those that never train may be missing where ``tokens`` are of ``encode_frozen``.
+            tokens: of ``tokenize`` or ``encode_frozen``; what else is in there is left alone.
+        """
 
     def encode_images(self, vae: Components, pixels: Tensor) -> Latents:
         """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
+
+    def describe_views(self, views: Sequence[View]) -> Conditioning:
+        """What ``predict`` is told of images besides their prompts, batch first, by other names than those of
+        ``encode_tokens``, "mean" and "std"; the pipeline's call says the same of the images that it draws. Empty for
+        most families.
+        """
 
     def objective(self, scheduler: Any, train: Any) -> Objective:
         """The objective the model was trained with; ``train`` is ``config.Train``."""
@@ -206,13 +278,24 @@ class Family(Protocol):
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
-        """The denoiser's prediction ``[B, C, h, w]`` for noisy latents at the objective's times."""
+        """The denoiser's prediction ``[B, C, h, w]`` of the objective's target for noisy latents at its times."""
 
     def pipeline(self, components: Components) -> Any:
-        """A stock diffusers pipeline around these (possibly training) modules."""
+        """A stock diffusers pipeline around these (possibly training) modules; parts not given are None."""
 
-    def call_arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
+    def negative_prompt(self, source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
+        """The text whose embeddings the pipeline's call needs as negative ones at this guidance (as the call counts
+        it); None: it needs none. A family that encodes negative prompts otherwise than prompts marks the text for its
+        ``tokenize``.
+        """
+
+    def call_arguments(self, conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
         """Keyword arguments that give the pipeline's ``__call__`` ready prompt embeddings instead of prompts."""
+
+    def call_options(self, guidance_scale: float) -> dict[str, Any]:
+        """Keyword arguments of the call besides prompts, seeds, steps and size: guidance by its name there, and what
+        makes it draw the size that was asked for.
+        """
 
     def save_lora(self, folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
         """Write ``pytorch_lora_weights.safetensors`` as the stock pipeline's ``load_lora_weights`` reads it."""
@@ -346,6 +429,7 @@ __all__ = [
     "EncoderRole",
     "Family",
     "ImageMetric",
+    "LatentSize",
     "Latents",
     "MetricInputs",
     "ModelSource",
@@ -354,5 +438,7 @@ __all__ = [
     "Reading",
     "Role",
     "SampleDefaults",
+    "Settings",
     "StepResult",
+    "View",
 ]

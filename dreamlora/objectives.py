@@ -67,8 +67,8 @@ class Diffusion:
                 f"it must be one of {', '.join(PREDICTIONS)}; --prediction_type overrides it"
             )
 
-    def draw_times(self, uniforms: Tensor) -> Tensor:
-        """Uniform times, from the first column of ``[B, 2]``."""
+    def draw_times(self, uniforms: Tensor, sides: tuple[int, int]) -> Tensor:
+        """Uniform times, from the first column of ``[B, 2]``; the same for all sides."""
         return _index(uniforms[:, 0], len(self.alphas_cumprod))
 
     def spread_times(self, positions: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class RectifiedFlow:
     logit_std: float = 1.0
     mode_scale: float = 1.29
 
-    def draw_times(self, uniforms: Tensor) -> Tensor:
+    def draw_times(self, uniforms: Tensor, sides: tuple[int, int]) -> Tensor:
         """Sigmas from the first column of ``[B, 2]``, by the inverse distribution function of logit_normal."""
         u = uniforms[:, 0]
         if self.weighting_scheme == "logit_normal":

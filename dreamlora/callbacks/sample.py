@@ -117,7 +117,7 @@ class SampleCallback:
         accelerator, pipeline = run.accelerator, run.pipeline()
         scheduler = type(deterministic(pipeline.scheduler)[0]).__name__
 
-        def embed(prompts: Sequence[str]) -> dict[str, Any]:
+        def asked(prompts: Sequence[str]) -> dict[str, Any]:
             arguments = run.call_arguments(prompts).items()
             return {
                 name: value.to(accelerator.device) if isinstance(value, Tensor) else value for name, value in arguments
@@ -125,7 +125,7 @@ class SampleCallback:
 
         rows = []
         with accelerator.autocast():
-            share = draw(pipeline, self._plan, embed, accelerator.process_index, accelerator.num_processes)
+            share = draw(pipeline, self._plan, asked, accelerator.process_index, accelerator.num_processes)
             for drawn in share:
                 rows.append({**self._write(run, step, drawn), "scheduler": scheduler})
         return rows

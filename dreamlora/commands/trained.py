@@ -14,7 +14,7 @@ from dreamlora.commands.outside import outside, way_in
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import EMBEDDED_MODEL, Model, Sample, instance_prompt_of
 from dreamlora.errors import UserError
-from dreamlora.interfaces import Family, ModelSource
+from dreamlora.interfaces import ModelSource, SampleDefaults
 from dreamlora.models.loading import SCHEDULER, read_config, resolve_source
 from dreamlora.models.parts import DTYPES
 from dreamlora.runfolder import RunFolder
@@ -163,7 +163,9 @@ def _subject(config: SampleConfig, settings: dict[str, Any]) -> Subject:
     return Subject.of(instance_prompt_of(settings), settings.get("class_prompt"), name=config.subject)
 
 
-def plan_for(config: SampleConfig, settings: dict[str, Any], family: Family, prompts: tuple[str, ...]) -> SamplePlan:
+def plan_for(
+    config: SampleConfig, settings: dict[str, Any], defaults: SampleDefaults, prompts: tuple[str, ...]
+) -> SamplePlan:
     """What was not given is as the run drew it, so that the images can be compared with the run's own.
 
     Raises:
@@ -182,7 +184,7 @@ def plan_for(config: SampleConfig, settings: dict[str, Any], family: Family, pro
         negative_prompt=given("negative_prompt"),
     )
     sample = with_subject(sample, _subject(config, settings))
-    return plan_of(sample, family.SAMPLE_DEFAULTS, prompts, given("resolution"), config.sample_batch_size)
+    return plan_of(sample, defaults, prompts, given("resolution"), config.sample_batch_size)
 
 
 def dtype_of(config: SampleConfig, settings: dict[str, Any], device: torch.device) -> torch.dtype:

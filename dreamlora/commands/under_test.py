@@ -24,13 +24,13 @@ from dreamlora.commands.trained import (
     refuse_other_predictions,
     source_of,
 )
-from dreamlora.interfaces import Conditioning, ModelSource
+from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
 from dreamlora.lora.files import apply_lora
 from dreamlora.models.loading import family_of
 from dreamlora.models.parts import Parts, computing_in
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.models.tf32 import set_tf32
-from dreamlora.sampling.sampler import Embed, SamplePlan, embedding
+from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, embedding
 from dreamlora.training.stream import stack_conditioning
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class UnderTest:
         for caption in captions:
             if caption not in self._encoded:
                 self._encoded[caption] = self._encode(caption)
-        return stack_conditioning([self._encoded[caption] for caption in captions])
+        return stack_conditioning([self._encoded[caption] for caption in captions], self.parts.family.LENGTH_AXES)
 
     def warn_of_cut(self, texts: Sequence[str]) -> None:
         """Tell how many of these are longer than the text encoder reads."""
@@ -90,9 +90,15 @@ class UnderTest:
                 "%d of %d prompts have more than %d tokens: the rest does not count", count, len(texts), limit
             )
 
-    def embed(self, plan: SamplePlan) -> Embed:
+    def asked(self, plan: SamplePlan) -> Asked:
         """What gives a pipeline the prompt embeddings of a plan's images."""
-        return embedding(self.parts.family, self.encode, plan.guidance_scale, plan.negative_prompt)
+        guidance = Guidance(self.parts.family, self.source, plan.guidance_scale, plan.negative_prompt)
+        return embedding(guidance, self.encode)
+
+    @property
+    def sample_defaults(self) -> SampleDefaults:
+        """How the model draws unless told otherwise."""
+        return self.parts.family.sample_defaults(self.source)
 
     @property
     def prompt_length(self) -> int | None:
@@ -123,9 +129,14 @@ class UnderTest:
     def _encode(self, caption: str) -> Conditioning:
         """A text encoder that trains is a part of what runs under autocast; one that does not has run before."""
         family, text, device = self.parts.family, self.parts.get("text"), self.parts.device
-        with self.computing() if self._text_trained else torch.autocast(device.type, enabled=False):
-            tokens = family.tokenize(text, [caption], self.prompt_length)
-            return family.encode_tokens(text, {name: value.to(device) for name, value in tokens.items()})
+        tokens = family.tokenize(text, [caption], self.prompt_length)
+        tokens = {name: value.to(device) for name, value in tokens.items()}
+        with torch.autocast(device.type, enabled=False):
+            if not self._text_trained:
+                return family.encode_tokens(text, tokens)
+            tokens = family.encode_frozen(text, tokens)
+        with self.computing():
+            return family.encode_tokens(text, tokens)
 
 
 def prepared(

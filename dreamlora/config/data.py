@@ -150,8 +150,8 @@ class Data:
     """Tokens kept of a prompt, begin and end included. Default: the tokenizer's."""
     max_token_length: int | None = None
     """Tokens kept of a prompt for CLIP encoders, which take 75, in chunks of 75: 150 or 225."""
-    max_sequence_length: int = 512
-    """Tokens kept of a prompt for T5 encoders."""
+    max_sequence_length: int | None = None
+    """Tokens kept of a prompt for T5 and language models. Default: the model's own."""
     dataloader_num_workers: int = 0
     """Processes that read and crop images while the cache is filled."""
     pre_compute_text_embeddings: bool = True

@@ -129,7 +129,7 @@ _OF_FAMILIES = {
     "guidance_scale": "models that were distilled with guidance (for samples: --sample_guidance_scale)",
     "negative_prompt": "models with classifier-free guidance",
     "tokenizer_max_length": "models whose prompts CLIP alone reads",
-    "max_sequence_length": "models whose prompts T5 reads",
+    "max_sequence_length": "models whose prompts T5 or a language model reads",
 }
 """What options are for that not all families use."""
 

@@ -19,16 +19,13 @@ from dreamlora.data.catalog import RecordSubset, hash_prefixes
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
 from dreamlora.data.stores import RAM_BYTES, LatentStore, PromptStore, Recent
-from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants
+from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants, view_of
 from dreamlora.errors import UserError
-from dreamlora.interfaces import Conditioning, Latents
+from dreamlora.interfaces import Conditioning, Latents, LatentSize, View
 
 
-class LatentSize(NamedTuple):
-    """Of an autoencoder: the channels of its latents, and how many pixels one of their places stands for."""
-
-    channels: int
-    pixels: int
+def _nothing(views: Sequence[View]) -> Conditioning:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class Filling:
             of an entry depend on what happened to be in its batch, so on what the cache held before.
         ram_bytes: bound of what a store keeps in RAM.
         latents: what the autoencoder makes, so that entries can be told from what it cannot have made; None: unknown.
+        describe: what else is kept of an image (``Family.describe_views``).
         progress: show a bar (in the process of rank 0).
     """
 
@@ -58,6 +56,7 @@ class Filling:
     batch_size: int = 1
     ram_bytes: int = RAM_BYTES
     latents: LatentSize | None = None
+    describe: Callable[[Sequence[View]], Conditioning] = _nothing
     progress: bool = True
 
     def bar(self, items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
@@ -97,7 +96,7 @@ def encode_dataset(
     )
     with torch.no_grad():
         for batch in _batches(filling.bar(crops, "image", len(jobs)), filling.batch_size):
-            _store(batch, encode, filling.cache)
+            _store(batch, encode, filling)
     masked = array("q", (index for index, record in enumerate(records) if record.mask))
     share = RecordSubset(records, masked[filling.rank :: filling.world])
     store_masks(filling.bar(share, "mask", len(share)), how, filling.cache)
@@ -110,7 +109,10 @@ def encode_dataset(
 
 
 def encode_prompts(
-    prompts: Iterable[str], encode: Callable[[list[str]], Conditioning], filling: Filling
+    prompts: Iterable[str],
+    encode: Callable[[list[str]], Conditioning],
+    filling: Filling,
+    length_axes: Mapping[str, int],
 ) -> PromptStore:
     """Encode all different prompts that the cache lacks.
 
@@ -118,6 +120,7 @@ def encode_prompts(
         prompts: may repeat.
         encode: gives tensors with one row per prompt; kept in their dtype. Not called if nothing is missing.
         filling: where and how.
+        length_axes: see ``Family.LENGTH_AXES``. Where there are any, prompts are encoded one by one, without padding.
 
     Returns:
         Prompt to embeddings, each tensor with a batch dimension of 1.
@@ -129,7 +132,7 @@ def encode_prompts(
     def key_of(prompt: str) -> str:
         return content_key("prompt", prompt, filling.key_parts)
 
-    work = _Prompts(encode, filling)
+    work = _Prompts(encode, filling, length_axes)
     with torch.no_grad():
         for number, prompt in enumerate(filling.bar(prompts, "prompt")):
             key = key_of(prompt)
@@ -142,17 +145,21 @@ def encode_prompts(
 class _Prompts:
     """Prompts, of which those that the cache lacks are encoded.
 
-    All embeddings of one encoder are alike: where an entry differs from those before it, the encoder decides.
+    All embeddings of one encoder are alike, but for their length where that is the prompt's own: where an entry differs
+    from those before it, the encoder decides.
 
     Attributes:
         layout: of the entries so far; None: there are none.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Conditioning], filling: Filling) -> None:
+    def __init__(
+        self, encode: Callable[[list[str]], Conditioning], filling: Filling, length_axes: Mapping[str, int]
+    ) -> None:
         self.layout: Layout | None = None
         self._encode = encode
         self._cache = filling.cache
-        self._at_once = filling.batch_size
+        self._at_once = 1 if length_axes else filling.batch_size
+        self._axes = length_axes
         self._waiting: dict[str, str] = {}
         self._believed: dict[str, str] = {}
         self._made = False
@@ -161,7 +168,7 @@ class _Prompts:
         """Encode a prompt, given by key, if the cache lacks it; maybe later, with others."""
         if key in self._waiting or key in self._believed:
             return
-        found = self._cache.look(Wanted(key, self.layout), thorough)
+        found = self._look(Wanted(key, self.layout), thorough)
         if found is None:
             self._waiting[key] = prompt
         elif not self._made and len(self._believed) < CHECKED_WHOLE:
@@ -170,12 +177,22 @@ class _Prompts:
         if len(self._waiting) >= self._at_once:
             self.finish()
 
+    def _look(self, wanted: Wanted, thorough: bool) -> Layout | None:
+        """What the cache holds, with None for lengths that are a prompt's own."""
+        found = self._cache.look(wanted, thorough)
+        if found is None:
+            return None
+        return tuple(
+            (name, kind, tuple(None if axis == self._axes.get(name) else side for axis, side in enumerate(shape)))
+            for name, kind, shape in found
+        )
+
     def finish(self) -> None:
         """Encode what waits."""
         if not self._waiting:
             return
         _store_prompts(self._waiting, self._encode, self._cache)
-        made = self._cache.look(Wanted(next(iter(self._waiting)), None), thorough=False)
+        made = self._look(Wanted(next(iter(self._waiting)), None), thorough=False)
         self._waiting = {}
         if self._made or made == self.layout or self.layout is None:
             self.layout, self._made = made, True
@@ -208,7 +225,8 @@ Plan = list[tuple[Wanted, Variant]]
 
 def _plan(record: ImageRecord, how: Preparations, filling: Filling) -> Plan:
     facts, own, parts = record.facts, how[record], filling.key_parts
-    layout = _latent_layout(own.target(facts.size), filling.latents)
+    described = _described(facts.size, filling)
+    layout = tuple(sorted((*_latent_layout(own.target(facts.size), filling.latents), *described)))
     return [
         (
             Wanted(content_key("latents", facts.content_hash, each, own.resolution, own.interpolation, parts), layout),
@@ -216,6 +234,12 @@ def _plan(record: ImageRecord, how: Preparations, filling: Filling) -> Plan:
         )
         for each in variants(facts.size, facts.content_hash, own)
     ]
+
+
+def _described(size: tuple[int, int], filling: Filling) -> Layout:
+    """What an entry holds of its view; the same for all images."""
+    described = filling.describe([View(size, (0, 0), size)])
+    return tuple((name, "F32", tuple(tensor.shape[1:])) for name, tensor in described.items())
 
 
 @functools.cache
@@ -247,6 +271,7 @@ class _Crop(NamedTuple):
     key: str
     where: str
     pixels: np.ndarray
+    view: View
 
 
 class _Crops(Dataset):
@@ -277,7 +302,10 @@ class _Crops(Dataset):
                 raise UserError(f"the image {record.where} changed while it was being read: start again")
         except UserError as error:
             return error
-        return [_Crop(key, record.where, crop(image, variant, self._how[record])) for key, variant in lacking.items()]
+        return [
+            _Crop(key, record.where, crop(image, variant, self._how[record]), view_of(image.size, variant))
+            for key, variant in lacking.items()
+        ]
 
 
 def _as_is(crops: Any) -> Any:
@@ -298,7 +326,7 @@ def _batches(groups: Iterable[list[Any] | UserError], size: int) -> Iterator[lis
         yield waiting
 
 
-def _store(batch: list[_Crop], encode: Callable[[Tensor], Latents], cache: TensorCache) -> None:
+def _store(batch: list[_Crop], encode: Callable[[Tensor], Latents], filling: Filling) -> None:
     """Encode crops, those of one size in one call."""
     by_shape: dict[tuple[int, ...], list[_Crop]] = {}
     for each in batch:
@@ -306,14 +334,15 @@ def _store(batch: list[_Crop], encode: Callable[[Tensor], Latents], cache: Tenso
     for crops in by_shape.values():
         latents = encode(torch.stack([to_tensor(crop.pixels) for crop in crops]))
         means, stds = latents.mean.float().cpu(), latents.std.float().cpu()
-        for (key, where, _), mean, std in zip(crops, means, stds, strict=True):
-            entry = {"mean": mean, "std": std}
+        views = filling.describe([crop.view for crop in crops])
+        for row, each in enumerate(crops):
+            entry = {"mean": means[row], "std": stds[row]}
             _refuse_non_finite(
                 entry,
-                f"the autoencoder gave numbers that are not finite for the image {where}: its weights may be damaged, "
-                "or unfit for their precision; try another --pretrained_vae_model_name_or_path",
+                f"the autoencoder gave numbers that are not finite for the image {each.where}: its weights may be "
+                "damaged, or unfit for their precision; try another --pretrained_vae_model_name_or_path",
             )
-            cache.put(key, entry)
+            filling.cache.put(each.key, entry | {name: tensor[row] for name, tensor in views.items()})
 
 
 def _refuse_non_finite(entry: Entry, message: str) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from dreamlora.data.cache import Entry, Layout, TensorCache, Wanted
 from dreamlora.data.images import ImageRecord
+from dreamlora.interfaces import Conditioning
 
 RAM_BYTES = 2**27
 """Of encoded images, and again of prompts; about a thousand images of Stable Diffusion at 512 pixels."""
@@ -113,6 +114,15 @@ class LatentStore:
         entry = self._entries[self._places(index)[variant]]
         return entry["mean"], entry["std"]
 
+    def view(self, index: int, variant: int) -> Conditioning:
+        """What belongs to the image besides (``Family.describe_views``), each with a leading 1.
+
+        Raises:
+            UserError: see ``latents``.
+        """
+        entry = self._entries[self._places(index)[variant]]
+        return {name: tensor[None] for name, tensor in entry.items() if name not in ("mean", "std")}
+
     def mask(self, index: int, variant: int) -> Tensor | None:
         """How much of the loss every place of the latents has: ``[1, h, w]`` float32 in [0, 1]; None: all the same.
 
@@ -131,6 +141,11 @@ class LatentStore:
         masks = [self.mask(index, 0) for index in range(len(self))]
         white = next((torch.ones_like(mask) for mask in masks if mask is not None), None)
         return None if white is None else torch.stack([white if mask is None else mask for mask in masks])
+
+    def views(self) -> Conditioning:
+        """``view`` of the first variants, ``[images, ...]``."""
+        each = [self.view(index, 0) for index in range(len(self))]
+        return {name: torch.cat([view[name] for view in each]) for name in (each[0] if each else ())}
 
 
 class PromptStore:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dreamlora.config import Data
 from dreamlora.data.buckets import Size, bucket_sizes, nearest
 from dreamlora.data.images import ImageRecord
+from dreamlora.interfaces import View
 from dreamlora.randomness import generator
 
 
@@ -132,6 +133,15 @@ def bucket_numbers(records: Iterable[ImageRecord], how: Preparations) -> Sequenc
     sizes = sorted(squares.union(*(one.sizes for one in how.each)))
     number = {size: place for place, size in enumerate(sizes)}
     return array("H", (number[how[record].target(record.facts.size)] for record in records))
+
+
+def view_of(size: Size, variant: Variant) -> View:
+    """What a crop shows of an image of ``size``. In a mirrored one, places are those of the mirrored image."""
+    left, top, right, bottom = variant.crop_box
+    target = right - left, bottom - top
+    if variant.flipped:
+        left = resized(size, target)[0] - right
+    return View(size, (left, top), target)
 
 
 def crop(image: Image.Image, variant: Variant, how: Preparation) -> np.ndarray:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,9 @@ from dreamlora.reading import LARGEST, Schema, UnreadableError, read_json, short
 SCHEMA_VERSION = 1
 _MOST_NUMBERS = 2**27
 """In latents: 500 images of 1024² pixels for a model of 16 channels."""
+_VIEW = "view."
+"""Before the names of tensors that are of ``EvalSet.views``."""
+_MOST_VIEWS = 16
 _BOUNDS = {"latents": (-1e6, 1e6), "masks": (0, 1), "position": (0, 1), "times": (0, LARGEST)}
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -46,6 +49,7 @@ class EvalSet:
         latents: ``[images, C, h, w]`` float32, means of the posterior.
         captions: one per image.
         masks: ``[images, 1, h, w]`` in [0, 1], how much of the loss every place has; None: all the same.
+        views: what belongs to the images besides (``Family.describe_views``), ``[images, ...]`` float32 by name.
         image: ``[items]`` int64.
         times: ``[items]``, as the objective takes them.
         position: ``[items]`` float32 in (0, 1): how far along the schedule, whatever its units.
@@ -63,13 +67,14 @@ class EvalSet:
     model_id: str
     id: str
     masks: Tensor | None = None
+    views: Conditioning = field(default_factory=dict)
 
-    def masked(self, masks: Tensor | None) -> EvalSet:
-        """The same items with masks ``[images, 1, h, w]``, which are part of the identity; itself without any."""
-        if masks is None:
+    def of_images(self, masks: Tensor | None, views: Conditioning) -> EvalSet:
+        """The same items with masks and views, which are part of the identity; itself without any."""
+        if masks is None and not views:
             return self
-        identity = _identity(self.latents, self.captions, self.times, self.noise_keys, self.model_id, masks)
-        return replace(self, masks=masks, id=identity)
+        more = replace(self, masks=masks, views=views)
+        return replace(more, id=_identity(more))
 
     def noise(self, items: Sequence[int]) -> Tensor:
         """``[len(items), C, h, w]`` float32; drawn anew each time, so that it need not be stored."""
@@ -88,6 +93,7 @@ class EvalSet:
         """Write ``file`` (.json) and the tensors beside it (.safetensors), so that other runs can be measured on it."""
         tensors = {"latents": self.latents, "image": self.image, "times": self.times, "position": self.position}
         tensors |= {} if self.masks is None else {"masks": self.masks}
+        tensors |= {_VIEW + name: tensor for name, tensor in self.views.items()}
         with replacing(file.with_suffix(".safetensors")) as temporary:
             # for flow models times and positions are one tensor, which safetensors does not take
             save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary)
@@ -121,10 +127,12 @@ class EvalSet:
             missing = beside if file.exists() else file
             raise UserError(f"{file} is no evaluation set that can be read: there is no {missing.name}") from None
         captions, keys = tuple(about["captions"]), tuple(about["noise_keys"])
+        views = {name.removeprefix(_VIEW): tensors.pop(name) for name in sorted(tensors) if name.startswith(_VIEW)}
         model, claimed_id = about["model_id"], about["evalset_id"]
-        if _identity(tensors["latents"], captions, tensors["times"], keys, model, tensors.get("masks")) != claimed_id:
+        items = cls(**tensors, views=views, captions=captions, noise_keys=keys, model_id=model, id=claimed_id)
+        if _identity(items) != claimed_id:
             raise UserError(f"{file} and {beside.name} do not belong together: copy both again")
-        return cls(**tensors, captions=captions, noise_keys=keys, model_id=model, id=claimed_id)
+        return items
 
 
 class _About(TypedDict):
@@ -144,7 +152,9 @@ def _read_tensors(file: Path, inside: Path | None, *, images: int, items: int) -
     wanted = {"latents": "F32", "image": "I64", "times": "F32 or I64", "position": "F32", "masks": "F32"}
     with open_tensors(file, inside=inside) as stored:
         names = set(stored.keys())
-        if not wanted.keys() - {"masks"} <= names <= wanted.keys():
+        views = sorted(name for name in names if name.startswith(_VIEW))[:_MOST_VIEWS]
+        wanted |= dict.fromkeys(views, "F32")
+        if not wanted.keys() - {"masks", *views} <= names <= wanted.keys():
             raise UnreadableError(file, f"it holds {shortened(', '.join(sorted(names)))}, and not {', '.join(wanted)}")
         slices = {name: stored.get_slice(name) for name in names}
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
@@ -152,12 +162,15 @@ def _read_tensors(file: Path, inside: Path | None, *, images: int, items: int) -
         if len(latents) != 4 or latents[0] != images or not 0 < math.prod(latents) < _MOST_NUMBERS:
             raise UnreadableError(file, f"latents are {latents}, and not those of {images} images")
         fit = dict.fromkeys(wanted, (items,)) | {"latents": latents, "masks": (images, 1, *latents[2:])}
+        fit |= {name: (images, *shapes[name][1:]) for name in views}
+        if sum(math.prod(shapes[name]) for name in views) > _MOST_NUMBERS:
+            raise UnreadableError(file, f"{', '.join(views)} are larger than those of any images")
         for name, shape in shapes.items():
             if shape != fit[name] or slices[name].get_dtype() not in wanted[name]:
                 found = f"{slices[name].get_dtype()} {shape}"
                 raise UnreadableError(file, f"{name} is {found}, and not {wanted[name]} {fit[name]}")
         tensors: dict[str, Tensor] = {name: stored.get_tensor(name) for name in sorted(names)}
-    for name, (low, high) in {**_BOUNDS, "image": (0, images - 1)}.items():
+    for name, (low, high) in {**_BOUNDS, "image": (0, images - 1), **dict.fromkeys(views, _BOUNDS["latents"])}.items():
         tensor = tensors.get(name)
         if tensor is not None and not bool(((tensor >= low) & (tensor <= high)).all()):
             raise UnreadableError(file, f"{name} has values that are not in [{low:g}, {high:g}]")
@@ -183,8 +196,8 @@ def build_eval_set(
     image, bins, position = _spread(len(latents), curve_times(len(latents)))
     keys = tuple(f"{seed}/{names[i]}/{j}" for i, j in zip(image.tolist(), bins.tolist(), strict=True))
     times = objective.spread_times(position)
-    identity = _identity(latents, captions, times, keys, model_id)
-    return EvalSet(latents, tuple(captions), image, times, position, keys, model_id, identity)
+    items = EvalSet(latents, tuple(captions), image, times, position, keys, model_id, "")
+    return replace(items, id=_identity(items))
 
 
 def build_final_set(
@@ -206,8 +219,8 @@ def build_final_set(
     where = zip(image.tolist(), bins.tolist(), numbers, strict=True)
     keys = tuple(f"{seed}/final/{names[i]}/{j}/{k}" for i, j, k in where)
     times = objective.spread_times(position)
-    identity = _identity(curve.latents, curve.captions, times, keys, curve.model_id, curve.masks)
-    return EvalSet(curve.latents, curve.captions, image, times, position, keys, curve.model_id, identity, curve.masks)
+    items = replace(curve, image=image, times=times, position=position, noise_keys=keys)
+    return replace(items, id=_identity(items))
 
 
 def _spread(n_images: int, n_times: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,17 +231,13 @@ def _spread(n_images: int, n_times: int) -> tuple[Tensor, Tensor, Tensor]:
     return image, bins, ((bins + shift) / n_times).to(torch.float32)
 
 
-def _identity(
-    latents: Tensor,
-    captions: Sequence[str],
-    times: Tensor,
-    keys: tuple[str, ...],
-    model_id: str,
-    masks: Tensor | None = None,
-) -> str:
-    digest = hashlib.sha256(repr((keys, tuple(captions), model_id, times.tolist())).encode())
-    for tensor in (latents, masks):
+def _identity(items: EvalSet) -> str:
+    told = (items.noise_keys, items.captions, items.model_id, items.times.tolist())
+    digest = hashlib.sha256(repr(told).encode())
+    for tensor in (items.latents, items.masks):
         digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+    for name, tensor in sorted(items.views.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -275,7 +284,9 @@ def evaluate_loss(model: Measured, items: EvalSet, *, batch_size: int, rank: int
         noise = items.noise(chunk).to(model.device)
         times = items.times[chunk].to(model.device)
         noisy = model.objective.corrupt(latents, noise, times)
-        prediction = model.predict(noisy, times, model.conditioning([items.captions[i] for i in image.tolist()]))
+        conditioning = model.conditioning([items.captions[i] for i in image.tolist()])
+        conditioning = {**conditioning, **{name: view[image].to(model.device) for name, view in items.views.items()}}
+        prediction = model.predict(noisy, times, conditioning)
         target = model.objective.target(latents, noise, times)
         masks = None if items.masks is None else items.masks[image].to(model.device)
         losses.update(torch.tensor(chunk), prediction, target, masks)

@@ -1,4 +1,7 @@
-"""What several families share: token ids, latents' moments, bare modules, and LoRA files in the stock format."""
+"""What several families share: token ids, latents' moments, bare modules, and LoRA files in the stock format.
+
+The functions under "What most families have in common" fulfil members of the contract and are taken over by assignment.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from dreamlora.errors import UserError
 from dreamlora.files import replacing
-from dreamlora.interfaces import Classes, Latents, ModelSource
+from dreamlora.interfaces import Classes, Components, Conditioning, Latents, LatentSize, ModelSource, View
 from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
 from dreamlora.models import configs, loading
 from dreamlora.runfolder import LORA_FILE
@@ -69,11 +72,21 @@ def clip_limit(tokenizer: Any, max_length: int | None) -> int:
     return limit
 
 
-def clip_hidden_states(encoder: Any, tokenizer: Any, tokens: Mapping[str, Tensor]) -> Tensor:
-    """The last hidden states ``[B, L, D]`` of ``input_ids`` and ``attention_mask`` ``[B, L]``.
+def clip_states(
+    encoder: Any, tokenizer: Any, tokens: Mapping[str, Tensor], layer: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states ``[B, L, D]`` of ``input_ids`` and ``attention_mask`` ``[B, L]``, and the pooled ones ``[B, P]`` of
+    an encoder with a projection (else None).
 
     More tokens than the encoder has positions are encoded in chunks, each between a begin and an end of its own. What
-    is kept is what kohya's sd-scripts keep (``--max_token_length``): the first begin, all tokens, the last end.
+    is kept is what kohya's sd-scripts keep (``--max_token_length``): the first begin, all tokens, the last end; and
+    what the first chunk is pooled to.
+
+    Args:
+        encoder: a CLIPTextModel, with or without projection.
+        tokenizer: its own.
+        tokens: of ``token_ids``.
+        layer: of ``hidden_states``; None: the last one, after its norm.
     """
     config, device = bare(encoder).config, bare(encoder).device
     ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
@@ -81,11 +94,15 @@ def clip_hidden_states(encoder: Any, tokenizer: Any, tokens: Mapping[str, Tensor
     whole = ids.shape[1] <= config.max_position_embeddings
     if not whole:
         ids, mask = _in_chunks(ids, mask, chunk, tokenizer)
-    states: Tensor = encoder(ids, attention_mask=mask if getattr(config, "use_attention_mask", False) else None)[0]
+    heeded = mask if getattr(config, "use_attention_mask", False) else None
+    output = encoder(ids, attention_mask=heeded, output_hidden_states=layer is not None)
+    states: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
+    pooled: Tensor | None = getattr(output, "text_embeds", None)
     if whole:
-        return states
+        return states, pooled
     states = states.unflatten(0, (batch, -1))
-    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
+    kept = torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
+    return kept, None if pooled is None else pooled.unflatten(0, (batch, -1))[:, 0]
 
 
 def _in_chunks(ids: Tensor, mask: Tensor, chunk: int, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -106,7 +123,63 @@ def _in_chunks(ids: Tensor, mask: Tensor, chunk: int, tokenizer: Any) -> tuple[T
 
 def pixels_per_latent(source: ModelSource) -> int:
     """Pixels along a side that one latent stands for: each level of the autoencoder but the last halves the sides."""
-    return int(2 ** (len(loading.read_sizes(source, "vae", "block_out_channels", configs.LARGEST_NUMBER)) - 1))
+    blocks = _BLOCKS.get(loading.read_config(source, "vae").get("_class_name", ""), "block_out_channels")
+    return int(2 ** (len(loading.read_sizes(source, "vae", blocks, configs.LARGEST_NUMBER)) - 1))
+
+
+_BLOCKS = {"AutoencoderTiny": "encoder_block_out_channels", "AsymmetricAutoencoderKL": "down_block_out_channels"}
+"""Where an autoencoder names its levels otherwise than AutoencoderKL does."""
+
+
+# What most families have in common
+
+
+def latent_size(source: ModelSource) -> LatentSize | None:
+    """See ``Family.latent_size``; for autoencoders of diffusers whose config has its levels."""
+    settings = loading.read_config(source, "vae")
+    channels = settings.get("latent_channels")
+    known = settings.get("_class_name") in ("AutoencoderKL", "AutoencoderTiny")
+    return LatentSize(channels, pixels_per_latent(source)) if known and isinstance(channels, int) else None
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """See ``Family.count_tokens``: with the tokenizer's own begin and end."""
+    return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+
+
+def none_frozen(text: Components, tokens: Conditioning) -> Conditioning:
+    """See ``Family.encode_frozen``: for families all of whose encoders can be trained, or none."""
+    return tokens
+
+
+def nothing_of_views(views: Sequence[View]) -> Conditioning:
+    """See ``Family.describe_views``."""
+    return {}
+
+
+def never_distilled(source: ModelSource) -> str | None:
+    """See ``Family.distilled``."""
+    return None
+
+
+def guided(guidance_scale: float) -> dict[str, Any]:
+    """See ``Family.call_options``: for pipelines that call it so."""
+    return {"guidance_scale": guidance_scale}
+
+
+def negative_above_one(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
+    """See ``Family.negative_prompt``: for classifier-free guidance that is off at 1; "" unless another is given."""
+    return (given or "") if guidance_scale > 1 else None
+
+
+def never_negative(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
+    """See ``Family.negative_prompt``: for models that have guidance as an input."""
+    return None
+
+
+def with_negative(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """See ``Family.call_arguments``: for pipelines whose arguments have the names of the conditioning."""
+    return {**conditioning, **{f"negative_{name}": value for name, value in (negative or {}).items()}}
 
 
 def encode_images(vae: Any, pixels: Tensor) -> Latents:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from dreamlora.errors import UserError
 from dreamlora.families import _parts
-from dreamlora.interfaces import Classes, Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
+from dreamlora.interfaces import (
+    Classes,
+    Components,
+    Conditioning,
+    Latents,
+    ModelSource,
+    Role,
+    SampleDefaults,
+    Settings,
+)
 from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
@@ -29,6 +38,8 @@ PARTS: dict[Role, dict[str, Classes]] = {
     "denoiser": {"transformer": ("diffusers.FluxTransformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
+OPTIONAL: frozenset[str] = frozenset()
+SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
@@ -47,9 +58,10 @@ LORA_LAYERS: tuple[str, ...] = (
     "ff_context.net.2",
 )
 TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
-SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=28, guidance_scale=3.5)
 PROMPT_LENGTH: str = "max_sequence_length"
+PROMPT_DEFAULT: int | None = 512
 PROMPT_TOKENIZER: str = "tokenizer_2"
+LENGTH_AXES: dict[str, int] = {}  # T5's padding is attended, so it is a part of the model
 OWN_OPTIONS: tuple[str, ...] = (
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     *("guidance_scale", "max_sequence_length"),
@@ -58,6 +70,12 @@ OWN_OPTIONS: tuple[str, ...] = (
 LONGEST_PROMPT = 512
 """T5 tokens that FluxPipeline takes at most."""
 
+latent_size = _parts.latent_size
+count_tokens = _parts.count_tokens
+describe_views = _parts.nothing_of_views
+negative_prompt = _parts.never_negative
+call_options = _parts.guided
+
 
 def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     """One part of the pipeline on the CPU, frozen, in eval mode.
@@ -65,12 +83,29 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     Raises:
         UserError: the folder or hub repository is missing, incomplete or holds pickles.
     """
-    return loading.load_components(source, PARTS[role], dtype)
+    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def resolution(source: ModelSource) -> int:
     """FluxPipeline's default side: 128 latents, 1024 pixels with FLUX.1's autoencoder."""
     return 128 * _parts.pixels_per_latent(source)
+
+
+def sample_defaults(source: ModelSource) -> SampleDefaults:
+    """FluxPipeline's own; schnell was distilled to four steps."""
+    if distilled(source):
+        return SampleDefaults(num_inference_steps=4, guidance_scale=0.0)
+    return SampleDefaults(num_inference_steps=28, guidance_scale=3.5)
+
+
+def distilled(source: ModelSource) -> str | None:
+    """schnell alone has no guidance embedding."""
+    if loading.read_config(source, DENOISER).get("guidance_embeds"):
+        return None
+    return (
+        "FLUX.1-schnell was distilled to four steps: train FLUX.1-dev instead, or with --training_adapter "
+        "ostris/FLUX.1-schnell-training-adapter"
+    )
 
 
 def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
@@ -99,12 +134,20 @@ def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -
     return {"input_ids": clip["input_ids"], "input_ids_2": t5["input_ids"]}
 
 
+def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
+    """``prompt_embeds`` ``[B, L, D]`` (T5) in place of ``input_ids_2``."""
+    t5 = text["text_encoder_2"]
+    embeds = t5(tokens["input_ids_2"].to(_parts.bare(t5).device), output_hidden_states=False)[0]
+    return {"input_ids": tokens["input_ids"], "prompt_embeds": embeds}
+
+
 def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     """``prompt_embeds`` ``[B, L, D]`` (T5) and ``pooled_prompt_embeds`` ``[B, P]`` (CLIP), as FluxPipeline has them."""
-    clip, t5 = text["text_encoder"], text["text_encoder_2"]
+    clip = text["text_encoder"]
+    if "prompt_embeds" not in tokens:
+        tokens = encode_frozen(text, tokens)
     pooled = clip(tokens["input_ids"].to(_parts.bare(clip).device), output_hidden_states=False).pooler_output
-    embeds = t5(tokens["input_ids_2"].to(_parts.bare(t5).device), output_hidden_states=False)[0]
-    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    return {"prompt_embeds": tokens["prompt_embeds"], "pooled_prompt_embeds": pooled}
 
 
 def encode_images(vae: Components, pixels: Tensor) -> Latents:
@@ -177,12 +220,9 @@ def pipeline(components: Components) -> FluxPipeline:
     return FluxPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
 
 
-def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
-    """Prompt embeddings for the pipeline's call; it heeds ``negative`` only with a true_cfg_scale above 1."""
-    arguments = dict(conditioning)
-    if negative is not None:
-        arguments |= {f"negative_{name}": value for name, value in negative.items()}
-    return arguments
+def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """Prompt embeddings for the pipeline's call."""
+    return dict(conditioning)
 
 
 def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:

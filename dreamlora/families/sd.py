@@ -10,7 +10,16 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from dreamlora.families import _parts
-from dreamlora.interfaces import Classes, Components, Conditioning, Latents, ModelSource, Role, SampleDefaults
+from dreamlora.interfaces import (
+    Classes,
+    Components,
+    Conditioning,
+    Latents,
+    ModelSource,
+    Role,
+    SampleDefaults,
+    Settings,
+)
 from dreamlora.models import loading
 from dreamlora.objectives import Diffusion
 
@@ -24,17 +33,29 @@ PARTS: dict[Role, dict[str, Classes]] = {
     "denoiser": {"unet": ("diffusers.UNet2DConditionModel",)},
     "scheduler": {"scheduler": _parts.DIFFUSION_SCHEDULERS},
 }
+OPTIONAL: frozenset[str] = frozenset()
+SETTINGS: Settings = {}
 DENOISER: str = "unet"
 SIDE_MULTIPLE: int = 8
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
 LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
-SAMPLE_DEFAULTS: SampleDefaults = SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
 PROMPT_LENGTH: str = "tokenizer_max_length"
+PROMPT_DEFAULT: int | None = None
 PROMPT_TOKENIZER: str = "tokenizer"
+LENGTH_AXES: dict[str, int] = {}
 OWN_OPTIONS: tuple[str, ...] = ("snr_gamma", "prediction_type", "negative_prompt", "tokenizer_max_length")
 LARGEST_SIDE = 1024
 """Of the latents that a UNet was made for: 64 and 96 in all known ones."""
+
+latent_size = _parts.latent_size
+distilled = _parts.never_distilled
+count_tokens = _parts.count_tokens
+encode_frozen = _parts.none_frozen
+describe_views = _parts.nothing_of_views
+negative_prompt = _parts.negative_above_one
+call_arguments = _parts.with_negative
+call_options = _parts.guided
 
 
 def load(source: ModelSource, role: Role, dtype: Any) -> Components:
@@ -43,13 +64,18 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     Raises:
         UserError: the folder or hub repository is missing, incomplete or holds pickles.
     """
-    return loading.load_components(source, PARTS[role], dtype)
+    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def resolution(source: ModelSource) -> int:
     """The side the UNet was made for, in pixels (512 for SD 1.x, 768 for SD 2.x)."""
     side = loading.read_sizes(source, "unet", "sample_size", LARGEST_SIDE)[0]
     return side * _parts.pixels_per_latent(source)
+
+
+def sample_defaults(source: ModelSource) -> SampleDefaults:
+    """As most programs draw with these models."""
+    return SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
 
 
 def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
@@ -74,7 +100,7 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     """``prompt_embeds`` ``[B, L, D]``: the last hidden states, as StableDiffusionPipeline.encode_prompt gives them; of
     longer prompts those of their chunks.
     """
-    return {"prompt_embeds": _parts.clip_hidden_states(text["text_encoder"], text["tokenizer"], tokens)}
+    return {"prompt_embeds": _parts.clip_states(text["text_encoder"], text["tokenizer"], tokens)[0]}
 
 
 def encode_images(vae: Components, pixels: Tensor) -> Latents:
@@ -112,14 +138,6 @@ def pipeline(components: Components) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
-    """Prompt embeddings for the pipeline's call; ``negative`` is needed wherever its guidance_scale is above 1."""
-    arguments = {"prompt_embeds": conditioning["prompt_embeds"]}
-    if negative is not None:
-        arguments["negative_prompt_embeds"] = negative["prompt_embeds"]
-    return arguments
 
 
 def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, Model
 from dreamlora.errors import UserError
-from dreamlora.interfaces import Classes, Components, Family, ModelSource
+from dreamlora.interfaces import Classes, Components, Family, ModelSource, Settings
 from dreamlora.models import configs
 from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, check_config, load_part
 from dreamlora.models.fetching import Place, commit_of, find_file, identity
@@ -96,6 +96,8 @@ def family_of(source: ModelSource, name: str | None = None) -> Family:
     index = read_model_index(source)
     for parts in family.PARTS.values():
         for part, allowed in parts.items():
+            if part in family.OPTIONAL and _lacks(index, part):
+                continue
             part_class = _class(_entry(source, part, index), part, allowed, place_of(source, part))
             check_config(part_class, place_of(source, part))
     return family
@@ -141,23 +143,79 @@ MOST_SIZES = 16
 """In a list: levels of a network, or sides."""
 
 
-def load_components(source: ModelSource, classes: Mapping[str, Classes], dtype: torch.dtype | None) -> Components:
+def load_role(
+    source: ModelSource,
+    classes: Mapping[str, Classes],
+    dtype: torch.dtype | None,
+    optional: Collection[str],
+    settings: Settings,
+) -> Components:
+    """What a family's ``load`` gives: the parts, as ``load_components`` has them, and the pipeline's settings.
+
+    Args:
+        settings: names and defaults of those that count.
+    """
+    return {**load_components(source, classes, dtype, optional), "settings": read_settings(source, settings)}
+
+
+def read_settings(source: ModelSource, known: Settings) -> Settings:
+    """What model_index.json says besides the parts.
+
+    Args:
+        source: the pipeline.
+        known: names and defaults of what counts.
+
+    Raises:
+        UserError: a value is of another kind than its default.
+    """
+    index = read_model_index(source)
+    settings = {name: index.get(name, default) for name, default in known.items()}
+    for name, value in settings.items():
+        default = known[name]
+        if not (isinstance(value, type(default)) if default is not None else _is_plain(value)):
+            raise UserError(
+                f"{source.path}: {INDEX} says {name}: {shortened(value)}, where something such as {default!r} is "
+                "expected; download or export the model again"
+            )
+    return {"_class_name": index["_class_name"], **settings}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is none, a number, or a short list of numbers."""
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    return len(numbers) <= MOST_SETTINGS and all(isinstance(number, int | float) for number in numbers)
+
+
+MOST_SETTINGS = 1000
+"""Numbers in a list of a pipeline's settings."""
+
+
+def load_components(
+    source: ModelSource,
+    classes: Mapping[str, Classes],
+    dtype: torch.dtype | None,
+    optional: Collection[str] = (),
+) -> Components:
     """Parts of the pipeline by name; modules are frozen and in eval mode.
 
     Args:
         source: the pipeline.
         classes: of each part those that it can have (see ``Family.PARTS``).
         dtype: of modules.
+        optional: parts that may be missing, and are None then.
 
     Raises:
         UserError: a part is missing, incomplete, of another class, only there as a pickle, or does not fit another.
     """
     index = read_model_index(source)
     disable_progress_bar()  # one bar per part, for what takes a second; downloads keep theirs
-    parts = {name: _load(source, name, index, allowed, dtype) for name, allowed in classes.items()}
+    parts = {
+        name: None if name in optional and _lacks(index, name) else _load(source, name, index, allowed, dtype)
+        for name, allowed in classes.items()
+    }
     for name, part in parts.items():
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
-        if name.startswith("text_encoder") and tokenizer is not None:
+        if name.startswith("text_encoder") and tokenizer is not None and part is not None:
             check_vocabulary(tokenizer, part, source.path)
     return parts
 
@@ -199,11 +257,15 @@ def _entry(source: ModelSource, name: str, index: dict[str, Any]) -> Any:
     if name == "vae" and source.vae_path:
         return ["diffusers", read_config(source, name).get("_class_name")]
     entry = index.get(name)
-    if entry in (None, [None, None]):
+    if _lacks(index, name):
         raise UserError(f"{source.path}: the pipeline has no {name!r} in its {INDEX}; a complete pipeline is needed")
     if Path(source.path).is_dir() and not Path(source.path, name).is_dir():
         raise UserError(f"{source.path} is incomplete: no folder {name!r}, which its {INDEX} names; copy it again")
     return entry
+
+
+def _lacks(index: dict[str, Any], name: str) -> bool:
+    return index.get(name) in (None, [None, None])
 
 
 def _class(entry: Any, name: str, allowed: Classes, place: Place) -> Any:

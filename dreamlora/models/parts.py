@@ -28,7 +28,7 @@ class Parts:
 
     def __init__(self, family: Family, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
         self.family = family
-        self._source = source
+        self.source = source
         self.device = device
         self._dtype = dtype
         self._loaded: dict[Role, Components] = {}
@@ -37,7 +37,7 @@ class Parts:
         """The part, on the device."""
         if role not in self._loaded:
             dtype = torch.float32 if role == "vae" else self._dtype
-            self._loaded[role] = self.family.load(self._source, role, dtype)
+            self._loaded[role] = self.family.load(self.source, role, dtype)
         for module in self._loaded[role].values():
             if isinstance(module, nn.Module):
                 module.to(self.device)

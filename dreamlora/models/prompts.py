@@ -28,6 +28,6 @@ def cut_prompts(
     def cut() -> Iterator[bool]:
         remaining = iter(prompts)
         while some := list(itertools.islice(remaining, AT_A_TIME)):
-            yield from (len(ids) > limit for ids in tokenizer(some, verbose=False).input_ids)
+            yield from (count > limit for count in family.count_tokens(tokenizer, some))
 
     return limit, cut()

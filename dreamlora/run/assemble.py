@@ -36,7 +36,14 @@ from dreamlora.processes import tell_everyone, wait_for_everyone
 from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule, upload
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
-from dreamlora.run.encoding import Encode, encode_images, encode_texts, pipeline_inputs, tokenized, warn_of_cut_texts
+from dreamlora.run.encoding import (
+    Encode,
+    encode_frozen,
+    encode_images,
+    encode_texts,
+    pipeline_inputs,
+    warn_of_cut_texts,
+)
 from dreamlora.run.images import RunImages, for_classes, read_images, with_class_images
 from dreamlora.run.launch import accelerator_of
 from dreamlora.runfolder import RunFolder
@@ -198,11 +205,14 @@ def _start(config: RunConfig) -> RunContext:
             f"--train_text_encoder: the family of {' and '.join(family.PIPELINES)} has no text encoder that can be "
             "trained: leave the flag out, and --text_encoder_lr with it"
         )
-    config = defaults.by_model(config, family.resolution(source), family.SAMPLE_DEFAULTS, accelerator.num_processes)
+    config = defaults.by_model(
+        config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
+    )
     config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
     if (config.data.resolution or 0) % family.SIDE_MULTIPLE:
         raise UserError(f"--resolution must be a multiple of {family.SIDE_MULTIPLE} (got {config.data.resolution})")
-    data = defaults.prompt_length(defaults.bucket_step(config.data, family.SIDE_MULTIPLE), family.PROMPT_LENGTH)
+    data = defaults.bucket_step(config.data, family.SIDE_MULTIPLE)
+    data = defaults.prompt_length(data, family.PROMPT_LENGTH, family.PROMPT_DEFAULT)
     config = replace(config, data=data)
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
@@ -314,17 +324,18 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
 
 def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Components | None]:
     """Captions to embeddings (the text encoder is gone then); or to token ids, with the text encoder to train."""
-    if context.config.lora.train_text_encoder:
-        text = context.parts.get("text")
-        return tokenized(context, text), text
     plan = CaptionPlan.of(context.config.data, context.config.train.seed)
     prompts = itertools.chain(
-        ("", context.config.sample.negative_prompt or "", *pictures.prompts, *pictures.eval_prompts),
+        ("", context.guidance(context.config.sample.negative_prompt).encoded_negative or ""),
+        (*pictures.prompts, *pictures.eval_prompts),
         (text for record in pictures.train for text in plan.texts(record.captions)),
         (record.caption for record in itertools.chain(pictures.measured, pictures.learned)),
         (caption for record in pictures.classes for caption in record.captions),
     )
     with context.timed("encoding prompts"):
+        if context.config.lora.train_text_encoder:
+            text = context.parts.get("text")
+            return encode_frozen(context, prompts, text), text
         return encode_texts(context, prompts), None
 
 

@@ -18,7 +18,7 @@ from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
-from dreamlora.sampling.sampler import SamplePlan, plan_of
+from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,13 @@ class RunContext:
     def sample_plan(self, prompts: tuple[str, ...]) -> SamplePlan:
         """How these prompts are drawn, by the run's flags."""
         data = self.config.data
-        return plan_of(
-            self.config.sample, self.family.SAMPLE_DEFAULTS, prompts, data.resolution, data.sample_batch_size
-        )
+        defaults = self.family.sample_defaults(self.source)
+        return plan_of(self.config.sample, defaults, prompts, data.resolution, data.sample_batch_size)
+
+    def guidance(self, negative: str | None) -> Guidance:
+        """How samples are guided, by the run's flags.
+
+        Args:
+            negative: the negative prompt; None: the pipeline's own.
+        """
+        return Guidance(self.family, self.source, self.config.sample.sample_guidance_scale or 0, negative)

@@ -23,6 +23,7 @@ from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import Subject, with_subject
 
 DEFAULT_BATCH = 4
+_UNUSED_LENGTH = 512
 DEFAULT_SAMPLES = 5
 MIN_EVAL_STEPS = 25
 RATES = ("learning_rate", "text_encoder_lr")
@@ -109,16 +110,19 @@ def bucket_step(data: Data, multiple: int) -> Data:
     return replace(data, bucket_step=step)
 
 
-def prompt_length(data: Data, option: str) -> Data:
-    """Fill in the length of prompts in tokens, begin and end included, where that of several chunks is asked for.
+def prompt_length(data: Data, option: str, own: int | None) -> Data:
+    """Fill in the length of prompts in tokens, begin and end included: the family's own, or that of several chunks.
 
     Args:
         data: the options.
         option: that the model's family goes by.
+        own: its value unless given.
 
     Raises:
         UserError: the family reads no prompts in chunks.
     """
+    # where it does not count it is what earlier versions saved, so that their checkpoints can be resumed
+    data = replace(data, max_sequence_length=data.max_sequence_length or own or _UNUSED_LENGTH)
     if data.max_token_length is None:
         return data
     if option != "tokenizer_max_length":

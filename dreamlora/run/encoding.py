@@ -7,28 +7,24 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dreamlora.data.encode import LatentSize, encode_dataset, encode_prompts
+from dreamlora.data.encode import encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations
-from dreamlora.interfaces import Components, Conditioning, Latents, ModelSource
-from dreamlora.models.loading import read_config
+from dreamlora.interfaces import Components, Conditioning, Latents
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.run.images import RunImages
-from dreamlora.sampling.sampler import Embed, embedding
+from dreamlora.sampling.sampler import Asked, embedding
 from dreamlora.training.stream import stack_conditioning
 
 MOST_NAMED = 100
 """Texts that are told by name in the report."""
 MOST_TOKENIZED = 1000
 """Captions whose token ids stay in memory while the text encoder trains."""
-
-_BLOCKS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
-"""Each block but one halves the sides."""
 
 Encode = Callable[[Sequence[str]], Conditioning]
 """Captions to batched conditioning."""
@@ -40,18 +36,14 @@ def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Prep
     def encode(pixels: Tensor) -> Latents:
         return context.family.encode_images(context.parts.get("vae"), pixels)
 
-    filling = replace(context.filling(dtype="float32"), latents=_latent_size(context.source))
+    filling = replace(
+        context.filling(dtype="float32"),
+        latents=context.family.latent_size(context.source),
+        describe=context.family.describe_views,
+    )
     store = encode_dataset(records, how, encode, filling)
     wait_for_everyone()
     return store
-
-
-def _latent_size(source: ModelSource) -> LatentSize | None:
-    """What the autoencoder's settings say of its latents; None for a class that is not known here."""
-    settings = read_config(source, "vae")
-    blocks = settings.get(_BLOCKS.get(settings.get("_class_name", ""), ""))
-    channels = settings.get("latent_channels")
-    return LatentSize(channels, 2 ** (len(blocks) - 1)) if blocks and isinstance(channels, int) else None
 
 
 def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
@@ -59,16 +51,43 @@ def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
 
     A prompt that was not among ``prompts``, nor in the cache, is a UserError.
     """
+    encode = _encoded(context, prompts, context.family.encode_tokens)
+    context.parts.free("text")
+    return encode
+
+
+def encode_frozen(context: RunContext, prompts: Iterable[str], text: Components) -> Encode:
+    """Prompts to what the encoders that never train make of them, and token ids for the one that does.
+
+    The frozen ones are taken out of ``text`` afterwards. A prompt that was not among ``prompts``, nor in the cache, is a
+    UserError.
+    """
+    frozen = [name for name, part in text.items() if isinstance(part, nn.Module)]
+    frozen = [name for name in frozen if name not in context.family.TEXT_ENCODERS]
+    if not frozen:
+        return _tokenized(context, text)
+    encode = _encoded(context, prompts, context.family.encode_frozen, part="frozen")
+    for name in frozen:
+        del text[name]
+    return encode
+
+
+def _encoded(
+    context: RunContext,
+    prompts: Iterable[str],
+    encoder: Callable[[Components, Conditioning], Conditioning],
+    **key_parts: str,
+) -> Encode:
     length = prompt_length(context)
 
     def encode(texts: list[str]) -> Conditioning:
         text = context.parts.get("text")
-        return context.family.encode_tokens(text, context.family.tokenize(text, texts, length))
+        return encoder(text, context.family.tokenize(text, texts, length))
 
-    table = encode_prompts(prompts, encode, context.filling(dtype=context.accelerator.mixed_precision, length=length))
+    filling = context.filling(dtype=context.accelerator.mixed_precision, length=length, **key_parts)
+    table = encode_prompts(prompts, encode, filling, context.family.LENGTH_AXES)
     wait_for_everyone()
-    context.parts.free("text")
-    return lambda captions: stack_conditioning([table[caption] for caption in captions])
+    return lambda captions: stack_conditioning([table[each] for each in captions], context.family.LENGTH_AXES)
 
 
 def warn_of_cut_texts(context: RunContext, pictures: RunImages) -> None:
@@ -103,14 +122,14 @@ def warn_of_cut_texts(context: RunContext, pictures: RunImages) -> None:
         )
 
 
-def tokenized(context: RunContext, text: Components) -> Encode:
-    """Prompts to token ids, for a text encoder that trains."""
+def _tokenized(context: RunContext, text: Components) -> Encode:
+    """Prompts to token ids, where all text encoders train."""
 
     @functools.lru_cache(maxsize=MOST_TOKENIZED)
     def tokens(caption: str) -> Conditioning:
         return context.family.tokenize(text, [caption], prompt_length(context))
 
-    return lambda captions: stack_conditioning([tokens(caption) for caption in captions])
+    return lambda captions: stack_conditioning([tokens(caption) for caption in captions], context.family.LENGTH_AXES)
 
 
 def prompt_length(context: RunContext) -> int | None:
@@ -119,7 +138,7 @@ def prompt_length(context: RunContext) -> int | None:
     return length
 
 
-def pipeline_inputs(context: RunContext, encode: Encode, text: Components | None) -> Embed:
+def pipeline_inputs(context: RunContext, encode: Encode, text: Components | None) -> Asked:
     """Prompts to keyword arguments of the pipeline: embeddings on the device, with negative ones under guidance.
 
     Args:
@@ -128,10 +147,9 @@ def pipeline_inputs(context: RunContext, encode: Encode, text: Components | None
         text: the text components, if a text encoder trains.
     """
     device = context.accelerator.device
-    sample = context.config.sample
 
     def conditioning(prompts: Sequence[str]) -> Conditioning:
         encoded = {name: value.to(device) for name, value in encode(prompts).items()}
         return context.family.encode_tokens(text, encoded) if text else encoded
 
-    return embedding(context.family, conditioning, sample.sample_guidance_scale or 0, sample.negative_prompt)
+    return embedding(context.guidance(context.config.sample.negative_prompt), conditioning)

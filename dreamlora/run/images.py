@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from dreamlora.processes import main_first, wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import read_prompts, sample_prompts
-from dreamlora.sampling.sampler import SamplePlan
+from dreamlora.sampling.sampler import SamplePlan, draw_batch, prompting
 from dreamlora.training import prior
 
 SUBJECT_IMAGES = 40
@@ -169,15 +168,15 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
     base = Parts(context.family, context.source, context.accelerator.device, DTYPES[precision])
     rank, world = context.accelerator.process_index, context.accelerator.num_processes
 
-    def pipeline() -> Any:
+    def drawer() -> prior.Drawer:
         loaded = base.pipeline()
         # here the denoiser is at hand: a wrong --lora_layers must not show only after all images are made
         layers = context.config.lora.lora_layers or context.family.LORA_LAYERS
         target_layers(getattr(loaded, context.family.DENOISER), layers)
-        return loaded
+        return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(None)))
 
     with context.timed("class images"):
-        prior.make_class_images(images, plan, pipeline, context.source.predictor_id, rank, world)
+        prior.make_class_images(images, plan, drawer, context.source.predictor_id, rank, world)
         base.free(*ROLES)
         wait_for_everyone()
     found = _class_images(context, images, plan, pictures)

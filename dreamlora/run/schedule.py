@@ -132,4 +132,4 @@ def _eval_set(context: RunContext, run: Run, images: LatentStore) -> EvalSet:
         run.objective,
         seed=context.config.eval.eval_seed,
         model_id=context.source.predictor_id,
-    ).masked(images.masks())
+    ).of_images(images.masks(), images.views())

@@ -24,32 +24,61 @@ from torch import Tensor, nn
 
 from dreamlora.config import Sample
 from dreamlora.errors import UserError
-from dreamlora.interfaces import Conditioning, Family, SampleDefaults
+from dreamlora.interfaces import Conditioning, Family, ModelSource, SampleDefaults
 from dreamlora.sampling.schedulers import deterministic
 
 logger = logging.getLogger(__name__)
 
-Embed = Callable[[Sequence[str]], dict[str, Any]]
-"""Prompts to keyword arguments of the pipeline: ready prompt embeddings, batch first, negative ones included."""
+Asked = Callable[[Sequence[str]], dict[str, Any]]
+"""Prompts to keyword arguments of the pipeline: what is drawn, and with which guidance."""
 
 
-def embedding(
-    family: Family, encode: Callable[[Sequence[str]], Conditioning], guidance_scale: float, negative: str | None
-) -> Embed:
-    """What gives a family's pipeline prompt embeddings, in training and afterwards.
+@dataclass(frozen=True)
+class Guidance:
+    """How a family's pipeline is guided.
 
-    Args:
+    Attributes:
         family: of the pipeline.
-        encode: prompts to batched conditioning on the pipeline's device.
-        guidance_scale: of the samples; above 1 the pipeline wants negative embeddings.
-        negative: the negative prompt; None: the empty one.
+        source: of the pipeline.
+        scale: as the pipeline's call counts it.
+        negative: the negative prompt; None: the pipeline's own.
     """
 
-    def embed(prompts: Sequence[str]) -> dict[str, Any]:
-        unwanted = encode([negative or ""] * len(prompts)) if guidance_scale > 1 else None
-        return dict(family.call_arguments(encode(prompts), unwanted))
+    family: Family
+    source: ModelSource
+    scale: float
+    negative: str | None = None
 
-    return embed
+    @property
+    def encoded_negative(self) -> str | None:
+        """What is encoded as the negative prompt; None: nothing is."""
+        return self.family.negative_prompt(self.source, self.scale, self.negative)
+
+
+def embedding(guidance: Guidance, encode: Callable[[Sequence[str]], Conditioning]) -> Asked:
+    """Ready prompt embeddings for a pipeline, in training and afterwards.
+
+    Args:
+        guidance: of the samples.
+        encode: prompts to batched conditioning on the pipeline's device.
+    """
+    family, negative = guidance.family, guidance.encoded_negative
+
+    def ask(prompts: Sequence[str]) -> dict[str, Any]:
+        unwanted = None if negative is None else encode([negative] * len(prompts))
+        return {**family.call_arguments(encode(prompts), unwanted), **family.call_options(guidance.scale)}
+
+    return ask
+
+
+def prompting(guidance: Guidance) -> Asked:
+    """Prompts as texts, for a pipeline whose own text encoders embed them, as a user's do."""
+
+    def ask(prompts: Sequence[str]) -> dict[str, Any]:
+        unwanted = {} if guidance.negative is None else {"negative_prompt": [guidance.negative] * len(prompts)}
+        return {"prompt": list(prompts), **unwanted, **guidance.family.call_options(guidance.scale)}
+
+    return ask
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,7 @@ class SamplePlan:
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance, or the embedded guidance of distilled models.
         seed: of the first image; the others count up from it.
-        negative_prompt: for pipelines that embed their prompts themselves; ready embeddings contain it already.
+        negative_prompt: part of what is asked of the pipeline; kept here as it decides the picture.
         batch_size: images per call of the pipeline.
         width: in pixels; None: the pipeline's own.
         height: in pixels; None: the pipeline's own.
@@ -160,7 +189,7 @@ class Drawn:
     problem: str | None = None
 
 
-def draw(pipeline: Any, plan: SamplePlan, embed: Embed | None = None, rank: int = 0, world: int = 1) -> Iterator[Drawn]:
+def draw(pipeline: Any, plan: SamplePlan, asked: Asked, rank: int = 0, world: int = 1) -> Iterator[Drawn]:
     """Draw this process's share of the plan (every ``world``-th image).
 
     Every process calls the pipeline equally often, if need be for an image that is thrown away: a sharded model would
@@ -168,43 +197,40 @@ def draw(pipeline: Any, plan: SamplePlan, embed: Embed | None = None, rank: int 
 
     Args:
         pipeline: a stock diffusers pipeline; modules, scheduler and settings are put back after every batch.
-        embed: gives the prompt embeddings; None: the pipeline's own text encoders do.
+        asked: what is drawn of a prompt (``embedding``, ``prompting``).
     """
     items = plan.items()
     share = items[rank::world]
     calls = math.ceil(math.ceil(len(items) / world) / plan.batch_size)
     for call in range(calls):
         batch = share[call * plan.batch_size : (call + 1) * plan.batch_size]
-        drawn = draw_batch(pipeline, plan, batch or items[:1], embed)
+        drawn = draw_batch(pipeline, plan, batch or items[:1], asked)
         yield from drawn if batch else ()
 
 
-def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], embed: Embed | None = None) -> list[Drawn]:
+def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], asked: Asked) -> list[Drawn]:
     """Draw these images in one call of the pipeline.
 
     Raises:
-        UserError: the plan has a negative prompt, but the pipeline knows none.
+        UserError: something is asked for that the pipeline does not know.
     """
-    prompts = [item.prompt for item in items]
+    arguments = asked([item.prompt for item in items])
+    _refuse_unknown(pipeline, arguments)
     options = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
     with _untouched(pipeline):
         pixels = pipeline(
-            **(embed(prompts) if embed else _as_text(pipeline, prompts, plan.negative_prompt)),
+            **arguments,
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
             num_inference_steps=plan.num_inference_steps,
-            guidance_scale=plan.guidance_scale,
             output_type="np",  # "pil" would turn NaN into black unseen
             **options,
         ).images
     return [_drawn(item, array) for item, array in zip(items, pixels, strict=True)]
 
 
-def _as_text(pipeline: Any, prompts: list[str], negative: str | None) -> dict[str, Any]:
-    if negative is None:
-        return {"prompt": prompts}
-    if "negative_prompt" not in inspect.signature(pipeline.__call__).parameters:
+def _refuse_unknown(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+    if "negative_prompt" in arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys():
         raise UserError(f"--negative_prompt: {type(pipeline).__name__} takes no negative prompt; leave it out")
-    return {"prompt": prompts, "negative_prompt": [negative] * len(prompts)}
 
 
 def _drawn(item: SampleItem, pixels: np.ndarray) -> Drawn:

@@ -22,7 +22,7 @@ from dreamlora.lora.pairs import adapted_layers
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
-from dreamlora.sampling.sampler import Embed, SamplePlan, draw, embedding
+from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
 from dreamlora.training.loop import Run
 
 MIDDLE = 0.5
@@ -37,6 +37,7 @@ class Call:
 
     Attributes:
         noisy: ``[1, C, h, w]``, a training image's latents with noise.
+        view: what belongs to that image besides.
         times: ``[1]``.
         guidance_scale: embedded guidance, for models that have it.
         prompt_length: tokens that the prompt is cut to; None: the family's own.
@@ -47,6 +48,7 @@ class Call:
     """
 
     noisy: Tensor
+    view: Conditioning
     times: Tensor
     guidance_scale: float
     prompt_length: int | None
@@ -79,12 +81,13 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
     Not to be followed by more training.
     """
     place = run.accelerator.device
-    latents = run.stream.sources[0].store.latents(0, 0)[0][None]
+    store = run.stream.sources[0].store
+    latents, view = store.latents(0, 0)[0][None], store.view(0, 0)
     draws = generator(run.config.train.seed, "parity")
     noise = torch.randn(latents.shape, generator=draws)
     times = run.objective.spread_times(torch.tensor([MIDDLE]))
     noisy = run.objective.corrupt(latents, noise, times)
-    conditioning = {name: value.to(place) for name, value in run.conditioning([prompt]).items()}
+    conditioning = {name: value.to(place) for name, value in {**run.conditioning([prompt]), **view}.items()}
     model = run.accelerator.unwrap_model(run.model).eval()
 
     def answer(latents: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
     with_lora, rounded = answer(noisy), answer(noisy * (1 + signs * _precision(run)))
     for adapted in adapted_layers(model):
         adapted.layer.enable_adapters(False)
-    return Call(noisy, times, run.config.train.guidance_scale, prompt_length, with_lora, answer(noisy), rounded)
+    return Call(noisy, view, times, run.config.train.guidance_scale, prompt_length, with_lora, answer(noisy), rounded)
 
 
 def _precision(run: Run) -> float:
@@ -130,24 +133,25 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
         width=seen.width,
         height=seen.height,
     )
-    [drawn] = draw(pipeline, plan, _embed(fresh, expected))
+    [drawn] = draw(pipeline, plan, _asked(fresh, expected))
     of_sample = {key: sample[key] for key in ("prompt", "seed", "step")}
     return {**of_sample, **compare_images(seen, drawn.image), "call": call}
 
 
-def _embed(fresh: Parts, expected: ExpectedOutput) -> Embed | None:
-    """None: the pipeline reads the prompt itself, as a user's does. It cannot read another number of tokens."""
+def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
+    """The pipeline reads the prompt itself, as a user's does. It cannot read another number of tokens."""
     family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
+    sample = expected.sample
+    guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"))
     tokenizer = text[family.PROMPT_TOKENIZER]
-    if family.prompt_limit(tokenizer, length) == family.prompt_limit(tokenizer, None):
-        return None
+    if family.prompt_limit(tokenizer, length) == family.prompt_limit(tokenizer, family.PROMPT_DEFAULT):
+        return prompting(guidance)
 
     @torch.no_grad()
     def conditioning(prompts: Sequence[str]) -> Conditioning:
         return family.encode_tokens(text, family.tokenize(text, prompts, length))
 
-    sample = expected.sample
-    return embedding(family, conditioning, sample["guidance_scale"], sample.get("negative_prompt"))
+    return embedding(guidance, conditioning)
 
 
 @torch.no_grad()
@@ -156,6 +160,7 @@ def _answer(fresh: Parts, expected: ExpectedOutput) -> Tensor:
     family, call, text = fresh.family, expected.call, fresh.get("text")
     denoiser = fresh.get("denoiser")[family.DENOISER]
     conditioning = family.encode_tokens(text, family.tokenize(text, [expected.sample["prompt"]], call.prompt_length))
+    conditioning |= {name: value.to(fresh.device) for name, value in call.view.items()}
     noisy, times = (tensor.to(fresh.device) for tensor in (call.noisy, call.times))
     return family.predict(denoiser, noisy, times, conditioning, call.guidance_scale).float().cpu()
 

@@ -6,10 +6,9 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -18,9 +17,10 @@ from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.images import FORMATS, holds_images
 from dreamlora.errors import UserError
 from dreamlora.files import make_folder, replacing, writing
-from dreamlora.sampling.sampler import SampleItem, SamplePlan, draw_batch
+from dreamlora.sampling.sampler import Drawn, SampleItem, SamplePlan
 
 FLAG = "--class_data_dir"
+Drawer = Callable[[Sequence[SampleItem]], Sequence[Drawn]]
 _OURS = re.compile(r"(\d{5,})-([0-9a-f]{8})\.png")
 
 
@@ -100,7 +100,7 @@ def find_class_images(folder: Path, plan: SamplePlan, model_id: str = "") -> Cla
 def make_class_images(
     folder: Path,
     plan: SamplePlan,
-    make_pipeline: Callable[[], Any],
+    make_drawer: Callable[[], Drawer],
     model_id: str = "",
     rank: int = 0,
     world: int = 1,
@@ -113,8 +113,8 @@ def make_class_images(
 
     Args:
         folder: see ``find_class_images``, as for plan and model_id.
-        make_pipeline: loads the base model's pipeline on its device; called only if this process has work. The
-            caller frees it.
+        make_drawer: loads the base model, and gives what draws a batch of the plan; called only if this process has
+            work. The caller frees it.
 
     Returns:
         How many images this process made.
@@ -128,10 +128,10 @@ def make_class_images(
         return 0
     _require_writable(folder)
     mark = fingerprint(plan, model_id)
-    pipeline = make_pipeline()
+    draw = make_drawer()
     with tqdm(total=len(missing), desc="class images", unit="image", disable=rank != 0) as bar:
         for batch in _batches(missing, plan.batch_size):
-            for drawn in draw_batch(pipeline, plan, batch):
+            for drawn in draw(batch):
                 if drawn.problem:
                     raise _broken(drawn.problem, plan.prompts[0])
                 with replacing(folder / f"{drawn.item.image_index:05d}-{mark}.png") as temporary:

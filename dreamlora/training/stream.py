@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -116,20 +116,24 @@ class Stream:
 
     def batches(self, step: int, micro: int) -> list[Batch]:
         """Micro-batch ``micro`` of step ``step`` (both from 0) of this process, on the CPU: a batch for every size."""
-        by_shape: dict[tuple[int, ...], list[_PlacedSample]] = defaultdict(list)
+        by_shape: dict[tuple[torch.Size, ...], list[_PlacedSample]] = defaultdict(list)
         for source in self.sources:
             for position in self.layout.positions(step, micro):
                 drawn = self._sample(source, position)
-                by_shape[tuple(drawn.latents.shape)].append(drawn)
+                by_shape[drawn.shapes].append(drawn)
         return [self._batch(samples) for samples in by_shape.values()]
 
     def _batch(self, samples: Sequence[_PlacedSample]) -> Batch:
         share = self.layout.batch_size * self.layout.accumulation
+        height, width = samples[0].latents.shape[-2:]
         return Batch(
             latents=torch.stack([drawn.latents for drawn in samples]),
             noise=torch.stack([drawn.noise for drawn in samples]),
-            times=self._objective.draw_times(torch.stack([drawn.uniforms for drawn in samples])),
-            conditioning=self._conditioning([drawn.caption for drawn in samples]),
+            times=self._objective.draw_times(torch.stack([drawn.uniforms for drawn in samples]), (height, width)),
+            conditioning={
+                **self._conditioning([drawn.caption for drawn in samples]),
+                **stack_conditioning([drawn.view for drawn in samples], {}),
+            },
             weights=torch.tensor([drawn.weight / share for drawn in samples]),
             names=tuple(drawn.name for drawn in samples),
             masks=_masks(samples),
@@ -159,7 +163,8 @@ class Stream:
         caption = source.caption(source.store.captions[index], source.name, position)
         weight = source.weight * (1.0 if source.shares is None else source.shares[index])
         mask = source.store.mask(index, variant)
-        return _PlacedSample(latents, noise, uniforms, caption, source.store.names[index], weight, mask)
+        view = source.store.view(index, variant)
+        return _PlacedSample(latents, noise, uniforms, caption, source.store.names[index], weight, mask, view)
 
 
 class _PlacedSample(NamedTuple):
@@ -172,6 +177,12 @@ class _PlacedSample(NamedTuple):
     name: str
     weight: float
     mask: torch.Tensor | None
+    view: Conditioning
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Samples of other shapes cannot be of one batch."""
+        return self.latents.shape, *(tensor.shape for tensor in self.view.values())
 
 
 def _masks(samples: Sequence[_PlacedSample]) -> torch.Tensor | None:
@@ -210,6 +221,19 @@ def arranged(order: Sequence[int], buckets: Sequence[int], size: int, start: int
     return array("q", [*rest[:head], *(image for step in steps for image in step), *rest[head:]])
 
 
-def stack_conditioning(rows: Sequence[Conditioning]) -> Conditioning:
-    """Batch the conditioning of single captions, each tensor with a leading 1."""
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+def stack_conditioning(rows: Sequence[Conditioning], length_axes: Mapping[str, int]) -> Conditioning:
+    """Batch the conditioning of single captions, each tensor with a leading 1.
+
+    Args:
+        rows: of the captions.
+        length_axes: see ``Family.LENGTH_AXES``; along these axes tensors are padded with zeros to the longest.
+    """
+    return {name: torch.cat(_padded([row[name] for row in rows], length_axes.get(name))) for name in rows[0]}
+
+
+def _padded(tensors: list[torch.Tensor], axis: int | None) -> list[torch.Tensor]:
+    if axis is None:
+        return tensors
+    longest = max(tensor.shape[axis] for tensor in tensors)
+    after = [0] * (2 * (tensors[0].dim() - axis - 1) + 1)  # of the axes behind this one, and before its beginning
+    return [torch.nn.functional.pad(tensor, [*after, longest - tensor.shape[axis]]) for tensor in tensors]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora.files import replacing
-from dreamlora.sampling.sampler import Embed, SampleItem, SamplePlan, draw_batch
+from dreamlora.sampling.sampler import Asked, SampleItem, SamplePlan, draw_batch
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def share_of(jobs: Sequence[Job], rank: int, world: int) -> dict[int, list[Sampl
 
 
 def draw_sheet(
-    pipeline: Any, sheet: Sheet, items: Sequence[SampleItem], embed: Embed
+    pipeline: Any, sheet: Sheet, items: Sequence[SampleItem], asked: Asked
 ) -> Iterator[tuple[SampleItem, str | None]]:
     """Draw images; yields each with what is wrong with it, if anything is. Such an image is not written.
 
@@ -58,11 +58,11 @@ def draw_sheet(
         pipeline: with the LoRA.
         sheet: where and how.
         items: of the sheet's plan.
-        embed: gives the prompt embeddings.
+        asked: what is drawn of a prompt.
     """
     size = sheet.plan.batch_size
     for start in range(0, len(items), size):
-        for drawn in draw_batch(pipeline, sheet.plan, items[start : start + size], embed):
+        for drawn in draw_batch(pipeline, sheet.plan, items[start : start + size], asked):
             if not drawn.problem:
                 with replacing(sheet.file(drawn.item)) as temporary:
                     drawn.image.save(temporary)

@@ -262,7 +262,7 @@ def _draw(
 ) -> tuple[dict[str, MeasuredImages], dict[str, Any]]:
     """Draw what is missing of the base model and all LoRAs; their galleries by label, and facts for metrics.json."""
     config, rows, settings = evaluation.config, under_test.rows, under_test.settings
-    plan = plan_for(config, settings, under_test.parts.family, prompts_of(config, run))
+    plan = plan_for(config, settings, under_test.sample_defaults, prompts_of(config, run))
     under_test.warn_of_cut(plan.prompts)
     sheets = [_sheet(evaluation.output, row, plan, under_test.made_of) for row in rows]
     broken = _draw_missing(evaluation.state, under_test, sheets)
@@ -301,7 +301,7 @@ def _draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[S
         for number, items in share.items():
             sheet = sheets[number]
             with under_test.applied(under_test.rows[number]) as pipeline, under_test.computing():
-                for item, problem in draw_sheet(pipeline, sheet, items, under_test.embed(sheet.plan)):
+                for item, problem in draw_sheet(pipeline, sheet, items, under_test.asked(sheet.plan)):
                     bar.update()
                     if problem:
                         wrong.append((sheet.file(item), problem))

@@ -31,7 +31,7 @@ def sample_loras(config: SampleConfig) -> Path:
     prompts = prompts_of(config, run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     under_test = prepared(config, rows, run, device, DRAWN_WITH)
-    plan = plan_for(config, under_test.settings, under_test.parts.family, prompts)
+    plan = plan_for(config, under_test.settings, under_test.sample_defaults, prompts)
     under_test.warn_of_cut(prompts)
     output = config.output_dir or Path("outputs") / f"sample-{Path(config.lora[0]).resolve().stem}"
     drawn = [record for number in range(len(rows)) for record in _draw_row(under_test, plan, number, output)]
@@ -54,7 +54,7 @@ def _draw_row(under_test: UnderTest, plan: SamplePlan, number: int, output: Path
     with under_test.applied(row) as pipeline, under_test.computing():
         return [
             _write(drawn, row, plan, output / f"row_{number:02d}" / f"{drawn.item.name}.png")
-            for drawn in draw(pipeline, plan, under_test.embed(plan))
+            for drawn in draw(pipeline, plan, under_test.asked(plan))
         ]
 
 

@@ -1,0 +1,148 @@
+"""Stable Diffusion XL and what was made of it: UNet, two CLIP text encoders, size and crop of every image as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from dreamlora.families import _parts, sd
+from dreamlora.interfaces import (
+    Classes,
+    Components,
+    Conditioning,
+    ModelSource,
+    Role,
+    SampleDefaults,
+    Settings,
+    View,
+)
+from dreamlora.models import loading
+
+PIPELINES: tuple[str, ...] = ("StableDiffusionXLPipeline",)
+PARTS: dict[Role, dict[str, Classes]] = {
+    "text": {
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),
+        "text_encoder": ("transformers.CLIPTextModel",),
+        "text_encoder_2": ("transformers.CLIPTextModelWithProjection",),
+    },
+    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "denoiser": sd.PARTS["denoiser"],
+    "scheduler": sd.PARTS["scheduler"],
+}
+OPTIONAL: frozenset[str] = frozenset()
+SETTINGS: Settings = {"force_zeros_for_empty_prompt": True}
+DENOISER: str = "unet"
+SIDE_MULTIPLE: int = 8
+TEXT_ENCODERS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+LORA_LAYERS: tuple[str, ...] = sd.LORA_LAYERS
+TEXT_LORA_LAYERS: tuple[str, ...] = sd.TEXT_LORA_LAYERS
+PROMPT_LENGTH: str = "tokenizer_max_length"
+PROMPT_DEFAULT: int | None = None
+PROMPT_TOKENIZER: str = "tokenizer"
+LENGTH_AXES: dict[str, int] = {}
+OWN_OPTIONS: tuple[str, ...] = sd.OWN_OPTIONS
+
+latent_size = _parts.latent_size
+resolution = sd.resolution
+distilled = _parts.never_distilled
+prompt_limit = sd.prompt_limit
+count_tokens = _parts.count_tokens
+encode_frozen = _parts.none_frozen
+encode_images = sd.encode_images
+objective = sd.objective
+call_options = _parts.guided
+
+
+def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+    """One part of the pipeline on the CPU, frozen, in eval mode.
+
+    Raises:
+        UserError: the folder or hub repository is missing, incomplete or holds pickles.
+    """
+    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
+
+
+def sample_defaults(source: ModelSource) -> SampleDefaults:
+    """Guidance as in the pipeline's own default, steps as most programs have them."""
+    return SampleDefaults(num_inference_steps=30, guidance_scale=5.0)
+
+
+def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+    """``input_ids`` and ``attention_mask`` ``[B, L]``, and the same of the second tokenizer with "_2" behind.
+
+    Raises:
+        UserError: see ``prompt_limit``.
+    """
+    length = prompt_limit(text["tokenizer"], max_length)
+    first = _parts.token_ids(text["tokenizer"], prompts, length)
+    second = _parts.token_ids(text["tokenizer_2"], prompts, length)
+    return {**first, **{f"{name}_2": ids for name, ids in second.items()}}
+
+
+def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
+    """``prompt_embeds`` ``[B, L, D1 + D2]``, the last hidden states but one of both encoders, and
+    ``pooled_prompt_embeds`` ``[B, P]`` of the second, as StableDiffusionXLPipeline.encode_prompt gives them.
+
+    An empty caption is encoded like any other (so does kohya's caption dropout). Zeros in place of an empty *negative*
+    prompt are the pipeline's affair: see ``negative_prompt``.
+    """
+    second = {name.removesuffix("_2"): ids for name, ids in tokens.items() if name.endswith("_2")}
+    states, _ = _parts.clip_states(text["text_encoder"], text["tokenizer"], tokens, layer=-2)
+    states_2, pooled = _parts.clip_states(text["text_encoder_2"], text["tokenizer_2"], second, layer=-2)
+    assert pooled is not None  # this class has a projection
+    return {"prompt_embeds": torch.cat([states, states_2], dim=-1), "pooled_prompt_embeds": pooled}
+
+
+def describe_views(views: Sequence[View]) -> Conditioning:
+    """``time_ids`` ``[B, 6]``: original height and width, top and left of the crop, height and width of the crop
+    (SDXL, arXiv 2307.01952, section 2.2); the last two as kohya has them, for squares as diffusers' script.
+    """
+    rows = [[*view.original[::-1], *view.corner[::-1], *view.size[::-1]] for view in views]
+    return {"time_ids": torch.tensor(rows, dtype=torch.float32)}
+
+
+def predict(
+    denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+) -> Tensor:
+    """ε or v ``[B, 4, h, w]``; ``guidance_scale`` is not used (no guidance embedding)."""
+    dtype = _parts.dtype_of(denoiser)
+    added = {
+        "text_embeds": conditioning["pooled_prompt_embeds"].to(dtype),
+        "time_ids": conditioning["time_ids"].to(dtype),
+    }
+    prompt = conditioning["prompt_embeds"].to(dtype)
+    return denoiser(noisy.to(dtype), times, encoder_hidden_states=prompt, added_cond_kwargs=added).sample
+
+
+def pipeline(components: Components) -> StableDiffusionXLPipeline:
+    """A stock pipeline around these parts, without watermark; parts not given are None."""
+    names = [name for role in PARTS.values() for name in role]
+    zeros = components["settings"]["force_zeros_for_empty_prompt"]
+    return StableDiffusionXLPipeline(
+        **{name: components.get(name) for name in names}, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
+
+
+def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
+    """None where the pipeline itself puts zeros in place of a negative prompt that is not given."""
+    zeros = loading.read_settings(source, SETTINGS)["force_zeros_for_empty_prompt"]
+    return None if given is None and zeros else _parts.negative_above_one(source, guidance_scale, given)
+
+
+def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """Prompt embeddings for the pipeline's call, which says itself that an image is whole and of the size it draws."""
+    arguments: dict[str, Any] = dict(conditioning)
+    if negative is not None:
+        arguments["negative_prompt_embeds"] = negative["prompt_embeds"]
+        arguments["negative_pooled_prompt_embeds"] = negative["pooled_prompt_embeds"]
+    return arguments
+
+
+def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` as StableDiffusionXLPipeline.load_lora_weights reads it."""
+    return _parts.save_lora(StableDiffusionXLPipeline, folder, {DENOISER: denoiser, **text})
