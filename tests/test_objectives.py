@@ -104,11 +104,11 @@ def test_no_gamma_weighs_alike():
 def test_diffusion_times_are_uniform_indices():
     objective = Diffusion(ddpm().alphas_cumprod)
     uniforms = torch.stack([(torch.arange(4000) + 0.5) / 4000, torch.zeros(4000)], 1)
-    times = objective.draw_times(uniforms)
+    times = objective.draw_times(uniforms, (8, 8))
     assert times.dtype == torch.int64
     assert torch.bincount(times, minlength=1000).tolist() == [4] * 1000
     assert objective.spread_times(torch.tensor([0.0005, 0.5, 0.9999])).tolist() == [0, 500, 999]
-    assert objective.draw_times(torch.tensor([[1 - 2**-24, 0], [1.0, 0], [0.0, 0]])).tolist() == [999, 999, 0]
+    assert objective.draw_times(torch.tensor([[1 - 2**-24, 0], [1.0, 0], [0.0, 0]]), (8, 8)).tolist() == [999, 999, 0]
 
 
 def test_unknown_prediction_type():
@@ -148,7 +148,7 @@ def test_flow_density_equals_diffusers(scheme, shift):
     settings = {"logit_mean": 0.6, "logit_std": 0.7, "mode_scale": 1.2}
     objective = RectifiedFlow(table, scheme, **settings)
     ranks = (torch.arange(count) + 0.5) / count
-    found = objective.draw_times(torch.stack([ranks, torch.zeros(count)], 1))
+    found = objective.draw_times(torch.stack([ranks, torch.zeros(count)], 1), (8, 8))
     u = compute_density_for_timestep_sampling(scheme, count, **settings, generator=torch.Generator().manual_seed(3))
     expected = table[(u * 1000).long()]
     at = torch.linspace(0.02, 0.98, 25)
@@ -161,7 +161,7 @@ def test_flow_density_equals_diffusers(scheme, shift):
 def test_flow_times_stay_in_the_table(scheme):
     table = sigmas()
     extreme = torch.tensor([[0.0, 0], [2**-24, 0], [1 - 2**-24, 0], [1.0, 0]])
-    times = RectifiedFlow(table, scheme).draw_times(extreme)
+    times = RectifiedFlow(table, scheme).draw_times(extreme, (8, 8))
     assert torch.isin(times, table).all()
 
 
@@ -173,7 +173,7 @@ def test_flow_evaluates_at_uniform_sigmas_whatever_the_density():
 
 def test_small_numbers_are_much_noise():
     """As in diffusers, whose sigmas fall from 1."""
-    times = RectifiedFlow(sigmas()).draw_times(torch.tensor([[0.01, 0.0], [0.99, 0.0]]))
+    times = RectifiedFlow(sigmas()).draw_times(torch.tensor([[0.01, 0.0], [0.99, 0.0]]), (8, 8))
     assert times[0] > 0.98
     assert math.isclose(times[1], 0.01, abs_tol=0.002)
 

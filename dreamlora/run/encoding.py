@@ -59,8 +59,8 @@ def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
 def encode_frozen(context: RunContext, prompts: Iterable[str], text: Components) -> Encode:
     """Prompts to what the encoders that never train make of them, and token ids for the one that does.
 
-    The frozen ones are taken out of ``text`` afterwards. A prompt that was not among ``prompts``, nor in the cache, is a
-    UserError.
+    The frozen ones are taken out of ``text`` afterwards. A prompt that was not among ``prompts``, nor in the cache, is
+    a UserError.
     """
     frozen = [name for name, part in text.items() if isinstance(part, nn.Module)]
     frozen = [name for name in frozen if name not in context.family.TEXT_ENCODERS]

@@ -59,7 +59,7 @@ def by_kohya(ids: list[int], pad: int) -> list[list[int]]:
 def test_chunks_are_those_of_kohya(length: int, chunks: int, pad: int) -> None:
     encoder, tokenizer = Echo(), SimpleNamespace(pad_token_id=pad, eos_token_id=END)
     given = tokens(length, chunks, pad)
-    states = _parts.clip_hidden_states(encoder, tokenizer, given)
+    states = _parts.clip_states(encoder, tokenizer, given)[0]
     expected = by_kohya(given["input_ids"][0].tolist(), pad)
     assert encoder.ids.tolist() == expected and encoder.mask is None
     assert states.shape == (1, chunks * CHUNK + 2, 2)
@@ -73,14 +73,14 @@ def test_texts_of_a_batch_do_not_mix() -> None:
     encoder, tokenizer = Echo(), SimpleNamespace(pad_token_id=PAD, eos_token_id=END)
     two = [tokens(5, 2, PAD), tokens(20, 2, PAD)]
     together = {name: torch.cat([one[name] for one in two]) for name in two[0]}
-    states = _parts.clip_hidden_states(encoder, tokenizer, together)
-    alone = [_parts.clip_hidden_states(encoder, tokenizer, one) for one in two]
+    states = _parts.clip_states(encoder, tokenizer, together)[0]
+    alone = [_parts.clip_states(encoder, tokenizer, one)[0] for one in two]
     assert torch.equal(states, torch.cat(alone))
 
 
 def test_the_mask_goes_with_the_chunks() -> None:
     encoder, tokenizer = Echo(use_attention_mask=True), SimpleNamespace(pad_token_id=PAD, eos_token_id=END)
-    _parts.clip_hidden_states(encoder, tokenizer, tokens(CHUNK + 2, 2, PAD))
+    _parts.clip_states(encoder, tokenizer, tokens(CHUNK + 2, 2, PAD))[0]
     assert encoder.mask.shape == encoder.ids.shape
     assert encoder.mask.tolist() == [[1] * CLIP_LENGTH, [1] * 4 + [0] * (CHUNK - 2)]
 

@@ -79,7 +79,7 @@ def test_the_exported_file_predicts_what_the_adapter_in_training_does(
         stock = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
         stock.load_lora_weights(run.folder.path)
         noisy = torch.randn(2, 4, 8, 8, generator=draw)
-        times = run.objective.draw_times(torch.rand(2, 2, generator=draw))
+        times = run.objective.draw_times(torch.rand(2, 2, generator=draw), (8, 8))
         conditioning = run.conditioning(["a photo of sks dog"] * 2)
         with torch.no_grad():
             for module in (denoiser, getattr(stock, name)):
