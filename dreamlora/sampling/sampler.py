@@ -214,12 +214,11 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     Raises:
         UserError: something is asked for that the pipeline does not know.
     """
-    arguments = asked([item.prompt for item in items])
-    _refuse_unknown(pipeline, arguments)
+    prompts = [item.prompt for item in items]
     options = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
     with _untouched(pipeline):
         pixels = pipeline(
-            **arguments,
+            **_known(pipeline, asked(prompts)),
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
             num_inference_steps=plan.num_inference_steps,
             output_type="np",  # "pil" would turn NaN into black unseen
@@ -228,9 +227,10 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     return [_drawn(item, array) for item, array in zip(items, pixels, strict=True)]
 
 
-def _refuse_unknown(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+def _known(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if "negative_prompt" in arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys():
         raise UserError(f"--negative_prompt: {type(pipeline).__name__} takes no negative prompt; leave it out")
+    return arguments
 
 
 def _drawn(item: SampleItem, pixels: np.ndarray) -> Drawn:

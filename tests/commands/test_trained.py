@@ -15,8 +15,10 @@ from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.trained import DRAWN_WITH, TrainedRun, first_run, model_of, plan_for, run_of
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.errors import UserError
-from dreamlora.families import sd
+from dreamlora.interfaces import SampleDefaults
 from tests.hubcache import FakeHub
+
+DEFAULTS = SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
 
 CPU = torch.device("cpu")
 
@@ -107,13 +109,15 @@ def test_what_gpus_round_to_is_as_in_the_run(run: Any) -> None:
 def test_images_are_planned_as_the_run_drew_them(run: Any) -> None:
     found = run_of(run("dog", sample_seed=7, num_images_per_prompt=3, resolution=16, negative_prompt="blue"))
     assert found
-    plan = plan_for(SampleConfig(lora=(Path("dog"),)), found.options, sd, ("a dog",))
+    plan = plan_for(SampleConfig(lora=(Path("dog"),)), found.options, DEFAULTS, ("a dog",))
     assert (plan.seed, plan.num_images_per_prompt, plan.width, plan.negative_prompt) == (7, 3, 16, "blue")
-    given = plan_for(SampleConfig(lora=(Path("dog"),), sample_seed=0, resolution=8), found.options, sd, ("a dog",))
+    given = plan_for(
+        SampleConfig(lora=(Path("dog"),), sample_seed=0, resolution=8), found.options, DEFAULTS, ("a dog",)
+    )
     assert (given.seed, given.num_images_per_prompt, given.width) == (0, 3, 8)
     about = SampleConfig(lora=(Path("dog"),), negative_prompt="a blurred {}", subject="sks dog")
-    assert plan_for(about, found.options, sd, ("a dog",)).negative_prompt == "a blurred sks dog"
-    unknown = plan_for(SampleConfig(lora=(Path("dog"),)), {}, sd, ("a dog",))
+    assert plan_for(about, found.options, DEFAULTS, ("a dog",)).negative_prompt == "a blurred sks dog"
+    unknown = plan_for(SampleConfig(lora=(Path("dog"),)), {}, DEFAULTS, ("a dog",))
     assert (unknown.seed, unknown.num_images_per_prompt) == (42, 1)
 
 
