@@ -293,7 +293,7 @@ def test_latents_are_the_autoencoders_normalised(case, parts):
 
 @torch.no_grad()
 def test_latents_decode_to_the_image(case, parts):
-    """The stock pipeline's way from latents to pixels undoes the way here, but for what the autoencoder itself loses."""
+    """The stock pipeline's way from latents to pixels undoes the way here; the autoencoder itself loses more."""
     side = case.tiny.side
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(6)) * 2 - 1
     latents = case.family.encode_images(parts, pixels).mean
