@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dreamlora.data.cache import CHECKED_WHOLE, Entry, KeyPart, Layout, TensorCache, Wanted, content_key
 from dreamlora.data.catalog import RecordSubset, hash_prefixes
+from dreamlora.data.conditioning import conditioning_plan, store_conditioning
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
 from dreamlora.data.stores import RAM_BYTES, LatentStore, PromptStore, Recent
@@ -24,7 +25,7 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents, LatentSize, View
 
 
-def _nothing(views: Sequence[View]) -> Conditioning:
+def _nothing(images: Sequence[View] | Tensor) -> Conditioning:
     return {}
 
 
@@ -45,6 +46,7 @@ class Filling:
         ram_bytes: bound of what a store keeps in RAM.
         latents: what the autoencoder makes, so that entries can be told from what it cannot have made; None: unknown.
         describe: what else is kept of an image (``Family.describe_views``).
+        encode_conditioning: of pixels ``[1, 3, H, W]`` (``Family.encode_conditioning``).
         length_axes: see ``Family.LENGTH_AXES``. Where there are any, prompts are encoded one by one, without padding.
         progress: show a bar (in the process of rank 0).
     """
@@ -58,6 +60,7 @@ class Filling:
     ram_bytes: int = RAM_BYTES
     latents: LatentSize | None = None
     describe: Callable[[Sequence[View]], Conditioning] = _nothing
+    encode_conditioning: Callable[[Tensor], Conditioning] = _nothing
     length_axes: Mapping[str, int] = field(default_factory=dict)
     progress: bool = True
 
@@ -102,11 +105,17 @@ def encode_dataset(
     masked = array("q", (index for index, record in enumerate(records) if record.mask))
     share = RecordSubset(records, masked[filling.rank :: filling.world])
     store_masks(filling.bar(share, "mask", len(share)), how, filling.cache)
+    conditioned = array("q", (index for index, record in enumerate(records) if record.conditioning))
+    share = RecordSubset(records, conditioned[filling.rank :: filling.world])
+    bar = filling.bar(share, "conditioning image", len(share))
+    with torch.no_grad():
+        store_conditioning(bar, how, filling.encode_conditioning, filling.cache, filling.key_parts)
     return LatentStore(
         records,
         lambda record: [wanted for wanted, _ in _plan(record, how, filling)],
         Recent(filling.cache, filling.ram_bytes),
         lambda record: [wanted for wanted, _ in mask_plan(record, how)],
+        lambda record: [wanted for wanted, _ in conditioning_plan(record, how, filling.key_parts)],
     )
 
 

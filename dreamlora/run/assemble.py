@@ -21,7 +21,7 @@ from dreamlora.data.sets import epoch_length, loss_shares, places
 from dreamlora.data.transforms import Preparations, bucket_numbers
 from dreamlora.errors import UserError
 from dreamlora.files import make_folder
-from dreamlora.interfaces import Components
+from dreamlora.interfaces import Components, Family, ModelSource
 from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
@@ -206,6 +206,7 @@ def _start(config: RunConfig) -> RunContext:
             f"--train_text_encoder: the family of {' and '.join(family.PIPELINES)} has no text encoder that can be "
             "trained: leave the flag out, and --text_encoder_lr with it"
         )
+    _refuse_images_to_edit(config, family, source)
     config = defaults.by_model(
         config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
     )
@@ -218,6 +219,20 @@ def _start(config: RunConfig) -> RunContext:
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
     return RunContext(config, accelerator, family, source, parts)
+
+
+def _refuse_images_to_edit(config: RunConfig, family: Family, source: ModelSource) -> None:
+    """Nothing, if the model edits, or none are given."""
+    flags = {
+        "conditioning_data_dir": any(one.conditioning_data_dir for one in config.data.each()),
+        "validation_images": config.sample.validation_images,
+    }
+    given = next((flag for flag, value in flags.items() if value), None)
+    if given and not family.shows_images(source):
+        raise UserError(
+            f"--{given}: {config.model.pretrained_model_name_or_path} draws from prompts alone, and edits no images: "
+            "leave the flag out, or give a model that edits, such as FLUX.1-Kontext"
+        )
 
 
 def _claim_folder(context: RunContext) -> RunFolder:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from accelerate import Accelerator
 
@@ -19,6 +19,7 @@ from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
+from dreamlora.sampling.shown import Shown
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class RunContext:
 
     Attributes:
         eval_price: of the evaluation loss, once it is known how often it is measured.
+        shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         timings: seconds by stage, for the report.
         warnings: what the person should know, for the report.
     """
@@ -39,6 +41,7 @@ class RunContext:
     source: ModelSource
     parts: Parts
     eval_price: Price | None = None
+    shown: Shown = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -85,7 +88,8 @@ class RunContext:
         """How these prompts are drawn, by the run's flags."""
         data = self.config.data
         defaults = self.family.sample_defaults(self.source)
-        return plan_of(self.config.sample, defaults, prompts, data.resolution, data.sample_batch_size)
+        plan = plan_of(self.config.sample, defaults, prompts, data.resolution, data.sample_batch_size)
+        return replace(plan, shown={prompt: image for prompt, image in self.shown.items() if prompt in prompts})
 
     def guidance(self, negative: str | None) -> Guidance:
         """How samples are guided, by the run's flags.
@@ -93,4 +97,5 @@ class RunContext:
         Args:
             negative: the negative prompt; None: the pipeline's own.
         """
-        return Guidance(self.family, self.source, self.config.sample.sample_guidance_scale or 0, negative)
+        scale = self.config.sample.sample_guidance_scale or 0
+        return Guidance(self.family, self.source, scale, negative, self.shown)

@@ -36,8 +36,12 @@ def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Prep
     def encode(pixels: Tensor) -> Latents:
         return context.family.encode_images(context.parts.get("vae"), pixels)
 
+    def encode_conditioning(pixels: Tensor) -> Conditioning:
+        return context.family.encode_conditioning(context.parts.get("vae"), pixels)
+
     filling = replace(
         context.filling(dtype="float32"),
+        encode_conditioning=encode_conditioning,
         latents=context.family.latent_size(context.source),
         describe=context.family.describe_views,
     )

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from dreamlora.config import Sample
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Family, ModelSource, SampleDefaults
 from dreamlora.sampling.schedulers import deterministic
+from dreamlora.sampling.shown import Shown, digest
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,19 @@ class Guidance:
         source: of the pipeline.
         scale: as the pipeline's call counts it.
         negative: the negative prompt; None: the pipeline's own.
+        shown: the image that each prompt edits; empty for models that do not edit.
     """
 
     family: Family
     source: ModelSource
     scale: float
     negative: str | None = None
+    shown: Shown = field(default_factory=dict)
+
+    def options(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments of the call for these prompts, besides the prompts themselves."""
+        images = {"image": [self.shown[prompt] for prompt in prompts]} if self.shown else {}
+        return {**self.family.call_options(self.scale), **images}
 
     @property
     def encoded_negative(self) -> str | None:
@@ -66,7 +74,7 @@ def embedding(guidance: Guidance, encode: Callable[[Sequence[str]], Conditioning
 
     def ask(prompts: Sequence[str]) -> dict[str, Any]:
         unwanted = None if negative is None else encode([negative] * len(prompts))
-        return {**family.call_arguments(encode(prompts), unwanted), **family.call_options(guidance.scale)}
+        return {**family.call_arguments(encode(prompts), unwanted), **guidance.options(prompts)}
 
     return ask
 
@@ -76,7 +84,7 @@ def prompting(guidance: Guidance) -> Asked:
 
     def ask(prompts: Sequence[str]) -> dict[str, Any]:
         unwanted = {} if guidance.negative is None else {"negative_prompt": [guidance.negative] * len(prompts)}
-        return {"prompt": list(prompts), **unwanted, **guidance.family.call_options(guidance.scale)}
+        return {"prompt": list(prompts), **unwanted, **guidance.options(prompts)}
 
     return ask
 
@@ -115,6 +123,7 @@ class SamplePlan:
         batch_size: images per call of the pipeline.
         width: in pixels; None: the pipeline's own.
         height: in pixels; None: the pipeline's own.
+        shown: the image that each prompt edits; empty for models that do not edit.
     """
 
     prompts: tuple[str, ...]
@@ -126,6 +135,7 @@ class SamplePlan:
     batch_size: int = 4
     width: int | None = None
     height: int | None = None
+    shown: Shown = field(default_factory=dict)
 
     def items(self) -> list[SampleItem]:
         """Prompt by prompt; seeds ``seed, seed + 1, ...`` in that order."""
@@ -144,7 +154,8 @@ class SamplePlan:
             made_of: what decides the picture besides, as JSON can say it.
         """
         how = [self.num_inference_steps, self.guidance_scale, self.negative_prompt, self.width, self.height]
-        text = json.dumps([dict(made_of or {}), how, item.prompt, item.seed], sort_keys=True)
+        of = [digest(self.shown[item.prompt])] if item.prompt in self.shown else []
+        text = json.dumps([dict(made_of or {}), how, item.prompt, item.seed, *of], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def file_name(self, item: SampleItem, made_of: Mapping[str, Any] | None = None) -> str:
@@ -215,7 +226,7 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
         UserError: something is asked for that the pipeline does not know.
     """
     prompts = [item.prompt for item in items]
-    options = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
+    options = _size(pipeline, plan)
     with _untouched(pipeline):
         pixels = pipeline(
             **_known(pipeline, asked(prompts)),
@@ -225,6 +236,14 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
             **options,
         ).images
     return [_drawn(item, array) for item, array in zip(items, pixels, strict=True)]
+
+
+def _size(pipeline: Any, plan: SamplePlan) -> dict[str, int]:
+    """Of the images. Pipelines that fit what is asked for into an area are given that of the plan."""
+    size = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
+    if len(size) == 2 and "max_area" in inspect.signature(pipeline.__call__).parameters:
+        size["max_area"] = size["width"] * size["height"]
+    return size
 
 
 def _known(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:

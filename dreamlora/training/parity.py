@@ -23,6 +23,7 @@ from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
+from dreamlora.sampling.shown import Shown
 from dreamlora.training.loop import Run
 
 MIDDLE = 0.5
@@ -66,12 +67,14 @@ class ExpectedOutput:
         sample: a row of samples.jsonl, with the negative prompt.
         image_file: the image drawn while training.
         call: of the sample's prompt.
+        shown: the image that the prompt edits; empty for models that do not edit.
     """
 
     lora_folder: Path
     sample: dict[str, Any]
     image_file: Path
     call: Call
+    shown: Shown
 
 
 @torch.no_grad()
@@ -142,7 +145,7 @@ def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
     """The pipeline reads the prompt itself, as a user's does. It cannot read another number of tokens."""
     family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
     sample = expected.sample
-    guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"))
+    guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
     tokenizer = text[family.PROMPT_TOKENIZER]
     if family.prompt_limit(tokenizer, length) == family.prompt_limit(tokenizer, family.PROMPT_DEFAULT):
         return prompting(guidance)
