@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,7 +365,7 @@ def test_no_second_copy_is_made_in_float32(name, stored, tmp_path):
     assert not made
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
 def test_weights_of_the_right_kind_stay_where_they_are(tmp_path):
     """They are pages of the file until something writes to them: the system may drop and read them again."""
     wide = transformers.Qwen3Config(**parts_of_models.LANGUAGE | {"vocab_size": 10**6})
