@@ -104,7 +104,7 @@ def test_pickles_of_the_hub_are_refused_too(folder, tmp_path):
     with pytest.raises(UserError, match=r"owner/name/unet: the weights are expected as .*--allow_pickle"):
         sd.load(source("owner/name", cache_dir=hub.cache), "denoiser", torch.float32)
     allowed = source("owner/name", cache_dir=hub.cache, allow_pickle=True)
-    assert sd.load(allowed, "denoiser", torch.float32).keys() == {"unet"}
+    assert sd.load(allowed, "denoiser", torch.float32).keys() == {"unet", "settings"}
 
 
 def test_incomplete_folder(folder):
