@@ -33,14 +33,14 @@ ODD_PROMPTS = ["", "eine Katze, größer", "猫の写真", "a 🐈", "UPPER case
 ROLES = ("text", "vae", "denoiser", "scheduler")
 
 
-@pytest.fixture(scope="module", params=registry.names("families"))
+@pytest.fixture(scope="module", params=tinymodels.SAVERS)
 def case(request, tmp_path_factory) -> SimpleNamespace:
     """A family with its source and a fresh stock pipeline to compare with."""
     tiny = tinymodels.of(request.param)
     folder = tiny.save(tmp_path_factory.mktemp("models") / request.param)
     source = loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
     family = loading.family_of(source)
-    case = SimpleNamespace(name=request.param, tiny=tiny, folder=folder, source=source, family=family)
+    case = SimpleNamespace(name=request.param.partition("-")[0], tiny=tiny, folder=folder, source=source, family=family)
     case.stock = fresh_stock(case)
     return case
 
@@ -293,7 +293,7 @@ def test_latents_are_the_autoencoders_normalised(case, parts):
 
 @torch.no_grad()
 def test_latents_decode_to_the_image(case, parts):
-    """The stock pipeline's way from latents to pixels undoes the way here: what is left is the autoencoder's own loss."""
+    """The stock pipeline's way from latents to pixels undoes the way here: what is left is the autoencoder's loss."""
     side = case.tiny.side
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(6)) * 2 - 1
     latents = case.family.encode_images(parts, pixels).mean
