@@ -49,6 +49,7 @@ class ModelSource:
         vae_revision: commit of its repository; None for a folder.
         prediction_type: what the denoiser predicts, where that is not what its scheduler's config says.
         text_layers: of the text encoder, whose states are a prompt's embedding; empty: the family's own.
+        rescale_betas_zero_snr: whether the schedule ends in pure noise, whatever its config says.
     """
 
     path: str
@@ -61,11 +62,14 @@ class ModelSource:
     allow_pickle: bool = False
     prediction_type: str | None = None
     text_layers: tuple[int, ...] = ()
+    rescale_betas_zero_snr: bool = False
 
     @property
     def predictor_id(self) -> str:
-        """How losses and images name the model: with the prediction type, where that is not the scheduler's own."""
-        return self.model_id + (f" with {self.prediction_type}" if self.prediction_type else "")
+        """How losses and images name the model: with what is not as its scheduler's config says."""
+        own = [self.prediction_type, "zero terminal SNR" if self.rescale_betas_zero_snr else None]
+        words = " and ".join(word for word in own if word)
+        return f"{self.model_id} with {words}" if words else self.model_id
 
 
 class LatentSize(NamedTuple):

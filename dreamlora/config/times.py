@@ -1,4 +1,4 @@
-"""Checks of the options of a training loss that are more than ranges: times of rectified flows, shares. No torch here."""
+"""Checks of the options of a training loss that are more than ranges. No torch here."""
 
 from __future__ import annotations
 

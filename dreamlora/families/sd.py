@@ -116,8 +116,8 @@ def objective(scheduler: Any, train: Any) -> Diffusion:
     """Diffusion over the scheduler's ᾱ; DDPM's class computes it, whatever sampler the pipeline comes with.
 
     Raises:
-        UserError: the scheduler's prediction_type is neither epsilon nor v_prediction; or zero terminal SNR is asked for
-            with epsilon.
+        UserError: the scheduler's prediction_type is neither epsilon nor v_prediction; or zero terminal SNR is asked
+            for with epsilon; or see ``Diffusion``.
     """
     prediction_type = train.prediction_type or scheduler.config.prediction_type
     if train.rescale_betas_zero_snr and prediction_type == "epsilon":
