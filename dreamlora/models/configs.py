@@ -52,7 +52,10 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, UnreadableError: see ``reading.read_json``; or it is of a quantized model.
     """
-    config: dict[str, Any] = read_json(file, _ANY, most=CONFIG_BYTES)
+    return _whole(file, read_json(file, _ANY, most=CONFIG_BYTES))
+
+
+def _whole(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     if config.get("quantization_config") is not None:
         raise UnreadableError(
             file,
@@ -120,7 +123,7 @@ def _own(config_class: type[PretrainedConfig], file: Path, given: dict[str, Any]
             if value is not None:
                 if not isinstance(value, dict):
                     raise UnreadableError(file, f"{key}: expected a mapping (got {shortened(value)})")
-                own[key] = _own(inner_class, file, value)
+                own[key] = _own(inner_class, file, _whole(file, value))
     return own
 
 
@@ -146,10 +149,11 @@ def _taken_by(owner: Any) -> dict[str, inspect.Parameter]:
 def _is_such(value: Any, parameter: inspect.Parameter) -> bool:
     """Whether a value is of the kind of an argument's default, of which there may be a list."""
     default = parameter.default
-    if value is None:  # also what was no finite number
-        return default is None or "None" in str(parameter.annotation)
+    kinds = str(parameter.annotation)
+    if value is None:  # also what was no finite number; SDXL has null for no
+        return default is None or isinstance(default, bool) or bool(re.search("None|Optional", kinds))
     if isinstance(value, list):
-        return not isinstance(default, str) or bool(re.search("tuple|list", str(parameter.annotation), re.IGNORECASE))
+        return not isinstance(default, str) or bool(re.search("tuple|list", kinds, re.IGNORECASE))
     if isinstance(default, bool | str):
         return isinstance(value, type(default))
     if isinstance(default, int | float):
