@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
-from dreamlora.families import _flow, _parts
+from dreamlora.families import _flow, _packed, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -163,38 +162,27 @@ def predict(
     """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is FLUX.1-dev's guidance embedding.
 
     Raises:
-        UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
+        UserError: h or w is odd.
     """
     dtype = _parts.dtype_of(denoiser)
-    batch, channels, height, width = noisy.shape
-    if height % 2 or width % 2:
-        raise UserError(f"FLUX needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})")
+    sides = (noisy.shape[2], noisy.shape[3])
     prompt = conditioning["prompt_embeds"].to(dtype)
     guidance = (
-        torch.full((batch,), guidance_scale, device=noisy.device)
+        torch.full((len(noisy),), guidance_scale, device=noisy.device)
         if _parts.bare(denoiser).config.guidance_embeds
         else None
     )
     packed = denoiser(
-        hidden_states=FluxPipeline._pack_latents(noisy.to(dtype).contiguous(), batch, channels, height, width),
+        hidden_states=_packed.pack(noisy.to(dtype)),
         timestep=times.to(dtype),
         guidance=guidance,
         pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
         encoder_hidden_states=prompt,
         txt_ids=torch.zeros(prompt.shape[1], 3, device=noisy.device, dtype=dtype),
-        img_ids=_image_ids(height // 2, width // 2, noisy.device, dtype),
+        img_ids=_packed.image_ids(sides[0] // 2, sides[1] // 2, noisy.device, dtype),
         return_dict=False,
     )[0]
-    # the helper divides by the factor again: any even one gives the latents' own size
-    return FluxPipeline._unpack_latents(packed, height * 8, width * 8, vae_scale_factor=8)
-
-
-@functools.lru_cache(maxsize=64)
-def _image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Positions of the patches ``[rows · columns, 3]``, kept for every size: they are made on the CPU, and a copy in
-    each forward pass would wait for all the GPU has to do.
-    """
-    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
+    return _packed.unpack(packed, sides)
 
 
 def pipeline(components: Components) -> FluxPipeline:

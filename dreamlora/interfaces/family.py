@@ -39,6 +39,7 @@ class ModelSource:
         vae_path: folder or hub name of an autoencoder that takes the place of the pipeline's own.
         vae_revision: commit of its repository; None for a folder.
         prediction_type: what the denoiser predicts, where that is not what its scheduler's config says.
+        text_layers: of the text encoder, whose states are a prompt's embedding; empty: the family's own.
         rescale_betas_zero_snr: whether the schedule ends in pure noise, whatever its config says.
     """
 
@@ -51,6 +52,7 @@ class ModelSource:
     cache_dir: Path | None = None
     allow_pickle: bool = False
     prediction_type: str | None = None
+    text_layers: tuple[int, ...] = ()
     rescale_betas_zero_snr: bool = False
 
     @property

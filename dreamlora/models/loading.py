@@ -39,8 +39,9 @@ def resolve_source(
     """Where the model comes from, and the id that caches know it by.
 
     The id of a folder holds a fingerprint of its files, that of a hub repository its commit, and both hold the id of an
-    autoencoder that replaces theirs: latents made by another model are never taken for this one's. What a branch of the
-    hub points to is looked up here alone, and every part is loaded from that commit, though the branch may move.
+    autoencoder that replaces theirs, and layers of the text encoder that are not the usual ones: what another model
+    made is never taken for this one's. What a branch of the hub points to is looked up here alone, and every part is
+    loaded from that commit, though the branch may move.
 
     Args:
         model: the options.
@@ -55,6 +56,9 @@ def resolve_source(
     path = _embedded() if name == EMBEDDED_MODEL else name
     revision = commit_of(path, INDEX, model.revision, cache)
     parts = [identity(name, path, revision), *([model.variant] if model.variant else [])]
+    layers = model.text_encoder_out_layers
+    if layers:
+        parts.append("text layers:" + ",".join(map(str, layers)))
     vae = model.pretrained_vae_model_name_or_path
     if vae:
         vae_revision = commit_of(vae, vae_file(vae), vae_revision, cache)
@@ -69,6 +73,7 @@ def resolve_source(
         cache_dir=cache,
         allow_pickle=model.allow_pickle,
         prediction_type=prediction_type,
+        text_layers=layers,
         rescale_betas_zero_snr=rescale_betas_zero_snr,
     )
 

@@ -46,7 +46,8 @@ def _embeddings(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def _read_call(arguments: Mapping[str, Any], output: Any, sides: tuple[int, int]) -> Seen:
+def read_call(arguments: Mapping[str, Any], output: Any, sides: tuple[int, int]) -> Seen:
+    """Of a transformer over packed latents."""
     noisy, prediction = (unpacked(packed, sides) for packed in (arguments["hidden_states"], output[0]))
     return Seen(noisy, arguments["timestep"].expand(len(noisy)), prediction)
 
@@ -61,7 +62,7 @@ def unpacked(packed: Tensor, sides: tuple[int, int]) -> Tensor:
 TINY = Tiny(
     save=save,
     embeddings=_embeddings,
-    read_call=_read_call,
+    read_call=read_call,
     recipe=flow,
     default_side=lambda pipeline: pipeline.default_sample_size * pipeline.vae_scale_factor,
     prompt_limit=512,
