@@ -67,6 +67,7 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         with_subject(config.sample, subject),
         num_inference_steps=_first(config.sample.num_inference_steps, sampling.num_inference_steps),
         sample_guidance_scale=_first(config.sample.sample_guidance_scale, sampling.guidance_scale),
+        negative_prompt=_first(config.sample.negative_prompt, sampling.negative_prompt),
         num_images_per_prompt=_first(config.sample.num_validation_images, config.sample.num_images_per_prompt),
     )
     return replace(

@@ -162,7 +162,8 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
     images = class_folder(context, folder)
     precision = data.prior_generation_precision or context.accelerator.mixed_precision
     plan = context.sample_plan((data.class_prompt,))
-    plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
+    own = context.family.sample_defaults(context.source).negative_prompt
+    plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=own)
     found = _class_images(context, images, plan, pictures)
     context.tell(_what_is_found(images, found))
     base = Parts(context.family, context.source, context.accelerator.device, DTYPES[precision])
@@ -173,7 +174,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
         # here the denoiser is at hand: a wrong --lora_layers must not show only after all images are made
         layers = context.config.lora.lora_layers or context.family.LORA_LAYERS
         target_layers(getattr(loaded, context.family.DENOISER), layers)
-        return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(None)))
+        return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(own)))
 
     with context.timed("class images"):
         prior.make_class_images(images, plan, drawer, context.source.predictor_id, rank, world)
