@@ -183,6 +183,11 @@ class Objective(Protocol):
     def weight(self, times: Tensor) -> Tensor:
         """Loss weight ``[B]`` of every sample."""
 
+    def errors(self, prediction: Tensor, target: Tensor, times: Tensor, masks: Tensor | None = None) -> Tensor:
+        """What training makes small: the error ``[B]`` of every prediction, in float32; where there are masks
+        ``[B, 1, h, w]`` in [0, 1], weighted by them.
+        """
+
 
 class Family(Protocol):
     """One architecture family (one module in ``families/``): how to load, encode, predict and save.
