@@ -11,7 +11,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
-from dreamlora.families import _parts, _qwen_vae, flux
+from dreamlora.families import _chat, _flow, _parts, _qwen_vae
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -22,6 +22,7 @@ from dreamlora.interfaces import (
     Settings,
 )
 from dreamlora.models import loading
+from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("QwenImagePipeline",)
 PARTS: dict[Role, dict[str, Classes]] = {
@@ -37,7 +38,7 @@ OPTIONAL: frozenset[str] = frozenset()
 SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
-TEXT_ENCODERS: tuple[str, ...] = ()  # the stock pipeline loads none of their LoRAs
+TEXT_ENCODERS: tuple[str, ...] = ()
 # both streams, as the trainers of this model have it; diffusers' script adapts the attention of the image's alone
 LORA_LAYERS: tuple[str, ...] = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -49,10 +50,7 @@ PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512
 PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_embeds_mask": 1}
-OWN_OPTIONS: tuple[str, ...] = (
-    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
-    *("max_sequence_length", "negative_prompt"),
-)
+OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "negative_prompt")
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -67,10 +65,8 @@ LONGEST_PROMPT = 1024
 
 latent_size = _qwen_vae.latent_size
 distilled = _parts.never_distilled
-encode_frozen = _parts.none_frozen
 encode_images = _qwen_vae.encode_images
 describe_views = _parts.nothing_of_views
-objective = flux.objective
 call_arguments = _parts.with_negative
 
 
@@ -133,16 +129,28 @@ def _templated(prompts: Sequence[str]) -> list[str]:
     return [before + prompt + after for prompt in prompts]
 
 
-def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
+def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
     """``prompt_embeds`` ``[B, L, D]``, the last hidden states after their norm, zero where a shorter prompt is padded,
     and ``prompt_embeds_mask`` ``[B, L]``, as QwenImagePipeline.encode_prompt gives them.
     """
-    encoder = text["text_encoder"]
-    ids, mask = tokens["input_ids"].to(encoder.device), tokens["attention_mask"].to(encoder.device)
-    # the inner model: logits of 150,000 words for every token are not needed
-    states = encoder.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, DROPPED:]
-    mask = mask[:, DROPPED:]
-    return {"prompt_embeds": states * mask[:, :, None].to(states.dtype), "prompt_embeds_mask": mask}
+    if "prompt_embeds" in tokens:
+        return {name: tokens[name] for name in LENGTH_AXES}
+    [states] = _chat.layer_states(text["text_encoder"], tokens, [-1])
+    embeds, mask = _chat.unpadded(states[:, DROPPED:], tokens["attention_mask"][:, DROPPED:])
+    return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+
+encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's files have no place for its LoRA
+
+
+def objective(scheduler: Any, train: Any) -> RectifiedFlow:
+    """Rectified flow, its times shifted by the number of image tokens as in the pipeline: a factor of 2 at 1024 x 1024,
+    much as musubi-tuner advises (2.2); diffusers' script shifts nothing.
+
+    Raises:
+        UserError: options of diffusion models are given, or the scheduler's config has no usable shift.
+    """
+    return _flow.objective(scheduler, train, shift="scheduler")
 
 
 def predict(

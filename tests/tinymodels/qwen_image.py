@@ -77,7 +77,7 @@ def save(folder: Path) -> Path:
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
-        num_layers=1,
+        num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=16,
@@ -141,4 +141,5 @@ TINY = Tiny(
     prompt_limit=LENGTH,
     call={"max_sequence_length": LENGTH},
     length=LENGTH,
+    idle=("blocks.1.attn.to_add_out", "blocks.1.txt_mlp"),
 )

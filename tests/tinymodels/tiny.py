@@ -80,6 +80,8 @@ class Tiny:
         latents: channels and sides of their latents.
         prompt_limit: tokens that count of a prompt, with ``length``.
         filler: a letter or word that is one token.
+        idle: parts of names of adapted layers that the prediction does not depend on: the last that becomes of the
+            prompt in transformers of two streams.
     """
 
     save: Callable[[Path], Path]
@@ -97,3 +99,4 @@ class Tiny:
     side: int = 16
     latents: tuple[int, int, int] = (4, 8, 8)
     filler: str = "a"
+    idle: tuple[str, ...] = ()
