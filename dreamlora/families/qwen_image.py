@@ -169,7 +169,7 @@ def velocity(denoiser: nn.Module, images: Sequence[Tensor], times: Tensor, condi
 
     Args:
         denoiser: a QwenImageTransformer2DModel.
-        images: latents ``[B, C, h, w]``: noisy ones, and any that are shown to the model besides, of sizes of their own.
+        images: latents ``[B, C, h, w]``: noisy ones, then any that are shown to the model, of sizes of their own.
         times: sigmas ``[B]``.
         conditioning: of ``encode_tokens``.
 
