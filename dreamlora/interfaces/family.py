@@ -100,10 +100,17 @@ class Latents:
 
 @dataclass(frozen=True)
 class SampleDefaults:
-    """How a family draws samples unless told otherwise."""
+    """How a family draws samples unless told otherwise.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: as the pipeline's call counts it.
+        negative_prompt: for pipelines that do not guide without one; None: the pipeline's own.
+    """
 
     num_inference_steps: int
     guidance_scale: float
+    negative_prompt: str | None = None
 
 
 class Family(Protocol):

@@ -168,7 +168,7 @@ def plan_of(
         guidance_scale=defaults.guidance_scale if guidance is None else guidance,
         num_images_per_prompt=sample.num_validation_images or sample.num_images_per_prompt,
         seed=sample.sample_seed,
-        negative_prompt=sample.negative_prompt,
+        negative_prompt=defaults.negative_prompt if sample.negative_prompt is None else sample.negative_prompt,
         batch_size=batch_size,
         width=side,
         height=side,
