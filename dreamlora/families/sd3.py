@@ -44,7 +44,16 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
-LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+LORA_LAYERS: tuple[str, ...] = (
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+    "add_k_proj",
+    "add_q_proj",
+    "add_v_proj",
+    "to_add_out",
+)
 """All attention: also the second one (``attn2``) that the first blocks of 3.5 medium have."""
 TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 PROMPT_LENGTH: str = "max_sequence_length"

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from tests.tinymodels.parts import CLIP_LENGTH, clip, clip_tokenizer, kl_vae, t5, t5_tokenizer
+from tests.tinymodels.parts import clip, clip_tokenizer, kl_vae, t5, t5_tokenizer
 from tests.tinymodels.tiny import Seen, Tiny, flow
 
 LENGTH = 24
