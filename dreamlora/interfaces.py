@@ -48,6 +48,7 @@ class ModelSource:
         vae_path: folder or hub name of an autoencoder that takes the place of the pipeline's own.
         vae_revision: commit of its repository; None for a folder.
         prediction_type: what the denoiser predicts, where that is not what its scheduler's config says.
+        rescale_betas_zero_snr: whether the schedule ends in pure noise, whatever its config says.
     """
 
     path: str
@@ -59,11 +60,14 @@ class ModelSource:
     cache_dir: Path | None = None
     allow_pickle: bool = False
     prediction_type: str | None = None
+    rescale_betas_zero_snr: bool = False
 
     @property
     def predictor_id(self) -> str:
-        """How losses and images name the model: with the prediction type, where that is not the scheduler's own."""
-        return self.model_id + (f" with {self.prediction_type}" if self.prediction_type else "")
+        """How losses and images name the model: with what is not as its scheduler's config says."""
+        own = [self.prediction_type, "zero terminal SNR" if self.rescale_betas_zero_snr else None]
+        words = " and ".join(word for word in own if word)
+        return f"{self.model_id} with {words}" if words else self.model_id
 
 
 class LatentSize(NamedTuple):
@@ -175,6 +179,11 @@ class Objective(Protocol):
 
     def weight(self, times: Tensor) -> Tensor:
         """Loss weight ``[B]`` of every sample."""
+
+    def errors(self, prediction: Tensor, target: Tensor, times: Tensor, masks: Tensor | None = None) -> Tensor:
+        """What training makes small: the error ``[B]`` of every prediction, in float32; where there are masks
+        ``[B, 1, h, w]`` in [0, 1], weighted by them.
+        """
 
 
 class Family(Protocol):

@@ -47,6 +47,8 @@ class DataSet:
     """Side of its square training images in pixels."""
     mask_data_dir: Path | None = None
     """Folder with masks of its images."""
+    alpha_mask: bool | None = None
+    """Whether what is transparent in its images is left alone."""
     loss_weight: float = 1.0
     """Factor of its images' loss."""
 
@@ -110,6 +112,8 @@ class Data:
     """Several data sets instead of one: a list in a --config file, each with its folder, repeats, prompt, ..."""
     mask_data_dir: Path | None = None
     """Folder with masks named like their images: white is learned, black is left alone, grey in between."""
+    alpha_mask: bool = False
+    """The transparency of an image is its mask: what is opaque is learned, what is transparent is left alone."""
     class_data_dir: Path | None = None
     """Folder with images of the class; missing ones are made by the base model. Default: outputs/class_images/..."""
     class_prompt: str | None = None

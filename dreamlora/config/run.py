@@ -20,6 +20,7 @@ from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
 from dreamlora.config.ranges import steps_or_share as _steps_or_share
 from dreamlora.config.ranges import within as _within
+from dreamlora.config.times import check_times
 from dreamlora.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
@@ -167,18 +168,44 @@ class Train:
     """Checkpoints kept; the oldest goes first."""
     snr_gamma: float | None = None
     """Min-SNR weighting of the loss (arXiv 2303.09556); 5.0 is the paper's value."""
+    debiased_estimation_loss: bool = False
+    """Weigh the loss by debiased estimation (arXiv 2310.08442) instead."""
     noise_offset: float = 0.0
     """Adds an offset per image and channel to the noise, for darker darks and brighter brights."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the denoiser predicts. Default: what the model's scheduler says."""
+    rescale_betas_zero_snr: bool = False
+    """Zero terminal SNR (arXiv 2305.08891), in training and samples. Always so where the model's scheduler says it."""
+    loss_type: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
+    """How an error is counted in training; the evaluation loss stays the mean square."""
+    huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
+    """How the threshold of huber and smooth_l1 depends on the noise: least where it is most, or constant."""
+    huber_c: float = 0.1
+    """That threshold, for pure noise."""
+    huber_scale: float = 1.0
+    """Factor of the threshold; not with snr."""
+    unmasked_weight: float = 0.0
+    """How much of the loss the places keep that a mask leaves out, from 0 to 1."""
     weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
-    """How rectified-flow models draw and weight their times."""
+    """How rectified-flow models draw (logit_normal, mode) or weight (sigma_sqrt, cosmap) their times."""
+    timestep_sampling: Literal["uniform", "logit_normal", "mode", "sigmoid", "beta", "table"] | None = None
+    """How rectified-flow models draw their times. Default: as --weighting_scheme says, else the family's own way."""
+    timestep_shift: str | None = None
+    """Move these times towards noise: none, scheduler (as in samples) or a factor. Default: the family's own."""
     logit_mean: float = 0.0
-    """Mean of logit_normal."""
+    """Mean of logit_normal; above 0 prefers clear images."""
     logit_std: float = 1.0
     """Standard deviation of logit_normal."""
     mode_scale: float = 1.29
     """Scale of mode."""
+    sigmoid_scale: float = 1.0
+    """Scale of sigmoid, which is logit_normal with mean 0 and this standard deviation."""
+    timestep_beta: tuple[float, float] = (2.0, 2.0)
+    """Both parameters of beta, the distribution of sigma (1 is noise): its mean is a / (a + b)."""
+    timestep_table: tuple[str, ...] = ()
+    """Shares of the times in equal parts of sigma from image to noise, for table: numbers, or a text file of them."""
+    precondition_outputs: Literal[0, 1] = 0
+    """1 weights the loss of rectified flows by sigma squared, as diffusers' SD3 script does by default."""
     guidance_scale: float = 3.5
     """Guidance embedding that guidance-distilled models (FLUX.1-dev) are trained with."""
     parity_check: bool = True
@@ -202,8 +229,9 @@ class Train:
         _within(self, 0, 2**63, "seed")
         _within(self, 1, 10**9 + 1, "max_train_steps")
         _at_least(self, 1, "checkpoints_total_limit")
-        _above(self, 0, "snr_gamma", "logit_std")
+        _above(self, 0, "snr_gamma", "logit_std", "sigmoid_scale", "huber_c", "huber_scale")
         _finite(self, "logit_mean", "mode_scale", "guidance_scale")
+        check_times(self)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The masks of a folder, and the images that they belong to."""
+"""The masks of images: those of a folder, and the transparency of the images themselves."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from dreamlora.data.account import FolderAccount, explain_unused, links_note, un
 from dreamlora.data.catalog import Catalog, Records
 from dreamlora.data.entries import Entries, EntryKind
 from dreamlora.data.folder import FolderPlace, Images, require_images
-from dreamlora.data.images import ImageFacts, ImageRecord, decode, see_through
+from dreamlora.data.images import ImageFacts, ImageRecord, Opacity, alpha, decode, see_through
 from dreamlora.data.sidecars import belongs
 from dreamlora.errors import UserError
 from dreamlora.escapes import one_line
@@ -73,12 +74,14 @@ def look_at_mask(mask: ImageRecord) -> ImageFacts:
 
 
 def grey(mask: ImageRecord) -> Image.Image:
-    """A mask as it counts: 8-bit grey.
+    """A mask as it counts: 8-bit grey; of an image's own transparency its alpha channel.
 
     Raises:
         UserError: it cannot be read, is transparent in places, or black everywhere.
     """
     data = mask.load()
+    if mask.of_alpha:
+        return alpha(data, mask.where)
     if see_through(data, mask.where):
         raise UserError(
             f"the mask {mask.where} is transparent in places, which does not say whether these are learned: save it in "
@@ -115,6 +118,38 @@ class MaskedRecords(Records):
         image = self._images[row]
         place = self._masks.row.get(image.name)
         return image if place is None else replace(image, mask=self._masks.files.records[place])
+
+
+class AlphaRecords(Records):
+    """Images, each with its alpha channel as its mask if it is transparent in places and has no other mask.
+
+    Args:
+        images: of one data set, that have been looked at.
+
+    Raises:
+        UserError: nothing of an image is opaque.
+    """
+
+    def __init__(self, images: Sequence[ImageRecord]) -> None:
+        self._images = images
+        empty = next((image for image in self if image.mask and image.facts.opacity is Opacity.NOTHING), None)
+        if empty and empty.mask and empty.mask.of_alpha:
+            raise UserError(
+                f"{empty.where} is transparent everywhere: with --alpha_mask nothing of it would be learned. Take it "
+                "out, or leave --alpha_mask out"
+            )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def at(self, row: int) -> ImageRecord:
+        """The record of a row."""
+        image = self._images[row]
+        if image.mask or image.facts.opacity is Opacity.ALL:
+            return image
+        digest = hashlib.sha256(f"alpha of {image.content_hash()}".encode()).hexdigest()
+        facts = ImageFacts(digest, image.facts.size)
+        return replace(image, mask=replace(image, known=facts, of_alpha=True))
 
 
 def _load_masks(folder: Path, below: Sequence[str]) -> Images:

@@ -19,7 +19,7 @@ from dreamlora.data.catalog import Records, hash_prefixes
 from dreamlora.data.dataset import examine, load_images
 from dreamlora.data.folder import Images
 from dreamlora.data.images import ImageRecord
-from dreamlora.data.mask_files import MaskedRecords, Masks, list_masks, look_at_mask
+from dreamlora.data.mask_files import AlphaRecords, MaskedRecords, Masks, list_masks, look_at_mask
 
 
 class DataSets(NamedTuple):
@@ -136,15 +136,21 @@ def with_masks(images: Images, masks: Masks | None, data: Data) -> DataSets:
     """One data set whose images, and masks, have been looked at.
 
     Raises:
-        UserError: see ``MaskedRecords``.
+        UserError: see ``MaskedRecords`` and ``AlphaRecords``.
     """
-    if masks is None:
-        return DataSets(images.records, images.notes)
-    notes = [*images.notes, *masks.files.notes]
-    if masks.without:
-        count = f"{masks.without} of {len(images.records)}"
-        notes.append(f"images without a mask in {data.mask_data_dir}, which are learned everywhere: {count}")
-    return DataSets(MaskedRecords(images.records, masks), tuple(notes))
+    records: Sequence[ImageRecord] = images.records
+    notes, places = list(images.notes), []
+    if masks:
+        notes += masks.files.notes
+        records = MaskedRecords(records, masks)
+        places.append(f"a mask in {data.mask_data_dir}")
+    if data.alpha_mask:
+        records = AlphaRecords(records)
+        places.append("transparency")
+    without = sum(record.mask is None for record in records) if places else 0
+    if without:
+        notes.append(f"images without {' or '.join(places)}, which are learned everywhere: {without} of {len(records)}")
+    return DataSets(records, tuple(notes))
 
 
 def _load(data: Data, cache_dir: Path | None, progress: bool) -> DataSets:

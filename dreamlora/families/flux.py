@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
-from dreamlora.families import _parts
+from dreamlora.families import _flow, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -62,10 +62,7 @@ PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512
 PROMPT_TOKENIZER: str = "tokenizer_2"
 LENGTH_AXES: dict[str, int] = {}  # T5's padding is attended, so it is a part of the model
-OWN_OPTIONS: tuple[str, ...] = (
-    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
-    *("guidance_scale", "max_sequence_length"),
-)
+OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "guidance_scale", "max_sequence_length")
 
 LONGEST_PROMPT = 512
 """T5 tokens that FluxPipeline takes at most."""
@@ -156,23 +153,13 @@ def encode_images(vae: Components, pixels: Tensor) -> Latents:
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
-    """Rectified flow over the training sigmas of a fresh scheduler: one that has sampled holds others.
+    """Rectified flow, unshifted unless asked for: diffusers' script takes a fresh scheduler's sigmas, and dynamic
+    shifting is not in them.
 
     Raises:
-        UserError: options of diffusion models are given.
+        UserError: see ``_flow.objective``.
     """
-    for option in ("prediction_type", "snr_gamma"):
-        if getattr(train, option) is not None:
-            raise UserError(
-                f"--{option} is for diffusion models; this one is a rectified flow (see --weighting_scheme)"
-            )
-    return RectifiedFlow(
-        sigmas=FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas,
-        weighting_scheme=train.weighting_scheme,
-        logit_mean=train.logit_mean,
-        logit_std=train.logit_std,
-        mode_scale=train.mode_scale,
-    )
+    return _flow.objective(scheduler, train, shift="none")
 
 
 def predict(

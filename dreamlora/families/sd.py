@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
+from dreamlora.errors import UserError
 from dreamlora.families import _parts
 from dreamlora.interfaces import (
     Classes,
@@ -21,7 +22,7 @@ from dreamlora.interfaces import (
     Settings,
 )
 from dreamlora.models import loading
-from dreamlora.objectives import Diffusion
+from dreamlora.objectives import Diffusion, training_loss
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionPipeline",)
 PARTS: dict[Role, dict[str, Classes]] = {
@@ -44,7 +45,10 @@ PROMPT_LENGTH: str = "tokenizer_max_length"
 PROMPT_DEFAULT: int | None = None
 PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {}
-OWN_OPTIONS: tuple[str, ...] = ("snr_gamma", "prediction_type", "negative_prompt", "tokenizer_max_length")
+OWN_OPTIONS: tuple[str, ...] = (
+    *("snr_gamma", "debiased_estimation_loss", "prediction_type", "rescale_betas_zero_snr"),
+    *("negative_prompt", "tokenizer_max_length"),
+)
 LARGEST_SIDE = 1024
 """Of the latents that a UNet was made for: 64 and 96 in all known ones."""
 
@@ -112,12 +116,22 @@ def objective(scheduler: Any, train: Any) -> Diffusion:
     """Diffusion over the scheduler's ᾱ; DDPM's class computes it, whatever sampler the pipeline comes with.
 
     Raises:
-        UserError: the scheduler's prediction_type is neither epsilon nor v_prediction.
+        UserError: the scheduler's prediction_type is neither epsilon nor v_prediction; or zero terminal SNR is asked
+            for with epsilon; or see ``Diffusion``.
     """
+    prediction_type = train.prediction_type or scheduler.config.prediction_type
+    if train.rescale_betas_zero_snr and prediction_type == "epsilon":
+        raise UserError(
+            "--rescale_betas_zero_snr is for models that predict v: pure noise tells nothing of its own noise, and no "
+            "image can be drawn from it with epsilon. Give --prediction_type v_prediction too, or leave it out"
+        )
+    zero_snr = {"rescale_betas_zero_snr": True} if train.rescale_betas_zero_snr else {}
     return Diffusion(
-        alphas_cumprod=DDPMScheduler.from_config(scheduler.config).alphas_cumprod,
-        prediction_type=train.prediction_type or scheduler.config.prediction_type,
+        alphas_cumprod=DDPMScheduler.from_config(scheduler.config, **zero_snr).alphas_cumprod,
+        prediction_type=prediction_type,
         snr_gamma=train.snr_gamma,
+        debiased=train.debiased_estimation_loss,
+        loss=training_loss(train),
     )
 
 

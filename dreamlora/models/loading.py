@@ -23,13 +23,19 @@ from dreamlora.models import configs
 from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, check_config, load_part
 from dreamlora.models.fetching import Place, commit_of, find_file, identity
 from dreamlora.models.local import INDEX, vae_file
+from dreamlora.models.schedules import as_trained
 from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.reading import Schema, UnreadableError, read_json, shortened
 
 SCHEDULER = "scheduler"
 
 
-def resolve_source(model: Model, prediction_type: str | None = None, vae_revision: str | None = None) -> ModelSource:
+def resolve_source(
+    model: Model,
+    prediction_type: str | None = None,
+    vae_revision: str | None = None,
+    rescale_betas_zero_snr: bool = False,
+) -> ModelSource:
     """Where the model comes from, and the id that caches know it by.
 
     The id of a folder holds a fingerprint of its files, that of a hub repository its commit, and both hold the id of an
@@ -40,6 +46,7 @@ def resolve_source(model: Model, prediction_type: str | None = None, vae_revisio
         model: the options.
         prediction_type: of the run, instead of the scheduler's own; None: that.
         vae_revision: of the other autoencoder's repository.
+        rescale_betas_zero_snr: of the run.
 
     Raises:
         UserError: no such folder or repository, or it is no diffusers pipeline.
@@ -62,6 +69,7 @@ def resolve_source(model: Model, prediction_type: str | None = None, vae_revisio
         cache_dir=cache,
         allow_pickle=model.allow_pickle,
         prediction_type=prediction_type,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
     )
 
 
@@ -229,8 +237,8 @@ def _load(source: ModelSource, name: str, index: dict[str, Any], allowed: Classe
     part_class = _class(_entry(source, name, index), name, allowed, place)
     variant = source.variant if place.path == source.path else None
     part = load_part(part_class, place, Form(dtype, variant, source.allow_pickle))
-    if name == SCHEDULER and source.prediction_type:
-        part.register_to_config(prediction_type=source.prediction_type)
+    if name == SCHEDULER:
+        return as_trained(part, source)
     if isinstance(part, PreTrainedTokenizerBase) and part.model_max_length > LARGE_INTEGER:
         encoder = name.replace("tokenizer", "text_encoder")
         if not _lacks(index, encoder):

@@ -198,7 +198,11 @@ def _start(config: RunConfig) -> RunContext:
     if config.train.push_to_hub:
         upload.check_hub(config)
     set_tf32(config.model.allow_tf32)
-    source = resolve_source(config.model, config.train.prediction_type)
+    source = resolve_source(
+        config.model,
+        config.train.prediction_type,
+        rescale_betas_zero_snr=config.train.rescale_betas_zero_snr,
+    )
     family = family_of(source, config.model.family)
     if config.lora.train_text_encoder and not family.TEXT_ENCODERS:
         raise UserError(
