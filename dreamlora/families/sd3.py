@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
 from dreamlora.errors import UserError
-from dreamlora.families import _parts
+from dreamlora.families import _flow, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -26,6 +26,7 @@ from dreamlora.interfaces import (
 )
 from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
+from dreamlora.objectives.densities import LogitNormal
 
 PIPELINES: tuple[str, ...] = ("StableDiffusion3Pipeline",)
 PARTS: dict[Role, dict[str, Classes]] = {
@@ -60,10 +61,7 @@ PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 256
 PROMPT_TOKENIZER: str = "tokenizer_3"
 LENGTH_AXES: dict[str, int] = {}  # padding is attended, so it is a part of the model
-OWN_OPTIONS: tuple[str, ...] = (
-    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
-    *("negative_prompt", "max_sequence_length"),
-)
+OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
 LONGEST_PROMPT = 512
 """T5 tokens that StableDiffusion3Pipeline takes at most."""
@@ -83,17 +81,15 @@ call_options = _parts.guided
 
 
 def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode. Without T5 the text's "settings" have the width of
-    what takes its place.
+    """One part of the pipeline on the CPU, frozen, in eval mode; the "settings" have the width of prompt embeddings
+    besides.
 
     Raises:
         UserError: the folder or hub repository is missing, incomplete or holds pickles.
     """
     parts = loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
-    if role == "text":
-        (width,) = loading.read_sizes(source, DENOISER, "joint_attention_dim", WIDEST)
-        parts["settings"] = {**parts["settings"], "joint_attention_dim": width}
-    return parts
+    width = loading.read_sizes(source, DENOISER, "joint_attention_dim", WIDEST)[0]
+    return {**parts, "settings": {**parts["settings"], "joint_attention_dim": width}}
 
 
 def resolution(source: ModelSource) -> int:
@@ -187,22 +183,13 @@ def encode_images(vae: Components, pixels: Tensor) -> Latents:
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
-    """Rectified flow over the training sigmas of a fresh scheduler, whose static shift (3) is in them; the loss is of
-    the velocity.
+    """Rectified flow with the scheduler's static shift (3) and logit-normal times (arXiv 2403.03206, section 5.3); the
+    loss is of the velocity, where diffusers' script has that of the image (``--precondition_outputs``).
 
     Raises:
-        UserError: options of diffusion models are given.
+        UserError: see ``_flow.objective``.
     """
-    for option in ("prediction_type", "snr_gamma"):
-        if getattr(train, option) is not None:
-            raise UserError(f"--{option} is for diffusion models; Stable Diffusion 3 is a rectified flow")
-    return RectifiedFlow(
-        sigmas=FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas,
-        weighting_scheme=train.weighting_scheme,
-        logit_mean=train.logit_mean,
-        logit_std=train.logit_std,
-        mode_scale=train.mode_scale,
-    )
+    return _flow.objective(scheduler, train, shift="scheduler", density=LogitNormal(0.0, 1.0))
 
 
 def predict(

@@ -99,10 +99,11 @@ def test_the_second_generation_is_known_by_its_normed_attention_and_turbo_by_its
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (4, 0.0)
 
 
-def test_loss_weighs_all_times_alike_and_the_shift_is_in_the_times(without_t5):
-    """Not by σ², as where the loss is of the image that the velocity leads to."""
-    objective = sd3.objective(sd3.load(without_t5, "scheduler", None)["scheduler"], Train())
-    times = objective.draw_times(torch.tensor([[0.25, 0.5], [0.5, 0.5], [0.75, 0.5]]), (8, 8))
-    sigma = torch.tensor([0.75, 0.5, 0.25])  # they fall
+def test_times_are_logit_normal_and_shifted_and_the_loss_weighs_them_alike(without_t5):
+    scheduler = sd3.load(without_t5, "scheduler", None)["scheduler"]
+    uniforms = torch.tensor([[0.25, 0.5], [0.5, 0.5], [0.75, 0.5]])
+    times = sd3.objective(scheduler, Train()).draw_times(uniforms, (8, 8))
+    sigma = torch.sigmoid(torch.tensor([0.6745, 0.0, -0.6745]))  # the quartiles of a normal; sigmas fall
     torch.testing.assert_close(times, 3 * sigma / (1 + 2 * sigma), rtol=0, atol=2e-3)
-    assert torch.equal(objective.weight(times), torch.ones(3))
+    assert torch.equal(sd3.objective(scheduler, Train()).weight(times), torch.ones(3))
+    torch.testing.assert_close(sd3.objective(scheduler, Train(precondition_outputs=True)).weight(times), times**2)
