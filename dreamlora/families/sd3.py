@@ -28,6 +28,17 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 from dreamlora.objectives.densities import LogitNormal
 
+USUAL_PROMPT = 256
+"""T5 tokens that StableDiffusion3Pipeline takes unless told otherwise."""
+LONGEST_PROMPT = 512
+"""And at most."""
+TIMES = 1000
+"""What the transformer calls σ = 1."""
+LARGEST_SIDE = 1024
+"""Of the latents that a transformer was made for: 128 in all known ones."""
+WIDEST = 2**16
+"""Of prompt embeddings: 4096 in all known ones."""
+
 PIPELINES: tuple[str, ...] = ("StableDiffusion3Pipeline",)
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
@@ -58,19 +69,10 @@ LORA_LAYERS: tuple[str, ...] = (
 """All attention: also the second one (``attn2``) that the first blocks of 3.5 medium have."""
 TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 PROMPT_LENGTH: str = "max_sequence_length"
-PROMPT_DEFAULT: int | None = 256
+PROMPT_DEFAULT: int | None = USUAL_PROMPT
 PROMPT_TOKENIZER: str = "tokenizer_3"
 LENGTH_AXES: dict[str, int] = {}  # padding is attended, so it is a part of the model
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
-
-LONGEST_PROMPT = 512
-"""T5 tokens that StableDiffusion3Pipeline takes at most."""
-TIMES = 1000
-"""What the transformer calls σ = 1."""
-LARGEST_SIDE = 1024
-"""Of the latents that a transformer was made for: 128 in all known ones."""
-WIDEST = 2**16
-"""Of prompt embeddings: 4096 in all known ones."""
 
 latent_size = _parts.latent_size
 count_tokens = _parts.count_tokens
@@ -125,7 +127,7 @@ def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
 
 
 def _t5_length(max_length: int | None) -> int:
-    length = PROMPT_DEFAULT if max_length is None else max_length
+    length = USUAL_PROMPT if max_length is None else max_length
     if length > LONGEST_PROMPT:
         raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
     return length
@@ -167,14 +169,15 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     if "t5_embeds" not in tokens:
         tokens = encode_frozen(text, tokens)
     second = {name.removesuffix("_2"): ids for name, ids in tokens.items() if name.endswith("_2")}
-    states, pooled = zip(
-        _parts.clip_states(text["text_encoder"], text["tokenizer"], tokens, layer=-2),
-        _parts.clip_states(text["text_encoder_2"], text["tokenizer_2"], second, layer=-2),
-        strict=True,
-    )
-    t5, clip = tokens["t5_embeds"], torch.cat(states, dim=-1)
+    states, pooled = _parts.clip_states(text["text_encoder"], text["tokenizer"], tokens, layer=-2)
+    states_2, pooled_2 = _parts.clip_states(text["text_encoder_2"], text["tokenizer_2"], second, layer=-2)
+    assert pooled is not None and pooled_2 is not None  # this class has a projection
+    t5, clip = tokens["t5_embeds"], torch.cat([states, states_2], dim=-1)
     clip = functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-    return {"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": torch.cat(pooled, dim=-1)}
+    return {
+        "prompt_embeds": torch.cat([clip, t5], dim=1),
+        "pooled_prompt_embeds": torch.cat([pooled, pooled_2], dim=-1),
+    }
 
 
 def encode_images(vae: Components, pixels: Tensor) -> Latents:
