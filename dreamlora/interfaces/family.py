@@ -147,7 +147,8 @@ class Family(Protocol):
     PROMPT_DEFAULT: int | None
     """Its value unless given; None: the tokenizer's own."""
     PROMPT_TOKENIZER: str
-    """Component name of the tokenizer whose tokens decide how much of a prompt counts."""
+    """Component name of the tokenizer whose tokens decide how much of a prompt counts; where a pipeline lacks this
+    part, it is the first tokenizer that there is."""
     LENGTH_AXES: Mapping[str, int]
     """Of each tensor of ``encode_tokens`` (and ``encode_frozen``) whose length is the prompt's own the axis, the
     batch's being 0; none where padding is a part of the model. A batch is padded with zeros: a mask of ones tells."""
