@@ -182,7 +182,7 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
 
 def encode_images(vae: Components, pixels: Tensor) -> Latents:
     """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.encode_images(vae["vae"], pixels)
+    return _parts.vae_latents(vae, pixels)
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:

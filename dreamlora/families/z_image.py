@@ -147,7 +147,7 @@ encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's f
 
 def encode_images(vae: Components, pixels: Tensor) -> Latents:
     """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.encode_images(vae["vae"], pixels)
+    return _parts.vae_latents(vae, pixels)
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
