@@ -326,6 +326,6 @@ def test_autoencoder_without_posterior():
         num_decoder_blocks=(1, 1),
     )
     pixels = torch.rand(1, 3, 8, 8)
-    latents = _parts.encode_images(vae, pixels)
+    latents = _parts.vae_latents({"vae": vae}, pixels)
     torch.testing.assert_close(latents.mean, vae.encode(pixels).latents)
     assert not latents.std.any()
