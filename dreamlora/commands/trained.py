@@ -134,6 +134,7 @@ def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
         revision=config.revision or commit or inherited.get("revision"),
         variant=config.variant or inherited.get("variant"),
         pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path or inherited.get(_VAE),
+        text_encoder_out_layers=tuple(inherited.get("text_encoder_out_layers") or ()),
         cache_dir=config.cache_dir,
         allow_pickle=config.allow_pickle,
     )

@@ -130,6 +130,7 @@ _OF_FAMILIES = {
     "negative_prompt": "models with classifier-free guidance",
     "tokenizer_max_length": "models whose prompts CLIP alone reads",
     "max_sequence_length": "models whose prompts T5 or a language model reads",
+    "text_encoder_out_layers": "models whose prompts are some layers' states of a language model",
 }
 """What options are for that not all families use."""
 

@@ -45,6 +45,9 @@ class Model:
     """Weight variant of the hub repository, such as fp16."""
     pretrained_vae_model_name_or_path: str | None = None
     """An autoencoder to use instead of the pipeline's own."""
+    text_encoder_out_layers: tuple[int, ...] = ()
+    """Layers of the text encoder that make up FLUX.2's prompts. Default: the pipeline's; diffusers' [klein] script has
+    10 20 30."""
     cache_dir: Path | None = None
     """Where downloads from the hub are kept."""
     allow_pickle: bool = False
@@ -61,6 +64,8 @@ class Model:
     def __post_init__(self) -> None:
         if self.family is not None:
             _respell(self, "family", "families")
+        if any(layer < 0 for layer in self.text_encoder_out_layers):
+            raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
-"""FLUX.1: transformer over packed latents, CLIP (pooled) and T5 text encoders, rectified flow, guidance embedding."""
+"""FLUX.1, Kontext: transformer over packed latents, CLIP (pooled) and T5 text encoders, rectified flow, guidance input."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
-from dreamlora.families import _flow, _parts
+from dreamlora.families import _flow, _packed, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -25,7 +24,7 @@ from dreamlora.interfaces import (
 from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
-PIPELINES: tuple[str, ...] = ("FluxPipeline",)
+PIPELINES: tuple[str, ...] = ("FluxPipeline", "FluxKontextPipeline")
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
@@ -69,8 +68,7 @@ LONGEST_PROMPT = 512
 latent_size = _parts.latent_size
 encode_images = _parts.vae_latents
 count_tokens = _parts.count_tokens
-shows_images = _parts.shows_none
-encode_conditioning = _parts.nothing_shown
+encode_conditioning = _packed.conditioning
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.never_negative
 call_options = _parts.guided
@@ -159,49 +157,46 @@ def objective(scheduler: Any, train: Any) -> RectifiedFlow:
     return _flow.objective(scheduler, train, shift="none")
 
 
+def shows_images(source: ModelSource) -> bool:
+    """Kontext does."""
+    return bool(loading.read_settings(source, SETTINGS)["_class_name"] == "FluxKontextPipeline")
+
+
 def predict(
     denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
 ) -> Tensor:
     """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is FLUX.1-dev's guidance embedding.
 
     Raises:
-        UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
+        UserError: h or w is odd.
     """
     dtype = _parts.dtype_of(denoiser)
-    batch, channels, height, width = noisy.shape
-    if height % 2 or width % 2:
-        raise UserError(f"FLUX needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})")
+    sides = (noisy.shape[2], noisy.shape[3])
     prompt = conditioning["prompt_embeds"].to(dtype)
     guidance = (
-        torch.full((batch,), guidance_scale, device=noisy.device)
+        torch.full((len(noisy),), guidance_scale, device=noisy.device)
         if _parts.bare(denoiser).config.guidance_embeds
         else None
     )
+    tokens, ids = _packed.pack(noisy.to(dtype)), _packed.image_ids(sides[0] // 2, sides[1] // 2, noisy.device, dtype)
     packed = denoiser(
-        hidden_states=FluxPipeline._pack_latents(noisy.to(dtype).contiguous(), batch, channels, height, width),
+        hidden_states=_packed.with_conditioning(tokens, conditioning),
         timestep=times.to(dtype),
         guidance=guidance,
         pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
         encoder_hidden_states=prompt,
         txt_ids=torch.zeros(prompt.shape[1], 3, device=noisy.device, dtype=dtype),
-        img_ids=_image_ids(height // 2, width // 2, noisy.device, dtype),
+        img_ids=_packed.ids_with_conditioning(ids, conditioning),
         return_dict=False,
     )[0]
-    # the helper divides by the factor again: any even one gives the latents' own size
-    return FluxPipeline._unpack_latents(packed, height * 8, width * 8, vae_scale_factor=8)
+    return _packed.unpack(packed[:, : tokens.shape[1]], sides)
 
 
-@functools.lru_cache(maxsize=64)
-def _image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Positions of the patches ``[rows · columns, 3]``, kept for every size: they are made on the CPU, and a copy in
-    each forward pass would wait for all the GPU has to do.
-    """
-    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
-
-
-def pipeline(components: Components) -> FluxPipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return FluxPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+def pipeline(components: Components) -> Any:
+    """A stock pipeline of the class that the model names around these parts; parts not given are None."""
+    kontext = components["settings"]["_class_name"] == "FluxKontextPipeline"
+    pipeline_class = FluxKontextPipeline if kontext else FluxPipeline
+    return pipeline_class(**{name: components.get(name) for role in PARTS.values() for name in role})
 
 
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class ModelSource:
         vae_path: folder or hub name of an autoencoder that takes the place of the pipeline's own.
         vae_revision: commit of its repository; None for a folder.
         prediction_type: what the denoiser predicts, where that is not what its scheduler's config says.
+        text_layers: of the text encoder, whose states are a prompt's embedding; empty: the family's own.
         rescale_betas_zero_snr: whether the schedule ends in pure noise, whatever its config says.
     """
 
@@ -51,6 +52,7 @@ class ModelSource:
     cache_dir: Path | None = None
     allow_pickle: bool = False
     prediction_type: str | None = None
+    text_layers: tuple[int, ...] = ()
     rescale_betas_zero_snr: bool = False
 
     @property
@@ -98,10 +100,17 @@ class Latents:
 
 @dataclass(frozen=True)
 class SampleDefaults:
-    """How a family draws samples unless told otherwise."""
+    """How a family draws samples unless told otherwise.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: as the pipeline's call counts it.
+        negative_prompt: for pipelines that do not guide without one; None: the pipeline's own.
+    """
 
     num_inference_steps: int
     guidance_scale: float
+    negative_prompt: str | None = None
 
 
 class Family(Protocol):
@@ -138,7 +147,8 @@ class Family(Protocol):
     PROMPT_DEFAULT: int | None
     """Its value unless given; None: the tokenizer's own."""
     PROMPT_TOKENIZER: str
-    """Component name of the tokenizer whose tokens decide how much of a prompt counts."""
+    """Component name of the tokenizer whose tokens decide how much of a prompt counts; where a pipeline lacks this
+    part, it is the first tokenizer that there is."""
     LENGTH_AXES: Mapping[str, int]
     """Of each tensor of ``encode_tokens`` (and ``encode_frozen``) whose length is the prompt's own the axis, the
     batch's being 0; none where padding is a part of the model. A batch is padded with zeros: a mask of ones tells."""

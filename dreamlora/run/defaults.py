@@ -63,10 +63,12 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
             adam_weight_decay_text_encoder=_first(optim.adam_weight_decay_text_encoder, weight_decay),
         )
     subject = Subject.of(config.data.subject_prompt, config.data.class_prompt)
+    sample = with_subject(config.sample, subject)
     sample = replace(
-        with_subject(config.sample, subject),
+        sample,
         num_inference_steps=_first(config.sample.num_inference_steps, sampling.num_inference_steps),
         sample_guidance_scale=_first(config.sample.sample_guidance_scale, sampling.guidance_scale),
+        negative_prompt=_first(sample.negative_prompt, sampling.negative_prompt),
         num_images_per_prompt=_first(config.sample.num_validation_images, config.sample.num_images_per_prompt),
     )
     return replace(

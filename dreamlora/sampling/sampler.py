@@ -120,7 +120,8 @@ class SamplePlan:
         guidance_scale: classifier-free guidance, or the embedded guidance of distilled models.
         seed: of the first image; the others count up from it.
         negative_prompt: part of what is asked of the pipeline; kept here as it decides the picture.
-        batch_size: images per call of the pipeline.
+        batch_size: images per call of the pipeline; those that edit draw one by one, as some take all images that a
+            call is given for parts of one motif.
         width: in pixels; None: the pipeline's own.
         height: in pixels; None: the pipeline's own.
         shown: the image that each prompt edits; empty for models that do not edit.
@@ -136,6 +137,11 @@ class SamplePlan:
     width: int | None = None
     height: int | None = None
     shown: Shown = field(default_factory=dict)
+
+    @property
+    def at_once(self) -> int:
+        """Images per call of the pipeline."""
+        return 1 if self.shown else self.batch_size
 
     def items(self) -> list[SampleItem]:
         """Prompt by prompt; seeds ``seed, seed + 1, ...`` in that order."""
@@ -179,7 +185,7 @@ def plan_of(
         guidance_scale=defaults.guidance_scale if guidance is None else guidance,
         num_images_per_prompt=sample.num_validation_images or sample.num_images_per_prompt,
         seed=sample.sample_seed,
-        negative_prompt=sample.negative_prompt,
+        negative_prompt=defaults.negative_prompt if sample.negative_prompt is None else sample.negative_prompt,
         batch_size=batch_size,
         width=side,
         height=side,
@@ -212,9 +218,10 @@ def draw(pipeline: Any, plan: SamplePlan, asked: Asked, rank: int = 0, world: in
     """
     items = plan.items()
     share = items[rank::world]
-    calls = math.ceil(math.ceil(len(items) / world) / plan.batch_size)
+    size = plan.at_once
+    calls = math.ceil(math.ceil(len(items) / world) / size)
     for call in range(calls):
-        batch = share[call * plan.batch_size : (call + 1) * plan.batch_size]
+        batch = share[call * size : (call + 1) * size]
         drawn = draw_batch(pipeline, plan, batch or items[:1], asked)
         yield from drawn if batch else ()
 
@@ -239,10 +246,12 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
 
 
 def _size(pipeline: Any, plan: SamplePlan) -> dict[str, int]:
-    """Of the images. Pipelines that fit what is asked for into an area are given that of the plan."""
+    """Of the images. Pipelines that would choose another one, in an area of their own, are kept from that."""
     size = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
-    if len(size) == 2 and "max_area" in inspect.signature(pipeline.__call__).parameters:
-        size["max_area"] = size["width"] * size["height"]
+    if len(size) == 2:
+        known = inspect.signature(pipeline.__call__).parameters
+        own = {"max_area": size["width"] * size["height"], "_auto_resize": False}
+        size |= {name: value for name, value in own.items() if name in known}
     return size
 
 
@@ -278,7 +287,7 @@ def _untouched(pipeline: Any) -> Iterator[None]:
         stack.enter_context(_replaced(pipeline, "scheduler", scheduler))
         stack.enter_context(_evaluating(_modules(pipeline)))
         stack.enter_context(_silenced(pipeline))
-        stack.enter_context(_decoding_in_own_precision(getattr(pipeline, "vae", None)))
+        stack.enter_context(_in_own_precision(getattr(pipeline, "vae", None)))
         yield
 
 
@@ -332,19 +341,21 @@ def _silenced(pipeline: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _decoding_in_own_precision(vae: Any) -> Iterator[None]:
+def _in_own_precision(vae: Any) -> Iterator[None]:
     """Keep autocast away from the autoencoder: in fp16 many overflow, and the images come out black."""
     if vae is None:
         yield
         return
-    original = vae.decode
 
-    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(latents.device.type, enabled=False):
-            return original(latents.to(vae.dtype), *args, **kwargs)
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def compute(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(tensor.device.type, enabled=False):
+                return original(tensor.to(vae.dtype), *args, **kwargs)
 
-    vae.decode = decode
+        return compute
+
+    vae.encode, vae.decode = wrapped(vae.encode), wrapped(vae.decode)
     try:
         yield
     finally:
-        del vae.decode
+        del vae.encode, vae.decode

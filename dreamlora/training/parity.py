@@ -146,8 +146,7 @@ def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
     family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
     sample = expected.sample
     guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
-    tokenizer = text[family.PROMPT_TOKENIZER]
-    if family.prompt_limit(tokenizer, length) == family.prompt_limit(tokenizer, family.PROMPT_DEFAULT):
+    if length in (None, family.PROMPT_DEFAULT):
         return prompting(guidance)
 
     @torch.no_grad()

@@ -104,7 +104,7 @@ def test_pickles_of_the_hub_are_refused_too(folder, tmp_path):
     with pytest.raises(UserError, match=r"owner/name/unet: the weights are expected as .*--allow_pickle"):
         sd.load(source("owner/name", cache_dir=hub.cache), "denoiser", torch.float32)
     allowed = source("owner/name", cache_dir=hub.cache, allow_pickle=True)
-    assert sd.load(allowed, "denoiser", torch.float32).keys() == {"unet"}
+    assert sd.load(allowed, "denoiser", torch.float32).keys() == {"unet", "settings"}
 
 
 def test_incomplete_folder(folder):
@@ -326,6 +326,6 @@ def test_autoencoder_without_posterior():
         num_decoder_blocks=(1, 1),
     )
     pixels = torch.rand(1, 3, 8, 8)
-    latents = _parts.encode_images(vae, pixels)
+    latents = _parts.vae_latents({"vae": vae}, pixels)
     torch.testing.assert_close(latents.mean, vae.encode(pixels).latents)
     assert not latents.std.any()

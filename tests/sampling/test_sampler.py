@@ -257,3 +257,12 @@ def test_plan_of_options() -> None:
     plan = plan_of(Sample(num_inference_steps=5, num_validation_images=2), defaults, ["a dog"], 64, 8)
     assert plan == SamplePlan(("a dog",), 5, 3.0, 2, seed=42, batch_size=8, width=64, height=64)
     assert plan_of(Sample(sample_guidance_scale=0.0), defaults, ["a dog"], 64, 8).guidance_scale == 0.0
+
+
+def test_a_family_can_have_a_negative_prompt_of_its_own() -> None:
+    """Some pipelines do not guide without one; an empty one is one that is given."""
+    defaults = SampleDefaults(num_inference_steps=20, guidance_scale=3.0, negative_prompt=" ")
+    found = [
+        plan_of(Sample(negative_prompt=given), defaults, ["a dog"], 64, 8).negative_prompt for given in (None, "", "x")
+    ]
+    assert found == [" ", "", "x"]

@@ -80,6 +80,9 @@ class Tiny:
         latents: channels and sides of their latents.
         prompt_limit: tokens that count of a prompt, with ``length``.
         filler: a letter or word that is one token.
+        mended: takes a stock pipeline and gives it back without a known mistake in what it makes of prompts.
+        idle: parts of names of adapted layers that the prediction does not depend on: the last that becomes of the
+            prompt in transformers of two streams.
     """
 
     save: Callable[[Path], Path]
@@ -97,3 +100,5 @@ class Tiny:
     side: int = 16
     latents: tuple[int, int, int] = (4, 8, 8)
     filler: str = "a"
+    mended: Callable[[Any], Any] = lambda pipeline: pipeline
+    idle: tuple[str, ...] = ()
