@@ -25,7 +25,7 @@ from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
-from dreamlora.models.loading import family_of, resolve_source
+from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
 from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import tell_everyone, wait_for_everyone
@@ -183,7 +183,9 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
 def _doubt(context: RunContext, images: defaults.ImageCounts) -> None:
     """Tell of values that can hardly be meant and of flags that do nothing here."""
     own, world = context.family.resolution(context.source), context.accelerator.num_processes
-    for doubt in doubts(context.config, defaults.facts(context.config, context.family, own, images.epoch, world)):
+    scheduler = read_config(context.source, SCHEDULER)
+    facts = defaults.facts(context.config, context.family, scheduler, own, images.epoch, world)
+    for doubt in doubts(context.config, facts):
         context.warn(doubt)
 
 
@@ -195,11 +197,7 @@ def _start(config: RunConfig) -> RunContext:
     if config.train.push_to_hub:
         upload.check_hub(config)
     set_tf32(config.model.allow_tf32)
-    source = resolve_source(
-        config.model,
-        config.train.prediction_type,
-        rescale_betas_zero_snr=config.train.rescale_betas_zero_snr,
-    )
+    source = resolve_source(config.model, config.train.prediction_type, None, config.train.rescale_betas_zero_snr)
     family = family_of(source, config.model.family)
     if config.lora.train_text_encoder and not family.TEXT_ENCODERS:
         raise UserError(
