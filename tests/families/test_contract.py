@@ -90,8 +90,15 @@ def call(case, pipeline: Any, arguments: dict[str, Any], **more: Any) -> torch.T
     pipeline.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(5 + number) for number in range(2)]
     side = case.tiny.side
-    options = {"height": side, "width": side, "num_inference_steps": 2, "generator": generator, "output_type": "pt"}
-    return pipeline(**arguments, **(options | more)).images
+    options = {
+        "height": side,
+        "width": side,
+        "num_inference_steps": 2,
+        "generator": generator,
+        "output_type": "pt",
+    } | more
+    case.tiny.prepare(pipeline, options["height"], options["width"])
+    return pipeline(**arguments, **options).images
 
 
 def test_module_has_every_member_with_the_contracts_signature(case):
