@@ -28,7 +28,7 @@ from dreamlora.objectives import RectifiedFlow
 USUAL_PROMPT = 128
 """Tokens that HiDreamImagePipeline takes unless told otherwise."""
 LONGEST_PROMPT = 512
-CLIP_LENGTH = 218
+LONGEST_CLIP = 218
 """Tokens that the pipeline gives CLIP at most."""
 TIMES = 1000
 """What the transformer calls σ = 1."""
@@ -122,9 +122,9 @@ def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -
     length = prompt_limit(text["tokenizer_4"], max_length)
     text["tokenizer_4"].pad_token = text["tokenizer_4"].eos_token  # as HiDreamImagePipeline has it
     tokens: Conditioning = {}
-    for end, longest in (("", CLIP_LENGTH), ("_2", CLIP_LENGTH), ("_3", length), ("_4", length)):
+    for end, most in (("", LONGEST_CLIP), ("_2", LONGEST_CLIP), ("_3", None), ("_4", None)):
         tokenizer = text[f"tokenizer{end}"]
-        ids = _parts.token_ids(tokenizer, prompts, min(length, longest, tokenizer.model_max_length))
+        ids = _parts.token_ids(tokenizer, prompts, min(length, most or tokenizer.model_max_length))
         tokens |= {f"{name}{end}": value for name, value in ids.items()}
     return tokens
 

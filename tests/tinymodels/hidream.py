@@ -20,6 +20,8 @@ from tests.tinymodels.parts import clip, clip_tokenizer, kl_vae, t5, t5_tokenize
 from tests.tinymodels.tiny import Seen, Tiny, flow
 
 LENGTH = 16
+CLIP_LENGTH = 248
+"""More than CLIP's own 77, as in the real ones."""
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
@@ -29,7 +31,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
     inner.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<|begin|>", eos_token="<|end|>", model_max_length=64
+        tokenizer_object=inner, bos_token="<|begin|>", eos_token="<|end|>", model_max_length=256
     )
 
 
@@ -43,7 +45,7 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_hidden_layers=3,
             num_attention_heads=2,
             num_key_value_heads=2,
-            max_position_embeddings=64,
+            max_position_embeddings=256,
         )
     )
 
@@ -51,7 +53,7 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def save(folder: Path, **more: Any) -> Path:
     """Latents have 4 channels; two pixels of a side are one of their places."""
     torch.manual_seed(0)
-    tokenizers = [clip_tokenizer(), clip_tokenizer(), t5_tokenizer(), llama_tokenizer()]
+    tokenizers = [clip_tokenizer(CLIP_LENGTH), clip_tokenizer(CLIP_LENGTH), t5_tokenizer(), llama_tokenizer()]
     transformer = HiDreamImageTransformer2DModel(
         patch_size=2,
         in_channels=4,
