@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,7 +280,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients
     optimizer, lr_scheduler = optimizer_of(context, accelerator.unwrap_model(model), options)
     objective = context.family.objective(components["scheduler"], config.train)
-    caption = CaptionPlan.of(config.data, config.train.seed).draw
+    caption = caption_plan(context).draw
     learned, data = pictures.train, config.data
     sources = [
         Source(
@@ -321,11 +322,19 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     return run
 
 
+def caption_plan(context: RunContext) -> CaptionPlan:
+    """A caption that is dropped becomes what the pipeline is guided away from unless told otherwise, which some
+    families encode otherwise than a prompt.
+    """
+    config, nothing = context.config, context.family.negative_prompt(context.source, math.inf, None)
+    return CaptionPlan.of(config.data, config.train.seed, dropped=nothing or "")
+
+
 def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Components | None]:
     """Captions to embeddings (the text encoder is gone then); or to token ids, with the text encoder to train."""
-    plan = CaptionPlan.of(context.config.data, context.config.train.seed)
+    plan = caption_plan(context)
     prompts = itertools.chain(
-        ("", context.guidance(context.config.sample.negative_prompt).encoded_negative or ""),
+        (plan.dropped, context.guidance(context.config.sample.negative_prompt).encoded_negative or ""),
         (*pictures.prompts, *pictures.eval_prompts),
         (text for record in pictures.train for text in plan.texts(record.captions)),
         (record.caption for record in itertools.chain(pictures.measured, pictures.learned)),
