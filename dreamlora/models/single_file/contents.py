@@ -85,7 +85,7 @@ _WHOLE_NUMBERS = (
 def _refuse_other_kinds(file: Path) -> None:
     with opened(file) as stream:
         beginning = stream.read(9)
-    if beginning == b"GGUF" or file.suffix.lower() == ".gguf":
+    if beginning.startswith(b"GGUF") or file.suffix.lower() == ".gguf":
         raise UserError(f"{file} is quantized (GGUF): {_WHOLE_NUMBERS}")
     pickled = beginning.startswith(_PICKLED) and beginning[8:] != b"{"  # which is where safetensors' header begins
     if pickled or file.suffix.lower() in PICKLES:

@@ -32,7 +32,7 @@ from dreamlora.models.local import INDEX
 from dreamlora.models.single_file import clip, configs
 from dreamlora.models.single_file.contents import Contents
 from dreamlora.models.single_file.kinds import UNET, VAE, Encoder, Kind, Prediction
-from dreamlora.models.single_file.others import AUTOENCODERS
+from dreamlora.models.single_file.others import check_autoencoder
 from dreamlora.reading import shortened_text
 
 Tensors = dict[str, Tensor]
@@ -109,7 +109,7 @@ def write_autoencoder(
         build: makes one.
         folder: to be written.
     """
-    prefix = next(prefix for prefix in AUTOENCODERS if f"{prefix}encoder.conv_in.weight" in contents.shapes)
+    prefix = check_autoencoder(contents)
     original = contents.has(f"{prefix}encoder.down.")
     if original and config.get("_class_name") != "AutoencoderKL":
         raise UserError(

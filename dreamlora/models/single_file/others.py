@@ -11,6 +11,8 @@ from dreamlora.models.single_file.contents import Contents
 
 _LORA = re.compile(r"\.lora_|\.lora\.|^lora_|lora_(up|down|A|B)\b|\.hada_|\.lokr_|\.oft_|\.dora_scale|\.diff$")
 _EMBEDDINGS = {"emb_params", "clip_l", "clip_g", "string_to_param", "<placeholder>"}
+_AUTOENCODERS = ("first_stage_model.", "vae.", "")
+"""What the names of an autoencoder's tensors begin with, in whole models and alone."""
 _FOLDER = "give the whole model as a folder in diffusers' format, or its hub name"
 
 
@@ -23,7 +25,10 @@ def _addition(contents: Contents) -> str | None:
     """For what belongs to a model and is none."""
     names = contents.shapes
     if any(_LORA.search(name) for name in names):
-        return "is a LoRA, not a model. Give the model that it belongs to here, and the LoRA to `dreamlora sample --lora` or `dreamlora evaluate --lora`"
+        return (
+            "is a LoRA, not a model. Give the model that it belongs to here, and the LoRA to `dreamlora sample --lora` or "
+            "`dreamlora evaluate --lora`"
+        )
     if names.keys() <= _EMBEDDINGS:
         return "is an embedding of words (textual inversion), not a model: give the model that it belongs to"
     if contents.has("control_model.", "controlnet_", "control_", "input_hint_block."):
@@ -36,7 +41,9 @@ def _addition(contents: Contents) -> str | None:
 def _part(contents: Contents) -> str | None:
     """For one part of a model."""
     names = contents.shapes
-    if is_autoencoder(contents) and not contents.has("model.", "text_encoders.", "cond_stage_model.", "conditioner."):
+    if autoencoder_prefix(contents) is not None and not contents.has(
+        "model.", "text_encoders.", "cond_stage_model.", "conditioner."
+    ):
         return (
             "is an autoencoder alone: the denoiser and the text encoders are missing. Give a whole model here, and "
             "this file to --pretrained_vae_model_name_or_path"
@@ -48,28 +55,26 @@ def _part(contents: Contents) -> str | None:
     return None
 
 
-def is_autoencoder(contents: Contents) -> bool:
-    """Whether an autoencoder of images is in the file."""
+def autoencoder_prefix(contents: Contents) -> str | None:
+    """What the names of the tensors of the autoencoder in a file begin with; None: there is none in it."""
     ends = ("encoder.conv_in.weight", "decoder.conv_in.weight")
-    return all(any(f"{prefix}{end}" in contents.shapes for prefix in AUTOENCODERS) for end in ends)
+    return next((prefix for prefix in _AUTOENCODERS if all(f"{prefix}{end}" in contents.shapes for end in ends)), None)
 
 
-def check_autoencoder(contents: Contents) -> None:
-    """Nothing, if an autoencoder is in the file, alone or in a whole model.
+def check_autoencoder(contents: Contents) -> str:
+    """The same where one is wanted, alone or in a whole model.
 
     Raises:
-        UserError: there is none; the message says what it is.
+        UserError: there is none; the message says what the file holds.
     """
-    if not is_autoencoder(contents):
+    prefix = autoencoder_prefix(contents)
+    if prefix is None:
         raise UserError(
             f"{contents.file} has no autoencoder (encoder.conv_in.weight and decoder.conv_in.weight, alone or below "
             f"first_stage_model.): it holds {contents.outline()}. Give --pretrained_vae_model_name_or_path the file "
             "of one, or a folder in diffusers' format"
         )
-
-
-AUTOENCODERS = ("first_stage_model.", "vae.", "")
-"""What the names of an autoencoder's tensors begin with, in whole models and alone."""
+    return prefix
 
 
 def _newer_model(contents: Contents) -> str | None:
