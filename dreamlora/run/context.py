@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from accelerate import Accelerator
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import RunConfig
 from dreamlora.data.cache import TensorCache
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource

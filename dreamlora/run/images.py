@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.dataset import examine, split_holdout
 from dreamlora.data.images import ImageRecord
