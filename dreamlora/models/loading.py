@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, Model
 from dreamlora.errors import UserError
-from dreamlora.interfaces import Classes, Components, Family, ModelSource, Settings
+from dreamlora.interfaces import Classes, Components, Family, ModelSource, Role, Settings
 from dreamlora.models import configs
 from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, check_config, load_part
 from dreamlora.models.fetching import Place, commit_of, find_file, identity
@@ -93,14 +93,22 @@ def family_of(source: ModelSource, name: str | None = None) -> Family:
         UserError: no family handles it, and the message lists what is supported; or see ``load_components``.
     """
     family = cast(Family, registry.load("families", name)) if name is not None else _by_pipeline(source)
-    index = read_model_index(source)
-    for parts in family.PARTS.values():
-        for part, allowed in parts.items():
-            if part in family.OPTIONAL and _lacks(index, part):
-                continue
-            part_class = _class(_entry(source, part, index), part, allowed, place_of(source, part))
-            check_config(part_class, place_of(source, part))
+    for _, part, part_class in part_classes(source, family):
+        check_config(part_class, place_of(source, part))
     return family
+
+
+def part_classes(source: ModelSource, family: Family) -> Iterator[tuple[Role, str, Any]]:
+    """Role, name and class of every part that a pipeline has.
+
+    Raises:
+        UserError: one that it needs is missing, or is of a class that the family does not know.
+    """
+    index = read_model_index(source)
+    for role, parts in family.PARTS.items():
+        for part, allowed in parts.items():
+            if not (part in family.OPTIONAL and _lacks(index, part)):
+                yield role, part, _class(_entry(source, part, index), part, allowed, place_of(source, part))
 
 
 def _by_pipeline(source: ModelSource) -> Family:

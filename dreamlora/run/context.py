@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
+from dreamlora.models.inventory import Part
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
@@ -28,6 +29,7 @@ class RunContext:
     """What every stage of a run works with.
 
     Attributes:
+        inventory: the parts of the model, as they lie on disk or on the hub.
         eval_price: of the evaluation loss, once it is known how often it is measured.
         timings: seconds by stage, for the report.
         warnings: what the person should know, for the report.
@@ -38,6 +40,7 @@ class RunContext:
     family: Family
     source: ModelSource
     parts: Parts
+    inventory: Sequence[Part] = ()
     eval_price: Price | None = None
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
