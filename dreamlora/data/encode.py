@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -108,6 +110,26 @@ def encode_dataset(
         Recent(filling.cache, filling.ram_bytes),
         lambda record: [wanted for wanted, _ in mask_plan(record, how)],
     )
+
+
+def bytes_of(records: Sequence[ImageRecord], how: Preparations, latents: LatentSize | None) -> int:
+    """How much the latents of all variants of all images are at most; 0 where it is not known what latents are."""
+    if latents is None:
+        return 0
+    most = [1 if own.center_crop else own.crop_variants * (1 + own.random_flip) for own in how.each]
+    sizes = Counter((record.dataset, how[record].target(record.facts.size)) for record in records)
+    return sum(count * most[number] * _bytes(_latent_layout(size, latents)) for (number, size), count in sizes.items())
+
+
+def bytes_lacking(records: Sequence[ImageRecord], how: Preparations, filling: Filling) -> int:
+    """How much of them the cache does not hold yet. Each entry is looked up, which takes a while for many images."""
+    wanted = {place for record in records for place, _ in _plan(record, how, filling)}
+    return sum(_bytes(place.layout or ()) for place in wanted if filling.cache.look(place, thorough=False) is None)
+
+
+def _bytes(layout: Layout) -> int:
+    """Of an entry, whose numbers are float32."""
+    return sum(4 * math.prod(side or 1 for side in shape) for _, _, shape in layout)
 
 
 def encode_prompts(

@@ -155,7 +155,7 @@ encode_frozen = encode_tokens  # none of the encoders trains: the stock pipeline
 
 def encode_images(vae: Components, pixels: Tensor) -> Latents:
     """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.encode_images(vae["vae"], pixels)
+    return _parts.vae_latents(vae, pixels)
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,14 +18,14 @@ from transformers.utils.logging import disable_progress_bar
 from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, Model
 from dreamlora.errors import UserError
-from dreamlora.interfaces import Classes, Components, Family, ModelSource, Settings
+from dreamlora.interfaces import Classes, Components, Family, ModelSource, Role, Settings
 from dreamlora.models import configs
 from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, check_config, load_part
 from dreamlora.models.fetching import Place, commit_of, find_file, identity
 from dreamlora.models.local import INDEX, is_single_file, vae_file
 from dreamlora.models.schedules import as_trained
-from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.models.single_file.resolve import autoencoder_of, pipeline_of
+from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.reading import Schema, UnreadableError, read_json, shortened
 
 SCHEDULER = "scheduler"
@@ -39,17 +39,11 @@ def resolve_source(
 ) -> ModelSource:
     """Where the model comes from, and the id that caches know it by.
 
-<<<<<<< HEAD
-    The id of a folder holds a fingerprint of its files, that of a hub repository its commit, and both hold the id of an
-    autoencoder that replaces theirs, and layers of the text encoder that are not the usual ones: what another model
-    made is never taken for this one's. What a branch of the hub points to is looked up here alone, and every part is
-    loaded from that commit, though the branch may move.
-=======
     The id of a folder or single file holds a fingerprint of it, that of a hub repository its commit, and all hold the
-    id of an autoencoder that replaces theirs: latents made by another model are never taken for this one's. What a
-    branch of the hub points to is looked up here alone, and every part is loaded from that commit, though the branch
-    may move. A single file is converted to a folder here, unless that was done before.
->>>>>>> h-single
+    id of an autoencoder that replaces theirs, and layers of the text encoder that are not the usual ones: what another
+    model made is never taken for this one's. What a branch of the hub points to is looked up here alone, and every part
+    is loaded from that commit, though the branch may move. A single file is converted to a folder here, unless that was
+    done before.
 
     Args:
         model: the options.
@@ -124,14 +118,22 @@ def family_of(source: ModelSource, name: str | None = None) -> Family:
         UserError: no family handles it, and the message lists what is supported; or see ``load_components``.
     """
     family = cast(Family, registry.load("families", name)) if name is not None else _by_pipeline(source)
-    index = read_model_index(source)
-    for parts in family.PARTS.values():
-        for part, allowed in parts.items():
-            if part in family.OPTIONAL and _lacks(index, part):
-                continue
-            part_class = _class(_entry(source, part, index), part, allowed, place_of(source, part))
-            check_config(part_class, place_of(source, part))
+    for _, part, part_class in part_classes(source, family):
+        check_config(part_class, place_of(source, part))
     return family
+
+
+def part_classes(source: ModelSource, family: Family) -> Iterator[tuple[Role, str, Any]]:
+    """Role, name and class of every part that a pipeline has.
+
+    Raises:
+        UserError: one that it needs is missing, or is of a class that the family does not know.
+    """
+    index = read_model_index(source)
+    for role, parts in family.PARTS.items():
+        for part, allowed in parts.items():
+            if not (part in family.OPTIONAL and _lacks(index, part)):
+                yield role, part, _class(_entry(source, part, index), part, allowed, place_of(source, part))
 
 
 def _by_pipeline(source: ModelSource) -> Family:
