@@ -6,9 +6,10 @@ A mistake is one message that names the flag, or the file and its key.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,24 @@ _FLAG = re.compile(r"--?[A-Za-z]")
 def flag_in(word: str) -> str | None:
     """The option that a word such as ``--lora-layers`` or ``--rank=8`` names; None for a value, such as -1."""
     return word.partition("=")[0].lstrip("-").replace("-", "_") if _FLAG.match(word) else None
+
+
+def divided(argv: Sequence[str], own: Collection[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that are for a program's own options, and those for another's beside them.
+
+    Args:
+        own: names of options.
+    """
+    mine: list[str] = []
+    others: list[str] = []
+    taker = mine
+    for word in argv:
+        name = flag_in(word)
+        if name is not None:
+            is_own = name in own or name.removeprefix("no_") in own or word in ("-h", "--help")
+            taker = mine if is_own else others
+        taker.append(word)
+    return mine, others
 
 
 def from_argv(
@@ -157,8 +176,9 @@ def value_of(option: Option, given: Any, where: str = "") -> Any:
 
 def near_names(name: str, options: Mapping[str, Option], dashes: str) -> str:
     """The end of a message about a name that does not exist: those it may have meant."""
+    close = functools.partial(difflib.get_close_matches, name, options)
     near = [option for option in options if option.startswith(name)]
-    near = near[:3] or difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+    near = near[:3] or close(n=1, cutoff=0.85) or close(n=3, cutoff=0.6)
     if not near:
         return "."
     if len(near) > 1:

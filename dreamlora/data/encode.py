@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -46,7 +48,6 @@ class Filling:
         ram_bytes: bound of what a store keeps in RAM.
         latents: what the autoencoder makes, so that entries can be told from what it cannot have made; None: unknown.
         describe: what else is kept of an image (``Family.describe_views``).
-        encode_conditioning: of pixels ``[1, 3, H, W]`` (``Family.encode_conditioning``).
         length_axes: see ``Family.LENGTH_AXES``. Where there are any, prompts are encoded one by one, without padding.
         progress: show a bar (in the process of rank 0).
     """
@@ -60,7 +61,6 @@ class Filling:
     ram_bytes: int = RAM_BYTES
     latents: LatentSize | None = None
     describe: Callable[[Sequence[View]], Conditioning] = _nothing
-    encode_conditioning: Callable[[Tensor], Conditioning] = _nothing
     length_axes: Mapping[str, int] = field(default_factory=dict)
     progress: bool = True
 
@@ -77,7 +77,11 @@ class Filling:
 
 
 def encode_dataset(
-    records: Sequence[ImageRecord], how: Preparations, encode: Callable[[Tensor], Latents], filling: Filling
+    records: Sequence[ImageRecord],
+    how: Preparations,
+    encode: Callable[[Tensor], Latents],
+    filling: Filling,
+    encode_conditioning: Callable[[Tensor], Conditioning] = _nothing,
 ) -> LatentStore:
     """Encode all variants of all images that the cache lacks, and crop their masks.
 
@@ -87,6 +91,7 @@ def encode_dataset(
         encode: takes pixels ``[B, 3, H, W]`` float32 in [-1, 1] on the CPU. Not called if nothing is missing, so it may
             load the autoencoder when first called.
         filling: where and how.
+        encode_conditioning: takes pixels ``[1, 3, H, W]`` of images before an edit (``Family.encode_conditioning``).
 
     Raises:
         UserError: an image is broken or changes meanwhile, its latents are not finite, or the cache cannot be written.
@@ -109,7 +114,7 @@ def encode_dataset(
     share = RecordSubset(records, conditioned[filling.rank :: filling.world])
     bar = filling.bar(share, "conditioning image", len(share))
     with torch.no_grad():
-        store_conditioning(bar, how, filling.encode_conditioning, filling.cache, filling.key_parts)
+        store_conditioning(bar, how, encode_conditioning, filling.cache, filling.key_parts)
     return LatentStore(
         records,
         lambda record: [wanted for wanted, _ in _plan(record, how, filling)],
@@ -117,6 +122,26 @@ def encode_dataset(
         lambda record: [wanted for wanted, _ in mask_plan(record, how)],
         lambda record: [wanted for wanted, _ in conditioning_plan(record, how, filling.key_parts)],
     )
+
+
+def bytes_of(records: Sequence[ImageRecord], how: Preparations, latents: LatentSize | None) -> int:
+    """How much the latents of all variants of all images are at most; 0 where it is not known what latents are."""
+    if latents is None:
+        return 0
+    most = [1 if own.center_crop else own.crop_variants * (1 + own.random_flip) for own in how.each]
+    sizes = Counter((record.dataset, how[record].target(record.facts.size)) for record in records)
+    return sum(count * most[number] * _bytes(_latent_layout(size, latents)) for (number, size), count in sizes.items())
+
+
+def bytes_lacking(records: Sequence[ImageRecord], how: Preparations, filling: Filling) -> int:
+    """How much of them the cache does not hold yet. Each entry is looked up, which takes a while for many images."""
+    wanted = {place for record in records for place, _ in _plan(record, how, filling)}
+    return sum(_bytes(place.layout or ()) for place in wanted if filling.cache.look(place, thorough=False) is None)
+
+
+def _bytes(layout: Layout) -> int:
+    """Of an entry, whose numbers are float32."""
+    return sum(4 * math.prod(side or 1 for side in shape) for _, _, shape in layout)
 
 
 def encode_prompts(

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import Records, hash_prefixes
 from dreamlora.data.companions import Companions
 from dreamlora.data.conditioning import ConditionedRecords, list_conditioning

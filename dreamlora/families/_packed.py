@@ -54,7 +54,7 @@ def conditioning(vae: Components, pixels: Tensor) -> Conditioning:
 
 
 def with_conditioning(tokens: Tensor, conditioning: Conditioning) -> Tensor:
-    """Tokens ``[B, N, 4 C]`` of noisy latents, and behind them those of the images before the edit, if there are any."""
+    """Tokens ``[B, N, 4 C]`` of noisy latents, and behind them those of the images before the edit, if any."""
     shown = conditioning.get(SHOWN)
     return tokens if shown is None else torch.cat([tokens, pack(shown.to(tokens.dtype))], dim=1)
 

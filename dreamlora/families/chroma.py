@@ -87,7 +87,7 @@ def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
     """``prompt_embeds`` ``[B, L, D]`` and ``prompt_attention_mask`` ``[B, L]``, bool: of the tokens that count, and of
     one pad after them, which the transformer was trained to see.
 
-    A mask of numbers, which ChromaPipeline makes of prompts, would mask nothing: attention adds it (diffusers#13619).
+    Numbers, which ChromaPipeline makes of prompts, would mask nothing: attention adds them (diffusers#13619).
     """
     if "prompt_embeds" in tokens:
         return {name: tokens[name] for name in LENGTH_AXES}
@@ -137,8 +137,18 @@ def predict(
 
 
 def pipeline(components: Components) -> ChromaPipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return ChromaPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+    """A stock pipeline around these parts, with masks of prompts that mask (see ``encode_frozen``); parts not given are
+    None.
+    """
+    made = ChromaPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+    stock = made._get_t5_prompt_embeds
+
+    def masked(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        embeds, numbers = stock(*args, **kwargs)
+        return embeds, numbers.bool()
+
+    made._get_t5_prompt_embeds = masked
+    return made
 
 
 def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:

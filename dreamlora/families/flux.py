@@ -1,4 +1,4 @@
-"""FLUX.1, Kontext: transformer over packed latents, CLIP (pooled) and T5 text encoders, rectified flow, guidance input."""
+"""FLUX.1, Kontext: transformer over packed latents, CLIP (pooled) and T5 as text encoders, rectified flow."""
 
 from __future__ import annotations
 

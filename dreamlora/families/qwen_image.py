@@ -11,7 +11,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
-from dreamlora.families import _chat, _flow, _parts, _qwen_vae
+from dreamlora.families import _chat, _flow, _packed, _parts, _qwen_vae
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -161,7 +161,7 @@ def predict(
     """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is not used (no guidance embedding).
 
     Raises:
-        UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
+        UserError: see ``velocity``.
     """
     return velocity(denoiser, [noisy], times, conditioning)
 
@@ -176,32 +176,22 @@ def velocity(denoiser: nn.Module, images: Sequence[Tensor], times: Tensor, condi
         conditioning: of ``encode_tokens``.
 
     Raises:
-        UserError: h or w is odd.
+        UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
     """
     dtype = _parts.dtype_of(denoiser)
-    batch, _, height, width = images[0].shape
     mask = conditioning["prompt_embeds_mask"].bool()
-    packed = denoiser(
-        hidden_states=torch.cat([_packed(latents.to(dtype)) for latents in images], dim=1),
+    shapes = [(1, latents.shape[2] // 2, latents.shape[3] // 2) for latents in images]
+    tokens = denoiser(
+        hidden_states=torch.cat([_packed.pack(latents.to(dtype)) for latents in images], dim=1),
         timestep=times.to(dtype),
         encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
         # as in the pipeline; looking waits for the GPU, but attention without a mask is the faster one
         encoder_hidden_states_mask=None if mask.all() else mask,
-        img_shapes=[[(1, latents.shape[2] // 2, latents.shape[3] // 2) for latents in images]] * batch,
+        img_shapes=[shapes] * len(times),
         return_dict=False,
     )[0]
-    first = packed[:, : height * width // 4]
-    # the helper divides by the factor again: any even one gives the latents' own size
-    return QwenImagePipeline._unpack_latents(first, height * 8, width * 8, vae_scale_factor=8)[:, :, 0]
-
-
-def _packed(latents: Tensor) -> Tensor:
-    batch, channels, height, width = latents.shape
-    if height % 2 or width % 2:
-        raise UserError(
-            f"Qwen-Image needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})"
-        )
-    return QwenImagePipeline._pack_latents(latents.contiguous(), batch, channels, height, width)
+    height, width = images[0].shape[2:]
+    return _packed.unpack(tokens[:, : height * width // 4], (height, width))
 
 
 def pipeline(components: Components) -> QwenImagePipeline:

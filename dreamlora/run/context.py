@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from accelerate import Accelerator
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import RunConfig
 from dreamlora.data.cache import TensorCache
-from dreamlora.data.cache_folder import cache_folder
+from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
+from dreamlora.models.inventory import Part
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
@@ -29,6 +32,7 @@ class RunContext:
     """What every stage of a run works with.
 
     Attributes:
+        inventory: the parts of the model, as they lie on disk or on the hub.
         eval_price: of the evaluation loss, once it is known how often it is measured.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         timings: seconds by stage, for the report.
@@ -40,6 +44,7 @@ class RunContext:
     family: Family
     source: ModelSource
     parts: Parts
+    inventory: Sequence[Part] = ()
     eval_price: Price | None = None
     shown: Shown = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
@@ -62,6 +67,14 @@ class RunContext:
         if self.accelerator.is_main_process:
             logger.warning(text)
         self.warnings.append(f"{text}{details}")
+
+    @property
+    def caption_plan(self) -> CaptionPlan:
+        """Which caption is seen when. One that is dropped becomes what the pipeline is guided away from unless told
+        otherwise, which some families encode otherwise than a prompt.
+        """
+        nothing = self.family.negative_prompt(self.source, math.inf, None)
+        return CaptionPlan.of(self.config.data, self.config.train.seed, dropped=nothing or "")
 
     @property
     def subject(self) -> Subject:

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.dataset import examine, split_holdout
 from dreamlora.data.images import IMAGE_BYTES, ImageRecord, decode
 from dreamlora.data.sets import load_sets
 from dreamlora.data.transforms import Preparations, enlargement
 from dreamlora.errors import UserError
-from dreamlora.lora.inject import target_layers
 from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.processes import main_first, wait_for_everyone
 from dreamlora.reading import read_bytes
@@ -193,9 +192,6 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
 
     def drawer() -> prior.Drawer:
         loaded = base.pipeline()
-        # here the denoiser is at hand: a wrong --lora_layers must not show only after all images are made
-        layers = context.config.lora.lora_layers or context.family.LORA_LAYERS
-        target_layers(getattr(loaded, context.family.DENOISER), layers)
         return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(plan.negative_prompt)))
 
     with context.timed("class images"):

@@ -230,9 +230,10 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     """Draw these images in one call of the pipeline.
 
     Raises:
-        UserError: something is asked for that the pipeline does not know.
+        UserError: something is asked for that the pipeline does not know, or fewer steps than it can draw in.
     """
     prompts = [item.prompt for item in items]
+    _refuse_single_step(pipeline, plan)
     options = _size(pipeline, plan)
     with _untouched(pipeline):
         pixels = pipeline(
@@ -259,6 +260,14 @@ def _known(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if "negative_prompt" in arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys():
         raise UserError(f"--negative_prompt: {type(pipeline).__name__} takes no negative prompt; leave it out")
     return arguments
+
+
+def _refuse_single_step(pipeline: Any, plan: SamplePlan) -> None:
+    """Such a scheduler stretches the steps between the first, which is all noise, and the last: one alone gives NaN."""
+    if plan.num_inference_steps == 1 and getattr(pipeline.scheduler.config, "shift_terminal", None):
+        raise UserError(
+            "--num_inference_steps 1: the model's scheduler (shift_terminal in its config) draws in 2 steps or more"
+        )
 
 
 def _drawn(item: SampleItem, pixels: np.ndarray) -> Drawn:

@@ -7,6 +7,7 @@ precision it differs by rounding that adds up over the denoising steps.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +143,15 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
 
 
 def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
-    """The pipeline reads the prompt itself, as a user's does. It cannot read another number of tokens."""
+    """The pipeline reads the prompt itself, as a user's does, if it makes of it what training did: it knows no other
+    number of tokens and no other layers of the text encoder, and some know no negative prompt.
+    """
     family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
     sample = expected.sample
     guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
-    if length in (None, family.PROMPT_DEFAULT):
+    known = inspect.signature(fresh.pipeline().__call__).parameters
+    usual = length in (None, family.PROMPT_DEFAULT) and not fresh.source.text_layers
+    if usual and (guidance.negative is None or "negative_prompt" in known):
         return prompting(guidance)
 
     @torch.no_grad()

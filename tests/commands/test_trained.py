@@ -144,3 +144,24 @@ def test_another_base_model_inherits_nothing(run: Any) -> None:
     assert isinstance(found, TrainedRun)
     model = model_of(SampleConfig(lora=(Path("dog"),), pretrained_model_name_or_path="owner/other"), found)
     assert (model.pretrained_model_name_or_path, model.revision, model.variant) == ("owner/other", None, None)
+
+
+def test_the_schedule_is_that_of_the_run(run: Any) -> None:
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    found = under_test(run("zero", **options), run("alike", **options))
+    assert found.source.predictor_id.endswith(" with v_prediction and zero terminal SNR")
+    scheduler = found.parts.pipeline().scheduler
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+
+
+def test_runs_of_different_schedules_are_refused(run: Any) -> None:
+    zero = run("zero", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    plain = run("plain", prediction_type="v_prediction", rescale_betas_zero_snr=False)
+    words = "zero to predict v_prediction with zero terminal SNR, plain to predict v_prediction. No model draws both"
+    with pytest.raises(UserError, match=words):
+        under_test(zero, plain)
+
+
+def test_runs_before_the_option_are_as_those_without_it(run: Any) -> None:
+    assert under_test(run("old"), run("new", rescale_betas_zero_snr=False)).source.predictor_id.startswith("sd@")

@@ -99,6 +99,7 @@ def call(case, pipeline: Any, arguments: dict[str, Any], **more: Any) -> torch.T
     options |= more
     if "max_area" in inspect.signature(pipeline.__call__).parameters:  # else it draws a megapixel
         options |= {"max_area": options["height"] * options["width"], "_auto_resize": False}
+    case.tiny.prepare(pipeline, options["height"], options["width"])
     copied = {name: [*value] if isinstance(value, list) else value for name, value in arguments.items()}
     # some write what they make of prompts into the list given
     return case.tiny.mended(pipeline)(**copied, **options).images

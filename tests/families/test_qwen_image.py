@@ -18,6 +18,7 @@ from dreamlora.families import qwen_image
 from dreamlora.interfaces import Components, Conditioning, ModelSource
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.models import loading
+from dreamlora.sampling.sampler import SamplePlan, draw
 from tests.tinymodels.qwen_image import save
 
 TIMES = torch.tensor([0.3, 0.8])
@@ -25,7 +26,7 @@ TIMES = torch.tensor([0.3, 0.8])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "qwen")
+    return save(tmp_path_factory.mktemp("models") / "qwen", shift_terminal=0.02)
 
 
 def source_of(folder: Path) -> ModelSource:
@@ -139,6 +140,13 @@ def test_guidance_needs_a_negative_prompt(folder: Path) -> None:
     assert qwen_image.negative_prompt(source, own.guidance_scale, own.negative_prompt) == " "
     assert qwen_image.negative_prompt(source, 4.0, "blurry") == "blurry"
     assert qwen_image.negative_prompt(source, 1.0, "blurry") is None
+
+
+def test_one_step_is_none_for_such_a_scheduler(parts: Components) -> None:
+    """The stock pipeline would divide by zero."""
+    plan = SamplePlan(("a cat",), num_inference_steps=1, guidance_scale=1.0, width=16, height=16)
+    with pytest.raises(UserError, match=r"--num_inference_steps 1: .* 2 steps or more"):
+        list(draw(qwen_image.pipeline(parts), plan, lambda prompts: {"prompt": prompts}))
 
 
 @pytest.mark.parametrize("name", ["latents_mean", "latents_std"])

@@ -50,8 +50,10 @@ def qwen_vae() -> AutoencoderKLQwenImage:
     )
 
 
-def save(folder: Path) -> Path:
-    """Latents have 4 channels; two pixels of a side are one of their places."""
+def save(folder: Path, *, shift_terminal: float | None = None) -> Path:
+    """Latents have 4 channels; two pixels of a side are one of their places. The real scheduler has a last sigma of
+    0.02, and so cannot draw in one step.
+    """
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
     text_encoder = Qwen2_5_VLForConditionalGeneration(
@@ -85,7 +87,11 @@ def save(folder: Path) -> Path:
     )
     QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=0.9,
+            max_image_seq_len=8192,
+            shift_terminal=shift_terminal,
         ),
         vae=qwen_vae(),
         text_encoder=text_encoder,

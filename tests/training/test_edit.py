@@ -132,7 +132,7 @@ def test_what_is_wrong_is_told_before_the_model_loads(case, flags, pairs, sd_fol
     picture(9).save(pairs[1] / "other.png")
     with pytest.raises(UserError, match=r"belongs to no image, such as other\.png"):
         train_with(flags)
-    with pytest.raises(UserError, match="--conditioning_data_dir: .* edits no images"):
+    with pytest.raises(UserError, match=r"--conditioning_data_dir: .* edits no images"):
         train_with([*flags, "--pretrained_model_name_or_path", str(sd_folder)])
     with pytest.raises(UserError, match="--with_prior_preservation makes class images"):
         train_with([*flags, "--with_prior_preservation", "--class_prompt", "dog"])

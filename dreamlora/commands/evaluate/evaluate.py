@@ -17,6 +17,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from dreamlora import registry
+from dreamlora.cache_folder import cache_folder
 from dreamlora.cli.saved import saved_group
 from dreamlora.commands.evaluate.drawing import Job, Sheet, draw_sheet, share_of
 from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
@@ -37,7 +38,6 @@ from dreamlora.commands.trained import (
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.config import EMBEDDED_MODEL, OWN_IMAGES, Data, Encoders, instance_prompt_of
 from dreamlora.data.cache import TensorCache
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine, split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord, holds_images
