@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dreamlora.__main__ import main
 from dreamlora.config import Model
 from dreamlora.errors import UserError, WriteError
 from dreamlora.models import loading
@@ -699,3 +702,33 @@ def test_header_is_all_that_is_read_to_recognize_it(made: Made) -> None:
         "check_model(Model(pretrained_model_name_or_path=sys.argv[1])); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(made.file("xl"))], check=True)
+
+
+# Through the programs
+
+
+def test_a_run_and_its_samples(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained on a file, drawn with a copy of it that has another name; the original is gone by then."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(4):
+        Image.new("RGB", (72, 80), (60 * number, 90, 200)).save(photos / f"{number}.png")
+    file = Path(shutil.copy(made.file("1"), tmp_path / "mine.safetensors"))
+    flags = "dreambooth --resolution 64 --max_train_steps 1 --num_inference_steps 1 --sample_steps 0"
+    flags += " --eval_steps 1 --final_eval_items 2"
+    places = ["--instance_data_dir", str(photos), "--output_dir", str(tmp_path / "run"), "--instance_prompt", "a sks"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([*flags.split(), *places, "--pretrained_model_name_or_path", str(file)])
+    assert noted_id(tmp_path / "run") == resolved(file).model_id
+    copy = file.rename(tmp_path / "copy.safetensors")
+    drawing = ["sample", "--lora", str(tmp_path / "run"), "--prompts", "a sks", "--output_dir", str(tmp_path / "drawn")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([*drawing, "--pretrained_model_name_or_path", str(copy)])
+    assert (tmp_path / "drawn" / "grid.png").is_file()
+    assert "was trained on" not in capsys.readouterr().err  # as is said of another model
+
+
+def noted_id(run: Path) -> str:
+    """The base model's, as the run has noted it."""
+    noted: dict[str, str] = json.loads((run / "base_model.json").read_text(encoding="utf-8"))
+    return noted["id"]
