@@ -36,7 +36,8 @@ class Model:
     """Which model is trained, and how it is held in memory."""
 
     pretrained_model_name_or_path: str = EMBEDDED_MODEL
-    """A diffusers pipeline: a folder, a hub name, or "tiny" for the embedded model."""
+    """A diffusers pipeline: a folder, a hub name, a whole model in one .safetensors file, or "tiny" for the embedded
+    model."""
     family: str | None = None
     """Model family; by default read from the pipeline's model_index.json."""
     revision: str | None = None
@@ -44,12 +45,12 @@ class Model:
     variant: str | None = None
     """Weight variant of the hub repository, such as fp16."""
     pretrained_vae_model_name_or_path: str | None = None
-    """An autoencoder to use instead of the pipeline's own."""
+    """An autoencoder to use instead of the pipeline's own: a folder, a hub name or a .safetensors file."""
     text_encoder_out_layers: tuple[int, ...] = ()
     """Layers of the text encoder that make up FLUX.2's prompts. Default: the pipeline's; diffusers' [klein] script has
     10 20 30."""
     cache_dir: Path | None = None
-    """Where downloads from the hub are kept."""
+    """Where downloads from the hub, and what single files are converted to, are kept."""
     allow_pickle: bool = False
     """Accept .bin/.ckpt weights. They can run any code while they load: only for files you trust."""
     gradient_checkpointing: bool = False

@@ -56,7 +56,7 @@ def resolve_source(
     """
     name, cache, variant = model.pretrained_model_name_or_path, model.cache_dir, model.variant
     if is_single_file(name):
-        folder, own_id = pipeline_of(Path(name), cache)
+        folder, own_id = pipeline_of(Path(name), cache, prediction_type)
         path, revision, variant = str(folder), None, None
     else:
         path = _embedded() if name == EMBEDDED_MODEL else name

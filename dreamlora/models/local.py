@@ -11,6 +11,8 @@ from dreamlora.models.single_file.kinds import recognize
 from dreamlora.models.single_file.others import check_autoencoder
 
 INDEX = "model_index.json"
+SINGLE_FILES = (".safetensors", ".ckpt", ".gguf")
+"""No repository of a pipeline is called so."""
 
 
 def check_model(model: Model) -> None:
@@ -40,7 +42,7 @@ def local_file(path: str, name: str) -> Path | None:
     """A file of a folder; None if ``path`` can be a hub repository.
 
     Raises:
-        UserError: there is no such folder or file, or the path is a file.
+        UserError: there is no such folder or file, or the path is a file, or can only be one.
     """
     local = Path(path)
     if local.is_file():
@@ -49,6 +51,8 @@ def local_file(path: str, name: str) -> Path | None:
         if not (local / name).is_file():
             raise UserError(f"{path}: no {name}; the folder of a whole model, written by save_pretrained, is needed")
         return local / name
+    if path.lower().endswith(SINGLE_FILES):
+        raise UserError(f"no such file: {path}")
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise UserError(f"no such folder: {path}")
     return None

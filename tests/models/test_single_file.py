@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dreamlora.__main__ import main
 from dreamlora.config import Model
 from dreamlora.errors import UserError, WriteError
 from dreamlora.models import loading
 from dreamlora.models.local import check_model
-from dreamlora.models.single_file import configs, conversion
+from dreamlora.models.single_file import configs, conversion, resolve
 from dreamlora.models.single_file.contents import Contents, read_contents
-from dreamlora.models.single_file.kinds import STABLE_DIFFUSION_1, STABLE_DIFFUSION_XL, Prediction, recognize
+from dreamlora.models.single_file.kinds import (
+    STABLE_DIFFUSION_1,
+    STABLE_DIFFUSION_XL,
+    Prediction,
+    prediction_of,
+    recognize,
+)
 from tests import singlefiles
 from tests.fuzzing import fuzzed, harmless
 from tests.limits import file_size_limit
@@ -32,6 +43,7 @@ from tests.limits import file_size_limit
 KINDS = ("1", "2", "xl")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 F16 = torch.float16
+ONE = torch.zeros(2, 2)
 
 
 class Made:
@@ -228,10 +240,18 @@ PREDICTIONS: dict[str, tuple[str, dict[str, Any], dict[str, str], tuple[str, boo
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_what_it_predicts(made: Made, tmp_path: Path, name: str) -> None:
     kind, more, metadata, expected = PREDICTIONS[name]
-    file = singlefiles.save_original(made.pipeline(kind), tmp_path / "x.safetensors", metadata, **more)
-    source = resolved(file)
-    config = loading.family_of(source).load(source, "scheduler", None)["scheduler"].config
-    assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == expected
+    known = recognize(read_contents(made.file(kind)))
+    save_file({"x": ONE, **more}, tmp_path / "x.safetensors", metadata or None)
+    prediction = prediction_of(read_contents(tmp_path / "x.safetensors"), known)
+    config = configs.scheduler_config(known, prediction)
+    assert (config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]) == expected
+
+
+def test_the_scheduler_of_a_marked_file(made: Made, tmp_path: Path) -> None:
+    file = singlefiles.save_original(made.pipeline("xl"), tmp_path / "x.safetensors", v_pred=SCALAR, ztsnr=SCALAR)
+    scheduler = loading.family_of(source := resolved(file)).load(source, "scheduler", None)["scheduler"]
+    assert (scheduler.config.prediction_type, scheduler.config.timestep_spacing) == ("v_prediction", "trailing")
+    assert scheduler.alphas_cumprod[-1] < 1e-6
 
 
 def test_a_guess_is_told_with_the_flag_against_it(made: Made, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -246,6 +266,21 @@ def test_a_guess_is_told_with_the_flag_against_it(made: Made, caplog: pytest.Log
         made.pipeline("2"), tmp_path / "b.safetensors", {"modelspec.prediction_type": "epsilon"}
     )
     assert loading.family_of(source).resolution(resolved(base)) == 512
+
+
+def test_no_guess_is_told_where_the_run_says_what_is_predicted(made: Made, caplog: Any, tmp_path: Path) -> None:
+    file = Path(shutil.copy(made.file("2"), tmp_path / "told.safetensors"))
+    source = loading.resolve_source(model(file), prediction_type="epsilon")
+    scheduler = loading.family_of(source).load(source, "scheduler", None)["scheduler"]
+    assert scheduler.config.prediction_type == "epsilon"
+    assert "told" not in "".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+
+
+@pytest.mark.parametrize("path", ["gone.safetensors", "models/gone.SAFETENSORS", "/a/b/gone.ckpt", "gone.gguf"])
+def test_a_file_that_is_not_there(path: str) -> None:
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        with pytest.raises(UserError, match=f"no such file: {path}"):
+            check_model(Model(**{name: path}))  # type: ignore[arg-type]
 
 
 def test_a_variant_is_for_folders(made: Made) -> None:
@@ -282,9 +317,6 @@ def bare(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def channels(count: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return lambda tensors: tensors | {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, count, 3, 3)}
-
-
-ONE = torch.zeros(2, 2)
 
 
 def save(tensors: dict[str, Tensor], file: Path) -> None:
@@ -571,7 +603,7 @@ def test_models_are_kept_where_downloads_are(made: Made, tmp_path: Path, cache: 
 def test_too_little_room_is_told_before(made: Made, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(made.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"about the same size \(0\.0 GiB\).*has room for 0\.0 GiB.*--cache_dir"):
+    with pytest.raises(UserError, match=r"about the same size \(26 MiB\).*has room for 0 MiB.*--cache_dir"):
         resolved(made.file("1"))
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
@@ -607,22 +639,26 @@ def test_what_a_killed_process_left_is_removed(made: Made, cache: Path) -> None:
     assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == [folder.name]
 
 
-def test_two_processes_at_once_convert_once(made: Made, cache: Path) -> None:
-    code = (
-        "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from dreamlora.config import Model\n"
-        "from dreamlora.models.loading import resolve_source\n"
-        "print(resolve_source(Model(pretrained_model_name_or_path=sys.argv[1])).path)"
-    )
-    command = [sys.executable, "-c", code, str(made.file("xl"))]
-    started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-        for _ in range(2)
-    ]
-    ended = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0], ended
-    assert len({out for out, _ in ended}) == 1
-    assert sum("is converted to a diffusers folder" in told for _, told in ended) == 1
+def test_two_processes_at_once_convert_once(made: Made, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each holds the file and would write it; the one that is late finds what the other wrote."""
+    file, written = made.file("xl"), tmp_path / "written"
+
+    def slow(*arguments: Any) -> None:
+        with written.open("a", encoding="utf-8") as record:
+            record.write("x")
+        time.sleep(0.5)
+        conversion.write_pipeline(*arguments)
+
+    monkeypatch.setattr(resolve, "write_pipeline", slow)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=resolved, args=(file,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert written.read_text(encoding="utf-8") == "x"
+    assert resolved(file).path == str(cache / Path(resolved(file).path).name)
 
 
 def test_a_disk_without_locks(made: Made, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,3 +702,33 @@ def test_header_is_all_that_is_read_to_recognize_it(made: Made) -> None:
         "check_model(Model(pretrained_model_name_or_path=sys.argv[1])); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(made.file("xl"))], check=True)
+
+
+# Through the programs
+
+
+def test_a_run_and_its_samples(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained on a file, drawn with a copy of it that has another name; the original is gone by then."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(4):
+        Image.new("RGB", (72, 80), (60 * number, 90, 200)).save(photos / f"{number}.png")
+    file = Path(shutil.copy(made.file("1"), tmp_path / "mine.safetensors"))
+    flags = "dreambooth --resolution 64 --max_train_steps 1 --num_inference_steps 1 --sample_steps 0"
+    flags += " --eval_steps 1 --final_eval_items 2"
+    places = ["--instance_data_dir", str(photos), "--output_dir", str(tmp_path / "run"), "--instance_prompt", "a sks"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([*flags.split(), *places, "--pretrained_model_name_or_path", str(file)])
+    assert noted_id(tmp_path / "run") == resolved(file).model_id
+    copy = file.rename(tmp_path / "copy.safetensors")
+    drawing = ["sample", "--lora", str(tmp_path / "run"), "--prompts", "a sks", "--output_dir", str(tmp_path / "drawn")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([*drawing, "--pretrained_model_name_or_path", str(copy)])
+    assert (tmp_path / "drawn" / "grid.png").is_file()
+    assert "was trained on" not in capsys.readouterr().err  # as is said of another model
+
+
+def noted_id(run: Path) -> str:
+    """The base model's, as the run has noted it."""
+    noted: dict[str, str] = json.loads((run / "base_model.json").read_text(encoding="utf-8"))
+    return noted["id"]

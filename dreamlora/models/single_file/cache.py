@@ -51,8 +51,9 @@ def kept(file: Path, digest: str, cache_dir: Path | None, write: Callable[[Path]
     """
     cache = cache_dir or cache_folder()
     folder = own_place(cache) / PLACE / digest
-    if _is_whole(folder, cache):
-        return folder
+    for there in (folder, cache / PLACE / digest):  # the second is that of the cache's owner
+        if _is_whole(there, cache):
+            return there
     try:
         make_folder(folder.parent)
         with _alone(folder):
@@ -70,13 +71,13 @@ def kept(file: Path, digest: str, cache_dir: Path | None, write: Callable[[Path]
 def _make(file: Path, folder: Path, write: Callable[[Path], None]) -> None:
     for left in folder.parent.glob(f".{folder.name}.*.tmp*"):  # by a process that was killed: nobody else is here
         remove(left)
-    size, free = file.stat().st_size, shutil.disk_usage(folder.parent).free
-    if free < size:
+    needed, free = file.stat().st_size, shutil.disk_usage(folder.parent).free
+    if free < needed:
         raise UserError(
-            f"{file} is kept as a diffusers folder of about the same size ({_gigabytes(size)}), and {folder.parent} "
-            f"has room for {_gigabytes(free)}: make room there, or choose another place with --cache_dir"
+            f"{file} is kept as a diffusers folder of about the same size ({_size(needed)}), and {folder.parent} "
+            f"has room for {_size(free)}: make room there, or choose another place with --cache_dir"
         )
-    logger.info("%s is converted to a diffusers folder, once: %s (%s)", file, folder, _gigabytes(size))
+    logger.info("%s is converted to a diffusers folder, once: %s (%s)", file, folder, _size(needed))
     with replacing_folder(folder) as temporary:
         write(temporary)
         sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in _files(temporary)}
@@ -119,5 +120,5 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -6,7 +6,7 @@ from typing import Any
 
 from dreamlora.errors import UserError
 from dreamlora.models.single_file.contents import Contents, Shapes
-from dreamlora.models.single_file.kinds import UNET, VAE, Encoder, Kind, Prediction
+from dreamlora.models.single_file.kinds import UNET, VAE, ClipEncoder, ModelKind, Prediction
 
 VOCABULARY = 49408
 """Tokens of CLIP."""
@@ -17,7 +17,7 @@ _MOST = 100
 """Of layers and blocks in a row; all known models have fewer than 40."""
 
 
-def unet_config(contents: Contents, kind: Kind, prediction: Prediction) -> dict[str, Any]:
+def unet_config(contents: Contents, kind: ModelKind, prediction: Prediction) -> dict[str, Any]:
     """For UNet2DConditionModel.
 
     Raises:
@@ -56,12 +56,12 @@ def unet_config(contents: Contents, kind: Kind, prediction: Prediction) -> dict[
     return config
 
 
-def _latents(kind: Kind, prediction: Prediction) -> int:
+def _latents(kind: ModelKind, prediction: Prediction) -> int:
     """Stable Diffusion 2 base, which predicts noise, was made for images as those of version 1."""
     return 64 if kind.latents == 96 and prediction.type == "epsilon" else kind.latents
 
 
-def vae_config(contents: Contents, kind: Kind) -> dict[str, Any]:
+def vae_config(contents: Contents, kind: ModelKind) -> dict[str, Any]:
     """For AutoencoderKL; raises as ``unet_config``."""
     shapes = _Part(contents, VAE, "autoencoder")
     levels = shapes.count("encoder.down.{}.block.0.conv1.weight")
@@ -83,7 +83,7 @@ def vae_config(contents: Contents, kind: Kind) -> dict[str, Any]:
     }
 
 
-def text_config(contents: Contents, encoder: Encoder) -> dict[str, Any]:
+def text_config(contents: Contents, encoder: ClipEncoder) -> dict[str, Any]:
     """For CLIPTextModel, with or without projection; raises as ``unet_config``."""
     shapes = _Part(contents, encoder.prefix, encoder.name.replace("_", " "))
     names = _NAMES[encoder.layout]
@@ -128,7 +128,7 @@ _NAMES = {
 }
 
 
-def scheduler_config(kind: Kind, prediction: Prediction) -> dict[str, Any]:
+def scheduler_config(kind: ModelKind, prediction: Prediction) -> dict[str, Any]:
     """Stable Diffusion's schedule, which all its descendants have."""
     zero = prediction.zero_terminal_snr
     return {

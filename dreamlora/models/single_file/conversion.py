@@ -31,7 +31,7 @@ from dreamlora.models.configs import in_one_line
 from dreamlora.models.local import INDEX
 from dreamlora.models.single_file import clip, configs
 from dreamlora.models.single_file.contents import Contents
-from dreamlora.models.single_file.kinds import UNET, VAE, Encoder, Kind, Prediction
+from dreamlora.models.single_file.kinds import UNET, VAE, ClipEncoder, ModelKind, Prediction
 from dreamlora.models.single_file.others import check_autoencoder
 from dreamlora.reading import shortened_text
 
@@ -68,7 +68,7 @@ class _ToWrite:
     prefix: str
 
 
-def write_pipeline(contents: Contents, kind: Kind, prediction: Prediction, folder: Path) -> None:
+def write_pipeline(contents: Contents, kind: ModelKind, prediction: Prediction, folder: Path) -> None:
     """Write the model as a diffusers folder.
 
     Raises:
@@ -132,7 +132,7 @@ def _of_diffusers(
     return _ToWrite(name, what, _DIFFUSERS, config, lambda: module_class.from_config(config), convert, prefix)
 
 
-def _text_encoder(contents: Contents, encoder: Encoder) -> _ToWrite:
+def _text_encoder(contents: Contents, encoder: ClipEncoder) -> _ToWrite:
     config = configs.text_config(contents, encoder)
     module_class = getattr(transformers, encoder.class_name)
 

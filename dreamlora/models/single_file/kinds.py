@@ -29,7 +29,7 @@ Layout = Literal["clip", "open_clip"]
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ClipEncoder:
     """One text encoder.
 
     Attributes:
@@ -57,7 +57,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelKind:
     """A kind of models.
 
     Attributes:
@@ -74,7 +74,7 @@ class Kind:
 
     name: str
     pipeline: str
-    encoders: tuple[Encoder, ...]
+    encoders: tuple[ClipEncoder, ...]
     heads: int | None
     latents: int
     scaling_factor: float
@@ -87,10 +87,10 @@ _CLIP_L = {"layout": "clip", "activation": "quick_gelu", "pad_token": "<|endofte
 _NO_CHECKER = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 _DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
 
-STABLE_DIFFUSION_1 = Kind(
+STABLE_DIFFUSION_1 = ModelKind(
     name="Stable Diffusion 1.x",
     pipeline="StableDiffusionPipeline",
-    encoders=(Encoder("text_encoder", "cond_stage_model.transformer.", **_CLIP_L),),  # type: ignore[arg-type]
+    encoders=(ClipEncoder("text_encoder", "cond_stage_model.transformer.", **_CLIP_L),),  # type: ignore[arg-type]
     heads=8,
     latents=64,
     scaling_factor=0.18215,
@@ -98,10 +98,10 @@ STABLE_DIFFUSION_1 = Kind(
     settings=_NO_CHECKER,
     unet={},
 )
-STABLE_DIFFUSION_2 = Kind(
+STABLE_DIFFUSION_2 = ModelKind(
     name="Stable Diffusion 2.x",
     pipeline="StableDiffusionPipeline",
-    encoders=(Encoder("text_encoder", "cond_stage_model.model.", "open_clip", most_layers=23),),
+    encoders=(ClipEncoder("text_encoder", "cond_stage_model.model.", "open_clip", most_layers=23),),
     heads=None,
     latents=96,
     scaling_factor=0.18215,
@@ -109,12 +109,12 @@ STABLE_DIFFUSION_2 = Kind(
     settings=_NO_CHECKER,
     unet={"upcast_attention": True},
 )
-STABLE_DIFFUSION_XL = Kind(
+STABLE_DIFFUSION_XL = ModelKind(
     name="Stable Diffusion XL",
     pipeline="StableDiffusionXLPipeline",
     encoders=(
-        Encoder("text_encoder", "conditioner.embedders.0.transformer.", **_CLIP_L),  # type: ignore[arg-type]
-        Encoder("text_encoder_2", "conditioner.embedders.1.model.", "open_clip", "CLIPTextModelWithProjection"),
+        ClipEncoder("text_encoder", "conditioner.embedders.0.transformer.", **_CLIP_L),  # type: ignore[arg-type]
+        ClipEncoder("text_encoder_2", "conditioner.embedders.1.model.", "open_clip", "CLIPTextModelWithProjection"),
     ),
     heads=None,
     latents=128,
@@ -141,7 +141,7 @@ class Prediction:
     note: str | None = None
 
 
-def recognize(contents: Contents) -> Kind:
+def recognize(contents: Contents) -> ModelKind:
     """The kind of model that a file holds.
 
     Raises:
@@ -171,7 +171,7 @@ def recognize(contents: Contents) -> Kind:
     return kind
 
 
-def _by_text_encoder(contents: Contents) -> Kind:
+def _by_text_encoder(contents: Contents) -> ModelKind:
     file = contents.file
     if contents.has(_REFINER) and not contents.has("conditioner.embedders.1."):
         raise UserError(
@@ -195,7 +195,7 @@ def _by_text_encoder(contents: Contents) -> Kind:
     return kind
 
 
-def prediction_of(contents: Contents, kind: Kind) -> Prediction:
+def prediction_of(contents: Contents, kind: ModelKind) -> Prediction:
     """What the model predicts: as the file's marks say, else its metadata, else what is usual.
 
     Raises:

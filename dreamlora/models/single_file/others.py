@@ -26,8 +26,8 @@ def _addition(contents: Contents) -> str | None:
     names = contents.shapes
     if any(_LORA.search(name) for name in names):
         return (
-            "is a LoRA, not a model. Give the model that it belongs to here, and the LoRA to `dreamlora sample` or "
-            "`dreamlora evaluate`"
+            "is a LoRA, not a model. Give the model that it belongs to here, and the LoRA to `dreamlora sample --lora` "
+            "or `dreamlora evaluate --lora`"
         )
     if names.keys() <= _EMBEDDINGS:
         return "is an embedding of words (textual inversion), not a model: give the model that it belongs to"

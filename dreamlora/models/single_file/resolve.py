@@ -37,8 +37,13 @@ class Converted(NamedTuple):
     id: str
 
 
-def pipeline_of(file: Path, cache_dir: Path | None) -> Converted:
+def pipeline_of(file: Path, cache_dir: Path | None, prediction_type: str | None = None) -> Converted:
     """The pipeline in a file, as a folder.
+
+    Args:
+        file: of a whole model.
+        cache_dir: where models are kept.
+        prediction_type: that the run asks for, so that a guess does not matter.
 
     Raises:
         UserError: it is no model of a known kind, or see ``cache.kept``.
@@ -46,7 +51,7 @@ def pipeline_of(file: Path, cache_dir: Path | None) -> Converted:
     contents = read_contents(file)
     kind = recognize(contents)
     prediction = prediction_of(contents, kind)
-    if prediction.note:
+    if prediction.note and prediction_type is None:
         tell_once(prediction.note)
     digest = file_fingerprint(file, VERSION)
     folder = cache.kept(file, digest, cache_dir, lambda own: write_pipeline(contents, kind, prediction, own))
