@@ -11,9 +11,11 @@ from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen3VLTextConfig
 
 from dreamlora.errors import UserError
-from dreamlora.families import _chat, _flow, _packed, _parts, _qwen_vae, qwen_image
+from dreamlora.families import _chat, _flow, _packed, _parts, _qwen_vae
+from dreamlora.families._qwen_prompt import AFTER, BEFORE, DROPPED, END
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -54,10 +56,6 @@ PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_embeds_mask": 1}
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "negative_prompt")
 
-BEFORE, AFTER = qwen_image.TEMPLATE
-DROPPED = qwen_image.DROPPED
-END = 5
-"""Tokens after the prompt, which count as its own."""
 TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 """Layers whose states the transformer is given, unless the pipeline says others; 0 are the embeddings."""
 
@@ -89,8 +87,9 @@ def _check_settings(source: ModelSource) -> None:
     taps = _taps(settings)
     wanted = loading.read_config(source, DENOISER).get("num_text_layers", len(TAPS))
     text = loading.read_config(source, "text_encoder").get("text_config")
-    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
-    fits = isinstance(layers, int) and all(isinstance(tap, int) and -layers <= tap + 1 <= layers + 1 for tap in taps)
+    said = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    layers = said if isinstance(said, int) else Qwen3VLTextConfig().num_hidden_layers  # configs leave defaults out
+    fits = all(isinstance(tap, int) and -layers - 1 <= tap <= layers for tap in taps)
     if len(taps) != wanted or not fits:
         raise UserError(
             f"{source.path}: model_index.json says text_encoder_select_layers: {list(taps)}, where {wanted} of the "

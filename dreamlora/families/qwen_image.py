@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dreamlora.errors import UserError
 from dreamlora.families import _chat, _flow, _packed, _parts, _qwen_vae
+from dreamlora.families._qwen_prompt import AFTER, BEFORE, DROPPED
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -52,14 +53,6 @@ PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_embeds_mask": 1}
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "negative_prompt")
 
-TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
-    "<|im_end|>\n<|im_start|>assistant\n",
-)
-"""What is put before and after a prompt."""
-DROPPED = 34
-"""Tokens before the prompt, whose states the transformer does not see."""
 LONGEST_PROMPT = 1024
 """Tokens that the pipeline takes at most, without those before the prompt."""
 
@@ -127,8 +120,7 @@ def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -
 
 
 def _templated(prompts: Sequence[str]) -> list[str]:
-    before, after = TEMPLATE
-    return [before + prompt + after for prompt in prompts]
+    return [BEFORE + prompt + AFTER for prompt in prompts]
 
 
 def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:

@@ -15,6 +15,7 @@ import torch
 from dreamlora.config import Model, Train
 from dreamlora.errors import UserError
 from dreamlora.families import krea2
+from dreamlora.families._qwen_prompt import AFTER, BEFORE, DROPPED, END
 from dreamlora.interfaces import Components, Conditioning, ModelSource
 from dreamlora.models import loading
 from tests.tinymodels.krea2 import save
@@ -50,11 +51,11 @@ def encoded(parts: Components, *prompts: str) -> Conditioning:
 
 
 def test_template_and_layers_are_the_pipelines(stock: Any, parts: Components) -> None:
-    assert stock.prompt_template_encode_prefix == krea2.BEFORE
-    assert stock.prompt_template_encode_suffix == krea2.AFTER
-    assert stock.prompt_template_encode_start_idx == krea2.DROPPED
-    assert stock.prompt_template_encode_num_suffix_tokens == krea2.END
-    assert len(parts["tokenizer"](krea2.AFTER).input_ids) == krea2.END
+    assert stock.prompt_template_encode_prefix == BEFORE
+    assert stock.prompt_template_encode_suffix == AFTER
+    assert stock.prompt_template_encode_start_idx == DROPPED
+    assert stock.prompt_template_encode_num_suffix_tokens == END
+    assert len(parts["tokenizer"](AFTER).input_ids) == END
     modules = {name: part for name, part in parts.items() if name != "settings"}
     assert diffusers.Krea2Pipeline(**modules).text_encoder_select_layers == krea2.TAPS
 
@@ -62,7 +63,7 @@ def test_template_and_layers_are_the_pipelines(stock: Any, parts: Components) ->
 def test_states_of_all_layers_are_kept_for_the_prompts_own_tokens(parts: Components) -> None:
     """The real model's at its full length take 31 megabytes."""
     found = encoded(parts, "a cat")
-    assert found["prompt_embeds"].shape == (1, len("a cat") + krea2.END, 3, 16)
+    assert found["prompt_embeds"].shape == (1, len("a cat") + END, 3, 16)
     assert found["prompt_embeds_mask"].all()
 
 
@@ -90,10 +91,10 @@ def test_what_stands_in_the_padding_does_not_count(parts: Components) -> None:
 
 def test_a_prompt_that_is_cut_keeps_the_templates_end(parts: Components) -> None:
     tokens = krea2.tokenize(parts, ["a" * 100, "b"], 24)
-    end = parts["tokenizer"](krea2.AFTER).input_ids
-    assert tokens["input_ids"].shape == (2, krea2.DROPPED + 24)
-    assert tokens["input_ids"][0, -krea2.END :].tolist() == end
-    assert tokens["attention_mask"].sum(1).tolist() == [krea2.DROPPED + 24, krea2.DROPPED + 1 + krea2.END]
+    end = parts["tokenizer"](AFTER).input_ids
+    assert tokens["input_ids"].shape == (2, DROPPED + 24)
+    assert tokens["input_ids"][0, -END:].tolist() == end
+    assert tokens["attention_mask"].sum(1).tolist() == [DROPPED + 24, DROPPED + 1 + END]
     with pytest.raises(UserError, match="--max_sequence_length must be more than 5"):
         krea2.tokenize(parts, ["a"], 5)
 
@@ -101,8 +102,8 @@ def test_a_prompt_that_is_cut_keeps_the_templates_end(parts: Components) -> None
 @pytest.mark.parametrize("lengths", [("a", "a long one"), ("a long one", "a")])
 def test_positive_and_negative_embeddings_are_of_one_length(parts: Components, lengths: tuple[str, str]) -> None:
     arguments = krea2.call_arguments(*(encoded(parts, prompt) for prompt in lengths))
-    assert {value.shape[1] for value in arguments.values()} == {len("a long one") + krea2.END}
-    assert arguments["negative_prompt_embeds_mask"].sum() == len(lengths[1]) + krea2.END
+    assert {value.shape[1] for value in arguments.values()} == {len("a long one") + END}
+    assert arguments["negative_prompt_embeds_mask"].sum() == len(lengths[1]) + END
     assert arguments["prompt_embeds_mask"].dtype == arguments["negative_prompt_embeds_mask"].dtype == torch.bool
 
 

@@ -15,6 +15,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from dreamlora.config import Lora, Model, Train
 from dreamlora.errors import UserError
 from dreamlora.families import qwen_image
+from dreamlora.families._qwen_prompt import AFTER, BEFORE, DROPPED
 from dreamlora.interfaces import Components, Conditioning, ModelSource
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.models import loading
@@ -52,9 +53,9 @@ def noise(*shape: int) -> torch.Tensor:
 
 def test_the_template_is_the_pipelines(folder: Path, parts: Components) -> None:
     stock = diffusers.QwenImagePipeline.from_pretrained(folder)
-    assert "{}".join(qwen_image.TEMPLATE) == stock.prompt_template_encode
-    assert stock.prompt_template_encode_start_idx == qwen_image.DROPPED
-    assert len(parts["tokenizer"](qwen_image.TEMPLATE[0]).input_ids) == qwen_image.DROPPED
+    assert stock.prompt_template_encode == BEFORE + "{}" + AFTER
+    assert stock.prompt_template_encode_start_idx == DROPPED
+    assert len(parts["tokenizer"](BEFORE).input_ids) == DROPPED
     assert stock.tokenizer_max_length == qwen_image.LONGEST_PROMPT
 
 
