@@ -28,6 +28,7 @@ from dreamlora.objectives import RectifiedFlow
 USUAL_PROMPT = 128
 """Tokens that HiDreamImagePipeline takes unless told otherwise."""
 LONGEST_PROMPT = 512
+"""Of tokens: as many as T5 was trained with."""
 LONGEST_CLIP = 218
 """Tokens that the pipeline gives CLIP at most."""
 TIMES = 1000

@@ -106,4 +106,4 @@ def test_times_are_logit_normal_and_shifted_and_the_loss_weighs_them_alike(witho
     sigma = torch.sigmoid(torch.tensor([0.6745, 0.0, -0.6745]))  # the quartiles of a normal; sigmas fall
     torch.testing.assert_close(times, 3 * sigma / (1 + 2 * sigma), rtol=0, atol=2e-3)
     assert torch.equal(sd3.objective(scheduler, Train()).weight(times), torch.ones(3))
-    torch.testing.assert_close(sd3.objective(scheduler, Train(precondition_outputs=True)).weight(times), times**2)
+    torch.testing.assert_close(sd3.objective(scheduler, Train(precondition_outputs=1)).weight(times), times**2)
