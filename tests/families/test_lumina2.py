@@ -74,7 +74,7 @@ def test_times_prefer_noise(source):
 
 
 def test_the_pipelines_older_name_is_known(model, tmp_path):
-    """The published model has it."""
+    """Older copies of the published model have it."""
     for part in model.iterdir():
         if part.is_dir():
             (tmp_path / part.name).symlink_to(part)
