@@ -209,7 +209,7 @@ class Train:
     """Both parameters of beta, the distribution of sigma (1 is noise): its mean is a / (a + b)."""
     timestep_table: tuple[str, ...] = ()
     """Shares of the times in equal parts of sigma from image to noise, for table: numbers, or a text file of them."""
-    precondition_outputs: Literal[0, 1] = 0
+    precondition_outputs: int = 0
     """1 weights the loss of rectified flows by sigma squared, as diffusers' SD3 script does by default."""
     guidance_scale: float = 3.5
     """Guidance embedding that guidance-distilled models (FLUX.1-dev) are trained with."""
@@ -236,6 +236,7 @@ class Train:
         _at_least(self, 1, "checkpoints_total_limit")
         _above(self, 0, "snr_gamma", "logit_std", "sigmoid_scale", "huber_c", "huber_scale")
         _finite(self, "logit_mean", "mode_scale", "guidance_scale")
+        _within(self, 0, 2, "precondition_outputs")
         check_times(self)
 
 

@@ -45,7 +45,8 @@ def check_times(train: Any) -> None:
         raise UserError(f"--timestep_beta must be two numbers from {BETA[0]:g} to {BETA[1]:g} (got {given})")
     if sampling == "table" and not train.timestep_table:
         raise UserError("--timestep_sampling table needs --timestep_table, with the shares or a file of them")
-    object.__setattr__(train, "timestep_table", _shares(train.timestep_table))
+    if train.timestep_table:
+        object.__setattr__(train, "timestep_table", _shares(train.timestep_table))
     if train.timestep_shift is not None:
         object.__setattr__(train, "timestep_shift", _shift(train.timestep_shift))
     if not 0 <= train.unmasked_weight <= 1:
@@ -72,8 +73,6 @@ def _shares(words: tuple[str, ...]) -> tuple[str, ...]:
             words = tuple(utf8_text(file, TABLE_BYTES).replace(",", " ").split())
         except FileNotFoundError:
             raise UserError(f"{where}: there is no such file, and it is no list of numbers") from None
-    if not words:
-        return ()
     numbers = [_number(word) for word in words]
     wrong = next((word for word, number in zip(words, numbers, strict=True) if not _is_share(number)), None)
     if wrong is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ class Filling:
         ram_bytes: bound of what a store keeps in RAM.
         latents: what the autoencoder makes, so that entries can be told from what it cannot have made; None: unknown.
         describe: what else is kept of an image (``Family.describe_views``).
+        length_axes: see ``Family.LENGTH_AXES``. Where there are any, prompts are encoded one by one, without padding.
         progress: show a bar (in the process of rank 0).
     """
 
@@ -57,6 +58,7 @@ class Filling:
     ram_bytes: int = RAM_BYTES
     latents: LatentSize | None = None
     describe: Callable[[Sequence[View]], Conditioning] = _nothing
+    length_axes: Mapping[str, int] = field(default_factory=dict)
     progress: bool = True
 
     def bar(self, items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
@@ -109,10 +111,7 @@ def encode_dataset(
 
 
 def encode_prompts(
-    prompts: Iterable[str],
-    encode: Callable[[list[str]], Conditioning],
-    filling: Filling,
-    length_axes: Mapping[str, int],
+    prompts: Iterable[str], encode: Callable[[list[str]], Conditioning], filling: Filling
 ) -> PromptStore:
     """Encode all different prompts that the cache lacks.
 
@@ -120,7 +119,6 @@ def encode_prompts(
         prompts: may repeat.
         encode: gives tensors with one row per prompt; kept in their dtype. Not called if nothing is missing.
         filling: where and how.
-        length_axes: see ``Family.LENGTH_AXES``. Where there are any, prompts are encoded one by one, without padding.
 
     Returns:
         Prompt to embeddings, each tensor with a batch dimension of 1.
@@ -132,7 +130,7 @@ def encode_prompts(
     def key_of(prompt: str) -> str:
         return content_key("prompt", prompt, filling.key_parts)
 
-    work = _Prompts(encode, filling, length_axes)
+    work = _Prompts(encode, filling)
     with torch.no_grad():
         for number, prompt in enumerate(filling.bar(prompts, "prompt")):
             key = key_of(prompt)
@@ -152,14 +150,12 @@ class _Prompts:
         layout: of the entries so far; None: there are none.
     """
 
-    def __init__(
-        self, encode: Callable[[list[str]], Conditioning], filling: Filling, length_axes: Mapping[str, int]
-    ) -> None:
+    def __init__(self, encode: Callable[[list[str]], Conditioning], filling: Filling) -> None:
         self.layout: Layout | None = None
         self._encode = encode
         self._cache = filling.cache
-        self._at_once = 1 if length_axes else filling.batch_size
-        self._axes = length_axes
+        self._at_once = 1 if filling.length_axes else filling.batch_size
+        self._axes = filling.length_axes
         self._waiting: dict[str, str] = {}
         self._believed: dict[str, str] = {}
         self._made = False

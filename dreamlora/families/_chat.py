@@ -1,4 +1,4 @@
-"""Prompts as turns of a chat, for language models that serve as text encoders, and the states of their layers."""
+"""Language models that serve as text encoders: prompts as turns of a chat, states of layers, lengths of prompts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from dreamlora.families import _parts
-from dreamlora.interfaces import Components
+from dreamlora.interfaces import Components, Conditioning
 from dreamlora.lora.pairs import bare
 
 QWEN: str = (
@@ -69,6 +70,17 @@ def unpadded(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     rows = [own[kept] for own, kept in zip(states, seen, strict=True)]
     lengths = [row.new_ones(len(row), dtype=mask.dtype) for row in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(lengths, batch_first=True)
+
+
+def equally_long(conditioning: Conditioning, negative: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """Both, with zeros behind the shorter one: pipelines compare shapes of tensors ``[B, L, ...]``."""
+    lengths = [next(iter(each.values())).shape[1] for each in (conditioning, negative)]
+
+    def filled(each: Conditioning) -> Conditioning:
+        missing = max(lengths) - next(iter(each.values())).shape[1]
+        return {name: functional.pad(value, (*[0, 0] * (value.dim() - 2), 0, missing)) for name, value in each.items()}
+
+    return filled(conditioning), filled(negative)
 
 
 def count_tokens(tokenizer: Any, template: str, prompts: Sequence[str], **options: Any) -> list[int]:

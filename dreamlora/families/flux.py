@@ -16,7 +16,6 @@ from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
-    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -56,7 +55,7 @@ LORA_LAYERS: tuple[str, ...] = (
     "ff_context.net.0.proj",
     "ff_context.net.2",
 )
-TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512
 PROMPT_TOKENIZER: str = "tokenizer_2"
@@ -67,6 +66,7 @@ LONGEST_PROMPT = 512
 """T5 tokens that FluxPipeline takes at most."""
 
 latent_size = _parts.latent_size
+encode_images = _parts.vae_latents
 count_tokens = _parts.count_tokens
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.never_negative
@@ -144,11 +144,6 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
         tokens = encode_frozen(text, tokens)
     pooled = clip(tokens["input_ids"].to(_parts.bare(clip).device), output_hidden_states=False).pooler_output
     return {"prompt_embeds": tokens["prompt_embeds"], "pooled_prompt_embeds": pooled}
-
-
-def encode_images(vae: Components, pixels: Tensor) -> Latents:
-    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.encode_images(vae["vae"], pixels)
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:

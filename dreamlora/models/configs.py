@@ -123,6 +123,7 @@ def _own(config_class: type[PretrainedConfig], file: Path, given: dict[str, Any]
             if value is not None:
                 if not isinstance(value, dict):
                     raise UnreadableError(file, f"{key}: expected a mapping (got {shortened(value)})")
+                _check_kind(config_class, name, inner_class, file, value)
                 own[key] = _own(inner_class, file, _whole(file, value))
     return own
 
@@ -136,6 +137,14 @@ def _inner_class(config_class: type[PretrainedConfig], name: str) -> type[Pretra
     """The class of a config inside; where its own text may choose one of all that there are, the usual one."""
     known: type[PretrainedConfig] = config_class.sub_configs[name]
     return type(getattr(config_class(), name)) if known is AutoConfig else known
+
+
+def _check_kind(
+    config_class: type[PretrainedConfig], name: str, usual: type[PretrainedConfig], file: Path, given: dict[str, Any]
+) -> None:
+    kind = given.get("model_type", usual.model_type)
+    if config_class.sub_configs[name] is AutoConfig and kind != usual.model_type:
+        raise UnreadableError(file, f"{name}: it is of the kind {shortened(kind)}, where {usual.model_type!r} is known")
 
 
 def _taken_by(owner: Any) -> dict[str, inspect.Parameter]:

@@ -17,15 +17,17 @@ def as_trained(scheduler: Any, source: ModelSource) -> Any:
     Samples then begin at pure noise, where training has been too: "trailing", as the paper has it and diffusers says.
     Schedulers that cannot be rescaled, such as PNDM, give way to Euler's.
     """
-    if source.prediction_type:
-        scheduler.register_to_config(prediction_type=source.prediction_type)
-    if not source.rescale_betas_zero_snr:
-        return scheduler
     kind: Any = type(scheduler)
-    if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
-        kind = EulerDiscreteScheduler
-        tell_once(
-            f"samples are drawn with {kind.__name__}: {type(scheduler).__name__} knows no zero terminal SNR "
-            "(--rescale_betas_zero_snr)"
-        )
-    return kind.from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    changes: dict[str, Any] = {}
+    if source.prediction_type:
+        changes["prediction_type"] = source.prediction_type
+    if source.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+            kind = EulerDiscreteScheduler
+            tell_once(
+                f"samples are drawn with {kind.__name__}: {type(scheduler).__name__} knows no zero terminal SNR "
+                "(--rescale_betas_zero_snr)"
+            )
+    # one that is only registered would be lost in the next copy, if the config did not say it before
+    return kind.from_config(scheduler.config, **changes) if changes else scheduler

@@ -85,7 +85,7 @@ def _encoded(
         return encoder(text, context.family.tokenize(text, texts, length))
 
     filling = context.filling(dtype=context.accelerator.mixed_precision, length=length, **key_parts)
-    table = encode_prompts(prompts, encode, filling, context.family.LENGTH_AXES)
+    table = encode_prompts(prompts, encode, replace(filling, length_axes=context.family.LENGTH_AXES))
     wait_for_everyone()
     return lambda captions: stack_conditioning([table[each] for each in captions], context.family.LENGTH_AXES)
 

@@ -151,6 +151,16 @@ def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:
     return replace(data, train_data_dir=images) if data.style else replace(data, instance_data_dir=images)
 
 
+def class_plan(context: RunContext, class_prompt: str) -> SamplePlan:
+    """How class images are drawn: as the samples, but for the run's own seed and negative prompt."""
+    return replace(
+        context.sample_plan((class_prompt,)),
+        num_images_per_prompt=context.config.data.num_class_images,
+        seed=CLASS_SEED,
+        negative_prompt=context.family.sample_defaults(context.source).negative_prompt,
+    )
+
+
 def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImages) -> RunImages:
     """Class images for prior preservation, made by the base model where they are missing.
 
@@ -161,8 +171,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
         return pictures
     images = class_folder(context, folder)
     precision = data.prior_generation_precision or context.accelerator.mixed_precision
-    plan = context.sample_plan((data.class_prompt,))
-    plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
+    plan = class_plan(context, data.class_prompt)
     found = _class_images(context, images, plan, pictures)
     context.tell(_what_is_found(images, found))
     base = Parts(context.family, context.source, context.accelerator.device, DTYPES[precision])
@@ -173,7 +182,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
         # here the denoiser is at hand: a wrong --lora_layers must not show only after all images are made
         layers = context.config.lora.lora_layers or context.family.LORA_LAYERS
         target_layers(getattr(loaded, context.family.DENOISER), layers)
-        return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(None)))
+        return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(plan.negative_prompt)))
 
     with context.timed("class images"):
         prior.make_class_images(images, plan, drawer, context.source.predictor_id, rank, world)

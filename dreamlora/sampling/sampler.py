@@ -168,7 +168,7 @@ def plan_of(
         guidance_scale=defaults.guidance_scale if guidance is None else guidance,
         num_images_per_prompt=sample.num_validation_images or sample.num_images_per_prompt,
         seed=sample.sample_seed,
-        negative_prompt=sample.negative_prompt,
+        negative_prompt=defaults.negative_prompt if sample.negative_prompt is None else sample.negative_prompt,
         batch_size=batch_size,
         width=side,
         height=side,
@@ -212,14 +212,14 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     """Draw these images in one call of the pipeline.
 
     Raises:
-        UserError: something is asked for that the pipeline does not know.
+        UserError: something is asked for that the pipeline does not know, or fewer steps than it can draw in.
     """
-    arguments = asked([item.prompt for item in items])
-    _refuse_unknown(pipeline, arguments)
+    prompts = [item.prompt for item in items]
+    _refuse_single_step(pipeline, plan)
     options = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
     with _untouched(pipeline):
         pixels = pipeline(
-            **arguments,
+            **_known(pipeline, asked(prompts)),
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
             num_inference_steps=plan.num_inference_steps,
             output_type="np",  # "pil" would turn NaN into black unseen
@@ -228,9 +228,18 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     return [_drawn(item, array) for item, array in zip(items, pixels, strict=True)]
 
 
-def _refuse_unknown(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+def _known(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if "negative_prompt" in arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys():
         raise UserError(f"--negative_prompt: {type(pipeline).__name__} takes no negative prompt; leave it out")
+    return arguments
+
+
+def _refuse_single_step(pipeline: Any, plan: SamplePlan) -> None:
+    """Such a scheduler stretches the steps between the first, which is all noise, and the last: one alone gives NaN."""
+    if plan.num_inference_steps == 1 and getattr(pipeline.scheduler.config, "shift_terminal", None):
+        raise UserError(
+            "--num_inference_steps 1: the model's scheduler (shift_terminal in its config) draws in 2 steps or more"
+        )
 
 
 def _drawn(item: SampleItem, pixels: np.ndarray) -> Drawn:

@@ -51,7 +51,7 @@ class Predictor(nn.Module):
     def forward(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Prediction ``[B, C, h, w]`` for noisy latents of the same shape."""
         if self._text is not None:
-            conditioning = self._family.encode_tokens(self._text, conditioning)
+            conditioning = {**conditioning, **self._family.encode_tokens(self._text, conditioning)}
         return self._family.predict(self.denoiser, noisy, times, conditioning, self._guidance_scale)
 
 

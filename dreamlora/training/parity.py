@@ -146,9 +146,8 @@ def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
     family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
     sample = expected.sample
     guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"))
-    tokenizer = text[family.PROMPT_TOKENIZER]
-    usual = family.prompt_limit(tokenizer, length) == family.prompt_limit(tokenizer, family.PROMPT_DEFAULT)
     known = inspect.signature(fresh.pipeline().__call__).parameters
+    usual = length in (None, family.PROMPT_DEFAULT)
     if usual and not fresh.source.text_layers and (guidance.negative is None or "negative_prompt" in known):
         return prompting(guidance)
 

@@ -56,3 +56,15 @@ def test_only_tokens_are_kept_and_come_first(side):
     assert torch.equal(found[1, :1], states[1][mask[1].bool()])
     assert not found[1, 1:].any()
     assert torch.equal(seen, torch.tensor([[1, 1, 1], [1, 0, 0]]))
+
+
+def test_what_is_shorter_gets_zeros_behind():
+    longer = {"embeds": torch.ones(2, 5, 3), "mask": torch.ones(2, 5)}
+    shorter = {"embeds": torch.ones(2, 2, 3), "mask": torch.ones(2, 2)}
+    for first, second in ((longer, shorter), (shorter, longer)):
+        one, other = _chat.equally_long(first, second)
+        assert one["embeds"].shape == other["embeds"].shape == (2, 5, 3)
+        assert one["mask"].shape == other["mask"].shape == (2, 5)
+        assert one["embeds"].sum() == first["embeds"].sum() and other["mask"].sum() == second["mask"].sum()
+    filled = _chat.equally_long(longer, shorter)[1]
+    assert torch.equal(filled["mask"][0], torch.tensor([1.0, 1, 0, 0, 0]))

@@ -65,12 +65,16 @@ def fresh_stock(case) -> Any:
 
 def as_prompts(case, prompts: list[str], guidance_scale: float = 1.0) -> dict[str, Any]:
     """What a user of the stock pipeline gives it."""
-    return {"prompt": prompts, **case.tiny.call, **case.family.call_options(guidance_scale)}
+    # a copy: some pipelines write what they make of prompts into the list
+    arguments = {"prompt": [*prompts], **case.tiny.call, **case.family.call_options(guidance_scale)}
+    negative = case.family.sample_defaults(case.source).negative_prompt
+    return arguments if negative is None else {**arguments, "negative_prompt": [negative] * len(prompts)}
 
 
 def as_embeddings(case, parts: Components, prompts: list[str], guidance_scale: float = 1.0) -> dict[str, Any]:
     """What samples are drawn with."""
-    negative = case.family.negative_prompt(case.source, guidance_scale, None)
+    own = case.family.sample_defaults(case.source).negative_prompt
+    negative = case.family.negative_prompt(case.source, guidance_scale, own)
     unwanted = None if negative is None else encoded(case, parts, [negative] * len(prompts))
     arguments = case.family.call_arguments(encoded(case, parts, prompts), unwanted)
     return {**arguments, **case.family.call_options(guidance_scale)}
@@ -92,7 +96,9 @@ def call(case, pipeline: Any, arguments: dict[str, Any], **more: Any) -> torch.T
     generator = [torch.Generator().manual_seed(5 + number) for number in range(2)]
     side = case.tiny.side
     options = {"height": side, "width": side, "num_inference_steps": 2, "generator": generator, "output_type": "pt"}
-    return case.tiny.mended(pipeline)(**arguments, **(options | more)).images
+    copied = {name: [*value] if isinstance(value, list) else value for name, value in arguments.items()}
+    # some write what they make of prompts into the list given
+    return case.tiny.mended(pipeline)(**copied, **(options | more)).images
 
 
 def test_module_has_every_member_with_the_contracts_signature(case):
@@ -149,7 +155,8 @@ def test_prompt_embeddings_equal_the_stock_pipelines(case, parts, prompts):
     found, expected = encoded(case, parts, prompts), case.tiny.embeddings(case.stock, prompts)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value.to(found[name].dtype)), name
+        # what is cut before it is encoded, or not padded, is rounded otherwise
+        torch.testing.assert_close(found[name], value.to(found[name].dtype), rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_of_prompts_is_what_they_are_one_by_one(case, parts):
@@ -295,7 +302,7 @@ def test_latents_are_the_autoencoders_normalised(case, parts):
 
 @torch.no_grad()
 def test_latents_decode_to_the_image(case, parts):
-    """The stock pipeline's way from latents to pixels undoes the way here: what is left is the autoencoder's loss."""
+    """The stock pipeline's way from latents to pixels undoes the way here; the autoencoder itself loses more."""
     side = case.tiny.side
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(6)) * 2 - 1
     latents = case.family.encode_images(parts, pixels).mean
@@ -438,8 +445,9 @@ def test_gradients_reach_every_lora_parameter_in_bf16(case, parts, tmp_path):
     prediction.float().square().mean().backward()
     for name, parameter in trainable_parameters(denoiser).items():
         assert parameter.dtype == torch.float32, name
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
+        idle = any(part in name for part in case.tiny.idle)
+        assert (parameter.grad is None) == idle, name
+        assert idle or parameter.grad.isfinite().all(), name
 
 
 def test_prompts_that_are_too_long_are_found_by_the_tokenizer_alone(case, monkeypatch):

@@ -214,6 +214,12 @@ def gemma_tokenizer() -> Any:
     return transformers.GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
 
 
+def llama_tokenizer() -> Any:
+    """One token per letter."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", *LETTERS]
+    return transformers.LlamaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], pad_token="</s>")
+
+
 def clip_tokenizer() -> Any:
     """One token per byte, two with those at ends of words."""
     bytes_ = sorted(ByteLevel.alphabet())
@@ -226,5 +232,6 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("T5Tokenizer", "T5TokenizerFast"), t5_tokenizer),
     **dict.fromkeys(("Qwen2Tokenizer", "Qwen2TokenizerFast"), qwen_tokenizer),
     **dict.fromkeys(("GemmaTokenizer", "GemmaTokenizerFast"), gemma_tokenizer),
+    **dict.fromkeys(("LlamaTokenizer", "LlamaTokenizerFast"), llama_tokenizer),
     "PreTrainedTokenizerFast": qwen_tokenizer,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,8 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
         for key, tensor in mine.items():
             assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key]), key
     assert plain(ours.config) == plain(theirs.config)
+    for name in ("_attn_implementation", "_experts_implementation"):
+        assert getattr(ours.config, name, None) == getattr(theirs.config, name, None)
     assert not ours.training and not any(own.requires_grad for own in ours.parameters())
 
 
@@ -274,7 +275,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
     "other files": {"transformers_weights": "../x.safetensors", "extra_files": ["/etc/passwd"]},
     "layers": {"per_layer_config": {"0": {"hidden_size": 8}}, "fusion_config": {"a": True}},
     "methods": {"to_dict": 1, "get_text_config": 2, "attribute_map": {"a": "b"}, "sub_configs": {}},
-    "kind": {"model_type": "evil", "dtype": "float64", "tie_last_hidden_states": False},
+    "ways": {"dtype": "float64", "tie_last_hidden_states": False, "return_dict": False, "output_attentions": True},
 }
 
 
@@ -323,6 +324,16 @@ def test_what_a_config_inside_a_config_may_not_say_is_one_clear_error(name, outs
 INNER = (transformers.Qwen3VLConfig, transformers.Mistral3Config, transformers.Qwen2_5_VLConfig)
 
 
+@pytest.mark.parametrize("kind", ["ministral3", "llama", "evil", 5, None, ["mistral"]])
+def test_a_config_inside_a_config_is_of_the_kind_that_is_known(kind, tmp_path):
+    """Mistral's says itself which of all classes it is of; a like one would be computed otherwise."""
+    parts_of_models.model("Mistral3ForConditionalGeneration").save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["text_config"]
+    edit_json(tmp_path / "config.json", text_config=text | {"model_type": kind})
+    with pytest.raises(UserError, match=r"text_config: it is of the kind .*, where 'mistral' is known"):
+        loaded("Mistral3ForConditionalGeneration", tmp_path)
+
+
 @fuzzed
 @given(st.sampled_from(INNER), st.one_of(changed(real_configs.QWEN3_VL_4B), changed(real_configs.QWEN25_7B)))
 def test_fuzz_configs_inside_configs(tmp_path_factory, config_class, content):
@@ -366,7 +377,7 @@ def test_no_second_copy_is_made_in_float32(name, stored, tmp_path):
     assert not made
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
 def test_weights_of_the_right_kind_stay_where_they_are(tmp_path):
     """They are pages of the file until something writes to them: the system may drop and read them again."""
     wide = transformers.Qwen3Config(**parts_of_models.LANGUAGE | {"vocab_size": 10**6})

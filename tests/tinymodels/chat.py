@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AddedToken, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import AddedToken, Gemma2Config, Gemma2Model, GemmaTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 TEMPLATE = """\
 {%- if messages[0].role == 'system' %}
@@ -53,6 +53,30 @@ def qwen3(tokenizer: Qwen2Tokenizer, layers: int = 3, model: Any = Qwen3Model) -
         pad_token_id=tokenizer.pad_token_id,
     )
     return outspoken(model(config))
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """One token per letter, after a begin."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], add_bos_token=True)
+
+
+def gemma2(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    """A text encoder of three layers, local and global ones, and 16 channels."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        head_dim=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        num_key_value_heads=1,
+        sliding_window=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    return outspoken(Gemma2Model(config))
 
 
 @torch.no_grad()

@@ -81,6 +81,8 @@ class Tiny:
         prompt_limit: tokens that count of a prompt, with ``length``.
         filler: a letter or word that is one token.
         mended: takes a stock pipeline and gives it back without a known mistake in what it makes of prompts.
+        idle: parts of names of adapted layers that the prediction does not depend on: the last that becomes of the
+            prompt in transformers of two streams.
     """
 
     save: Callable[[Path], Path]
@@ -99,3 +101,4 @@ class Tiny:
     latents: tuple[int, int, int] = (4, 8, 8)
     filler: str = "a"
     mended: Callable[[Any], Any] = lambda pipeline: pipeline
+    idle: tuple[str, ...] = ()
