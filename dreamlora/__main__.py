@@ -114,6 +114,13 @@ def compare(argv: Sequence[str]) -> None:
     command.main(argv)
 
 
+def doctor(argv: Sequence[str]) -> None:
+    """Say what a training would do, need and stumble over."""
+    from dreamlora.commands.doctor import command
+
+    command.main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "dreambooth": dreambooth,
     "text-to-image": text_to_image,
@@ -121,6 +128,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "report": report,
     "compare": compare,
+    "doctor": doctor,
 }
 
 

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from dreamlora.errors import UserError
 
@@ -45,6 +46,12 @@ def load(kind: str, name: str) -> ModuleType:
         UserError: no such plug-in.
     """
     return importlib.import_module(f"dreamlora.{kind}.{check(kind, name)}")
+
+
+def name_of(plugin: Any) -> str:
+    """What ``load`` calls a plug-in's module."""
+    name: str = plugin.__name__.rpartition(".")[2]
+    return name
 
 
 def check_needs(kind: str, name: str) -> None:

@@ -9,7 +9,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,24 @@ _FLAG = re.compile(r"--?[A-Za-z]")
 def flag_in(word: str) -> str | None:
     """The option that a word such as ``--lora-layers`` or ``--rank=8`` names; None for a value, such as -1."""
     return word.partition("=")[0].lstrip("-").replace("-", "_") if _FLAG.match(word) else None
+
+
+def divided(argv: Sequence[str], own: Collection[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that are for a program's own options, and those for another's beside them.
+
+    Args:
+        own: names of options.
+    """
+    mine: list[str] = []
+    others: list[str] = []
+    taker = mine
+    for word in argv:
+        name = flag_in(word)
+        if name is not None:
+            is_own = name in own or name.removeprefix("no_") in own or word in ("-h", "--help")
+            taker = mine if is_own else others
+        taker.append(word)
+    return mine, others
 
 
 def from_argv(

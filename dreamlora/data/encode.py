@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from dreamlora.data.cache import CHECKED_WHOLE, Entry, KeyPart, Layout, TensorCache, Wanted, content_key
 from dreamlora.data.catalog import RecordSubset, hash_prefixes
+from dreamlora.data.conditioning import conditioning_plan, store_conditioning
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
 from dreamlora.data.stores import RAM_BYTES, LatentStore, PromptStore, Recent
@@ -24,7 +27,7 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents, LatentSize, View
 
 
-def _nothing(views: Sequence[View]) -> Conditioning:
+def _nothing(images: Sequence[View] | Tensor) -> Conditioning:
     return {}
 
 
@@ -74,7 +77,11 @@ class Filling:
 
 
 def encode_dataset(
-    records: Sequence[ImageRecord], how: Preparations, encode: Callable[[Tensor], Latents], filling: Filling
+    records: Sequence[ImageRecord],
+    how: Preparations,
+    encode: Callable[[Tensor], Latents],
+    filling: Filling,
+    encode_conditioning: Callable[[Tensor], Conditioning] = _nothing,
 ) -> LatentStore:
     """Encode all variants of all images that the cache lacks, and crop their masks.
 
@@ -84,6 +91,7 @@ def encode_dataset(
         encode: takes pixels ``[B, 3, H, W]`` float32 in [-1, 1] on the CPU. Not called if nothing is missing, so it may
             load the autoencoder when first called.
         filling: where and how.
+        encode_conditioning: takes pixels ``[1, 3, H, W]`` of images before an edit (``Family.encode_conditioning``).
 
     Raises:
         UserError: an image is broken or changes meanwhile, its latents are not finite, or the cache cannot be written.
@@ -102,12 +110,38 @@ def encode_dataset(
     masked = array("q", (index for index, record in enumerate(records) if record.mask))
     share = RecordSubset(records, masked[filling.rank :: filling.world])
     store_masks(filling.bar(share, "mask", len(share)), how, filling.cache)
+    conditioned = array("q", (index for index, record in enumerate(records) if record.conditioning))
+    share = RecordSubset(records, conditioned[filling.rank :: filling.world])
+    bar = filling.bar(share, "conditioning image", len(share))
+    with torch.no_grad():
+        store_conditioning(bar, how, encode_conditioning, filling.cache, filling.key_parts)
     return LatentStore(
         records,
         lambda record: [wanted for wanted, _ in _plan(record, how, filling)],
         Recent(filling.cache, filling.ram_bytes),
         lambda record: [wanted for wanted, _ in mask_plan(record, how)],
+        lambda record: [wanted for wanted, _ in conditioning_plan(record, how, filling.key_parts)],
     )
+
+
+def bytes_of(records: Sequence[ImageRecord], how: Preparations, latents: LatentSize | None) -> int:
+    """How much the latents of all variants of all images are at most; 0 where it is not known what latents are."""
+    if latents is None:
+        return 0
+    most = [1 if own.center_crop else own.crop_variants * (1 + own.random_flip) for own in how.each]
+    sizes = Counter((record.dataset, how[record].target(record.facts.size)) for record in records)
+    return sum(count * most[number] * _bytes(_latent_layout(size, latents)) for (number, size), count in sizes.items())
+
+
+def bytes_lacking(records: Sequence[ImageRecord], how: Preparations, filling: Filling) -> int:
+    """How much of them the cache does not hold yet. Each entry is looked up, which takes a while for many images."""
+    wanted = {place for record in records for place, _ in _plan(record, how, filling)}
+    return sum(_bytes(place.layout or ()) for place in wanted if filling.cache.look(place, thorough=False) is None)
+
+
+def _bytes(layout: Layout) -> int:
+    """Of an entry, whose numbers are float32."""
+    return sum(4 * math.prod(side or 1 for side in shape) for _, _, shape in layout)
 
 
 def encode_prompts(

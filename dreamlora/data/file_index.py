@@ -20,7 +20,7 @@ from pathlib import Path
 
 import PIL
 
-from dreamlora.data.cache_folder import counts, own_place
+from dreamlora.cache_folder import counts, own_place
 from dreamlora.data.images import ImageFacts, Opacity
 from dreamlora.errors import WriteError
 from dreamlora.files import make_folder, open_at_end

@@ -91,6 +91,7 @@ class ImageRecord:
         other_captions: more of them, of which one is drawn each time the image is seen.
         dataset: number of its data set in the run.
         mask: another image of the same shape: where it is white, the image is learned.
+        conditioning: what a model that edits is shown: the image before the edit.
         of_alpha: whether it stands for the alpha channel of its file, as the mask of that image.
     """
 
@@ -101,6 +102,7 @@ class ImageRecord:
     known: ImageFacts | None = None
     dataset: int = 0
     mask: ImageRecord | None = None
+    conditioning: ImageRecord | None = None
     other_captions: tuple[str, ...] = ()
     of_alpha: bool = False
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dreamlora.errors import UserError
+from dreamlora.families import _parts
+from dreamlora.interfaces import Components, Conditioning
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -40,3 +42,26 @@ def image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype,
     """
     ids = torch.cartesian_prod(torch.tensor([image]), torch.arange(rows), torch.arange(columns))
     return ids.to(device=device, dtype=dtype)
+
+
+SHOWN = "conditioning_latents"
+"""Latents ``[B, C, h, w]`` of the images before an edit, among the conditioning."""
+
+
+def conditioning(vae: Components, pixels: Tensor) -> Conditioning:
+    """See ``Family.encode_conditioning``: latents of the posterior's mode, as the pipelines that edit have them."""
+    return {SHOWN: _parts.vae_latents(vae, pixels).mean}
+
+
+def with_conditioning(tokens: Tensor, conditioning: Conditioning) -> Tensor:
+    """Tokens ``[B, N, 4 C]`` of noisy latents, and behind them those of the images before the edit, if any."""
+    shown = conditioning.get(SHOWN)
+    return tokens if shown is None else torch.cat([tokens, pack(shown.to(tokens.dtype))], dim=1)
+
+
+def ids_with_conditioning(ids: Tensor, conditioning: Conditioning) -> Tensor:
+    """Positions ``[N, 3]`` with those of the images before the edit behind them, which are image number 1."""
+    shown = conditioning.get(SHOWN)
+    if shown is None:
+        return ids
+    return torch.cat([ids, image_ids(shown.shape[2] // 2, shown.shape[3] // 2, ids.device, ids.dtype, 1)])

@@ -145,6 +145,16 @@ def none_frozen(text: Components, tokens: Conditioning) -> Conditioning:
     return tokens
 
 
+def shows_none(source: ModelSource) -> bool:
+    """See ``Family.shows_images``: for models that do not edit."""
+    return False
+
+
+def nothing_shown(vae: Components, pixels: Tensor) -> Conditioning:
+    """See ``Family.encode_conditioning``: for models that do not edit."""
+    return {}
+
+
 def nothing_of_views(views: Sequence[View]) -> Conditioning:
     """See ``Family.describe_views``."""
     return {}

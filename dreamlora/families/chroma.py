@@ -47,6 +47,8 @@ LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_attention_mask": 1}
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
 latent_size = _parts.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 resolution = _flux.resolution
 distilled = _parts.never_distilled  # Chroma1-Flash is, but its files do not tell
 prompt_limit = _flux.prompt_limit

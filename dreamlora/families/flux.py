@@ -1,4 +1,4 @@
-"""FLUX.1: transformer over packed latents, CLIP (pooled) and T5 text encoders, rectified flow, guidance embedding."""
+"""FLUX.1, Kontext: transformer over packed latents, CLIP (pooled) and T5 as text encoders, rectified flow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from dreamlora.families import _flow, _flux, _packed, _parts
@@ -23,7 +23,7 @@ from dreamlora.interfaces import (
 from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
-PIPELINES: tuple[str, ...] = ("FluxPipeline",)
+PIPELINES: tuple[str, ...] = ("FluxPipeline", "FluxKontextPipeline")
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
@@ -53,6 +53,7 @@ resolution = _flux.resolution
 prompt_limit = _flux.prompt_limit
 encode_images = _parts.vae_latents
 count_tokens = _parts.count_tokens
+encode_conditioning = _packed.conditioning
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.never_negative
 call_options = _parts.guided
@@ -124,6 +125,11 @@ def objective(scheduler: Any, train: Any) -> RectifiedFlow:
     return _flow.objective(scheduler, train, shift="none")
 
 
+def shows_images(source: ModelSource) -> bool:
+    """Kontext does."""
+    return bool(loading.read_settings(source, SETTINGS)["_class_name"] == "FluxKontextPipeline")
+
+
 def predict(
     denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
 ) -> Tensor:
@@ -140,22 +146,25 @@ def predict(
         if _parts.bare(denoiser).config.guidance_embeds
         else None
     )
+    tokens, ids = _packed.pack(noisy.to(dtype)), _packed.image_ids(sides[0] // 2, sides[1] // 2, noisy.device, dtype)
     packed = denoiser(
-        hidden_states=_packed.pack(noisy.to(dtype)),
+        hidden_states=_packed.with_conditioning(tokens, conditioning),
         timestep=times.to(dtype),
         guidance=guidance,
         pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
         encoder_hidden_states=prompt,
         txt_ids=torch.zeros(prompt.shape[1], 3, device=noisy.device, dtype=dtype),
-        img_ids=_packed.image_ids(sides[0] // 2, sides[1] // 2, noisy.device, dtype),
+        img_ids=_packed.ids_with_conditioning(ids, conditioning),
         return_dict=False,
     )[0]
-    return _packed.unpack(packed, sides)
+    return _packed.unpack(packed[:, : tokens.shape[1]], sides)
 
 
-def pipeline(components: Components) -> FluxPipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return FluxPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+def pipeline(components: Components) -> Any:
+    """A stock pipeline of the class that the model names around these parts; parts not given are None."""
+    kontext = components["settings"]["_class_name"] == "FluxKontextPipeline"
+    pipeline_class = FluxKontextPipeline if kontext else FluxPipeline
+    return pipeline_class(**{name: components.get(name) for role in PARTS.values() for name in role})
 
 
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:

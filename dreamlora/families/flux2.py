@@ -61,6 +61,8 @@ OWN_OPTIONS: tuple[str, ...] = (
     *("guidance_scale", "negative_prompt", "max_sequence_length", "text_encoder_out_layers"),
 )
 
+FIRST_SHOWN = 10
+"""Number of that image in the positions of its tokens."""
 OUT_LAYERS = {"Flux2KleinPipeline": (9, 18, 27), "Flux2Pipeline": (10, 20, 30)}
 """The text encoder's layers whose states are joined to the embedding of a token."""
 
@@ -180,6 +182,16 @@ def encode_images(vae: Components, pixels: Tensor) -> Latents:
     return Latents(mean=patches, std=torch.zeros_like(patches))
 
 
+def shows_images(source: ModelSource) -> bool:
+    """All of FLUX.2 edit, and draw without an image just as well."""
+    return True
+
+
+def encode_conditioning(vae: Components, pixels: Tensor) -> Conditioning:
+    """``conditioning_latents`` ``[B, 4 C, h / 2, w / 2]``, as of the images themselves."""
+    return {_packed.SHOWN: encode_images(vae, pixels).mean}
+
+
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
     """Rectified flow with times logit-normal and shifted by the number of tokens along the line of the scheduler's
     config, as musubi-tuner's ``flux2_shift``; diffusers' script draws them uniform and unshifted.
@@ -195,19 +207,29 @@ def predict(
 ) -> Tensor:
     """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is [dev]'s guidance embedding."""
     dtype = _parts.dtype_of(denoiser)
-    rows, columns = noisy.shape[2:]
+    tokens, ids = _placed(noisy.to(dtype), 0)
+    if _packed.SHOWN in conditioning:
+        before, places = _placed(conditioning[_packed.SHOWN].to(dtype), FIRST_SHOWN)
+        tokens, ids = torch.cat([tokens, before], dim=1), torch.cat([ids, places])
     prompt = conditioning["prompt_embeds"].to(dtype)
     guided = _parts.bare(denoiser).config.guidance_embeds
-    tokens = denoiser(
-        hidden_states=noisy.to(dtype).flatten(2).transpose(1, 2),
+    seen = denoiser(
+        hidden_states=tokens,
         timestep=times.to(dtype),
         guidance=torch.full((len(noisy),), guidance_scale, device=noisy.device) if guided else None,
         encoder_hidden_states=prompt,
         txt_ids=pad(torch.arange(prompt.shape[1], device=noisy.device)[:, None], (3, 0)),
-        img_ids=pad(_packed.image_ids(rows, columns, noisy.device, torch.int64), (0, 1)),
+        img_ids=ids,
         return_dict=False,
     )[0]
-    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    return seen[:, : noisy.shape[2] * noisy.shape[3]].transpose(1, 2).unflatten(2, noisy.shape[2:])
+
+
+def _placed(latents: Tensor, image: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``[B, h w, 4 C]`` of latents, and their positions ``[h w, 4]``: number of the image, row, column, 0."""
+    rows, columns = latents.shape[2:]
+    ids = _packed.image_ids(rows, columns, latents.device, torch.int64, image)
+    return latents.flatten(2).transpose(1, 2), pad(ids, (0, 1))
 
 
 def pipeline(components: Components) -> Any:

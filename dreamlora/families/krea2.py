@@ -62,6 +62,8 @@ TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 """Layers whose states the transformer is given, unless the pipeline says others; 0 are the embeddings."""
 
 latent_size = _qwen_vae.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 encode_images = _qwen_vae.encode_images
 describe_views = _parts.nothing_of_views
 call_options = _parts.guided

@@ -64,6 +64,8 @@ LARGEST_SIDE = 1024
 """Of the latents that a transformer was made for: 128 in all known ones."""
 
 latent_size = _parts.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 describe_views = _parts.nothing_of_views
 distilled = _parts.never_distilled
 call_options = _parts.guided

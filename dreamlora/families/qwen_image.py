@@ -64,6 +64,8 @@ LONGEST_PROMPT = 1024
 """Tokens that the pipeline takes at most, without those before the prompt."""
 
 latent_size = _qwen_vae.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 distilled = _parts.never_distilled
 encode_images = _qwen_vae.encode_images
 describe_views = _parts.nothing_of_views

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers import SanaPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from dreamlora.errors import UserError
-from dreamlora.families import _flow, _parts
+from dreamlora.families import _flow, _parts, _solvers
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -68,7 +68,7 @@ PARTS: dict[Role, dict[str, Classes]] = {
     },
     "vae": {"vae": ("diffusers.AutoencoderDC",)},
     "denoiser": {"transformer": ("diffusers.SanaTransformer2DModel",)},
-    "scheduler": {"scheduler": ("diffusers.DPMSolverMultistepScheduler", *_parts.FLOW_SCHEDULERS)},
+    "scheduler": {"scheduler": (*_solvers.FLOW_SOLVERS, *_parts.FLOW_SCHEDULERS)},
 }
 OPTIONAL: frozenset[str] = frozenset()
 SETTINGS: Settings = {}
@@ -84,6 +84,8 @@ LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_attention_mask": 1}
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
 distilled = _parts.never_distilled
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 describe_views = _parts.nothing_of_views
 
 
@@ -201,17 +203,11 @@ def encode_images(vae: Components, pixels: Tensor) -> Latents:
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
     """Rectified flow with the scheduler's static shift (3) and logit-normal times, as its authors' configs have both.
 
-    The scheduler of the published models is a DPM solver and calls its shift "flow_shift". diffusers' script reads the
-    file as another class, which does not know that name, and trains without shift.
-
     Raises:
         UserError: see ``_flow.objective``.
     """
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
-        scheduler = FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=scheduler.config.num_train_timesteps, shift=scheduler.config.flow_shift
-        )
-    return _flow.objective(scheduler, train, shift="scheduler", patch=1, density=LogitNormal(0.0, 1.0))
+    times = LogitNormal(0.0, 1.0)
+    return _flow.objective(_solvers.as_flow(scheduler), train, shift="scheduler", patch=1, density=times)
 
 
 def predict(

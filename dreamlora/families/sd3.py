@@ -75,6 +75,8 @@ LENGTH_AXES: dict[str, int] = {}  # padding is attended, so it is a part of the 
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
 latent_size = _parts.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 count_tokens = _parts.count_tokens
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.negative_above_one

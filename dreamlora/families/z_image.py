@@ -58,6 +58,8 @@ TURBO_SHIFT = 3.0
 _TURBO = re.compile(r"((?<![a-z])de[-_. ]?)?turbo", re.IGNORECASE)
 
 latent_size = _parts.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 describe_views = _parts.nothing_of_views
 call_options = _parts.guided
 

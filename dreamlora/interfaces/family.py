@@ -203,6 +203,12 @@ class Family(Protocol):
     def encode_images(self, vae: Components, pixels: Tensor) -> Latents:
         """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
 
+    def shows_images(self, source: ModelSource) -> bool:
+        """Whether the pipeline edits: its call takes an image, and ``predict`` what ``encode_conditioning`` gives."""
+
+    def encode_conditioning(self, vae: Components, pixels: Tensor) -> Conditioning:
+        """What ``predict`` is told of the images before an edit, ``[B, 3, H, W]`` in [-1, 1]: batch first, float32."""
+
     def describe_views(self, views: Sequence[View]) -> Conditioning:
         """What ``predict`` is told of images besides their prompts, batch first, by other names than those of
         ``encode_tokens``, "mean" and "std"; the pipeline's call says the same of the images that it draws. Empty for

@@ -40,7 +40,7 @@ class FusedLinear(Linear):
 
     def _is_plain(self, x: Tensor) -> bool:
         base, device = self.base_layer, x.device.type
-        if torch.is_autocast_enabled(device):
+        if not x.is_meta and torch.is_autocast_enabled(device):  # torch knows no autocast of meta tensors
             same_precision = base.weight.dtype == torch.get_autocast_dtype(device)
         else:
             same_precision = x.dtype == base.weight.dtype == self.lora_A[ADAPTER].weight.dtype

@@ -141,6 +141,30 @@ def _of_diffusers(part_class: Any, place: Place, form: Form, file: Path) -> tupl
     return module, set(info["missing_keys"])
 
 
+def is_module(part_class: Any) -> bool:
+    """Whether a part has weights."""
+    return issubclass(part_class, nn.Module)
+
+
+def empty_module(part_class: Any, place: Place, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """A model of diffusers or transformers on torch's meta device: all its layers, and no numbers.
+
+    Args:
+        weights: that it is to have, as a bound.
+        dtype: of its weights.
+
+    Raises:
+        UserError: its config describes no such model, or a far larger one.
+    """
+    file = place.file(CONFIG)
+    with building(part_class, place), weights.bounding(file), torch.device("meta"):
+        if issubclass(part_class, PreTrainedModel):
+            module: nn.Module = part_class(config_for(part_class.config_class, file))
+        else:
+            module = part_class.from_config(arguments_for(part_class, file))
+    return nn.Module.to(module, dtype).requires_grad_(False).eval()  # diffusers' own warns
+
+
 @contextmanager
 def building(part_class: Any, place: Place) -> Iterator[None]:
     """What a library raises while it makes a part of a stranger's files, of whatever kind, as one clear error."""

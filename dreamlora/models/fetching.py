@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -64,6 +64,37 @@ class Place:
             return None
         except OSError as error:
             raise _told(error, self.path, self._below(name), self.commit) from error
+
+    def downloaded(self, name: str) -> Path | None:
+        """A file that was fetched from the hub before."""
+        known = try_to_load_from_cache(self.path, self._below(name), self.cache_dir, self.commit)
+        return Path(known) if isinstance(known, str) else None
+
+    def listing(self) -> dict[str, int]:
+        """Names and sizes in bytes of the part's files on the hub.
+
+        Raises:
+            UserError: it cannot be reached, or does not give them.
+        """
+        try:
+            files = HfApi().model_info(self.path, revision=self.commit, files_metadata=True).siblings or []
+        except Exception as error:  # of the hub's library, or of the one that it reaches the network by
+            raise _told(error, self.path, self._below("*"), self.commit) from error
+        beginning = self._below("")
+        inside = ((file.rfilename, file.size or 0) for file in files if file.rfilename.startswith(beginning))
+        return {name.removeprefix(beginning): size for name, size in inside}
+
+    def header_of(self, name: str) -> tuple[int, dict[str, int]]:
+        """How many tensors a safetensors file on the hub holds, and how many numbers by their type.
+
+        Raises:
+            UserError: see ``listing``.
+        """
+        try:
+            header = HfApi().parse_safetensors_file_metadata(self.path, self._below(name), revision=self.commit)
+        except Exception as error:
+            raise _told(error, self.path, self._below(name), self.commit) from error
+        return len(header.tensors), {str(kind): count for kind, count in header.parameter_count.items()}
 
     def _below(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name

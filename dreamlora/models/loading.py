@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,12 +18,13 @@ from transformers.utils.logging import disable_progress_bar
 from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, Model
 from dreamlora.errors import UserError
-from dreamlora.interfaces import Classes, Components, Family, ModelSource, Settings
+from dreamlora.interfaces import Classes, Components, Family, ModelSource, Role, Settings
 from dreamlora.models import configs
 from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, check_config, load_part
 from dreamlora.models.fetching import Place, commit_of, find_file, identity
-from dreamlora.models.local import INDEX, vae_file
+from dreamlora.models.local import INDEX, is_single_file, vae_file
 from dreamlora.models.schedules import as_trained
+from dreamlora.models.single_file.resolve import autoencoder_of, pipeline_of
 from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.reading import Schema, UnreadableError, read_json, shortened
 
@@ -38,10 +39,11 @@ def resolve_source(
 ) -> ModelSource:
     """Where the model comes from, and the id that caches know it by.
 
-    The id of a folder holds a fingerprint of its files, that of a hub repository its commit, and both hold the id of an
-    autoencoder that replaces theirs, and layers of the text encoder that are not the usual ones: what another model
-    made is never taken for this one's. What a branch of the hub points to is looked up here alone, and every part is
-    loaded from that commit, though the branch may move.
+    The id of a folder or single file holds a fingerprint of it, that of a hub repository its commit, and all hold the
+    id of an autoencoder that replaces theirs, and layers of the text encoder that are not the usual ones: what another
+    model made is never taken for this one's. What a branch of the hub points to is looked up here alone, and every part
+    is loaded from that commit, though the branch may move. A single file is converted to a folder here, unless that was
+    done before.
 
     Args:
         model: the options.
@@ -50,24 +52,33 @@ def resolve_source(
         rescale_betas_zero_snr: of the run.
 
     Raises:
-        UserError: no such folder or repository, or it is no diffusers pipeline.
+        UserError: no such folder, file or repository, or it is no diffusers pipeline.
     """
-    name, cache = model.pretrained_model_name_or_path, model.cache_dir
-    path = _embedded() if name == EMBEDDED_MODEL else name
-    revision = commit_of(path, INDEX, model.revision, cache)
-    parts = [identity(name, path, revision), *([model.variant] if model.variant else [])]
+    name, cache, variant = model.pretrained_model_name_or_path, model.cache_dir, model.variant
+    if is_single_file(name):
+        folder, own_id = pipeline_of(Path(name), cache)
+        path, revision, variant = str(folder), None, None
+    else:
+        path = _embedded() if name == EMBEDDED_MODEL else name
+        revision = commit_of(path, INDEX, model.revision, cache)
+        own_id = identity(name, path, revision)
+    parts = [own_id, *([variant] if variant else [])]
     layers = model.text_encoder_out_layers
     if layers:
         parts.append("text layers:" + ",".join(map(str, layers)))
     vae = model.pretrained_vae_model_name_or_path
-    if vae:
+    if vae and is_single_file(vae):
+        folder, vae_id = autoencoder_of(Path(vae), Place(path, revision, cache, "vae").file(CONFIG), cache)
+        vae, vae_revision = str(folder), None
+        parts.append("vae:" + vae_id)
+    elif vae:
         vae_revision = commit_of(vae, vae_file(vae), vae_revision, cache)
         parts.append("vae:" + identity(vae, vae, vae_revision))
     return ModelSource(
         path=path,
         model_id="+".join(parts),
         revision=revision,
-        variant=model.variant,
+        variant=variant,
         vae_path=vae,
         vae_revision=vae_revision if vae else None,
         cache_dir=cache,
@@ -107,14 +118,22 @@ def family_of(source: ModelSource, name: str | None = None) -> Family:
         UserError: no family handles it, and the message lists what is supported; or see ``load_components``.
     """
     family = cast(Family, registry.load("families", name)) if name is not None else _by_pipeline(source)
-    index = read_model_index(source)
-    for parts in family.PARTS.values():
-        for part, allowed in parts.items():
-            if part in family.OPTIONAL and _lacks(index, part):
-                continue
-            part_class = _class(_entry(source, part, index), part, allowed, place_of(source, part))
-            check_config(part_class, place_of(source, part))
+    for _, part, part_class in part_classes(source, family):
+        check_config(part_class, place_of(source, part))
     return family
+
+
+def part_classes(source: ModelSource, family: Family) -> Iterator[tuple[Role, str, Any]]:
+    """Role, name and class of every part that a pipeline has.
+
+    Raises:
+        UserError: one that it needs is missing, or is of a class that the family does not know.
+    """
+    index = read_model_index(source)
+    for role, parts in family.PARTS.items():
+        for part, allowed in parts.items():
+            if not (part in family.OPTIONAL and _lacks(index, part)):
+                yield role, part, _class(_entry(source, part, index), part, allowed, place_of(source, part))
 
 
 def _by_pipeline(source: ModelSource) -> Family:

@@ -131,13 +131,13 @@ def find_weights(place: Place, names: FileNames, variant: str | None, allow_pick
     for name in names.safetensors(variant):
         file = place.optional(name)
         if file is not None:
-            files = _named(place, file, "safetensors") if name.endswith(".json") else (file,)
+            files = _fetched(place, file, "safetensors") if name.endswith(".json") else (file,)
             headers = [read_header(shard) for shard in files]
             return Weights(files, sum(map(len, headers)), sum(sum(header.values()) for header in headers))
     for name in names.pickles(variant) if allow_pickle else ():
         file = place.optional(name)
         if file is not None:
-            files = _named(place, file, "bin") if name.endswith(".json") else (file,)
+            files = _fetched(place, file, "bin") if name.endswith(".json") else (file,)
             return Weights(files, MOST_TENSORS, sum(shard.stat().st_size for shard in files))
     raise UserError(_missing(place, names, variant))
 
@@ -176,8 +176,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _named(place: Place, index: Path, ending: str) -> tuple[Path, ...]:
-    """The files that an index names: in its own folder, and with this ending."""
+def _fetched(place: Place, index: Path, ending: str) -> tuple[Path, ...]:
+    return tuple(place.file(name) for name in named_in(index, ending))
+
+
+def named_in(index: Path, ending: str) -> tuple[str, ...]:
+    """The files that an index names: in its own folder, and with this ending.
+
+    Raises:
+        UnreadableError: it is no index, or names others.
+    """
     content = read_json(index, _INDEX, most=INDEX_BYTES)
     names = sorted(set(content["weight_map"].values()))
     for name in names:
@@ -185,7 +193,7 @@ def _named(place: Place, index: Path, ending: str) -> tuple[Path, ...]:
             raise UnreadableError(
                 index, f"it names {shortened(name)}, where only files <name>.{ending} beside it may be"
             )
-    return tuple(place.file(name) for name in names)
+    return tuple(names)
 
 
 def _missing(place: Place, names: FileNames, variant: str | None) -> str:

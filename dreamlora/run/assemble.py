@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dreamlora.cli.parse import method_options
 from dreamlora.config import RunConfig, as_flat_dict
-from dreamlora.config.plausible import doubts
 from dreamlora.credentials import masked_options
 from dreamlora.data.captions import CaptionPlan
-from dreamlora.data.sets import epoch_length, loss_shares, places
+from dreamlora.data.sets import loss_shares, places
 from dreamlora.data.transforms import Preparations, bucket_numbers
-from dreamlora.errors import UserError
 from dreamlora.files import make_folder
 from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
-from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
-from dreamlora.models.parts import DTYPES, ROLES, Parts
-from dreamlora.models.tf32 import set_tf32
-from dreamlora.processes import tell_everyone, wait_for_everyone
-from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule, upload
+from dreamlora.models.parts import ROLES
+from dreamlora.processes import wait_for_everyone
+from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -38,21 +33,17 @@ from dreamlora.run.encoding import (
     encode_images,
     encode_texts,
     pipeline_inputs,
-    warn_of_cut_texts,
 )
-from dreamlora.run.images import RunImages, for_classes, read_images, with_class_images
-from dreamlora.run.launch import accelerator_of
+from dreamlora.run.images import RunImages, for_classes, with_class_images
+from dreamlora.run.opening import Prelude, begin, decided, read
 from dreamlora.run.trainable import optimizer_of, with_lora
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
 from dreamlora.training.loop import Run
-from dreamlora.training.state import Checkpoint
 from dreamlora.training.stream import Layout, Source, Stream
 
 PROJECT = "dreamlora"
 """What trackers call all runs of this program."""
-
-T = TypeVar("T")
 
 
 def train(config: RunConfig, options: Any) -> RunFolder:
@@ -65,7 +56,7 @@ def train(config: RunConfig, options: Any) -> RunFolder:
     Raises:
         UserError: something that was given cannot be used; said before any long work where it can be known by then.
     """
-    context = _start(config)
+    context = begin(config)
     folder = _claim_folder(context)
     try:
         _train_in(context, folder, options)
@@ -84,14 +75,14 @@ def prepare(config: RunConfig, options: Any) -> Run:
     Raises:
         UserError: as ``train``.
     """
-    context = _start(config)
+    context = begin(config)
     folder = _claim_folder(context)
-    return _prepare(context, folder, options, _read(context, folder, options))[0]
+    return _prepare(context, folder, options, read(context, folder, options))[0]
 
 
 def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
     """All stages of a run, in order; of one that is complete only what came after its summary."""
-    prelude = _read(context, folder, options)
+    prelude = read(context, folder, options)
     if prelude.complete:
         context.tell(prelude.complete)
         if context.accelerator.is_main_process:
@@ -122,45 +113,6 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     return ending.conclude(context, run, pictures)
 
 
-@dataclass(frozen=True)
-class Prelude:
-    """What is known before a model is loaded.
-
-    Attributes:
-        pictures: images and prompts.
-        checkpoint: to go on from; None: the training begins.
-        complete: that the run was made already, in words; empty if it was not.
-    """
-
-    pictures: RunImages
-    checkpoint: Path | None
-    complete: str
-
-
-def _read(context: RunContext, folder: RunFolder, options: Any) -> Prelude:
-    """Images, prompts and checkpoint; the options that depend on them."""
-    pictures = read_images(context, folder)
-    _decided(context, lambda: warn_of_cut_texts(context, pictures))
-    epoch = epoch_length(pictures.train, context.config.data)
-    counts = defaults.ImageCounts(epoch, len(pictures.measured), len(pictures.learned))
-    context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)
-    context.eval_price = defaults.eval_price(context.config, counts, context.accelerator.num_processes)
-    _doubt(context, counts)
-    if context.eval_price.forwards:
-        context.tell(str(context.eval_price))
-    which = context.config.train.resume_from_checkpoint
-    complete, path = "", None
-    if which:
-        settings = resume.settings(context, pictures, options)
-
-        def fits(checkpoint: Checkpoint) -> None:
-            resume.require_same(checkpoint, settings, pictures)
-
-        complete = _decided(context, lambda: resume.complete(context.config, folder, settings, pictures))
-        path = None if complete else _decided(context, lambda: state.find_checkpoint(folder, which, fits))
-    return Prelude(pictures, path, complete)
-
-
 def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prelude) -> tuple[Run, RunImages]:
     """All before the first step; a resumed run is where its checkpoint left it."""
     checkpoint = state.open_checkpoint(prelude.checkpoint) if prelude.checkpoint else None
@@ -180,44 +132,6 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     return run, pictures
 
 
-def _doubt(context: RunContext, images: defaults.ImageCounts) -> None:
-    """Tell of values that can hardly be meant and of flags that do nothing here."""
-    own, world = context.family.resolution(context.source), context.accelerator.num_processes
-    scheduler = read_config(context.source, SCHEDULER)
-    facts = defaults.facts(context.config, context.family, scheduler, own, images.epoch, world)
-    for doubt in doubts(context.config, facts):
-        context.warn(doubt)
-
-
-def _start(config: RunConfig) -> RunContext:
-    """Accelerator, model source and family; the options that depend on them."""
-    accelerator = accelerator_of(config)
-    if config.eval.eval_steps != 0 or config.eval.eval_metrics:
-        from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told now
-    if config.train.push_to_hub:
-        upload.check_hub(config)
-    set_tf32(config.model.allow_tf32)
-    source = resolve_source(config.model, config.train.prediction_type, None, config.train.rescale_betas_zero_snr)
-    family = family_of(source, config.model.family)
-    if config.lora.train_text_encoder and not family.TEXT_ENCODERS:
-        raise UserError(
-            f"--train_text_encoder: the family of {' and '.join(family.PIPELINES)} has no text encoder that can be "
-            "trained: leave the flag out, and --text_encoder_lr with it"
-        )
-    config = defaults.by_model(
-        config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
-    )
-    config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
-    if (config.data.resolution or 0) % family.SIDE_MULTIPLE:
-        raise UserError(f"--resolution must be a multiple of {family.SIDE_MULTIPLE} (got {config.data.resolution})")
-    data = defaults.bucket_step(config.data, family.SIDE_MULTIPLE)
-    data = defaults.prompt_length(data, family.PROMPT_LENGTH, family.PROMPT_DEFAULT)
-    config = replace(config, data=data)
-    parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
-    family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
-    return RunContext(config, accelerator, family, source, parts)
-
-
 def _claim_folder(context: RunContext) -> RunFolder:
     """The run folder, chosen and locked by the main process; an earlier run there is removed if that was asked for."""
     claimed: list[RunFolder] = []
@@ -234,29 +148,10 @@ def _claim_folder(context: RunContext) -> RunFolder:
             folder.clear()  # defaults.run_folder has made sure that this was asked for
         return folder.path
 
-    path = _decided(context, claim)
+    path = decided(context, claim)
     folder = claimed[0] if claimed else RunFolder(path)
     context.config = replace(context.config, train=replace(context.config.train, output_dir=folder.path))
     return folder
-
-
-def _decided(context: RunContext, decide: Callable[[], T]) -> T:
-    """What the main process decides, in every process: others may not see its disk.
-
-    Raises:
-        UserError: the main process did.
-    """
-    outcome: Any = None
-    if context.accelerator.is_main_process:
-        try:
-            outcome = decide()
-        except UserError as error:
-            outcome = error
-    outcome = tell_everyone(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    decision: T = outcome
-    return decision
 
 
 def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options: Any) -> Run:
@@ -279,7 +174,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients
     optimizer, lr_scheduler = optimizer_of(context, accelerator.unwrap_model(model), options)
     objective = context.family.objective(components["scheduler"], config.train)
-    caption = CaptionPlan.of(config.data, config.train.seed).draw
+    caption = context.caption_plan.draw
     learned, data = pictures.train, config.data
     sources = [
         Source(
@@ -323,9 +218,9 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
 
 def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Components | None]:
     """Captions to embeddings (the text encoder is gone then); or to token ids, with the text encoder to train."""
-    plan = CaptionPlan.of(context.config.data, context.config.train.seed)
+    plan = context.caption_plan
     prompts = itertools.chain(
-        ("", context.guidance(context.config.sample.negative_prompt).encoded_negative or ""),
+        (plan.dropped, context.guidance(context.config.sample.negative_prompt).encoded_negative or ""),
         (*pictures.prompts, *pictures.eval_prompts),
         (text for record in pictures.train for text in plan.texts(record.captions)),
         (record.caption for record in itertools.chain(pictures.measured, pictures.learned)),

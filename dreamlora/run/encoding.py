@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from dreamlora.data.encode import encode_dataset, encode_prompts
+from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations
@@ -36,14 +36,21 @@ def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Prep
     def encode(pixels: Tensor) -> Latents:
         return context.family.encode_images(context.parts.get("vae"), pixels)
 
-    filling = replace(
+    def encode_conditioning(pixels: Tensor) -> Conditioning:
+        return context.family.encode_conditioning(context.parts.get("vae"), pixels)
+
+    store = encode_dataset(records, how, encode, latent_filling(context), encode_conditioning)
+    wait_for_everyone()
+    return store
+
+
+def latent_filling(context: RunContext) -> Filling:
+    """How the cache is filled with latents."""
+    return replace(
         context.filling(dtype="float32"),
         latents=context.family.latent_size(context.source),
         describe=context.family.describe_views,
     )
-    store = encode_dataset(records, how, encode, filling)
-    wait_for_everyone()
-    return store
 
 
 def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:

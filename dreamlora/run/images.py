@@ -11,21 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.dataset import examine, split_holdout
-from dreamlora.data.images import ImageRecord
+from dreamlora.data.images import IMAGE_BYTES, ImageRecord, decode
 from dreamlora.data.sets import load_sets
 from dreamlora.data.transforms import Preparations, enlargement
 from dreamlora.errors import UserError
-from dreamlora.lora.inject import target_layers
 from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.processes import main_first, wait_for_everyone
+from dreamlora.reading import read_bytes
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import read_prompts, sample_prompts
 from dreamlora.sampling.sampler import SamplePlan, draw_batch, prompting
+from dreamlora.sampling.shown import Shown, require_for_prompts, shown_with
 from dreamlora.training import prior
 
 SUBJECT_IMAGES = 40
@@ -92,7 +93,19 @@ def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     if sample.sample_steps != 0:
         prompts = sample_prompts(sample, context.subject, captions)
     eval_prompts = _eval_prompts(context, captions) if context.config.draws_for_metrics else ()
+    context.shown = _shown(context, (*prompts, *eval_prompts), held_out or training)
     return RunImages(training, held_out, [], prompts, eval_prompts)
+
+
+def _shown(context: RunContext, prompts: Sequence[str], records: Sequence[ImageRecord]) -> Shown:
+    """The image that each prompt edits: as given, else those before the edit of the images, in their order."""
+    given = context.config.sample.validation_images
+    require_for_prompts(given, prompts)
+    if given:
+        images = [decode(read_bytes(file, IMAGE_BYTES), f"--validation_images {file}") for file in given]
+    else:
+        images = [record.conditioning.open() for record in records[: len(prompts)] if record.conditioning]
+    return shown_with(prompts, images, context.config.data.resolution or 0)
 
 
 def for_classes(context: RunContext) -> Preparations:
@@ -179,9 +192,6 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
 
     def drawer() -> prior.Drawer:
         loaded = base.pipeline()
-        # here the denoiser is at hand: a wrong --lora_layers must not show only after all images are made
-        layers = context.config.lora.lora_layers or context.family.LORA_LAYERS
-        target_layers(getattr(loaded, context.family.DENOISER), layers)
         return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(plan.negative_prompt)))
 
     with context.timed("class images"):

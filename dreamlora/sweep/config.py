@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dreamlora.cli.declared import options_of
-from dreamlora.cli.given import flag_in
+from dreamlora.cli.given import divided, flag_in
 from dreamlora.cli.parse import Program
 from dreamlora.cli.parse import parse as parse_flags
 from dreamlora.errors import UserError
@@ -89,17 +89,10 @@ def parse(argv: Sequence[str]) -> tuple[CompareConfig, list[str]]:
     Raises:
         UserError: a flag of the comparison is wrong, or a training flag is one that the comparison decides.
     """
-    own = options_of(CompareConfig)
-    mine: list[str] = []
-    training: list[str] = []
-    taker = mine
-    for word in argv:
-        name = flag_in(word)
-        if name is not None:
-            taker = mine if name in own or name.removeprefix("no_") in own or word in ("-h", "--help") else training
-            if name in DECIDED_HERE:
-                raise UserError(f"--{name} is decided by the comparison: {DECIDED_HERE[name]}")
-        taker.append(word)
+    mine, training = divided(argv, options_of(CompareConfig))
+    for name in DECIDED_HERE:
+        if name in flags_in(training):
+            raise UserError(f"--{name} is decided by the comparison: {DECIDED_HERE[name]}")
     config = parse_flags(CompareConfig, mine, Program(PROGRAM))
     if config.runs and training:
         raise UserError(f"{training[0]} trains nothing: with --runs the runs exist already. Leave it out")

@@ -24,6 +24,7 @@ from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
+from dreamlora.sampling.shown import Shown
 from dreamlora.training.loop import Run
 
 MIDDLE = 0.5
@@ -67,12 +68,14 @@ class ExpectedOutput:
         sample: a row of samples.jsonl, with the negative prompt.
         image_file: the image drawn while training.
         call: of the sample's prompt.
+        shown: the image that the prompt edits; empty for models that do not edit.
     """
 
     lora_folder: Path
     sample: dict[str, Any]
     image_file: Path
     call: Call
+    shown: Shown
 
 
 @torch.no_grad()
@@ -145,10 +148,10 @@ def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
     """
     family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
     sample = expected.sample
-    guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"))
+    guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
     known = inspect.signature(fresh.pipeline().__call__).parameters
-    usual = length in (None, family.PROMPT_DEFAULT)
-    if usual and not fresh.source.text_layers and (guidance.negative is None or "negative_prompt" in known):
+    usual = length in (None, family.PROMPT_DEFAULT) and not fresh.source.text_layers
+    if usual and (guidance.negative is None or "negative_prompt" in known):
         return prompting(guidance)
 
     @torch.no_grad()

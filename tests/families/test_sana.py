@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from dreamlora.config import Model, Train
+from dreamlora.config import Data, Model, RunConfig, Train
 from dreamlora.errors import UserError
 from dreamlora.families import sana
 from dreamlora.interfaces import Components, ModelSource
 from dreamlora.models import loading, prompts
+from dreamlora.run.assemble import caption_plan
 from dreamlora.training.stream import stack_conditioning
 from tests.tinymodels.sana import INSTRUCTION, LENGTH, embeddings, save
 
@@ -66,6 +68,13 @@ def test_negative_prompts_are_encoded_without_the_instruction(source, text, stoc
 
 def test_there_is_no_negative_prompt_without_guidance(source):
     assert sana.negative_prompt(source, 1.0, "a blurred one") is None
+
+
+def test_captions_that_are_dropped_are_encoded_as_negative_prompts(source):
+    """The model is guided away from what it learned without a caption."""
+    config = RunConfig(data=Data(caption_dropout=0.9))
+    plan = caption_plan(SimpleNamespace(config=config, family=sana, source=source))
+    assert {plan.draw(["a cat"], place) for place in range(50)} == {"a cat", sana.negative_prompt(source, 2.0, None)}
 
 
 def test_prompts_and_negative_ones_can_be_encoded_in_one_batch(source, text):

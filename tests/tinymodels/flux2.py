@@ -160,8 +160,9 @@ def _embeddings(length: int) -> Any:
 
 
 def _read_call(arguments: Mapping[str, Any], output: Any, sides: tuple[int, int]) -> Seen:
-    tokens = arguments["hidden_states"], output[0]
-    noisy, prediction = (Flux2Pipeline._unpack_latents_with_ids(one, arguments["img_ids"]) for one in tokens)
+    count = sides[0] * sides[1]  # behind these there may be tokens of an image to edit
+    tokens, ids = (arguments["hidden_states"], output[0]), arguments["img_ids"][:, :count]
+    noisy, prediction = (Flux2Pipeline._unpack_latents_with_ids(one[:, :count], ids) for one in tokens)
     return Seen(noisy, arguments["timestep"].expand(len(noisy)), prediction)
 
 

@@ -41,6 +41,8 @@ class SampleConfig:
     """Seed of the first image of a row; the others count up from it. Default: the run's, or 42."""
     negative_prompt: str | None = None
     """Negative prompt, for families that know one. Default: the run's."""
+    validation_images: tuple[Path, ...] = ()
+    """For models that edit: the images to edit, one for all prompts or one for each. Default: the run's own."""
     sample_batch_size: int = 4
     """Images made at a time."""
     resolution: int | None = None

@@ -1,0 +1,167 @@
+"""How much memory a computation takes, found by going through it with tensors without numbers (torch's meta device).
+
+The code that is measured is the model's own: each of its operations says how large its result is, and results are
+counted for as long as something holds them, among them what autograd keeps for the backward pass. Nothing is computed,
+so it takes a second for a model of any size, and no GPU. What it does not know: workspaces of kernels, fragmentation,
+the CUDA context, and what autocast copies.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+META = torch.device("meta")
+
+
+class Footprint:
+    """A context in which meta tensors are counted, and small whole numbers stay real.
+
+    Masks, token ids and positions decide how much is computed, so tensors of whole numbers are kept on the CPU with
+    their numbers, also where the code moves them to the meta device, and may be mixed with meta tensors.
+
+    Args:
+        modules: whose weights are there already and do not count.
+
+    Attributes:
+        peak: bytes of all that was held at the worst moment.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._counting = _Counting(tensor for module in modules for tensor in _tensors_of(module))
+        self._stack = ExitStack()
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all that was held at the worst moment."""
+        return self._counting.peak
+
+    def __enter__(self) -> Footprint:
+        self._stack.enter_context(_fused_attention())
+        self._stack.enter_context(self._counting)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+
+def _tensors_of(module: nn.Module) -> Iterable[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = self._held = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+        for tensor in known:
+            self._count(tensor, own=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._count(tensor)
+        if kwargs.get("device") == META and _gives_whole_numbers(func, args, kwargs):
+            kwargs["device"] = torch.device("cpu")
+        if 0 < sum(tensor.is_meta for tensor in tensors) < len(tensors):
+            if func is torch.ops.aten.index.Tensor or func is torch.ops.aten.index_put_.default:
+                args = (args[0], _places(args[1]), *args[2:])
+            args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor, *, own: bool = True) -> None:
+        if not tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if own else 0
+        if key in self._known:
+            return
+        self._known[key] = weakref.ref(storage)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+        self._held += size
+        self.peak = max(self.peak, self._held)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.pop(key, None)
+        self._held -= size
+
+
+def _gives_whole_numbers(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    kind = kwargs.get("dtype")
+    if kind is not None:
+        return not (kind.is_floating_point or kind.is_complex)
+    if func is torch.ops.aten._to_copy.default:
+        return not (args[0].is_floating_point() or args[0].is_complex() or args[0].is_meta)
+    name = func.overloadpacket.__name__
+    numbers = args[1:] if name == "full" else args
+    return name in ("arange", "full") and all(isinstance(number, int) for number in numbers)
+
+
+def _places(indices: Any) -> list[Any]:
+    """Masks as the places where they are true: of a mask without numbers nobody knows how many these are."""
+    places: list[Any] = []
+    for index in indices:
+        if isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta:
+            places += index.nonzero(as_tuple=True)
+        else:
+            places.append(index)
+    return places
+
+
+def _without_numbers(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else torch.empty_like(tensor, device=META)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention without the matrix of all tokens by all tokens, as GPUs compute it; meta tensors would have one.
+
+    In the place of torch's own: a mode for functions is off while a checkpoint computes again in the backward pass.
+    """
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not query.is_meta:
+            return original(query, key, value, *args, **kwargs)
+        result: Tensor = _Attention.apply(query, key, value)
+        return result
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps queries, keys, values, the result and a number for each query, and gives no numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What tensors hold, with or without numbers."""
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,93 @@
+"""What would keep a run from ending well, seen before any long work: at the start of every training, and by doctor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from dreamlora.data.encode import bytes_lacking, bytes_of
+from dreamlora.data.images import ImageRecord
+from dreamlora.data.transforms import Preparations
+from dreamlora.errors import UserError
+from dreamlora.lora.inject import target_layers
+from dreamlora.models.building import empty_module
+from dreamlora.models.inventory import Part, problems_of
+from dreamlora.run.context import RunContext
+from dreamlora.run.encoding import latent_filling
+
+
+def require_parts(parts: Sequence[Part]) -> None:
+    """Nothing, if the files of all parts are there and may be loaded.
+
+    Raises:
+        UserError: one is not; the message tells of the first, and how many there are.
+    """
+    problems = list(problems_of(parts))
+    if problems:
+        more = f" (and {len(problems) - 1} more parts cannot be loaded)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + more)
+
+
+def require_layers(context: RunContext) -> None:
+    """Nothing, if the denoiser has the layers that are to be trained.
+
+    Raises:
+        UserError: it has none of a name that was given.
+    """
+    denoiser = part_named(context, context.family.DENOISER)
+    module = empty_module(denoiser.part_class, denoiser.place, denoiser.weights, torch.float32)
+    target_layers(module, context.config.lora.lora_layers or context.family.LORA_LAYERS)
+
+
+def require_room(context: RunContext, records: Sequence[ImageRecord], how: Preparations) -> None:
+    """Nothing, if the latents of all images that the cache lacks fit on its disk. Main process only.
+
+    Raises:
+        UserError: they do not.
+    """
+    free, filling = free_bytes(context.cache.folder), latent_filling(context)
+    if bytes_of(records, how, filling.latents) <= free:  # at most so many; which are there already is slower to tell
+        return
+    needed = bytes_lacking(records, how, filling)
+    if needed > free:
+        raise UserError(
+            f"the cache of latents {context.cache.folder} needs {gibibytes(needed)} more for {len(records)} images, "
+            f"and {gibibytes(free)} are free: free some space, or give --latents_cache_dir on another disk, or fewer "
+            "--crop_variants"
+        )
+
+
+def warnings(context: RunContext) -> Iterator[str]:
+    """What a person would hardly want, and the run does all the same; one sentence each."""
+    distilled = context.family.distilled(context.source)
+    if distilled:
+        yield f"this model was distilled to few steps, and plain training undoes that: {distilled}"
+    if context.accelerator.mixed_precision == "fp16":
+        wide = [part.name for part in context.inventory if part.precision == "BF16" and part.role != "vae"]
+        if wide:
+            yield (
+                f"the weights of {', '.join(wide)} are bf16, and fp16 holds no numbers above 65,504: losses that are "
+                "not finite, or black images, come from there. Give --mixed_precision bf16 where the device knows it"
+            )
+
+
+def part_named(context: RunContext, name: str) -> Part:
+    """A part of the context's pipeline."""
+    return next(part for part in context.inventory if part.name == name)
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder is, or will be, on."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def gibibytes(size: float) -> str:
+    """Such as "3.2 GiB", "14 MiB"."""
+    for unit, step in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= step:
+            return f"{size / step:.3g} {unit}"
+    return f"{size / 2**10:.3g} KiB"

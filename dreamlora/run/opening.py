@@ -1,0 +1,155 @@
+"""What comes before a run has its folder and its model: what is asked for is settled, looked through, and doubted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dreamlora.config import RunConfig
+from dreamlora.config.plausible import doubts
+from dreamlora.data.sets import epoch_length
+from dreamlora.data.transforms import Preparations
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Family, ModelSource
+from dreamlora.models.inventory import inventory
+from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
+from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.models.tf32 import set_tf32
+from dreamlora.processes import tell_everyone
+from dreamlora.run import checks, defaults, resume, upload
+from dreamlora.run.context import RunContext
+from dreamlora.run.encoding import warn_of_cut_texts
+from dreamlora.run.images import RunImages, read_images
+from dreamlora.run.launch import accelerator_of
+from dreamlora.runfolder import RunFolder
+from dreamlora.training import state
+from dreamlora.training.state import Checkpoint
+
+T = TypeVar("T")
+
+
+def begin(config: RunConfig) -> RunContext:
+    """Accelerator, model source and family; the options that depend on them.
+
+    Raises:
+        UserError: something is found that would keep the run from ending well.
+    """
+    accelerator = accelerator_of(config)
+    if config.eval.eval_steps != 0 or config.eval.eval_metrics:
+        from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told now
+    if config.train.push_to_hub:
+        upload.check_hub(config)
+    set_tf32(config.model.allow_tf32)
+    source = resolve_source(config.model, config.train.prediction_type, None, config.train.rescale_betas_zero_snr)
+    family = family_of(source, config.model.family)
+    parts_on_disk = inventory(source, family)
+    checks.require_parts(parts_on_disk)
+    if config.lora.train_text_encoder and not family.TEXT_ENCODERS:
+        raise UserError(
+            f"--train_text_encoder: the family of {' and '.join(family.PIPELINES)} has no text encoder that can be "
+            "trained: leave the flag out, and --text_encoder_lr with it"
+        )
+    _refuse_images_to_edit(config, family, source)
+    config = defaults.by_model(
+        config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
+    )
+    config = replace(config, model=replace(config.model, mixed_precision=accelerator.mixed_precision))
+    if (config.data.resolution or 0) % family.SIDE_MULTIPLE:
+        raise UserError(f"--resolution must be a multiple of {family.SIDE_MULTIPLE} (got {config.data.resolution})")
+    data = defaults.bucket_step(config.data, family.SIDE_MULTIPLE)
+    data = defaults.prompt_length(data, family.PROMPT_LENGTH, family.PROMPT_DEFAULT)
+    config = replace(config, data=data)
+    parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
+    family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
+    context = RunContext(config, accelerator, family, source, parts, parts_on_disk)
+    checks.require_layers(context)
+    return context
+
+
+def _refuse_images_to_edit(config: RunConfig, family: Family, source: ModelSource) -> None:
+    """Nothing, if the model edits, or none are given."""
+    flags = {
+        "conditioning_data_dir": any(one.conditioning_data_dir for one in config.data.each()),
+        "validation_images": config.sample.validation_images,
+    }
+    given = next((flag for flag, value in flags.items() if value), None)
+    if given and not family.shows_images(source):
+        raise UserError(
+            f"--{given}: {config.model.pretrained_model_name_or_path} draws from prompts alone, and edits no images: "
+            "leave the flag out, or give a model that edits, such as FLUX.1-Kontext"
+        )
+
+
+@dataclass(frozen=True)
+class Prelude:
+    """What is known before a model is loaded.
+
+    Attributes:
+        pictures: images and prompts.
+        checkpoint: to go on from; None: the training begins.
+        complete: that the run was made already, in words; empty if it was not.
+    """
+
+    pictures: RunImages
+    checkpoint: Path | None
+    complete: str
+
+
+def read(context: RunContext, folder: RunFolder, options: Any) -> Prelude:
+    """Images, prompts and checkpoint; the options that depend on them.
+
+    Raises:
+        UserError: as ``begin``.
+    """
+    pictures = read_images(context, folder)
+    how = Preparations.of(context.config.data, context.config.data.resolution or 0, context.config.train.seed)
+    decided(context, lambda: checks.require_room(context, pictures.train, how))
+    decided(context, lambda: warn_of_cut_texts(context, pictures))
+    epoch = epoch_length(pictures.train, context.config.data)
+    counts = defaults.ImageCounts(epoch, len(pictures.measured), len(pictures.learned))
+    context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)
+    context.eval_price = defaults.eval_price(context.config, counts, context.accelerator.num_processes)
+    _doubt(context, counts)
+    if context.eval_price.forwards:
+        context.tell(str(context.eval_price))
+    which = context.config.train.resume_from_checkpoint
+    complete, path = "", None
+    if which:
+        settings = resume.settings(context, pictures, options)
+
+        def fits(checkpoint: Checkpoint) -> None:
+            resume.require_same(checkpoint, settings, pictures)
+
+        complete = decided(context, lambda: resume.complete(context.config, folder, settings, pictures))
+        path = None if complete else decided(context, lambda: state.find_checkpoint(folder, which, fits))
+    return Prelude(pictures, path, complete)
+
+
+def _doubt(context: RunContext, images: defaults.ImageCounts) -> None:
+    """Tell of values that can hardly be meant and of flags that do nothing here."""
+    own, world = context.family.resolution(context.source), context.accelerator.num_processes
+    scheduler = read_config(context.source, SCHEDULER)
+    facts = defaults.facts(context.config, context.family, scheduler, own, images.epoch, world)
+    for doubt in (*checks.warnings(context), *doubts(context.config, facts)):
+        context.warn(doubt)
+
+
+def decided(context: RunContext, decide: Callable[[], T]) -> T:
+    """What the main process decides, in every process: others may not see its disk.
+
+    Raises:
+        UserError: the main process did.
+    """
+    outcome: Any = None
+    if context.accelerator.is_main_process:
+        try:
+            outcome = decide()
+        except UserError as error:
+            outcome = error
+    outcome = tell_everyone(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    decision: T = outcome
+    return decision

@@ -1,0 +1,255 @@
+"""A run gone through with a model without numbers: what would be trained, and how much memory every stage takes.
+
+Every stage runs the family's own code on torch's meta device (``models.footprint``); at no time is a weight loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dreamlora.interfaces import Components, Conditioning, View
+from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.pairs import adapted_layers
+from dreamlora.models.building import empty_module, is_module
+from dreamlora.models.configs import in_one_line
+from dreamlora.models.footprint import META, Footprint, bytes_of
+from dreamlora.models.loading import load_components, read_settings
+from dreamlora.models.parts import DTYPES
+from dreamlora.run.context import RunContext
+from dreamlora.run.encoding import prompt_length
+from dreamlora.training.loop import Predictor
+from dreamlora.training.stream import stack_conditioning
+
+LORA_BYTES = 16
+"""Per number of the LoRA: itself, its gradient and two moments of the optimizer, in float32."""
+HOW = (
+    "weights as they are held, and the most that the model's own code holds at a time in a passage without numbers; "
+    f"{LORA_BYTES} bytes per parameter of the LoRA; not the driver's and the kernels' own"
+)
+"""How memory is estimated, in words."""
+
+
+class Trained(NamedTuple):
+    """The LoRA of one part: its layers and numbers, and the ranks and alphas that they have."""
+
+    part: str
+    layers: int
+    parameters: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run, in bytes.
+
+    Attributes:
+        held: by weights that stay, and by LoRA and optimizer.
+        work: by what is computed, at most; None: that cannot be told.
+        unknown: why, in words.
+    """
+
+    name: str
+    held: int
+    work: int | None
+    unknown: str = ""
+
+
+class Rehearsal:
+    """What a run holds and computes.
+
+    Args:
+        context: with all options that the model decides.
+        prompt: the longest.
+        size: width and height of the largest images, in pixels.
+        images: of a call that draws samples; 0: none are drawn.
+    """
+
+    def __init__(self, context: RunContext, prompt: str, size: tuple[int, int], images: int) -> None:
+        self._context = context
+        self._family = context.family
+        self._prompt = prompt
+        self._size = size
+        self._images = images
+        self._decoded: tuple[int, ...] = ()
+
+    def trained(self) -> list[Trained]:
+        """What gets a LoRA.
+
+        Raises:
+            UserError: there are no such layers.
+        """
+        found = []
+        for name, module in self._trainable.items():
+            layers = list(adapted_layers(module))
+            ranks = tuple(sorted({layer.rank for layer in layers}))
+            alphas = tuple(sorted({round(layer.scaling * layer.rank, 6) for layer in layers}))
+            numbers = sum(parameter.numel() for parameter in trainable_parameters(module).values())
+            found.append(Trained(name, len(layers), numbers, ranks, alphas))
+        return found
+
+    def stages(self) -> list[Stage]:
+        """The stages of a run, in their order."""
+        text, vae, denoiser = (self._held(role) for role in ("text", "vae", "denoiser"))
+        config = self._context.config
+        encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
+        kept = self._held("text", self._trainable) if config.lora.train_text_encoder else 0
+        images = Stage("encoding images", vae + kept, *self._work(lambda: self._latents))
+        lora = LORA_BYTES * sum(each.parameters for each in self.trained())
+        shown = vae if self._images else 0
+        training = Stage("training", denoiser + kept + lora + shown, *self._work(self._step, grad=True))
+        stages = [encoding, images, training]
+        if self._images:
+            drawing = self._work(lambda: self._drawing(self._images))
+            stages.append(Stage("drawing samples", denoiser + kept + lora + vae, *drawing))
+            if config.train.parity_check:
+                stages.append(Stage("check at the end", denoiser + text + vae, *self._work(lambda: self._drawing(1))))
+        return stages
+
+    @property
+    def prompt_bytes(self) -> int | None:
+        """Of the embeddings of the longest prompt, as the cache keeps them; None: that cannot be told."""
+        try:
+            return bytes_of(self._conditioning.values())
+        except Exception:  # see _work
+            return None
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        own = DTYPES[self._context.accelerator.mixed_precision]
+        return {
+            part.name: empty_module(
+                part.part_class, part.place, part.weights, torch.float32 if part.role == "vae" else own
+            )
+            for part in self._context.inventory
+            if is_module(part.part_class)
+        }
+
+    @cached_property
+    def _trainable(self) -> dict[str, nn.Module]:
+        """The parts that train, with their LoRA."""
+        config, family = self._context.config, self._family
+        wanted = {family.DENOISER: config.lora.lora_layers or family.LORA_LAYERS}
+        if config.lora.train_text_encoder:
+            wanted |= {name: family.TEXT_LORA_LAYERS for name in family.TEXT_ENCODERS if name in self._modules}
+        for name, layers in wanted.items():
+            module: Any = self._modules[name]
+            dtype = next(module.parameters()).dtype
+            with META:
+                add_lora(module, config.lora, layers)
+            for parameter in trainable_parameters(module).values():
+                parameter.data = parameter.data.to(dtype)  # where autocast would, which meta tensors do not have
+            if config.model.gradient_checkpointing:
+                text = name != family.DENOISER
+                (module.gradient_checkpointing_enable if text else module.enable_gradient_checkpointing)()
+        return {name: self._modules[name] for name in wanted}
+
+    def _held(self, role: str, only: Collection[str] | None = None) -> int:
+        names = [part.name for part in self._context.inventory if part.role == role and part.name in self._modules]
+        return sum(
+            bytes_of((*self._modules[name].parameters(), *self._modules[name].buffers()))
+            for name in names
+            if only is None or name in only
+        )
+
+    def _work(self, compute: Callable[[], Any], *, grad: bool = False) -> tuple[int | None, str]:
+        trainable = self._trainable
+        for module in trainable.values():
+            module.train(grad)
+        try:
+            with torch.set_grad_enabled(grad), Footprint(self._modules.values()) as footprint:
+                compute()
+        except Exception as error:  # of the model's code, where it asks a tensor for a number that it does not have
+            return None, in_one_line(error)
+        return footprint.peak, ""
+
+    @cached_property
+    def _text(self) -> Components:
+        context, family = self._context, self._family
+        classes = family.PARTS["text"]
+        others = {
+            part.name: classes[part.name]
+            for part in context.inventory
+            if part.role == "text" and not is_module(part.part_class)
+        }
+        modules = {name: module for name, module in self._modules.items() if name in classes}
+        return {
+            **dict.fromkeys(classes),
+            **load_components(context.source, others, None),
+            **modules,
+            "settings": read_settings(context.source, family.SETTINGS),
+        }
+
+    @cached_property
+    def _conditioning(self) -> Conditioning:
+        """Of one prompt: what training is given of it."""
+        with torch.no_grad():
+            tokens = self._family.tokenize(self._text, [self._prompt], prompt_length(self._context))
+            if self._context.config.lora.train_text_encoder:
+                return self._family.encode_frozen(self._text, tokens)
+            return self._family.encode_tokens(self._text, tokens)
+
+    @property
+    def _autoencoder(self) -> Any:
+        [module] = self._vae.values()
+        return module
+
+    @property
+    def _vae(self) -> dict[str, nn.Module]:
+        return {name: self._modules[name] for name in self._family.PARTS["vae"]}
+
+    @cached_property
+    def _latents(self) -> Tensor:
+        module = self._autoencoder
+        encode = module.encode
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            encoded = encode(*args, **kwargs)
+            posterior = getattr(encoded, "latent_dist", None)
+            plain: Any = getattr(encoded, "latents", None) if posterior is None else posterior.mean
+            self._decoded = tuple((encoded.latent if plain is None else plain).shape[1:])
+            return encoded
+
+        module.encode = noted
+        try:
+            width, height = self._size
+            settings = read_settings(self._context.source, self._family.SETTINGS)
+            pixels = torch.empty(1, 3, height, width, device=META)
+            with torch.no_grad():
+                return self._family.encode_images({**self._vae, "settings": settings}, pixels).mean
+        finally:
+            module.encode = encode
+
+    def _step(self) -> None:
+        """Forwards and backwards through one micro-batch."""
+        config = self._context.config
+        batch = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
+        text = self._text if config.lora.train_text_encoder else None
+        model = Predictor(self._family, self._trainable[self._family.DENOISER], text, config.train.guidance_scale)
+        prediction = model(*self._inputs(batch))
+        torch.autograd.backward((prediction.float() ** 2).sum())
+
+    def _drawing(self, images: int) -> None:
+        """A call of the denoiser for images with guidance, then their decoding."""
+        config, family = self._context.config, self._family
+        negative = self._context.guidance(config.sample.negative_prompt).encoded_negative
+        noisy, times, conditioning = self._inputs(images * (1 if negative is None else 2))
+        if config.lora.train_text_encoder:
+            conditioning = family.encode_tokens(self._text, conditioning)
+        family.predict(self._modules[family.DENOISER], noisy, times, conditioning, config.train.guidance_scale)
+        self._autoencoder.decode(torch.empty(images, *self._decoded, device=META))
+
+    def _inputs(self, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
+        family, config, axes = self._family, self._context.config, self._family.LENGTH_AXES
+        objective = family.objective(self._context.parts.get("scheduler")["scheduler"], config.train)
+        latents = self._latents
+        times = objective.spread_times(torch.tensor([0.5])).expand(batch)
+        views = family.describe_views([View(self._size, (0, 0), self._size)] * batch)
+        conditioning: Mapping[str, Tensor] = stack_conditioning([self._conditioning] * batch, axes)
+        return torch.empty(batch, *latents.shape[1:], device=META), times, {**conditioning, **views}
