@@ -10,7 +10,7 @@ import torch
 from diffusers import ChromaPipeline
 from torch import Tensor, nn
 
-from dreamlora.families import _chat, _flow, _packed, _parts, flux
+from dreamlora.families import _chat, _flow, _flux, _packed, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -26,19 +26,19 @@ from dreamlora.objectives import RectifiedFlow, densities
 PIPELINES: tuple[str, ...] = ("ChromaPipeline",)
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        "tokenizer": flux.PARTS["text"]["tokenizer_2"],
-        "text_encoder": flux.PARTS["text"]["text_encoder_2"],
+        "tokenizer": _flux.T5_TOKENIZERS,
+        "text_encoder": _flux.T5,
     },
-    "vae": flux.PARTS["vae"],
+    "vae": {"vae": _flux.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.ChromaTransformer2DModel",)},
-    "scheduler": flux.PARTS["scheduler"],
+    "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
 OPTIONAL: frozenset[str] = frozenset()
 SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
-LORA_LAYERS: tuple[str, ...] = flux.LORA_LAYERS
+LORA_LAYERS: tuple[str, ...] = _flux.LORA_LAYERS
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512
@@ -49,11 +49,11 @@ OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequ
 latent_size = _parts.latent_size
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
-resolution = flux.resolution
+resolution = _flux.resolution
 distilled = _parts.never_distilled  # Chroma1-Flash is, but its files do not tell
-prompt_limit = flux.prompt_limit
+prompt_limit = _flux.prompt_limit
 count_tokens = _parts.count_tokens
-encode_images = flux.encode_images
+encode_images = _parts.vae_latents
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.negative_above_one
 call_arguments = _parts.with_negative

@@ -10,8 +10,7 @@ import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
 from torch import Tensor, nn
 
-from dreamlora.errors import UserError
-from dreamlora.families import _flow, _packed, _parts
+from dreamlora.families import _flow, _flux, _packed, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -28,11 +27,11 @@ PIPELINES: tuple[str, ...] = ("FluxPipeline", "FluxKontextPipeline")
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
-        "tokenizer_2": ("transformers.T5TokenizerFast", "transformers.T5Tokenizer"),
+        "tokenizer_2": _flux.T5_TOKENIZERS,
         "text_encoder": ("transformers.CLIPTextModel",),
-        "text_encoder_2": ("transformers.T5EncoderModel",),
+        "text_encoder_2": _flux.T5,
     },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "vae": {"vae": _flux.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.FluxTransformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
@@ -41,20 +40,7 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
-LORA_LAYERS: tuple[str, ...] = (
-    "attn.to_k",
-    "attn.to_q",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_k_proj",
-    "attn.add_q_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
+LORA_LAYERS: tuple[str, ...] = _flux.LORA_LAYERS
 TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512
@@ -62,10 +48,9 @@ PROMPT_TOKENIZER: str = "tokenizer_2"
 LENGTH_AXES: dict[str, int] = {}  # T5's padding is attended, so it is a part of the model
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "guidance_scale", "max_sequence_length")
 
-LONGEST_PROMPT = 512
-"""T5 tokens that FluxPipeline takes at most."""
-
 latent_size = _parts.latent_size
+resolution = _flux.resolution
+prompt_limit = _flux.prompt_limit
 encode_images = _parts.vae_latents
 count_tokens = _parts.count_tokens
 encode_conditioning = _packed.conditioning
@@ -83,11 +68,6 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
-def resolution(source: ModelSource) -> int:
-    """FluxPipeline's default side: 128 latents, 1024 pixels with FLUX.1's autoencoder."""
-    return 128 * _parts.pixels_per_latent(source)
-
-
 def sample_defaults(source: ModelSource) -> SampleDefaults:
     """FluxPipeline's own; schnell was distilled to four steps."""
     if distilled(source):
@@ -103,18 +83,6 @@ def distilled(source: ModelSource) -> str | None:
         "FLUX.1-schnell was distilled to four steps: train FLUX.1-dev instead, or with --training_adapter "
         "ostris/FLUX.1-schnell-training-adapter"
     )
-
-
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt, T5's end included.
-
-    Raises:
-        UserError: more than 512 tokens are asked for.
-    """
-    length = LONGEST_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
 
 
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:

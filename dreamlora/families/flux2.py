@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_unshuffle
 
 from dreamlora.errors import UserError
-from dreamlora.families import _chat, _flow, _packed, _parts
+from dreamlora.families import _chat, _flow, _flux, _packed, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -63,8 +63,6 @@ OWN_OPTIONS: tuple[str, ...] = (
 
 FIRST_SHOWN = 10
 """Number of that image in the positions of its tokens."""
-LONGEST_PROMPT = 512
-"""Tokens that the models were trained with."""
 OUT_LAYERS = {"Flux2KleinPipeline": (9, 18, 27), "Flux2Pipeline": (10, 20, 30)}
 """The text encoder's layers whose states are joined to the embedding of a token."""
 
@@ -80,6 +78,8 @@ MISTRAL = (
 )
 """What Mistral Small 3's own template makes of turns of text; the system's message is FLUX.2's unless one is given."""
 
+resolution = _flux.resolution
+prompt_limit = _flux.prompt_limit
 describe_views = _parts.nothing_of_views
 call_arguments = _parts.with_negative
 call_options = _parts.guided
@@ -106,11 +106,6 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     return {**parts, "settings": {**parts["settings"], "text_encoder_out_layers": layers}}
 
 
-def resolution(source: ModelSource) -> int:
-    """The pipelines' default side: 1024 pixels with FLUX.2's autoencoder."""
-    return 128 * _parts.pixels_per_latent(source)
-
-
 def latent_size(source: ModelSource) -> LatentSize | None:
     """Of patches of 2 x 2 latents of the autoencoder."""
     channels = loading.read_config(source, "vae").get("latent_channels")
@@ -132,18 +127,6 @@ def distilled(source: ModelSource) -> str | None:
         "this FLUX.2 [klein] was distilled to four steps: train its base model (FLUX.2-klein-base-4B or -9B) and use "
         "the LoRA on either"
     )
-
-
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt as a chat.
-
-    Raises:
-        UserError: more than 512 tokens are asked for.
-    """
-    length = LONGEST_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
 
 
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:

@@ -230,14 +230,14 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     """Draw these images in one call of the pipeline.
 
     Raises:
-        UserError: something is asked for that the pipeline does not know, or fewer steps than it can draw in.
+        UserError: fewer steps are asked for than the pipeline can draw in.
     """
     prompts = [item.prompt for item in items]
     _refuse_single_step(pipeline, plan)
     options = _size(pipeline, plan)
     with _untouched(pipeline):
         pixels = pipeline(
-            **_known(pipeline, asked(prompts)),
+            **asked(prompts),
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
             num_inference_steps=plan.num_inference_steps,
             output_type="np",  # "pil" would turn NaN into black unseen
@@ -254,12 +254,6 @@ def _size(pipeline: Any, plan: SamplePlan) -> dict[str, int]:
         own = {"max_area": size["width"] * size["height"], "_auto_resize": False}
         size |= {name: value for name, value in own.items() if name in known}
     return size
-
-
-def _known(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    if "negative_prompt" in arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys():
-        raise UserError(f"--negative_prompt: {type(pipeline).__name__} takes no negative prompt; leave it out")
-    return arguments
 
 
 def _refuse_single_step(pipeline: Any, plan: SamplePlan) -> None:
