@@ -24,12 +24,13 @@ from dreamlora.errors import UserError
 from dreamlora.files import make_folder
 from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
+from dreamlora.lora.assistant import add_assistant
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.parts import ROLES
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.processes import wait_for_everyone
-from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule
+from dreamlora.run import checks, defaults, ending, image_list, provenance, resume, schedule
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -242,7 +243,10 @@ def _with_lora(context: RunContext, components: Components, text: Components | N
     config, family = context.config, context.family
     denoiser = components[family.DENOISER]
     layers = config.lora.lora_layers or family.LORA_LAYERS
+    assistant = checks.assistant_of(context, components)
     add_lora(denoiser, config.lora, layers)
+    if assistant:
+        add_assistant(denoiser, family.DENOISER, assistant)
     encoders = [text[name] for name in family.TEXT_ENCODERS] if text else []
     for encoder in encoders:
         add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS)
