@@ -23,8 +23,10 @@ from dreamlora.lora.files import factors_of
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.models import loading
+from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
 from tests import tinymodels
+from tests.training.test_processes import assert_same_weights, train_with_two
 
 RANK, ALPHA = 3, 6.0
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -211,3 +213,12 @@ def test_one_that_cannot_be_used_is_refused_before_any_work(flags, adapter, tmp_
 def test_a_missing_one_is_refused(flags, tmp_path) -> None:
     found = diagnose(*parse_run([*flags, "--training_adapter", str(tmp_path / "nowhere.safetensors")]))
     assert "no such LoRA file or folder" in found["errors"][0]
+
+
+def test_two_processes_equal_one(flags, train, adapter, tmp_path) -> None:
+    more = ["--optimizer", "sgd", "--learning_rate", "0.1", "--max_train_steps", "3", "--sample_steps", "3"]
+    one = train(*more, "--training_adapter", str(adapter), "--output_dir", str(tmp_path / "one"))
+    train_with_two([*flags, *more, "--training_adapter", str(adapter)])
+    two = RunFolder(tmp_path / "run")
+    assert_same_weights(one, two)
+    assert drawn(one, 0) == drawn(two, 0)
