@@ -181,9 +181,9 @@ class Rehearsal:
     def _of_layers(self, grad: bool) -> int:
         """What a pass through the denoiser holds, roughly, where its code cannot be run without numbers.
 
-        In training every linear layer keeps its input, of every token, and about as much lies between the layers; with
-        gradient checkpointing that is so for one block at a time, besides the input of each. Without gradients the
-        widest layer's input and output are held twice.
+        In training every linear layer keeps its input, of every token (those that share one make up for what lies
+        between layers); with gradient checkpointing that is so for one block at a time, besides the input of each.
+        Without gradients the widest layer's input and output are held twice.
         """
         config, denoiser = self._context.config, self._modules[self._family.DENOISER]
         patch = denoiser.config.get("patch_size") or 2  # type: ignore[union-attr, operator]
@@ -203,7 +203,7 @@ class Rehearsal:
             kept = max(widths, default=0) + len(blocks) * min((layer.in_features for layer in linear), default=0)
         else:
             kept = sum(layer.in_features for layer in linear)
-        return 2 * batch * tokens * size * kept
+        return batch * tokens * size * kept
 
     @cached_property
     def _text(self) -> Components:
