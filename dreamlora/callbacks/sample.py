@@ -18,6 +18,7 @@ from dreamlora.errors import UserError
 from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import StepResult
 from dreamlora.jsonl import read_jsonl
+from dreamlora.lora.assistant import without_assistant
 from dreamlora.pictures import own_picture
 from dreamlora.processes import gather_lists, tell_everyone
 from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
@@ -127,7 +128,8 @@ class SampleCallback:
             }
 
         rows = []
-        with accelerator.autocast():
+        denoiser = accelerator.unwrap_model(run.model).denoiser
+        with accelerator.autocast(), without_assistant(denoiser):
             share = draw(pipeline, self._plan, asked, accelerator.process_index, accelerator.num_processes)
             for drawn in share:
                 rows.append({**self._write(run, step, drawn), "scheduler": scheduler})

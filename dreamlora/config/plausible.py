@@ -140,6 +140,7 @@ _IDLE = (
         lambda c: c.eval.eval_metrics,
         "only --eval_metrics needs such a model",
     ),
+    _Idle(("training_adapter_weight_name",), lambda c: c.lora.training_adapter, "it belongs to --training_adapter"),
     _Idle(("caption_variants",), lambda c: c.data.shuffle_tags, "it belongs to --shuffle_tags"),
     _Idle(("crop_variants",), lambda c: not c.data.center_crop, "with --center_crop an image has one crop"),
     _Idle(("repeats",), lambda c: c.data.datasets or _epochs_count(c), "the number of steps decides, not the epochs"),

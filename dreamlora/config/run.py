@@ -87,6 +87,11 @@ class Lora:
     """Start of the adapter, which never changes what the model does at first: {inits}."""
     init_args: tuple[str, ...] = ()
     """Settings of the start itself as name value pairs, e.g. gamma 64. A wrong name lists the right ones."""
+    training_adapter: str | None = None
+    """A frozen LoRA (file, folder or hub name) that is active in the denoiser while it trains and in the loss that is
+    measured, and off in samples and in the result: for models that were distilled to few steps."""
+    training_adapter_weight_name: str | None = None
+    """Its file in the folder or hub repository, if there are several."""
 
     def __post_init__(self) -> None:
         # diffusers' scripts take one text with commas

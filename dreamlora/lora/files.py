@@ -94,12 +94,48 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return alike and torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (one, other)))
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What a LoRA file puts into a pipeline that it was found to fit, by component.
+
+    Attributes:
+        lora: the file.
+        parts: its factors, under the names of the layers and PEFT's of the factors.
+        alphas: of its layers.
+    """
+
+    lora: LoraFile
+    parts: dict[str, dict[str, torch.Tensor]]
+    alphas: dict[str, dict[str, float]]
+
+
 def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
     """Put a LoRA into a stock pipeline, with its effect multiplied by ``scale``, as it was while it trained.
 
+    The weights keep their own precision, as float32 (diffusers rounds them to that of the base model), and the layers
+    compute in the same order as in training.
+
+    Raises:
+        UserError: see :func:`factors_of`.
+    """
+    factors = factors_of(pipeline, path)
+    try:
+        for component, tensors in factors.parts.items():
+            put_adapter(getattr(pipeline, component), tensors, factors.alphas[component])
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        pipeline.unload_lora_weights()
+        raise unreadable(factors.lora.path, error) from error
+    pipeline.set_adapters([ADAPTER], [scale])
+    for component in factors.parts:
+        fuse(getattr(pipeline, component))
+    return factors.lora
+
+
+def factors_of(pipeline: Any, path: Path) -> Factors:
+    """What a LoRA puts into a stock pipeline, whose modules have no adapters yet; nothing is changed.
+
     diffusers says which layers its names mean. Their ranks are those of the tensors; PEFT is told nothing that stands
-    in the file. The weights keep their own precision, as float32 (diffusers rounds them to that of the base model),
-    and the layers compute in the same order as in training.
+    in the file.
 
     Raises:
         UserError: see :func:`read_lora`; or it was made for another model, or a part of it would not be applied.
@@ -114,17 +150,14 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
         raise UserError(f"{lora.path} has alphas among its tensors and others in its metadata: which ones are meant?")
     parts, alphas_of = _by_component(pipeline, lora, state), _by_component(pipeline, lora, alphas)
     _check_fit(pipeline, lora, parts)
-    try:
-        for component, factors in parts.items():
-            given = alphas_of.get(component, {})
-            _inject(getattr(pipeline, component), factors, _alphas(lora, component, factors, given, settings))
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
-        pipeline.unload_lora_weights()
-        raise unreadable(lora.path, error) from error
-    pipeline.set_adapters([ADAPTER], [scale])
-    for component in parts:
-        fuse(getattr(pipeline, component))
-    return lora
+    return Factors(
+        lora,
+        parts,
+        {
+            component: _alphas(lora, component, factors, alphas_of.get(component, {}), settings)
+            for component, factors in parts.items()
+        },
+    )
 
 
 def _alphas(
@@ -157,7 +190,9 @@ def _alphas(
     return alphas
 
 
-def _inject(module: Any, factors: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> None:
+def put_adapter(
+    module: Any, factors: Mapping[str, torch.Tensor], alphas: Mapping[str, float], adapter: str = ADAPTER
+) -> None:
     """Give layers of a diffusers or transformers model an adapter with these factors, in float32.
 
     PEFT makes them all of rank 1, as it would find out other ranks by a regular expression for each pair of layers.
@@ -166,9 +201,9 @@ def _inject(module: Any, factors: Mapping[str, torch.Tensor], alphas: Mapping[st
         ValueError: PEFT cannot adapt one of them.
     """
     names = "|".join(map(re.escape, alphas))
-    module.add_adapter(LoraConfig(r=1, target_modules=f"(?:{names})", init_lora_weights=False), adapter_name=ADAPTER)
+    module.add_adapter(LoraConfig(r=1, target_modules=f"(?:{names})", init_lora_weights=False), adapter_name=adapter)
     for name, alpha in alphas.items():
-        put_factors(module.get_submodule(name), factors[name + _DOWN], factors[name + _UP], alpha)
+        put_factors(module.get_submodule(name), factors[name + _DOWN], factors[name + _UP], alpha, adapter)
 
 
 def _find(path: Path) -> Path:

@@ -39,6 +39,8 @@ class FusedLinear(Linear):
         return fused
 
     def _is_plain(self, x: Tensor) -> bool:
+        if ADAPTER not in self.lora_A:
+            return False
         base, device = self.base_layer, x.device.type
         if not x.is_meta and torch.is_autocast_enabled(device):  # torch knows no autocast of meta tensors
             same_precision = base.weight.dtype == torch.get_autocast_dtype(device)

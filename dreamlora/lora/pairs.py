@@ -77,17 +77,18 @@ def adapted_layers(module: nn.Module, prefix: str = "") -> Iterator[AdaptedLayer
             yield AdaptedLayer(name, A, B, float(layer.scaling[ADAPTER]), offset.start_of(layer), layer)
 
 
-def put_factors(layer: Any, A: Tensor, B: Tensor, alpha: float) -> None:
+def put_factors(layer: Any, A: Tensor, B: Tensor, alpha: float, adapter: str = ADAPTER) -> None:
     """Give PEFT's layer factors of another rank and another alpha.
 
     Args:
         layer: with the adapter.
         A, B: in the shapes of ``AdaptedLayer``; taken over as float32.
-        alpha: of ``alpha / r``, which counts from the next ``set_adapters`` on.
+        alpha: of ``alpha / r``, which counts from the next ``set_adapters`` or ``set_scale`` on.
+        adapter: its name.
     """
-    for part, value in ((layer.lora_A[ADAPTER], A), (layer.lora_B[ADAPTER], B)):
+    for part, value in ((layer.lora_A[adapter], A), (layer.lora_B[adapter], B)):
         part.weight.data = value.detach().to(part.weight.device, torch.float32)
-    layer.r[ADAPTER], layer.lora_alpha[ADAPTER] = len(A), alpha
+    layer.r[adapter], layer.lora_alpha[adapter] = len(A), alpha
 
 
 def layers_below_rank(module: nn.Module) -> tuple[int, int]:

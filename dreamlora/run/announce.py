@@ -69,7 +69,8 @@ def _lora(context: RunContext) -> str:
     lora, family = context.config.lora, context.family
     layers = " ".join(lora.lora_layers or family.LORA_LAYERS)
     where = f"layers of the {family.DENOISER}: {layers}" + ("; and the text encoder" if lora.train_text_encoder else "")
-    return f"rank {lora.rank}, alpha {lora.lora_alpha:g}, init {lora.init}; {where}"
+    assisted = f"; with the frozen {lora.training_adapter} while training" if lora.training_adapter else ""
+    return f"rank {lora.rank}, alpha {lora.lora_alpha:g}, init {lora.init}; {where}" + assisted
 
 
 def _images(context: RunContext, pictures: RunImages) -> str:

@@ -12,9 +12,12 @@ from dreamlora.data.encode import bytes_lacking, bytes_of
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
+from dreamlora.interfaces import Components
+from dreamlora.lora.files import Factors, factors_of
 from dreamlora.lora.inject import target_layers
 from dreamlora.models.building import empty_module
 from dreamlora.models.inventory import Part, problems_of
+from dreamlora.models.loading import read_settings
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
 
@@ -32,14 +35,34 @@ def require_parts(parts: Sequence[Part]) -> None:
 
 
 def require_layers(context: RunContext) -> None:
-    """Nothing, if the denoiser has the layers that are to be trained.
+    """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter.
 
     Raises:
-        UserError: it has none of a name that was given.
+        UserError: it has none of a name that was given, or the training adapter is for another model.
     """
-    denoiser = part_named(context, context.family.DENOISER)
+    family = context.family
+    denoiser = part_named(context, family.DENOISER)
     module = empty_module(denoiser.part_class, denoiser.place, denoiser.weights, torch.float32)
-    target_layers(module, context.config.lora.lora_layers or context.family.LORA_LAYERS)
+    target_layers(module, context.config.lora.lora_layers or family.LORA_LAYERS)
+    if context.training_adapter:
+        settings = read_settings(context.source, family.SETTINGS)
+        assistant_of(context, {family.DENOISER: module, "settings": settings})
+
+
+def assistant_of(context: RunContext, components: Components) -> Factors | None:
+    """The training adapter, as it fits a denoiser that has no LoRA yet; None: there is none.
+
+    Args:
+        components: the denoiser and the pipeline's settings.
+
+    Raises:
+        UserError: it cannot be read, or is for another model.
+    """
+    if context.training_adapter is None:
+        return None
+    family = context.family
+    alone = {name: components[name] for name in (family.DENOISER, "settings")}
+    return factors_of(family.pipeline(alone), context.training_adapter)
 
 
 def require_room(context: RunContext, records: Sequence[ImageRecord], how: Preparations) -> None:
@@ -63,7 +86,7 @@ def require_room(context: RunContext, records: Sequence[ImageRecord], how: Prepa
 def warnings(context: RunContext) -> Iterator[str]:
     """What a person would hardly want, and the run does all the same; one sentence each."""
     distilled = context.family.distilled(context.source)
-    if distilled:
+    if distilled and not context.training_adapter:
         yield f"this model was distilled to few steps, and plain training undoes that: {distilled}"
     if context.accelerator.mixed_precision == "fp16":
         wide = [part.name for part in context.inventory if part.precision == "BF16" and part.role != "vae"]

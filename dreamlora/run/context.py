@@ -8,6 +8,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -18,6 +20,7 @@ from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
+from dreamlora.models.adapter import content_of
 from dreamlora.models.inventory import Part
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
@@ -33,6 +36,7 @@ class RunContext:
 
     Attributes:
         inventory: the parts of the model, as they lie on disk or on the hub.
+        training_adapter: file of the frozen LoRA that is active while training.
         eval_price: of the evaluation loss, once it is known how often it is measured.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         timings: seconds by stage, for the report.
@@ -45,6 +49,7 @@ class RunContext:
     source: ModelSource
     parts: Parts
     inventory: Sequence[Part] = ()
+    training_adapter: Path | None = None
     eval_price: Price | None = None
     shown: Shown = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
@@ -80,6 +85,17 @@ class RunContext:
     def subject(self) -> Subject:
         """What is learned, as the options name it."""
         return Subject.of(self.config.data.subject_prompt, self.config.data.class_prompt)
+
+    @property
+    def measured_id(self) -> str:
+        """How the evaluation loss names the model that it is measured in, training adapter included."""
+        model = self.source.predictor_id
+        return f"{model} with the training adapter {self.adapter_content}" if self.training_adapter else model
+
+    @cached_property
+    def adapter_content(self) -> str | None:
+        """What the training adapter's file holds, in a few digits; None: there is none."""
+        return content_of(self.training_adapter) if self.training_adapter else None
 
     @property
     def cache(self) -> TensorCache:

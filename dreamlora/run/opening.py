@@ -13,11 +13,13 @@ from dreamlora.data.sets import epoch_length
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
+from dreamlora.lora.files import read_lora
+from dreamlora.models.adapter import find_adapter
 from dreamlora.models.inventory import inventory
 from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.models.tf32 import set_tf32
-from dreamlora.processes import tell_everyone
+from dreamlora.processes import main_first, tell_everyone
 from dreamlora.run import checks, defaults, resume, upload
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import warn_of_cut_texts
@@ -64,6 +66,8 @@ def begin(config: RunConfig) -> RunContext:
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
     context = RunContext(config, accelerator, family, source, parts, parts_on_disk)
+    if config.lora.training_adapter:
+        context.training_adapter = _training_adapter(config)
     checks.require_layers(context)
     return context
 
@@ -80,6 +84,13 @@ def _refuse_images_to_edit(config: RunConfig, family: Family, source: ModelSourc
             f"--{given}: {config.model.pretrained_model_name_or_path} draws from prompts alone, and edits no images: "
             "leave the flag out, or give a model that edits, such as FLUX.1-Kontext"
         )
+
+
+def _training_adapter(config: RunConfig) -> Path:
+    name = config.lora.training_adapter or ""
+    with main_first():
+        found = find_adapter(name, config.lora.training_adapter_weight_name, config.model.cache_dir)
+        return read_lora(found).path
 
 
 @dataclass(frozen=True)

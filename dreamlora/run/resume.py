@@ -27,7 +27,7 @@ FREE_ON_RESUME = {
     *("eval_metrics", "eval_metrics_steps", "eval_prompts", "eval_num_images"),
     *("clip_model", "dino_model", "inception_weights"),
     *("train_data_dir", "subject", "style", "streaming", "parity_check", "mask_data_dir", "conditioning_data_dir"),
-    *("captions_per_line", "dry_run", "validation_images"),
+    *("captions_per_line", "dry_run", "validation_images", "training_adapter", "training_adapter_weight_name"),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
 model's id, the images' hashes, the global batch size)."""
@@ -54,6 +54,8 @@ def settings(context: RunContext, pictures: RunImages, options: Any) -> dict[str
     kept["global batch size"] = (train.train_batch_size or 1) * train.gradient_accumulation_steps * world
     kept["optimizer settings"] = str(options)
     kept["base model"] = context.source.model_id
+    if context.training_adapter:
+        kept["training adapter"] = context.adapter_content
     kept[_IMAGES] = fingerprint(pictures.train)
     if pictures.classes:
         kept[_CLASSES] = fingerprint(pictures.classes)

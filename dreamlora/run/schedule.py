@@ -131,5 +131,5 @@ def _eval_set(context: RunContext, run: Run, images: LatentStore) -> EvalSet:
         images.content_hashes,
         run.objective,
         seed=context.config.eval.eval_seed,
-        model_id=context.source.predictor_id,
+        model_id=context.measured_id,
     ).of_images(images.masks(), images.views())

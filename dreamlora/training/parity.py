@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreamlora.interfaces import Conditioning
+from dreamlora.lora.assistant import switch
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
@@ -93,6 +94,7 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
     noisy = run.objective.corrupt(latents, noise, times)
     conditioning = {name: value.to(place) for name, value in {**run.conditioning([prompt]), **view}.items()}
     model = run.accelerator.unwrap_model(run.model).eval()
+    switch(model.denoiser, on=False)  # the result is used without it
 
     def answer(latents: Tensor) -> Tensor:
         with run.accelerator.autocast():
