@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -162,3 +163,13 @@ def test_what_contributors_are_shown_is_the_code() -> None:
         rest = iter((ROOT / name).read_text(encoding="utf-8").splitlines())
         for line in lines:
             assert line in rest, f"{name} has no such line, or not there: {line}"
+
+
+def test_contributors_are_shown_every_member_of_a_family() -> None:
+    tree = ast.parse((ROOT / "dreamlora" / "interfaces" / "family.py").read_text(encoding="utf-8"))
+    contract = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Family")
+    members = [node.target.id for node in contract.body if isinstance(node, ast.AnnAssign)]
+    members += [node.name for node in contract.body if isinstance(node, ast.FunctionDef)]
+    _, lines = shown_diffs()[0]
+    shown = {match.group(1) for line in lines if (match := re.match(r"(?:def )?(\w+)[:( ]", line))}
+    assert not set(members) - shown
