@@ -173,3 +173,10 @@ def test_contributors_are_shown_every_member_of_a_family() -> None:
     _, lines = shown_diffs()[0]
     shown = {match.group(1) for line in lines if (match := re.match(r"(?:def )?(\w+)[:( ]", line))}
     assert not set(members) - shown
+
+
+def test_files_that_contributors_are_told_of_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    places = text.partition("## Where things are")[2].partition("\n## ")[0]
+    there = {"_name.py", *(file.name for file in (ROOT / "dreamlora").rglob("*.py"))}
+    assert not set(re.findall(r"\b\w+\.py\b", places)) - there
