@@ -59,7 +59,7 @@ def flags(photos: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("family", registry.names("families"))
 def test_every_family_is_gone_through_without_a_weight(family: str, tmp_path: Path, capsys) -> None:
-    """The memory of each stage is found by the family's own code: none may be left unknown."""
+    """The memory of each stage is found by the family's own code, or roughly where that goes by a tensor's numbers."""
     tiny = tinymodels.of(family)
     found = told(capsys, tiny.save(tmp_path / "model"), "--resolution", tiny.side, "--gradient_checkpointing")
     assert found["would_run"], found["errors"]
@@ -68,7 +68,8 @@ def test_every_family_is_gone_through_without_a_weight(family: str, tmp_path: Pa
     assert list(stages) == [
         *("encoding prompts", "encoding images", "training", "drawing samples", "check at the end"),
     ]
-    assert {name: stage["unknown"] for name, stage in stages.items()} == dict.fromkeys(stages, "")
+    rough = {name for name, stage in stages.items() if stage["rough"]}
+    assert not rough & {"encoding prompts", "encoding images"}
     assert all(stage["work"] > 0 for stage in stages.values())
 
 
