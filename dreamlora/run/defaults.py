@@ -19,7 +19,7 @@ from dreamlora.config.plausible import Facts
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import Price, Workload, affordable
-from dreamlora.interfaces import Family, SampleDefaults
+from dreamlora.interfaces import SampleDefaults
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import Subject, with_subject
 

@@ -42,7 +42,7 @@ def test_guidance_that_one_of_a_family_s_models_has_not_is_told(name, file, valu
 
 def test_a_negative_prompt_at_a_guidance_that_is_off_is_told(tmp_path: Path) -> None:
     folder = tinymodels.of("sd").save(tmp_path)
-    flags = f"--pretrained_model_name_or_path {folder} --instance_data_dir {tmp_path} --max_train_steps 2 --negative_prompt x"
+    flags = f"--pretrained_model_name_or_path {folder} --instance_data_dir {tmp_path} --max_train_steps 2"
     for guidance, counts in (("1", False), ("2", True)):
-        config = parse_run([*flags.split(), "--sample_guidance_scale", guidance])[0]
+        config = parse_run([*flags.split(), "--negative_prompt", "x", "--sample_guidance_scale", guidance])[0]
         assert ("negative_prompt" in opening.own_options(opening.begin(config))) is counts
