@@ -24,6 +24,7 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow, densities
 
 PIPELINES: tuple[str, ...] = ("ChromaPipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": _flux.T5_TOKENIZERS,

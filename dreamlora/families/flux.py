@@ -24,6 +24,7 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("FluxPipeline", "FluxKontextPipeline")
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),

@@ -30,6 +30,7 @@ from dreamlora.objectives import RectifiedFlow
 from dreamlora.objectives.densities import LogitNormal
 
 PIPELINES: tuple[str, ...] = ("Flux2KleinPipeline", "Flux2Pipeline")
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": (

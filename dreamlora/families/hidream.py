@@ -39,6 +39,7 @@ DISTILLED_SCHEDULER = "FlowMatchLCMScheduler"
 """Of Dev (28 steps) and Fast (16 steps); nothing else tells them from Full."""
 
 PIPELINES: tuple[str, ...] = ("HiDreamImagePipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),

@@ -25,6 +25,7 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": ("transformers.GemmaTokenizer", "transformers.GemmaTokenizerFast"),

@@ -61,6 +61,9 @@ INSTRUCTION = "\n".join(
 """What Sana was trained with before every caption (``complex_human_instruction`` of SanaPipeline's call)."""
 
 PIPELINES: tuple[str, ...] = ("SanaPipeline",)
+REFUSED: dict[str, str] = {
+    "SanaSprintPipeline": "a Sana that was distilled to few steps, which training would undo: give Sana 1.0 or 1.5"
+}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": ("transformers.GemmaTokenizer", "transformers.GemmaTokenizerFast"),

@@ -22,6 +22,7 @@ from dreamlora.interfaces import (
 from dreamlora.models import loading
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionPipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),

@@ -40,6 +40,7 @@ WIDEST = 2**16
 """Of prompt embeddings: 4096 in all known ones."""
 
 PIPELINES: tuple[str, ...] = ("StableDiffusion3Pipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),

@@ -15,6 +15,7 @@ from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
+    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -24,6 +25,10 @@ from dreamlora.interfaces import (
 from dreamlora.models import loading
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionXLPipeline",)
+REFUSED: dict[str, str] = {
+    "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL, or has its pipeline, which draws only the "
+    "last steps of another model's images: give the base model"
+}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),
@@ -54,7 +59,6 @@ count_tokens = _parts.count_tokens
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
 encode_frozen = _parts.none_frozen
-encode_images = _parts.vae_latents
 objective = _unet.objective
 call_options = _parts.guided
 
@@ -97,6 +101,18 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     states_2, pooled = _parts.clip_states(text["text_encoder_2"], text["tokenizer_2"], second, layer=-2)
     assert pooled is not None  # this class has a projection
     return {"prompt_embeds": torch.cat([states, states_2], dim=-1), "pooled_prompt_embeds": pooled}
+
+
+def encode_images(vae: Components, pixels: Tensor) -> Latents:
+    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]; of autoencoders whose config has statistics of each
+    channel (as Playground's) also by these, as StableDiffusionXLPipeline decodes them.
+    """
+    found, config = _parts.vae_latents(vae, pixels), vae["vae"].config
+    statistics = [config.get(name) for name in ("latents_mean", "latents_std")]
+    if None in statistics:
+        return found
+    mean, std = (torch.tensor(values, device=found.mean.device).view(-1, 1, 1) for values in statistics)
+    return Latents(mean=(found.mean - mean * config.scaling_factor) / std, std=found.std / std)
 
 
 def describe_views(views: Sequence[View]) -> Conditioning:
