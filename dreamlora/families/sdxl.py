@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,11 +30,11 @@ REFUSED: dict[str, str] = {
 }
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), _parts.CLIP_TOKENIZERS),
         "text_encoder": ("transformers.CLIPTextModel",),
         "text_encoder_2": ("transformers.CLIPTextModelWithProjection",),
     },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "vae": {"vae": _parts.AUTOENCODERS},
     **_unet.PARTS,
 }
 OPTIONAL: frozenset[str] = frozenset()
@@ -51,6 +50,8 @@ PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {}
 OWN_OPTIONS: tuple[str, ...] = _unet.OWN_OPTIONS
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+save_lora = _parts.lora_saver(StableDiffusionXLPipeline, DENOISER)
 latent_size = _parts.latent_size
 resolution = _unet.resolution
 distilled = _parts.never_distilled
@@ -61,15 +62,6 @@ encode_conditioning = _parts.nothing_shown
 encode_frozen = _parts.none_frozen
 objective = _unet.objective
 call_options = _parts.guided
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def sample_defaults(source: ModelSource) -> SampleDefaults:
@@ -158,8 +150,3 @@ def call_arguments(conditioning: Conditioning, negative: Conditioning | None) ->
         arguments["negative_prompt_embeds"] = negative["prompt_embeds"]
         arguments["negative_pooled_prompt_embeds"] = negative["pooled_prompt_embeds"]
     return arguments
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as StableDiffusionXLPipeline.load_lora_weights reads it."""
-    return _parts.save_lora(StableDiffusionXLPipeline, folder, {DENOISER: denoiser, **text})

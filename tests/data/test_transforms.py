@@ -62,7 +62,7 @@ def test_random_crops():
     ],
 )
 def test_a_view_is_of_the_image_as_it_was_and_of_the_crop_in_the_resized_one(size, box, corner, mirrored):
-    """Places in a mirrored image are those after it was mirrored, as diffusers' script has them: it crops after that."""
+    """Places in a mirrored image are those after it was mirrored, as in diffusers' script, which crops then."""
     target = box[2] - box[0], box[3] - box[1]
     assert view_of(size, Variant(box, False)) == View(size, corner, target)
     assert view_of(size, Variant(box, True)) == View(size, mirrored, target)

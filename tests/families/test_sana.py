@@ -133,5 +133,8 @@ def test_sprint_is_refused(tmp_path, name):
     index = json.loads(file.read_text(encoding="utf-8"))
     index |= {"_class_name": "SanaSprintPipeline", "scheduler": ["diffusers", "SCMScheduler"]}
     file.write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(UserError, match=r"is a Sana that was distilled .*: give Sana 1.0 or 1.5 \(model_index.json says SanaSprintPipeline\)"):
+    with pytest.raises(
+        UserError,
+        match=r"is a Sana that was distilled .*: give Sana 1.0 or 1.5 \(model_index.json says SanaSprintPipeline\)",
+    ):
         loading.family_of(source_of(folder), name)

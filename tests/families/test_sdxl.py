@@ -84,6 +84,7 @@ def test_no_negative_prompt_is_zeros_where_the_model_says_so(folder, tmp_path, z
     asked = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent", **sdxl.call_options(5.0)}
     arguments = sdxl.call_arguments(embeddings("a cat"), None if negative is None else embeddings(negative))
     own = sdxl.pipeline({name: part for name, part in parts.items() if not name.startswith(("text", "tok"))})
+    assert own.config.force_zeros_for_empty_prompt is zeros
     for pipeline in (stock, own):
         pipeline.set_progress_bar_config(disable=True)
     found = own(**arguments, **asked, generator=torch.Generator().manual_seed(3)).images
@@ -118,5 +119,5 @@ def test_the_refiner_is_refused_by_name(folder, tmp_path, name):
         tokenizer=[None, None],
         requires_aesthetics_score=True,
     )
-    with pytest.raises(UserError, match="the refiner of Stable Diffusion XL, .* give the base model"):
+    with pytest.raises(UserError, match=r"the refiner of Stable Diffusion XL, .* give the base model"):
         loading.family_of(source_of(model), name)
