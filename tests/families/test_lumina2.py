@@ -15,12 +15,11 @@ from dreamlora.errors import UserError
 from dreamlora.families import _chat, lumina2
 from dreamlora.interfaces import Components, ModelSource
 from dreamlora.models import loading
-from tests.tinymodels.lumina2 import save
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "lumina2")
+def model(tiny_folder) -> Path:
+    return tiny_folder("lumina2")
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ def source_of(folder: Path) -> ModelSource:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ModelSource:
-    return source_of(save(tmp_path_factory.mktemp("models") / "sana"))
+def source(tiny_folder) -> ModelSource:
+    return source_of(tiny_folder("sana"))
 
 
 @pytest.fixture(scope="module")

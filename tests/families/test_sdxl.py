@@ -17,12 +17,11 @@ from dreamlora.errors import UserError
 from dreamlora.families import sdxl
 from dreamlora.interfaces import Components, ModelSource, View
 from dreamlora.models import loading
-from tests.tinymodels.sdxl import save
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "sdxl")
+def folder(tiny_folder) -> Path:
+    return tiny_folder("sdxl")
 
 
 def source_of(folder: Path) -> ModelSource:
