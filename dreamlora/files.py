@@ -99,7 +99,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.iterdir():
+            for file in (path for path in temporary.rglob("*") if path.is_file()):
                 with file.open("r+b") as handle:
                     os.fsync(handle.fileno())  # else a power cut could leave a renamed folder of empty files
             if folder.is_symlink():

@@ -71,10 +71,15 @@ class RunFolder:
         self.timelapse_file = self.path / "timelapse.webp"
         self.instance_images = self.path / "instance_images"
         self.reference_dir = self.path / "references"
+        self.conditioning_dir = self.path / "conditioning"
         self.report_html = self.path / "report.html"
         self.report_md = self.path / "report.md"
         self._started = time.monotonic()
         self._lock: FileLock | None = None
+
+    def conditioning_file(self, digest: str) -> Path:
+        """The image before an edit that samples were drawn from."""
+        return self.conditioning_dir / f"{digest}.png"
 
     def checkpoint_dir(self, step: int) -> Path:
         """``checkpoints/step-000100``."""

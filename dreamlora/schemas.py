@@ -32,6 +32,10 @@ def lies_below(name: str) -> bool:
     return bool(path.parts) and not odd
 
 
+def _is_digest(text: str) -> bool:
+    return text.isalnum() and len(text) <= 64
+
+
 FileName = Annotated[Name, Predicate(lies_below)]
 """Of a file below a folder of the run."""
 
@@ -69,6 +73,7 @@ class SampleRow(TypedDict):
     sha256: NotRequired[Name]
     scheduler: NotRequired[Name]
     negative_prompt: NotRequired[Text | None]
+    conditioning: NotRequired[Annotated[str, Predicate(_is_digest)]]
     problem: NotRequired[Text]
 
 
@@ -80,6 +85,7 @@ class ImageRow(TypedDict):
     sha256: Name
     captions: Annotated[list[str], MaxLen(1000)]
     mask: NotRequired[Name]
+    conditioning: NotRequired[Name]
 
 
 class Compared(TypedDict, total=False):

@@ -264,3 +264,18 @@ OTHERS = [file for place in ("train_scripts", "tools", "benchmarks") for file in
 def test_every_text_file_is_utf_8(file: Path) -> None:
     """Whatever the system's own encoding is: files go from one machine to another."""
     assert text_calls_without_encoding(ast.parse(file.read_text(encoding="utf-8"))) == []
+
+
+FAMILIES = registry.names("families")
+
+
+@pytest.mark.parametrize("file", [file for file in SOURCES if "families" not in file.parts], ids=name_of)
+def test_no_family_is_named_outside_of_its_own_file(file: Path) -> None:
+    """Nothing asks which family it works for: what differs is asked of the family (``interfaces.Family``)."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant):
+            assert node.value not in FAMILIES, f"line {node.lineno} names {node.value}"
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            assert "dreamlora.families" not in ast.unparse(node), f"line {node.lineno} imports a family"
+        if isinstance(node, ast.Compare):
+            assert "family.__name__" not in ast.unparse(node), f"line {node.lineno} compares families"

@@ -19,7 +19,7 @@ from PIL import Image, features
 
 from dreamlora import pictures
 from dreamlora.data.colour import adobe_rgb
-from dreamlora.data.images import FORMATS, decode, see_through, upright_size
+from dreamlora.data.images import FORMATS, alpha, decode, see_through, upright_size
 from dreamlora.pictures import READ, BrokenImage, Content, opened, own_film, own_picture
 from tests.fuzzing import damaged, fuzzed, harmless
 from tests.limits import memory_limit, peak_memory
@@ -338,6 +338,7 @@ def _fuzz(sound: bytes) -> None:
         harmless(lambda: decode(data, "x"))
         harmless(lambda: upright_size(data, "x"))
         harmless(lambda: see_through(data, "x"))
+        harmless(lambda: alpha(data, "x"))
 
     each()
 

@@ -25,6 +25,7 @@ from dreamlora.sampling.grid import MAX_REFERENCES, grid_of_run
 from dreamlora.sampling.recorded import motif_of
 from dreamlora.sampling.sampler import Drawn, SampleItem, SamplePlan, draw
 from dreamlora.sampling.schedulers import deterministic
+from dreamlora.sampling.shown import digest, keep
 from dreamlora.schemas import SAMPLE_ROW
 from dreamlora.training.loop import Run
 
@@ -62,8 +63,10 @@ class SampleCallback:
         """Draw the base model; after a resume only what is missing, such as prompts that it was not drawn with."""
         if not self._every:
             return
-        if not self._elsewhere and run.accelerator.is_main_process:
-            self._keep_references(run)
+        if run.accelerator.is_main_process:
+            keep(self._plan.shown, run.folder)
+            if not self._elsewhere:
+                self._keep_references(run)
         if run.step and not self._is_complete(run, 0):
             if run.accelerator.is_main_process:
                 logger.info(
@@ -150,6 +153,7 @@ class SampleCallback:
             "lora_scale": 1.0,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             **({"negative_prompt": plan.negative_prompt} if plan.negative_prompt else {}),
+            **({"conditioning": digest(plan.shown[item.prompt])} if plan.shown else {}),
             **({"problem": drawn.problem} if drawn.problem else {}),
         }
 

@@ -11,7 +11,6 @@ ELSEWHERE: dict[str, str] = {
     "use_8bit_adam": "use --optimizer adamw8bit",
     "tokenizer_name": "the tokenizer is always the pipeline's own (folder tokenizer/)",
     "text_encoder_use_attention_mask": "only DeepFloyd IF needs it, which is not supported",
-    "validation_images": "only DeepFloyd IF's upscaler needs them, which is not supported",
     "class_labels_conditioning": "only DeepFloyd IF's upscaler needs it, which is not supported",
     # its SDXL and Flux relatives
     "do_edm_style_training": "EDM training is not supported; models train with the objective of their own scheduler",

@@ -6,6 +6,7 @@ A mistake is one message that names the flag, or the file and its key.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -175,8 +176,9 @@ def value_of(option: Option, given: Any, where: str = "") -> Any:
 
 def near_names(name: str, options: Mapping[str, Option], dashes: str) -> str:
     """The end of a message about a name that does not exist: those it may have meant."""
+    close = functools.partial(difflib.get_close_matches, name, options)
     near = [option for option in options if option.startswith(name)]
-    near = near[:3] or difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+    near = near[:3] or close(n=1, cutoff=0.85) or close(n=3, cutoff=0.6)
     if not near:
         return "."
     if len(near) > 1:

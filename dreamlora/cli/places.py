@@ -24,6 +24,7 @@ def image_folders(config: RunConfig) -> list[tuple[str, Path]]:
             ("--train_data_dir", one.train_data_dir),
             ("--dataset_name", dataset),
             ("--mask_data_dir", one.mask_data_dir),
+            ("--conditioning_data_dir", one.conditioning_data_dir),
         ]
     return [(flag, path) for flag, path in given if path]
 

@@ -94,14 +94,19 @@ def first_run(config: SampleConfig) -> TrainedRun | None:
 
 
 def source_of(config: SampleConfig, run: TrainedRun | None) -> ModelSource:
-    """The base model, as the run had it: from the same commit, and with the same prediction type.
+    """The base model, as the run had it: from the same commit, and with the same prediction type and schedule.
 
     Raises:
         UserError: there is no such model.
     """
     base = run.base if run and _takes_over(config, run) else {}
-    prediction_type = run.options.get("prediction_type") if run else None
-    return resolve_source(model_of(config, run), prediction_type, base.get("vae_revision"))
+    options = run.options if run else {}
+    return resolve_source(
+        model_of(config, run),
+        options.get("prediction_type"),
+        base.get("vae_revision"),
+        bool(options.get("rescale_betas_zero_snr")),
+    )
 
 
 def _takes_over(config: SampleConfig, run: TrainedRun) -> bool:
@@ -129,6 +134,7 @@ def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
         revision=config.revision or commit or inherited.get("revision"),
         variant=config.variant or inherited.get("variant"),
         pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path or inherited.get(_VAE),
+        text_encoder_out_layers=tuple(inherited.get("text_encoder_out_layers") or ()),
         cache_dir=config.cache_dir,
         allow_pickle=config.allow_pickle,
     )
@@ -203,17 +209,26 @@ def refuse_other_predictions(runs: Iterable[TrainedRun], source: ModelSource) ->
     Raises:
         UserError: they were not: drawn or measured as the other, a LoRA gives nonsense.
     """
-    asked = {run.name: run.options.get("prediction_type") for run in runs}
+    asked = {run.name: tuple(map(run.options.get, _PREDICTED_WITH)) for run in runs}
     if len(set(asked.values())) < 2:
         return
-    own = read_config(source, SCHEDULER).get("prediction_type", "epsilon")
-    predictions = {name: prediction or own for name, prediction in asked.items()}
+    own = read_config(source, SCHEDULER)
+    predictions = {name: _prediction(own, *options) for name, options in asked.items()}
     if len(set(predictions.values())) > 1:
         several = ", ".join(f"{name} to predict {prediction}" for name, prediction in predictions.items())
         raise UserError(
             f"--lora: these were trained for different things, {several}. No model draws both: "
             "give those that predict the same, and the others in a command of their own"
         )
+
+
+_PREDICTED_WITH = ("prediction_type", "rescale_betas_zero_snr")
+
+
+def _prediction(own: dict[str, Any], prediction_type: str | None, zero_snr: bool | None) -> str:
+    """What is predicted, in words, where a run has said this and the scheduler's config its own."""
+    words = str(prediction_type or own.get("prediction_type", "epsilon"))
+    return f"{words} with zero terminal SNR" if zero_snr or own.get("rescale_betas_zero_snr") else words
 
 
 def differences(

@@ -92,13 +92,18 @@ class UnderTest:
 
     def asked(self, plan: SamplePlan) -> Asked:
         """What gives a pipeline the prompt embeddings of a plan's images."""
-        guidance = Guidance(self.parts.family, self.source, plan.guidance_scale, plan.negative_prompt)
+        guidance = Guidance(self.parts.family, self.source, plan.guidance_scale, plan.negative_prompt, plan.shown)
         return embedding(guidance, self.encode)
 
     @property
     def sample_defaults(self) -> SampleDefaults:
         """How the model draws unless told otherwise."""
         return self.parts.family.sample_defaults(self.source)
+
+    @property
+    def edits(self) -> bool:
+        """Whether the model edits images."""
+        return self.parts.family.shows_images(self.source)
 
     @property
     def prompt_length(self) -> int | None:

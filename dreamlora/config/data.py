@@ -47,6 +47,10 @@ class DataSet:
     """Side of its square training images in pixels."""
     mask_data_dir: Path | None = None
     """Folder with masks of its images."""
+    alpha_mask: bool | None = None
+    """Whether what is transparent in its images is left alone."""
+    conditioning_data_dir: Path | None = None
+    """Folder with what a model that edits is shown of its images."""
     loss_weight: float = 1.0
     """Factor of its images' loss."""
 
@@ -110,6 +114,10 @@ class Data:
     """Several data sets instead of one: a list in a --config file, each with its folder, repeats, prompt, ..."""
     mask_data_dir: Path | None = None
     """Folder with masks named like their images: white is learned, black is left alone, grey in between."""
+    alpha_mask: bool = False
+    """The transparency of an image is its mask: what is opaque is learned, what is transparent is left alone."""
+    conditioning_data_dir: Path | None = None
+    """For models that edit: folder with the images before the edit, named like those after it, which are learned."""
     class_data_dir: Path | None = None
     """Folder with images of the class; missing ones are made by the base model. Default: outputs/class_images/..."""
     class_prompt: str | None = None
@@ -173,11 +181,11 @@ class Data:
             raise UserError("--dataset_name needs a name (got nothing)")
         if self.train_data_dir and self.dataset_name:
             raise UserError("give either --train_data_dir or --dataset_name, not both")
-        of_one = next((name for name in (*SOURCES, "max_train_samples", "mask_data_dir") if getattr(self, name)), None)
+        for_one = (*SOURCES, "max_train_samples", "mask_data_dir", "conditioning_data_dir")
+        of_one = next((name for name in for_one if getattr(self, name)), None)
         if self.datasets and of_one:
             raise UserError(f"give either --{of_one} or datasets, not both: it can be said in each of its entries")
-        if self.mask_data_dir and self.dataset_name:
-            raise UserError("--mask_data_dir belongs to a folder of images: a --dataset_name cannot have masks")
+        self._check_folders_beside()
         if self.streaming and not any(one.dataset_name for one in self.each()):
             raise UserError("--streaming is only used together with --dataset_name")
         if self.captions_per_line and all(one.dataset_name for one in self.each()):
@@ -186,6 +194,16 @@ class Data:
             raise UserError("--keep_tags is only used together with --shuffle_tags")
         if self.bucket_step and not self.buckets:
             raise UserError("--bucket_step is only used together with --buckets")
+
+    def _check_folders_beside(self) -> None:
+        for flag in ("mask_data_dir", "conditioning_data_dir"):
+            if getattr(self, flag) and self.dataset_name:
+                raise UserError(f"--{flag} belongs to a folder of images, and --dataset_name is none: leave one out")
+        if any(one.conditioning_data_dir for one in self.each()) and self.with_prior_preservation:
+            raise UserError(
+                "--with_prior_preservation makes class images, of which there is nothing before the edit: leave it out "
+                "with --conditioning_data_dir"
+            )
 
     def each(self) -> tuple[Data, ...]:
         """The options of every data set by themselves: those of its entry, and for the others the flags."""

@@ -34,6 +34,9 @@ class Sample:
     """Negative prompt of the samples, for families that know one."""
     num_validation_images: int | None = None
     """diffusers' name for --num_images_per_prompt."""
+    validation_images: tuple[Path, ...] = ()
+    """For models that edit: the images that the samples are made of, one for all prompts or one for each. Default:
+    those that belong to the images whose captions are drawn."""
     validation_epochs: int | None = None
     """diffusers' way to say --sample_steps, in epochs."""
 

@@ -5,12 +5,14 @@ Only what was given is doubted: defaults, and what a preset sets, are as they sh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from dreamlora import registry
 from dreamlora.config.run import RunConfig, as_flat_dict
+from dreamlora.config.times import sampling_of
 
 RATE_FACTOR = 100
 """So many times larger or smaller than an optimizer's own, a rate is doubted, but for plug-ins with a ``USUAL_LR``."""
@@ -25,12 +27,16 @@ class Facts:
         epoch: samples in one passage through the images.
         batch: samples of an optimizer step.
         family_options: of those that not all families use, the ones that this does.
+        prediction_type: what the model's scheduler says of it, if it says that.
+        zero_snr: whether it says that the schedule ends in pure noise.
     """
 
     resolution: int
     epoch: int
     batch: int
     family_options: Collection[str]
+    prediction_type: str | None = None
+    zero_snr: bool = False
 
 
 class _Idle(NamedTuple):
@@ -43,6 +49,14 @@ class _Idle(NamedTuple):
 
 def _draws(c: RunConfig) -> bool:
     return bool(c.sample.sample_steps or (c.draws_for_metrics and not c.eval.eval_prompts))
+
+
+def _draws_times_by(density: str) -> Callable[[RunConfig], bool]:
+    return lambda c: sampling_of(c.train) == density
+
+
+def _has_threshold(c: RunConfig) -> bool:
+    return c.train.loss_type in ("huber", "smooth_l1")
 
 
 def _draws_built_in(c: RunConfig) -> bool:
@@ -71,10 +85,27 @@ _IDLE = (
     ),
     _Idle(
         ("logit_mean", "logit_std"),
-        lambda c: c.train.weighting_scheme == "logit_normal",
-        "they belong to --weighting_scheme logit_normal",
+        _draws_times_by("logit_normal"),
+        "they belong to --timestep_sampling (or --weighting_scheme) logit_normal",
     ),
-    _Idle(("mode_scale",), lambda c: c.train.weighting_scheme == "mode", "it belongs to --weighting_scheme mode"),
+    _Idle(("mode_scale",), _draws_times_by("mode"), "it belongs to --timestep_sampling (or --weighting_scheme) mode"),
+    _Idle(("sigmoid_scale",), _draws_times_by("sigmoid"), "it belongs to --timestep_sampling sigmoid"),
+    _Idle(("timestep_beta",), _draws_times_by("beta"), "it belongs to --timestep_sampling beta"),
+    _Idle(("timestep_table",), _draws_times_by("table"), "it belongs to --timestep_sampling table"),
+    _Idle(
+        ("huber_schedule", "huber_c", "huber_scale"), _has_threshold, "they belong to --loss_type huber and smooth_l1"
+    ),
+    _Idle(
+        ("huber_scale",),
+        lambda c: not _has_threshold(c) or c.train.huber_schedule != "snr",
+        "--huber_schedule snr has no scale",
+    ),
+    _Idle(
+        ("unmasked_weight",),
+        lambda c: any(one.mask_data_dir or one.alpha_mask for one in c.data.each()),
+        "there are masks only with --mask_data_dir or --alpha_mask",
+    ),
+    _Idle(("alpha_mask",), lambda c: c.data.brings_images, "the built-in images are not transparent"),
     _Idle(
         ("image_column", "dataset_config_name"),
         lambda c: any(one.dataset_name for one in c.data.each()),
@@ -123,14 +154,22 @@ _IDLE = (
 )
 
 _OF_FAMILIES = {
-    **dict.fromkeys(("snr_gamma", "prediction_type"), "diffusion models, and this is a rectified flow"),
     **dict.fromkeys(
-        ("weighting_scheme", "logit_mean", "logit_std", "mode_scale"), "rectified flows, and this is a diffusion model"
+        ("snr_gamma", "debiased_estimation_loss", "prediction_type", "rescale_betas_zero_snr"),
+        "diffusion models, and this is a rectified flow",
+    ),
+    **dict.fromkeys(
+        (
+            *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs"),
+            *("timestep_sampling", "timestep_shift", "sigmoid_scale", "timestep_beta", "timestep_table"),
+        ),
+        "rectified flows, and this is a diffusion model",
     ),
     "guidance_scale": "models that were distilled with guidance (for samples: --sample_guidance_scale)",
     "negative_prompt": "models with classifier-free guidance",
     "tokenizer_max_length": "models whose prompts CLIP alone reads",
     "max_sequence_length": "models whose prompts T5 or a language model reads",
+    "text_encoder_out_layers": "models whose prompts are some layers' states of a language model",
 }
 """What options are for that not all families use."""
 
@@ -160,6 +199,8 @@ _USUAL = {
     "eval_num_images": _Usual(1, 64, "1 to 4"),
     "gradient_accumulation_steps": _Usual(1, 256, "1 to 16"),
     "guidance_scale": _Usual(0, 30, "1 to 4"),
+    "huber_c": _Usual(1e-3, 1, "0.1"),
+    "huber_scale": _Usual(0.01, 100, "1"),
     "logit_mean": _Usual(-5, 5, "0"),
     "logit_std": _Usual(0.05, 5, "1"),
     "lora_dropout": _Usual(0, 0.5, "0 to 0.1"),
@@ -178,6 +219,7 @@ _USUAL = {
     "repeats": _Usual(1, 1000, "1 to 20"),
     "sample_batch_size": _Usual(1, 256, "4"),
     "sample_guidance_scale": _Usual(0, 30, "3 to 9"),
+    "sigmoid_scale": _Usual(0.05, 5, "1"),
     "snr_gamma": _Usual(0.5, 20, "5"),
 }
 """Numbers of which any value is allowed, but some can hardly be meant; by flag, or key of an entry of ``datasets``."""
@@ -191,7 +233,13 @@ def doubts(config: RunConfig, facts: Facts) -> list[str]:
         config: with all options decided.
         facts: what decides besides.
     """
-    return [*_without_effect(config, facts), *_unusual(config), *_rates(config), *_relations(config, facts)]
+    return [
+        *_without_effect(config, facts),
+        *_unusual(config),
+        *_rates(config),
+        *_relations(config, facts),
+        *_predictions(config, facts),
+    ]
 
 
 def _without_effect(config: RunConfig, facts: Facts) -> Iterator[str]:
@@ -272,6 +320,37 @@ def _relations(config: RunConfig, facts: Facts) -> Iterator[str]:
             yield f"--{flag} {every} is more than the {steps} steps of the run: nothing happens before its end"
     if "lr_num_cycles" in given and config.optim.lr_num_cycles > steps:
         yield f"--lr_num_cycles {config.optim.lr_num_cycles} is more than the {steps} steps of the run"
+
+
+_NAMES_V = re.compile(r"(?<![a-z])v[-_ ]?(pred|param)")
+_NAMES_EPSILON = re.compile(r"(?<![a-z])eps(ilon)?(?![a-z])|(?<![a-z])eps(ilon)?[-_ ]?pred")
+
+
+def _predictions(config: RunConfig, facts: Facts) -> Iterator[str]:
+    """What a model is named after and what its scheduler says: of converted folders the second is often wrong."""
+    if "prediction_type" not in facts.family_options:
+        return
+    model, train = config.model.pretrained_model_name_or_path, config.train
+    predicted = train.prediction_type or facts.prediction_type or "epsilon"
+    zero_snr = train.rescale_betas_zero_snr or facts.zero_snr
+    by = "--prediction_type" if train.prediction_type else "its scheduler_config.json"
+    name = model.lower()
+    if predicted == "epsilon" and _NAMES_V.search(name):
+        more = "" if zero_snr else ", most of them with --rescale_betas_zero_snr (NoobAI's are so)"
+        yield (
+            f"{model} is named like a model that predicts v, and {by} says epsilon: trained as the wrong one, a LoRA "
+            f"is of no use. Models that predict v need --prediction_type v_prediction{more}"
+        )
+    elif predicted == "v_prediction" and _NAMES_EPSILON.search(name) and not _NAMES_V.search(name):
+        yield (
+            f"{model} is named like a model that predicts epsilon, and {by} says v_prediction: trained as the wrong "
+            "one, a LoRA is of no use. Models that predict noise need --prediction_type epsilon"
+        )
+    elif predicted == "epsilon" and facts.zero_snr:
+        yield (
+            "the model's scheduler_config.json says rescale_betas_zero_snr, which goes with models that predict v, and "
+            f"{by} says epsilon: is it one of these (--prediction_type v_prediction)?"
+        )
 
 
 def _differing(config: RunConfig) -> set[str]:

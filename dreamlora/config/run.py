@@ -20,6 +20,7 @@ from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
 from dreamlora.config.ranges import steps_or_share as _steps_or_share
 from dreamlora.config.ranges import within as _within
+from dreamlora.config.times import check_times
 from dreamlora.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
@@ -35,7 +36,8 @@ class Model:
     """Which model is trained, and how it is held in memory."""
 
     pretrained_model_name_or_path: str = EMBEDDED_MODEL
-    """A diffusers pipeline: a folder, a hub name, or "tiny" for the embedded model."""
+    """A diffusers pipeline: a folder, a hub name, a whole model in one .safetensors file, or "tiny" for the embedded
+    model."""
     family: str | None = None
     """Model family; by default read from the pipeline's model_index.json."""
     revision: str | None = None
@@ -43,9 +45,12 @@ class Model:
     variant: str | None = None
     """Weight variant of the hub repository, such as fp16."""
     pretrained_vae_model_name_or_path: str | None = None
-    """An autoencoder to use instead of the pipeline's own."""
+    """An autoencoder to use instead of the pipeline's own: a folder, a hub name or a .safetensors file."""
+    text_encoder_out_layers: tuple[int, ...] = ()
+    """Layers of the text encoder that make up FLUX.2's prompts. Default: the pipeline's; diffusers' [klein] script has
+    10 20 30."""
     cache_dir: Path | None = None
-    """Where downloads from the hub are kept."""
+    """Where downloads from the hub, and what single files are converted to, are kept."""
     allow_pickle: bool = False
     """Accept .bin/.ckpt weights. They can run any code while they load: only for files you trust."""
     gradient_checkpointing: bool = False
@@ -60,6 +65,8 @@ class Model:
     def __post_init__(self) -> None:
         if self.family is not None:
             _respell(self, "family", "families")
+        if any(layer < 0 for layer in self.text_encoder_out_layers):
+            raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
 
 
 @dataclass(frozen=True)
@@ -172,18 +179,44 @@ class Train:
     """Checkpoints kept; the oldest goes first."""
     snr_gamma: float | None = None
     """Min-SNR weighting of the loss (arXiv 2303.09556); 5.0 is the paper's value."""
+    debiased_estimation_loss: bool = False
+    """Weigh the loss by debiased estimation (arXiv 2310.08442) instead."""
     noise_offset: float = 0.0
     """Adds an offset per image and channel to the noise, for darker darks and brighter brights."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the denoiser predicts. Default: what the model's scheduler says."""
+    rescale_betas_zero_snr: bool = False
+    """Zero terminal SNR (arXiv 2305.08891), in training and samples. Always so where the model's scheduler says it."""
+    loss_type: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
+    """How an error is counted in training; the evaluation loss stays the mean square."""
+    huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
+    """How the threshold of huber and smooth_l1 depends on the noise: least where it is most, or constant."""
+    huber_c: float = 0.1
+    """That threshold, for pure noise."""
+    huber_scale: float = 1.0
+    """Factor of the threshold; not with snr."""
+    unmasked_weight: float = 0.0
+    """How much of the loss the places keep that a mask leaves out, from 0 to 1."""
     weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
-    """How rectified-flow models draw and weight their times."""
+    """How rectified-flow models draw (logit_normal, mode) or weight (sigma_sqrt, cosmap) their times."""
+    timestep_sampling: Literal["uniform", "logit_normal", "mode", "sigmoid", "beta", "table"] | None = None
+    """How rectified-flow models draw their times. Default: as --weighting_scheme says, else the family's own way."""
+    timestep_shift: str | None = None
+    """Move these times towards noise: none, scheduler (as in samples) or a factor. Default: the family's own."""
     logit_mean: float = 0.0
-    """Mean of logit_normal."""
+    """Mean of logit_normal; above 0 prefers clear images."""
     logit_std: float = 1.0
     """Standard deviation of logit_normal."""
     mode_scale: float = 1.29
     """Scale of mode."""
+    sigmoid_scale: float = 1.0
+    """Scale of sigmoid, which is logit_normal with mean 0 and this standard deviation."""
+    timestep_beta: tuple[float, float] = (2.0, 2.0)
+    """Both parameters of beta, the distribution of sigma (1 is noise): its mean is a / (a + b)."""
+    timestep_table: tuple[str, ...] = ()
+    """Shares of the times in equal parts of sigma from image to noise, for table: numbers, or a text file of them."""
+    precondition_outputs: int = 0
+    """1 weights the loss of rectified flows by sigma squared, as diffusers' SD3 script does by default."""
     guidance_scale: float = 3.5
     """Guidance embedding that guidance-distilled models (FLUX.1-dev) are trained with."""
     parity_check: bool = True
@@ -207,8 +240,10 @@ class Train:
         _within(self, 0, 2**63, "seed")
         _within(self, 1, 10**9 + 1, "max_train_steps")
         _at_least(self, 1, "checkpoints_total_limit")
-        _above(self, 0, "snr_gamma", "logit_std")
+        _above(self, 0, "snr_gamma", "logit_std", "sigmoid_scale", "huber_c", "huber_scale")
         _finite(self, "logit_mean", "mode_scale", "guidance_scale")
+        _within(self, 0, 2, "precondition_outputs")
+        check_times(self)
 
 
 @dataclass(frozen=True)

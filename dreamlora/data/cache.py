@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dreamlora.data.cache_folder import counts, own_place
+from dreamlora.cache_folder import counts, own_place
 from dreamlora.errors import UserError, WriteError
 from dreamlora.files import replacing
 from dreamlora.reading import UnreadableError, json_of, opened, shortened

@@ -21,6 +21,7 @@ class CaptionPlan:
 
     Attributes:
         seed: decides the shuffled orders.
+        dropped: what takes the place of a caption that is left out.
     """
 
     dropout: float = 0.0
@@ -28,11 +29,12 @@ class CaptionPlan:
     keep_tags: int = 0
     variants: int = 4
     seed: int = 0
+    dropped: str = ""
 
     @classmethod
-    def of(cls, data: Data, seed: int) -> CaptionPlan:
+    def of(cls, data: Data, seed: int, dropped: str) -> CaptionPlan:
         """As the options say."""
-        return cls(data.caption_dropout, data.shuffle_tags, data.keep_tags, data.caption_variants, seed)
+        return cls(data.caption_dropout, data.shuffle_tags, data.keep_tags, data.caption_variants, seed, dropped)
 
     def texts(self, captions: Sequence[str]) -> list[str]:
         """All that may be drawn for an image with these captions, besides no caption at all."""
@@ -47,7 +49,8 @@ class CaptionPlan:
         return [", ".join([*head, *(tail[place] for place in order)]) for order in orders]
 
     def draw(self, captions: Sequence[str], *position: int | str) -> str:
-        """The text of the sample at ``position``: a pure function of it, and "" with probability ``dropout``.
+        """The text of the sample at ``position``: a pure function of it, and ``dropped`` with probability
+        ``dropout``.
 
         Which of several captions it is has a draw of its own: those of images with one are what they would be without.
         """
@@ -59,6 +62,6 @@ class CaptionPlan:
             return caption
         draw = generator(self.seed, "caption", *position)
         if torch.rand((), generator=draw) < self.dropout:
-            return ""
+            return self.dropped
         texts = self._orders(caption)
         return texts[int(torch.randint(len(texts), (), generator=draw))]

@@ -17,14 +17,14 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 
-from dreamlora.data.images import ImageFacts, ImageRecord
+from dreamlora.data.images import ImageFacts, ImageRecord, Opacity
 from dreamlora.scratch import Scratch
 
 _SCHEMA = """
 CREATE TABLE rows (id INTEGER PRIMARY KEY, name BLOB, captions TEXT, source BLOB, hash BLOB, width INTEGER,
-    height INTEGER, profile_unused INTEGER);
+    height INTEGER, profile_unused INTEGER, opacity INTEGER);
 """
-_COLUMNS = "name, captions, hash, width, height, profile_unused"
+_COLUMNS = "name, captions, hash, width, height, profile_unused, opacity"
 
 
 class ImageSource(Protocol):
@@ -122,8 +122,9 @@ class Catalog(Records):
 
     def examined(self, row: int, facts: ImageFacts) -> None:
         """Keep what was found out about a row's image."""
-        values = (bytes.fromhex(facts.content_hash), *facts.size, facts.profile_unused, row)
-        self.db.execute("UPDATE rows SET hash = ?, width = ?, height = ?, profile_unused = ? WHERE id = ?", values)
+        values = (bytes.fromhex(facts.content_hash), *facts.size, facts.profile_unused, facts.opacity, row)
+        columns = "hash = ?, width = ?, height = ?, profile_unused = ?, opacity = ?"
+        self.db.execute(f"UPDATE rows SET {columns} WHERE id = ?", values)
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows only."""
@@ -141,7 +142,9 @@ class Catalog(Records):
     def _record(self, row: int, name: bytes, captions: str, digest: bytes | None, *more: int) -> ImageRecord:
         spelled = os.fsdecode(name)
         caption, *others = captions.split("\n")
-        known = ImageFacts(digest.hex(), (more[0], more[1]), bool(more[2])) if digest is not None else None
+        known = None
+        if digest is not None:
+            known = ImageFacts(digest.hex(), (more[0], more[1]), bool(more[2]), Opacity(more[3]))
         reader, where = self.place.reader(row, spelled), self.place.where(row, spelled)
         return ImageRecord(spelled, caption, reader, where, known, other_captions=tuple(others))
 

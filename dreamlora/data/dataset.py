@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import Catalog, RecordSubset, hash_prefixes
 from dreamlora.data.file_index import FileIndex
 from dreamlora.data.folder import Images, load_folder

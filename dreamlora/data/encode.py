@@ -7,7 +7,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dreamlora.data.cache import CHECKED_WHOLE, Entry, KeyPart, Layout, TensorCache, Wanted, content_key
 from dreamlora.data.catalog import RecordSubset, hash_prefixes
+from dreamlora.data.conditioning import conditioning_plan, store_conditioning
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
 from dreamlora.data.stores import RAM_BYTES, LatentStore, PromptStore, Recent
@@ -26,7 +27,7 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents, LatentSize, View
 
 
-def _nothing(views: Sequence[View]) -> Conditioning:
+def _nothing(images: Sequence[View] | Tensor) -> Conditioning:
     return {}
 
 
@@ -47,6 +48,7 @@ class Filling:
         ram_bytes: bound of what a store keeps in RAM.
         latents: what the autoencoder makes, so that entries can be told from what it cannot have made; None: unknown.
         describe: what else is kept of an image (``Family.describe_views``).
+        length_axes: see ``Family.LENGTH_AXES``. Where there are any, prompts are encoded one by one, without padding.
         progress: show a bar (in the process of rank 0).
     """
 
@@ -59,6 +61,7 @@ class Filling:
     ram_bytes: int = RAM_BYTES
     latents: LatentSize | None = None
     describe: Callable[[Sequence[View]], Conditioning] = _nothing
+    length_axes: Mapping[str, int] = field(default_factory=dict)
     progress: bool = True
 
     def bar(self, items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
@@ -74,7 +77,11 @@ class Filling:
 
 
 def encode_dataset(
-    records: Sequence[ImageRecord], how: Preparations, encode: Callable[[Tensor], Latents], filling: Filling
+    records: Sequence[ImageRecord],
+    how: Preparations,
+    encode: Callable[[Tensor], Latents],
+    filling: Filling,
+    encode_conditioning: Callable[[Tensor], Conditioning] = _nothing,
 ) -> LatentStore:
     """Encode all variants of all images that the cache lacks, and crop their masks.
 
@@ -84,6 +91,7 @@ def encode_dataset(
         encode: takes pixels ``[B, 3, H, W]`` float32 in [-1, 1] on the CPU. Not called if nothing is missing, so it may
             load the autoencoder when first called.
         filling: where and how.
+        encode_conditioning: takes pixels ``[1, 3, H, W]`` of images before an edit (``Family.encode_conditioning``).
 
     Raises:
         UserError: an image is broken or changes meanwhile, its latents are not finite, or the cache cannot be written.
@@ -102,11 +110,17 @@ def encode_dataset(
     masked = array("q", (index for index, record in enumerate(records) if record.mask))
     share = RecordSubset(records, masked[filling.rank :: filling.world])
     store_masks(filling.bar(share, "mask", len(share)), how, filling.cache)
+    conditioned = array("q", (index for index, record in enumerate(records) if record.conditioning))
+    share = RecordSubset(records, conditioned[filling.rank :: filling.world])
+    bar = filling.bar(share, "conditioning image", len(share))
+    with torch.no_grad():
+        store_conditioning(bar, how, encode_conditioning, filling.cache, filling.key_parts)
     return LatentStore(
         records,
         lambda record: [wanted for wanted, _ in _plan(record, how, filling)],
         Recent(filling.cache, filling.ram_bytes),
         lambda record: [wanted for wanted, _ in mask_plan(record, how)],
+        lambda record: [wanted for wanted, _ in conditioning_plan(record, how, filling.key_parts)],
     )
 
 
@@ -131,10 +145,7 @@ def _bytes(layout: Layout) -> int:
 
 
 def encode_prompts(
-    prompts: Iterable[str],
-    encode: Callable[[list[str]], Conditioning],
-    filling: Filling,
-    length_axes: Mapping[str, int],
+    prompts: Iterable[str], encode: Callable[[list[str]], Conditioning], filling: Filling
 ) -> PromptStore:
     """Encode all different prompts that the cache lacks.
 
@@ -142,7 +153,6 @@ def encode_prompts(
         prompts: may repeat.
         encode: gives tensors with one row per prompt; kept in their dtype. Not called if nothing is missing.
         filling: where and how.
-        length_axes: see ``Family.LENGTH_AXES``. Where there are any, prompts are encoded one by one, without padding.
 
     Returns:
         Prompt to embeddings, each tensor with a batch dimension of 1.
@@ -154,7 +164,7 @@ def encode_prompts(
     def key_of(prompt: str) -> str:
         return content_key("prompt", prompt, filling.key_parts)
 
-    work = _Prompts(encode, filling, length_axes)
+    work = _Prompts(encode, filling)
     with torch.no_grad():
         for number, prompt in enumerate(filling.bar(prompts, "prompt")):
             key = key_of(prompt)
@@ -174,14 +184,12 @@ class _Prompts:
         layout: of the entries so far; None: there are none.
     """
 
-    def __init__(
-        self, encode: Callable[[list[str]], Conditioning], filling: Filling, length_axes: Mapping[str, int]
-    ) -> None:
+    def __init__(self, encode: Callable[[list[str]], Conditioning], filling: Filling) -> None:
         self.layout: Layout | None = None
         self._encode = encode
         self._cache = filling.cache
-        self._at_once = 1 if length_axes else filling.batch_size
-        self._axes = length_axes
+        self._at_once = 1 if filling.length_axes else filling.batch_size
+        self._axes = filling.length_axes
         self._waiting: dict[str, str] = {}
         self._believed: dict[str, str] = {}
         self._made = False

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import PIL
 
-from dreamlora.data.cache_folder import counts, own_place
-from dreamlora.data.images import ImageFacts
+from dreamlora.cache_folder import counts, own_place
+from dreamlora.data.images import ImageFacts, Opacity
 from dreamlora.errors import WriteError
 from dreamlora.files import make_folder, open_at_end
 from dreamlora.pictures import LONGEST
 
-INDEX_FILE = "images.sqlite"
+INDEX_FILE = "image_facts.sqlite"
 """Another name than older versions have, whose tables are others."""
 SETTLED_S = 2.0
 """A file must be unchanged for so long before it is remembered; file systems have time stamps as coarse as that."""
@@ -35,22 +35,24 @@ _LONGEST_VALUE = 2**16
 """Of a value in bytes; paths have some thousand."""
 
 _TABLE = """CREATE TABLE images (
-    path TEXT PRIMARY KEY, stamp TEXT, decoder TEXT, hash BLOB, width INT, height INT, profile_unused INT
+    path TEXT PRIMARY KEY, stamp TEXT, decoder TEXT, hash BLOB, width INT, height INT, profile_unused INT,
+    opacity INT
 )"""
+_FACTS = "hash, width, height, profile_unused, opacity"
 _SCHEMA = {("table", "images", _TABLE), ("index", "sqlite_autoindex_images_1", None)}
 
 logger = logging.getLogger(__name__)
 
 
 class FileIndex:
-    """``<folder>/images.sqlite``; a convenience: where it cannot be read or written, files are read anew.
+    """``<folder>/image_facts.sqlite``; a convenience: where it cannot be read or written, files are read anew.
 
     Several processes may use it at the same time. Without a folder it knows nothing, and writes nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._db: sqlite3.Connection | None = None
-        self._waiting: list[tuple[str, str, str, bytes, int, int, bool]] = []
+        self._waiting: list[tuple[str, str, str, bytes, int, int, bool, int]] = []
         if folder is None:
             return
         try:
@@ -63,7 +65,7 @@ class FileIndex:
         if self._db is None:
             return None
         try:
-            query = "SELECT hash, width, height, profile_unused FROM images WHERE (path, stamp, decoder) = (?, ?, ?)"
+            query = f"SELECT {_FACTS} FROM images WHERE (path, stamp, decoder) = (?, ?, ?)"
             row = self._db.execute(query, (path, stamp, PIL.__version__)).fetchone()
         except (sqlite3.Error, UnicodeEncodeError) as error:  # a name that is not UTF-8 cannot be looked up
             if isinstance(error, sqlite3.Error):
@@ -74,7 +76,8 @@ class FileIndex:
     def put(self, path: str, stamp: str, facts: ImageFacts) -> None:
         """Remember a file; written when enough have come together, or by ``close``."""
         content_hash = bytes.fromhex(facts.content_hash)
-        self._waiting.append((path, stamp, PIL.__version__, content_hash, *facts.size, facts.profile_unused))
+        found = (content_hash, *facts.size, facts.profile_unused, facts.opacity)
+        self._waiting.append((path, stamp, PIL.__version__, *found))
         if len(self._waiting) >= _COMMIT_EVERY:
             self._write()
 
@@ -90,7 +93,7 @@ class FileIndex:
             return
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            self._db.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
             self._db.execute("COMMIT")
         except UnicodeEncodeError:
             self._db.execute("ROLLBACK")
@@ -134,13 +137,15 @@ def _require_own(file: Path, folder: Path) -> None:
         raise ValueError(f"{file} was written by another user")
 
 
-def _facts(digest: object, width: object, height: object, profile_unused: object) -> ImageFacts | None:
+def _facts(digest: object, width: object, height: object, profile_unused: object, opacity: object) -> ImageFacts | None:
     """What a row says, if it is of its kind."""
     if not isinstance(digest, bytes) or len(digest) != hashlib.sha256().digest_size or profile_unused not in (0, 1):
         return None
     if not all(isinstance(side, int) and 0 < side < LONGEST for side in (width, height)):
         return None
-    return ImageFacts(digest.hex(), (width, height), bool(profile_unused))  # type: ignore[arg-type]
+    if not isinstance(opacity, int) or opacity not in set(Opacity):
+        return None
+    return ImageFacts(digest.hex(), (width, height), bool(profile_unused), Opacity(opacity))  # type: ignore[arg-type]
 
 
 def stamp_of(file: Path) -> str | None:

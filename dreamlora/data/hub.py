@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dreamlora.cache_folder import cache_folder, own_place
 from dreamlora.config import Data
 from dreamlora.data.account import RowAccount, row_name
-from dreamlora.data.cache_folder import cache_folder, own_place
 from dreamlora.data.caption_text import CAPTION_COLUMNS, captions_of, pick_caption_column, plain, tidy
 from dreamlora.data.catalog import Catalog
 from dreamlora.data.file_index import stamp_of

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,14 @@ IMAGE_BYTES = 2**29
 """Of an image file."""
 
 
+class Opacity(IntEnum):
+    """How much of an image is opaque: all of it, not all, or nothing (every pixel lets all through)."""
+
+    ALL = 0
+    PARTLY = 1
+    NOTHING = 2
+
+
 class ImageFacts(NamedTuple):
     """What is known of an image without decoding it.
 
@@ -53,11 +62,13 @@ class ImageFacts(NamedTuple):
         size: width and height in pixels, upright.
         profile_unused: its colour profile cannot be used (see ``colour``): its colours are taken for sRGB. Known once
             it was decoded.
+        opacity: known once it was decoded.
     """
 
     content_hash: str
     size: tuple[int, int]
     profile_unused: bool = False
+    opacity: Opacity = Opacity.ALL
 
 
 class Decoded(NamedTuple):
@@ -80,6 +91,8 @@ class ImageRecord:
         other_captions: more of them, of which one is drawn each time the image is seen.
         dataset: number of its data set in the run.
         mask: another image of the same shape: where it is white, the image is learned.
+        conditioning: what a model that edits is shown: the image before the edit.
+        of_alpha: whether it stands for the alpha channel of its file, as the mask of that image.
     """
 
     name: str
@@ -89,7 +102,9 @@ class ImageRecord:
     known: ImageFacts | None = None
     dataset: int = 0
     mask: ImageRecord | None = None
+    conditioning: ImageRecord | None = None
     other_captions: tuple[str, ...] = ()
+    of_alpha: bool = False
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -125,8 +140,8 @@ class ImageRecord:
         data = self.load()
         digest, content = hashlib.sha256(data).hexdigest(), Content(data)
         del data  # else it would lie in memory beside the decoded image
-        image, profile_unused = _decoded(content, self.where)
-        return Decoded(image, ImageFacts(digest, image.size, profile_unused))
+        image, profile_unused, opacity = _decoded(content, self.where)
+        return Decoded(image, ImageFacts(digest, image.size, profile_unused, opacity))
 
     def open(self) -> Image.Image:
         """The upright RGB image.
@@ -214,9 +229,32 @@ def see_through(data: bytes, where: str) -> bool:
         BrokenImage: see ``decode``.
     """
     with opened(Content(data), where) as image:
-        if not image.has_transparency_data or image.mode.startswith(("I", "F")):
+        if not _lets_through(image):
             return False
         return any(_parted(piece)[1].getextrema() != (255, 255) for piece in map(image.crop, _boxes(image.size)))
+
+
+def alpha(data: bytes, where: str) -> Image.Image:
+    """The upright alpha channel of an image file; white for one that has none.
+
+    Raises:
+        BrokenImage: see ``decode``.
+    """
+    content = Content(data)
+    with opened(content, where) as image:
+        image.load()
+        turn = _TURNS.get(orientation(image, content))
+        content.close()
+        channel = Image.new("L", image.size, 255)
+        if _lets_through(image):
+            for box in _boxes(image.size):
+                channel.paste(_parted(image.crop(box))[1], box)
+    return channel if turn is None else channel.transpose(turn)
+
+
+def _lets_through(image: Image.Image) -> bool:
+    """Whether an open image has an alpha channel, or a colour that is transparent."""
+    return not image.mode.startswith(("I", "F")) and image.has_transparency_data
 
 
 def upright_size(data: bytes, where: str) -> tuple[int, int]:
@@ -241,23 +279,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return _rgb(image)[0]
 
 
-def _decoded(content: Content, where: str) -> tuple[Image.Image, bool]:
-    """The image as ``decode`` gives it, and whether it has a profile that cannot be used; closes ``content``."""
+class _Converted(NamedTuple):
+    """An image in RGB, whether it has a profile that cannot be used, and how much of it was opaque."""
+
+    image: Image.Image
+    profile_unused: bool
+    opacity: Opacity
+
+
+def _decoded(content: Content, where: str) -> _Converted:
+    """The image as ``decode`` gives it, and what else is known of it then; closes ``content``."""
     with opened(content, where) as image:
         image.load()
         if colour.says_adobe_rgb(image):
             image.info["icc_profile"] = colour.adobe_rgb()
         turn = _TURNS.get(orientation(image, content))
         content.close()
-        upright, profile_unused = _rgb(image)
+        converted = _rgb(image)
         image.close()
-        return (upright if turn is None else upright.transpose(turn)), profile_unused
+        return converted if turn is None else converted._replace(image=converted.image.transpose(turn))
 
 
-def _rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The image as ``to_rgb`` gives it, and whether it has a profile that cannot be used."""
+def _rgb(image: Image.Image) -> _Converted:
+    """The image as ``to_rgb`` gives it, and what else is known of it then."""
     deep = image.mode.startswith(("I", "F"))
-    seen_through = not deep and image.has_transparency_data
+    seen_through = _lets_through(image)
     mode = image.mode
     if deep or mode in _GREY:
         mode = "L"
@@ -271,19 +317,29 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     if to_srgb is None and image.mode == "RGB" and not seen_through:
         image = image.convert("RGB")
         image.info.pop("icc_profile", None)  # it is no longer true
-        return image, profile_unused
+        return _Converted(image, profile_unused, Opacity.ALL)
     top = _top(image) if deep else 0.0
+    ranges: list[tuple[int, int]] = []
 
     def converted(piece: Image.Image) -> Image.Image:
-        alpha = None
+        channel = None
         if deep:
             piece = _eight_bit(piece, top)
         elif seen_through:
-            piece, alpha = _parted(piece)
+            piece, channel = _parted(piece)
+            values = np.asarray(channel)
+            ranges.append((int(values.min()), int(values.max())))
         piece = (to_srgb(piece) if to_srgb else piece).convert("RGB")
-        return _on_white(piece, alpha) if alpha else piece
+        return _on_white(piece, channel) if channel else piece
 
-    return _in_pieces(image, converted), profile_unused
+    return _Converted(_in_pieces(image, converted), profile_unused, _opacity(ranges))
+
+
+def _opacity(ranges: Sequence[tuple[int, int]]) -> Opacity:
+    """By the least and the largest alpha of every piece of an image; none for one that has no alpha."""
+    if all(low == 255 for low, _ in ranges):
+        return Opacity.ALL
+    return Opacity.PARTLY if any(high for _, high in ranges) else Opacity.NOTHING
 
 
 _GREY = ("1", "L", "LA", "La")

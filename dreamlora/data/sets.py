@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import Records, hash_prefixes
+from dreamlora.data.companions import Companions
+from dreamlora.data.conditioning import ConditionedRecords, list_conditioning
 from dreamlora.data.dataset import examine, load_images
 from dreamlora.data.folder import Images
 from dreamlora.data.images import ImageRecord
-from dreamlora.data.mask_files import MaskedRecords, Masks, list_masks, look_at_mask
+from dreamlora.data.mask_files import AlphaRecords, MaskedRecords, list_masks, look_at_mask
 
 
 class DataSets(NamedTuple):
@@ -60,7 +62,8 @@ class JoinedRecords(Records):
 
 
 def load_sets(data: Data, cache_dir: Path | None = None, progress: bool = False) -> DataSets:
-    """The images of all data sets that ``data`` names, with their masks; see ``load_images`` for a single one.
+    """The images of all data sets that ``data`` names, with their masks and conditioning images; see
+    ``load_images``.
 
     Raises:
         UserError: as ``load_images``; where there are several, the message says which data set is meant.
@@ -114,8 +117,15 @@ def loss_shares(records: Sequence[ImageRecord], data: Data) -> Sequence[float] |
     return array("d", (weights[record.dataset] for record in records))
 
 
-def load_masks(images: Images, data: Data, cache: Path | None, progress: bool = False) -> Masks | None:
-    """The masks of one data set, those that count decoded once; None if it has no folder of them.
+class Beside(NamedTuple):
+    """What lies in other folders for the images of one data set; None where it has no such folder."""
+
+    masks: Companions | None
+    conditioning: Companions | None
+
+
+def load_beside(images: Images, data: Data, cache: Path | None, progress: bool = False) -> Beside:
+    """The masks and conditioning images of one data set, those that count decoded once.
 
     Args:
         images: of the data set.
@@ -124,32 +134,44 @@ def load_masks(images: Images, data: Data, cache: Path | None, progress: bool = 
         progress: show a bar.
 
     Raises:
-        UserError: see ``list_masks`` and ``look_at_mask``.
+        UserError: see ``list_masks``, ``look_at_mask`` and ``list_conditioning``.
     """
-    masks = list_masks(images, data)
+    masks, conditioning = list_masks(images, data), list_conditioning(images, data)
     if masks:
         examine(masks.files.records, cache, progress, masks.rows, look_at_mask)
-    return masks
+    if conditioning:
+        examine(conditioning.files.records, cache, progress, conditioning.rows)
+    return Beside(masks, conditioning)
 
 
-def with_masks(images: Images, masks: Masks | None, data: Data) -> DataSets:
-    """One data set whose images, and masks, have been looked at.
+def with_beside(images: Images, beside: Beside, data: Data) -> DataSets:
+    """One data set whose images, and what belongs to them, have been looked at.
 
     Raises:
-        UserError: see ``MaskedRecords``.
+        UserError: see ``MaskedRecords`` and ``AlphaRecords``.
     """
-    if masks is None:
-        return DataSets(images.records, images.notes)
-    notes = [*images.notes, *masks.files.notes]
-    if masks.without:
-        count = f"{masks.without} of {len(images.records)}"
-        notes.append(f"images without a mask in {data.mask_data_dir}, which are learned everywhere: {count}")
-    return DataSets(MaskedRecords(images.records, masks), tuple(notes))
+    records: Sequence[ImageRecord] = images.records
+    notes, places = list(images.notes), []
+    masks, conditioning = beside
+    if conditioning:
+        notes += conditioning.files.notes
+        records = ConditionedRecords(records, conditioning)
+    if masks:
+        notes += masks.files.notes
+        records = MaskedRecords(records, masks)
+        places.append(f"a mask in {data.mask_data_dir}")
+    if data.alpha_mask:
+        records = AlphaRecords(records)
+        places.append("transparency")
+    without = sum(record.mask is None for record in records) if places else 0
+    if without:
+        notes.append(f"images without {' or '.join(places)}, which are learned everywhere: {without} of {len(records)}")
+    return DataSets(records, tuple(notes))
 
 
 def _load(data: Data, cache_dir: Path | None, progress: bool) -> DataSets:
     images = load_images(data, cache_dir, progress)
-    return with_masks(images, load_masks(images, data, cache_folder(data.latents_cache_dir), progress), data)
+    return with_beside(images, load_beside(images, data, cache_folder(data.latents_cache_dir), progress), data)
 
 
 def _different(names: Sequence[str]) -> list[str]:

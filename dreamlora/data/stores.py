@@ -76,6 +76,7 @@ class LatentStore:
         places: gives the entries of an image's variants.
         entries: of the cache.
         mask_places: the same of its mask; none for an image without one.
+        conditioning_places: the same of its conditioning image.
 
     Attributes:
         names: one per image, for error messages.
@@ -89,6 +90,7 @@ class LatentStore:
         places: Callable[[ImageRecord], Sequence[Wanted]],
         entries: Recent,
         mask_places: Callable[[ImageRecord], Sequence[Wanted]] = lambda record: (),
+        conditioning_places: Callable[[ImageRecord], Sequence[Wanted]] = lambda record: (),
     ) -> None:
         self.names: Sequence[str] = Column(records, lambda record: record.name)
         self.captions: Sequence[tuple[str, ...]] = Column(records, lambda record: record.captions)
@@ -96,6 +98,9 @@ class LatentStore:
         self._records = records
         self._places = functools.lru_cache(maxsize=KEYS_KEPT)(lambda index: places(records[index]))
         self._mask_places = functools.lru_cache(maxsize=KEYS_KEPT)(lambda index: mask_places(records[index]))
+        self._conditioning_places = functools.lru_cache(maxsize=KEYS_KEPT)(
+            lambda index: conditioning_places(records[index])
+        )
         self._entries = entries
 
     def __len__(self) -> int:
@@ -115,13 +120,18 @@ class LatentStore:
         return entry["mean"], entry["std"]
 
     def view(self, index: int, variant: int) -> Conditioning:
-        """What belongs to the image besides (``Family.describe_views``), each with a leading 1.
+        """What belongs to the image besides (``Family.describe_views`` and ``encode_conditioning``), each with a
+        leading 1.
 
         Raises:
             UserError: see ``latents``.
         """
         entry = self._entries[self._places(index)[variant]]
-        return {name: tensor[None] for name, tensor in entry.items() if name not in ("mean", "std")}
+        view = {name: tensor[None] for name, tensor in entry.items() if name not in ("mean", "std")}
+        places = self._conditioning_places(index)
+        if places:
+            view |= {name: tensor[None] for name, tensor in self._entries[places[variant]].items()}
+        return view
 
     def mask(self, index: int, variant: int) -> Tensor | None:
         """How much of the loss every place of the latents has: ``[1, h, w]`` float32 in [0, 1]; None: all the same.

@@ -21,20 +21,13 @@ from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
 from dreamlora.models import configs, loading
 from dreamlora.runfolder import LORA_FILE
 
-DIFFUSION_SCHEDULERS: Classes = tuple(
-    f"diffusers.{name}Scheduler"
-    for name in (
-        *("DDIM", "DDPM", "PNDM", "LCM", "TCD", "DEISMultistep", "UniPCMultistep", "SASolver"),
-        *("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "EulerDiscrete", "EulerAncestralDiscrete"),
-        *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete"),
-    )
-)
-"""Those over betas, whose configs give DDPM's: any of them samples from a Stable Diffusion."""
 FLOW_SCHEDULERS: Classes = (
     "diffusers.FlowMatchEulerDiscreteScheduler",
     "diffusers.FlowMatchHeunDiscreteScheduler",
     "diffusers.FlowMatchLCMScheduler",
 )
+
+CLIP_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 MARKS = 2
 """Begin and end of a text."""
@@ -152,6 +145,16 @@ def none_frozen(text: Components, tokens: Conditioning) -> Conditioning:
     return tokens
 
 
+def shows_none(source: ModelSource) -> bool:
+    """See ``Family.shows_images``: for models that do not edit."""
+    return False
+
+
+def nothing_shown(vae: Components, pixels: Tensor) -> Conditioning:
+    """See ``Family.encode_conditioning``: for models that do not edit."""
+    return {}
+
+
 def nothing_of_views(views: Sequence[View]) -> Conditioning:
     """See ``Family.describe_views``."""
     return {}
@@ -182,10 +185,13 @@ def with_negative(conditioning: Conditioning, negative: Conditioning | None) -> 
     return {**conditioning, **{f"negative_{name}": value for name, value in (negative or {}).items()}}
 
 
-def encode_images(vae: Any, pixels: Tensor) -> Latents:
-    """Moments of the posterior of ``(z - shift_factor) * scaling_factor``, the factors being the autoencoder's."""
-    encoded = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype))
-    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+def vae_latents(vae: Components, pixels: Tensor) -> Latents:
+    """See ``Family.encode_images``: moments of the posterior of ``(z - shift_factor) * scaling_factor``, the factors
+    being the autoencoder's.
+    """
+    model = vae["vae"]
+    encoded = model.encode(pixels.to(device=model.device, dtype=model.dtype))
+    scale, shift = model.config.scaling_factor, getattr(model.config, "shift_factor", None) or 0.0
     if not hasattr(encoded, "latent_dist"):  # AutoencoderTiny has no posterior
         mean = (encoded.latents.float() - shift) * scale
         return Latents(mean=mean, std=torch.zeros_like(mean))

@@ -1,23 +1,20 @@
-"""FLUX.1: transformer over packed latents, CLIP (pooled) and T5 text encoders, rectified flow, guidance embedding."""
+"""FLUX.1, Kontext: transformer over packed latents, CLIP (pooled) and T5 as text encoders, rectified flow."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 from torch import Tensor, nn
 
-from dreamlora.errors import UserError
-from dreamlora.families import _parts
+from dreamlora.families import _flow, _flux, _packed, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
-    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -26,15 +23,15 @@ from dreamlora.interfaces import (
 from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
-PIPELINES: tuple[str, ...] = ("FluxPipeline",)
+PIPELINES: tuple[str, ...] = ("FluxPipeline", "FluxKontextPipeline")
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
-        "tokenizer_2": ("transformers.T5TokenizerFast", "transformers.T5Tokenizer"),
+        "tokenizer_2": _flux.T5_TOKENIZERS,
         "text_encoder": ("transformers.CLIPTextModel",),
-        "text_encoder_2": ("transformers.T5EncoderModel",),
+        "text_encoder_2": _flux.T5,
     },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "vae": {"vae": _flux.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.FluxTransformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
@@ -43,35 +40,20 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
-LORA_LAYERS: tuple[str, ...] = (
-    "attn.to_k",
-    "attn.to_q",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_k_proj",
-    "attn.add_q_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
-TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+LORA_LAYERS: tuple[str, ...] = _flux.LORA_LAYERS
+TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512
 PROMPT_TOKENIZER: str = "tokenizer_2"
 LENGTH_AXES: dict[str, int] = {}  # T5's padding is attended, so it is a part of the model
-OWN_OPTIONS: tuple[str, ...] = (
-    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
-    *("guidance_scale", "max_sequence_length"),
-)
-
-LONGEST_PROMPT = 512
-"""T5 tokens that FluxPipeline takes at most."""
+OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "guidance_scale", "max_sequence_length")
 
 latent_size = _parts.latent_size
+resolution = _flux.resolution
+prompt_limit = _flux.prompt_limit
+encode_images = _parts.vae_latents
 count_tokens = _parts.count_tokens
+encode_conditioning = _packed.conditioning
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.never_negative
 call_options = _parts.guided
@@ -84,11 +66,6 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
         UserError: the folder or hub repository is missing, incomplete or holds pickles.
     """
     return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
-
-
-def resolution(source: ModelSource) -> int:
-    """FluxPipeline's default side: 128 latents, 1024 pixels with FLUX.1's autoencoder."""
-    return 128 * _parts.pixels_per_latent(source)
 
 
 def sample_defaults(source: ModelSource) -> SampleDefaults:
@@ -106,18 +83,6 @@ def distilled(source: ModelSource) -> str | None:
         "FLUX.1-schnell was distilled to four steps: train FLUX.1-dev instead, or with --training_adapter "
         "ostris/FLUX.1-schnell-training-adapter"
     )
-
-
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt, T5's end included.
-
-    Raises:
-        UserError: more than 512 tokens are asked for.
-    """
-    length = LONGEST_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
 
 
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
@@ -150,29 +115,19 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     return {"prompt_embeds": tokens["prompt_embeds"], "pooled_prompt_embeds": pooled}
 
 
-def encode_images(vae: Components, pixels: Tensor) -> Latents:
-    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.encode_images(vae["vae"], pixels)
-
-
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
-    """Rectified flow over the training sigmas of a fresh scheduler: one that has sampled holds others.
+    """Rectified flow, unshifted unless asked for: diffusers' script takes a fresh scheduler's sigmas, and dynamic
+    shifting is not in them.
 
     Raises:
-        UserError: options of diffusion models are given.
+        UserError: see ``_flow.objective``.
     """
-    for option in ("prediction_type", "snr_gamma"):
-        if getattr(train, option) is not None:
-            raise UserError(
-                f"--{option} is for diffusion models; this one is a rectified flow (see --weighting_scheme)"
-            )
-    return RectifiedFlow(
-        sigmas=FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas,
-        weighting_scheme=train.weighting_scheme,
-        logit_mean=train.logit_mean,
-        logit_std=train.logit_std,
-        mode_scale=train.mode_scale,
-    )
+    return _flow.objective(scheduler, train, shift="none")
+
+
+def shows_images(source: ModelSource) -> bool:
+    """Kontext does."""
+    return bool(loading.read_settings(source, SETTINGS)["_class_name"] == "FluxKontextPipeline")
 
 
 def predict(
@@ -181,43 +136,35 @@ def predict(
     """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is FLUX.1-dev's guidance embedding.
 
     Raises:
-        UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
+        UserError: h or w is odd.
     """
     dtype = _parts.dtype_of(denoiser)
-    batch, channels, height, width = noisy.shape
-    if height % 2 or width % 2:
-        raise UserError(f"FLUX needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})")
+    sides = (noisy.shape[2], noisy.shape[3])
     prompt = conditioning["prompt_embeds"].to(dtype)
     guidance = (
-        torch.full((batch,), guidance_scale, device=noisy.device)
+        torch.full((len(noisy),), guidance_scale, device=noisy.device)
         if _parts.bare(denoiser).config.guidance_embeds
         else None
     )
+    tokens, ids = _packed.pack(noisy.to(dtype)), _packed.image_ids(sides[0] // 2, sides[1] // 2, noisy.device, dtype)
     packed = denoiser(
-        hidden_states=FluxPipeline._pack_latents(noisy.to(dtype).contiguous(), batch, channels, height, width),
+        hidden_states=_packed.with_conditioning(tokens, conditioning),
         timestep=times.to(dtype),
         guidance=guidance,
         pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
         encoder_hidden_states=prompt,
         txt_ids=torch.zeros(prompt.shape[1], 3, device=noisy.device, dtype=dtype),
-        img_ids=_image_ids(height // 2, width // 2, noisy.device, dtype),
+        img_ids=_packed.ids_with_conditioning(ids, conditioning),
         return_dict=False,
     )[0]
-    # the helper divides by the factor again: any even one gives the latents' own size
-    return FluxPipeline._unpack_latents(packed, height * 8, width * 8, vae_scale_factor=8)
+    return _packed.unpack(packed[:, : tokens.shape[1]], sides)
 
 
-@functools.lru_cache(maxsize=64)
-def _image_ids(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Positions of the patches ``[rows · columns, 3]``, kept for every size: they are made on the CPU, and a copy in
-    each forward pass would wait for all the GPU has to do.
-    """
-    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
-
-
-def pipeline(components: Components) -> FluxPipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return FluxPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+def pipeline(components: Components) -> Any:
+    """A stock pipeline of the class that the model names around these parts; parts not given are None."""
+    kontext = components["settings"]["_class_name"] == "FluxKontextPipeline"
+    pipeline_class = FluxKontextPipeline if kontext else FluxPipeline
+    return pipeline_class(**{name: components.get(name) for role in PARTS.values() for name in role})
 
 
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:

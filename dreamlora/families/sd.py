@@ -6,22 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from dreamlora.families import _parts
+from dreamlora.families import _parts, _unet
 from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
-    Latents,
     ModelSource,
     Role,
     SampleDefaults,
     Settings,
 )
 from dreamlora.models import loading
-from dreamlora.objectives import Diffusion
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionPipeline",)
 PARTS: dict[Role, dict[str, Classes]] = {
@@ -30,27 +28,30 @@ PARTS: dict[Role, dict[str, Classes]] = {
         "text_encoder": ("transformers.CLIPTextModel",),
     },
     "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny", "diffusers.AsymmetricAutoencoderKL")},
-    "denoiser": {"unet": ("diffusers.UNet2DConditionModel",)},
-    "scheduler": {"scheduler": _parts.DIFFUSION_SCHEDULERS},
+    **_unet.PARTS,
 }
 OPTIONAL: frozenset[str] = frozenset()
 SETTINGS: Settings = {}
 DENOISER: str = "unet"
 SIDE_MULTIPLE: int = 8
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
-LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
-TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+LORA_LAYERS: tuple[str, ...] = _unet.LORA_LAYERS
+TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS
 PROMPT_LENGTH: str = "tokenizer_max_length"
 PROMPT_DEFAULT: int | None = None
 PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {}
-OWN_OPTIONS: tuple[str, ...] = ("snr_gamma", "prediction_type", "negative_prompt", "tokenizer_max_length")
-LARGEST_SIDE = 1024
-"""Of the latents that a UNet was made for: 64 and 96 in all known ones."""
+OWN_OPTIONS: tuple[str, ...] = _unet.OWN_OPTIONS
 
 latent_size = _parts.latent_size
+resolution = _unet.resolution
+prompt_limit = _parts.clip_limit
+encode_images = _parts.vae_latents
+objective = _unet.objective
 distilled = _parts.never_distilled
 count_tokens = _parts.count_tokens
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 encode_frozen = _parts.none_frozen
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.negative_above_one
@@ -67,24 +68,9 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
-def resolution(source: ModelSource) -> int:
-    """The side the UNet was made for, in pixels (512 for SD 1.x, 768 for SD 2.x)."""
-    side = loading.read_sizes(source, "unet", "sample_size", LARGEST_SIDE)[0]
-    return side * _parts.pixels_per_latent(source)
-
-
 def sample_defaults(source: ModelSource) -> SampleDefaults:
     """As most programs draw with these models."""
     return SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
-
-
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt, begin and end included.
-
-    Raises:
-        UserError: more are asked for than the text encoder has positions, and not whole chunks of these.
-    """
-    return _parts.clip_limit(tokenizer, max_length)
 
 
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
@@ -101,24 +87,6 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     longer prompts those of their chunks.
     """
     return {"prompt_embeds": _parts.clip_states(text["text_encoder"], text["tokenizer"], tokens)[0]}
-
-
-def encode_images(vae: Components, pixels: Tensor) -> Latents:
-    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.encode_images(vae["vae"], pixels)
-
-
-def objective(scheduler: Any, train: Any) -> Diffusion:
-    """Diffusion over the scheduler's ᾱ; DDPM's class computes it, whatever sampler the pipeline comes with.
-
-    Raises:
-        UserError: the scheduler's prediction_type is neither epsilon nor v_prediction.
-    """
-    return Diffusion(
-        alphas_cumprod=DDPMScheduler.from_config(scheduler.config).alphas_cumprod,
-        prediction_type=train.prediction_type or scheduler.config.prediction_type,
-        snr_gamma=train.snr_gamma,
-    )
 
 
 def predict(

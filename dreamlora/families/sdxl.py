@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from dreamlora.families import _parts, sd
+from dreamlora.families import _parts, _unet
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -31,30 +31,31 @@ PARTS: dict[Role, dict[str, Classes]] = {
         "text_encoder_2": ("transformers.CLIPTextModelWithProjection",),
     },
     "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
-    "denoiser": sd.PARTS["denoiser"],
-    "scheduler": sd.PARTS["scheduler"],
+    **_unet.PARTS,
 }
 OPTIONAL: frozenset[str] = frozenset()
 SETTINGS: Settings = {"force_zeros_for_empty_prompt": True}
 DENOISER: str = "unet"
 SIDE_MULTIPLE: int = 8
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
-LORA_LAYERS: tuple[str, ...] = sd.LORA_LAYERS
-TEXT_LORA_LAYERS: tuple[str, ...] = sd.TEXT_LORA_LAYERS
+LORA_LAYERS: tuple[str, ...] = _unet.LORA_LAYERS
+TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS
 PROMPT_LENGTH: str = "tokenizer_max_length"
 PROMPT_DEFAULT: int | None = None
 PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {}
-OWN_OPTIONS: tuple[str, ...] = sd.OWN_OPTIONS
+OWN_OPTIONS: tuple[str, ...] = _unet.OWN_OPTIONS
 
 latent_size = _parts.latent_size
-resolution = sd.resolution
+resolution = _unet.resolution
 distilled = _parts.never_distilled
-prompt_limit = sd.prompt_limit
+prompt_limit = _parts.clip_limit
 count_tokens = _parts.count_tokens
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 encode_frozen = _parts.none_frozen
-encode_images = sd.encode_images
-objective = sd.objective
+encode_images = _parts.vae_latents
+objective = _unet.objective
 call_options = _parts.guided
 
 

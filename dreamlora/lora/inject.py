@@ -53,7 +53,8 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def target_layers(module: nn.Module, layers: Sequence[str]) -> list[str]:
-    """What PEFT is told: ``layers`` once each of them fits something, or full names for "all" and "all-linear".
+    """What PEFT is told: ``layers`` once each of them fits something; or full names for "all" and "all-linear", and
+    where an end fits something else too: FLUX.2's to_out is a layer in some blocks, a list in others.
 
     Raises:
         UserError: a name fits nothing; the message gives names that exist.
@@ -63,12 +64,18 @@ def target_layers(module: nn.Module, layers: Sequence[str]) -> list[str]:
         wanted = nn.Linear | nn.Conv2d if EVERY_LAYER in layers else nn.Linear
         return [name for name in adaptable if _in_block(name) and isinstance(module.get_submodule(name), wanted)]
     for layer in layers:
-        if not any(name == layer or name.endswith("." + layer) for name in adaptable):
+        if not any(_fits(name, layer) for name in adaptable):
             raise UserError(
                 f"--lora_layers: no Linear or Conv2d of {type(module).__name__} has a name that ends in {layer!r}. "
                 f'There are {_examples(adaptable)}; or give "{EVERY_LINEAR}" or "{EVERY_LAYER}".'
             )
-    return list(layers)
+    fitting = [name for name, _ in module.named_modules() if any(_fits(name, layer) for layer in layers)]
+    return list(layers) if set(fitting) <= set(adaptable) else [name for name in fitting if name in set(adaptable)]
+
+
+def _fits(name: str, layer: str) -> bool:
+    """Whether a layer's name ends so."""
+    return name == layer or name.endswith("." + layer)
 
 
 def _in_block(name: str) -> bool:

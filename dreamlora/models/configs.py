@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from dreamlora.errors import UserError
 from dreamlora.reading import Schema, UnreadableError, read_json, shortened
@@ -26,15 +26,21 @@ LONGEST_SCHEDULE = 100_000
 _BOUNDS = {
     "num_train_timesteps": (LONGEST_SCHEDULE, 0),
     "trained_betas": (1, LONGEST_SCHEDULE),
+    "rope_theta": (10**10, 0),  # Mistral's is 10^9
 }
-"""Of numbers and of lists of them, where they differ."""
+"""Of numbers and of lists of them by their name, where they differ."""
 _DEEPEST = 3
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{0,64}")
 """Names of layers and activations; none of a file or repository, which have a slash."""
 
 _SAID = 600
-_ALSO = {"use_attention_mask"}
-"""Looked up by StableDiffusionPipeline, and by us, though it is no argument of CLIP's."""
+_ALSO = {"use_attention_mask", "tie_word_embeddings"}
+"""No arguments of all classes: the first is looked up by StableDiffusionPipeline, and by us, in CLIP's; the second is
+read by T5 and Qwen2.5-VL wherever it stands."""
+_ROTATION = "rope_parameters"
+_OLD_ROTATION = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+"""What transformers 4 wrote instead, and so do most models there are: left out, the default angles would be taken."""
+_TEXT = "text_config"
 _INFINITE = {"lambda_min_clipped"}
 """What diffusers writes as an infinite number, its default."""
 _ANY = Schema(dict[str, Any])
@@ -46,7 +52,10 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, UnreadableError: see ``reading.read_json``; or it is of a quantized model.
     """
-    config: dict[str, Any] = read_json(file, _ANY, most=CONFIG_BYTES)
+    return _whole(file, read_json(file, _ANY, most=CONFIG_BYTES))
+
+
+def _whole(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     if config.get("quantization_config") is not None:
         raise UnreadableError(
             file,
@@ -103,10 +112,10 @@ def config_for(config_class: type[PretrainedConfig], file: Path) -> PretrainedCo
 
 def _own(config_class: type[PretrainedConfig], file: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a config class and of those that it holds."""
-    names = (
-        _taken_by(config_class).keys() - _taken_by(PretrainedConfig).keys() | set(config_class.attribute_map) | _ALSO
-    )
-    inner = config_class.sub_configs
+    names = _names(config_class)
+    inner = {name: _inner_class(config_class, name) for name in config_class.sub_configs}
+    if _TEXT in inner and given.get(_TEXT) is None:  # the first Qwen2.5-VL have its text model's beside the others
+        names |= _names(inner[_TEXT])
     own = _plain(file, {name: value for name, value in given.items() if name in names - set(inner)})
     for name, inner_class in inner.items():
         for key in (name, f"{name}_dict"):  # the second is how CLIP's first configs have it
@@ -114,8 +123,28 @@ def _own(config_class: type[PretrainedConfig], file: Path, given: dict[str, Any]
             if value is not None:
                 if not isinstance(value, dict):
                     raise UnreadableError(file, f"{key}: expected a mapping (got {shortened(value)})")
-                own[key] = _own(inner_class, file, value)
+                _check_kind(config_class, name, inner_class, file, value)
+                own[key] = _own(inner_class, file, _whole(file, value))
     return own
+
+
+def _names(config_class: type[PretrainedConfig]) -> set[str]:
+    own = _taken_by(config_class).keys() - _taken_by(PretrainedConfig).keys()
+    return own | set(config_class.attribute_map) | _ALSO | (_OLD_ROTATION if _ROTATION in own else set())
+
+
+def _inner_class(config_class: type[PretrainedConfig], name: str) -> type[PretrainedConfig]:
+    """The class of a config inside; where its own text may choose one of all that there are, the usual one."""
+    known: type[PretrainedConfig] = config_class.sub_configs[name]
+    return type(getattr(config_class(), name)) if known is AutoConfig else known
+
+
+def _check_kind(
+    config_class: type[PretrainedConfig], name: str, usual: type[PretrainedConfig], file: Path, given: dict[str, Any]
+) -> None:
+    kind = given.get("model_type", usual.model_type)
+    if config_class.sub_configs[name] is AutoConfig and kind != usual.model_type:
+        raise UnreadableError(file, f"{name}: it is of the kind {shortened(kind)}, where {usual.model_type!r} is known")
 
 
 def _taken_by(owner: Any) -> dict[str, inspect.Parameter]:
@@ -129,10 +158,11 @@ def _taken_by(owner: Any) -> dict[str, inspect.Parameter]:
 def _is_such(value: Any, parameter: inspect.Parameter) -> bool:
     """Whether a value is of the kind of an argument's default, of which there may be a list."""
     default = parameter.default
-    if value is None:  # also what was no finite number
-        return default is None or "None" in str(parameter.annotation)
+    kinds = str(parameter.annotation)
+    if value is None:  # also what was no finite number; SDXL has null for no
+        return default is None or isinstance(default, bool) or bool(re.search("None|Optional", kinds))
     if isinstance(value, list):
-        return default is None or not isinstance(default, str)
+        return not isinstance(default, str) or bool(re.search("tuple|list", kinds, re.IGNORECASE))
     if isinstance(default, bool | str):
         return isinstance(value, type(default))
     if isinstance(default, int | float):
@@ -142,14 +172,15 @@ def _is_such(value: Any, parameter: inspect.Parameter) -> bool:
 
 def _plain(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
-        problem = _problem(value, *_BOUNDS.get(name, (LARGEST_NUMBER, LONGEST_LIST)))
+        problem = problem_of(name, value)
         if problem:
             raise UnreadableError(file, f"{name}: {problem}")
     return values
 
 
-def _problem(value: Any, most: int, longest: int, depth: int = 0) -> str | None:
-    """What is wrong with a value of a config, if anything is."""
+def problem_of(name: str, value: Any, depth: int = 0) -> str | None:
+    """What is wrong with a value of a config that may be anything of JSON, if anything is."""
+    most, longest = _BOUNDS.get(name, (LARGEST_NUMBER, LONGEST_LIST))
     if isinstance(value, str) and not _WORD.fullmatch(value):
         return f"expected a number or a word (got {shortened(value)})"
     if isinstance(value, int | float) and abs(value) > most:
@@ -158,8 +189,8 @@ def _problem(value: Any, most: int, longest: int, depth: int = 0) -> str | None:
         return None
     if depth == _DEEPEST or len(value) > longest:
         return f"expected a list of at most {longest} numbers (got {shortened(value)})"
-    inner = value if isinstance(value, list) else [*value, *value.values()]
-    return next((problem for own in inner if (problem := _problem(own, most, longest, depth + 1))), None)
+    inner = [(name, own) for own in value] + (list(value.items()) if isinstance(value, dict) else [])
+    return next((problem for key, own in inner if (problem := problem_of(key, own, depth + 1))), None)
 
 
 def in_one_line(error: Exception) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
+HEAD = 2**16
 WHOLE = 64 * 2**20
 """Files up to this many bytes are read whole (about 0.05 s); of longer ones a sample is read."""
 BLOCKS = 128
@@ -29,13 +31,24 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _sample(file: Path, size: int, digest: hashlib._Hash) -> None:
+def file_fingerprint(file: Path, *parts: str) -> str:
+    """The same of one safetensors file, whatever it is called, and of texts. Of a long file the whole header counts."""
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    size = file.stat().st_size
+    digest.update(f"{size}\0".encode())
+    with file.open("rb") as stream:
+        header = 8 + int.from_bytes(stream.read(8), "little")
+    _sample(file, size, digest, max(header, HEAD))
+    return digest.hexdigest()[:12]
+
+
+def _sample(file: Path, size: int, digest: hashlib._Hash, head: int = HEAD) -> None:
     with file.open("rb") as stream:
         if size <= WHOLE:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
             return
-        digest.update(stream.read(2**16))
+        digest.update(stream.read(head))
         for block in range(BLOCKS):
             stream.seek(block * (size - BLOCK) // (BLOCKS - 1))
             digest.update(stream.read(BLOCK))

@@ -22,45 +22,70 @@ from dreamlora.interfaces import Classes, Components, Family, ModelSource, Role,
 from dreamlora.models import configs
 from dreamlora.models.building import CONFIG, SCHEDULER_CONFIG, Form, check_config, load_part
 from dreamlora.models.fetching import Place, commit_of, find_file, identity
-from dreamlora.models.local import INDEX, vae_file
+from dreamlora.models.local import INDEX, is_single_file, vae_file
+from dreamlora.models.schedules import as_trained
+from dreamlora.models.single_file.resolve import autoencoder_of, pipeline_of
+from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.reading import Schema, UnreadableError, read_json, shortened
 
 SCHEDULER = "scheduler"
 
 
-def resolve_source(model: Model, prediction_type: str | None = None, vae_revision: str | None = None) -> ModelSource:
+def resolve_source(
+    model: Model,
+    prediction_type: str | None = None,
+    vae_revision: str | None = None,
+    rescale_betas_zero_snr: bool = False,
+) -> ModelSource:
     """Where the model comes from, and the id that caches know it by.
 
-    The id of a folder holds a fingerprint of its files, that of a hub repository its commit, and both hold the id of an
-    autoencoder that replaces theirs: latents made by another model are never taken for this one's. What a branch of the
-    hub points to is looked up here alone, and every part is loaded from that commit, though the branch may move.
+    The id of a folder or single file holds a fingerprint of it, that of a hub repository its commit, and all hold the
+    id of an autoencoder that replaces theirs, and layers of the text encoder that are not the usual ones: what another
+    model made is never taken for this one's. What a branch of the hub points to is looked up here alone, and every part
+    is loaded from that commit, though the branch may move. A single file is converted to a folder here, unless that was
+    done before.
 
     Args:
         model: the options.
         prediction_type: of the run, instead of the scheduler's own; None: that.
         vae_revision: of the other autoencoder's repository.
+        rescale_betas_zero_snr: of the run.
 
     Raises:
-        UserError: no such folder or repository, or it is no diffusers pipeline.
+        UserError: no such folder, file or repository, or it is no diffusers pipeline.
     """
-    name, cache = model.pretrained_model_name_or_path, model.cache_dir
-    path = _embedded() if name == EMBEDDED_MODEL else name
-    revision = commit_of(path, INDEX, model.revision, cache)
-    parts = [identity(name, path, revision), *([model.variant] if model.variant else [])]
+    name, cache, variant = model.pretrained_model_name_or_path, model.cache_dir, model.variant
+    if is_single_file(name):
+        folder, own_id = pipeline_of(Path(name), cache, prediction_type)
+        path, revision, variant = str(folder), None, None
+    else:
+        path = _embedded() if name == EMBEDDED_MODEL else name
+        revision = commit_of(path, INDEX, model.revision, cache)
+        own_id = identity(name, path, revision)
+    parts = [own_id, *([variant] if variant else [])]
+    layers = model.text_encoder_out_layers
+    if layers:
+        parts.append("text layers:" + ",".join(map(str, layers)))
     vae = model.pretrained_vae_model_name_or_path
-    if vae:
+    if vae and is_single_file(vae):
+        folder, vae_id = autoencoder_of(Path(vae), Place(path, revision, cache, "vae").file(CONFIG), cache)
+        vae, vae_revision = str(folder), None
+        parts.append("vae:" + vae_id)
+    elif vae:
         vae_revision = commit_of(vae, vae_file(vae), vae_revision, cache)
         parts.append("vae:" + identity(vae, vae, vae_revision))
     return ModelSource(
         path=path,
         model_id="+".join(parts),
         revision=revision,
-        variant=model.variant,
+        variant=variant,
         vae_path=vae,
         vae_revision=vae_revision if vae else None,
         cache_dir=cache,
         allow_pickle=model.allow_pickle,
         prediction_type=prediction_type,
+        text_layers=layers,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
     )
 
 
@@ -178,24 +203,27 @@ def read_settings(source: ModelSource, known: Settings) -> Settings:
     """
     index = read_model_index(source)
     settings = {name: index.get(name, default) for name, default in known.items()}
-    for name, value in settings.items():
-        default = known[name]
-        if not (isinstance(value, type(default)) if default is not None else _is_plain(value)):
-            raise UserError(
-                f"{source.path}: {INDEX} says {name}: {shortened(value)}, where something such as {default!r} is "
-                "expected; download or export the model again"
-            )
+    for name, default in known.items():
+        value = settings[name]
+        problem = configs.problem_of(name, value) if name in index else None
+        if name in index and not _is_such(value, default):
+            problem = f"expected something such as {default!r} (got {shortened(value)})"
+        if problem:
+            raise UserError(f"{source.path}: {INDEX} says {name}: {problem}; download or export the model again")
     return {"_class_name": index["_class_name"], **settings}
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether it is none, a number, or a short list of numbers."""
-    numbers = value if isinstance(value, list) else [] if value is None else [value]
-    return len(numbers) <= MOST_SETTINGS and all(isinstance(number, int | float) for number in numbers)
+def _is_such(value: Any, default: Any) -> bool:
+    """Whether a setting is of the kind of its default; one that is none by default is none, a number or some."""
+    if isinstance(value, list):
+        return (default is None or isinstance(default, list | tuple)) and all(map(_is_number, value))
+    if default is None or isinstance(default, float):
+        return _is_number(value) or value is default
+    return type(value) is type(default)
 
 
-MOST_SETTINGS = 1000
-"""Numbers in a list of a pipeline's settings."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def load_components(
@@ -233,18 +261,22 @@ def _load(source: ModelSource, name: str, index: dict[str, Any], allowed: Classe
     part_class = _class(_entry(source, name, index), name, allowed, place)
     variant = source.variant if place.path == source.path else None
     part = load_part(part_class, place, Form(dtype, variant, source.allow_pickle))
-    if name == SCHEDULER and source.prediction_type:
-        part.register_to_config(prediction_type=source.prediction_type)
+    if name == SCHEDULER:
+        return as_trained(part, source)
     if isinstance(part, PreTrainedTokenizerBase) and part.model_max_length > LARGE_INTEGER:
-        part.model_max_length = _positions(source, name) or part.model_max_length
+        encoder = name.replace("tokenizer", "text_encoder")
+        if not _lacks(index, encoder):
+            part.model_max_length = _positions(source, encoder) or part.model_max_length
     return part
 
 
-def _positions(source: ModelSource, tokenizer: str) -> int | None:
+def _positions(source: ModelSource, encoder: str) -> int | None:
     """What a tokenizer that names no limit, such as a tokenizer.json alone, has as its own: what its text encoder
     reads.
     """
-    positions = read_config(source, tokenizer.replace("tokenizer", "text_encoder")).get("max_position_embeddings")
+    config = read_config(source, encoder)
+    text = config.get("text_config")  # of one that sees as well
+    positions = (text if isinstance(text, dict) else config).get("max_position_embeddings")
     return positions if type(positions) is int and positions > 0 else None
 
 
@@ -285,6 +317,7 @@ def _class(entry: Any, name: str, allowed: Classes, place: Place) -> Any:
             f"{' or '.join(allowed)} is expected; is it a pipeline of this family, or has --family chosen another?"
         )
     library, _, class_name = named.partition(".")
+    class_name = PROCESSORS.get(class_name, class_name)
     part_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name, None)
     if part_class is None:
         raise UserError(f"{place} needs {named}, which the installed {library} does not have; another version may")
@@ -310,7 +343,9 @@ def check_vocabulary(tokenizer: Any, encoder: Any, path: str) -> None:
             f"{path}: the tokenizer has tokens up to {highest}, but its text encoder knows {known}: they do not belong "
             "together; download or export the model again"
         )
-    positions = getattr(encoder.config, "max_position_embeddings", None)
+    config = encoder.config.get_text_config()
+    # where positions are rotations there are endlessly many, and tokenizers of such models tell of more than the config
+    positions = None if hasattr(config, "rope_parameters") else getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < tokenizer.model_max_length <= LARGE_INTEGER:  # more: it names no limit
         raise UserError(
             f"{path}: the tokenizer gives prompts of {tokenizer.model_max_length} tokens (model_max_length), but its "

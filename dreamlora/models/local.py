@@ -6,39 +6,53 @@ from pathlib import Path
 
 from dreamlora.config import EMBEDDED_MODEL, Model
 from dreamlora.errors import UserError
+from dreamlora.models.single_file.contents import read_contents
+from dreamlora.models.single_file.kinds import recognize
+from dreamlora.models.single_file.others import check_autoencoder
 
 INDEX = "model_index.json"
+SINGLE_FILES = (".safetensors", ".ckpt", ".gguf")
+"""No repository of a pipeline is called so."""
 
 
 def check_model(model: Model) -> None:
-    """Nothing, if the model's folder and that of its autoencoder have what makes them one, or may be hub repositories.
+    """Nothing, if the model and the autoencoder in place of its own are folders or single files of such, or may be hub
+    repositories.
 
     Raises:
-        UserError: see ``local_file``.
+        UserError: see ``local_file``, ``recognize`` and ``check_autoencoder``.
     """
-    if model.pretrained_model_name_or_path != EMBEDDED_MODEL:
-        local_file(model.pretrained_model_name_or_path, INDEX)
-    vae = model.pretrained_vae_model_name_or_path
-    if vae:
+    path, vae = model.pretrained_model_name_or_path, model.pretrained_vae_model_name_or_path
+    if is_single_file(path):
+        recognize(read_contents(Path(path)))
+    elif path != EMBEDDED_MODEL:
+        local_file(path, INDEX)
+    if vae and is_single_file(vae):
+        check_autoencoder(read_contents(Path(vae)))
+    elif vae:
         local_file(vae, vae_file(vae))
+
+
+def is_single_file(path: str) -> bool:
+    """Whether it is a file of this machine; the hub has no names for single ones."""
+    return path != EMBEDDED_MODEL and Path(path).is_file()
 
 
 def local_file(path: str, name: str) -> Path | None:
     """A file of a folder; None if ``path`` can be a hub repository.
 
     Raises:
-        UserError: there is no such folder or file, or the path is a file.
+        UserError: there is no such folder or file, or the path is a file, or can only be one.
     """
     local = Path(path)
     if local.is_file():
-        raise UserError(
-            f"{path} is a single file, but a folder written by save_pretrained is needed: load a pipeline's file with "
-            "the pipeline class's from_single_file and save it with save_pretrained"
-        )
+        raise UserError(f"{path} is a single file, but a folder written by save_pretrained is needed here")
     if local.is_dir():
         if not (local / name).is_file():
             raise UserError(f"{path}: no {name}; the folder of a whole model, written by save_pretrained, is needed")
         return local / name
+    if path.lower().endswith(SINGLE_FILES):
+        raise UserError(f"no such file: {path}")
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise UserError(f"no such folder: {path}")
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.loading import load_components
@@ -21,8 +22,7 @@ def cut_prompts(
     Raises:
         UserError: ``max_length`` is none that the text encoder can take.
     """
-    name = family.PROMPT_TOKENIZER
-    tokenizer = load_components(source, {name: family.PARTS["text"][name]}, None)[name]
+    tokenizer = _tokenizer(family, source)
     limit = family.prompt_limit(tokenizer, max_length)
 
     def cut() -> Iterator[bool]:
@@ -31,3 +31,11 @@ def cut_prompts(
             yield from (count > limit for count in family.count_tokens(tokenizer, some))
 
     return limit, cut()
+
+
+def _tokenizer(family: Family, source: ModelSource) -> Any:
+    """The family's ``PROMPT_TOKENIZER``; where a pipeline lacks it, the first that there is."""
+    classes = family.PARTS["text"]
+    names = (family.PROMPT_TOKENIZER, *(name for name in classes if name.startswith("tokenizer")))
+    loaded = (load_components(source, {name: classes[name]}, None, family.OPTIONAL)[name] for name in names)
+    return next(tokenizer for tokenizer in loaded if tokenizer is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NotRequired
@@ -16,6 +17,11 @@ from dreamlora.files import replacing
 from dreamlora.models.fetching import Place
 from dreamlora.reading import Schema, UnreadableError, json_of, read_bytes, utf8_text
 
+PROCESSORS = {
+    "PixtralProcessor": "PreTrainedTokenizerFast",
+    **dict.fromkeys(("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"), "Qwen2Tokenizer"),
+}
+"""The class of the tokenizer inside a processor. What else is in one is for images, and needs torchvision."""
 CONFIG = "tokenizer_config.json"
 VOCABULARY_BYTES = 2**26
 """Of the largest file: T5's has 2.4 megabytes, Gemma's 34."""
@@ -93,6 +99,11 @@ def load_tokenizer(part_class: Any, place: Place) -> Any:
         if not names:
             wanted = ", ".join(part_class.vocab_files_names.values())
             raise UserError(f"{place} is incomplete: a {part_class.__name__} needs {wanted}; download or copy it again")
+        if all(name.endswith(".model") for name in names) and find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{place} has its vocabulary as {names[0]} alone, which needs sentencepiece: pip install "
+                "sentencepiece protobuf, or put the tokenizer.json of the same model beside it"
+            )
         for name, schema in (
             (CONFIG, _SETTINGS),
             ("special_tokens_map.json", _TOKENS),

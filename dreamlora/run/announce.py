@@ -90,6 +90,7 @@ def _source(data: Data, weight: float) -> str:
     """A data set, and what of it is not as usual."""
     unusual = [f"{data.repeats} times in an epoch"] if data.repeats > 1 else []
     unusual += [f"where {data.mask_data_dir} is white"] if data.mask_data_dir else []
+    unusual += ["where it is opaque"] if data.alpha_mask else []
     unusual += [f"weight of the loss {weight:g}"] if weight != 1 else []
     source = str(data.instance_data_dir or data.train_data_dir or data.dataset_name)
     return f"{source} ({', '.join(unusual)})" if unusual else source

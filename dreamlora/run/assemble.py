@@ -11,26 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers.optimization import get_scheduler
-
-from dreamlora import registry
 from dreamlora.cli.parse import method_options
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.credentials import masked_options
 from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.sets import loss_shares, places
 from dreamlora.data.transforms import Preparations, bucket_numbers
-from dreamlora.errors import UserError
 from dreamlora.files import make_folder
 from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
-from dreamlora.lora.assistant import add_assistant
-from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.parts import ROLES
-from dreamlora.optimizers import lora_param_groups
 from dreamlora.processes import wait_for_everyone
-from dreamlora.run import checks, defaults, ending, image_list, provenance, resume, schedule
+from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -42,9 +36,10 @@ from dreamlora.run.encoding import (
 )
 from dreamlora.run.images import RunImages, for_classes, with_class_images
 from dreamlora.run.opening import Prelude, begin, decided, read
+from dreamlora.run.trainable import optimizer_of, with_lora
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
-from dreamlora.training.loop import Predictor, Run
+from dreamlora.training.loop import Run
 from dreamlora.training.stream import Layout, Source, Stream
 
 PROJECT = "dreamlora"
@@ -171,15 +166,15 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         material = schedule.eval_material(context, pictures, how.fixed(side))
     context.parts.free("vae")
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
-    model = _with_lora(context, components, text)
+    model = with_lora(context, components, text)
     few, layers = layers_below_rank(model)
     if "rank" in config.given and 2 * few >= layers:
         context.warn(f"--rank {config.lora.rank} is more than {few} of the {layers} layers have inputs or outputs")
     trainables = trainable_parameters(model)
     model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients
-    optimizer, lr_scheduler = _optimizer(context, accelerator.unwrap_model(model), options)
+    optimizer, lr_scheduler = optimizer_of(context, accelerator.unwrap_model(model), options)
     objective = context.family.objective(components["scheduler"], config.train)
-    caption = CaptionPlan.of(config.data, config.train.seed).draw
+    caption = context.caption_plan.draw
     learned, data = pictures.train, config.data
     sources = [
         Source(
@@ -223,9 +218,9 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
 
 def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Components | None]:
     """Captions to embeddings (the text encoder is gone then); or to token ids, with the text encoder to train."""
-    plan = CaptionPlan.of(context.config.data, context.config.train.seed)
+    plan = context.caption_plan
     prompts = itertools.chain(
-        ("", context.guidance(context.config.sample.negative_prompt).encoded_negative or ""),
+        (plan.dropped, context.guidance(context.config.sample.negative_prompt).encoded_negative or ""),
         (*pictures.prompts, *pictures.eval_prompts),
         (text for record in pictures.train for text in plan.texts(record.captions)),
         (record.caption for record in itertools.chain(pictures.measured, pictures.learned)),
@@ -236,50 +231,6 @@ def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Com
             text = context.parts.get("text")
             return encode_frozen(context, prompts, text), text
         return encode_texts(context, prompts), None
-
-
-def _with_lora(context: RunContext, components: Components, text: Components | None) -> Predictor:
-    """The denoiser (and the text encoders that train) with adapters, as one module."""
-    config, family = context.config, context.family
-    denoiser = components[family.DENOISER]
-    layers = config.lora.lora_layers or family.LORA_LAYERS
-    assistant = checks.assistant_of(context, components)
-    add_lora(denoiser, config.lora, layers)
-    if assistant:
-        add_assistant(denoiser, family.DENOISER, assistant)
-    encoders = [text[name] for name in family.TEXT_ENCODERS] if text else []
-    for encoder in encoders:
-        add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS)
-    if config.model.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-        for encoder in encoders:
-            encoder.gradient_checkpointing_enable()
-    if config.model.enable_xformers_memory_efficient_attention:
-        try:
-            denoiser.enable_xformers_memory_efficient_attention()
-        except (ModuleNotFoundError, ValueError) as error:
-            raise UserError(f"--enable_xformers_memory_efficient_attention: {error}") from error
-    return Predictor(family, denoiser, text, config.train.guidance_scale)
-
-
-def _optimizer(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
-    """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
-    optim = context.config.optim
-    groups = lora_param_groups(model.denoiser, lr=optim.learning_rate, weight_decay=optim.adam_weight_decay)
-    if len(model.encoders):
-        groups += lora_param_groups(
-            list(model.encoders.values()), lr=optim.text_encoder_lr, weight_decay=optim.adam_weight_decay_text_encoder
-        )
-    optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
-    lr_scheduler = get_scheduler(
-        optim.lr_scheduler,
-        optimizer,
-        num_warmup_steps=optim.lr_warmup_steps,
-        num_training_steps=context.config.train.max_train_steps,
-        num_cycles=optim.lr_num_cycles,
-        power=optim.lr_power,
-    )
-    return context.accelerator.prepare(optimizer), lr_scheduler
 
 
 def _start_trackers(context: RunContext, folder: RunFolder) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import RunConfig
 from dreamlora.data.cache import TensorCache
-from dreamlora.data.cache_folder import cache_folder
+from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
@@ -23,6 +25,7 @@ from dreamlora.models.inventory import Part
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
+from dreamlora.sampling.shown import Shown
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class RunContext:
         inventory: the parts of the model, as they lie on disk or on the hub.
         training_adapter: file of the frozen LoRA that is active while training.
         eval_price: of the evaluation loss, once it is known how often it is measured.
+        shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         timings: seconds by stage, for the report.
         warnings: what the person should know, for the report.
     """
@@ -47,6 +51,7 @@ class RunContext:
     inventory: Sequence[Part] = ()
     training_adapter: Path | None = None
     eval_price: Price | None = None
+    shown: Shown = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -67,6 +72,14 @@ class RunContext:
         if self.accelerator.is_main_process:
             logger.warning(text)
         self.warnings.append(f"{text}{details}")
+
+    @property
+    def caption_plan(self) -> CaptionPlan:
+        """Which caption is seen when. One that is dropped becomes what the pipeline is guided away from unless told
+        otherwise, which some families encode otherwise than a prompt.
+        """
+        nothing = self.family.negative_prompt(self.source, math.inf, None)
+        return CaptionPlan.of(self.config.data, self.config.train.seed, dropped=nothing or "")
 
     @property
     def subject(self) -> Subject:
@@ -104,7 +117,8 @@ class RunContext:
         """How these prompts are drawn, by the run's flags."""
         data = self.config.data
         defaults = self.family.sample_defaults(self.source)
-        return plan_of(self.config.sample, defaults, prompts, data.resolution, data.sample_batch_size)
+        plan = plan_of(self.config.sample, defaults, prompts, data.resolution, data.sample_batch_size)
+        return replace(plan, shown={prompt: image for prompt, image in self.shown.items() if prompt in prompts})
 
     def guidance(self, negative: str | None) -> Guidance:
         """How samples are guided, by the run's flags.
@@ -112,4 +126,5 @@ class RunContext:
         Args:
             negative: the negative prompt; None: the pipeline's own.
         """
-        return Guidance(self.family, self.source, self.config.sample.sample_guidance_scale or 0, negative)
+        scale = self.config.sample.sample_guidance_scale or 0
+        return Guidance(self.family, self.source, scale, negative, self.shown)

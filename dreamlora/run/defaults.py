@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dreamlora import registry
 from dreamlora.cli.places import DEFAULT_OUTPUTS, check_folders, image_folders, lies_in
@@ -63,10 +64,12 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
             adam_weight_decay_text_encoder=_first(optim.adam_weight_decay_text_encoder, weight_decay),
         )
     subject = Subject.of(config.data.subject_prompt, config.data.class_prompt)
+    sample = with_subject(config.sample, subject)
     sample = replace(
-        with_subject(config.sample, subject),
+        sample,
         num_inference_steps=_first(config.sample.num_inference_steps, sampling.num_inference_steps),
         sample_guidance_scale=_first(config.sample.sample_guidance_scale, sampling.guidance_scale),
+        negative_prompt=_first(sample.negative_prompt, sampling.negative_prompt),
         num_images_per_prompt=_first(config.sample.num_validation_images, config.sample.num_images_per_prompt),
     )
     return replace(
@@ -187,17 +190,27 @@ def _steps_of(steps_or_share: float, total: int) -> int:
     return max(1, round(steps_or_share * total)) if 0 < steps_or_share < 1 else int(steps_or_share)
 
 
-def facts(config: RunConfig, family: Family, resolution: int, epoch: int, world: int) -> Facts:
+def facts(
+    config: RunConfig, family: Family, scheduler: Mapping[str, Any], resolution: int, epoch: int, world: int
+) -> Facts:
     """What ``plausible.doubts`` needs to know of a run besides its options.
 
     Args:
         config: with all options decided.
         family: of the model.
+        scheduler: the config of its scheduler.
         resolution: the model's own, in pixels.
         epoch: samples in one passage through the images.
         world: number of processes.
     """
-    return Facts(resolution, epoch, _global_batch(config, world), family.OWN_OPTIONS)
+    return Facts(
+        resolution,
+        epoch,
+        _global_batch(config, world),
+        family.OWN_OPTIONS,
+        scheduler.get("prediction_type"),
+        scheduler.get("rescale_betas_zero_snr") is True,
+    )
 
 
 def eval_price(config: RunConfig, images: ImageCounts, world: int) -> Price:

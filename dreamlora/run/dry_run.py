@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from dreamlora.config import Data, RunConfig
 from dreamlora.data.account import TRUNCATED, Entry
+from dreamlora.data.companions import Companions
 from dreamlora.data.dataset import copies_note, examine, list_images, split_holdout
 from dreamlora.data.folder import Images, load_folder
 from dreamlora.data.images import ImageRecord, holds_images
-from dreamlora.data.mask_files import Masks
-from dreamlora.data.sets import DataSets, epoch_length, joined, load_masks, with_masks
+from dreamlora.data.sets import DataSets, epoch_length, joined, load_beside, with_beside
 from dreamlora.escapes import one_line
 from dreamlora.scratch import Scratch
 
@@ -73,11 +73,12 @@ def _data_sets(config: RunConfig, scratch: Path) -> Iterator[Listed]:
         images = _examined(list_images(_kept_in(scratch, one), config.model.cache_dir))
         source = one.dataset_name or one.train_data_dir or one.instance_data_dir
         yield Listed(f"images to learn: {source}", images, one.repeats, not data.datasets, data.holdout)
-        masks = load_masks(images, one, None, progress=True)
-        several.append(with_masks(images, masks, one))
-        if masks:
-            account = _of_images(masks)
-            yield Listed(f"masks: {one.mask_data_dir}", masks.files._replace(account=account))
+        beside = load_beside(images, one, None, progress=True)
+        several.append(with_beside(images, beside, one))
+        folders = (("mask", one.mask_data_dir), ("conditioning image", one.conditioning_data_dir))
+        for found, (kind, folder) in zip(beside, folders, strict=True):
+            if found:
+                yield Listed(f"{kind}s: {folder}", found.files._replace(account=_of_images(found, kind)))
     if data.datasets:
         sys.stdout.writelines(f"{line}\n" for line in _of_all(joined(several, data), data))
     classes = data.class_data_dir
@@ -86,20 +87,20 @@ def _data_sets(config: RunConfig, scratch: Path) -> Iterator[Listed]:
         yield Listed(f"class images: {classes}", images)
 
 
-def _of_images(masks: Masks) -> list[Entry]:
-    """The account of a folder of masks, with their images."""
+def _of_images(companions: Companions, kind: str) -> list[Entry]:
+    """The account of a folder of masks or conditioning images, with the images that they belong to."""
     images: dict[str, list[str]] = defaultdict(list)
-    for image, row in masks.row.items():
-        images[masks.files.records[row].name].append(image)
+    for image, row in companions.row.items():
+        images[companions.files.records[row].name].append(image)
 
     def told(entry: Entry) -> Entry:
         if entry.name in images:
-            return Entry(entry.name, "mask", "", (f"of {', '.join(images[entry.name])}",))
+            return Entry(entry.name, kind, "", (f"of {', '.join(images[entry.name])}",))
         if entry.use == "folder":
-            return entry._replace(texts=("its masks belong to images",))
+            return entry._replace(texts=(f"its {kind}s belong to images",))
         return Entry(entry.name, "not used", "", (f"of {TRUNCATED}",)) if entry.use == "image" else entry
 
-    return list(map(told, masks.files.account))
+    return list(map(told, companions.files.account))
 
 
 def _of_all(images: DataSets, data: Data) -> Iterator[str]:

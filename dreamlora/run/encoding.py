@@ -36,7 +36,10 @@ def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Prep
     def encode(pixels: Tensor) -> Latents:
         return context.family.encode_images(context.parts.get("vae"), pixels)
 
-    store = encode_dataset(records, how, encode, latent_filling(context))
+    def encode_conditioning(pixels: Tensor) -> Conditioning:
+        return context.family.encode_conditioning(context.parts.get("vae"), pixels)
+
+    store = encode_dataset(records, how, encode, latent_filling(context), encode_conditioning)
     wait_for_everyone()
     return store
 
@@ -89,7 +92,7 @@ def _encoded(
         return encoder(text, context.family.tokenize(text, texts, length))
 
     filling = context.filling(dtype=context.accelerator.mixed_precision, length=length, **key_parts)
-    table = encode_prompts(prompts, encode, filling, context.family.LENGTH_AXES)
+    table = encode_prompts(prompts, encode, replace(filling, length_axes=context.family.LENGTH_AXES))
     wait_for_everyone()
     return lambda captions: stack_conditioning([table[each] for each in captions], context.family.LENGTH_AXES)
 

@@ -168,7 +168,8 @@ def _expected_output(context: RunContext, run: Run) -> parity.ExpectedOutput | s
         call = parity.ask(run, sample["prompt"], prompt_length(context))
     except (UserError, RuntimeError) as error:
         return f"the check could not be made: {error}"
-    return parity.ExpectedOutput(run.folder.path, sample, run.folder.samples / sample["file"], call)
+    image = run.folder.samples / sample["file"]
+    return parity.ExpectedOutput(run.folder.path, sample, image, call, context.shown)
 
 
 def _parity(context: RunContext, expected: parity.ExpectedOutput | str) -> dict[str, Any]:

@@ -21,17 +21,17 @@ NAMED = 3
 
 
 def write(file: Path, pictures: RunImages) -> None:
-    """A row for every image: file, what it is for, hash, captions, and the hash of its mask."""
+    """A row for every image: file, what it is for, hash, captions, and the hashes of what belongs to it."""
     with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as rows:
         rows.writelines(json.dumps(row) + "\n" for row in _rows(pictures))
 
 
 def fingerprint(records: Iterable[ImageRecord]) -> str:
-    """16 hex digits of images, captions and masks, in their order; names do not count."""
+    """16 hex digits of images, captions and what belongs to them, in their order; names do not count."""
     digest = hashlib.sha256()
     for record in records:
-        mask = f" mask {record.mask.content_hash()}" if record.mask else ""
-        digest.update("\n".join((f"{record.content_hash()} {record.caption}{mask}", *record.other_captions)).encode())
+        beside = "".join(f" {kind} {other.content_hash()}" for kind, other in _beside(record))
+        digest.update("\n".join((f"{record.content_hash()} {record.caption}{beside}", *record.other_captions)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -57,6 +57,9 @@ def changes(file: Path, pictures: RunImages) -> str:
             "another picture": [name for name, old, new in both if old["sha256"] != new["sha256"]],
             "another caption": [_caption(*each) for each in both if each[1]["captions"] != each[2]["captions"]],
             "another mask": [name for name, old, new in both if old.get("mask") != new.get("mask")],
+            "another conditioning image": [
+                name for name, old, new in both if old.get("conditioning") != new.get("conditioning")
+            ],
             "no longer held out": [name for name, old, new in both if old["role"] == HELD_OUT != new["role"]],
             "held out now": [name for name, old, new in both if new["role"] == HELD_OUT != old["role"]],
         }.items()
@@ -69,7 +72,14 @@ def _rows(pictures: RunImages) -> Iterator[dict[str, Any]]:
     for role, record in ((role, record) for role, records in parts for record in records):
         captions = list(map(legible, record.captions))
         row = {"name": legible(record.name), "role": role, "sha256": record.content_hash(), "captions": captions}
-        yield row | ({"mask": record.mask.content_hash()} if record.mask else {})
+        yield row | {kind: other.content_hash() for kind, other in _beside(record)}
+
+
+def _beside(record: ImageRecord) -> Iterator[tuple[str, ImageRecord]]:
+    """What belongs to an image, by kind."""
+    for kind, other in (("mask", record.mask), ("conditioning", record.conditioning)):
+        if other:
+            yield kind, other
 
 
 def _caption(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

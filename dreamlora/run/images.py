@@ -11,20 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
+from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.dataset import examine, split_holdout
-from dreamlora.data.images import ImageRecord
+from dreamlora.data.images import IMAGE_BYTES, ImageRecord, decode
 from dreamlora.data.sets import load_sets
 from dreamlora.data.transforms import Preparations, enlargement
 from dreamlora.errors import UserError
 from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.processes import main_first, wait_for_everyone
+from dreamlora.reading import read_bytes
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import read_prompts, sample_prompts
 from dreamlora.sampling.sampler import SamplePlan, draw_batch, prompting
+from dreamlora.sampling.shown import Shown, require_for_prompts, shown_with
 from dreamlora.training import prior
 
 SUBJECT_IMAGES = 40
@@ -91,7 +93,19 @@ def read_images(context: RunContext, folder: RunFolder) -> RunImages:
     if sample.sample_steps != 0:
         prompts = sample_prompts(sample, context.subject, captions)
     eval_prompts = _eval_prompts(context, captions) if context.config.draws_for_metrics else ()
+    context.shown = _shown(context, (*prompts, *eval_prompts), held_out or training)
     return RunImages(training, held_out, [], prompts, eval_prompts)
+
+
+def _shown(context: RunContext, prompts: Sequence[str], records: Sequence[ImageRecord]) -> Shown:
+    """The image that each prompt edits: as given, else those before the edit of the images, in their order."""
+    given = context.config.sample.validation_images
+    require_for_prompts(given, prompts)
+    if given:
+        images = [decode(read_bytes(file, IMAGE_BYTES), f"--validation_images {file}") for file in given]
+    else:
+        images = [record.conditioning.open() for record in records[: len(prompts)] if record.conditioning]
+    return shown_with(prompts, images, context.config.data.resolution or 0)
 
 
 def for_classes(context: RunContext) -> Preparations:
@@ -150,6 +164,16 @@ def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:
     return replace(data, train_data_dir=images) if data.style else replace(data, instance_data_dir=images)
 
 
+def class_plan(context: RunContext, class_prompt: str) -> SamplePlan:
+    """How class images are drawn: as the samples, but for the run's own seed and negative prompt."""
+    return replace(
+        context.sample_plan((class_prompt,)),
+        num_images_per_prompt=context.config.data.num_class_images,
+        seed=CLASS_SEED,
+        negative_prompt=context.family.sample_defaults(context.source).negative_prompt,
+    )
+
+
 def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImages) -> RunImages:
     """Class images for prior preservation, made by the base model where they are missing.
 
@@ -160,8 +184,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
         return pictures
     images = class_folder(context, folder)
     precision = data.prior_generation_precision or context.accelerator.mixed_precision
-    plan = context.sample_plan((data.class_prompt,))
-    plan = replace(plan, num_images_per_prompt=data.num_class_images, seed=CLASS_SEED, negative_prompt=None)
+    plan = class_plan(context, data.class_prompt)
     found = _class_images(context, images, plan, pictures)
     context.tell(_what_is_found(images, found))
     base = Parts(context.family, context.source, context.accelerator.device, DTYPES[precision])
@@ -169,7 +192,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
 
     def drawer() -> prior.Drawer:
         loaded = base.pipeline()
-        return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(None)))
+        return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(plan.negative_prompt)))
 
     with context.timed("class images"):
         prior.make_class_images(images, plan, drawer, context.source.predictor_id, rank, world)

@@ -12,10 +12,11 @@ from dreamlora.config.plausible import doubts
 from dreamlora.data.sets import epoch_length
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
+from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.files import read_lora
 from dreamlora.models.adapter import find_adapter
 from dreamlora.models.inventory import inventory
-from dreamlora.models.loading import family_of, resolve_source
+from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import main_first, tell_everyone
@@ -43,7 +44,7 @@ def begin(config: RunConfig) -> RunContext:
     if config.train.push_to_hub:
         upload.check_hub(config)
     set_tf32(config.model.allow_tf32)
-    source = resolve_source(config.model, config.train.prediction_type)
+    source = resolve_source(config.model, config.train.prediction_type, None, config.train.rescale_betas_zero_snr)
     family = family_of(source, config.model.family)
     parts_on_disk = inventory(source, family)
     checks.require_parts(parts_on_disk)
@@ -52,6 +53,7 @@ def begin(config: RunConfig) -> RunContext:
             f"--train_text_encoder: the family of {' and '.join(family.PIPELINES)} has no text encoder that can be "
             "trained: leave the flag out, and --text_encoder_lr with it"
         )
+    _refuse_images_to_edit(config, family, source)
     config = defaults.by_model(
         config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
     )
@@ -75,6 +77,20 @@ def _training_adapter(config: RunConfig) -> Path:
     with main_first():
         found = find_adapter(name, config.lora.training_adapter_weight_name, config.model.cache_dir)
         return read_lora(found).path
+
+
+def _refuse_images_to_edit(config: RunConfig, family: Family, source: ModelSource) -> None:
+    """Nothing, if the model edits, or none are given."""
+    flags = {
+        "conditioning_data_dir": any(one.conditioning_data_dir for one in config.data.each()),
+        "validation_images": config.sample.validation_images,
+    }
+    given = next((flag for flag, value in flags.items() if value), None)
+    if given and not family.shows_images(source):
+        raise UserError(
+            f"--{given}: {config.model.pretrained_model_name_or_path} draws from prompts alone, and edits no images: "
+            "leave the flag out, or give a model that edits, such as FLUX.1-Kontext"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,8 @@ def read(context: RunContext, folder: RunFolder, options: Any) -> Prelude:
 def _doubt(context: RunContext, images: defaults.ImageCounts) -> None:
     """Tell of values that can hardly be meant and of flags that do nothing here."""
     own, world = context.family.resolution(context.source), context.accelerator.num_processes
-    facts = defaults.facts(context.config, context.family, own, images.epoch, world)
+    scheduler = read_config(context.source, SCHEDULER)
+    facts = defaults.facts(context.config, context.family, scheduler, own, images.epoch, world)
     for doubt in (*checks.warnings(context), *doubts(context.config, facts)):
         context.warn(doubt)
 

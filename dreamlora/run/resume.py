@@ -26,8 +26,8 @@ FREE_ON_RESUME = {
     *("optimizer_args", "prior_generation_precision", "final_eval_items", "save_best", "early_stopping"),
     *("eval_metrics", "eval_metrics_steps", "eval_prompts", "eval_num_images"),
     *("clip_model", "dino_model", "inception_weights"),
-    *("train_data_dir", "subject", "style", "streaming", "parity_check", "mask_data_dir"),
-    *("captions_per_line", "dry_run", "training_adapter", "training_adapter_weight_name"),
+    *("train_data_dir", "subject", "style", "streaming", "parity_check", "mask_data_dir", "conditioning_data_dir"),
+    *("captions_per_line", "dry_run", "validation_images", "training_adapter", "training_adapter_weight_name"),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
 model's id, the images' hashes, the global batch size)."""

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from dreamlora.config import Sample
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Family, ModelSource, SampleDefaults
 from dreamlora.sampling.schedulers import deterministic
+from dreamlora.sampling.shown import Shown, digest
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,19 @@ class Guidance:
         source: of the pipeline.
         scale: as the pipeline's call counts it.
         negative: the negative prompt; None: the pipeline's own.
+        shown: the image that each prompt edits; empty for models that do not edit.
     """
 
     family: Family
     source: ModelSource
     scale: float
     negative: str | None = None
+    shown: Shown = field(default_factory=dict)
+
+    def options(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments of the call for these prompts, besides the prompts themselves."""
+        images = {"image": [self.shown[prompt] for prompt in prompts]} if self.shown else {}
+        return {**self.family.call_options(self.scale), **images}
 
     @property
     def encoded_negative(self) -> str | None:
@@ -66,7 +74,7 @@ def embedding(guidance: Guidance, encode: Callable[[Sequence[str]], Conditioning
 
     def ask(prompts: Sequence[str]) -> dict[str, Any]:
         unwanted = None if negative is None else encode([negative] * len(prompts))
-        return {**family.call_arguments(encode(prompts), unwanted), **family.call_options(guidance.scale)}
+        return {**family.call_arguments(encode(prompts), unwanted), **guidance.options(prompts)}
 
     return ask
 
@@ -76,7 +84,7 @@ def prompting(guidance: Guidance) -> Asked:
 
     def ask(prompts: Sequence[str]) -> dict[str, Any]:
         unwanted = {} if guidance.negative is None else {"negative_prompt": [guidance.negative] * len(prompts)}
-        return {"prompt": list(prompts), **unwanted, **guidance.family.call_options(guidance.scale)}
+        return {"prompt": list(prompts), **unwanted, **guidance.options(prompts)}
 
     return ask
 
@@ -112,9 +120,11 @@ class SamplePlan:
         guidance_scale: classifier-free guidance, or the embedded guidance of distilled models.
         seed: of the first image; the others count up from it.
         negative_prompt: part of what is asked of the pipeline; kept here as it decides the picture.
-        batch_size: images per call of the pipeline.
+        batch_size: images per call of the pipeline; those that edit draw one by one, as some take all images that a
+            call is given for parts of one motif.
         width: in pixels; None: the pipeline's own.
         height: in pixels; None: the pipeline's own.
+        shown: the image that each prompt edits; empty for models that do not edit.
     """
 
     prompts: tuple[str, ...]
@@ -126,6 +136,12 @@ class SamplePlan:
     batch_size: int = 4
     width: int | None = None
     height: int | None = None
+    shown: Shown = field(default_factory=dict)
+
+    @property
+    def at_once(self) -> int:
+        """Images per call of the pipeline."""
+        return 1 if self.shown else self.batch_size
 
     def items(self) -> list[SampleItem]:
         """Prompt by prompt; seeds ``seed, seed + 1, ...`` in that order."""
@@ -144,7 +160,8 @@ class SamplePlan:
             made_of: what decides the picture besides, as JSON can say it.
         """
         how = [self.num_inference_steps, self.guidance_scale, self.negative_prompt, self.width, self.height]
-        text = json.dumps([dict(made_of or {}), how, item.prompt, item.seed], sort_keys=True)
+        of = [digest(self.shown[item.prompt])] if item.prompt in self.shown else []
+        text = json.dumps([dict(made_of or {}), how, item.prompt, item.seed, *of], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def file_name(self, item: SampleItem, made_of: Mapping[str, Any] | None = None) -> str:
@@ -168,7 +185,7 @@ def plan_of(
         guidance_scale=defaults.guidance_scale if guidance is None else guidance,
         num_images_per_prompt=sample.num_validation_images or sample.num_images_per_prompt,
         seed=sample.sample_seed,
-        negative_prompt=sample.negative_prompt,
+        negative_prompt=defaults.negative_prompt if sample.negative_prompt is None else sample.negative_prompt,
         batch_size=batch_size,
         width=side,
         height=side,
@@ -201,9 +218,10 @@ def draw(pipeline: Any, plan: SamplePlan, asked: Asked, rank: int = 0, world: in
     """
     items = plan.items()
     share = items[rank::world]
-    calls = math.ceil(math.ceil(len(items) / world) / plan.batch_size)
+    size = plan.at_once
+    calls = math.ceil(math.ceil(len(items) / world) / size)
     for call in range(calls):
-        batch = share[call * plan.batch_size : (call + 1) * plan.batch_size]
+        batch = share[call * size : (call + 1) * size]
         drawn = draw_batch(pipeline, plan, batch or items[:1], asked)
         yield from drawn if batch else ()
 
@@ -212,14 +230,14 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     """Draw these images in one call of the pipeline.
 
     Raises:
-        UserError: something is asked for that the pipeline does not know.
+        UserError: fewer steps are asked for than the pipeline can draw in.
     """
-    arguments = asked([item.prompt for item in items])
-    _refuse_unknown(pipeline, arguments)
-    options = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
+    prompts = [item.prompt for item in items]
+    _refuse_single_step(pipeline, plan)
+    options = _size(pipeline, plan)
     with _untouched(pipeline):
         pixels = pipeline(
-            **arguments,
+            **asked(prompts),
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
             num_inference_steps=plan.num_inference_steps,
             output_type="np",  # "pil" would turn NaN into black unseen
@@ -228,9 +246,22 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     return [_drawn(item, array) for item, array in zip(items, pixels, strict=True)]
 
 
-def _refuse_unknown(pipeline: Any, arguments: Mapping[str, Any]) -> None:
-    if "negative_prompt" in arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys():
-        raise UserError(f"--negative_prompt: {type(pipeline).__name__} takes no negative prompt; leave it out")
+def _size(pipeline: Any, plan: SamplePlan) -> dict[str, int]:
+    """Of the images. Pipelines that would choose another one, in an area of their own, are kept from that."""
+    size = {name: value for name in ("width", "height") if (value := getattr(plan, name)) is not None}
+    if len(size) == 2:
+        known = inspect.signature(pipeline.__call__).parameters
+        own = {"max_area": size["width"] * size["height"], "_auto_resize": False}
+        size |= {name: value for name, value in own.items() if name in known}
+    return size
+
+
+def _refuse_single_step(pipeline: Any, plan: SamplePlan) -> None:
+    """Such a scheduler stretches the steps between the first, which is all noise, and the last: one alone gives NaN."""
+    if plan.num_inference_steps == 1 and getattr(pipeline.scheduler.config, "shift_terminal", None):
+        raise UserError(
+            "--num_inference_steps 1: the model's scheduler (shift_terminal in its config) draws in 2 steps or more"
+        )
 
 
 def _drawn(item: SampleItem, pixels: np.ndarray) -> Drawn:
@@ -259,7 +290,7 @@ def _untouched(pipeline: Any) -> Iterator[None]:
         stack.enter_context(_replaced(pipeline, "scheduler", scheduler))
         stack.enter_context(_evaluating(_modules(pipeline)))
         stack.enter_context(_silenced(pipeline))
-        stack.enter_context(_decoding_in_own_precision(getattr(pipeline, "vae", None)))
+        stack.enter_context(_in_own_precision(getattr(pipeline, "vae", None)))
         yield
 
 
@@ -313,19 +344,21 @@ def _silenced(pipeline: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _decoding_in_own_precision(vae: Any) -> Iterator[None]:
+def _in_own_precision(vae: Any) -> Iterator[None]:
     """Keep autocast away from the autoencoder: in fp16 many overflow, and the images come out black."""
     if vae is None:
         yield
         return
-    original = vae.decode
 
-    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(latents.device.type, enabled=False):
-            return original(latents.to(vae.dtype), *args, **kwargs)
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def compute(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(tensor.device.type, enabled=False):
+                return original(tensor.to(vae.dtype), *args, **kwargs)
 
-    vae.decode = decode
+        return compute
+
+    vae.encode, vae.decode = wrapped(vae.encode), wrapped(vae.decode)
     try:
         yield
     finally:
-        del vae.decode
+        del vae.encode, vae.decode

@@ -30,7 +30,7 @@ WHITE: RGB = (250, 250, 250)
 
 
 @dataclass(frozen=True)
-class View:
+class Portrait:
     """What a subject's picture shows; `caption` words it with the rare token."""
 
     subject: str
@@ -150,7 +150,7 @@ def class_prompt(subject: str) -> str:
     return f"a photo of a {class_word(subject)}"
 
 
-def render(subject: str, index: int, split: str = "train", seed: int = 0) -> tuple[Image.Image, View]:
+def render(subject: str, index: int, split: str = "train", seed: int = 0) -> tuple[Image.Image, Portrait]:
     """Picture number `index` (any from 0 up) of a subject, SIZE x SIZE RGB, and what it shows.
 
     The same arguments always give the same picture. Backgrounds take turns; position, size and tilt are random. The
@@ -172,7 +172,7 @@ def render(subject: str, index: int, split: str = "train", seed: int = 0) -> tup
     image = scenery.paint(background, rng)
     _FIGURES[subject][1](image, Placed((x, y), radius, tilt), tilt)
     caption = f"a photo of {RARE_TOKEN} {word} {BACKGROUNDS[background]}"
-    return image.reduce(scenery.SCALE), View(subject, background, caption)
+    return image.reduce(scenery.SCALE), Portrait(subject, background, caption)
 
 
 def write_instance_images(folder: Path, subject: str, count: int = INSTANCE_IMAGES, seed: int = 0) -> list[Path]:

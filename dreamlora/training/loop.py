@@ -18,7 +18,6 @@ from dreamlora.config import RunConfig
 from dreamlora.errors import DivergedError
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
 from dreamlora.interrupts import Interrupted, asked, deferred, heed
-from dreamlora.objectives import squared_errors
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
@@ -52,7 +51,7 @@ class Predictor(nn.Module):
     def forward(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Prediction ``[B, C, h, w]`` for noisy latents of the same shape."""
         if self._text is not None:
-            conditioning = self._family.encode_tokens(self._text, conditioning)
+            conditioning = {**conditioning, **self._family.encode_tokens(self._text, conditioning)}
         return self._family.predict(self.denoiser, noisy, times, conditioning, self._guidance_scale)
 
 
@@ -235,7 +234,8 @@ def _batch_loss(run: Run, batch: Batch, micro: int, part: int) -> Tensor:
     _seed_dropout(run, micro, part)
     noisy = run.objective.corrupt(batch.latents, batch.noise, batch.times)
     target = run.objective.target(batch.latents, batch.noise, batch.times)
-    error = squared_errors(run.model(noisy, batch.times, batch.conditioning), target, batch.masks)
+    prediction = run.model(noisy, batch.times, batch.conditioning)
+    error = run.objective.errors(prediction, target, batch.times, batch.masks)
     return (batch.weights * run.objective.weight(batch.times) * error).sum()
 
 

@@ -7,6 +7,7 @@ precision it differs by rounding that adds up over the denoising steps.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
+from dreamlora.sampling.shown import Shown
 from dreamlora.training.loop import Run
 
 MIDDLE = 0.5
@@ -67,12 +69,14 @@ class ExpectedOutput:
         sample: a row of samples.jsonl, with the negative prompt.
         image_file: the image drawn while training.
         call: of the sample's prompt.
+        shown: the image that the prompt edits; empty for models that do not edit.
     """
 
     lora_folder: Path
     sample: dict[str, Any]
     image_file: Path
     call: Call
+    shown: Shown
 
 
 @torch.no_grad()
@@ -141,12 +145,15 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
 
 
 def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
-    """The pipeline reads the prompt itself, as a user's does. It cannot read another number of tokens."""
+    """The pipeline reads the prompt itself, as a user's does, if it makes of it what training did: it knows no other
+    number of tokens and no other layers of the text encoder, and some know no negative prompt.
+    """
     family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
     sample = expected.sample
-    guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"))
-    tokenizer = text[family.PROMPT_TOKENIZER]
-    if family.prompt_limit(tokenizer, length) == family.prompt_limit(tokenizer, family.PROMPT_DEFAULT):
+    guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
+    known = inspect.signature(fresh.pipeline().__call__).parameters
+    usual = length in (None, family.PROMPT_DEFAULT) and not fresh.source.text_layers
+    if usual and (guidance.negative is None or "negative_prompt" in known):
         return prompting(guidance)
 
     @torch.no_grad()

@@ -39,6 +39,8 @@ def edges_of(option: Option) -> list[Any]:
     if option.entries:
         return [(), entries_of(option), (*entries_of(option), *entries_of(option))]
     values = [True, False] if option.switch else list(option.choices) or EDGES[option.kind]
+    if option.count:
+        return [(value,) * option.count for value in values]
     if option.several:
         return [(), *((value,) for value in values), tuple(values)]
     return values
@@ -157,8 +159,9 @@ def test_numbers_that_are_not_finite_are_refused_by_name(case: Case, value: str,
     for name, option in options_of(case.config).items():
         if option.kind is float:
             file = tmp_path / "flags.yaml"
-            file.write_text(f"{name}: {value}\n", encoding="utf-8")
-            for words in ([f"--{name}={value}"], ["--config", str(file)]):
+            values = ",".join([value] * (option.count or 1))
+            file.write_text(f"{name}: {values}\n", encoding="utf-8")
+            for words in ([f"--{name}={values}"], ["--config", str(file)]):
                 with pytest.raises(UserError, match=rf"--{name} must be .+\(got {value}\)"):
                     parse(case.config, [*case.needed, *words])
 

@@ -15,8 +15,10 @@ from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.trained import DRAWN_WITH, TrainedRun, first_run, model_of, plan_for, run_of
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.errors import UserError
-from dreamlora.families import sd
+from dreamlora.interfaces import SampleDefaults
 from tests.hubcache import FakeHub
+
+DEFAULTS = SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
 
 CPU = torch.device("cpu")
 
@@ -107,13 +109,15 @@ def test_what_gpus_round_to_is_as_in_the_run(run: Any) -> None:
 def test_images_are_planned_as_the_run_drew_them(run: Any) -> None:
     found = run_of(run("dog", sample_seed=7, num_images_per_prompt=3, resolution=16, negative_prompt="blue"))
     assert found
-    plan = plan_for(SampleConfig(lora=(Path("dog"),)), found.options, sd, ("a dog",))
+    plan = plan_for(SampleConfig(lora=(Path("dog"),)), found.options, DEFAULTS, ("a dog",))
     assert (plan.seed, plan.num_images_per_prompt, plan.width, plan.negative_prompt) == (7, 3, 16, "blue")
-    given = plan_for(SampleConfig(lora=(Path("dog"),), sample_seed=0, resolution=8), found.options, sd, ("a dog",))
+    given = plan_for(
+        SampleConfig(lora=(Path("dog"),), sample_seed=0, resolution=8), found.options, DEFAULTS, ("a dog",)
+    )
     assert (given.seed, given.num_images_per_prompt, given.width) == (0, 3, 8)
     about = SampleConfig(lora=(Path("dog"),), negative_prompt="a blurred {}", subject="sks dog")
-    assert plan_for(about, found.options, sd, ("a dog",)).negative_prompt == "a blurred sks dog"
-    unknown = plan_for(SampleConfig(lora=(Path("dog"),)), {}, sd, ("a dog",))
+    assert plan_for(about, found.options, DEFAULTS, ("a dog",)).negative_prompt == "a blurred sks dog"
+    unknown = plan_for(SampleConfig(lora=(Path("dog"),)), {}, DEFAULTS, ("a dog",))
     assert (unknown.seed, unknown.num_images_per_prompt) == (42, 1)
 
 
@@ -140,3 +144,24 @@ def test_another_base_model_inherits_nothing(run: Any) -> None:
     assert isinstance(found, TrainedRun)
     model = model_of(SampleConfig(lora=(Path("dog"),), pretrained_model_name_or_path="owner/other"), found)
     assert (model.pretrained_model_name_or_path, model.revision, model.variant) == ("owner/other", None, None)
+
+
+def test_the_schedule_is_that_of_the_run(run: Any) -> None:
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    found = under_test(run("zero", **options), run("alike", **options))
+    assert found.source.predictor_id.endswith(" with v_prediction and zero terminal SNR")
+    scheduler = found.parts.pipeline().scheduler
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+
+
+def test_runs_of_different_schedules_are_refused(run: Any) -> None:
+    zero = run("zero", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    plain = run("plain", prediction_type="v_prediction", rescale_betas_zero_snr=False)
+    words = "zero to predict v_prediction with zero terminal SNR, plain to predict v_prediction. No model draws both"
+    with pytest.raises(UserError, match=words):
+        under_test(zero, plain)
+
+
+def test_runs_before_the_option_are_as_those_without_it(run: Any) -> None:
+    assert under_test(run("old"), run("new", rescale_betas_zero_snr=False)).source.predictor_id.startswith("sd@")

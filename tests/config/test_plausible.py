@@ -14,7 +14,7 @@ from dreamlora.config import RunConfig, TextToImageConfig
 from dreamlora.config.data import DataSet
 from dreamlora.config.plausible import _IDLE, _OF_FAMILIES, _USUAL, doubts
 from dreamlora.config.programs import PROGRAMS
-from dreamlora.families import flux, sd
+from dreamlora.families import flux, flux2, sd
 from dreamlora.interfaces import SampleDefaults
 from dreamlora.run import defaults
 from dreamlora.run.defaults import ImageCounts
@@ -30,10 +30,12 @@ def told(argv: str | list[str], family: Any = sd, images: int = 8, own: int = 51
     return told_of(parse_run([*([] if embedded else MODEL), *words])[0], family, images, own)
 
 
-def told_of(config: RunConfig, family: Any, images: int, own: int) -> list[str]:
+def told_of(
+    config: RunConfig, family: Any, images: int, own: int, scheduler: dict[str, Any] | None = None
+) -> list[str]:
     config = defaults.by_model(config, own, SampleDefaults(20, 3.0), world=1)
     config = defaults.by_length(config, ImageCounts(images, 2, 2), world=1)
-    return doubts(config, defaults.facts(config, family, own, images, world=1))
+    return doubts(config, defaults.facts(config, family, scheduler or {}, own, images, world=1))
 
 
 STEPS = "--max_train_steps 200 "
@@ -53,6 +55,20 @@ IDLE = [
     ("--hub_token x", "--push_to_hub"),
     ("--hub_model_id x", "--push_to_hub"),
     ("--logging_dir x", "--report_to tensorboard"),
+    ("--huber_c 0.2", "--loss_type huber"),
+    ("--huber_schedule constant", "--loss_type smooth_l1"),
+    ("--huber_scale 2", "--loss_type huber --huber_schedule exponential"),
+    ("--unmasked_weight 0.1", "--alpha_mask --instance_data_dir prompts"),
+    ("--unmasked_weight 0.1", "--mask_data_dir docs --instance_data_dir prompts"),
+    ("--alpha_mask", "--instance_data_dir prompts"),
+]
+OF_FLOWS = [
+    ("--logit_mean 0.5", "--weighting_scheme logit_normal"),
+    ("--logit_std 2", "--timestep_sampling logit_normal --weighting_scheme cosmap"),
+    ("--mode_scale 1", "--timestep_sampling mode"),
+    ("--sigmoid_scale 2", "--timestep_sampling sigmoid"),
+    ("--timestep_beta 2,5", "--timestep_sampling beta"),
+    ("--timestep_table 1 2", "--timestep_sampling table"),
 ]
 
 
@@ -61,6 +77,13 @@ def test_a_flag_counts_only_beside_another(flags: str, counts: str) -> None:
     name = flags.split()[0]
     assert [doubt for doubt in told(STEPS + flags) if doubt.startswith(f"{name} has no effect: ")]
     assert not told(f"{STEPS}{flags} {counts}")
+
+
+@pytest.mark.parametrize(("flags", "counts"), OF_FLOWS)
+def test_a_flag_of_rectified_flows_too(flags: str, counts: str) -> None:
+    (doubt,) = told(STEPS + flags, flux)
+    assert doubt.startswith(f"{flags.split()[0]} has no effect: ") and "--timestep_sampling" in doubt
+    assert not told(f"{STEPS}{flags} {counts}", flux)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +103,7 @@ def test_a_flag_counts_only_beside_another(flags: str, counts: str) -> None:
         ("--adam_beta1 0.5 --optimizer sgd", "adam_beta1"),
         ("--adam_beta2 0.9 --optimizer adafactor", "adam_beta2"),
         ("--adam_epsilon 1e-7 --optimizer lion", "adam_epsilon"),
+        ("--huber_scale 2 --loss_type huber --huber_schedule snr", "huber_scale"),
     ],
 )
 def test_one_flag_silences_another(flags: str, idle: str) -> None:
@@ -89,15 +113,19 @@ def test_one_flag_silences_another(flags: str, idle: str) -> None:
 @pytest.mark.parametrize("flag", _OF_FAMILIES)
 def test_options_of_other_families_are_told(flag: str) -> None:
     values = {"prediction_type": "epsilon", "weighting_scheme": "mode", "negative_prompt": "x"}
+    values |= {"timestep_sampling": "uniform", "timestep_beta": "3,4", "timestep_table": "1 2"}
+    values |= {"precondition_outputs": "1", **dict.fromkeys(("debiased_estimation_loss", "rescale_betas_zero_snr"), "")}
     more = {"logit_mean": "--weighting_scheme logit_normal", "logit_std": "--weighting_scheme logit_normal"}
+    more |= {"sigmoid_scale": "--timestep_sampling sigmoid", "timestep_beta": "--timestep_sampling beta"}
+    more |= {"timestep_table": "--timestep_sampling table"}
     argv = f"{STEPS}--{flag} {values.get(flag, '2' if flag != 'max_sequence_length' else '64')} {more.get(flag, '')}"
     argv = argv.replace("tokenizer_max_length 2", "tokenizer_max_length 20")
     argv += " --weighting_scheme mode" if flag == "mode_scale" else ""
     by_family = {
         family: [d for d in told(argv, family) if d.startswith(f"--{flag} has no effect: it is for")]
-        for family in (sd, flux)
+        for family in (sd, flux, flux2)
     }
-    assert sum(map(bool, by_family.values())) == 1, "one of the two uses it"
+    assert 0 < sum(map(bool, by_family.values())) < len(by_family), "some use it, some do not"
 
 
 def test_every_family_s_options_are_options_and_explained() -> None:
@@ -122,6 +150,8 @@ FAR = {
     "eval_num_images": "500",
     "gradient_accumulation_steps": "1000",
     "guidance_scale": "-1 100",
+    "huber_c": "1e-6 50",
+    "huber_scale": "1e-3 1e4",
     "logit_mean": "9 -9",
     "logit_std": "0.001 40",
     "lora_dropout": "0.9",
@@ -139,6 +169,7 @@ FAR = {
     "repeats": "100000",
     "sample_batch_size": "10000",
     "sample_guidance_scale": "100",
+    "sigmoid_scale": "0.001 40",
     "snr_gamma": "0.01 500",
 }
 
@@ -265,3 +296,45 @@ def test_what_was_given_survives_every_decision_and_makes_no_other_config() -> N
     settled = defaults.by_model(config, 512, SampleDefaults(20, 3.0), world=1)
     assert settled.given == config.given
     assert config == replace(config, given=frozenset())
+
+
+def of_model(name: str, scheduler: dict[str, Any], flags: str = "", family: Any = sd) -> list[str]:
+    config, _ = parse_run(["--pretrained_model_name_or_path", name, *STEPS.split(), *flags.split()])
+    return told_of(config, family, 8, 512, scheduler)
+
+
+V = ["Laxhar/noobai-XL-Vpred-1.0", "models/noobaiXL_vPred10", "somebody/model_v-prediction", "a/b-v_parameterization"]
+EPSILON = ["Laxhar/noobai-XL-1.0-eps", "models/noobaiXLNAIXL_epsilonPred11Version", "a/model-EPS"]
+OTHERS = ["stabilityai/sdxl", "a/dev-predictions", "a/steps", "a/v1-5-pruned", "a/reprieve"]
+
+
+@pytest.mark.parametrize("name", V)
+def test_a_model_named_after_v_whose_scheduler_says_epsilon_is_doubted(name: str) -> None:
+    for scheduler in ({"prediction_type": "epsilon"}, {}):
+        (doubt,) = of_model(name, scheduler)
+        assert f"{name} is named like a model that predicts v, and its scheduler_config.json says epsilon" in doubt
+        assert "--prediction_type v_prediction" in doubt and "--rescale_betas_zero_snr" in doubt
+    (doubt,) = of_model(name, {"prediction_type": "v_prediction"}, "--prediction_type epsilon")
+    assert "and --prediction_type says epsilon" in doubt
+    assert not of_model(name, {"prediction_type": "v_prediction"})
+    assert not of_model(name, {"prediction_type": "epsilon"}, "--prediction_type v_prediction --rescale_betas_zero_snr")
+    assert not of_model(name, {}, family=flux), "it is no diffusion model"
+
+
+@pytest.mark.parametrize("name", EPSILON)
+def test_a_model_named_after_epsilon_whose_scheduler_says_v_is_doubted(name: str) -> None:
+    (doubt,) = of_model(name, {"prediction_type": "v_prediction"})
+    assert f"{name} is named like a model that predicts epsilon" in doubt and "--prediction_type epsilon" in doubt
+    assert not of_model(name, {"prediction_type": "epsilon"})
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_names_that_say_nothing_of_it_are_not_doubted(name: str) -> None:
+    for prediction in ("epsilon", "v_prediction"):
+        assert not of_model(name, {"prediction_type": prediction})
+
+
+def test_a_schedule_that_ends_in_pure_noise_wants_v() -> None:
+    (doubt,) = of_model("a/b", {"prediction_type": "epsilon", "rescale_betas_zero_snr": True})
+    assert "says rescale_betas_zero_snr, which goes with models that predict v" in doubt
+    assert not of_model("a/b", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})

@@ -18,12 +18,12 @@ from hypothesis import given
 from PIL import Image
 from torch import Tensor
 
+from dreamlora import cache_folder as cache_folder_module
+from dreamlora.cache_folder import cache_folder
 from dreamlora.data import cache as cache_module
-from dreamlora.data import cache_folder as cache_folder_module
 from dreamlora.data import encode as encode_module
 from dreamlora.data.buckets import bucket_sizes
 from dreamlora.data.cache import TensorCache, Wanted, content_key
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine
 from dreamlora.data.encode import Filling, LatentSize, encode_dataset, encode_prompts
 from dreamlora.data.folder import load_folder

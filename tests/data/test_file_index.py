@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dreamlora.data import file_index
 from dreamlora.data.file_index import INDEX_FILE, FileIndex, stamp_of
-from dreamlora.data.images import ImageFacts
+from dreamlora.data.images import ImageFacts, Opacity
 from tests.fuzzing import damaged, fuzzed, harmless, odd_values
 
 FACTS = ImageFacts("ab" * 32, (3, 4))
@@ -27,12 +27,12 @@ def test_remembered_under_the_same_stamp_only(tmp_path: Path) -> None:
     index.close()
     again = FileIndex(tmp_path)
     assert again.get("/x", "1/2") == FACTS
-    again.put("/odd", "1", FACTS._replace(profile_unused=True))
+    again.put("/odd", "1", FACTS._replace(profile_unused=True, opacity=Opacity.PARTLY))
     assert again.get("/x", "1/3") is None and again.get("/y", "1/2") is None
     again.put("/x", "1/3", ImageFacts("cd" * 32, (5, 6)))
     again.close()
     assert FileIndex(tmp_path).get("/x", "1/3") == ImageFacts("cd" * 32, (5, 6))
-    assert FileIndex(tmp_path).get("/odd", "1") == ImageFacts("ab" * 32, (3, 4), True)
+    assert FileIndex(tmp_path).get("/odd", "1") == ImageFacts("ab" * 32, (3, 4), True, Opacity.PARTLY)
 
 
 def test_remembered_for_the_pillow_that_decoded_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +112,10 @@ def test_the_index_of_the_version_before_is_read(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / INDEX_FILE) as db:
         db.execute(
             "\nCREATE TABLE IF NOT EXISTS images (\n    path TEXT PRIMARY KEY, stamp TEXT, decoder TEXT, hash BLOB, "
-            "width INT, height INT, profile_unused INT\n)\n"
+            "width INT, height INT, profile_unused INT,\n    opacity INT\n)\n"
         )
-        row = ("/x", "1", PIL.__version__, bytes.fromhex("ab" * 32), 3, 4, 0)
-        db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        row = ("/x", "1", PIL.__version__, bytes.fromhex("ab" * 32), 3, 4, 0, 0)
+        db.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
     assert FileIndex(tmp_path).get("/x", "1") == FACTS
 
 
@@ -155,7 +155,7 @@ def test_an_index_that_holds_other_things_is_not_used(
     assert caplog.text.count("cannot be used") == 1
 
 
-@pytest.mark.parametrize("column", ["hash", "width", "height", "profile_unused"])
+@pytest.mark.parametrize("column", ["hash", "width", "height", "profile_unused", "opacity"])
 @pytest.mark.parametrize("value", ["text", b"", b"\0" * 31, -1, 0.5, 2**40, None])
 def test_a_row_of_other_types_is_not_believed(tmp_path: Path, column: str, value: object) -> None:
     file = filled(tmp_path)
@@ -186,7 +186,7 @@ def fuzzed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _sound() -> bytes:
     memory = sqlite3.connect(":memory:")
     memory.execute(file_index._TABLE)
-    memory.execute("INSERT INTO images VALUES ('/x', '1', ?, ?, 3, 4, 0)", (PIL.__version__, b"1" * 32))
+    memory.execute("INSERT INTO images VALUES ('/x', '1', ?, ?, 3, 4, 0, 0)", (PIL.__version__, b"1" * 32))
     memory.commit()
     return memory.serialize()
 
@@ -208,6 +208,6 @@ def test_fuzz_index(fuzzed_folder: Path, content: bytes) -> None:
 
 
 @fuzzed
-@given(row=st.tuples(odd_values, odd_values, odd_values, odd_values))
+@given(row=st.tuples(odd_values, odd_values, odd_values, odd_values, odd_values))
 def test_fuzz_rows(row: tuple[object, ...]) -> None:
     assert harmless(lambda: file_index._facts(*row)) is None

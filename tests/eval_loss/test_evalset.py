@@ -131,8 +131,8 @@ def test_masks_weigh_the_places_and_belong_to_the_identity(tmp_path: Path):
     items = make_set()
     left = torch.zeros(4, 1, 4, 4)
     left[..., :2] = 1
-    masked = items.masked(left)
-    assert items.masked(None) is items and len({items.id, masked.id, items.masked(1 - left).id}) == 3
+    masked = items.of_images(left, {})
+    assert items.of_images(None, {}) is items and len({items.id, masked.id, items.of_images(1 - left, {}).id}) == 3
     assert build_final_set(masked, list("abcd"), LinearPath(), seed=1).masks is left
     item = 5
     image, time = masked.latents[masked.image[item]], masked.times[item]

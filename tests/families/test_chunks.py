@@ -25,9 +25,11 @@ class Echo(torch.nn.Module):
         self.config = SimpleNamespace(max_position_embeddings=CLIP_LENGTH, use_attention_mask=use_attention_mask)
         self.device = torch.device("cpu")
 
-    def forward(self, ids, attention_mask=None):
+    def forward(self, ids, attention_mask=None, output_hidden_states=False):
         self.ids, self.mask = ids, attention_mask
-        return (torch.stack([ids, torch.arange(ids.shape[1]).expand_as(ids)], dim=-1),)
+        states = torch.stack([ids, torch.arange(ids.shape[1]).expand_as(ids)], dim=-1)
+        inner = (-states, states, states) if output_hidden_states else None
+        return SimpleNamespace(last_hidden_state=states, hidden_states=inner, text_embeds=ids[:, 1:2])
 
 
 def tokens(length: int, chunks: int, pad: int) -> dict[str, torch.Tensor]:
@@ -80,9 +82,18 @@ def test_texts_of_a_batch_do_not_mix() -> None:
 
 def test_the_mask_goes_with_the_chunks() -> None:
     encoder, tokenizer = Echo(use_attention_mask=True), SimpleNamespace(pad_token_id=PAD, eos_token_id=END)
-    _parts.clip_states(encoder, tokenizer, tokens(CHUNK + 2, 2, PAD))[0]
+    _parts.clip_states(encoder, tokenizer, tokens(CHUNK + 2, 2, PAD))
     assert encoder.mask.shape == encoder.ids.shape
     assert encoder.mask.tolist() == [[1] * CLIP_LENGTH, [1] * 4 + [0] * (CHUNK - 2)]
+
+
+def test_other_layers_go_in_chunks_too_and_the_first_chunk_is_pooled() -> None:
+    encoder, tokenizer = Echo(), SimpleNamespace(pad_token_id=PAD, eos_token_id=END)
+    given = tokens(CHUNK + 2, 2, PAD)
+    last, _ = _parts.clip_states(encoder, tokenizer, given)
+    first, pooled = _parts.clip_states(encoder, tokenizer, given, layer=0)
+    assert torch.equal(first, -last)
+    assert pooled.tolist() == [[1]]
 
 
 def test_a_short_prompt_is_encoded_as_before(sd_folder) -> None:

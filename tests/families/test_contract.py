@@ -22,8 +22,9 @@ from dreamlora import registry
 from dreamlora.config import Lora, Model, Train
 from dreamlora.interfaces import Components, Conditioning, Family, ModelSource, View
 from dreamlora.lora.files import apply_lora
-from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.inject import add_lora, target_layers, trainable_parameters
 from dreamlora.models import loading, prompts
+from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.objectives import squared_errors
 from dreamlora.training.stream import stack_conditioning
 from tests import tinymodels
@@ -33,14 +34,14 @@ ODD_PROMPTS = ["", "eine Katze, größer", "猫の写真", "a 🐈", "UPPER case
 ROLES = ("text", "vae", "denoiser", "scheduler")
 
 
-@pytest.fixture(scope="module", params=registry.names("families"))
+@pytest.fixture(scope="module", params=tinymodels.SAVERS)
 def case(request, tmp_path_factory) -> SimpleNamespace:
     """A family with its source and a fresh stock pipeline to compare with."""
     tiny = tinymodels.of(request.param)
     folder = tiny.save(tmp_path_factory.mktemp("models") / request.param)
     source = loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
     family = loading.family_of(source)
-    case = SimpleNamespace(name=request.param, tiny=tiny, folder=folder, source=source, family=family)
+    case = SimpleNamespace(name=request.param.partition("-")[0], tiny=tiny, folder=folder, source=source, family=family)
     case.stock = fresh_stock(case)
     return case
 
@@ -64,12 +65,16 @@ def fresh_stock(case) -> Any:
 
 def as_prompts(case, prompts: list[str], guidance_scale: float = 1.0) -> dict[str, Any]:
     """What a user of the stock pipeline gives it."""
-    return {"prompt": prompts, **case.tiny.call, **case.family.call_options(guidance_scale)}
+    # a copy: some pipelines write what they make of prompts into the list
+    arguments = {"prompt": [*prompts], **case.tiny.call, **case.family.call_options(guidance_scale)}
+    negative = case.family.sample_defaults(case.source).negative_prompt
+    return arguments if negative is None else {**arguments, "negative_prompt": [negative] * len(prompts)}
 
 
 def as_embeddings(case, parts: Components, prompts: list[str], guidance_scale: float = 1.0) -> dict[str, Any]:
     """What samples are drawn with."""
-    negative = case.family.negative_prompt(case.source, guidance_scale, None)
+    own = case.family.sample_defaults(case.source).negative_prompt
+    negative = case.family.negative_prompt(case.source, guidance_scale, own)
     unwanted = None if negative is None else encoded(case, parts, [negative] * len(prompts))
     arguments = case.family.call_arguments(encoded(case, parts, prompts), unwanted)
     return {**arguments, **case.family.call_options(guidance_scale)}
@@ -91,7 +96,13 @@ def call(case, pipeline: Any, arguments: dict[str, Any], **more: Any) -> torch.T
     generator = [torch.Generator().manual_seed(5 + number) for number in range(2)]
     side = case.tiny.side
     options = {"height": side, "width": side, "num_inference_steps": 2, "generator": generator, "output_type": "pt"}
-    return pipeline(**arguments, **(options | more)).images
+    options |= more
+    if "max_area" in inspect.signature(pipeline.__call__).parameters:  # else it draws a megapixel
+        options |= {"max_area": options["height"] * options["width"], "_auto_resize": False}
+    case.tiny.prepare(pipeline, options["height"], options["width"])
+    copied = {name: [*value] if isinstance(value, list) else value for name, value in arguments.items()}
+    # some write what they make of prompts into the list given
+    return case.tiny.mended(pipeline)(**copied, **options).images
 
 
 def test_module_has_every_member_with_the_contracts_signature(case):
@@ -113,6 +124,7 @@ def test_every_part_has_classes_that_are_made_of_their_own_files_alone(case):
         assert classes
         for entry in classes:
             library, name = entry.split(".")
+            name = PROCESSORS.get(name, name)  # of a processor the tokenizer alone is made
             part_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
             missing = isinstance(part_class, diffusers.utils.DummyObject)
             assert missing or issubclass(part_class, kinds), entry
@@ -147,7 +159,8 @@ def test_prompt_embeddings_equal_the_stock_pipelines(case, parts, prompts):
     found, expected = encoded(case, parts, prompts), case.tiny.embeddings(case.stock, prompts)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value.to(found[name].dtype)), name
+        # what is cut before it is encoded, or not padded, is rounded otherwise
+        torch.testing.assert_close(found[name], value.to(found[name].dtype), rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_of_prompts_is_what_they_are_one_by_one(case, parts):
@@ -293,7 +306,7 @@ def test_latents_are_the_autoencoders_normalised(case, parts):
 
 @torch.no_grad()
 def test_latents_decode_to_the_image(case, parts):
-    """The stock pipeline's way from latents to pixels undoes the way here: what is left is the autoencoder's own loss."""
+    """The stock pipeline's way from latents to pixels undoes the way here; the autoencoder itself loses more."""
     side = case.tiny.side
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(6)) * 2 - 1
     latents = case.family.encode_images(parts, pixels).mean
@@ -359,8 +372,8 @@ def test_saved_lora_gives_equal_images_in_a_stock_pipeline(case, parts, tmp_path
 
 def test_rslora_keeps_its_scale_in_a_stock_pipeline(case, parts, tmp_path):
     """Its alpha / sqrt(rank) is not to be seen in the tensors."""
-    config = LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=list(case.family.LORA_LAYERS))
-    parts[case.family.DENOISER].add_adapter(config)
+    layers = target_layers(parts[case.family.DENOISER], case.family.LORA_LAYERS)
+    parts[case.family.DENOISER].add_adapter(LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=layers))
     for parameter in trainable_parameters(parts[case.family.DENOISER]).values():
         torch.nn.init.normal_(parameter, std=0.3)
     expected = call(case, case.family.pipeline(parts), as_prompts(case, PROMPTS))
@@ -436,8 +449,9 @@ def test_gradients_reach_every_lora_parameter_in_bf16(case, parts, tmp_path):
     prediction.float().square().mean().backward()
     for name, parameter in trainable_parameters(denoiser).items():
         assert parameter.dtype == torch.float32, name
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
+        idle = any(part in name for part in case.tiny.idle)
+        assert (parameter.grad is None) == idle, name
+        assert idle or parameter.grad.isfinite().all(), name
 
 
 def test_prompts_that_are_too_long_are_found_by_the_tokenizer_alone(case, monkeypatch):

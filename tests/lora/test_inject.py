@@ -81,6 +81,15 @@ def test_text_encoder(sd_folder):
     assert len(adapted(encoder)) == 4
 
 
+def test_an_end_of_names_that_is_a_layer_in_some_blocks_and_a_list_in_others(unet):
+    """FLUX.2 has such: PEFT is told the layers alone, and would refuse the lists."""
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_out = torch.nn.Linear(16, 16)
+    add_lora(unet, Lora(), ["to_q", "to_out"])
+    found = {name.rpartition(".")[2] for name in adapted(unet)}
+    assert found == {"to_q", "to_out"}
+    assert sum(name.endswith("to_out") for name in adapted(unet)) == 1
+
+
 def test_unknown_layer_names_some_that_exist(unet):
     with pytest.raises(UserError, match=r"ends in 'to_kv'.*to_k, .*to_out\.0") as error:
         add_lora(unet, Lora(), ["to_q", "to_kv"])

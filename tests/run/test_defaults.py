@@ -132,3 +132,9 @@ def test_the_saved_config_has_the_prompts_as_they_are_drawn() -> None:
     config, _ = parse_run([*argv, "--pretrained_model_name_or_path", "other"])
     sample = defaults.by_model(config, 64, SampleDefaults(20, 3.0), world=1).sample
     assert (sample.validation_prompt, sample.negative_prompt) == ("a sks dog at night", "a blurred sks dog")
+
+
+def test_the_saved_config_has_the_familys_own_negative_prompt() -> None:
+    config, _ = parse_run(["--pretrained_model_name_or_path", "other"])
+    assert defaults.by_model(config, 64, SampleDefaults(20, 3.0, " "), world=1).sample.negative_prompt == " "
+    assert defaults.by_model(config, 64, SampleDefaults(20, 3.0), world=1).sample.negative_prompt is None

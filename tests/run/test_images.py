@@ -13,10 +13,10 @@ from PIL import Image
 
 from dreamlora.config import Data, RunConfig
 from dreamlora.errors import UserError
-from dreamlora.families import sd
+from dreamlora.families import qwen_image, sd
 from dreamlora.run import images
 from dreamlora.run.context import RunContext
-from dreamlora.run.images import RunImages, read_images, with_class_images
+from dreamlora.run.images import RunImages, class_plan, read_images, with_class_images
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import prior
 
@@ -203,3 +203,14 @@ def test_files_beside_class_images_are_named(photos: Path, run: RunFolder, made:
 def test_without_prior_preservation_nothing_is_looked_at(photos: Path, run: RunFolder) -> None:
     pictures = RunImages([], [], [], ())
     assert with_class_images(context_of(photos), run, pictures) is pictures
+
+
+def test_class_images_have_the_familys_negative_prompt_and_not_the_samples(photos: Path) -> None:
+    """They are for other runs too; but some models are not guided at all without one."""
+    context = context_of(photos)
+    config = replace(context.config, sample=replace(context.config.sample, negative_prompt="a cat"))
+    found = [
+        class_plan(replace(context, config=config, family=family), "a dog").negative_prompt
+        for family in (sd, qwen_image)
+    ]
+    assert found == [None, " "]

@@ -78,7 +78,10 @@ CASES = {
     ),
     "no such model": (f"{PHOTOS} --pretrained_model_name_or_path ./gone", r"no such folder: \./gone"),
     "no model": (f"{PHOTOS} --pretrained_model_name_or_path model", r"model: no model_index\.json"),
-    "a file as model": (f"{PHOTOS} --pretrained_model_name_or_path file", "file is a single file"),
+    "a file as model": (
+        f"{PHOTOS} --pretrained_model_name_or_path file",
+        "cannot read file: it is damaged or not a safetensors file",
+    ),
     "no autoencoder": (f"{PHOTOS} --pretrained_vae_model_name_or_path model", r"model: no config\.json"),
     "a file as output": (f"{PHOTOS} --output_dir file", "--output_dir file is a file"),
     "a run as output": (f"{PHOTOS} --output_dir runs/there", "--output_dir runs/there holds a run already"),

@@ -13,11 +13,12 @@ import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusionPipeline
 
-from dreamlora.config import Sample
+from dreamlora.config import Model, Sample
 from dreamlora.errors import UserError
 from dreamlora.families import flux, sd
-from dreamlora.interfaces import SampleDefaults
-from dreamlora.sampling.sampler import SamplePlan, draw, plan_of
+from dreamlora.interfaces import ModelSource, SampleDefaults
+from dreamlora.models.loading import resolve_source
+from dreamlora.sampling.sampler import Guidance, SamplePlan, draw, embedding, plan_of, prompting
 from dreamlora.sampling.schedulers import NOISY, deterministic
 
 PROMPTS = ("a photo of sks dog", "a cat")
@@ -37,8 +38,13 @@ def small_plan(**changes: Any) -> SamplePlan:
     return SamplePlan(**{"prompts": PROMPTS, "num_inference_steps": 2, "guidance_scale": 3.0, **changes})
 
 
-def pixels(pipeline: Any, plan: SamplePlan, **options: Any) -> dict[str, np.ndarray]:
-    return {drawn.item.name: np.asarray(drawn.image).astype(int) for drawn in draw(pipeline, plan, **options)}
+def texts(prompts: list[str]) -> dict[str, Any]:
+    """What is asked of a pipeline with text encoders."""
+    return {"prompt": prompts, "guidance_scale": 3.0}
+
+
+def pixels(pipeline: Any, plan: SamplePlan, asked: Any = texts, **options: Any) -> dict[str, np.ndarray]:
+    return {drawn.item.name: np.asarray(drawn.image).astype(int) for drawn in draw(pipeline, plan, asked, **options)}
 
 
 def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
@@ -79,11 +85,11 @@ def test_processes_call_the_pipeline_equally_often(stable_diffusion: StableDiffu
     calls = [0, 0, 0]
     for rank in range(3):
 
-        def embed(prompts: list[str], rank: int = rank) -> dict[str, Any]:
+        def counted(prompts: list[str], rank: int = rank) -> dict[str, Any]:
             calls[rank] += 1
-            return {"prompt": prompts}
+            return texts(prompts)
 
-        list(draw(stable_diffusion, small_plan(batch_size=1), embed, rank, 3))
+        list(draw(stable_diffusion, small_plan(batch_size=1), counted, rank, 3))
     assert calls == [1, 1, 1], "a sharded model would wait for the missing call"
 
 
@@ -103,7 +109,7 @@ def test_drawing_leaves_no_trace(stable_diffusion: StableDiffusionPipeline) -> N
         np.random.get_state()[1].copy(),
     )
     try:
-        images = draw(pipe, small_plan(batch_size=1))
+        images = draw(pipe, small_plan(batch_size=1), texts)
         next(images)
         assert torch.is_grad_enabled(), "nor between two images"
         assert pipe.unet.training
@@ -136,12 +142,12 @@ def test_everything_is_put_back_after_an_error(stable_diffusion: StableDiffusion
 
 
 def test_a_scheduler_that_draws_globally_cannot_disturb_training(stable_diffusion: StableDiffusionPipeline) -> None:
-    def embed(prompts: list[str]) -> dict[str, Any]:
+    def drawing(prompts: list[str]) -> dict[str, Any]:
         torch.rand(3)
-        return {"prompt": prompts}
+        return texts(prompts)
 
     state = torch.get_rng_state()
-    list(draw(stable_diffusion, small_plan(), embed))
+    list(draw(stable_diffusion, small_plan(), drawing))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -153,14 +159,32 @@ def test_ready_embeddings_give_the_images_of_the_text(family: Any, folder: str, 
     text = {name: whole.components[name] for name in names}
     rest = {name: part for name, part in whole.components.items() if name not in names}
 
-    def embed(prompts: list[str]) -> dict[str, Any]:
-        def encode(texts: list[str]) -> Any:
-            return family.encode_tokens(text, family.tokenize(text, texts, None))
+    def encode(prompts: list[str]) -> Any:
+        return family.encode_tokens(text, family.tokenize(text, prompts, None))
 
-        return family.call_arguments(encode(prompts), encode([""] * len(prompts)) if family is sd else None)
-
+    source = resolve_source(Model(pretrained_model_name_or_path=str(path)))
+    asked = embedding(Guidance(family, source, 3.0), encode)
     plan = small_plan(width=16, height=16)
-    assert_same(pixels(family.pipeline(rest), plan, embed=embed), pixels(whole, plan))
+    assert_same(pixels(family.pipeline(rest), plan, asked), pixels(whole, plan))
+
+
+@pytest.mark.parametrize(("scale", "given", "negative"), [(3.0, None, ""), (3.0, "blue", "blue"), (1.0, "blue", None)])
+def test_negative_prompts_are_encoded_where_the_pipeline_uses_them(
+    scale: float, given: str | None, negative: str | None, sd_folder: Path, flux_folder: Path
+) -> None:
+    seen: list[str] = []
+
+    def encode(prompts: list[str]) -> Any:
+        seen.extend(prompts)
+        return {"prompt_embeds": torch.zeros(len(prompts), 1, 1)}
+
+    for family, folder, wanted in ((sd, sd_folder, negative), (flux, flux_folder, None)):
+        seen.clear()
+        source = resolve_source(Model(pretrained_model_name_or_path=str(folder)))
+        arguments = embedding(Guidance(family, source, scale, given), encode)(["a", "b"])
+        assert seen == ["a", "b"] + ([] if wanted is None else [wanted] * 2) or seen == [wanted] * 2 + ["a", "b"]
+        assert ("negative_prompt_embeds" in arguments) is (wanted is not None)
+        assert arguments["guidance_scale"] == scale
 
 
 def test_autocast_leaves_the_autoencoder_alone(stable_diffusion: StableDiffusionPipeline) -> None:
@@ -168,7 +192,7 @@ def test_autocast_leaves_the_autoencoder_alone(stable_diffusion: StableDiffusion
     convolution = stable_diffusion.vae.decoder.conv_in
     handle = convolution.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        list(draw(stable_diffusion, small_plan()))
+        list(draw(stable_diffusion, small_plan(), texts))
     handle.remove()
     assert set(seen) == {torch.float32}
 
@@ -180,7 +204,7 @@ def test_not_finite_images_are_reported_and_do_not_stop_the_run(
     kept = weight.data.clone()
     weight.data.fill_(float("nan"))
     try:
-        drawn = list(draw(stable_diffusion, small_plan()))
+        drawn = list(draw(stable_diffusion, small_plan(), texts))
     finally:
         weight.data.copy_(kept)
     assert [image.problem for image in drawn] == ["not finite"] * 2
@@ -222,8 +246,10 @@ def test_negative_prompt_needs_a_pipeline_that_knows_one() -> None:
         components={},
         set_progress_bar_config=lambda **_: None,
     )
+    asked = prompting(Guidance(flux, ModelSource("", ""), 3.0, "blurry"))
+    assert asked(["a"]) == {"prompt": ["a"], "negative_prompt": ["blurry"], "guidance_scale": 3.0}
     with pytest.raises(UserError, match="--negative_prompt"):
-        list(draw(pipeline, small_plan(negative_prompt="blurry")))
+        list(draw(pipeline, small_plan(), asked))
 
 
 def test_plan_of_options() -> None:
@@ -231,3 +257,12 @@ def test_plan_of_options() -> None:
     plan = plan_of(Sample(num_inference_steps=5, num_validation_images=2), defaults, ["a dog"], 64, 8)
     assert plan == SamplePlan(("a dog",), 5, 3.0, 2, seed=42, batch_size=8, width=64, height=64)
     assert plan_of(Sample(sample_guidance_scale=0.0), defaults, ["a dog"], 64, 8).guidance_scale == 0.0
+
+
+def test_a_family_can_have_a_negative_prompt_of_its_own() -> None:
+    """Some pipelines do not guide without one; an empty one is one that is given."""
+    defaults = SampleDefaults(num_inference_steps=20, guidance_scale=3.0, negative_prompt=" ")
+    found = [
+        plan_of(Sample(negative_prompt=given), defaults, ["a dog"], 64, 8).negative_prompt for given in (None, "", "x")
+    ]
+    assert found == [" ", "", "x"]

@@ -33,22 +33,22 @@ def kl_vae(channels: int = 4, **config: Any) -> AutoencoderKL:
     )
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """One token per letter, and CLIP_LENGTH of them at most."""
+def clip_tokenizer(length: int = CLIP_LENGTH) -> CLIPTokenizer:
+    """One token per letter, and so many of them at most."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=length)
 
 
 def clip(tokenizer: CLIPTokenizer, width: int = 16, *, projection: bool = False) -> Any:
-    """A text encoder of two layers."""
+    """A text encoder of two layers, for prompts as long as the tokenizer's."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         projection_dim=16,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

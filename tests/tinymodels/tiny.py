@@ -73,6 +73,7 @@ class Tiny:
         default_side: of the images that the stock pipeline draws unless told otherwise.
         decoded: takes the stock pipeline, an autoencoder and latents; gives pixels, as the pipeline decodes them.
         round_trip: takes the autoencoder and pixels; gives what encoding and decoding alone make of them.
+        prepare: makes the stock pipeline draw images of this height and width, if it scales what it is asked for.
         call: more arguments of the stock pipeline's call, such as those that keep prompts short.
         length: of prompts in tokens, as the family's option has it, where ``call`` says one.
         guidance: a guidance at which negative prompts count, if they ever do.
@@ -80,6 +81,9 @@ class Tiny:
         latents: channels and sides of their latents.
         prompt_limit: tokens that count of a prompt, with ``length``.
         filler: a letter or word that is one token.
+        mended: takes a stock pipeline and gives it back without a known mistake in what it makes of prompts.
+        idle: parts of names of adapted layers that the prediction does not depend on: the last that becomes of the
+            prompt in transformers of two streams.
     """
 
     save: Callable[[Path], Path]
@@ -91,9 +95,12 @@ class Tiny:
     moments: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = kl_moments
     decoded: Callable[[Any, Any, Tensor], Tensor] = kl_decoded
     round_trip: Callable[[Any, Tensor], Tensor] = kl_round_trip
+    prepare: Callable[[Any, int, int], None] = lambda pipeline, height, width: None
     call: Mapping[str, Any] = field(default_factory=dict)
     length: int | None = None
     guidance: float = 4.0
     side: int = 16
     latents: tuple[int, int, int] = (4, 8, 8)
     filler: str = "a"
+    mended: Callable[[Any], Any] = lambda pipeline: pipeline
+    idle: tuple[str, ...] = ()

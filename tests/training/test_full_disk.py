@@ -231,7 +231,7 @@ def test_every_write_of_other_commands(
 
         status, said = call(str(number), fill)
         told = [line for line in said.splitlines() if "error:" in line]
-        index = place.endswith("images.sqlite")  # a convenience: without it files are read anew
+        index = place.endswith("image_facts.sqlite")  # a convenience: without it files are read anew
         assert (status, len(told)) == ((0, 0) if index else (1, 1)) and "Traceback" not in said, (
             f"{place}: {said[-2000:]}"
         )

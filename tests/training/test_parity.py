@@ -98,7 +98,7 @@ def test_a_good_file_passes_and_a_wrong_one_is_seen(
 def test_the_figures_of_a_call_follow_their_formulas() -> None:
     """b = (3, 4), Δ = (0, 2); what is fresh has half of Δ, and a base that is off by 0.2."""
     base, change = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
-    call = Call(base, base, 1.0, None, with_lora=base + change, without_lora=base, rounded=base + change + 0.01)
+    call = Call(base, {}, base, 1.0, None, with_lora=base + change, without_lora=base, rounded=base + change + 0.01)
     fresh = base + torch.tensor([0.0, 0.2])
     figures = compare_calls(call, fresh + change / 2, fresh)
     assert figures == pytest.approx({"effect": 2 / 5, "error": (1 - 0.2) / 2, "rounding": 0.2 / 2, "scale": 1 / 2})

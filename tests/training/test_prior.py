@@ -16,7 +16,7 @@ from PIL import Image
 
 from dreamlora.errors import UserError
 from dreamlora.runfolder import RunFolder
-from dreamlora.sampling.sampler import SamplePlan
+from dreamlora.sampling.sampler import SamplePlan, draw_batch
 from dreamlora.training import prior
 from dreamlora.training.prior import find_class_images, make_class_images
 
@@ -43,6 +43,16 @@ class FakePipeline:
         return SimpleNamespace(images=np.stack([np.full((4, 4, 3), shade, dtype=np.float32) for shade in shades]))
 
 
+def drawer(make_pipeline: Callable[[], Any]) -> Callable[[], prior.Drawer]:
+    """What draws class images with such a pipeline."""
+
+    def make() -> prior.Drawer:
+        pipeline = make_pipeline()
+        return lambda items: draw_batch(pipeline, PLAN, items, lambda prompts: {"prompt": prompts})
+
+    return make
+
+
 def never() -> Any:
     raise AssertionError("nothing is missing: no pipeline should be loaded")
 
@@ -53,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_makes_all_then_nothing(tmp_path: Path) -> None:
     pipeline = FakePipeline()
-    assert make_class_images(tmp_path / "class", PLAN, lambda: pipeline) == 5
+    assert make_class_images(tmp_path / "class", PLAN, drawer(lambda: pipeline)) == 5
     assert pipeline.batches == [2, 2, 1]
     names = [name[:6] for name in contents(tmp_path / "class")]
     assert names == ["00000-", "00001-", "00002-", "00003-", "00004-"]
@@ -62,29 +72,32 @@ def test_makes_all_then_nothing(tmp_path: Path) -> None:
 
 
 def test_goes_on_after_a_kill_with_the_same_images(tmp_path: Path) -> None:
-    make_class_images(tmp_path / "whole", PLAN, FakePipeline)
+    make_class_images(tmp_path / "whole", PLAN, drawer(FakePipeline))
     with pytest.raises(KeyboardInterrupt):
-        make_class_images(tmp_path / "killed", PLAN, lambda: FakePipeline(fail_after=1))
+        make_class_images(tmp_path / "killed", PLAN, drawer(lambda: FakePipeline(fail_after=1)))
     assert len(contents(tmp_path / "killed")) == 2
-    assert make_class_images(tmp_path / "killed", PLAN, FakePipeline) == 3
+    assert make_class_images(tmp_path / "killed", PLAN, drawer(FakePipeline)) == 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_partial_files_never_count(tmp_path: Path) -> None:
-    make_class_images(tmp_path, PLAN, FakePipeline)
+    make_class_images(tmp_path, PLAN, drawer(FakePipeline))
     whole = contents(tmp_path)
     third = sorted(tmp_path.iterdir())[2]
     third.rename(third.with_name(f".{third.name}.17.tmp.png"))
     empty = sorted(tmp_path.glob("*.png"))[-1]
     empty.write_bytes(b"")
-    assert make_class_images(tmp_path, PLAN, FakePipeline) == 2
+    assert make_class_images(tmp_path, PLAN, drawer(FakePipeline)) == 2
     assert {name: data for name, data in contents(tmp_path).items() if not name.startswith(".")} == whole
 
 
 @pytest.mark.parametrize("world", [3, 8])
 def test_processes_share_the_work(tmp_path: Path, world: int) -> None:
-    make_class_images(tmp_path / "one", PLAN, FakePipeline)
-    made = [make_class_images(tmp_path / "many", PLAN, FakePipeline, rank=rank, world=world) for rank in range(world)]
+    make_class_images(tmp_path / "one", PLAN, drawer(FakePipeline))
+    made = [
+        make_class_images(tmp_path / "many", PLAN, drawer(FakePipeline), rank=rank, world=world)
+        for rank in range(world)
+    ]
     assert sum(made) == 5 and max(made) - min(made) <= 1
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
@@ -98,13 +111,13 @@ def own(folder: Path, *names: str) -> None:
 
 def test_images_of_a_person_count(tmp_path: Path) -> None:
     own(tmp_path, "my dog.JPG", "0-abc.png", ".hidden.png", "notes.md")
-    assert make_class_images(tmp_path, PLAN, FakePipeline) == 3
+    assert make_class_images(tmp_path, PLAN, drawer(FakePipeline)) == 3
     assert make_class_images(tmp_path, PLAN, never) == 0
 
 
 def test_all_images_of_a_person_count_however_many(tmp_path: Path) -> None:
     """And of those that were made, the first ones: as many as are missing to the number."""
-    make_class_images(tmp_path, PLAN, FakePipeline)
+    make_class_images(tmp_path, PLAN, drawer(FakePipeline))
     own(tmp_path, "z1.png", "z2.png", "z3.png")
     found = find_class_images(tmp_path, PLAN)
     assert [record.name[:5] for record in found.counted] == ["00000", "00001", "z1.pn", "z2.pn", "z3.pn"]
@@ -159,16 +172,16 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_more_images_join(tmp_path: Path) -> None:
-    make_class_images(tmp_path, PLAN, FakePipeline)
+    make_class_images(tmp_path, PLAN, drawer(FakePipeline))
     more = SamplePlan(PLAN.prompts, 9, 7.5, num_images_per_prompt=7, seed=100, batch_size=4)
-    assert make_class_images(tmp_path, more, FakePipeline) == 2, "other denoising steps and guidance do no harm"
+    assert make_class_images(tmp_path, more, drawer(FakePipeline)) == 2, "other denoising steps and guidance do no harm"
     fewer = SamplePlan(PLAN.prompts, 2, 1.0, num_images_per_prompt=3, seed=100)
     assert make_class_images(tmp_path, fewer, never) == 0
 
 
 @pytest.mark.parametrize("changes", [{"prompts": ("a photo of a cat",)}, {"width": 64, "height": 64}])
 def test_images_of_another_kind_are_not_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
-    make_class_images(tmp_path, PLAN, FakePipeline)
+    make_class_images(tmp_path, PLAN, drawer(FakePipeline))
     other = SamplePlan(**{**vars(PLAN), **changes})
     with pytest.raises(UserError, match=r"another --class_data_dir"):
         make_class_images(tmp_path, other, never)
@@ -179,7 +192,7 @@ def test_images_of_another_kind_are_not_taken(tmp_path: Path, changes: dict[str,
 @pytest.mark.parametrize(("value", "problem"), [(float("nan"), "not finite"), (0.0, "black")])
 def test_broken_images_are_refused(tmp_path: Path, value: float, problem: str) -> None:
     with pytest.raises(UserError, match=rf"{problem}.*--prior_generation_precision"):
-        make_class_images(tmp_path, PLAN, lambda: FakePipeline(value=value))
+        make_class_images(tmp_path, PLAN, drawer(lambda: FakePipeline(value=value)))
     assert not contents(tmp_path)
 
 

@@ -25,8 +25,11 @@ class Store:
     def mask(self, index, variant):
         return None
 
+    def view(self, index, variant):
+        return {"place": torch.tensor([[index, variant]], dtype=torch.float32)}
 
-OBJECTIVE = SimpleNamespace(draw_times=lambda uniforms: uniforms[:, 0])
+
+OBJECTIVE = SimpleNamespace(draw_times=lambda uniforms, sides: uniforms[:, 0])
 
 
 def make_stream(batch_size=2, accumulation=1, rank=0, world=1, **more):

@@ -14,7 +14,6 @@ import torch
 from dreamlora import registry
 from dreamlora.cli.messages import PACKAGE
 from dreamlora.config import RunConfig
-from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.encode import bytes_lacking
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
@@ -172,7 +171,7 @@ def _of_rehearsal(context: RunContext, pictures: RunImages | None) -> dict[str, 
     config, side = context.config, context.config.data.resolution or 0
     prompts, sizes, drawn = [_PROMPT], [(side, side)], 1
     if pictures:
-        plan = CaptionPlan.of(config.data, config.train.seed)
+        plan = context.caption_plan
         texts = {text for record in pictures.train for text in plan.texts(record.captions)}
         prompts = [*texts, *pictures.prompts, *pictures.eval_prompts]
         sizes += [_preparations(context)[record].target(record.facts.size) for record in pictures.train]

@@ -60,7 +60,7 @@ def draw_sheet(
         items: of the sheet's plan.
         asked: what is drawn of a prompt.
     """
-    size = sheet.plan.batch_size
+    size = sheet.plan.at_once
     for start in range(0, len(items), size):
         for drawn in draw_batch(pipeline, sheet.plan, items[start : start + size], asked):
             if not drawn.problem:

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from dreamlora import registry
+from dreamlora.cache_folder import cache_folder
 from dreamlora.cli.saved import saved_group
 from dreamlora.commands.evaluate.drawing import Job, Sheet, draw_sheet, share_of
 from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
@@ -24,6 +25,7 @@ from dreamlora.commands.evaluate.losses import measure_losses
 from dreamlora.commands.evaluate.table import table
 from dreamlora.commands.outside import way_in
 from dreamlora.commands.rows import Row, rows_of
+from dreamlora.commands.shown import with_shown
 from dreamlora.commands.trained import (
     DRAWN_WITH,
     MEASURED_WITH,
@@ -36,7 +38,6 @@ from dreamlora.commands.trained import (
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.config import EMBEDDED_MODEL, OWN_IMAGES, Data, Encoders, instance_prompt_of
 from dreamlora.data.cache import TensorCache
-from dreamlora.data.cache_folder import cache_folder
 from dreamlora.data.dataset import examine, split_holdout
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord, holds_images
@@ -263,6 +264,7 @@ def _draw(
     """Draw what is missing of the base model and all LoRAs; their galleries by label, and facts for metrics.json."""
     config, rows, settings = evaluation.config, under_test.rows, under_test.settings
     plan = plan_for(config, settings, under_test.sample_defaults, prompts_of(config, run))
+    plan = with_shown(plan, config, run, edits=under_test.edits)
     under_test.warn_of_cut(plan.prompts)
     sheets = [_sheet(evaluation.output, row, plan, under_test.made_of) for row in rows]
     broken = _draw_missing(evaluation.state, under_test, sheets)

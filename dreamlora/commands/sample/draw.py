@@ -11,6 +11,7 @@ import torch
 
 from dreamlora.commands.rows import Row, rows_of
 from dreamlora.commands.sample.flags import SampleConfig
+from dreamlora.commands.shown import with_shown
 from dreamlora.commands.trained import DRAWN_WITH, first_run, plan_for, prompts_of
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.files import replacing, write_atomically
@@ -32,6 +33,7 @@ def sample_loras(config: SampleConfig) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     under_test = prepared(config, rows, run, device, DRAWN_WITH)
     plan = plan_for(config, under_test.settings, under_test.sample_defaults, prompts)
+    plan = with_shown(plan, config, run, edits=under_test.edits)
     under_test.warn_of_cut(prompts)
     output = config.output_dir or Path("outputs") / f"sample-{Path(config.lora[0]).resolve().stem}"
     drawn = [record for number in range(len(rows)) for record in _draw_row(under_test, plan, number, output)]

@@ -41,6 +41,8 @@ class SampleConfig:
     """Seed of the first image of a row; the others count up from it. Default: the run's, or 42."""
     negative_prompt: str | None = None
     """Negative prompt, for families that know one. Default: the run's."""
+    validation_images: tuple[Path, ...] = ()
+    """For models that edit: the images to edit, one for all prompts or one for each. Default: the run's own."""
     sample_batch_size: int = 4
     """Images made at a time."""
     resolution: int | None = None
@@ -56,9 +58,9 @@ class SampleConfig:
     variant: str | None = None
     """Weight variant of the hub repository, such as fp16."""
     pretrained_vae_model_name_or_path: str | None = None
-    """An autoencoder to use instead of the pipeline's own."""
+    """An autoencoder to use instead of the pipeline's own: a folder, a hub name or a .safetensors file."""
     cache_dir: Path | None = None
-    """Where downloads from the hub are kept."""
+    """Where downloads from the hub, and what single files are converted to, are kept."""
     allow_pickle: bool = False
     """Accept .bin/.ckpt weights of the base model. They can run any code while they load."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None

@@ -1,32 +1,24 @@
-"""Objectives against diffusers' schedulers and training utilities, and against formulas written down independently."""
+"""Diffusion against diffusers' schedulers and training utilities, and against formulas written down independently."""
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import (
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-    compute_snr,
-)
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 
 from dreamlora.errors import UserError
-from dreamlora.objectives import Diffusion, RectifiedFlow, squared_errors
+from dreamlora.objectives import Diffusion, TrainingLoss
 
 PREDICTIONS = ["epsilon", "v_prediction"]
-SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
+SIDES = (8, 8)
 
 
 def ddpm(**config) -> DDPMScheduler:
     return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **config)
-
-
-def sigmas(**config) -> torch.Tensor:
-    return FlowMatchEulerDiscreteScheduler(**config).sigmas
 
 
 @pytest.fixture
@@ -104,11 +96,12 @@ def test_no_gamma_weighs_alike():
 def test_diffusion_times_are_uniform_indices():
     objective = Diffusion(ddpm().alphas_cumprod)
     uniforms = torch.stack([(torch.arange(4000) + 0.5) / 4000, torch.zeros(4000)], 1)
-    times = objective.draw_times(uniforms, (8, 8))
+    times = objective.draw_times(uniforms, SIDES)
     assert times.dtype == torch.int64
     assert torch.bincount(times, minlength=1000).tolist() == [4] * 1000
     assert objective.spread_times(torch.tensor([0.0005, 0.5, 0.9999])).tolist() == [0, 500, 999]
-    assert objective.draw_times(torch.tensor([[1 - 2**-24, 0], [1.0, 0], [0.0, 0]]), (8, 8)).tolist() == [999, 999, 0]
+    extreme = torch.tensor([[1 - 2**-24, 0], [1.0, 0], [0.0, 0]])
+    assert objective.draw_times(extreme, SIDES).tolist() == [999, 999, 0]
 
 
 def test_unknown_prediction_type():
@@ -116,66 +109,60 @@ def test_unknown_prediction_type():
         Diffusion(ddpm().alphas_cumprod, "sample")
 
 
-def test_flow_goes_straight_from_image_to_noise(batch):
-    objective = RectifiedFlow(sigmas())
-    times = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
-    noisy, velocity = (f(batch.latents, batch.noise, times) for f in (objective.corrupt, objective.target))
-    s = times.reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(noisy - s * velocity, batch.latents)
-    torch.testing.assert_close(noisy + (1 - s) * velocity, batch.noise)
-    assert torch.equal(velocity, batch.noise - batch.latents)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_debiased_estimation_weights(prediction):
+    """arXiv 2310.08442, equation 9, with the cut of kohya's sd-scripts: SNR of at most 1000."""
+    scheduler = ddpm()
+    times = torch.arange(0, 1000, 7)
+    snr = compute_snr(scheduler, times).double().numpy()
+    assert snr[0] > 1000 > snr[-1], "both sides of the cut are tried"
+    cut = np.minimum(snr, 1000)
+    expected = 1 / np.sqrt(cut) if prediction == "epsilon" else 1 / (cut + 1)
+    found = Diffusion(scheduler.alphas_cumprod, prediction, debiased=True).weight(times)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
 
 
-def test_flow_corrupts_as_the_scheduler(batch):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    index = torch.tensor([0, 100, 500, 900, 999])
-    noisy = RectifiedFlow(scheduler.sigmas).corrupt(batch.latents, batch.noise, scheduler.sigmas[index])
-    torch.testing.assert_close(noisy, scheduler.scale_noise(batch.latents, scheduler.timesteps[index], batch.noise))
+def test_debiased_estimation_and_others_are_not_combined():
+    alphas = ddpm().alphas_cumprod
+    with pytest.raises(UserError, match="either --snr_gamma or --debiased_estimation_loss"):
+        Diffusion(alphas, "epsilon", 5.0, debiased=True)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_flow_weights_equal_diffusers(scheme):
-    times = sigmas(shift=3.0)[::9]
-    found = RectifiedFlow(sigmas(), scheme).weight(times)
-    torch.testing.assert_close(found, compute_loss_weighting_for_sd3(scheme, times))
+def test_debiased_estimation_has_no_infinite_weight():
+    alphas = ddpm(rescale_betas_zero_snr=True).alphas_cumprod
+    with pytest.raises(UserError, match=r"signal-to-noise ratio, which is zero .*--prediction_type v_prediction"):
+        Diffusion(alphas, "epsilon", debiased=True)
+    weight = Diffusion(alphas, "v_prediction", debiased=True).weight(torch.arange(1000))
+    assert weight.isfinite().all() and weight[-1] == 1
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_density_equals_diffusers(scheme, shift):
-    """Quantiles of the times of 40,000 uniforms in order against 40,000 random draws of diffusers' function."""
-    count, table = 40_000, sigmas(shift=shift)
-    settings = {"logit_mean": 0.6, "logit_std": 0.7, "mode_scale": 1.2}
-    objective = RectifiedFlow(table, scheme, **settings)
-    ranks = (torch.arange(count) + 0.5) / count
-    found = objective.draw_times(torch.stack([ranks, torch.zeros(count)], 1), (8, 8))
-    u = compute_density_for_timestep_sampling(scheme, count, **settings, generator=torch.Generator().manual_seed(3))
-    expected = table[(u * 1000).long()]
-    at = torch.linspace(0.02, 0.98, 25)
-    torch.testing.assert_close(found.quantile(at), expected.quantile(at), rtol=0, atol=0.012)
-    assert found.min() > 0
-    assert found.max() <= 1
+@pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["snr", "exponential", "constant"])
+def test_the_threshold_of_huber_falls_with_the_noise_as_in_kohya_s_scripts(loss_type, schedule):
+    """train_util.get_huber_threshold_if_needed and conditional_loss, in float64."""
+    scheduler, c, scale = ddpm(), 0.2, 3.0
+    times = torch.tensor([0, 1, 250, 700, 999])
+    alphas, t = scheduler.alphas_cumprod.double().numpy()[times], times.double().numpy()
+    threshold = {
+        "snr": (1 - c) / (1 + np.sqrt((1 - alphas) / alphas)) ** 2 + c,
+        "exponential": np.exp(np.log(c) / 1000 * t) * scale,
+        "constant": np.full(5, c * scale),
+    }[schedule]
+    draw = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 5, 4, 3, 6, generator=draw)
+    delta = threshold.reshape(5, 1, 1, 1)
+    values = 2 * (np.sqrt((prediction - target).double().numpy() ** 2 + delta**2) - delta)
+    expected = (values * delta if loss_type == "huber" else values).mean((1, 2, 3))
+    objective = Diffusion(scheduler.alphas_cumprod, loss=TrainingLoss(loss_type, schedule, c, scale))
+    np.testing.assert_allclose(objective.errors(prediction, target, times).numpy(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_flow_times_stay_in_the_table(scheme):
-    table = sigmas()
-    extreme = torch.tensor([[0.0, 0], [2**-24, 0], [1 - 2**-24, 0], [1.0, 0]])
-    times = RectifiedFlow(table, scheme).draw_times(extreme, (8, 8))
-    assert torch.isin(times, table).all()
-
-
-def test_flow_evaluates_at_uniform_sigmas_whatever_the_density():
-    positions = (torch.arange(8) + 0.5) / 8
-    for objective in (RectifiedFlow(sigmas(shift=3.0)), RectifiedFlow(sigmas(), "logit_normal")):
-        torch.testing.assert_close(objective.spread_times(positions), positions)
-
-
-def test_small_numbers_are_much_noise():
-    """As in diffusers, whose sigmas fall from 1."""
-    times = RectifiedFlow(sigmas()).draw_times(torch.tensor([[0.01, 0.0], [0.99, 0.0]]), (8, 8))
-    assert times[0] > 0.98
-    assert math.isclose(times[1], 0.01, abs_tol=0.002)
+def test_snr_threshold_of_pure_noise_is_finite():
+    alphas = ddpm(rescale_betas_zero_snr=True).alphas_cumprod
+    objective = Diffusion(alphas, "v_prediction", loss=TrainingLoss("huber", "snr", 0.1))
+    far = torch.full((1, 1, 1, 1), 1e4)
+    error = objective.errors(far, torch.zeros_like(far), torch.tensor([999]))
+    assert error.item() == pytest.approx(2 * 0.1 * (1e4 - 0.1), rel=1e-5), "linear above the threshold c"
 
 
 def test_constants_go_to_a_device_once(batch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,15 +174,3 @@ def test_constants_go_to_a_device_once(batch: SimpleNamespace, monkeypatch: pyte
     for _ in range(3):
         objective.corrupt(latents, noise, times), objective.target(latents, noise, times), objective.weight(times)
     assert copied.count(objective.alphas_cumprod.shape) == 1
-
-
-def test_errors_count_where_the_mask_is_white():
-    prediction, target = torch.zeros(3, 2, 4, 4), torch.zeros(3, 2, 4, 4)
-    target[:, :, :, :2] = 2.0  # an error of 4 on the left, none on the right
-    left, both, none = torch.zeros(1, 4, 4), torch.ones(1, 4, 4), torch.zeros(1, 4, 4)
-    left[:, :, :2] = 1.0
-    masks = torch.stack([left, both, none])
-    assert squared_errors(prediction, target, masks).tolist() == [4.0, 2.0, 0.0]
-    assert squared_errors(prediction, target).tolist() == [2.0, 2.0, 2.0]
-    grey = torch.full((3, 1, 4, 4), 0.5)  # what matters is the share of a place, not how bright the mask is
-    assert squared_errors(prediction, target, grey).tolist() == [2.0, 2.0, 2.0]

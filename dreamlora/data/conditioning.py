@@ -1,0 +1,122 @@
+"""What models that edit are shown: the images before the edit, cropped and encoded as those after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dreamlora.config import Data
+from dreamlora.data.buckets import Size
+from dreamlora.data.cache import CHECKED_WHOLE, KeyPart, TensorCache, Wanted, content_key
+from dreamlora.data.catalog import Records
+from dreamlora.data.companions import Companions, list_companions
+from dreamlora.data.folder import Images
+from dreamlora.data.images import ImageRecord
+from dreamlora.data.transforms import Preparations, Variant, crop, resized, to_tensor, variants
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Conditioning
+
+FLAG = "--conditioning_data_dir"
+
+
+def list_conditioning(images: Images, data: Data) -> Companions | None:
+    """The conditioning images of one data set; no file is opened. None: it has no folder of them.
+
+    Raises:
+        UserError: see ``list_companions``; or an image has none.
+    """
+    folder = data.conditioning_data_dir
+    if folder is None:
+        return None
+    found = list_companions(images, folder, FLAG, "conditioning image")
+    if found and found.without:
+        lacking = next(record.name for record in images.records if record.name not in found.row)
+        raise UserError(
+            f"{found.without} of {len(images.records)} images have no conditioning image in {FLAG} {folder}, such as "
+            f"{lacking}: each needs the image before the edit, with the same name (its ending may be another)"
+        )
+    return found
+
+
+class ConditionedRecords(Records):
+    """Images, each with its conditioning image.
+
+    Args:
+        images: of one data set.
+        conditioning: that have been looked at.
+    """
+
+    def __init__(self, images: Sequence[ImageRecord], conditioning: Companions) -> None:
+        self._images = images
+        self._conditioning = conditioning
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def at(self, row: int) -> ImageRecord:
+        """The record of a row."""
+        image = self._images[row]
+        return replace(image, conditioning=self._conditioning.files.records[self._conditioning.row[image.name]])
+
+
+def alike(variant: Variant, size: Size, other: Size) -> Variant:
+    """The crop of an image of size ``other`` that lies where ``variant`` lies in one of ``size``."""
+    left, top, right, bottom = variant.crop_box
+    target = right - left, bottom - top
+    corner = []
+    for at, side, wanted, whole in zip((left, top), resized(size, target), target, resized(other, target), strict=True):
+        share = at / (side - wanted) if side > wanted else 0.5
+        corner.append(round(share * (whole - wanted)))
+    x, y = corner
+    return Variant((x, y, x + target[0], y + target[1]), variant.flipped)
+
+
+def conditioning_plan(
+    record: ImageRecord, how: Preparations, key_parts: Mapping[str, KeyPart]
+) -> list[tuple[Wanted, Variant]]:
+    """The cache entry of what belongs to every variant of an image; empty if it has no conditioning image."""
+    if record.conditioning is None:
+        return []
+    own, facts, shown = how[record], record.facts, record.conditioning.facts
+    crops = [alike(each, facts.size, shown.size) for each in variants(facts.size, facts.content_hash, own)]
+    about = (own.resolution, own.interpolation, dict(key_parts))
+    return [(Wanted(content_key("conditioning", shown.content_hash, each, *about), None), each) for each in crops]
+
+
+def store_conditioning(
+    records: Iterable[ImageRecord],
+    how: Preparations,
+    encode: Callable[[Tensor], Conditioning],
+    cache: TensorCache,
+    key_parts: Mapping[str, KeyPart],
+) -> None:
+    """Encode the conditioning images of images as these are cropped, where the cache lacks them.
+
+    Args:
+        records: the images.
+        how: they are prepared.
+        encode: takes pixels ``[1, 3, H, W]`` in [-1, 1]; ``Family.encode_conditioning``.
+        cache: where entries are kept.
+        key_parts: see ``Filling``.
+
+    Raises:
+        UserError: an image cannot be read, or what is made of it is not finite.
+    """
+    for number, record in enumerate(records):
+        plan = conditioning_plan(record, how, key_parts)
+        missing = set(cache.missing((wanted for wanted, _ in plan), thorough=number < CHECKED_WHOLE))
+        if not missing or record.conditioning is None:
+            continue
+        image = record.conditioning.open()
+        for wanted, variant in plan:
+            if wanted.key not in missing:
+                continue
+            entry = encode(to_tensor(crop(image, variant, how[record]))[None])
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in entry.values()):
+                raise UserError(
+                    f"the autoencoder gave numbers that are not finite for the image {record.conditioning.where}"
+                )
+            cache.put(wanted.key, {name: tensor[0].float() for name, tensor in entry.items()})

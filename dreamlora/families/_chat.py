@@ -1,0 +1,88 @@
+"""Language models that serve as text encoders: prompts as turns of a chat, states of layers, lengths of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from dreamlora.families import _parts
+from dreamlora.interfaces import Components, Conditioning
+from dreamlora.lora.pairs import bare
+
+QWEN: str = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""What Qwen3's own template makes of plain turns; ``enable_thinking=False`` adds thoughts that are over already."""
+
+
+def with_template(parts: Components, template: str) -> Components:
+    """The parts, their "tokenizer" (if it is among them) with a template of ours, by which the stock pipeline writes
+    chats: that of a model is a program of a stranger's, and is not loaded.
+    """
+    if "tokenizer" in parts:
+        parts["tokenizer"].chat_template = template
+    return parts
+
+
+def as_chats(tokenizer: Any, template: str, prompts: Sequence[str], **options: Any) -> list[str]:
+    """Each prompt as a user's turn, before the turn of the assistant; ``options`` are the template's."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **options,
+        )
+        for prompt in prompts
+    ]
+
+
+def layer_states(encoder: Any, tokens: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
+    """Hidden states ``[B, L, D]`` of some layers of a language model, without the logits that nobody asked for.
+
+    Args:
+        encoder: with or without a head.
+        tokens: ``input_ids`` and ``attention_mask`` ``[B, L]``, as ``_parts.token_ids`` gives them.
+        layers: as ``hidden_states`` counts them: 0 are the embeddings, -1 the last states after the norm.
+    """
+    device = bare(encoder).device
+    states = bare(encoder).base_model(
+        input_ids=tokens["input_ids"].to(device),
+        attention_mask=tokens["attention_mask"].to(device),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return [states.hidden_states[layer] for layer in layers]
+
+
+def unpadded(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """States ``[B, L, ...]`` of the tokens that a mask ``[B, L]`` has, from the front; zeros after them, as few as the
+    longest text needs. And the mask so.
+    """
+    seen = mask.to(states.device).bool()
+    rows = [own[kept] for own, kept in zip(states, seen, strict=True)]
+    lengths = [row.new_ones(len(row), dtype=mask.dtype) for row in rows]
+    return pad_sequence(rows, batch_first=True), pad_sequence(lengths, batch_first=True)
+
+
+def equally_long(conditioning: Conditioning, negative: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """Both, with zeros behind the shorter one: pipelines compare shapes of tensors ``[B, L, ...]``."""
+    lengths = [next(iter(each.values())).shape[1] for each in (conditioning, negative)]
+
+    def filled(each: Conditioning) -> Conditioning:
+        missing = max(lengths) - next(iter(each.values())).shape[1]
+        return {name: functional.pad(value, (*[0, 0] * (value.dim() - 2), 0, missing)) for name, value in each.items()}
+
+    return filled(conditioning), filled(negative)
+
+
+def count_tokens(tokenizer: Any, template: str, prompts: Sequence[str], **options: Any) -> list[int]:
+    """How many tokens each prompt has as a chat."""
+    return _parts.count_tokens(tokenizer, as_chats(tokenizer, template, prompts, **options))

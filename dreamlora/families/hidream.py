@@ -1,0 +1,227 @@
+"""HiDream-I1: mixture-of-experts transformer over latents, two CLIP, T5 and Llama text encoders, rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import HiDreamImagePipeline
+from torch import Tensor, nn
+
+from dreamlora.errors import UserError
+from dreamlora.families import _flow, _parts, _solvers
+from dreamlora.interfaces import (
+    Classes,
+    Components,
+    Conditioning,
+    Latents,
+    ModelSource,
+    Role,
+    SampleDefaults,
+    Settings,
+)
+from dreamlora.models import loading
+from dreamlora.objectives import RectifiedFlow
+
+USUAL_PROMPT = 128
+"""Tokens that HiDreamImagePipeline takes unless told otherwise."""
+LONGEST_PROMPT = 512
+"""Of tokens: as many as T5 was trained with."""
+LONGEST_CLIP = 218
+"""Tokens that the pipeline gives CLIP at most."""
+TIMES = 1000
+"""What the transformer calls σ = 1."""
+LATENT_SIDE = 128
+"""Of the images that the pipeline draws."""
+DISTILLED_SCHEDULER = "FlowMatchLCMScheduler"
+"""Of Dev (28 steps) and Fast (16 steps); nothing else tells them from Full."""
+
+PIPELINES: tuple[str, ...] = ("HiDreamImagePipeline",)
+PARTS: dict[Role, dict[str, Classes]] = {
+    "text": {
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),
+        "tokenizer_3": ("transformers.T5TokenizerFast", "transformers.T5Tokenizer"),
+        "tokenizer_4": ("transformers.PreTrainedTokenizerFast", "transformers.TokenizersBackend"),
+        **dict.fromkeys(("text_encoder", "text_encoder_2"), ("transformers.CLIPTextModelWithProjection",)),
+        "text_encoder_3": ("transformers.T5EncoderModel",),
+        "text_encoder_4": ("transformers.LlamaForCausalLM",),
+    },
+    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "denoiser": {"transformer": ("diffusers.HiDreamImageTransformer2DModel",)},
+    "scheduler": {"scheduler": (*_solvers.FLOW_SOLVERS, *_parts.FLOW_SCHEDULERS)},
+}
+OPTIONAL: frozenset[str] = frozenset()
+SETTINGS: Settings = {}
+DENOISER: str = "transformer"
+SIDE_MULTIPLE: int = 16
+TEXT_ENCODERS: tuple[str, ...] = ()
+LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out")
+TEXT_LORA_LAYERS: tuple[str, ...] = ()
+PROMPT_LENGTH: str = "max_sequence_length"
+PROMPT_DEFAULT: int | None = USUAL_PROMPT
+PROMPT_TOKENIZER: str = "tokenizer_4"
+LENGTH_AXES: dict[str, int] = {}  # padding is attended, so it is a part of the model
+OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
+
+latent_size = _parts.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
+count_tokens = _parts.count_tokens
+describe_views = _parts.nothing_of_views
+negative_prompt = _parts.negative_above_one
+call_options = _parts.guided
+
+
+def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+    """One part of the pipeline on the CPU, frozen, in eval mode.
+
+    Raises:
+        UserError: the folder or hub repository is missing, incomplete or holds pickles.
+    """
+    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
+
+
+def resolution(source: ModelSource) -> int:
+    """HiDreamImagePipeline's default side: 1024 pixels. Whatever size it is asked for, it scales to that area."""
+    return LATENT_SIDE * _parts.pixels_per_latent(source)
+
+
+def sample_defaults(source: ModelSource) -> SampleDefaults:
+    """HiDreamImagePipeline's own; Dev's and Fast's, which their schedulers' shifts tell apart, without guidance."""
+    if distilled(source):
+        dev = loading.read_config(source, "scheduler").get("shift") == 6
+        return SampleDefaults(num_inference_steps=28 if dev else 16, guidance_scale=0.0)
+    return SampleDefaults(num_inference_steps=50, guidance_scale=5.0)
+
+
+def distilled(source: ModelSource) -> str | None:
+    """Dev and Fast."""
+    if loading.read_model_index(source).get("scheduler") != ["diffusers", DISTILLED_SCHEDULER]:
+        return None
+    return "HiDream-I1-Dev and -Fast were distilled to few steps: train HiDream-I1-Full instead"
+
+
+def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Tokens that count of a prompt: Llama's, its begin included.
+
+    Raises:
+        UserError: more than 512 tokens are asked for.
+    """
+    length = USUAL_PROMPT if max_length is None else max_length
+    if length > LONGEST_PROMPT:
+        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
+    return length
+
+
+def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+    """``input_ids`` and ``attention_mask`` ``[B, L]`` of each tokenizer, with "_2", "_3", "_4" behind for all but the
+    first.
+
+    Raises:
+        UserError: see ``prompt_limit``.
+    """
+    length = prompt_limit(text["tokenizer_4"], max_length)
+    text["tokenizer_4"].pad_token = text["tokenizer_4"].eos_token  # as HiDreamImagePipeline has it
+    tokens: Conditioning = {}
+    for end, most in (("", LONGEST_CLIP), ("_2", LONGEST_CLIP), ("_3", None), ("_4", None)):
+        tokenizer = text[f"tokenizer{end}"]
+        ids = _parts.token_ids(tokenizer, prompts, min(length, most or tokenizer.model_max_length))
+        tokens |= {f"{name}{end}": value for name, value in ids.items()}
+    return tokens
+
+
+def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
+    """As HiDreamImagePipeline.encode_prompt gives them, but batch first: ``prompt_embeds_t5`` ``[B, L, D]``,
+    ``prompt_embeds_llama3`` ``[B, layers, L, D]``, the states after every layer of Llama, and ``pooled_prompt_embeds``
+    ``[B, P1 + P2]`` of both CLIP.
+    """
+    if "pooled_prompt_embeds" in tokens:
+        return tokens
+
+    def encoded(end: str, **options: Any) -> Any:
+        encoder = text[f"text_encoder{end}"]
+        return encoder(tokens[f"input_ids{end}"].to(encoder.device), **options)
+
+    masks = {end: tokens[f"attention_mask{end}"].to(text[f"text_encoder{end}"].device) for end in ("_3", "_4")}
+    llama = encoded("_4", attention_mask=masks["_4"], output_hidden_states=True)
+    return {
+        "prompt_embeds_t5": encoded("_3", attention_mask=masks["_3"]).last_hidden_state,
+        "prompt_embeds_llama3": torch.stack(llama.hidden_states[1:], dim=1),
+        "pooled_prompt_embeds": torch.cat([encoded(end).text_embeds for end in ("", "_2")], dim=-1),
+    }
+
+
+encode_frozen = encode_tokens  # none of the encoders trains: the stock pipeline would not load a LoRA of theirs
+
+
+def encode_images(vae: Components, pixels: Tensor) -> Latents:
+    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
+    return _parts.vae_latents(vae, pixels)
+
+
+def objective(scheduler: Any, train: Any) -> RectifiedFlow:
+    """Rectified flow with the scheduler's static shift (3 for Full).
+
+    Raises:
+        UserError: see ``_flow.objective``.
+    """
+    return _flow.objective(_solvers.as_flow(scheduler), train, shift="scheduler")
+
+
+def predict(
+    denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+) -> Tensor:
+    """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is not used (no guidance embedding).
+
+    In training the experts pass gradients on. diffusers' script has the transformer act as in inference
+    (``force_inference_output``), where they do not.
+
+    Raises:
+        UserError: the images are not square and have more tokens than the transformer keeps for such.
+    """
+    dtype, model = _parts.dtype_of(denoiser), _parts.bare(denoiser)
+    height, width = noisy.shape[2:]
+    side = model.config.patch_size
+    tokens = (height // side) * (width // side)
+    if height != width and tokens > model.max_seq:
+        raise UserError(
+            f"HiDream takes images that are not square only up to {model.max_seq} patches of {side} x {side} latents "
+            f"(got latents of {height} x {width}, which are {tokens}): give a smaller --resolution, or square images"
+        )
+    output = denoiser(
+        hidden_states=noisy.to(dtype),
+        timesteps=times * TIMES,
+        encoder_hidden_states_t5=conditioning["prompt_embeds_t5"].to(dtype),
+        encoder_hidden_states_llama3=conditioning["prompt_embeds_llama3"].to(dtype).transpose(0, 1),
+        pooled_embeds=conditioning["pooled_prompt_embeds"].to(dtype),
+        return_dict=False,
+    )[0]
+    packed = model.training and not model.config.force_inference_output
+    return -(_unpacked(output, height, width, side) if packed else output)
+
+
+def _unpacked(patches: Tensor, height: int, width: int, side: int) -> Tensor:
+    """``[B, C, tokens, side²]``, which the transformer gives in training, as ``[B, C, h, w]``; tokens beyond those of
+    the image are padding.
+    """
+    rows, columns = height // side, width // side
+    grid = patches[:, :, : rows * columns].unflatten(3, (side, side)).unflatten(2, (rows, columns))
+    return grid.transpose(3, 4).reshape(*patches.shape[:2], height, width)
+
+
+def pipeline(components: Components) -> HiDreamImagePipeline:
+    """A stock pipeline around these parts; parts not given are None."""
+    return HiDreamImagePipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+
+
+def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """Prompt embeddings for the pipeline's call, which wants the layers of Llama first."""
+    arguments = _parts.with_negative(conditioning, negative)
+    return {name: value.transpose(0, 1) if "llama3" in name else value for name, value in arguments.items()}
+
+
+def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` as HiDreamImagePipeline.load_lora_weights reads it."""
+    return _parts.save_lora(HiDreamImagePipeline, folder, {DENOISER: denoiser})

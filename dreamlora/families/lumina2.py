@@ -1,0 +1,202 @@
+"""Lumina-Image 2.0: transformer over captions of any length, Gemma 2 as the text encoder, rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import Lumina2Pipeline
+from torch import Tensor, nn
+
+from dreamlora.errors import UserError
+from dreamlora.families import _chat, _flow, _parts
+from dreamlora.interfaces import (
+    Classes,
+    Components,
+    Conditioning,
+    Latents,
+    ModelSource,
+    Role,
+    SampleDefaults,
+    Settings,
+)
+from dreamlora.models import loading
+from dreamlora.objectives import RectifiedFlow
+
+PIPELINES: tuple[str, ...] = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
+PARTS: dict[Role, dict[str, Classes]] = {
+    "text": {
+        "tokenizer": ("transformers.GemmaTokenizer", "transformers.GemmaTokenizerFast"),
+        "text_encoder": ("transformers.Gemma2Model",),
+    },
+    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "denoiser": {"transformer": ("diffusers.Lumina2Transformer2DModel",)},
+    "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
+}
+OPTIONAL: frozenset[str] = frozenset()
+SETTINGS: Settings = {}
+DENOISER: str = "transformer"
+SIDE_MULTIPLE: int = 16
+TEXT_ENCODERS: tuple[str, ...] = ()
+LORA_LAYERS: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_LORA_LAYERS: tuple[str, ...] = ()
+PROMPT_LENGTH: str = "max_sequence_length"
+PROMPT_DEFAULT: int | None = 256
+PROMPT_TOKENIZER: str = "tokenizer"
+LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_attention_mask": 1}
+OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
+
+INSTRUCTION = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start> "
+)
+"""What Lumina2Pipeline puts before prompts, unless told otherwise."""
+NEGATIVE = "\0"
+"""What ``negative_prompt`` marks a text with: it is encoded without the instruction."""
+LONGEST_PROMPT = 256
+"""Tokens that the pipeline takes unless told otherwise. The transformer has places for 300."""
+LAYER = -2
+"""Whose states are the embeddings: the last but one, before the norm."""
+PIXELS_PER_LATENT = 8
+"""Whatever the autoencoder: Lumina2Pipeline takes it to be so."""
+LARGEST_SIDE = 1024
+"""Of the latents that a transformer was made for: 128 in all known ones."""
+
+latent_size = _parts.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
+describe_views = _parts.nothing_of_views
+distilled = _parts.never_distilled
+call_options = _parts.guided
+
+
+def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+    """One part of the pipeline on the CPU, frozen, in eval mode.
+
+    Raises:
+        UserError: the folder or hub repository is missing, incomplete or holds pickles.
+    """
+    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
+
+
+def resolution(source: ModelSource) -> int:
+    """Lumina2Pipeline's default side: what the transformer was made for."""
+    return PIXELS_PER_LATENT * loading.read_sizes(source, DENOISER, "sample_size", LARGEST_SIDE)[0]
+
+
+def sample_defaults(source: ModelSource) -> SampleDefaults:
+    """Lumina2Pipeline's own."""
+    return SampleDefaults(num_inference_steps=30, guidance_scale=4.0)
+
+
+def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Tokens that count of a prompt, begin and instruction included.
+
+    Raises:
+        UserError: more than 256 tokens are asked for.
+    """
+    length = LONGEST_PROMPT if max_length is None else max_length
+    if length > LONGEST_PROMPT:
+        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
+    return length
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """See ``Family.count_tokens``."""
+    return _parts.count_tokens(tokenizer, _texts(prompts))
+
+
+def _texts(prompts: Sequence[str]) -> list[str]:
+    """What Gemma reads."""
+    return [
+        prompt.removeprefix(NEGATIVE) if prompt.startswith(NEGATIVE) else INSTRUCTION + prompt for prompt in prompts
+    ]
+
+
+def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+    """``input_ids`` and ``attention_mask`` ``[B, L]`` of the instruction and the prompt.
+
+    Raises:
+        UserError: see ``prompt_limit``.
+    """
+    tokenizer = text["tokenizer"]
+    tokenizer.padding_side = "right"  # as the pipeline has it
+    return _parts.token_ids(tokenizer, _texts(prompts), prompt_limit(tokenizer, max_length))
+
+
+def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
+    """``prompt_embeds`` ``[B, L, D]`` and ``prompt_attention_mask`` ``[B, L]``, without the padding that all have."""
+    if "prompt_embeds" in tokens:
+        return {name: tokens[name] for name in LENGTH_AXES}
+    [states] = _chat.layer_states(text["text_encoder"], tokens, [LAYER])
+    embeds, mask = _chat.unpadded(states, tokens["attention_mask"])
+    return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+
+encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's files have no place for its LoRA
+
+
+def encode_images(vae: Components, pixels: Tensor) -> Latents:
+    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
+    return _parts.vae_latents(vae, pixels)
+
+
+def objective(scheduler: Any, train: Any) -> RectifiedFlow:
+    """Rectified flow over the sigmas of the model's scheduler, whose shift of 6 prefers much noise.
+
+    diffusers' script draws from the same sigmas but takes 1 to be the image: it trains almost without noise.
+
+    Raises:
+        UserError: see ``_flow.objective``.
+    """
+    return _flow.objective(scheduler, train, shift="scheduler")
+
+
+def predict(
+    denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+) -> Tensor:
+    """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is not used (no guidance embedding).
+
+    The transformer counts time from noise to image, and gives the velocity that way.
+
+    Raises:
+        UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
+    """
+    height, width = noisy.shape[-2:]
+    if height % 2 or width % 2:
+        raise UserError(
+            f"Lumina 2 needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})"
+        )
+    dtype = _parts.dtype_of(denoiser)
+    towards_image: Tensor = denoiser(
+        hidden_states=noisy.to(dtype).contiguous(),
+        timestep=1 - times,
+        encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+        encoder_attention_mask=conditioning["prompt_attention_mask"],
+        return_dict=False,
+    )[0]
+    return -towards_image
+
+
+def pipeline(components: Components) -> Lumina2Pipeline:
+    """A stock pipeline around these parts; parts not given are None."""
+    return Lumina2Pipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+
+
+def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
+    """Marked for ``tokenize``: Lumina2Pipeline encodes negative prompts without the instruction."""
+    negative = _parts.negative_above_one(source, guidance_scale, given)
+    return None if negative is None else NEGATIVE + negative
+
+
+def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """Prompt embeddings for the pipeline's call, which wants those of prompts and negative ones to be equally long."""
+    if negative is not None:
+        conditioning, negative = _chat.equally_long(conditioning, negative)
+    return _parts.with_negative(conditioning, negative)
+
+
+def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` as Lumina2Pipeline.load_lora_weights reads it."""
+    return _parts.save_lora(Lumina2Pipeline, folder, {DENOISER: denoiser})

@@ -1,0 +1,206 @@
+"""Qwen-Image (2512 too): transformer of two streams over packed latents, Qwen2.5-VL as text encoder, rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor, nn
+
+from dreamlora.errors import UserError
+from dreamlora.families import _chat, _flow, _packed, _parts, _qwen_vae
+from dreamlora.families._qwen_prompt import AFTER, BEFORE, DROPPED
+from dreamlora.interfaces import (
+    Classes,
+    Components,
+    Conditioning,
+    ModelSource,
+    Role,
+    SampleDefaults,
+    Settings,
+)
+from dreamlora.models import loading
+from dreamlora.objectives import RectifiedFlow
+
+PIPELINES: tuple[str, ...] = ("QwenImagePipeline",)
+PARTS: dict[Role, dict[str, Classes]] = {
+    "text": {
+        "tokenizer": ("transformers.Qwen2Tokenizer", "transformers.Qwen2TokenizerFast"),
+        "text_encoder": ("transformers.Qwen2_5_VLForConditionalGeneration",),
+    },
+    "vae": {"vae": _qwen_vae.CLASSES},
+    "denoiser": {"transformer": ("diffusers.QwenImageTransformer2DModel",)},
+    "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
+}
+OPTIONAL: frozenset[str] = frozenset()
+SETTINGS: Settings = {}
+DENOISER: str = "transformer"
+SIDE_MULTIPLE: int = 16
+TEXT_ENCODERS: tuple[str, ...] = ()
+# both streams, as the trainers of this model have it; diffusers' script adapts the attention of the image's alone
+LORA_LAYERS: tuple[str, ...] = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+)
+TEXT_LORA_LAYERS: tuple[str, ...] = ()
+PROMPT_LENGTH: str = "max_sequence_length"
+PROMPT_DEFAULT: int | None = 512
+PROMPT_TOKENIZER: str = "tokenizer"
+LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_embeds_mask": 1}
+OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "negative_prompt")
+
+LONGEST_PROMPT = 1024
+"""Tokens that the pipeline takes at most, without those before the prompt."""
+
+latent_size = _qwen_vae.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
+distilled = _parts.never_distilled
+encode_images = _qwen_vae.encode_images
+describe_views = _parts.nothing_of_views
+call_arguments = _parts.with_negative
+
+
+def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+    """One part of the pipeline on the CPU, frozen, in eval mode.
+
+    Raises:
+        UserError: the folder or hub repository is missing, incomplete or holds pickles.
+    """
+    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
+
+
+def resolution(source: ModelSource) -> int:
+    """The pipeline's default side: 128 latents, 1024 pixels."""
+    return 128 * _qwen_vae.pixels_per_latent(source)
+
+
+def sample_defaults(source: ModelSource) -> SampleDefaults:
+    """The pipeline's steps and guidance, which it heeds only with a negative prompt: a blank is the model card's."""
+    return SampleDefaults(num_inference_steps=50, guidance_scale=4.0, negative_prompt=" ")
+
+
+def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Tokens that count of a prompt, with the template's after it.
+
+    Raises:
+        UserError: more than 1024 tokens are asked for.
+    """
+    length = PROMPT_DEFAULT if max_length is None else max_length
+    assert length is not None
+    if length > LONGEST_PROMPT:
+        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
+    return length
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """How many tokens each prompt has, with the template's after it."""
+    return [len(ids) - DROPPED for ids in tokenizer(_templated(prompts), verbose=False).input_ids]
+
+
+def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+    """``input_ids`` and ``attention_mask`` ``[B, 34 + L]``, in the template; padded to the longest, at the end.
+
+    Raises:
+        UserError: see ``prompt_limit``.
+    """
+    batch = text["tokenizer"](
+        _templated(prompts),
+        padding=True,
+        padding_side="right",
+        max_length=DROPPED + prompt_limit(text["tokenizer"], max_length),
+        truncation=True,
+        return_tensors="pt",
+    )
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def _templated(prompts: Sequence[str]) -> list[str]:
+    return [BEFORE + prompt + AFTER for prompt in prompts]
+
+
+def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
+    """``prompt_embeds`` ``[B, L, D]``, the last hidden states after their norm, zero where a shorter prompt is padded,
+    and ``prompt_embeds_mask`` ``[B, L]``, as QwenImagePipeline.encode_prompt gives them.
+    """
+    if "prompt_embeds" in tokens:
+        return {name: tokens[name] for name in LENGTH_AXES}
+    [states] = _chat.layer_states(text["text_encoder"], tokens, [-1])
+    embeds, mask = _chat.unpadded(states[:, DROPPED:], tokens["attention_mask"][:, DROPPED:])
+    return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+
+encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's files have no place for its LoRA
+
+
+def objective(scheduler: Any, train: Any) -> RectifiedFlow:
+    """Rectified flow, its times shifted by the number of image tokens as in the pipeline: a factor of 2 at 1024 x 1024,
+    much as musubi-tuner advises (2.2); diffusers' script shifts nothing.
+
+    Raises:
+        UserError: options of diffusion models are given, or the scheduler's config has no usable shift.
+    """
+    return _flow.objective(scheduler, train, shift="scheduler")
+
+
+def predict(
+    denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+) -> Tensor:
+    """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is not used (no guidance embedding).
+
+    Raises:
+        UserError: see ``velocity``.
+    """
+    return velocity(denoiser, [noisy], times, conditioning)
+
+
+def velocity(denoiser: nn.Module, images: Sequence[Tensor], times: Tensor, conditioning: Conditioning) -> Tensor:
+    """The velocity of the first image.
+
+    Args:
+        denoiser: a QwenImageTransformer2DModel.
+        images: latents ``[B, C, h, w]``: noisy ones, then any that are shown to the model, of sizes of their own.
+        times: sigmas ``[B]``.
+        conditioning: of ``encode_tokens``.
+
+    Raises:
+        UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
+    """
+    dtype = _parts.dtype_of(denoiser)
+    mask = conditioning["prompt_embeds_mask"].bool()
+    shapes = [(1, latents.shape[2] // 2, latents.shape[3] // 2) for latents in images]
+    tokens = denoiser(
+        hidden_states=torch.cat([_packed.pack(latents.to(dtype)) for latents in images], dim=1),
+        timestep=times.to(dtype),
+        encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+        # as in the pipeline; looking waits for the GPU, but attention without a mask is the faster one
+        encoder_hidden_states_mask=None if mask.all() else mask,
+        img_shapes=[shapes] * len(times),
+        return_dict=False,
+    )[0]
+    height, width = images[0].shape[2:]
+    return _packed.unpack(tokens[:, : height * width // 4], (height, width))
+
+
+def pipeline(components: Components) -> QwenImagePipeline:
+    """A stock pipeline around these parts; parts not given are None."""
+    return QwenImagePipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+
+
+def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
+    """The pipeline guides only where there is a negative prompt (see ``sample_defaults``)."""
+    return given if guidance_scale > 1 else None
+
+
+def call_options(guidance_scale: float) -> dict[str, Any]:
+    """Guidance by its name in the call, where ``guidance_scale`` is another thing."""
+    return {"true_cfg_scale": guidance_scale}
+
+
+def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` as QwenImagePipeline.load_lora_weights reads it."""
+    return _parts.save_lora(QwenImagePipeline, folder, {DENOISER: denoiser})

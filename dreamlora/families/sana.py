@@ -1,0 +1,262 @@
+"""Sana 1.0 and 1.5: linear transformer over latents of a deep autoencoder, Gemma 2 as text encoder, rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SanaPipeline
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from dreamlora.errors import UserError
+from dreamlora.families import _flow, _parts, _solvers
+from dreamlora.interfaces import (
+    Classes,
+    Components,
+    Conditioning,
+    Latents,
+    LatentSize,
+    ModelSource,
+    Role,
+    SampleDefaults,
+    Settings,
+)
+from dreamlora.models import configs, loading
+from dreamlora.objectives import RectifiedFlow
+from dreamlora.objectives.densities import LogitNormal
+
+USUAL_PROMPT = 300
+"""Tokens that SanaPipeline takes unless told otherwise."""
+LONGEST_PROMPT = 4096
+"""Of tokens: what Gemma 2 sees at once in every other layer."""
+TIMES = 1000
+"""What the pipeline calls σ = 1."""
+LARGEST_SIDE = 1024
+"""Of the latents that a transformer was made for: 16 to 128 in all known ones."""
+NEGATIVE = "\0"
+"""What ``negative_prompt`` marks a text with: it is encoded without the instruction."""
+INSTRUCTION = "\n".join(
+    [
+        "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for "
+        "image generation. Evaluate the level of detail in the user prompt:",
+        "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial "
+        "relationships to create vivid and concrete scenes.",
+        "- If the prompt is already detailed, refine and enhance the existing details slightly without "
+        "overcomplicating.",
+        "Here are examples of how to transform or refine prompts:",
+        "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping "
+        "peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.",
+        "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street "
+        "lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass "
+        "skyscrapers.",
+        "Please generate only the enhanced description for the prompt below and avoid including any additional "
+        "commentary or evaluations:",
+        "User Prompt: ",
+    ]
+)
+"""What Sana was trained with before every caption (``complex_human_instruction`` of SanaPipeline's call)."""
+
+PIPELINES: tuple[str, ...] = ("SanaPipeline",)
+PARTS: dict[Role, dict[str, Classes]] = {
+    "text": {
+        "tokenizer": ("transformers.GemmaTokenizer", "transformers.GemmaTokenizerFast"),
+        "text_encoder": ("transformers.Gemma2Model",),
+    },
+    "vae": {"vae": ("diffusers.AutoencoderDC",)},
+    "denoiser": {"transformer": ("diffusers.SanaTransformer2DModel",)},
+    "scheduler": {"scheduler": (*_solvers.FLOW_SOLVERS, *_parts.FLOW_SCHEDULERS)},
+}
+OPTIONAL: frozenset[str] = frozenset()
+SETTINGS: Settings = {}
+DENOISER: str = "transformer"
+SIDE_MULTIPLE: int = 32
+TEXT_ENCODERS: tuple[str, ...] = ()
+LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v")
+TEXT_LORA_LAYERS: tuple[str, ...] = ()
+PROMPT_LENGTH: str = "max_sequence_length"
+PROMPT_DEFAULT: int | None = USUAL_PROMPT
+PROMPT_TOKENIZER: str = "tokenizer"
+LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_attention_mask": 1}
+OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
+
+distilled = _parts.never_distilled
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
+describe_views = _parts.nothing_of_views
+
+
+def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+    """One part of the pipeline on the CPU, frozen, in eval mode.
+
+    Raises:
+        UserError: the folder or hub repository is missing, incomplete or holds pickles.
+    """
+    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
+
+
+def _pixels_per_latent(source: ModelSource) -> int:
+    levels = loading.read_sizes(source, "vae", "encoder_block_out_channels", configs.LARGEST_NUMBER)
+    return int(2 ** (len(levels) - 1))
+
+
+def resolution(source: ModelSource) -> int:
+    """The side the transformer was made for, in pixels (512 to 4096): SanaPipeline itself always draws 1024 pixels
+    unless told otherwise.
+    """
+    return loading.read_sizes(source, DENOISER, "sample_size", LARGEST_SIDE)[0] * _pixels_per_latent(source)
+
+
+def latent_size(source: ModelSource) -> LatentSize | None:
+    """Of the autoencoder: 32 channels, 32 pixels."""
+    channels = loading.read_sizes(source, "vae", "latent_channels", configs.LARGEST_NUMBER)[0]
+    return LatentSize(channels, _pixels_per_latent(source))
+
+
+def sample_defaults(source: ModelSource) -> SampleDefaults:
+    """SanaPipeline's own."""
+    return SampleDefaults(num_inference_steps=20, guidance_scale=4.5)
+
+
+def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Tokens that count of a prompt, with the begin and the instruction's last one, which are all that is kept of it.
+
+    Raises:
+        UserError: more tokens are asked for than Gemma 2 sees at once.
+    """
+    length = USUAL_PROMPT if max_length is None else max_length
+    if length > LONGEST_PROMPT:
+        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
+    return length
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """How many tokens each prompt has, as ``prompt_limit`` counts them."""
+    dropped = _dropped(tokenizer)
+    texts = [_text(prompt) for prompt in prompts]
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+    return [
+        length - (0 if prompt.startswith(NEGATIVE) else dropped)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+
+
+def _text(prompt: str) -> str:
+    """What Gemma reads: lower case, as SanaPipeline has it."""
+    wanted = prompt.removeprefix(NEGATIVE).lower().strip()
+    return wanted if prompt.startswith(NEGATIVE) else INSTRUCTION + wanted
+
+
+def _dropped(tokenizer: Any) -> int:
+    """Tokens of the instruction that are not kept: all between the begin and the last one."""
+    return len(tokenizer.encode(INSTRUCTION)) - 2
+
+
+def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
+    """``input_ids`` and ``attention_mask`` ``[B, L]`` of the instruction and the prompt, and ``kept`` ``[B, L]``: True
+    for what is left of them, at most ``max_length``.
+
+    Raises:
+        UserError: see ``prompt_limit``.
+    """
+    tokenizer, limit = text["tokenizer"], prompt_limit(text["tokenizer"], max_length)
+    tokenizer.padding_side = "right"
+    dropped = [0 if prompt.startswith(NEGATIVE) else _dropped(tokenizer) for prompt in prompts]
+    tokens = _parts.token_ids(tokenizer, [_text(prompt) for prompt in prompts], limit + max(dropped))
+    place, skipped = torch.arange(limit + max(dropped)), torch.tensor(dropped)[:, None]
+    kept = (place == 0) | ((place > skipped) & (place < skipped + limit))
+    return {**tokens, "kept": kept & (tokens["attention_mask"] == 1)}
+
+
+def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
+    """``prompt_embeds`` ``[B, L, D]``, the last hidden states of the begin, of the instruction's last token and of the
+    prompt, and ``prompt_attention_mask`` ``[B, L]``, 0 for padding: as SanaPipeline.encode_prompt gives them, without
+    the padding that all have.
+    """
+    if "prompt_embeds" in tokens:
+        return tokens
+    encoder = text["text_encoder"]
+    ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
+    states = encoder(ids, attention_mask=mask).last_hidden_state
+    rows = [row[kept] for row, kept in zip(states, tokens["kept"].to(encoder.device), strict=True)]
+    ones = [torch.ones(len(row), dtype=mask.dtype, device=mask.device) for row in rows]
+    return {
+        "prompt_embeds": pad_sequence(rows, batch_first=True),
+        "prompt_attention_mask": pad_sequence(ones, batch_first=True),
+    }
+
+
+encode_frozen = encode_tokens  # Gemma 2 never trains
+
+
+def encode_images(vae: Components, pixels: Tensor) -> Latents:
+    """The latents of pixels ``[B, 3, H, W]`` in [-1, 1], without a posterior."""
+    model = vae["vae"]
+    latent = model.encode(pixels.to(device=model.device, dtype=model.dtype)).latent
+    mean = latent.float() * model.config.scaling_factor
+    return Latents(mean=mean, std=torch.zeros_like(mean))
+
+
+def objective(scheduler: Any, train: Any) -> RectifiedFlow:
+    """Rectified flow with the scheduler's static shift (3) and logit-normal times, as its authors' configs have both.
+
+    Raises:
+        UserError: see ``_flow.objective``.
+    """
+    times = LogitNormal(0.0, 1.0)
+    return _flow.objective(_solvers.as_flow(scheduler), train, shift="scheduler", patch=1, density=times)
+
+
+def predict(
+    denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
+) -> Tensor:
+    """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is not used (no guidance embedding)."""
+    dtype = _parts.dtype_of(denoiser)
+    velocity: Tensor = denoiser(
+        noisy.to(dtype),
+        encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+        encoder_attention_mask=conditioning["prompt_attention_mask"],
+        timestep=times * TIMES * _parts.bare(denoiser).config.timestep_scale,
+        return_dict=False,
+    )[0]
+    return velocity[:, : noisy.shape[1]]  # some have a learned variance behind
+
+
+def pipeline(components: Components) -> SanaPipeline:
+    """A stock pipeline around these parts; parts not given are None."""
+    return SanaPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+
+
+def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
+    """Marked for ``tokenize``: SanaPipeline encodes negative prompts without the instruction."""
+    negative = _parts.negative_above_one(source, guidance_scale, given)
+    return None if negative is None else NEGATIVE + negative
+
+
+def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """Prompt embeddings for the pipeline's call, which wants those of prompts and negative ones to be equally long."""
+    if negative is None:
+        return dict(conditioning)
+    length = max(each["prompt_embeds"].shape[1] for each in (conditioning, negative))
+    arguments = _parts.with_negative(_padded(conditioning, length), _padded(negative, length))
+    return {**arguments, "negative_prompt": None}  # "" unless told otherwise
+
+
+def _padded(conditioning: Conditioning, length: int) -> Conditioning:
+    return {
+        name: functional.pad(value, (*(0, 0) * (value.dim() - 2), 0, length - value.shape[1]))
+        for name, value in conditioning.items()
+    }
+
+
+def call_options(guidance_scale: float) -> dict[str, Any]:
+    """The size is not rounded to one of the pipeline's list."""
+    return {"guidance_scale": guidance_scale, "use_resolution_binning": False}
+
+
+def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` as SanaPipeline.load_lora_weights reads it."""
+    return _parts.save_lora(SanaPipeline, folder, {DENOISER: denoiser})

@@ -1,0 +1,138 @@
+"""Models that edit: what is shown goes with the latents, the prompt and the call as in the stock pipelines."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreamlora.config import Model
+from dreamlora.data.transforms import to_tensor
+from dreamlora.errors import UserError
+from dreamlora.eval_loss.evalset import EvalSet
+from dreamlora.models import loading
+from dreamlora.runfolder import RunFolder
+from tests import tinymodels
+from tests.training.conftest import flags_of, train_with
+
+SIDE = 64
+"""The least that FLUX.2's pipelines edit."""
+
+
+@pytest.fixture(scope="module", params=["flux-kontext", "flux2", "flux2-dev"])
+def case(request, tmp_path_factory) -> SimpleNamespace:
+    tiny = tinymodels.of(request.param)
+    folder = tiny.save(tmp_path_factory.mktemp("models") / request.param)
+    source = loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
+    family = loading.family_of(source)
+    parts = {}
+    for role in ("text", "vae", "denoiser", "scheduler"):
+        parts |= family.load(source, role, torch.float32)
+    stock = diffusers.DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    return SimpleNamespace(tiny=tiny, folder=folder, source=source, family=family, parts=parts, stock=stock)
+
+
+def picture(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@torch.no_grad()
+def test_prediction_equals_the_stock_pipelines_call_with_an_image(case) -> None:
+    seen: list[tinymodels.Seen] = []
+    module = getattr(case.stock, case.family.DENOISER)
+    names = list(inspect.signature(module.forward).parameters)
+    scale = case.tiny.side // case.tiny.latents[1]
+
+    def hook(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        seen.append(case.tiny.read_call(given, output, (SIDE // scale, SIDE // scale)))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    own = {"max_area": SIDE * SIDE, "_auto_resize": False}
+    known = inspect.signature(case.stock.__call__).parameters
+    own = {name: value for name, value in own.items() if name in known}
+    size = {"height": SIDE, "width": SIDE, "num_inference_steps": 1, "output_type": "latent"}
+    prompt = {"prompt": ["a cat"], **case.tiny.call, **case.family.call_options(1.0)}
+    case.tiny.mended(case.stock)(image=picture(1), generator=torch.Generator().manual_seed(1), **prompt, **size, **own)
+    handle.remove()
+    conditioning = case.family.encode_tokens(case.parts, case.family.tokenize(case.parts, ["a cat"], case.tiny.length))
+    shown = case.family.encode_conditioning(case.parts, to_tensor(np.asarray(picture(1)))[None])
+    assert all(value.dtype == torch.float32 and len(value) == 1 for value in shown.values())
+    predict = case.family.predict
+    denoiser = case.parts[case.family.DENOISER]
+    found = predict(denoiser, seen[0].noisy, seen[0].times, {**conditioning, **shown}, 1.0)
+    torch.testing.assert_close(found, seen[0].prediction, rtol=1e-4, atol=1e-4)
+    alone = predict(denoiser, seen[0].noisy, seen[0].times, conditioning, 1.0)
+    assert found.shape == alone.shape and (found - alone).abs().max() > 1e-4, "the image has no say"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> tuple[Path, Path]:
+    """Images after an edit, and before it."""
+    after, before = tmp_path / "after", tmp_path / "before"
+    for folder, offset in ((after, 0), (before, 100)):
+        folder.mkdir()
+        for number in range(4):
+            picture(offset + number, (80, 64)).save(folder / f"{number}.png")
+    return after, before
+
+
+@pytest.fixture
+def flags(case, pairs, cache: Path, tmp_path: Path) -> list[str]:
+    after, before = pairs
+    more = f"--conditioning_data_dir {before} --resolution {SIDE} --max_train_steps 4 --train_batch_size 2 "
+    more += "--num_inference_steps 1 --sample_steps 4 --eval_steps 2 --max_sequence_length "
+    return [*flags_of(after, cache, case.folder, tmp_path / "run"), *more.split(), str(case.tiny.length or 512)]
+
+
+def test_a_run_on_pairs(case, flags, tmp_path) -> None:
+    run = train_with(flags)
+    parity = json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]
+    assert parity["call"]["effect"] > 1e-3 and parity["call"]["error"] < 1e-2 and parity["max_abs"] <= 2, parity
+    assert "conditioning_latents" in EvalSet.load(run.evalset_file).views
+    rows = run.sample_rows()
+    assert rows and all(run.conditioning_file(row["conditioning"]).exists() for row in rows)
+    short = [*flags, "--max_train_steps", "2", "--output_dir", str(tmp_path / "resumed"), "--checkpointing_steps", "2"]
+    train_with(short)
+    longer = [*flags, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "latest"]
+    resumed = train_with(longer)
+    assert weights(resumed) == weights(run)
+
+
+def weights(run: RunFolder) -> dict[str, list]:
+    from safetensors.torch import load_file
+
+    return {name: tensor.tolist() for name, tensor in load_file(run.lora_file).items()}
+
+
+def test_another_image_before_the_edit_is_another_training(case, flags, pairs, tmp_path) -> None:
+    nothing = ["--sample_steps", "0", "--eval_steps", "0", "--final_eval_items", "0", "--checkpointing_steps", "4"]
+    first = train_with([*flags, *nothing])
+    picture(7, (80, 64)).save(pairs[1] / "0.png")
+    second = train_with([*flags, *nothing, "--output_dir", str(tmp_path / "second")])
+    assert weights(first) != weights(second)
+    with pytest.raises(UserError, match=r"another conditioning image: 0\.png"):
+        train_with([*flags, *nothing, "--max_train_steps", "6", "--resume_from_checkpoint", "latest"])
+
+
+def test_what_is_wrong_is_told_before_the_model_loads(case, flags, pairs, sd_folder) -> None:
+    (pairs[1] / "0.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 images have no conditioning image .* such as 0\.png"):
+        train_with(flags)
+    picture(9).save(pairs[1] / "other.png")
+    with pytest.raises(UserError, match=r"belongs to no image, such as other\.png"):
+        train_with(flags)
+    with pytest.raises(UserError, match=r"--conditioning_data_dir: .* edits no images"):
+        train_with([*flags, "--pretrained_model_name_or_path", str(sd_folder)])
+    with pytest.raises(UserError, match="--with_prior_preservation makes class images"):
+        train_with([*flags, "--with_prior_preservation", "--class_prompt", "dog"])
