@@ -59,6 +59,8 @@ LARGEST_SIDE = 1024
 """Of the latents that a transformer was made for: 64 and 128 in all known ones."""
 
 latent_size = _parts.latent_size
+shows_images = _parts.shows_none
+encode_conditioning = _parts.nothing_shown
 count_tokens = _parts.count_tokens
 describe_views = _parts.nothing_of_views
 distilled = _parts.never_distilled
@@ -121,7 +123,7 @@ encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's f
 
 def encode_images(vae: Components, pixels: Tensor) -> Latents:
     """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.encode_images(vae["vae"], pixels)
+    return _parts.vae_latents(vae, pixels)
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:

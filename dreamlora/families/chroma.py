@@ -103,8 +103,8 @@ encode_tokens = encode_frozen  # T5 never trains
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
-    """Rectified flow with times by a parabola that vanishes at both ends, unshifted: the authors' (their model card),
-    and OneTrainer's preset.
+    """Rectified flow with times by a parabola that vanishes at both ends, unshifted: nearly OneTrainer's inverted
+    parabola, its preset for Chroma.
 
     Raises:
         UserError: see ``_flow.objective``.

@@ -184,7 +184,7 @@ def predict(
 
 def _captions(conditioning: Conditioning) -> list[Tensor]:
     """Embeddings ``[L_i, D]`` of every caption."""
-    lengths = conditioning["prompt_embeds_mask"].sum(1).tolist()
+    lengths = conditioning["prompt_embeds_mask"].sum(1).tolist()  # waits for the device, as lists need numbers
     return [embeds[:length] for embeds, length in zip(conditioning["prompt_embeds"], lengths, strict=True)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -14,11 +13,10 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionPipeline
 
 from dreamlora.config import Model, Sample
-from dreamlora.errors import UserError
 from dreamlora.families import flux, sd
-from dreamlora.interfaces import ModelSource, SampleDefaults
+from dreamlora.interfaces import SampleDefaults
 from dreamlora.models.loading import resolve_source
-from dreamlora.sampling.sampler import Guidance, SamplePlan, draw, embedding, plan_of, prompting
+from dreamlora.sampling.sampler import Guidance, SamplePlan, draw, embedding, plan_of
 from dreamlora.sampling.schedulers import NOISY, deterministic
 
 PROMPTS = ("a photo of sks dog", "a cat")
@@ -235,21 +233,6 @@ def test_deterministic_schedulers_are_copied(stable_diffusion: StableDiffusionPi
     assert copy is not stable_diffusion.scheduler
     assert type(copy) is type(stable_diffusion.scheduler)
     assert note is None
-
-
-def test_negative_prompt_needs_a_pipeline_that_knows_one() -> None:
-    def __call__(prompt: list[str]) -> None: ...
-
-    pipeline = SimpleNamespace(
-        __call__=__call__,
-        scheduler=diffusers.DDIMScheduler(),
-        components={},
-        set_progress_bar_config=lambda **_: None,
-    )
-    asked = prompting(Guidance(flux, ModelSource("", ""), 3.0, "blurry"))
-    assert asked(["a"]) == {"prompt": ["a"], "negative_prompt": ["blurry"], "guidance_scale": 3.0}
-    with pytest.raises(UserError, match="--negative_prompt"):
-        list(draw(pipeline, small_plan(), asked))
 
 
 def test_plan_of_options() -> None:
