@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from dreamlora.commands.evaluate.command import main as evaluate
 from dreamlora.config import Model, RunConfig, Train
 from dreamlora.errors import UserError
-from dreamlora.run import assemble, launch
+from dreamlora.run import assemble, launch, opening
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callab
     def looked(*_: Any) -> None:
         raise AssertionError("it went on to the model")
 
-    monkeypatch.setattr(assemble, "resolve_source", looked)
+    monkeypatch.setattr(opening, "resolve_source", looked)
     monkeypatch.setattr("dreamlora.commands.trained.resolve_source", looked)
 
     def message(program: Callable[[], Any]) -> str:

@@ -17,7 +17,7 @@ from dreamlora.config import RunConfig
 from dreamlora.data.encode import bytes_lacking
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
-from dreamlora.models.inventory import Part, inventory, problems_of
+from dreamlora.models.inventory import PartFiles, inventory, problems_of
 from dreamlora.models.loading import family_of, read_model_index, resolve_source
 from dreamlora.run import checks, opening, preflight
 from dreamlora.run.announce import outline_of
@@ -113,7 +113,7 @@ def _of_model(config: RunConfig, findings: _Findings) -> dict[str, Any]:
     }
 
 
-def _of_part(part: Part) -> dict[str, Any]:
+def _of_part(part: PartFiles) -> dict[str, Any]:
     return {
         "name": part.name,
         "class": part.part_class.__name__,
