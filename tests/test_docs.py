@@ -12,9 +12,11 @@ from dreamlora import __main__
 from dreamlora.cli.declared import options_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.parse import Program, parse, parse_run
+from dreamlora.commands.doctor.flags import DoctorConfig
+from dreamlora.commands.doctor.flags import parse as parse_doctor
 from dreamlora.commands.evaluate.flags import EvaluateConfig
 from dreamlora.commands.sample.flags import SampleConfig
-from dreamlora.config import RunConfig, programs
+from dreamlora.config import programs
 from dreamlora.sweep.config import CompareConfig
 from dreamlora.sweep.config import parse as parse_compare
 from dreamlora.sweep.plan import sweep_of
@@ -29,7 +31,8 @@ DOCUMENTS = sorted(
 OURS = {
     name
     for config in (
-        RunConfig,
+        EvaluateConfig,
+        DoctorConfig,
         programs.TextToImageConfig,
         EvaluateConfig,
         __main__.ReportConfig,
@@ -131,6 +134,8 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     elif command == "compare":
         asked, training = parse_compare(flags)
         assert asked.runs or sweep_of(asked, training)
+    elif command == "doctor":
+        parse_doctor(flags)
     elif command in ("sample", "evaluate"):
         config = SampleConfig if command == "sample" else EvaluateConfig
         parse(config, flags, Program(positional="lora"))
