@@ -31,7 +31,7 @@ DOCUMENTS = sorted(
 OURS = {
     name
     for config in (
-        EvaluateConfig,
+        RunConfig,
         DoctorConfig,
         programs.TextToImageConfig,
         EvaluateConfig,
