@@ -16,7 +16,7 @@ from dreamlora.commands.doctor.flags import DoctorConfig
 from dreamlora.commands.doctor.flags import parse as parse_doctor
 from dreamlora.commands.evaluate.flags import EvaluateConfig
 from dreamlora.commands.sample.flags import SampleConfig
-from dreamlora.config import programs
+from dreamlora.config import RunConfig, programs
 from dreamlora.sweep.config import CompareConfig
 from dreamlora.sweep.config import parse as parse_compare
 from dreamlora.sweep.plan import sweep_of

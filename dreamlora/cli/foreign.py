@@ -45,6 +45,11 @@ ELSEWHERE: dict[str, str] = {
     "batch_size": "use --train_batch_size",
     "model": "use --pretrained_model_name_or_path",
     "network_dim": "use --rank",
+    "min_snr_gamma": "use --snr_gamma",
+    "v_parameterization": "use --prediction_type v_prediction",
+    "zero_terminal_snr": "use --rescale_betas_zero_snr",
+    "discrete_flow_shift": "use --timestep_shift",
+    "masked_loss": "use --mask_data_dir and a folder of masks, or --alpha_mask",
     "network_alpha": "use --lora_alpha",
     "use_ema": "only --optimizer schedulefree_adamw keeps an average of the LoRA weights over steps",
 }

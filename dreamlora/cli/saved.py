@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -28,12 +29,13 @@ def saved_options(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     """
     program = program_of(content)
     declared = _declared(program.COMMAND)
+    sound = _sound_groups(content, declared, program)
     kept: dict[str, Any] = {}
     wrong: list[str] = []
     for name, value in content.items():
         try:
             if name in declared:
-                group = _group(declared[name], {name: value}, program)
+                group = sound.get(declared[name]) or _group(declared[name], {name: value}, program)
                 kept[name] = None if value is None else as_yaml(getattr(group, name))
             elif _plain(value):
                 kept[name] = value
@@ -42,6 +44,18 @@ def saved_options(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         except UserError as error:
             wrong.append(shortened_text(str(error).removeprefix(f"{_WHERE}: ")))
     return kept, wrong
+
+
+def _sound_groups(
+    content: Mapping[str, Any], declared: Mapping[str, type], program: type[RunConfig]
+) -> dict[type, Any]:
+    """The groups all of whose options fit, together: some, such as bucket_step, go with others only."""
+    sound = {}
+    for kind in set(declared.values()):
+        with contextlib.suppress(UserError):
+            values = {name: value for name, value in content.items() if declared.get(name) is kind}
+            sound[kind] = _group(kind, values, program)
+    return sound
 
 
 def saved_group(options: Mapping[str, Any], kind: Any) -> Any:

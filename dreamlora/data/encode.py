@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dreamlora.data.cache import CHECKED_WHOLE, Entry, KeyPart, Layout, TensorCache, Wanted, content_key
 from dreamlora.data.catalog import RecordSubset, hash_prefixes
-from dreamlora.data.conditioning import conditioning_plan, store_conditioning
+from dreamlora.data.conditioning_crops import conditioning_plan, store_conditioning
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
 from dreamlora.data.stores import RAM_BYTES, LatentStore, PromptStore, Recent

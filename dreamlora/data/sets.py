@@ -17,7 +17,7 @@ from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
 from dreamlora.data.catalog import Records, hash_prefixes
 from dreamlora.data.companions import Companions
-from dreamlora.data.conditioning import ConditionedRecords, list_conditioning
+from dreamlora.data.conditioning_files import ConditionedRecords, list_conditioning
 from dreamlora.data.dataset import examine, load_images
 from dreamlora.data.folder import Images
 from dreamlora.data.images import ImageRecord

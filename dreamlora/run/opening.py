@@ -72,13 +72,6 @@ def begin(config: RunConfig) -> RunContext:
     return context
 
 
-def _training_adapter(config: RunConfig) -> Path:
-    name = config.lora.training_adapter or ""
-    with main_first():
-        found = find_adapter(name, config.lora.training_adapter_weight_name, config.model.cache_dir)
-        return read_lora(found).path
-
-
 def _refuse_images_to_edit(config: RunConfig, family: Family, source: ModelSource) -> None:
     """Nothing, if the model edits, or none are given."""
     flags = {
@@ -91,6 +84,13 @@ def _refuse_images_to_edit(config: RunConfig, family: Family, source: ModelSourc
             f"--{given}: {config.model.pretrained_model_name_or_path} draws from prompts alone, and edits no images: "
             "leave the flag out, or give a model that edits, such as FLUX.1-Kontext"
         )
+
+
+def _training_adapter(config: RunConfig) -> Path:
+    name = config.lora.training_adapter or ""
+    with main_first():
+        found = find_adapter(name, config.lora.training_adapter_weight_name, config.model.cache_dir)
+        return read_lora(found).path
 
 
 @dataclass(frozen=True)

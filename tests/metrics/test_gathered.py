@@ -12,7 +12,7 @@ from dreamlora import metrics
 from dreamlora.cli.parse import parse_run
 from dreamlora.errors import UserError
 from dreamlora.metrics._gathered import GatheredRows
-from dreamlora.run import assemble
+from dreamlora.run import opening
 
 
 class Sums(GatheredRows):
@@ -67,8 +67,8 @@ def test_a_torchmetrics_that_cannot_be_imported_is_told_before_the_work(monkeypa
     monkeypatch.delitem(sys.modules, "dreamlora.metrics._gathered")
     monkeypatch.delattr(metrics, "_gathered")
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    assemble._start(parse_run(["--eval_steps", "0", "--eval_metrics"])[0])
+    opening.begin(parse_run(["--eval_steps", "0", "--eval_metrics"])[0])
     assert "dreamlora.metrics._gathered" not in sys.modules
     for flags in ([], ["--eval_steps", "0", "--eval_metrics", "kid"]):
         with pytest.raises(UserError, match=r"torchmetrics cannot be imported \(.*torchmetrics.*install that, or unin"):
-            assemble._start(parse_run(flags)[0])
+            opening.begin(parse_run(flags)[0])

@@ -112,6 +112,14 @@ def test_times_end_where_the_scheduler_s_do(terminal):
     assert found[0] == 1
 
 
+def test_an_inverse_shift_is_a_shift_seen_from_the_other_end():
+    """diffusers' Lumina2 script lets σ = 1 be the image, and draws σ from a scheduler of shift 6 (docs/training.md)."""
+    objective = RectifiedFlow(sigmas(), shift=Shift(lambda sides: 1 / 6))
+    found = objective.draw_times(in_order(1000), SIDES)
+    noise_of_script = 1 - sigmas(shift=6.0)
+    torch.testing.assert_close(found.flip(0)[:-1], noise_of_script[1:], rtol=0, atol=1e-5)
+
+
 def test_the_shift_is_that_of_the_sides():
     objective = RectifiedFlow(sigmas(), shift=Shift(lambda sides: sides[0] / sides[1]))
     uniforms = torch.tensor([[0.5, 0.0]])

@@ -342,8 +342,8 @@ def test_what_can_hardly_be_meant_is_told_and_stands_in_the_report(
 def test_options_of_other_models_are_refused_before_anything_is_encoded(
     train: Train, flux_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dreamlora.run import assemble
+    from dreamlora.run import opening
 
-    monkeypatch.setattr(assemble, "read_images", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(opening, "read_images", lambda *_: pytest.fail("images were read"))
     with pytest.raises(UserError, match="--snr_gamma is for diffusion models"):
         train("--pretrained_model_name_or_path", str(flux_folder), "--snr_gamma", "5")

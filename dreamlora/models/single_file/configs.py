@@ -23,7 +23,7 @@ def unet_config(contents: Contents, kind: ModelKind, prediction: Prediction) -> 
     Raises:
         UserError: the file lacks a tensor that tells something, or has more blocks than any model.
     """
-    shapes = _Part(contents, UNET, "UNet")
+    shapes = _Shapes(contents, UNET, "UNet")
     shapes.bound("input_blocks", "middle_block", "output_blocks")
     ends = [i for i in range(_MOST) if f"input_blocks.{i}.0.op.weight" in shapes.own]
     per_level = ends[0] if ends else 0
@@ -63,7 +63,7 @@ def _latents(kind: ModelKind, prediction: Prediction) -> int:
 
 def vae_config(contents: Contents, kind: ModelKind) -> dict[str, Any]:
     """For AutoencoderKL; raises as ``unet_config``."""
-    shapes = _Part(contents, VAE, "autoencoder")
+    shapes = _Shapes(contents, VAE, "autoencoder")
     levels = shapes.count("encoder.down.{}.block.0.conv1.weight")
     if not levels:
         raise shapes.odd("it has no levels (encoder.down...)")
@@ -85,7 +85,7 @@ def vae_config(contents: Contents, kind: ModelKind) -> dict[str, Any]:
 
 def text_config(contents: Contents, encoder: ClipEncoder) -> dict[str, Any]:
     """For CLIPTextModel, with or without projection; raises as ``unet_config``."""
-    shapes = _Part(contents, encoder.prefix, encoder.name.replace("_", " "))
+    shapes = _Shapes(contents, encoder.prefix, encoder.name.replace("_", " "))
     names = _NAMES[encoder.layout]
     # some programs leave out transformers' own first word
     inner = "text_model." if encoder.layout == "clip" and f"text_model.{names['tokens']}" in shapes.own else ""
@@ -144,7 +144,7 @@ def scheduler_config(kind: ModelKind, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-class _Part:
+class _Shapes:
     """The shapes of one part of a file.
 
     Args:

@@ -25,7 +25,7 @@ VERSION = "1"
 """Of the conversion: to be raised whenever the same file gives another folder."""
 
 
-class Converted(NamedTuple):
+class ConvertedFile(NamedTuple):
     """A folder made of a file.
 
     Attributes:
@@ -37,7 +37,7 @@ class Converted(NamedTuple):
     id: str
 
 
-def pipeline_of(file: Path, cache_dir: Path | None, prediction_type: str | None = None) -> Converted:
+def pipeline_of(file: Path, cache_dir: Path | None, prediction_type: str | None = None) -> ConvertedFile:
     """The pipeline in a file, as a folder.
 
     Args:
@@ -55,10 +55,10 @@ def pipeline_of(file: Path, cache_dir: Path | None, prediction_type: str | None 
         tell_once(prediction.note)
     digest = file_fingerprint(file, VERSION)
     folder = cache.kept(file, digest, cache_dir, lambda own: write_pipeline(contents, kind, prediction, own))
-    return Converted(folder, f"{kind.pipeline}@{digest}")
+    return ConvertedFile(folder, f"{kind.pipeline}@{digest}")
 
 
-def autoencoder_of(file: Path, replaced: Path, cache_dir: Path | None) -> Converted:
+def autoencoder_of(file: Path, replaced: Path, cache_dir: Path | None) -> ConvertedFile:
     """The autoencoder in a file, as a folder.
 
     Args:
@@ -86,4 +86,4 @@ def autoencoder_of(file: Path, replaced: Path, cache_dir: Path | None) -> Conver
             contents, {"_class_name": name, **arguments}, lambda: module_class.from_config(arguments), own
         ),
     )
-    return Converted(folder, f"{name}@{digest}")
+    return ConvertedFile(folder, f"{name}@{digest}")

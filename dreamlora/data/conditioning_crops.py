@@ -1,65 +1,18 @@
-"""What models that edit are shown: the images before the edit, cropped and encoded as those after it."""
+"""The images before an edit, cropped as those after it and encoded: what models that edit are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from dreamlora.config import Data
 from dreamlora.data.buckets import Size
 from dreamlora.data.cache import CHECKED_WHOLE, KeyPart, TensorCache, Wanted, content_key
-from dreamlora.data.catalog import Records
-from dreamlora.data.companions import Companions, list_companions
-from dreamlora.data.folder import Images
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations, Variant, crop, resized, to_tensor, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning
-
-FLAG = "--conditioning_data_dir"
-
-
-def list_conditioning(images: Images, data: Data) -> Companions | None:
-    """The conditioning images of one data set; no file is opened. None: it has no folder of them.
-
-    Raises:
-        UserError: see ``list_companions``; or an image has none.
-    """
-    folder = data.conditioning_data_dir
-    if folder is None:
-        return None
-    found = list_companions(images, folder, FLAG, "conditioning image")
-    if found and found.without:
-        lacking = next(record.name for record in images.records if record.name not in found.row)
-        raise UserError(
-            f"{found.without} of {len(images.records)} images have no conditioning image in {FLAG} {folder}, such as "
-            f"{lacking}: each needs the image before the edit, with the same name (its ending may be another)"
-        )
-    return found
-
-
-class ConditionedRecords(Records):
-    """Images, each with its conditioning image.
-
-    Args:
-        images: of one data set.
-        conditioning: that have been looked at.
-    """
-
-    def __init__(self, images: Sequence[ImageRecord], conditioning: Companions) -> None:
-        self._images = images
-        self._conditioning = conditioning
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def at(self, row: int) -> ImageRecord:
-        """The record of a row."""
-        image = self._images[row]
-        return replace(image, conditioning=self._conditioning.files.records[self._conditioning.row[image.name]])
 
 
 def alike(variant: Variant, size: Size, other: Size) -> Variant:
