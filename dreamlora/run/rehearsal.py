@@ -5,6 +5,7 @@ Every stage runs the family's own code on torch's meta device (``models.footprin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamlora.interfaces import Components, Conditioning, Role, View
+from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.models.building import without_weights
@@ -100,7 +102,7 @@ class Rehearsal:
         encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
         kept = self._held("text", self._trainable) if config.lora.train_text_encoder else 0
         images = Stage("encoding images", vae + kept, *self._work(lambda: self._latents))
-        lora = LORA_BYTES * sum(each.parameters for each in self.trained())
+        lora = LORA_BYTES * sum(each.parameters for each in self.trained()) + self._adapter_bytes
         shown = vae if self._images else 0
         training = Stage("training", denoiser + kept + lora + shown, *self._work(self._step, grad=True))
         stages = [encoding, images, training]
@@ -118,6 +120,12 @@ class Rehearsal:
             return bytes_of(self._conditioning.values())
         except Exception:  # see _work
             return None
+
+    @property
+    def _adapter_bytes(self) -> int:
+        """Of the frozen training adapter, in float32."""
+        file = self._context.training_adapter
+        return 4 * sum(map(math.prod, read_lora(file).shapes.values())) if file else 0
 
     @cached_property
     def _parts(self) -> dict[Role, Components]:
