@@ -24,7 +24,6 @@ ELSEWHERE: dict[str, str] = {
     "enable_npu_flash_attention": "NPU attention is not supported",
     "bnb_quantization_config_path": "quantised base models are not supported; --mixed_precision bf16 halves theirs",
     "do_fp8_training": "fp8 is not supported; --mixed_precision bf16 halves the weights",
-    "text_encoder_out_layers": "the layers are fixed by the model family",
     "skip_final_inference": "use --sample_steps 0 for no samples at all",
     "final_validation_prompt": "use --validation_prompt; it is drawn at the end as well",
     "aspect_ratio_buckets": "use --buckets; the sizes follow from --resolution and --bucket_step",

@@ -53,13 +53,13 @@ class Stage:
     Attributes:
         held: by weights that stay, and by LoRA and optimizer.
         work: by what is computed, at most; None: that cannot be told.
-        unknown: why, in words.
+        rough: why it is only a sum over the layers, or why it cannot be told, in words.
     """
 
     name: str
     held: int
     work: int | None
-    unknown: str = ""
+    rough: str = ""
 
 
 class Rehearsal:
@@ -104,13 +104,18 @@ class Rehearsal:
         images = Stage("encoding images", vae + kept, *self._work(lambda: self._latents))
         lora = LORA_BYTES * sum(each.parameters for each in self.trained()) + self._adapter_bytes
         shown = vae if self._images else 0
-        training = Stage("training", denoiser + kept + lora + shown, *self._work(self._step, grad=True))
+        training = Stage(
+            "training",
+            denoiser + kept + lora + shown,
+            *self._work(self._step, lambda: self._of_layers(True), grad=True),
+        )
         stages = [encoding, images, training]
         if self._images:
-            drawing = self._work(lambda: self._drawing(self._images))
+            drawing = self._work(lambda: self._drawing(self._images), lambda: self._of_layers(False))
             stages.append(Stage("drawing samples", denoiser + kept + lora + vae, *drawing))
             if config.train.parity_check:
-                stages.append(Stage("check at the end", denoiser + text + vae, *self._work(lambda: self._drawing(1))))
+                check = self._work(lambda: self._drawing(1), lambda: self._of_layers(False))
+                stages.append(Stage("check at the end", denoiser + text + vae, *check))
         return stages
 
     @property
@@ -168,7 +173,9 @@ class Rehearsal:
             if only is None or name in only
         )
 
-    def _work(self, compute: Callable[[], Any], *, grad: bool = False) -> tuple[int | None, str]:
+    def _work(
+        self, compute: Callable[[], Any], otherwise: Callable[[], int] | None = None, *, grad: bool = False
+    ) -> tuple[int | None, str]:
         trainable = self._trainable
         for module in trainable.values():
             module.train(grad)
@@ -176,8 +183,37 @@ class Rehearsal:
             with torch.set_grad_enabled(grad), Footprint(self._modules.values()) as footprint:
                 compute()
         except Exception as error:  # of the model's code, where it asks a tensor for a number that it does not have
-            return None, in_one_line(error)
+            if otherwise is None:
+                return None, in_one_line(error)
+            return otherwise(), "a sum over the layers: the model's own code goes by the numbers in its tensors"
         return footprint.peak, ""
+
+    def _of_layers(self, grad: bool) -> int:
+        """What a pass through the denoiser holds, roughly, where its code cannot be run without numbers.
+
+        In training every linear layer keeps its input, of every token (those that share one make up for what lies
+        between layers); with gradient checkpointing that is so for one block at a time, besides the input of each.
+        Without gradients the widest layer's input and output are held twice.
+        """
+        config, denoiser = self._context.config, self._modules[self._family.DENOISER]
+        patch = denoiser.config.get("patch_size") or 2  # type: ignore[union-attr, operator]
+        side = patch if isinstance(patch, int) else patch[-1]
+        length = max((value.shape[1] for value in self._conditioning.values() if value.dim() > 2), default=0)
+        tokens = self._latents.shape[-2] * self._latents.shape[-1] // side**2 + length
+        linear = [module for module in denoiser.modules() if isinstance(module, nn.Linear)]
+        size = next(denoiser.parameters()).element_size()
+        if not grad:
+            return 2 * tokens * size * max(layer.in_features + layer.out_features for layer in linear)
+        blocks = [block for child in denoiser.children() if isinstance(child, nn.ModuleList) for block in child]
+        widths = [
+            sum(layer.in_features for layer in block.modules() if isinstance(layer, nn.Linear)) for block in blocks
+        ]
+        batch = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
+        if config.model.gradient_checkpointing:
+            kept = max(widths, default=0) + len(blocks) * min((layer.in_features for layer in linear), default=0)
+        else:
+            kept = sum(layer.in_features for layer in linear)
+        return batch * tokens * size * kept
 
     @cached_property
     def _conditioning(self) -> Conditioning:

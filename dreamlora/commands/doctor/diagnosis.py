@@ -182,7 +182,7 @@ def _of_rehearsal(context: RunContext, pictures: RunImages | None) -> dict[str, 
     rehearsal = Rehearsal(context, max(prompts, key=len), largest, drawn)
     trained = rehearsal.trained()
     stages = [
-        {"stage": stage.name, "held": stage.held, "work": stage.work, "unknown": stage.unknown}
+        {"stage": stage.name, "held": stage.held, "work": stage.work, "rough": stage.rough}
         for stage in rehearsal.stages()
     ]
     return {

@@ -70,8 +70,9 @@ def _of_data(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _stage(stage: Mapping[str, Any]) -> tuple[str, ...]:
     if stage["work"] is None:
-        return stage["stage"], gibibytes(stage["held"]), f"not known ({stage['unknown']})"
-    return stage["stage"], *map(gibibytes, (stage["held"], stage["work"], stage["held"] + stage["work"]))
+        return stage["stage"], gibibytes(stage["held"]), f"not known ({stage['rough']})"
+    figures = map(gibibytes, (stage["held"], stage["work"], stage["held"] + stage["work"]))
+    return stage["stage"], *figures, *(["(roughly)"] if stage["rough"] else [])
 
 
 def _of_disk(disk: Mapping[str, Any]) -> Iterator[str]:

@@ -59,9 +59,7 @@ def flags(photos: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("family", registry.names("families"))
 def test_every_family_is_gone_through_without_a_weight(family: str, tmp_path: Path, capsys) -> None:
-    """The memory of each stage is found by the family's own code; where that routes tokens by their numbers, it is not
-    known.
-    """
+    """The memory of each stage is found by the family's own code, or roughly where that goes by a tensor's numbers."""
     tiny = tinymodels.of(family)
     found = told(capsys, tiny.save(tmp_path / "model"), "--resolution", tiny.side, "--gradient_checkpointing")
     assert found["would_run"], found["errors"]
@@ -70,9 +68,9 @@ def test_every_family_is_gone_through_without_a_weight(family: str, tmp_path: Pa
     assert list(stages) == [
         *("encoding prompts", "encoding images", "training", "drawing samples", "check at the end"),
     ]
-    unknown = {stage["unknown"] for stage in stages.values() if stage["work"] is None}
-    assert all("bincount" in why or "nonzero" in why for why in unknown), unknown
-    assert stages["encoding prompts"]["work"] > 0 and stages["encoding images"]["work"] > 0
+    rough = {name for name, stage in stages.items() if stage["rough"]}
+    assert not rough & {"encoding prompts", "encoding images"}
+    assert all(stage["work"] > 0 for stage in stages.values())
 
 
 def test_parts_are_those_of_the_files(model: Path, capsys) -> None:
