@@ -26,6 +26,7 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 TORCH_FREE = [
     "dreamlora.__main__",
     "dreamlora.commands.sample.flags",
+    "dreamlora.commands.doctor.flags",
     "dreamlora.commands.evaluate.flags",
     "dreamlora.runfolder",
     "dreamlora.report.page",

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from dreamlora.lora.files import Factors, put_adapter
+from dreamlora.lora.files import LoraFactors, put_adapter
 from dreamlora.lora.pairs import ADAPTER, bare
 
 ASSISTANT = "assistant"
 """Name of the adapter. PEFT finds what belongs to an adapter by its name, which must not be in another's."""
 
 
-def add_assistant(module: nn.Module, name: str, factors: Factors) -> None:
+def add_assistant(module: nn.Module, name: str, factors: LoraFactors) -> None:
     """Put a LoRA beside the one that trains, and switch it on.
 
     Args:

@@ -95,7 +95,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Factors:
+class LoraFactors:
     """What a LoRA file puts into a pipeline that it was found to fit, by component.
 
     Attributes:
@@ -131,7 +131,7 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0) -> LoraFile:
     return factors.lora
 
 
-def factors_of(pipeline: Any, path: Path) -> Factors:
+def factors_of(pipeline: Any, path: Path) -> LoraFactors:
     """What a LoRA puts into a stock pipeline, whose modules have no adapters yet; nothing is changed.
 
     diffusers says which layers its names mean. Their ranks are those of the tensors; PEFT is told nothing that stands
@@ -150,7 +150,7 @@ def factors_of(pipeline: Any, path: Path) -> Factors:
         raise UserError(f"{lora.path} has alphas among its tensors and others in its metadata: which ones are meant?")
     parts, alphas_of = _by_component(pipeline, lora, state), _by_component(pipeline, lora, alphas)
     _check_fit(pipeline, lora, parts)
-    return Factors(
+    return LoraFactors(
         lora,
         parts,
         {
@@ -313,7 +313,7 @@ def _problem(pipeline: Any, key: str, value: torch.Tensor) -> str | None:
 
 
 def _problem_of_pair(named: dict[str, torch.Tensor], key: str) -> str | None:
-    """Factors come in pairs of one rank; what is missing would be drawn at random."""
+    """LoraFactors come in pairs of one rank; what is missing would be drawn at random."""
     first, second = ("lora_A", "lora_B") if ".lora_A." in key else ("lora_B", "lora_A")
     partner = named.get(key.replace(f".{first}.", f".{second}."))
     if partner is None:

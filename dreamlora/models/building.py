@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dreamlora.reading import UnreadableError
 CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 _ADAPTER = "adapter_config.json"
+_without_weights: ContextVar[Mapping[Place, Weights] | None] = ContextVar("without_weights", default=None)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ def load_module(part_class: Any, place: Place, form: Form) -> nn.Module:
     Raises:
         UserError: its config or weights are missing, do not belong together, or are none that it can be made of.
     """
+    sizes = _without_weights.get()
+    if sizes is not None:
+        return empty_module(part_class, place, sizes[place], form.dtype or torch.float32)
     file = place.file(CONFIG)
     build = _of_transformers if issubclass(part_class, PreTrainedModel) else _of_diffusers
     module, missing = build(part_class, place, form, file)
@@ -139,6 +144,20 @@ def _of_diffusers(part_class: Any, place: Place, form: Form, file: Path) -> tupl
             file.parent, torch_dtype=form.dtype, variant=form.variant, output_loading_info=True, **arguments
         )
     return module, set(info["missing_keys"])
+
+
+@contextmanager
+def without_weights(sizes: Mapping[Place, Weights]) -> Iterator[None]:
+    """Modules that are loaded in here have no numbers: they are on torch's meta device.
+
+    Args:
+        sizes: of their weights, as bounds.
+    """
+    token = _without_weights.set(sizes)
+    try:
+        yield
+    finally:
+        _without_weights.reset(token)
 
 
 def is_module(part_class: Any) -> bool:

@@ -24,10 +24,11 @@ META = torch.device("meta")
 
 
 class Footprint:
-    """A context in which meta tensors are counted, and small whole numbers stay real.
+    """A context in which meta tensors are counted, and what decides shapes stays real.
 
-    Masks, token ids and positions decide how much is computed, so tensors of whole numbers are kept on the CPU with
-    their numbers, also where the code moves them to the meta device, and may be mixed with meta tensors.
+    Masks, token ids and positions decide how much is computed, so tensors that have numbers keep them, on the CPU, also
+    where the code moves them to the meta device, and may be mixed with meta tensors; so do whole numbers that are made
+    there.
 
     Args:
         modules: whose weights are there already and do not count.
@@ -72,8 +73,11 @@ class _Counting(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in tensors:
             self._count(tensor)
-        if kwargs.get("device") == META and _gives_whole_numbers(func, args, kwargs):
+        made = kwargs.get("device") == META or func.overloadpacket.__name__.startswith("new_")
+        if made and _keeps_numbers(func, args, kwargs):
             kwargs["device"] = torch.device("cpu")
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta:
+            kwargs["device"] = META  # what has no numbers cannot go where the others are
         if 0 < sum(tensor.is_meta for tensor in tensors) < len(tensors):
             if func is torch.ops.aten.index.Tensor or func is torch.ops.aten.index_put_.default:
                 args = (args[0], _places(args[1]), *args[2:])
@@ -101,12 +105,12 @@ class _Counting(TorchDispatchMode):
         self._held -= size
 
 
-def _gives_whole_numbers(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+def _keeps_numbers(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    if func is torch.ops.aten._to_copy.default:
+        return not args[0].is_meta
     kind = kwargs.get("dtype")
     if kind is not None:
         return not (kind.is_floating_point or kind.is_complex)
-    if func is torch.ops.aten._to_copy.default:
-        return not (args[0].is_floating_point() or args[0].is_complex() or args[0].is_meta)
     name = func.overloadpacket.__name__
     numbers = args[1:] if name == "full" else args
     return name in ("arange", "full") and all(isinstance(number, int) for number in numbers)

@@ -24,7 +24,7 @@ _NEEDS = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 
 
 @dataclass(frozen=True)
-class Part:
+class PartFiles:
     """One part of a pipeline, or what is wrong with it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Part:
         return Weights((), self.tensors or MOST_TENSORS, self.parameters or self.size)
 
 
-def inventory(source: ModelSource, family: Family) -> list[Part]:
+def inventory(source: ModelSource, family: Family) -> list[PartFiles]:
     """All parts that the pipeline has, in the family's order.
 
     Raises:
@@ -72,9 +72,9 @@ def inventory(source: ModelSource, family: Family) -> list[Part]:
     return [_part(source, role, name, part_class) for role, name, part_class in part_classes(source, family)]
 
 
-def _part(source: ModelSource, role: Role, name: str, part_class: Any) -> Part:
+def _part(source: ModelSource, role: Role, name: str, part_class: Any) -> PartFiles:
     place = place_of(source, name)
-    part = Part(role, name, part_class, place)
+    part = PartFiles(role, name, part_class, place)
     try:
         if is_module(part_class):
             size, headers, here = _weights(source, place, part_class)
@@ -82,11 +82,11 @@ def _part(source: ModelSource, role: Role, name: str, part_class: Any) -> Part:
             for header in headers:
                 numbers.update(header.numbers)
             tensors = sum(header.tensors for header in headers)
-            return Part(role, name, part_class, place, size, tensors, dict(numbers), here)
+            return PartFiles(role, name, part_class, place, size, tensors, dict(numbers), here)
         if issubclass(part_class, PreTrainedTokenizerBase):
-            return Part(role, name, part_class, place, problem=_lacking_package(part_class, place))
+            return PartFiles(role, name, part_class, place, problem=_lacking_package(part_class, place))
     except UserError as error:
-        return Part(role, name, part_class, place, problem=str(error))
+        return PartFiles(role, name, part_class, place, problem=str(error))
     return part
 
 
@@ -175,6 +175,6 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def problems_of(parts: Sequence[Part]) -> Iterator[str]:
+def problems_of(parts: Sequence[PartFiles]) -> Iterator[str]:
     """What keeps parts from being loaded, one sentence each."""
     yield from (part.problem for part in parts if part.problem)

@@ -13,16 +13,16 @@ from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
-from dreamlora.lora.files import Factors, factors_of
+from dreamlora.lora.files import LoraFactors, factors_of
 from dreamlora.lora.inject import target_layers
 from dreamlora.models.building import empty_module
-from dreamlora.models.inventory import Part, problems_of
+from dreamlora.models.inventory import PartFiles, problems_of
 from dreamlora.models.loading import read_settings
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
 
 
-def require_parts(parts: Sequence[Part]) -> None:
+def require_parts(parts: Sequence[PartFiles]) -> None:
     """Nothing, if the files of all parts are there and may be loaded.
 
     Raises:
@@ -49,7 +49,7 @@ def require_layers(context: RunContext) -> None:
         assistant_of(context, {family.DENOISER: module, "settings": settings})
 
 
-def assistant_of(context: RunContext, components: Components) -> Factors | None:
+def assistant_of(context: RunContext, components: Components) -> LoraFactors | None:
     """The training adapter, as it fits a denoiser that has no LoRA yet; None: there is none.
 
     Args:
@@ -97,7 +97,7 @@ def warnings(context: RunContext) -> Iterator[str]:
             )
 
 
-def part_named(context: RunContext, name: str) -> Part:
+def part_named(context: RunContext, name: str) -> PartFiles:
     """A part of the context's pipeline."""
     return next(part for part in context.inventory if part.name == name)
 

@@ -21,7 +21,7 @@ from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.adapter import content_of
-from dreamlora.models.inventory import Part
+from dreamlora.models.inventory import PartFiles
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
@@ -48,7 +48,7 @@ class RunContext:
     family: Family
     source: ModelSource
     parts: Parts
-    inventory: Sequence[Part] = ()
+    inventory: Sequence[PartFiles] = ()
     training_adapter: Path | None = None
     eval_price: Price | None = None
     shown: Shown = field(default_factory=dict)

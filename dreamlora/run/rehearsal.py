@@ -5,6 +5,7 @@ Every stage runs the family's own code on torch's meta device (``models.footprin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dreamlora.interfaces import Components, Conditioning, View
+from dreamlora.interfaces import Components, Conditioning, Role, View
+from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import adapted_layers
-from dreamlora.models.building import empty_module, is_module
+from dreamlora.models.building import without_weights
 from dreamlora.models.configs import in_one_line
 from dreamlora.models.footprint import META, Footprint, bytes_of
-from dreamlora.models.loading import load_components, read_settings
-from dreamlora.models.parts import DTYPES
+from dreamlora.models.parts import DTYPES, ROLES
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
 from dreamlora.training.loop import Predictor
@@ -101,7 +102,7 @@ class Rehearsal:
         encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
         kept = self._held("text", self._trainable) if config.lora.train_text_encoder else 0
         images = Stage("encoding images", vae + kept, *self._work(lambda: self._latents))
-        lora = LORA_BYTES * sum(each.parameters for each in self.trained())
+        lora = LORA_BYTES * sum(each.parameters for each in self.trained()) + self._adapter_bytes
         shown = vae if self._images else 0
         training = Stage(
             "training",
@@ -125,16 +126,25 @@ class Rehearsal:
         except Exception:  # see _work
             return None
 
+    @property
+    def _adapter_bytes(self) -> int:
+        """Of the frozen training adapter, in float32."""
+        file = self._context.training_adapter
+        return 4 * sum(map(math.prod, read_lora(file).shapes.values())) if file else 0
+
+    @cached_property
+    def _parts(self) -> dict[Role, Components]:
+        """The parts as the family loads them, without numbers."""
+        context, own = self._context, DTYPES[self._context.accelerator.mixed_precision]
+        with without_weights({part.place: part.weights for part in context.inventory}):
+            return {
+                role: self._family.load(context.source, role, torch.float32 if role == "vae" else own) for role in ROLES
+            }
+
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
-        own = DTYPES[self._context.accelerator.mixed_precision]
-        return {
-            part.name: empty_module(
-                part.part_class, part.place, part.weights, torch.float32 if part.role == "vae" else own
-            )
-            for part in self._context.inventory
-            if is_module(part.part_class)
-        }
+        parts = (item for components in self._parts.values() for item in components.items())
+        return {name: part for name, part in parts if isinstance(part, nn.Module)}
 
     @cached_property
     def _trainable(self) -> dict[str, nn.Module]:
@@ -155,11 +165,11 @@ class Rehearsal:
                 (module.gradient_checkpointing_enable if text else module.enable_gradient_checkpointing)()
         return {name: self._modules[name] for name in wanted}
 
-    def _held(self, role: str, only: Collection[str] | None = None) -> int:
-        names = [part.name for part in self._context.inventory if part.role == role and part.name in self._modules]
+    def _held(self, role: Role, only: Collection[str] | None = None) -> int:
+        modules = {name: part for name, part in self._parts[role].items() if isinstance(part, nn.Module)}
         return sum(
-            bytes_of((*self._modules[name].parameters(), *self._modules[name].buffers()))
-            for name in names
+            bytes_of((*module.parameters(), *module.buffers()))
+            for name, module in modules.items()
             if only is None or name in only
         )
 
@@ -206,39 +216,18 @@ class Rehearsal:
         return batch * tokens * size * kept
 
     @cached_property
-    def _text(self) -> Components:
-        context, family = self._context, self._family
-        classes = family.PARTS["text"]
-        others = {
-            part.name: classes[part.name]
-            for part in context.inventory
-            if part.role == "text" and not is_module(part.part_class)
-        }
-        modules = {name: module for name, module in self._modules.items() if name in classes}
-        return {
-            **dict.fromkeys(classes),
-            **load_components(context.source, others, None),
-            **modules,
-            "settings": context.parts.get("scheduler")["settings"],
-        }
-
-    @cached_property
     def _conditioning(self) -> Conditioning:
         """Of one prompt: what training is given of it."""
         with torch.no_grad():
-            tokens = self._family.tokenize(self._text, [self._prompt], prompt_length(self._context))
+            tokens = self._family.tokenize(self._parts["text"], [self._prompt], prompt_length(self._context))
             if self._context.config.lora.train_text_encoder:
-                return self._family.encode_frozen(self._text, tokens)
-            return self._family.encode_tokens(self._text, tokens)
+                return self._family.encode_frozen(self._parts["text"], tokens)
+            return self._family.encode_tokens(self._parts["text"], tokens)
 
     @property
     def _autoencoder(self) -> Any:
-        [module] = self._vae.values()
-        return module
-
-    @property
-    def _vae(self) -> dict[str, nn.Module]:
-        return {name: self._modules[name] for name in self._family.PARTS["vae"]}
+        [name] = self._family.PARTS["vae"]
+        return self._modules[name]
 
     @cached_property
     def _latents(self) -> Tensor:
@@ -254,19 +243,29 @@ class Rehearsal:
 
         module.encode = noted
         try:
-            width, height = self._size
-            settings = read_settings(self._context.source, self._family.SETTINGS)
-            pixels = torch.empty(1, 3, height, width, device=META)
             with torch.no_grad():
-                return self._family.encode_images({**self._vae, "settings": settings}, pixels).mean
+                return self._family.encode_images(self._parts["vae"], self._pixels).mean
         finally:
             module.encode = encode
+
+    @property
+    def _pixels(self) -> Tensor:
+        width, height = self._size
+        return torch.empty(1, 3, height, width, device=META)
+
+    @cached_property
+    def _shown(self) -> Conditioning:
+        """Of an image before its edit, for models that edit."""
+        if not self._family.shows_images(self._context.source):
+            return {}
+        with torch.no_grad():
+            return self._family.encode_conditioning(self._parts["vae"], self._pixels)
 
     def _step(self) -> None:
         """Forwards and backwards through one micro-batch."""
         config = self._context.config
         batch = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
-        text = self._text if config.lora.train_text_encoder else None
+        text = self._parts["text"] if config.lora.train_text_encoder else None
         model = Predictor(self._family, self._trainable[self._family.DENOISER], text, config.train.guidance_scale)
         prediction = model(*self._inputs(batch))
         torch.autograd.backward((prediction.float() ** 2).sum())
@@ -277,15 +276,15 @@ class Rehearsal:
         negative = self._context.guidance(config.sample.negative_prompt).encoded_negative
         noisy, times, conditioning = self._inputs(images * (1 if negative is None else 2))
         if config.lora.train_text_encoder:
-            conditioning = family.encode_tokens(self._text, conditioning)
+            conditioning = family.encode_tokens(self._parts["text"], conditioning)
         family.predict(self._modules[family.DENOISER], noisy, times, conditioning, config.train.guidance_scale)
         self._autoencoder.decode(torch.empty(images, *self._decoded, device=META))
 
     def _inputs(self, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
         family, config, axes = self._family, self._context.config, self._family.LENGTH_AXES
-        objective = family.objective(self._context.parts.get("scheduler")["scheduler"], config.train)
+        objective = family.objective(self._parts["scheduler"]["scheduler"], config.train)
         latents = self._latents
         times = objective.spread_times(torch.tensor([0.5])).expand(batch)
         views = family.describe_views([View(self._size, (0, 0), self._size)] * batch)
-        conditioning: Mapping[str, Tensor] = stack_conditioning([self._conditioning] * batch, axes)
-        return torch.empty(batch, *latents.shape[1:], device=META), times, {**conditioning, **views}
+        each: Mapping[str, Tensor] = stack_conditioning([{**self._conditioning, **self._shown}] * batch, axes)
+        return torch.empty(batch, *latents.shape[1:], device=META), times, {**each, **views}

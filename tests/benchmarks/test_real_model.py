@@ -49,11 +49,11 @@ def test_every_family_is_compared_with_the_stock_pipeline(real, family: str, tmp
     real.check_conditioning(subject(real, tiny.save(tmp_path / "model"), tiny.side), check)
     assert real.problems(check.findings) == []
     by_embeddings = check.findings["stock pipeline, from embeddings"]
-    assert by_embeddings["image"]["psnr_db"] > 60
-    figures = check.findings["a training's call of the denoiser"]["arguments"]
-    alike = [name for name, figure in figures.items() if isinstance(figure, float) and figure < 1e-5]
-    padded = bool(registry.load("families", family).LENGTH_AXES)  # by the pipeline, so that shapes differ
-    assert alike or padded, "the prompt's embeddings, at least, are the same"
+    assert by_embeddings["image"]["psnr_db"] > 60 or by_embeddings["mended"]
+    for stage in ("stock pipeline, from embeddings", "a training's call of the denoiser"):
+        for name, figure in check.findings[stage]["arguments"].items():
+            # where the stock pipeline pads, and the family does not, the image tells
+            assert "hidden" not in name or name == "hidden_states" or isinstance(figure, str) or figure == 0.0, name
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
@@ -97,7 +97,7 @@ def test_other_images_and_arguments_are_seen(real) -> None:
     others = {"a": torch.full((1, 3), 1.5), "b": torch.ones(1, 3), "c": torch.ones(1, 5)}
     assert real.differences(ones, others) == {
         **{"a": 0.5, "b": 0.0},
-        **{"c": "[1, 4] and [1, 5]", "d": "given by the first alone"},
+        **{"c": "0.0 where both are: [1, 4] and [1, 5]", "d": "given by the first alone"},
     }
     assert real.problems({"x": {"image": {"psnr_db": 12.0}}}) == ["x: its image is another one (PSNR 12.0 dB)"]
     lost = {"call": {"error": 1.0, "rounding": 0.01}}

@@ -210,6 +210,16 @@ def test_one_that_cannot_be_used_is_refused_before_any_work(flags, adapter, tmp_
     assert said in " ".join(found["errors"]) and "memory" not in found
 
 
+def test_its_memory_is_counted(flags, adapter) -> None:
+    with_adapter, without = (
+        {stage["stage"]: stage["held"] for stage in diagnose(*parse_run([*flags, *more]))["memory"]["stages"]}
+        for more in (["--training_adapter", str(adapter)], [])
+    )
+    numbers = sum(tensor.numel() for tensor in load_file(adapter).values())
+    assert with_adapter["training"] - without["training"] == 4 * numbers
+    assert with_adapter["encoding images"] == without["encoding images"]
+
+
 def test_a_missing_one_is_refused(flags, tmp_path) -> None:
     found = diagnose(*parse_run([*flags, "--training_adapter", str(tmp_path / "nowhere.safetensors")]))
     assert "no such LoRA file or folder" in found["errors"][0]

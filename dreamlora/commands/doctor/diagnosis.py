@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from dreamlora.config import RunConfig
 from dreamlora.data.encode import bytes_lacking
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
-from dreamlora.models.inventory import Part, inventory, problems_of
+from dreamlora.models.inventory import PartFiles, inventory, problems_of
 from dreamlora.models.loading import family_of, read_model_index, resolve_source
 from dreamlora.run import checks, opening, preflight
 from dreamlora.run.announce import outline_of
@@ -103,17 +104,18 @@ def _of_model(config: RunConfig, findings: _Findings) -> dict[str, Any]:
     findings.errors += list(problems_of(parts))
     given = config.model.family
     pipeline = read_model_index(source)["_class_name"]
-    how = f"--family {given}" if given else f"model_index.json names {pipeline}"
+    single = Path(config.model.pretrained_model_name_or_path).is_file()
+    how = f"the names of its tensors are those of a {pipeline}" if single else f"model_index.json names {pipeline}"
     return {
         "model_id": source.model_id,
         "family": registry.name_of(family),
-        "recognised_by": how,
+        "recognised_by": f"--family {given}" if given else how,
         "distilled": family.distilled(source),
         "parts": [_of_part(part) for part in parts],
     }
 
 
-def _of_part(part: Part) -> dict[str, Any]:
+def _of_part(part: PartFiles) -> dict[str, Any]:
     return {
         "name": part.name,
         "class": part.part_class.__name__,
