@@ -90,10 +90,20 @@ class UnderTest:
                 "%d of %d prompts have more than %d tokens: the rest does not count", count, len(texts), limit
             )
 
+    def warn_of_negative(self, plan: SamplePlan) -> None:
+        """Tell of a negative prompt that the pipeline does not look at."""
+        if plan.negative_prompt and self._guidance(plan).encoded_negative is None:
+            logger.warning(
+                "the negative prompt has no effect: this model is not guided away from one at guidance %g",
+                plan.guidance_scale,
+            )
+
     def asked(self, plan: SamplePlan) -> Asked:
         """What gives a pipeline the prompt embeddings of a plan's images."""
-        guidance = Guidance(self.parts.family, self.source, plan.guidance_scale, plan.negative_prompt, plan.shown)
-        return embedding(guidance, self.encode)
+        return embedding(self._guidance(plan), self.encode)
+
+    def _guidance(self, plan: SamplePlan) -> Guidance:
+        return Guidance(self.parts.family, self.source, plan.guidance_scale, plan.negative_prompt, plan.shown)
 
     @property
     def sample_defaults(self) -> SampleDefaults:

@@ -35,6 +35,7 @@ def sample_loras(config: SampleConfig) -> Path:
     plan = plan_for(config, under_test.settings, under_test.sample_defaults, prompts)
     plan = with_shown(plan, config, run, edits=under_test.edits)
     under_test.warn_of_cut(prompts)
+    under_test.warn_of_negative(plan)
     output = config.output_dir or Path("outputs") / f"sample-{Path(config.lora[0]).resolve().stem}"
     drawn = [record for number in range(len(rows)) for record in _draw_row(under_test, plan, number, output)]
     write_atomically(output / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in drawn))

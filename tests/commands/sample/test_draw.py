@@ -96,6 +96,13 @@ def test_a_file_needs_model_and_prompts(tmp_path: Path, run: RunFolder, sd_folde
     assert [row["lora"] for row in rows] == [None, str(file)]
 
 
+def test_a_negative_prompt_that_does_nothing_is_told(tmp_path: Path, run: RunFolder, caplog) -> None:
+    for guidance, told in ((1, True), (3, False)):
+        caplog.clear()
+        sample(tmp_path / "out", run.path, "--negative_prompt", "ugly", "--sample_guidance_scale", guidance)
+        assert ("the negative prompt has no effect" in caplog.text) is told
+
+
 def test_mistakes_are_found_before_the_model_loads(tmp_path: Path, run: RunFolder) -> None:
     with pytest.raises(UserError, match="no such LoRA"):
         sample(tmp_path, run.path / "nothing.safetensors")
