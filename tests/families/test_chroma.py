@@ -45,6 +45,17 @@ def test_what_the_mask_leaves_out_changes_nothing(parts):
         assert torch.equal(found, plain) != differs
 
 
+@torch.no_grad()
+def test_the_pipelines_own_masks_of_prompts_mask(parts):
+    """Numbers would not (diffusers#13619); prompts go to it where text encoders are there while samples are drawn."""
+    made = chroma.pipeline(parts)
+    embeds, _, mask, *_ = made.encode_prompt(["a cat", "a"], do_classifier_free_guidance=False, max_sequence_length=20)
+    expected = encoded(parts, ["a cat", "a"])
+    longest = expected["prompt_embeds"].shape[1]
+    assert mask.dtype == torch.bool and not mask[:, longest:].any()
+    assert torch.equal(mask[:, :longest], expected["prompt_attention_mask"])
+
+
 def test_times_are_drawn_by_a_parabola():
     """Its distribution function is 3 σ² - 2 σ³, whatever the size of the image."""
     objective = chroma.objective(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), Train())

@@ -330,7 +330,7 @@ def test_sampling_without_text_encoders_equals_the_stock_pipeline(case, parts, g
     scale = case.tiny.guidance if guided else 1.0
     kept = {name: part for name, part in parts.items() if not name.startswith(("text", "tok"))}
     found = call(case, case.family.pipeline(kept), as_embeddings(case, parts, PROMPTS, scale))
-    expected = call(case, fresh_stock(case), as_prompts(case, PROMPTS, scale))
+    expected = call(case, case.stock, as_prompts(case, PROMPTS, scale))
     assert type(case.family.pipeline(kept)) is type(case.stock)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -361,7 +361,7 @@ def test_saved_lora_gives_equal_images_in_a_stock_pipeline(case, parts, tmp_path
         pytest.skip("this family has no text encoder that trains")
     encoders = trained(case, parts, lora=lora, text=text)
     asked = as_prompts(case, PROMPTS, 2.0)
-    base = call(case, fresh_stock(case), asked)
+    base = call(case, case.stock, asked)
     for module in parts.values():
         if isinstance(module, torch.nn.Module):
             module.eval()
@@ -391,13 +391,13 @@ def test_rslora_keeps_its_scale_in_a_stock_pipeline(case, parts, tmp_path):
 def test_applied_file_acts_in_full_and_not_at_all_at_scale_zero(case, parts, tmp_path):
     encoders = trained(case, parts, lora=Lora(rank=3, lora_alpha=7.5), text=True)
     file = case.family.save_lora(tmp_path, parts[case.family.DENOISER], encoders)
-    base, full, none = fresh_stock(case), fresh_stock(case), fresh_stock(case)
+    full, none = fresh_stock(case), fresh_stock(case)
     apply_lora(full, file, 1.0)
     apply_lora(none, tmp_path, 0.0)
     asked = as_prompts(case, PROMPTS)
     expected = call(case, case.family.pipeline(parts), asked)
     torch.testing.assert_close(call(case, full, asked), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(call(case, none, asked), call(case, base, asked), rtol=0, atol=1e-6)
+    torch.testing.assert_close(call(case, none, asked), call(case, case.stock, asked), rtol=0, atol=1e-6)
 
 
 def test_equal_adapters_give_equal_files(case, parts, tmp_path):

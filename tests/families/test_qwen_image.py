@@ -141,6 +141,7 @@ def test_guidance_needs_a_negative_prompt(folder: Path) -> None:
     assert qwen_image.negative_prompt(source, own.guidance_scale, own.negative_prompt) == " "
     assert qwen_image.negative_prompt(source, 4.0, "blurry") == "blurry"
     assert qwen_image.negative_prompt(source, 1.0, "blurry") is None
+    assert qwen_image.negative_prompt(source, 4.0, None) is None
 
 
 def test_one_step_is_none_for_such_a_scheduler(parts: Components) -> None:

@@ -61,15 +61,15 @@ def gemma_tokenizer() -> GemmaTokenizer:
     return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], add_bos_token=True)
 
 
-def gemma2(tokenizer: GemmaTokenizer) -> Gemma2Model:
-    """A text encoder of three layers, local and global ones, and 16 channels."""
+def gemma2(tokenizer: GemmaTokenizer, layers: int = 3) -> Gemma2Model:
+    """A text encoder of local and global layers in turn, and 16 channels."""
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         head_dim=8,
         hidden_size=16,
         intermediate_size=16,
         num_attention_heads=2,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_key_value_heads=1,
         sliding_window=64,
         pad_token_id=tokenizer.pad_token_id,

@@ -60,7 +60,7 @@ def save(folder: Path, **more: Any) -> Path:
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     parts = {
         "tokenizer": tokenizer,
-        "text_encoder": gemma2(tokenizer),
+        "text_encoder": gemma2(tokenizer, layers=1),
         "vae": dc_vae(),
         "transformer": transformer,
         "scheduler": scheduler,

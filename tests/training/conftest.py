@@ -19,6 +19,7 @@ from dreamlora.config import RunConfig
 from dreamlora.config.programs import TextToImageConfig
 from dreamlora.errors import UserError
 from dreamlora.optimizers import lora_param_groups
+from dreamlora.run import ending
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.loop import Run
 
@@ -43,6 +44,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(photos: Path, cache: Path, sd_folder: Path, tmp_path: Path) -> list[str]:
     """A run of six steps with everything switched on; flags given later win."""
     return flags_of(photos, cache, sd_folder, tmp_path / "run")
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For many runs of which nobody looks at the report: its charts take a quarter of a short one."""
+    monkeypatch.setattr(ending, "write_report", lambda folder: None)
 
 
 def flags_of(photos: Path, cache: Path, model: Path, output: Path) -> list[str]:

@@ -23,6 +23,7 @@ from dreamlora.runfolder import RunFolder
 from tests import tinymodels
 from tests.training.conftest import flags_of, train_with
 
+pytestmark = pytest.mark.usefixtures("no_report")
 SIDE = 64
 """The least that FLUX.2's pipelines edit."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from tests.training.conftest import flags_of, train_with, with_optimizer
 from tests.training.forked import in_two_processes, run_forked
 
 SHORT = "--max_train_steps 4 --sample_steps 4 --eval_steps 2 --train_batch_size 2 --num_inference_steps 1"
+pytestmark = pytest.mark.usefixtures("no_report")
 LOOP = "--sample_steps 0 --eval_steps 0 --final_eval_items 0 --no_parity_check --checkpointing_steps 0"
 
 
@@ -32,7 +34,10 @@ LOOP = "--sample_steps 0 --eval_steps 0 --final_eval_items 0 --no_parity_check -
 def model(request, tiny_folder) -> SimpleNamespace:
     """A family's small model as a folder."""
     name = request.param
-    return SimpleNamespace(family=registry.load("families", name), tiny=tinymodels.of(name), folder=tiny_folder(name))
+    model = SimpleNamespace(family=registry.load("families", name), tiny=tinymodels.of(name), folder=tiny_folder(name))
+    gc.collect()
+    gc.freeze()  # what was imported for it; see ``frozen_imports``
+    return model
 
 
 @pytest.fixture
