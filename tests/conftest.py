@@ -9,7 +9,8 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -47,15 +48,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small StableDiffusionPipeline; not to be written to."""
-    return tinymodels.save_sd(tmp_path_factory.mktemp("models") / "sd")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The small model of a family ("sdxl"), or a variant of it ("flux2-dev"), as a folder; not to be written to."""
+    place = tmp_path_factory.mktemp("models")
+    return functools.cache(lambda name: tinymodels.SAVERS[name](place / name))
 
 
 @pytest.fixture(scope="session")
-def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd_folder(tiny_folder: Callable[[str], Path]) -> Path:
+    """A small StableDiffusionPipeline; not to be written to."""
+    return tiny_folder("sd")
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tiny_folder: Callable[[str], Path]) -> Path:
     """A small FluxPipeline; not to be written to."""
-    return tinymodels.save_flux(tmp_path_factory.mktemp("models") / "flux")
+    return tiny_folder("flux")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -12,8 +13,7 @@ from dreamlora import __main__
 from dreamlora.cli.declared import options_of
 from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.parse import Program, parse, parse_run
-from dreamlora.commands.doctor.flags import DoctorConfig
-from dreamlora.commands.doctor.flags import parse as parse_doctor
+from dreamlora.commands.doctor import flags as doctor
 from dreamlora.commands.evaluate.flags import EvaluateConfig
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import RunConfig, programs
@@ -32,9 +32,9 @@ OURS = {
     name
     for config in (
         RunConfig,
-        DoctorConfig,
         programs.TextToImageConfig,
         EvaluateConfig,
+        doctor.DoctorConfig,
         __main__.ReportConfig,
         CompareConfig,
     )
@@ -135,7 +135,7 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         asked, training = parse_compare(flags)
         assert asked.runs or sweep_of(asked, training)
     elif command == "doctor":
-        parse_doctor(flags)
+        doctor.parse(flags)
     elif command in ("sample", "evaluate"):
         config = SampleConfig if command == "sample" else EvaluateConfig
         parse(config, flags, Program(positional="lora"))
@@ -145,3 +145,38 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_commands_are_found() -> None:
     assert len(COMMANDS) >= 6
+
+
+def shown_diffs() -> list[tuple[str, list[str]]]:
+    """Every file of the diffs in CONTRIBUTING.md, with the lines that they add to it."""
+    blocks = re.findall(
+        r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL | re.M
+    )
+    parts = [part for block in blocks for part in re.split(r"^\+\+\+ b/", block, flags=re.M)[1:]]
+    return [(lines[0], [line[1:] for line in lines if line.startswith("+")]) for lines in map(str.splitlines, parts)]
+
+
+def test_what_contributors_are_shown_is_the_code() -> None:
+    shown = shown_diffs()
+    assert len(shown) == 2
+    for name, lines in shown:
+        rest = iter((ROOT / name).read_text(encoding="utf-8").splitlines())
+        for line in lines:
+            assert line in rest, f"{name} has no such line, or not there: {line}"
+
+
+def test_contributors_are_shown_every_member_of_a_family() -> None:
+    tree = ast.parse((ROOT / "dreamlora" / "interfaces" / "family.py").read_text(encoding="utf-8"))
+    contract = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Family")
+    members = [node.target.id for node in contract.body if isinstance(node, ast.AnnAssign)]
+    members += [node.name for node in contract.body if isinstance(node, ast.FunctionDef)]
+    _, lines = shown_diffs()[0]
+    shown = {match.group(1) for line in lines if (match := re.match(r"(?:def )?(\w+)[:( ]", line))}
+    assert not set(members) - shown
+
+
+def test_files_that_contributors_are_told_of_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    places = text.partition("## Where things are")[2].partition("\n## ")[0]
+    there = {"_name.py", *(file.name for file in (ROOT / "dreamlora").rglob("*.py"))}
+    assert not set(re.findall(r"\b\w+\.py\b", places)) - there

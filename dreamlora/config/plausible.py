@@ -26,7 +26,7 @@ class Facts:
         resolution: the model's own, in pixels.
         epoch: samples in one passage through the images.
         batch: samples of an optimizer step.
-        family_options: of those that not all families use, the ones that this does.
+        family_options: of those that not all families use, the ones that count for this model.
         prediction_type: what the model's scheduler says of it, if it says that.
         zero_snr: whether it says that the schedule ends in pure noise.
     """
@@ -165,8 +165,8 @@ _OF_FAMILIES = {
         ),
         "rectified flows, and this is a diffusion model",
     ),
-    "guidance_scale": "models that were distilled with guidance (for samples: --sample_guidance_scale)",
-    "negative_prompt": "models with classifier-free guidance",
+    "guidance_scale": "models with a guidance embedding (for samples: --sample_guidance_scale)",
+    "negative_prompt": "samples with classifier-free guidance (see --sample_guidance_scale)",
     "tokenizer_max_length": "models whose prompts CLIP alone reads",
     "max_sequence_length": "models whose prompts T5 or a language model reads",
     "text_encoder_out_layers": "models whose prompts are some layers' states of a language model",

@@ -10,9 +10,17 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from dreamlora.families import _parts
-from dreamlora.interfaces import Components, Conditioning
+from dreamlora.interfaces import Classes, Components, Conditioning, ModelSource
 from dreamlora.lora.pairs import bare
 
+QWEN_TOKENIZERS: Classes = ("transformers.Qwen2Tokenizer", "transformers.Qwen2TokenizerFast")
+GEMMA: dict[str, Classes] = {
+    "tokenizer": ("transformers.GemmaTokenizer", "transformers.GemmaTokenizerFast"),
+    "text_encoder": ("transformers.Gemma2Model",),
+}
+"""Parts of a pipeline whose text encoder is Gemma 2."""
+NEGATIVE = "\0"
+"""What ``marked_negative`` marks a text with."""
 QWEN: str = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -72,8 +80,24 @@ def unpadded(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return pad_sequence(rows, batch_first=True), pad_sequence(lengths, batch_first=True)
 
 
+def attended(mask: Tensor) -> Tensor | None:
+    """A mask ``[B, L]`` as attention wants it: None where it hides nothing, as attention is faster without one.
+
+    A single text has no padding. Looking at the masks of several waits for the GPU.
+    """
+    seen = mask.bool()
+    return None if len(seen) == 1 or seen.all() else seen
+
+
+def with_negative(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
+    """See ``Family.call_arguments``: by the names of the conditioning, both of one length, as pipelines want them."""
+    if negative is not None:
+        conditioning, negative = equally_long(conditioning, negative)
+    return _parts.with_negative(conditioning, negative)
+
+
 def equally_long(conditioning: Conditioning, negative: Conditioning) -> tuple[Conditioning, Conditioning]:
-    """Both, with zeros behind the shorter one: pipelines compare shapes of tensors ``[B, L, ...]``."""
+    """Both, with zeros behind the shorter one, of tensors ``[B, L, ...]``."""
     lengths = [next(iter(each.values())).shape[1] for each in (conditioning, negative)]
 
     def filled(each: Conditioning) -> Conditioning:
@@ -86,3 +110,9 @@ def equally_long(conditioning: Conditioning, negative: Conditioning) -> tuple[Co
 def count_tokens(tokenizer: Any, template: str, prompts: Sequence[str], **options: Any) -> list[int]:
     """How many tokens each prompt has as a chat."""
     return _parts.count_tokens(tokenizer, as_chats(tokenizer, template, prompts, **options))
+
+
+def marked_negative(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
+    """See ``Family.negative_prompt``: for pipelines that read an instruction before prompts, but not negative ones."""
+    negative = _parts.negative_above_one(source, guidance_scale, given)
+    return None if negative is None else NEGATIVE + negative

@@ -18,14 +18,21 @@ def pack(latents: Tensor) -> Tensor:
     Raises:
         UserError: h or w is odd.
     """
+    require_patches(latents)
+    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def require_patches(latents: Tensor) -> None:
+    """Raises:
+    UserError: h or w of ``[B, C, h, w]`` is odd.
+    """
     height, width = latents.shape[2:]
     if height % 2 or width % 2:
         raise UserError(
             "this model sees patches of 2 x 2 latents, so it needs images whose sides are multiples of 16 pixels "
             f"(got latents of {height} x {width})"
         )
-    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens: Tensor, sides: tuple[int, int]) -> Tensor:

@@ -5,7 +5,7 @@ The functions under "What most families have in common" fulfil members of the co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from dreamlora.errors import UserError
 from dreamlora.files import replacing
-from dreamlora.interfaces import Classes, Components, Conditioning, Latents, LatentSize, ModelSource, View
+from dreamlora.interfaces import (
+    Classes,
+    Components,
+    Conditioning,
+    Latents,
+    LatentSize,
+    ModelSource,
+    Role,
+    Settings,
+    View,
+)
 from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
 from dreamlora.models import configs, loading
 from dreamlora.runfolder import LORA_FILE
@@ -27,6 +37,9 @@ FLOW_SCHEDULERS: Classes = (
     "diffusers.FlowMatchLCMScheduler",
 )
 
+CLIP_TOKENIZERS: Classes = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
+T5_TOKENIZERS: Classes = ("transformers.T5TokenizerFast", "transformers.T5Tokenizer")
+AUTOENCODERS: Classes = ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")
 CLIP_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 MARKS = 2
@@ -127,6 +140,59 @@ _BLOCKS = {"AutoencoderTiny": "encoder_block_out_channels", "AsymmetricAutoencod
 # What most families have in common
 
 
+def loader(
+    parts: Mapping[Role, Mapping[str, Classes]], optional: frozenset[str], settings: Settings
+) -> Callable[[ModelSource, Role, Any], Components]:
+    """``Family.load`` of a family with these parts and settings."""
+
+    def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+        """See ``Family.load``."""
+        return loading.load_role(source, parts[role], dtype, optional, settings)
+
+    return load
+
+
+def pipeline_of(
+    pipeline_class: Any, parts: Mapping[Role, Mapping[str, Classes]], **options: Any
+) -> Callable[[Components], Any]:
+    """``Family.pipeline`` of a family with one stock pipeline, which takes these parts and no settings."""
+
+    def pipeline(components: Components) -> Any:
+        """See ``Family.pipeline``."""
+        return pipeline_class(**{name: components.get(name) for role in parts.values() for name in role}, **options)
+
+    return pipeline
+
+
+def lora_saver(pipeline_class: Any, denoiser_name: str) -> Callable[[Path, nn.Module, Mapping[str, nn.Module]], Path]:
+    """``Family.save_lora`` by a stock pipeline's class."""
+
+    def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
+        """See ``Family.save_lora``."""
+        return _save_lora(pipeline_class, folder, {denoiser_name: denoiser, **text})
+
+    return save_lora
+
+
+def prompts_up_to(longest: int, usual: int | None = None) -> Callable[[Any, int | None], int]:
+    """``Family.prompt_limit`` of a family whose prompts have ``usual`` tokens (else ``longest``) unless told otherwise,
+    and at most ``longest``.
+    """
+
+    def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
+        """See ``Family.prompt_limit``.
+
+        Raises:
+            UserError: more tokens are asked for than the model takes.
+        """
+        length = (usual or longest) if max_length is None else max_length
+        if length > longest:
+            raise UserError(f"--max_sequence_length must be at most {longest} (got {length})")
+        return length
+
+    return prompt_limit
+
+
 def latent_size(source: ModelSource) -> LatentSize | None:
     """See ``Family.latent_size``; for autoencoders of diffusers whose config has its levels."""
     settings = loading.read_config(source, "vae")
@@ -199,7 +265,7 @@ def vae_latents(vae: Components, pixels: Tensor) -> Latents:
     return Latents(mean=(posterior.mean.float() - shift) * scale, std=posterior.std.float() * scale)
 
 
-def save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module]) -> Path:
+def _save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module]) -> Path:
     """Write the adapters of modules (by component name; those without one are skipped) with the stock pipeline class.
 
     Keys are PEFT's own, in the precision they have; the metadata keeps alpha and rsLoRA, which the keys do not tell.

@@ -5,8 +5,7 @@ flow.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import AuraFlowPipeline
@@ -18,7 +17,6 @@ from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
-    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -28,6 +26,7 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("AuraFlowPipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": tuple(
@@ -36,7 +35,7 @@ PARTS: dict[Role, dict[str, Classes]] = {
         ),
         "text_encoder": ("transformers.UMT5EncoderModel",),
     },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "vae": {"vae": _parts.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.AuraFlowTransformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
@@ -53,28 +52,22 @@ PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {}  # padding is attended, as zeros, so it is a part of the model
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
-LONGEST_PROMPT = 256
-"""Tokens that the pipeline gives the model, padding included, unless told otherwise."""
 LARGEST_SIDE = 1024
 """Of the latents that a transformer was made for: 64 and 128 in all known ones."""
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+pipeline = _parts.pipeline_of(AuraFlowPipeline, PARTS)
+save_lora = _parts.lora_saver(AuraFlowPipeline, DENOISER)
 latent_size = _parts.latent_size
+encode_images = _parts.vae_latents
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+prompt_limit = _parts.prompts_up_to(256)  # what the pipeline gives the model unless told otherwise, end included
 count_tokens = _parts.count_tokens
 describe_views = _parts.nothing_of_views
 distilled = _parts.never_distilled
 negative_prompt = _parts.negative_above_one
 call_options = _parts.guided
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def resolution(source: ModelSource) -> int:
@@ -86,18 +79,6 @@ def resolution(source: ModelSource) -> int:
 def sample_defaults(source: ModelSource) -> SampleDefaults:
     """AuraFlowPipeline's own."""
     return SampleDefaults(num_inference_steps=50, guidance_scale=3.5)
-
-
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt, end included.
-
-    Raises:
-        UserError: more than 256 tokens are asked for.
-    """
-    length = LONGEST_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
 
 
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
@@ -119,11 +100,6 @@ def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
 
 
 encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's files have no place for its LoRA
-
-
-def encode_images(vae: Components, pixels: Tensor) -> Latents:
-    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.vae_latents(vae, pixels)
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
@@ -162,11 +138,6 @@ def predict(
     return velocity
 
 
-def pipeline(components: Components) -> AuraFlowPipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return AuraFlowPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
-
-
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
     """Prompt embeddings for the pipeline's call, which wants masks besides, and does not look at them."""
     return _parts.with_negative(_masked(conditioning), None if negative is None else _masked(negative))
@@ -175,8 +146,3 @@ def call_arguments(conditioning: Conditioning, negative: Conditioning | None) ->
 def _masked(conditioning: Conditioning) -> Conditioning:
     embeds = conditioning["prompt_embeds"]
     return {"prompt_embeds": embeds, "prompt_attention_mask": embeds.new_ones(embeds.shape[:2])}
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as AuraFlowPipeline.load_lora_weights reads it."""
-    return _parts.save_lora(AuraFlowPipeline, folder, {DENOISER: denoiser})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,16 +19,16 @@ from dreamlora.interfaces import (
     SampleDefaults,
     Settings,
 )
-from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow, densities
 
 PIPELINES: tuple[str, ...] = ("ChromaPipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        "tokenizer": _flux.T5_TOKENIZERS,
+        "tokenizer": _parts.T5_TOKENIZERS,
         "text_encoder": _flux.T5,
     },
-    "vae": {"vae": _flux.AUTOENCODERS},
+    "vae": {"vae": _parts.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.ChromaTransformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
@@ -46,6 +45,8 @@ PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_attention_mask": 1}
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+save_lora = _parts.lora_saver(ChromaPipeline, DENOISER)
 latent_size = _parts.latent_size
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
@@ -58,15 +59,6 @@ describe_views = _parts.nothing_of_views
 negative_prompt = _parts.negative_above_one
 call_arguments = _parts.with_negative
 call_options = _parts.guided
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def sample_defaults(source: ModelSource) -> SampleDefaults:
@@ -149,8 +141,3 @@ def pipeline(components: Components) -> ChromaPipeline:
 
     made._get_t5_prompt_embeds = masked
     return made
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as ChromaPipeline.load_lora_weights reads it."""
-    return _parts.save_lora(ChromaPipeline, folder, {DENOISER: denoiser, **text})

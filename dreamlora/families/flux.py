@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,14 +23,15 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("FluxPipeline", "FluxKontextPipeline")
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
-        "tokenizer_2": _flux.T5_TOKENIZERS,
+        "tokenizer": _parts.CLIP_TOKENIZERS,
+        "tokenizer_2": _parts.T5_TOKENIZERS,
         "text_encoder": ("transformers.CLIPTextModel",),
         "text_encoder_2": _flux.T5,
     },
-    "vae": {"vae": _flux.AUTOENCODERS},
+    "vae": {"vae": _parts.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.FluxTransformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
@@ -48,6 +48,8 @@ PROMPT_TOKENIZER: str = "tokenizer_2"
 LENGTH_AXES: dict[str, int] = {}  # T5's padding is attended, so it is a part of the model
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "guidance_scale", "max_sequence_length")
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+save_lora = _parts.lora_saver(FluxPipeline, DENOISER)
 latent_size = _parts.latent_size
 resolution = _flux.resolution
 prompt_limit = _flux.prompt_limit
@@ -57,15 +59,6 @@ encode_conditioning = _packed.conditioning
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.never_negative
 call_options = _parts.guided
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def sample_defaults(source: ModelSource) -> SampleDefaults:
@@ -170,8 +163,3 @@ def pipeline(components: Components) -> Any:
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
     """Prompt embeddings for the pipeline's call."""
     return dict(conditioning)
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as FluxPipeline.load_lora_weights reads it."""
-    return _parts.save_lora(FluxPipeline, folder, {DENOISER: denoiser, **text})

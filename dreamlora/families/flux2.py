@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from dreamlora.objectives import RectifiedFlow
 from dreamlora.objectives.densities import LogitNormal
 
 PIPELINES: tuple[str, ...] = ("Flux2KleinPipeline", "Flux2Pipeline")
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
         "tokenizer": (
@@ -78,6 +78,7 @@ MISTRAL = (
 )
 """What Mistral Small 3's own template makes of turns of text; the system's message is FLUX.2's unless one is given."""
 
+save_lora = _parts.lora_saver(Flux2Pipeline, DENOISER)
 resolution = _flux.resolution
 prompt_limit = _flux.prompt_limit
 describe_views = _parts.nothing_of_views
@@ -247,8 +248,3 @@ def negative_prompt(source: ModelSource, guidance_scale: float, given: str | Non
     if settings["_class_name"] == "Flux2Pipeline" or settings["is_distilled"]:
         return None
     return _parts.negative_above_one(source, guidance_scale, given)
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as either pipeline's load_lora_weights reads it."""
-    return _parts.save_lora(Flux2Pipeline, folder, {DENOISER: denoiser, **text})

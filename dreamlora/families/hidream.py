@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
-    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -39,16 +37,17 @@ DISTILLED_SCHEDULER = "FlowMatchLCMScheduler"
 """Of Dev (28 steps) and Fast (16 steps); nothing else tells them from Full."""
 
 PIPELINES: tuple[str, ...] = ("HiDreamImagePipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),
-        "tokenizer_3": ("transformers.T5TokenizerFast", "transformers.T5Tokenizer"),
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), _parts.CLIP_TOKENIZERS),
+        "tokenizer_3": _parts.T5_TOKENIZERS,
         "tokenizer_4": ("transformers.PreTrainedTokenizerFast", "transformers.TokenizersBackend"),
         **dict.fromkeys(("text_encoder", "text_encoder_2"), ("transformers.CLIPTextModelWithProjection",)),
         "text_encoder_3": ("transformers.T5EncoderModel",),
         "text_encoder_4": ("transformers.LlamaForCausalLM",),
     },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "vae": {"vae": _parts.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.HiDreamImageTransformer2DModel",)},
     "scheduler": {"scheduler": (*_solvers.FLOW_SOLVERS, *_parts.FLOW_SCHEDULERS)},
 }
@@ -65,22 +64,18 @@ PROMPT_TOKENIZER: str = "tokenizer_4"
 LENGTH_AXES: dict[str, int] = {}  # padding is attended, so it is a part of the model
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+pipeline = _parts.pipeline_of(HiDreamImagePipeline, PARTS)
+save_lora = _parts.lora_saver(HiDreamImagePipeline, DENOISER)
 latent_size = _parts.latent_size
+encode_images = _parts.vae_latents
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT, USUAL_PROMPT)  # of Llama, its begin included
 count_tokens = _parts.count_tokens
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.negative_above_one
 call_options = _parts.guided
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def resolution(source: ModelSource) -> int:
@@ -101,18 +96,6 @@ def distilled(source: ModelSource) -> str | None:
     if loading.read_model_index(source).get("scheduler") != ["diffusers", DISTILLED_SCHEDULER]:
         return None
     return "HiDream-I1-Dev and -Fast were distilled to few steps: train HiDream-I1-Full instead"
-
-
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt: Llama's, its begin included.
-
-    Raises:
-        UserError: more than 512 tokens are asked for.
-    """
-    length = USUAL_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
 
 
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
@@ -154,11 +137,6 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
 
 
 encode_frozen = encode_tokens  # none of the encoders trains: the stock pipeline would not load a LoRA of theirs
-
-
-def encode_images(vae: Components, pixels: Tensor) -> Latents:
-    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.vae_latents(vae, pixels)
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
@@ -211,17 +189,7 @@ def _unpacked(patches: Tensor, height: int, width: int, side: int) -> Tensor:
     return grid.transpose(3, 4).reshape(*patches.shape[:2], height, width)
 
 
-def pipeline(components: Components) -> HiDreamImagePipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return HiDreamImagePipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
-
-
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
     """Prompt embeddings for the pipeline's call, which wants the layers of Llama first."""
     arguments = _parts.with_negative(conditioning, negative)
     return {name: value.transpose(0, 1) if "llama3" in name else value for name, value in arguments.items()}
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as HiDreamImagePipeline.load_lora_weights reads it."""
-    return _parts.save_lora(HiDreamImagePipeline, folder, {DENOISER: denoiser})

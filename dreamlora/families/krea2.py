@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import Krea2Pipeline
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3VLTextConfig
 
@@ -29,9 +27,10 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("Krea2Pipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        "tokenizer": ("transformers.Qwen2Tokenizer", "transformers.Qwen2TokenizerFast"),
+        "tokenizer": _chat.QWEN_TOKENIZERS,
         "text_encoder": ("transformers.Qwen3VLModel", "transformers.Qwen3VLForConditionalGeneration"),
     },
     "vae": {"vae": _qwen_vae.CLASSES},
@@ -59,6 +58,7 @@ OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "nega
 TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 """Layers whose states the transformer is given, unless the pipeline says others; 0 are the embeddings."""
 
+save_lora = _parts.lora_saver(Krea2Pipeline, DENOISER)
 latent_size = _qwen_vae.latent_size
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
@@ -196,15 +196,14 @@ def predict(
         UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
     """
     dtype = _parts.dtype_of(denoiser)
-    prompt, mask = conditioning["prompt_embeds"].to(dtype), conditioning["prompt_embeds_mask"].bool()
+    prompt = conditioning["prompt_embeds"].to(dtype)
     height, width = noisy.shape[2:]
     tokens = denoiser(
         hidden_states=_packed.pack(noisy.to(dtype)),
         encoder_hidden_states=prompt,
         timestep=times.to(dtype),
         position_ids=Krea2Pipeline.prepare_position_ids(prompt.shape[1], height // 2, width // 2, noisy.device),
-        # looking waits for the GPU, but attention without a mask is the faster one
-        encoder_attention_mask=None if mask.all() else mask,
+        encoder_attention_mask=_chat.attended(conditioning["prompt_embeds_mask"]),
         return_dict=False,
     )[0]
     return _packed.unpack(tokens, (height, width))
@@ -223,16 +222,5 @@ def negative_prompt(source: ModelSource, guidance_scale: float, given: str | Non
 
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
     """Prompt embeddings for the pipeline's call, both of one length: it makes positions for the first alone."""
-    told = {**conditioning, **{f"negative_{name}": value for name, value in (negative or {}).items()}}
-    longest = max(value.shape[1] for value in told.values())
-    return {name: _lengthened(value.bool() if "mask" in name else value, longest) for name, value in told.items()}
-
-
-def _lengthened(value: Tensor, length: int) -> Tensor:
-    """``[B, L, ...]`` with zeros behind, up to a length."""
-    return pad(value, [*[0, 0] * (value.dim() - 2), 0, length - value.shape[1]])
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as Krea2Pipeline.load_lora_weights reads it."""
-    return _parts.save_lora(Krea2Pipeline, folder, {DENOISER: denoiser})
+    arguments = _chat.with_negative(conditioning, negative)
+    return {name: value.bool() if "mask" in name else value for name, value in arguments.items()}

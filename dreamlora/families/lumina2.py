@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import Lumina2Pipeline
 from torch import Tensor, nn
 
-from dreamlora.errors import UserError
-from dreamlora.families import _chat, _flow, _parts
+from dreamlora.families import _chat, _flow, _packed, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
-    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -25,12 +22,10 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
-    "text": {
-        "tokenizer": ("transformers.GemmaTokenizer", "transformers.GemmaTokenizerFast"),
-        "text_encoder": ("transformers.Gemma2Model",),
-    },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "text": _chat.GEMMA,
+    "vae": {"vae": _parts.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.Lumina2Transformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
@@ -52,8 +47,6 @@ INSTRUCTION = (
     "on textual prompts or user prompts. <Prompt Start> "
 )
 """What Lumina2Pipeline puts before prompts, unless told otherwise."""
-NEGATIVE = "\0"
-"""What ``negative_prompt`` marks a text with: it is encoded without the instruction."""
 LONGEST_PROMPT = 256
 """Tokens that the pipeline takes unless told otherwise. The transformer has places for 300."""
 LAYER = -2
@@ -63,21 +56,19 @@ PIXELS_PER_LATENT = 8
 LARGEST_SIDE = 1024
 """Of the latents that a transformer was made for: 128 in all known ones."""
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+pipeline = _parts.pipeline_of(Lumina2Pipeline, PARTS)
+save_lora = _parts.lora_saver(Lumina2Pipeline, DENOISER)
 latent_size = _parts.latent_size
+encode_images = _parts.vae_latents
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT)  # begin and instruction included
 describe_views = _parts.nothing_of_views
 distilled = _parts.never_distilled
+negative_prompt = _chat.marked_negative
+call_arguments = _chat.with_negative
 call_options = _parts.guided
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def resolution(source: ModelSource) -> int:
@@ -90,18 +81,6 @@ def sample_defaults(source: ModelSource) -> SampleDefaults:
     return SampleDefaults(num_inference_steps=30, guidance_scale=4.0)
 
 
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt, begin and instruction included.
-
-    Raises:
-        UserError: more than 256 tokens are asked for.
-    """
-    length = LONGEST_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
-
-
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     """See ``Family.count_tokens``."""
     return _parts.count_tokens(tokenizer, _texts(prompts))
@@ -109,9 +88,8 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 def _texts(prompts: Sequence[str]) -> list[str]:
     """What Gemma reads."""
-    return [
-        prompt.removeprefix(NEGATIVE) if prompt.startswith(NEGATIVE) else INSTRUCTION + prompt for prompt in prompts
-    ]
+    mark = _chat.NEGATIVE
+    return [prompt.removeprefix(mark) if prompt.startswith(mark) else INSTRUCTION + prompt for prompt in prompts]
 
 
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
@@ -137,11 +115,6 @@ def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
 encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's files have no place for its LoRA
 
 
-def encode_images(vae: Components, pixels: Tensor) -> Latents:
-    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.vae_latents(vae, pixels)
-
-
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
     """Rectified flow over the sigmas of the model's scheduler, whose shift of 6 prefers much noise.
 
@@ -163,11 +136,7 @@ def predict(
     Raises:
         UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
     """
-    height, width = noisy.shape[-2:]
-    if height % 2 or width % 2:
-        raise UserError(
-            f"Lumina 2 needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})"
-        )
+    _packed.require_patches(noisy)
     dtype = _parts.dtype_of(denoiser)
     towards_image: Tensor = denoiser(
         hidden_states=noisy.to(dtype).contiguous(),
@@ -177,26 +146,3 @@ def predict(
         return_dict=False,
     )[0]
     return -towards_image
-
-
-def pipeline(components: Components) -> Lumina2Pipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return Lumina2Pipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
-
-
-def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
-    """Marked for ``tokenize``: Lumina2Pipeline encodes negative prompts without the instruction."""
-    negative = _parts.negative_above_one(source, guidance_scale, given)
-    return None if negative is None else NEGATIVE + negative
-
-
-def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-    """Prompt embeddings for the pipeline's call, which wants those of prompts and negative ones to be equally long."""
-    if negative is not None:
-        conditioning, negative = _chat.equally_long(conditioning, negative)
-    return _parts.with_negative(conditioning, negative)
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as Lumina2Pipeline.load_lora_weights reads it."""
-    return _parts.save_lora(Lumina2Pipeline, folder, {DENOISER: denoiser})

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from dreamlora.errors import UserError
 from dreamlora.families import _chat, _flow, _packed, _parts, _qwen_vae
 from dreamlora.families._qwen_prompt import AFTER, BEFORE, DROPPED
 from dreamlora.interfaces import (
@@ -22,13 +20,13 @@ from dreamlora.interfaces import (
     SampleDefaults,
     Settings,
 )
-from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("QwenImagePipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        "tokenizer": ("transformers.Qwen2Tokenizer", "transformers.Qwen2TokenizerFast"),
+        "tokenizer": _chat.QWEN_TOKENIZERS,
         "text_encoder": ("transformers.Qwen2_5_VLForConditionalGeneration",),
     },
     "vae": {"vae": _qwen_vae.CLASSES},
@@ -54,24 +52,19 @@ LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_embeds_mask": 1}
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "negative_prompt")
 
 LONGEST_PROMPT = 1024
-"""Tokens that the pipeline takes at most, without those before the prompt."""
+"""Tokens that the pipeline takes at most, without those before the prompt but with the template's after it."""
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+pipeline = _parts.pipeline_of(QwenImagePipeline, PARTS)
+save_lora = _parts.lora_saver(QwenImagePipeline, DENOISER)
 latent_size = _qwen_vae.latent_size
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
 distilled = _parts.never_distilled
 encode_images = _qwen_vae.encode_images
+prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT, 512)
 describe_views = _parts.nothing_of_views
 call_arguments = _parts.with_negative
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def resolution(source: ModelSource) -> int:
@@ -82,19 +75,6 @@ def resolution(source: ModelSource) -> int:
 def sample_defaults(source: ModelSource) -> SampleDefaults:
     """The pipeline's steps and guidance, which it heeds only with a negative prompt: a blank is the model card's."""
     return SampleDefaults(num_inference_steps=50, guidance_scale=4.0, negative_prompt=" ")
-
-
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt, with the template's after it.
-
-    Raises:
-        UserError: more than 1024 tokens are asked for.
-    """
-    length = PROMPT_DEFAULT if max_length is None else max_length
-    assert length is not None
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
 
 
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
@@ -171,24 +151,17 @@ def velocity(denoiser: nn.Module, images: Sequence[Tensor], times: Tensor, condi
         UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
     """
     dtype = _parts.dtype_of(denoiser)
-    mask = conditioning["prompt_embeds_mask"].bool()
     shapes = [(1, latents.shape[2] // 2, latents.shape[3] // 2) for latents in images]
     tokens = denoiser(
         hidden_states=torch.cat([_packed.pack(latents.to(dtype)) for latents in images], dim=1),
         timestep=times.to(dtype),
         encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-        # as in the pipeline; looking waits for the GPU, but attention without a mask is the faster one
-        encoder_hidden_states_mask=None if mask.all() else mask,
+        encoder_hidden_states_mask=_chat.attended(conditioning["prompt_embeds_mask"]),
         img_shapes=[shapes] * len(times),
         return_dict=False,
     )[0]
     height, width = images[0].shape[2:]
     return _packed.unpack(tokens[:, : height * width // 4], (height, width))
-
-
-def pipeline(components: Components) -> QwenImagePipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return QwenImagePipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
 
 
 def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
@@ -199,8 +172,3 @@ def negative_prompt(source: ModelSource, guidance_scale: float, given: str | Non
 def call_options(guidance_scale: float) -> dict[str, Any]:
     """Guidance by its name in the call, where ``guidance_scale`` is another thing."""
     return {"true_cfg_scale": guidance_scale}
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as QwenImagePipeline.load_lora_weights reads it."""
-    return _parts.save_lora(QwenImagePipeline, folder, {DENOISER: denoiser})

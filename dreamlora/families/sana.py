@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import SanaPipeline
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
-from dreamlora.errors import UserError
-from dreamlora.families import _flow, _parts, _solvers
+from dreamlora.families import _chat, _flow, _parts, _solvers
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -37,8 +33,6 @@ TIMES = 1000
 """What the pipeline calls σ = 1."""
 LARGEST_SIDE = 1024
 """Of the latents that a transformer was made for: 16 to 128 in all known ones."""
-NEGATIVE = "\0"
-"""What ``negative_prompt`` marks a text with: it is encoded without the instruction."""
 INSTRUCTION = "\n".join(
     [
         "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for "
@@ -61,11 +55,11 @@ INSTRUCTION = "\n".join(
 """What Sana was trained with before every caption (``complex_human_instruction`` of SanaPipeline's call)."""
 
 PIPELINES: tuple[str, ...] = ("SanaPipeline",)
+REFUSED: dict[str, str] = {
+    "SanaSprintPipeline": "a Sana that was distilled to few steps, which training would undo: give Sana 1.0 or 1.5"
+}
 PARTS: dict[Role, dict[str, Classes]] = {
-    "text": {
-        "tokenizer": ("transformers.GemmaTokenizer", "transformers.GemmaTokenizerFast"),
-        "text_encoder": ("transformers.Gemma2Model",),
-    },
+    "text": _chat.GEMMA,
     "vae": {"vae": ("diffusers.AutoencoderDC",)},
     "denoiser": {"transformer": ("diffusers.SanaTransformer2DModel",)},
     "scheduler": {"scheduler": (*_solvers.FLOW_SOLVERS, *_parts.FLOW_SCHEDULERS)},
@@ -83,19 +77,16 @@ PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_attention_mask": 1}
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+pipeline = _parts.pipeline_of(SanaPipeline, PARTS)
+save_lora = _parts.lora_saver(SanaPipeline, DENOISER)
 distilled = _parts.never_distilled
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+# with the begin and the instruction's last token, which are all that is kept of it
+prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT, USUAL_PROMPT)
+negative_prompt = _chat.marked_negative
 describe_views = _parts.nothing_of_views
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def _pixels_per_latent(source: ModelSource) -> int:
@@ -121,33 +112,21 @@ def sample_defaults(source: ModelSource) -> SampleDefaults:
     return SampleDefaults(num_inference_steps=20, guidance_scale=4.5)
 
 
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt, with the begin and the instruction's last one, which are all that is kept of it.
-
-    Raises:
-        UserError: more tokens are asked for than Gemma 2 sees at once.
-    """
-    length = USUAL_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
-
-
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     """How many tokens each prompt has, as ``prompt_limit`` counts them."""
     dropped = _dropped(tokenizer)
     texts = [_text(prompt) for prompt in prompts]
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
     return [
-        length - (0 if prompt.startswith(NEGATIVE) else dropped)
+        length - (0 if prompt.startswith(_chat.NEGATIVE) else dropped)
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
 
 
 def _text(prompt: str) -> str:
     """What Gemma reads: lower case, as SanaPipeline has it."""
-    wanted = prompt.removeprefix(NEGATIVE).lower().strip()
-    return wanted if prompt.startswith(NEGATIVE) else INSTRUCTION + wanted
+    wanted = prompt.removeprefix(_chat.NEGATIVE).lower().strip()
+    return wanted if prompt.startswith(_chat.NEGATIVE) else INSTRUCTION + wanted
 
 
 def _dropped(tokenizer: Any) -> int:
@@ -164,7 +143,7 @@ def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -
     """
     tokenizer, limit = text["tokenizer"], prompt_limit(text["tokenizer"], max_length)
     tokenizer.padding_side = "right"
-    dropped = [0 if prompt.startswith(NEGATIVE) else _dropped(tokenizer) for prompt in prompts]
+    dropped = [0 if prompt.startswith(_chat.NEGATIVE) else _dropped(tokenizer) for prompt in prompts]
     tokens = _parts.token_ids(tokenizer, [_text(prompt) for prompt in prompts], limit + max(dropped))
     place, skipped = torch.arange(limit + max(dropped)), torch.tensor(dropped)[:, None]
     kept = (place == 0) | ((place > skipped) & (place < skipped + limit))
@@ -181,12 +160,8 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     encoder = text["text_encoder"]
     ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
     states = encoder(ids, attention_mask=mask).last_hidden_state
-    rows = [row[kept] for row, kept in zip(states, tokens["kept"].to(encoder.device), strict=True)]
-    ones = [torch.ones(len(row), dtype=mask.dtype, device=mask.device) for row in rows]
-    return {
-        "prompt_embeds": pad_sequence(rows, batch_first=True),
-        "prompt_attention_mask": pad_sequence(ones, batch_first=True),
-    }
+    embeds, kept = _chat.unpadded(states, tokens["kept"].to(mask.dtype))
+    return {"prompt_embeds": embeds, "prompt_attention_mask": kept}
 
 
 encode_frozen = encode_tokens  # Gemma 2 never trains
@@ -225,38 +200,12 @@ def predict(
     return velocity[:, : noisy.shape[1]]  # some have a learned variance behind
 
 
-def pipeline(components: Components) -> SanaPipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return SanaPipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
-
-
-def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
-    """Marked for ``tokenize``: SanaPipeline encodes negative prompts without the instruction."""
-    negative = _parts.negative_above_one(source, guidance_scale, given)
-    return None if negative is None else NEGATIVE + negative
-
-
 def call_arguments(conditioning: Conditioning, negative: Conditioning | None) -> dict[str, Any]:
-    """Prompt embeddings for the pipeline's call, which wants those of prompts and negative ones to be equally long."""
-    if negative is None:
-        return dict(conditioning)
-    length = max(each["prompt_embeds"].shape[1] for each in (conditioning, negative))
-    arguments = _parts.with_negative(_padded(conditioning, length), _padded(negative, length))
-    return {**arguments, "negative_prompt": None}  # "" unless told otherwise
-
-
-def _padded(conditioning: Conditioning, length: int) -> Conditioning:
-    return {
-        name: functional.pad(value, (*(0, 0) * (value.dim() - 2), 0, length - value.shape[1]))
-        for name, value in conditioning.items()
-    }
+    """Prompt embeddings for the pipeline's call, whose own negative prompt is "" unless told otherwise."""
+    arguments = _chat.with_negative(conditioning, negative)
+    return arguments if negative is None else {**arguments, "negative_prompt": None}
 
 
 def call_options(guidance_scale: float) -> dict[str, Any]:
     """The size is not rounded to one of the pipeline's list."""
     return {"guidance_scale": guidance_scale, "use_resolution_binning": False}
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as SanaPipeline.load_lora_weights reads it."""
-    return _parts.save_lora(SanaPipeline, folder, {DENOISER: denoiser})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
@@ -19,12 +17,12 @@ from dreamlora.interfaces import (
     SampleDefaults,
     Settings,
 )
-from dreamlora.models import loading
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionPipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        "tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"),
+        "tokenizer": _parts.CLIP_TOKENIZERS,
         "text_encoder": ("transformers.CLIPTextModel",),
     },
     "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny", "diffusers.AsymmetricAutoencoderKL")},
@@ -43,6 +41,8 @@ PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {}
 OWN_OPTIONS: tuple[str, ...] = _unet.OWN_OPTIONS
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+save_lora = _parts.lora_saver(StableDiffusionPipeline, DENOISER)
 latent_size = _parts.latent_size
 resolution = _unet.resolution
 prompt_limit = _parts.clip_limit
@@ -57,15 +57,6 @@ describe_views = _parts.nothing_of_views
 negative_prompt = _parts.negative_above_one
 call_arguments = _parts.with_negative
 call_options = _parts.guided
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def sample_defaults(source: ModelSource) -> SampleDefaults:
@@ -106,8 +97,3 @@ def pipeline(components: Components) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as StableDiffusionPipeline.load_lora_weights reads it."""
-    return _parts.save_lora(StableDiffusionPipeline, folder, {DENOISER: denoiser, **text})

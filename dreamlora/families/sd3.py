@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
-from dreamlora.errors import UserError
 from dreamlora.families import _flow, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
-    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -40,14 +37,15 @@ WIDEST = 2**16
 """Of prompt embeddings: 4096 in all known ones."""
 
 PIPELINES: tuple[str, ...] = ("StableDiffusion3Pipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),
-        "tokenizer_3": ("transformers.T5TokenizerFast", "transformers.T5Tokenizer"),
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), _parts.CLIP_TOKENIZERS),
+        "tokenizer_3": _parts.T5_TOKENIZERS,
         **dict.fromkeys(("text_encoder", "text_encoder_2"), ("transformers.CLIPTextModelWithProjection",)),
         "text_encoder_3": ("transformers.T5EncoderModel",),
     },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "vae": {"vae": _parts.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.SD3Transformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
@@ -67,14 +65,17 @@ LORA_LAYERS: tuple[str, ...] = (
     "to_add_out",
 )
 """All attention: also the second one (``attn2``) that the first blocks of 3.5 medium have."""
-TEXT_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = USUAL_PROMPT
 PROMPT_TOKENIZER: str = "tokenizer_3"
 LENGTH_AXES: dict[str, int] = {}  # padding is attended, so it is a part of the model
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
+pipeline = _parts.pipeline_of(StableDiffusion3Pipeline, PARTS)
+save_lora = _parts.lora_saver(StableDiffusion3Pipeline, DENOISER)
 latent_size = _parts.latent_size
+encode_images = _parts.vae_latents
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
 count_tokens = _parts.count_tokens
@@ -94,6 +95,9 @@ def load(source: ModelSource, role: Role, dtype: Any) -> Components:
     parts = loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
     width = loading.read_sizes(source, DENOISER, "joint_attention_dim", WIDEST)[0]
     return {**parts, "settings": {**parts["settings"], "joint_attention_dim": width}}
+
+
+_t5_limit = _parts.prompts_up_to(LONGEST_PROMPT, USUAL_PROMPT)
 
 
 def resolution(source: ModelSource) -> int:
@@ -124,15 +128,8 @@ def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
     Raises:
         UserError: more than 512 tokens are asked for.
     """
-    length = _t5_length(max_length)
+    length = _t5_limit(tokenizer, max_length)
     return int(tokenizer.model_max_length) if isinstance(tokenizer, CLIPTokenizer) else length
-
-
-def _t5_length(max_length: int | None) -> int:
-    length = USUAL_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
 
 
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
@@ -142,7 +139,7 @@ def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -
     Raises:
         UserError: see ``prompt_limit``.
     """
-    length, clip_length = _t5_length(max_length), text["tokenizer"].model_max_length
+    length, clip_length = _t5_limit(text["tokenizer_3"], max_length), text["tokenizer"].model_max_length
     first, second = (_parts.token_ids(text[name], prompts, clip_length) for name in ("tokenizer", "tokenizer_2"))
     if text["tokenizer_3"] is None:
         t5 = torch.zeros(len(prompts), length, dtype=torch.int64)
@@ -182,11 +179,6 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     }
 
 
-def encode_images(vae: Components, pixels: Tensor) -> Latents:
-    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.vae_latents(vae, pixels)
-
-
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
     """Rectified flow with the scheduler's static shift (3) and logit-normal times (arXiv 2403.03206, section 5.3); the
     loss is of the velocity, where diffusers' script has that of the image (``--precondition_outputs``).
@@ -210,13 +202,3 @@ def predict(
         return_dict=False,
     )[0]
     return velocity
-
-
-def pipeline(components: Components) -> StableDiffusion3Pipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return StableDiffusion3Pipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as StableDiffusion3Pipeline.load_lora_weights reads it."""
-    return _parts.save_lora(StableDiffusion3Pipeline, folder, {DENOISER: denoiser, **text})

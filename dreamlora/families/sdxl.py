@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
+    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -24,13 +24,17 @@ from dreamlora.interfaces import (
 from dreamlora.models import loading
 
 PIPELINES: tuple[str, ...] = ("StableDiffusionXLPipeline",)
+REFUSED: dict[str, str] = {
+    "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL, or has its pipeline, which draws only the "
+    "last steps of another model's images: give the base model"
+}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        **dict.fromkeys(("tokenizer", "tokenizer_2"), ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")),
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), _parts.CLIP_TOKENIZERS),
         "text_encoder": ("transformers.CLIPTextModel",),
         "text_encoder_2": ("transformers.CLIPTextModelWithProjection",),
     },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "vae": {"vae": _parts.AUTOENCODERS},
     **_unet.PARTS,
 }
 OPTIONAL: frozenset[str] = frozenset()
@@ -46,6 +50,8 @@ PROMPT_TOKENIZER: str = "tokenizer"
 LENGTH_AXES: dict[str, int] = {}
 OWN_OPTIONS: tuple[str, ...] = _unet.OWN_OPTIONS
 
+load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
+save_lora = _parts.lora_saver(StableDiffusionXLPipeline, DENOISER)
 latent_size = _parts.latent_size
 resolution = _unet.resolution
 distilled = _parts.never_distilled
@@ -54,18 +60,8 @@ count_tokens = _parts.count_tokens
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
 encode_frozen = _parts.none_frozen
-encode_images = _parts.vae_latents
 objective = _unet.objective
 call_options = _parts.guided
-
-
-def load(source: ModelSource, role: Role, dtype: Any) -> Components:
-    """One part of the pipeline on the CPU, frozen, in eval mode.
-
-    Raises:
-        UserError: the folder or hub repository is missing, incomplete or holds pickles.
-    """
-    return loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
 
 
 def sample_defaults(source: ModelSource) -> SampleDefaults:
@@ -97,6 +93,18 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     states_2, pooled = _parts.clip_states(text["text_encoder_2"], text["tokenizer_2"], second, layer=-2)
     assert pooled is not None  # this class has a projection
     return {"prompt_embeds": torch.cat([states, states_2], dim=-1), "pooled_prompt_embeds": pooled}
+
+
+def encode_images(vae: Components, pixels: Tensor) -> Latents:
+    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]; of autoencoders whose config has statistics of each
+    channel (as Playground's) also by these, as StableDiffusionXLPipeline decodes them.
+    """
+    found, config = _parts.vae_latents(vae, pixels), vae["vae"].config
+    statistics = [config.get(name) for name in ("latents_mean", "latents_std")]
+    if None in statistics:
+        return found
+    mean, std = (torch.tensor(values, device=found.mean.device).view(-1, 1, 1) for values in statistics)
+    return Latents(mean=(found.mean - mean * config.scaling_factor) / std, std=found.std / std)
 
 
 def describe_views(views: Sequence[View]) -> Conditioning:
@@ -142,8 +150,3 @@ def call_arguments(conditioning: Conditioning, negative: Conditioning | None) ->
         arguments["negative_prompt_embeds"] = negative["prompt_embeds"]
         arguments["negative_pooled_prompt_embeds"] = negative["pooled_prompt_embeds"]
     return arguments
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as StableDiffusionXLPipeline.load_lora_weights reads it."""
-    return _parts.save_lora(StableDiffusionXLPipeline, folder, {DENOISER: denoiser, **text})

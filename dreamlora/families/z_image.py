@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,11 @@ import torch
 from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
-from dreamlora.errors import UserError
-from dreamlora.families import _chat, _flow, _parts
+from dreamlora.families import _chat, _flow, _packed, _parts
 from dreamlora.interfaces import (
     Classes,
     Components,
     Conditioning,
-    Latents,
     ModelSource,
     Role,
     SampleDefaults,
@@ -27,12 +25,13 @@ from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
 PIPELINES: tuple[str, ...] = ("ZImagePipeline",)
+REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
-        "tokenizer": ("transformers.Qwen2Tokenizer", "transformers.Qwen2TokenizerFast"),
+        "tokenizer": _chat.QWEN_TOKENIZERS,
         "text_encoder": ("transformers.Qwen3Model", "transformers.Qwen3ForCausalLM"),
     },
-    "vae": {"vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")},
+    "vae": {"vae": _parts.AUTOENCODERS},
     "denoiser": {"transformer": ("diffusers.ZImageTransformer2DModel",)},
     "scheduler": {"scheduler": _parts.FLOW_SCHEDULERS},
 }
@@ -57,9 +56,13 @@ TURBO_SHIFT = 3.0
 """Of its scheduler; the base model's is 6."""
 _TURBO = re.compile(r"((?<![a-z])de[-_. ]?)?turbo", re.IGNORECASE)
 
+pipeline = _parts.pipeline_of(ZImagePipeline, PARTS)
+save_lora = _parts.lora_saver(ZImagePipeline, DENOISER)
 latent_size = _parts.latent_size
+encode_images = _parts.vae_latents
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT)
 describe_views = _parts.nothing_of_views
 call_options = _parts.guided
 
@@ -105,18 +108,6 @@ def _is_turbo(source: ModelSource) -> bool:
     return not config.get("use_dynamic_shifting") and config.get("shift") == TURBO_SHIFT
 
 
-def prompt_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Tokens that count of a prompt, the marks of the chat included.
-
-    Raises:
-        UserError: more than 512 tokens are asked for.
-    """
-    length = LONGEST_PROMPT if max_length is None else max_length
-    if length > LONGEST_PROMPT:
-        raise UserError(f"--max_sequence_length must be at most {LONGEST_PROMPT} (got {length})")
-    return length
-
-
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     """See ``Family.count_tokens``."""
     return _chat.count_tokens(tokenizer, _chat.QWEN, prompts)
@@ -147,11 +138,6 @@ def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
 encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's files have no place for its LoRA
 
 
-def encode_images(vae: Components, pixels: Tensor) -> Latents:
-    """Moments of the latents of pixels ``[B, 3, H, W]`` in [-1, 1]."""
-    return _parts.vae_latents(vae, pixels)
-
-
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
     """Rectified flow over the sigmas of the model's scheduler, shift included, as diffusers' script.
 
@@ -171,11 +157,7 @@ def predict(
     Raises:
         UserError: h or w is odd (the transformer sees patches of 2 x 2 latents).
     """
-    height, width = noisy.shape[-2:]
-    if height % 2 or width % 2:
-        raise UserError(
-            f"Z-Image needs images whose sides are multiples of 16 pixels (got latents of {height} x {width})"
-        )
+    _packed.require_patches(noisy)
     dtype = _parts.dtype_of(denoiser)
     frames = list(noisy.to(dtype).unsqueeze(2).unbind())
     captions = _captions({**conditioning, "prompt_embeds": conditioning["prompt_embeds"].to(dtype)})
@@ -184,13 +166,11 @@ def predict(
 
 def _captions(conditioning: Conditioning) -> list[Tensor]:
     """Embeddings ``[L_i, D]`` of every caption."""
-    lengths = conditioning["prompt_embeds_mask"].sum(1).tolist()  # waits for the device, as lists need numbers
-    return [embeds[:length] for embeds, length in zip(conditioning["prompt_embeds"], lengths, strict=True)]
-
-
-def pipeline(components: Components) -> ZImagePipeline:
-    """A stock pipeline around these parts; parts not given are None."""
-    return ZImagePipeline(**{name: components.get(name) for role in PARTS.values() for name in role})
+    captions = conditioning["prompt_embeds"]
+    if len(captions) == 1:  # it has no padding
+        return [captions[0]]
+    lengths = conditioning["prompt_embeds_mask"].sum(1).tolist()  # waits for the GPU, as lists need numbers
+    return [embeds[:length] for embeds, length in zip(captions, lengths, strict=True)]
 
 
 def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:
@@ -204,8 +184,3 @@ def call_arguments(conditioning: Conditioning, negative: Conditioning | None) ->
     if negative is not None:
         arguments["negative_prompt_embeds"] = _captions(negative)
     return arguments
-
-
-def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as ZImagePipeline.load_lora_weights reads it."""
-    return _parts.save_lora(ZImagePipeline, folder, {DENOISER: denoiser})

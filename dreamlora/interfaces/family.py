@@ -122,6 +122,9 @@ class Family(Protocol):
 
     PIPELINES: tuple[str, ...]
     """``_class_name`` values in model_index.json that this family handles."""
+    REFUSED: Mapping[str, str]
+    """Pipelines that look like this family's and cannot be trained as such: by ``_class_name`` what they are, and what
+    to give instead."""
     PARTS: Mapping[Role, Mapping[str, Classes]]
     """Component names of every role, and the classes that each can have. A model is a stranger's: it does not decide
     which code loads it, and what it names besides is refused. Each is a class whose own ``from_pretrained`` or

@@ -115,9 +115,13 @@ def family_of(source: ModelSource, name: str | None = None) -> Family:
     The classes and configs of its parts are looked through at once: the last part is loaded after minutes of work.
 
     Raises:
-        UserError: no family handles it, and the message lists what is supported; or see ``load_components``.
+        UserError: no family handles it, and the message lists what is supported; or the family says why it does not;
+            or see ``load_components``.
     """
     family = cast(Family, registry.load("families", name)) if name is not None else _by_pipeline(source)
+    pipeline = read_model_index(source)["_class_name"]
+    if pipeline in family.REFUSED:
+        raise UserError(f"{source.path} is {family.REFUSED[pipeline]} (model_index.json says {pipeline})")
     for _, part, part_class in part_classes(source, family):
         check_config(part_class, place_of(source, part))
     return family
@@ -140,7 +144,7 @@ def _by_pipeline(source: ModelSource) -> Family:
     pipeline = read_model_index(source)["_class_name"]
     families = {name: cast(Family, registry.load("families", name)) for name in registry.names("families")}
     for family in families.values():
-        if pipeline in family.PIPELINES:
+        if pipeline in (*family.PIPELINES, *family.REFUSED):
             return family
     known = "; ".join(f"{name}: {', '.join(family.PIPELINES)}" for name, family in families.items())
     raise UserError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from dreamlora.config.plausible import Facts
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import Price, Workload, affordable
-from dreamlora.interfaces import Family, SampleDefaults
+from dreamlora.interfaces import SampleDefaults
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import Subject, with_subject
 
@@ -191,13 +191,13 @@ def _steps_of(steps_or_share: float, total: int) -> int:
 
 
 def facts(
-    config: RunConfig, family: Family, scheduler: Mapping[str, Any], resolution: int, epoch: int, world: int
+    config: RunConfig, options: Collection[str], scheduler: Mapping[str, Any], resolution: int, epoch: int, world: int
 ) -> Facts:
     """What ``plausible.doubts`` needs to know of a run besides its options.
 
     Args:
         config: with all options decided.
-        family: of the model.
+        options: of those that not all families use, the ones that count for this model.
         scheduler: the config of its scheduler.
         resolution: the model's own, in pixels.
         epoch: samples in one passage through the images.
@@ -207,7 +207,7 @@ def facts(
         resolution,
         epoch,
         _global_batch(config, world),
-        family.OWN_OPTIONS,
+        options,
         scheduler.get("prediction_type"),
         scheduler.get("rescale_betas_zero_snr") is True,
     )

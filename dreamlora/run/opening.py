@@ -142,9 +142,22 @@ def _doubt(context: RunContext, images: defaults.ImageCounts) -> None:
     """Tell of values that can hardly be meant and of flags that do nothing here."""
     own, world = context.family.resolution(context.source), context.accelerator.num_processes
     scheduler = read_config(context.source, SCHEDULER)
-    facts = defaults.facts(context.config, context.family, scheduler, own, images.epoch, world)
+    facts = defaults.facts(context.config, own_options(context), scheduler, own, images.epoch, world)
     for doubt in (*checks.warnings(context), *doubts(context.config, facts)):
         context.warn(doubt)
+
+
+def own_options(context: RunContext) -> set[str]:
+    """Of the options that not all families use, those that count for this one of the family's models.
+
+    Some have no input for guidance, or draw without classifier-free guidance where others have them.
+    """
+    options = set(context.family.OWN_OPTIONS)
+    if context.guidance("").encoded_negative is None:
+        options.discard("negative_prompt")
+    if read_config(context.source, context.family.DENOISER).get("guidance_embeds") is False:
+        options.discard("guidance_scale")
+    return options
 
 
 def decided(context: RunContext, decide: Callable[[], T]) -> T:

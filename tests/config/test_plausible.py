@@ -35,7 +35,7 @@ def told_of(
 ) -> list[str]:
     config = defaults.by_model(config, own, SampleDefaults(20, 3.0), world=1)
     config = defaults.by_length(config, ImageCounts(images, 2, 2), world=1)
-    return doubts(config, defaults.facts(config, family, scheduler or {}, own, images, world=1))
+    return doubts(config, defaults.facts(config, family.OWN_OPTIONS, scheduler or {}, own, images, world=1))
 
 
 STEPS = "--max_train_steps 200 "

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dreamlora.config import Data
-from dreamlora.data.transforms import Preparation, Variant, crop, prepare, resized, variants
+from dreamlora.data.transforms import Preparation, Variant, crop, prepare, resized, variants, view_of
+from dreamlora.interfaces import View
 
 HOW = Preparation(resolution=32)
 
@@ -49,6 +50,22 @@ def test_random_crops():
     flipped = variants((100, 50), "h", replace(HOW, random_flip=True))
     assert [v.crop_box for v in flipped[::2]] == [v.crop_box for v in crops] == [v.crop_box for v in flipped[1::2]]
     assert [v.flipped for v in flipped] == [False, True] * 4
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "corner", "mirrored"),
+    [
+        ((100, 50), (3, 0, 35, 32), (3, 0), (29, 0)),  # 64 x 32 before it is cropped
+        ((48, 96), (0, 5, 32, 37), (0, 5), (0, 5)),
+        ((20, 10), (30, 0, 62, 32), (30, 0), (2, 0)),  # enlarged to 64 x 32
+        ((100, 50), (4, 0, 52, 32), (4, 0), (12, 0)),  # of a bucket
+    ],
+)
+def test_a_view_is_of_the_image_as_it_was_and_of_the_crop_in_the_resized_one(size, box, corner, mirrored):
+    """Places in a mirrored image are those after it was mirrored, as in diffusers' script, which crops then."""
+    target = box[2] - box[0], box[3] - box[1]
+    assert view_of(size, Variant(box, False)) == View(size, corner, target)
+    assert view_of(size, Variant(box, True)) == View(size, mirrored, target)
 
 
 def test_random_crops_are_uniform():

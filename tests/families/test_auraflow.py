@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,13 +10,11 @@ from dreamlora.errors import UserError
 from dreamlora.families import auraflow
 from dreamlora.interfaces import ModelSource
 from dreamlora.models import loading
-from tests.tinymodels.auraflow import save
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ModelSource:
-    folder: Path = save(tmp_path_factory.mktemp("models") / "auraflow")
-    return loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
+def source(tiny_folder) -> ModelSource:
+    return loading.resolve_source(Model(pretrained_model_name_or_path=str(tiny_folder("auraflow"))))
 
 
 @torch.no_grad()

@@ -58,6 +58,14 @@ def test_only_tokens_are_kept_and_come_first(side):
     assert torch.equal(seen, torch.tensor([[1, 1, 1], [1, 0, 0]]))
 
 
+def test_a_mask_that_hides_nothing_is_none():
+    """And one text alone has nothing to hide."""
+    whole, some = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert _chat.attended(whole) is None and _chat.attended(whole[:1]) is None
+    seen = _chat.attended(some)
+    assert seen is not None and torch.equal(seen, some == 1)
+
+
 def test_what_is_shorter_gets_zeros_behind():
     longer = {"embeds": torch.ones(2, 5, 3), "mask": torch.ones(2, 5)}
     shorter = {"embeds": torch.ones(2, 2, 3), "mask": torch.ones(2, 2)}

@@ -10,13 +10,11 @@ from dreamlora.config import Model, Train
 from dreamlora.families import chroma
 from dreamlora.interfaces import Components, Conditioning
 from dreamlora.models.loading import resolve_source
-from tests.tinymodels.chroma import save
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Components:
-    folder = save(tmp_path_factory.mktemp("models") / "chroma")
-    source = resolve_source(Model(pretrained_model_name_or_path=str(folder)))
+def parts(tiny_folder) -> Components:
+    source = resolve_source(Model(pretrained_model_name_or_path=str(tiny_folder("chroma"))))
     return chroma.load(source, "text", torch.float32) | chroma.load(source, "denoiser", torch.float32)
 
 

@@ -20,12 +20,11 @@ from tests.tinymodels import flux2 as tiny
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("models")
+def folders(tiny_folder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
-        "base": tiny.save(place / "base"),
-        "distilled": tiny.save(place / "distilled", is_distilled=True),
-        "dev": tiny.save_dev(place / "dev"),
+        "base": tiny_folder("flux2"),
+        "distilled": tiny.save(tmp_path_factory.mktemp("models") / "distilled", is_distilled=True),
+        "dev": tiny_folder("flux2-dev"),
     }
 
 

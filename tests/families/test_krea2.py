@@ -24,8 +24,8 @@ TIMES = torch.tensor([0.3, 0.8])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "krea")
+def folder(tiny_folder) -> Path:
+    return tiny_folder("krea2")
 
 
 def source_of(folder: Path) -> ModelSource:

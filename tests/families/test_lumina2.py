@@ -12,15 +12,14 @@ import torch
 
 from dreamlora.config import Model, Train
 from dreamlora.errors import UserError
-from dreamlora.families import lumina2
+from dreamlora.families import _chat, lumina2
 from dreamlora.interfaces import Components, ModelSource
 from dreamlora.models import loading
-from tests.tinymodels.lumina2 import save
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "lumina2")
+def model(tiny_folder) -> Path:
+    return tiny_folder("lumina2")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_negative_prompts_are_read_without_the_instruction(model, source, text):
 
 
 def test_negative_embeddings_of_the_call_are_as_long_as_the_others(source, text):
-    prompts, unwanted = encoded(text, ["a cat"]), encoded(text, [lumina2.NEGATIVE + "blurry"])
+    prompts, unwanted = encoded(text, ["a cat"]), encoded(text, [_chat.NEGATIVE + "blurry"])
     arguments = lumina2.call_arguments(prompts, unwanted)
     assert arguments["prompt_embeds"].shape == arguments["negative_prompt_embeds"].shape
     assert arguments["negative_prompt_attention_mask"].sum() == unwanted["prompt_attention_mask"].sum() == 7

@@ -18,7 +18,7 @@ from dreamlora.errors import UserError
 from dreamlora.families import sana
 from dreamlora.interfaces import Components, ModelSource
 from dreamlora.models import loading, prompts
-from dreamlora.run.assemble import caption_plan
+from dreamlora.run.context import RunContext
 from dreamlora.training.stream import stack_conditioning
 from tests.tinymodels.sana import INSTRUCTION, LENGTH, embeddings, save
 
@@ -28,8 +28,8 @@ def source_of(folder: Path) -> ModelSource:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ModelSource:
-    return source_of(save(tmp_path_factory.mktemp("models") / "sana"))
+def source(tiny_folder) -> ModelSource:
+    return source_of(tiny_folder("sana"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_there_is_no_negative_prompt_without_guidance(source):
 def test_captions_that_are_dropped_are_encoded_as_negative_prompts(source):
     """The model is guided away from what it learned without a caption."""
     config = RunConfig(data=Data(caption_dropout=0.9))
-    plan = caption_plan(SimpleNamespace(config=config, family=sana, source=source))
+    plan = RunContext.caption_plan.fget(SimpleNamespace(config=config, family=sana, source=source))
     assert {plan.draw(["a cat"], place) for place in range(50)} == {"a cat", sana.negative_prompt(source, 2.0, None)}
 
 
@@ -133,5 +133,8 @@ def test_sprint_is_refused(tmp_path, name):
     index = json.loads(file.read_text(encoding="utf-8"))
     index |= {"_class_name": "SanaSprintPipeline", "scheduler": ["diffusers", "SCMScheduler"]}
     file.write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(UserError, match=r"is a SanaSprintPipeline, which is not supported|SCMScheduler' is named"):
+    with pytest.raises(
+        UserError,
+        match=r"is a Sana that was distilled .*: give Sana 1.0 or 1.5 \(model_index.json says SanaSprintPipeline\)",
+    ):
         loading.family_of(source_of(folder), name)

@@ -13,12 +13,11 @@ from dreamlora.errors import UserError
 from dreamlora.families import z_image
 from dreamlora.interfaces import ModelSource
 from dreamlora.models import loading
-from tests.tinymodels.z_image import save
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "model")
+def model(tiny_folder) -> Path:
+    return tiny_folder("z_image")
 
 
 def source_of(folder: Path) -> ModelSource:

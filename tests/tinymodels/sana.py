@@ -10,35 +10,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+from tests.tinymodels.chat import gemma2, gemma_tokenizer
 from tests.tinymodels.tiny import Seen, Tiny, flow
 
 LENGTH = 16
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-
-
-def gemma_tokenizer() -> GemmaTokenizer:
-    """One token per letter, after a begin."""
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], add_bos_token=True)
-
-
-def gemma(tokenizer: GemmaTokenizer) -> Gemma2Model:
-    """A text encoder of two layers, a local and a global one."""
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        head_dim=8,
-        hidden_size=16,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    return Gemma2Model(config)
 
 
 def dc_vae() -> AutoencoderDC:
@@ -83,7 +60,7 @@ def save(folder: Path, **more: Any) -> Path:
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     parts = {
         "tokenizer": tokenizer,
-        "text_encoder": gemma(tokenizer),
+        "text_encoder": gemma2(tokenizer),
         "vae": dc_vae(),
         "transformer": transformer,
         "scheduler": scheduler,

@@ -29,17 +29,29 @@ LOOP = "--sample_steps 0 --eval_steps 0 --final_eval_items 0 --no_parity_check -
 
 
 @pytest.fixture(scope="module", params=registry.names("families"))
-def model(request, tmp_path_factory) -> SimpleNamespace:
+def model(request, tiny_folder) -> SimpleNamespace:
     """A family's small model as a folder."""
-    tiny = tinymodels.of(request.param)
-    folder = tiny.save(tmp_path_factory.mktemp("models") / request.param)
-    return SimpleNamespace(family=registry.load("families", request.param), tiny=tiny, folder=folder)
+    name = request.param
+    return SimpleNamespace(family=registry.load("families", name), tiny=tinymodels.of(name), folder=tiny_folder(name))
 
 
 @pytest.fixture
 def flags(model, photos: Path, cache: Path, tmp_path: Path) -> list[str]:
     side = ["--resolution", str(model.tiny.side)]
     return [*flags_of(photos, cache, model.folder, tmp_path / "run"), *side, *SHORT.split()]
+
+
+@pytest.fixture(autouse=True)
+def small_samples(model, monkeypatch) -> None:
+    """Of the size that is asked for, also where the stock pipeline scales it to a constant one."""
+    stock, side = model.family.pipeline, model.tiny.side
+
+    def pipeline(components: dict) -> object:
+        made = stock(components)
+        model.tiny.prepare(made, side, side)
+        return made
+
+    monkeypatch.setattr(model.family, "pipeline", pipeline)
 
 
 def same(run: RunFolder, other: RunFolder, atol: float = 0.0) -> bool:
