@@ -110,15 +110,16 @@ def read_model_index(source: ModelSource) -> dict[str, Any]:
 
 
 def family_of(source: ModelSource, name: str | None = None) -> Family:
-    """The family module for a pipeline: ``name`` if given, else the one that handles its class.
+    """The family module for a pipeline: the one that handles its class, or for classes of none the one named.
 
     The classes and configs of its parts are looked through at once: the last part is loaded after minutes of work.
 
     Raises:
-        UserError: no family handles it, and the message lists what is supported; or the family says why it does not;
-            or see ``load_components``.
+        UserError: no family handles it, and the message lists what is supported; or another does than the one named, or
+            the family says why it does not; or see ``load_components``.
     """
-    family = cast(Family, registry.load("families", name)) if name is not None else _by_pipeline(source)
+    named = None if name is None else cast(Family, registry.load("families", name))
+    family = _by_pipeline(source, name, named)
     pipeline = read_model_index(source)["_class_name"]
     if pipeline in family.REFUSED:
         raise UserError(f"{source.path} is {family.REFUSED[pipeline]} (model_index.json says {pipeline})")
@@ -140,15 +141,22 @@ def part_classes(source: ModelSource, family: Family) -> Iterator[tuple[Role, st
                 yield role, part, _class(_entry(source, part, index), part, allowed, place_of(source, part))
 
 
-def _by_pipeline(source: ModelSource) -> Family:
+def _by_pipeline(source: ModelSource, name: str | None, named: Family | None) -> Family:
     pipeline = read_model_index(source)["_class_name"]
-    families = {name: cast(Family, registry.load("families", name)) for name in registry.names("families")}
-    for family in families.values():
-        if pipeline in (*family.PIPELINES, *family.REFUSED):
-            return family
-    known = "; ".join(f"{name}: {', '.join(family.PIPELINES)}" for name, family in families.items())
+    families = {known: cast(Family, registry.load("families", known)) for known in registry.names("families")}
+    handled = {known: (*family.PIPELINES, *family.REFUSED) for known, family in families.items()}
+    own = next((known for known, pipelines in handled.items() if pipeline in pipelines), None)
+    if own is not None:
+        if name not in (None, own):  # parts may be of the same classes, and be asked otherwise
+            raise UserError(
+                f"--family {name}: {source.path} is a {pipeline}, which is of the family {own}: leave the flag out"
+            )
+        return families[own]
+    if named is not None:
+        return named
+    supported = "; ".join(f"{known}: {', '.join(family.PIPELINES)}" for known, family in families.items())
     raise UserError(
-        f"{source.path} is a {pipeline}, which is not supported. Supported pipelines: {known}. "
+        f"{source.path} is a {pipeline}, which is not supported. Supported pipelines: {supported}. "
         f"--family chooses one all the same."
     )
 

@@ -193,6 +193,20 @@ def test_unusable_index(folder, content, words):
         assert "flux: FluxPipeline" in str(error.value)
 
 
+def test_a_family_is_chosen_for_pipelines_of_none(folder):
+    """SDXL as Stable Diffusion would be loaded whole, and stop in the first step."""
+    index = folder / "model_index.json"
+    written = json.loads(index.read_text(encoding="utf-8"))
+    assert loading.family_of(source(folder), "sd") is sd
+    for name, said in (("NewPipeline", None), ("StableDiffusionXLPipeline", "which is of the family sdxl: leave")):
+        index.write_text(json.dumps(written | {"_class_name": name}), encoding="utf-8")
+        if said is None:
+            assert loading.family_of(source(folder), "sd") is sd
+        else:
+            with pytest.raises(UserError, match=f"--family sd: .* is a {name}, {said}"):
+                loading.family_of(source(folder), "sd")
+
+
 def test_not_a_pipeline_folder(tmp_path):
     with pytest.raises(UserError, match=r"no model_index\.json"):
         source(tmp_path)
