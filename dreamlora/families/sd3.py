@@ -192,7 +192,18 @@ def objective(scheduler: Any, train: Any) -> RectifiedFlow:
 def predict(
     denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, guidance_scale: float
 ) -> Tensor:
-    """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is not used (no guidance embedding)."""
+    """The velocity ``[B, C, h, w]`` at sigmas ``times``; ``guidance_scale`` is not used (no guidance embedding).
+
+    Raises:
+        UserError: h or w is more than the transformer has positions for.
+    """
+    config = _parts.bare(denoiser).config
+    most = config.pos_embed_max_size * config.patch_size
+    if max(noisy.shape[-2:]) > most:
+        raise UserError(
+            f"this Stable Diffusion 3 has positions for images of at most {most} x {most} latents (got "
+            f"{noisy.shape[-2]} x {noisy.shape[-1]}): give a smaller --resolution, or leave --buckets out"
+        )
     dtype = _parts.dtype_of(denoiser)
     velocity: Tensor = denoiser(
         hidden_states=noisy.to(dtype),

@@ -60,7 +60,10 @@ def dry_run(config: RunConfig) -> None:
     with Scratch() as scratch:
         for listed in _data_sets(config, scratch):
             sys.stdout.writelines(f"{line}\n" for line in describe(listed, width))
-    sys.stdout.write("dry run: flags and data can be used; no model was loaded and nothing written\n")
+    sys.stdout.write(
+        "dry run: flags and data can be used, as far as that can be told without the model (dreamlora doctor asks it "
+        "too); no model was loaded and nothing written\n"
+    )
 
 
 def _data_sets(config: RunConfig, scratch: Path) -> Iterator[Listed]:

@@ -107,3 +107,11 @@ def test_times_are_logit_normal_and_shifted_and_the_loss_weighs_them_alike(witho
     torch.testing.assert_close(times, 3 * sigma / (1 + 2 * sigma), rtol=0, atol=2e-3)
     assert torch.equal(sd3.objective(scheduler, Train()).weight(times), torch.ones(3))
     torch.testing.assert_close(sd3.objective(scheduler, Train(precondition_outputs=1)).weight(times), times**2)
+
+
+@pytest.mark.parametrize("sides", [(34, 16), (16, 34)])
+def test_images_without_positions_are_refused(tmp_path, sides):
+    denoiser = sd3.load(ModelSource(str(save(tmp_path)), "tiny"), "denoiser", torch.float32)["transformer"]
+    noisy = torch.zeros(1, denoiser.config.in_channels, *sides)
+    with pytest.raises(UserError, match=f"at most 32 x 32 latents .got {sides[0]} x {sides[1]}"):
+        sd3.predict(denoiser, noisy, torch.ones(1), {}, 0.0)
