@@ -49,7 +49,7 @@ def test_what_the_mask_leaves_out_changes_nothing(parts):
 def test_the_pipelines_own_masks_of_prompts_mask(parts):
     """Numbers would not (diffusers#13619); prompts go to it where text encoders are there while samples are drawn."""
     made = chroma.pipeline(parts)
-    embeds, _, mask, *_ = made.encode_prompt(["a cat", "a"], do_classifier_free_guidance=False, max_sequence_length=20)
+    _, _, mask, *_ = made.encode_prompt(["a cat", "a"], do_classifier_free_guidance=False, max_sequence_length=20)
     expected = encoded(parts, ["a cat", "a"])
     longest = expected["prompt_embeds"].shape[1]
     assert mask.dtype == torch.bool and not mask[:, longest:].any()
