@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -41,6 +42,7 @@ def write_base_model(source: ModelSource, folder: RunFolder) -> None:
     write_atomically(folder.base_model_file, json.dumps(base, indent=1))
 
 
+@functools.cache  # of what runs: what is installed, or checked out, meanwhile is not
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     version_by_package = {"python": platform.python_version()}
@@ -52,6 +54,7 @@ def versions() -> dict[str, str]:
     return version_by_package
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Commit of the dreamlora checkout (with "+" if it was changed since), or the one that pip installed; else None."""
     package = Path(__file__).resolve().parents[1]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dreamlora.config import Model
+from dreamlora.config import Model, Train
 from dreamlora.errors import UserError
 from dreamlora.families import auraflow
 from dreamlora.interfaces import ModelSource
@@ -47,3 +48,9 @@ def test_longer_prompts_are_refused(source):
     tokenizer = auraflow.load(source, "text", torch.float32)["tokenizer"]
     with pytest.raises(UserError, match="--max_sequence_length must be at most 256 "):
         auraflow.prompt_limit(tokenizer, 257)
+
+
+def test_the_shift_of_training_is_the_samplers():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
+    middle = auraflow.objective(scheduler, Train()).draw_times(torch.tensor([[0.5, 0.5]]), (8, 8))
+    torch.testing.assert_close(middle, torch.tensor([1.73 / 2.73]), rtol=0, atol=1e-3)

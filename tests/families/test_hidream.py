@@ -132,3 +132,14 @@ def test_the_stock_pipeline_pads_as_tokenize_does(source):
     stock = DiffusionPipeline.from_pretrained(source.path)
     tokens = hidream.tokenize(hidream.load(source, "text", None), ["a"], LENGTH)
     assert tokens["input_ids_4"].tolist() == [[0, tokens["input_ids_4"][0, 1], *[stock.tokenizer_4.pad_token_id] * 14]]
+
+
+@torch.no_grad()
+def test_clip_reads_218_tokens_of_a_long_prompt(source):
+    """As the stock pipeline has it, more than the others of CLIP's."""
+    text, prompt = hidream.load(source, "text", torch.float32), "a" * 300
+    found = hidream.encode_tokens(text, hidream.tokenize(text, [prompt], 240))
+    stock = DiffusionPipeline.from_pretrained(source.path)
+    *_, pooled, _ = stock.encode_prompt([prompt], do_classifier_free_guidance=False, max_sequence_length=240)
+    torch.testing.assert_close(found["pooled_prompt_embeds"], pooled)
+    assert hidream.tokenize(text, [prompt], 240)["input_ids"].shape == (1, 218)

@@ -125,6 +125,25 @@ def test_the_shift_of_training_is_the_samplers(tmp_path, euler):
     torch.testing.assert_close(unshifted, torch.tensor([0.5]), rtol=0, atol=1e-3)
 
 
+def test_times_are_logit_normal(source):
+    """Before they are shifted."""
+    scheduler = sana.load(source, "scheduler", None)["scheduler"]
+    uniforms = torch.tensor([0.1, 0.5, 0.8])
+    objective = sana.objective(scheduler, Train(timestep_shift="none"))
+    found = objective.draw_times(uniforms[:, None].expand(-1, 2), (8, 8))
+    torch.testing.assert_close(found, 1 - torch.sigmoid(torch.special.ndtri(uniforms)), rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_the_denoisers_own_scale_of_times_is_heeded(source, text):
+    denoiser, seen = sana.load(source, "denoiser", torch.float32)["transformer"], []
+    denoiser.register_forward_pre_hook(lambda _, args, given: seen.append(given["timestep"]), with_kwargs=True)
+    for scale in (1.0, 0.5):
+        denoiser.register_to_config(timestep_scale=scale)
+        sana.predict(denoiser, torch.zeros(1, 4, 8, 8), torch.tensor([0.6]), encoded(text, ["a"]), 1.0)
+    assert [times.item() for times in seen] == pytest.approx([600, 300])
+
+
 @pytest.mark.parametrize("name", [None, "sana"], ids=["", "--family"])
 def test_sprint_is_refused(tmp_path, name):
     """It was distilled; --family alone does not make a Sana of it."""

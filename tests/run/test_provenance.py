@@ -43,7 +43,7 @@ def commit_all(repository: Path) -> str:
 
 def recorded(monkeypatch: pytest.MonkeyPatch, package: Path) -> str | None:
     monkeypatch.setattr(provenance, "__file__", str(package / INSIDE))
-    return provenance.git_commit()
+    return provenance.git_commit.__wrapped__()
 
 
 def test_it_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

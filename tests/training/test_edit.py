@@ -91,7 +91,7 @@ def pairs(tmp_path: Path) -> tuple[Path, Path]:
 def flags(case, pairs, cache: Path, tmp_path: Path) -> list[str]:
     after, before = pairs
     more = f"--conditioning_data_dir {before} --resolution {SIDE} --max_train_steps 4 --train_batch_size 2 "
-    more += "--num_inference_steps 1 --sample_steps 4 --eval_steps 2 --max_sequence_length "
+    more += "--num_inference_steps 1 --sample_steps 4 --eval_steps 4 --final_eval_items 8 --max_sequence_length "
     return [*flags_of(after, cache, case.folder, tmp_path / "run"), *more.split(), str(case.tiny.length or 512)]
 
 

@@ -25,7 +25,10 @@ from tests import tinymodels
 from tests.training.conftest import flags_of, train_with, with_optimizer
 from tests.training.forked import in_two_processes, run_forked
 
-SHORT = "--max_train_steps 4 --sample_steps 4 --eval_steps 2 --train_batch_size 2 --num_inference_steps 1"
+SHORT = (
+    "--max_train_steps 4 --sample_steps 4 --eval_steps 4 --final_eval_items 8 --train_batch_size 2 "
+    "--num_inference_steps 1"
+)
 pytestmark = pytest.mark.usefixtures("no_report")
 LOOP = "--sample_steps 0 --eval_steps 0 --final_eval_items 0 --no_parity_check --checkpointing_steps 0"
 
