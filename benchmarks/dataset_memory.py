@@ -110,7 +110,7 @@ def measure(place: Path, steps: int) -> dict[str, Any]:
     stream = Stream(
         [source],
         Diffusion(torch.linspace(0.99, 0.01, 1000), "epsilon", None),
-        lambda captions: stack_conditioning([prompts[caption] for caption in captions], {}),
+        lambda captions, views: stack_conditioning([prompts[caption] for caption in captions], {}),
         Layout(4, 1, 0, 1),
         seed=0,
     )

@@ -92,3 +92,15 @@ def glow(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     names = registry.names
     monkeypatch.setattr(registry, "names", lambda kind: [*names(kind), *(["glow"] if kind == "metrics" else [])])
     return plugin
+
+
+@pytest.fixture(scope="module")
+def small_areas() -> Iterator[None]:
+    """Qwen-Image-Edit's pipelines, and its family after them, resize what they edit to a megapixel; in here to less."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+            inner = module.calculate_dimensions
+            patch.setattr(module, "calculate_dimensions", lambda area, ratio, inner=inner: inner(area / 256, ratio))
+        yield

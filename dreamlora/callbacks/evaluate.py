@@ -100,8 +100,8 @@ def measure(run: Run, items: EvalSet) -> list[float]:
     """The run's model on these items, the work shared by the processes; every process gets all losses."""
     accelerator = run.accelerator
 
-    def conditioning(captions: Sequence[str]) -> Conditioning:
-        return {name: value.to(accelerator.device) for name, value in run.conditioning(captions).items()}
+    def conditioning(captions: Sequence[str], views: Conditioning) -> Conditioning:
+        return {name: value.to(accelerator.device) for name, value in run.conditioning(captions, views).items()}
 
     started = time.perf_counter()
     run.model.eval()

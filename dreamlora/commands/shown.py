@@ -13,7 +13,9 @@ from dreamlora.sampling.sampler import SamplePlan
 from dreamlora.sampling.shown import kept, require_for_prompts, shown_with
 
 
-def with_shown(plan: SamplePlan, config: SampleConfig, run: TrainedRun | None, *, edits: bool) -> SamplePlan:
+def with_shown(
+    plan: SamplePlan, config: SampleConfig, run: TrainedRun | None, *, edits: bool, must: bool = False
+) -> SamplePlan:
     """The plan with the image that each prompt edits: as given, else as the run had them.
 
     Args:
@@ -21,6 +23,7 @@ def with_shown(plan: SamplePlan, config: SampleConfig, run: TrainedRun | None, *
         config: the flags.
         run: whose images hold where none are given.
         edits: whether the model does.
+        must: whether it does nothing without an image.
 
     Raises:
         UserError: it does not, and images are given; there is not one for all prompts or one for each, or one cannot be
@@ -33,9 +36,14 @@ def with_shown(plan: SamplePlan, config: SampleConfig, run: TrainedRun | None, *
         return plan
     require_for_prompts(files, plan.prompts)
     images = [decode(read_bytes(file, IMAGE_BYTES), f"--validation_images {file}") for file in files]
+    shown = {} if images or run is None else kept(plan.prompts, run.folder)
+    if must and not images and not shown:
+        raise UserError(
+            "--validation_images is needed: the model edits images, and does nothing without one; give one for all "
+            "prompts, or one for each"
+        )
     if images or run is None:
         return replace(plan, shown=shown_with(plan.prompts, images, plan.width or 0))
-    shown = kept(plan.prompts, run.folder)
     lacking = [prompt for prompt in plan.prompts if prompt not in shown]
     if shown and lacking:
         raise UserError(

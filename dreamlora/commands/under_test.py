@@ -24,6 +24,7 @@ from dreamlora.commands.trained import (
     refuse_other_predictions,
     source_of,
 )
+from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pictures
 from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
 from dreamlora.lora.files import apply_lora
 from dreamlora.models.loading import family_of
@@ -75,12 +76,21 @@ class UnderTest:
         return computing_in(self.dtype, self.parts.device)
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> Conditioning:
-        """Batched conditioning of captions, by the text encoders as they are now."""
-        for caption in captions:
-            if caption not in self._encoded:
-                self._encoded[caption] = self._encode(caption)
-        return stack_conditioning([self._encoded[caption] for caption in captions], self.parts.family.LENGTH_AXES)
+    def encode(self, captions: Sequence[str], views: Conditioning) -> Conditioning:
+        """Batched conditioning of captions, by the text encoders as they are now.
+
+        Args:
+            captions: of images.
+            views: what belongs to these.
+        """
+        rows = [self._row(prompt) for prompt in with_pictures(captions, views)]
+        return stack_conditioning(rows, self.parts.family.LENGTH_AXES)
+
+    def _row(self, prompt: Prompt) -> Conditioning:
+        key = prompt_key(prompt, {})
+        if key not in self._encoded:
+            self._encoded[key] = self._encode(prompt)
+        return self._encoded[key]
 
     def warn_of_cut(self, texts: Sequence[str]) -> None:
         """Tell how many of these are longer than the text encoder reads."""
@@ -116,6 +126,11 @@ class UnderTest:
         return self.parts.family.shows_images(self.source)
 
     @property
+    def must_edit(self) -> bool:
+        """Whether it does nothing without an image."""
+        return self.parts.family.text_pictures(self.source) is not None
+
+    @property
     def prompt_length(self) -> int | None:
         """Tokens of a prompt; None: the family's."""
         length: int | None = self.settings.get(self.parts.family.PROMPT_LENGTH)
@@ -141,10 +156,10 @@ class UnderTest:
     def _text_trained(self) -> bool:
         return bool(self.settings.get("train_text_encoder"))
 
-    def _encode(self, caption: str) -> Conditioning:
+    def _encode(self, prompt: Prompt) -> Conditioning:
         """A text encoder that trains is a part of what runs under autocast; one that does not has run before."""
         family, text, device = self.parts.family, self.parts.get("text"), self.parts.device
-        tokens = family.tokenize(text, [caption], self.prompt_length)
+        tokens = tokenized(family, text, [prompt], self.prompt_length)
         tokens = {name: value.to(device) for name, value in tokens.items()}
         with torch.autocast(device.type, enabled=False):
             if not self._text_trained:

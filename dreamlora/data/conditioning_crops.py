@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from dreamlora.data.buckets import Size
 from dreamlora.data.cache import CHECKED_WHOLE, KeyPart, TensorCache, Wanted, content_key
 from dreamlora.data.images import ImageRecord
-from dreamlora.data.transforms import Preparations, Variant, crop, resized, to_tensor, variants
+from dreamlora.data.transforms import Preparations, Variant, crop, resized, variants
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning
 
@@ -42,7 +42,7 @@ def conditioning_plan(
 def store_conditioning(
     records: Iterable[ImageRecord],
     how: Preparations,
-    encode: Callable[[Tensor], Conditioning],
+    encode: Callable[[np.ndarray], Conditioning],
     cache: TensorCache,
     key_parts: Mapping[str, KeyPart],
 ) -> None:
@@ -51,7 +51,7 @@ def store_conditioning(
     Args:
         records: the images.
         how: they are prepared.
-        encode: takes pixels ``[1, 3, H, W]`` in [-1, 1]; ``Family.encode_conditioning``.
+        encode: takes a crop ``[H, W, 3]`` (uint8); gives tensors with a leading 1.
         cache: where entries are kept.
         key_parts: see ``Filling``.
 
@@ -67,9 +67,9 @@ def store_conditioning(
         for wanted, variant in plan:
             if wanted.key not in missing:
                 continue
-            entry = encode(to_tensor(crop(image, variant, how[record]))[None])
+            entry = encode(crop(image, variant, how[record]))
             if not all(bool(torch.isfinite(tensor).all()) for tensor in entry.values()):
                 raise UserError(
                     f"the autoencoder gave numbers that are not finite for the image {record.conditioning.where}"
                 )
-            cache.put(wanted.key, {name: tensor[0].float() for name, tensor in entry.items()})
+            cache.put(wanted.key, {name: tensor[0] for name, tensor in entry.items()})

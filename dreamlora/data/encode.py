@@ -21,13 +21,14 @@ from dreamlora.data.catalog import RecordSubset, hash_prefixes
 from dreamlora.data.conditioning_crops import conditioning_plan, store_conditioning
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.mask_crops import mask_plan, store_masks
+from dreamlora.data.shown_prompts import Prompt, prompt_key, text_of
 from dreamlora.data.stores import RAM_BYTES, LatentStore, PromptStore, Recent
 from dreamlora.data.transforms import Preparations, Variant, crop, to_tensor, variants, view_of
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Conditioning, Latents, LatentSize, View
 
 
-def _nothing(images: Sequence[View] | Tensor) -> Conditioning:
+def _nothing(images: Any) -> Conditioning:
     return {}
 
 
@@ -81,7 +82,7 @@ def encode_dataset(
     how: Preparations,
     encode: Callable[[Tensor], Latents],
     filling: Filling,
-    encode_conditioning: Callable[[Tensor], Conditioning] = _nothing,
+    encode_conditioning: Callable[[np.ndarray], Conditioning] = _nothing,
 ) -> LatentStore:
     """Encode all variants of all images that the cache lacks, and crop their masks.
 
@@ -91,7 +92,8 @@ def encode_dataset(
         encode: takes pixels ``[B, 3, H, W]`` float32 in [-1, 1] on the CPU. Not called if nothing is missing, so it may
             load the autoencoder when first called.
         filling: where and how.
-        encode_conditioning: takes pixels ``[1, 3, H, W]`` of images before an edit (``Family.encode_conditioning``).
+        encode_conditioning: takes a crop ``[H, W, 3]`` (uint8) of an image before an edit; gives tensors with a
+            leading 1.
 
     Raises:
         UserError: an image is broken or changes meanwhile, its latents are not finite, or the cache cannot be written.
@@ -145,7 +147,7 @@ def _bytes(layout: Layout) -> int:
 
 
 def encode_prompts(
-    prompts: Iterable[str], encode: Callable[[list[str]], Conditioning], filling: Filling
+    prompts: Iterable[Prompt], encode: Callable[[list[Any]], Conditioning], filling: Filling
 ) -> PromptStore:
     """Encode all different prompts that the cache lacks.
 
@@ -161,8 +163,8 @@ def encode_prompts(
         UserError: embeddings are not finite, or the cache cannot be written.
     """
 
-    def key_of(prompt: str) -> str:
-        return content_key("prompt", prompt, filling.key_parts)
+    def key_of(prompt: Prompt) -> str:
+        return prompt_key(prompt, filling.key_parts)
 
     work = _Prompts(encode, filling)
     with torch.no_grad():
@@ -184,17 +186,17 @@ class _Prompts:
         layout: of the entries so far; None: there are none.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Conditioning], filling: Filling) -> None:
+    def __init__(self, encode: Callable[[list[Any]], Conditioning], filling: Filling) -> None:
         self.layout: Layout | None = None
         self._encode = encode
         self._cache = filling.cache
         self._at_once = 1 if filling.length_axes else filling.batch_size
         self._axes = filling.length_axes
-        self._waiting: dict[str, str] = {}
-        self._believed: dict[str, str] = {}
+        self._waiting: dict[str, Prompt] = {}
+        self._believed: dict[str, Prompt] = {}
         self._made = False
 
-    def see(self, key: str, prompt: str, thorough: bool) -> None:
+    def see(self, key: str, prompt: Prompt, thorough: bool) -> None:
         """Encode a prompt, given by key, if the cache lacks it; maybe later, with others."""
         if key in self._waiting or key in self._believed:
             return
@@ -240,12 +242,16 @@ class _Prompts:
         self.finish()
 
 
-def _store_prompts(waiting: Mapping[str, str], encode: Callable[[list[str]], Conditioning], cache: TensorCache) -> None:
+def _store_prompts(
+    waiting: Mapping[str, Prompt], encode: Callable[[list[Any]], Conditioning], cache: TensorCache
+) -> None:
     """Encode prompts, given by key, in one call."""
     rows = {name: tensor.detach().cpu() for name, tensor in encode(list(waiting.values())).items()}
-    for row, (key, text) in enumerate(waiting.items()):
+    for row, (key, prompt) in enumerate(waiting.items()):
         entry = {name: tensor[row : row + 1] for name, tensor in rows.items()}
-        _refuse_non_finite(entry, f"the text encoder gave numbers that are not finite for the prompt {text!r}")
+        _refuse_non_finite(
+            entry, f"the text encoder gave numbers that are not finite for the prompt {text_of(prompt)!r}"
+        )
         cache.put(key, entry)
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from dreamlora.data.cache import Entry, Layout, TensorCache, Wanted
 from dreamlora.data.images import ImageRecord
+from dreamlora.data.shown_prompts import Prompt
 from dreamlora.interfaces import Conditioning
 
 RAM_BYTES = 2**27
@@ -167,12 +168,12 @@ class PromptStore:
         layout: of all of them; None: there are none.
     """
 
-    def __init__(self, key: Callable[[str], str], entries: Recent, layout: Layout | None) -> None:
+    def __init__(self, key: Callable[[Prompt], str], entries: Recent, layout: Layout | None) -> None:
         self._key = key
         self._entries = entries
         self._layout = layout
 
-    def __getitem__(self, prompt: str) -> Entry:
+    def __getitem__(self, prompt: Prompt) -> Entry:
         """The entry of a prompt that was encoded before.
 
         Raises:

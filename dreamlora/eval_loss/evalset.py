@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Len, MaxLen
@@ -49,7 +49,8 @@ class EvalSet:
         latents: ``[images, C, h, w]`` float32, means of the posterior.
         captions: one per image.
         masks: ``[images, 1, h, w]`` in [0, 1], how much of the loss every place has; None: all the same.
-        views: what belongs to the images besides (``Family.describe_views``), ``[images, ...]`` float32 by name.
+        views: what belongs to the images besides (``LatentStore.view``), ``[images, ...]`` by name: float32, but for
+            pictures (uint8).
         image: ``[items]`` int64.
         times: ``[items]``, as the objective takes them.
         position: ``[items]`` float32 in (0, 1): how far along the schedule, whatever its units.
@@ -153,7 +154,7 @@ def _read_tensors(file: Path, inside: Path | None, *, images: int, items: int) -
     with open_tensors(file, inside=inside) as stored:
         names = set(stored.keys())
         views = sorted(name for name in names if name.startswith(_VIEW))[:_MOST_VIEWS]
-        wanted |= dict.fromkeys(views, "F32")
+        wanted |= dict.fromkeys(views, "F32 or U8")
         if not wanted.keys() - {"masks", *views} <= names <= wanted.keys():
             raise UnreadableError(file, f"it holds {shortened(', '.join(sorted(names)))}, and not {', '.join(wanted)}")
         slices = {name: stored.get_slice(name) for name in names}
@@ -163,7 +164,7 @@ def _read_tensors(file: Path, inside: Path | None, *, images: int, items: int) -
             raise UnreadableError(file, f"latents are {latents}, and not those of {images} images")
         fit = dict.fromkeys(wanted, (items,)) | {"latents": latents, "masks": (images, 1, *latents[2:])}
         fit |= {name: (images, *shapes[name][1:]) for name in views}
-        if sum(math.prod(shapes[name]) for name in views) > _MOST_NUMBERS:
+        if sum(_size(slices[name]) for name in views) > _MOST_NUMBERS:
             raise UnreadableError(file, f"{', '.join(views)} are larger than those of any images")
         for name, shape in shapes.items():
             if shape != fit[name] or slices[name].get_dtype() not in wanted[name]:
@@ -175,6 +176,11 @@ def _read_tensors(file: Path, inside: Path | None, *, images: int, items: int) -
         if tensor is not None and not bool(((tensor >= low) & (tensor <= high)).all()):
             raise UnreadableError(file, f"{name} has values that are not in [{low:g}, {high:g}]")
     return tensors
+
+
+def _size(part: Any) -> float:
+    """Of a tensor in a file, in numbers of four bytes."""
+    return float(math.prod(part.get_shape())) * (0.25 if part.get_dtype() == "U8" else 1.0)
 
 
 def build_eval_set(
@@ -248,13 +254,13 @@ class Measured:
     Attributes:
         predict: the model in eval mode.
         objective: of its training.
-        conditioning: captions to batched conditioning on ``device``.
+        conditioning: captions to batched conditioning on ``device``, by what belongs to their images.
         device: of the model.
     """
 
     predict: Predict
     objective: Objective
-    conditioning: Callable[[Sequence[str]], Conditioning]
+    conditioning: Callable[[Sequence[str], Conditioning], Conditioning]
     device: torch.device
 
 
@@ -284,8 +290,9 @@ def evaluate_loss(model: Measured, items: EvalSet, *, batch_size: int, rank: int
         noise = items.noise(chunk).to(model.device)
         times = items.times[chunk].to(model.device)
         noisy = model.objective.corrupt(latents, noise, times)
-        conditioning = model.conditioning([items.captions[i] for i in image.tolist()])
-        conditioning = {**conditioning, **{name: view[image].to(model.device) for name, view in items.views.items()}}
+        views = {name: view[image] for name, view in items.views.items()}
+        conditioning = model.conditioning([items.captions[i] for i in image.tolist()], views)
+        conditioning = {**conditioning, **{name: view.to(model.device) for name, view in views.items()}}
         prediction = model.predict(noisy, times, conditioning)
         target = model.objective.target(latents, noise, times)
         masks = None if items.masks is None else items.masks[image].to(model.device)

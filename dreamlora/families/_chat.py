@@ -57,7 +57,8 @@ def layer_states(encoder: Any, tokens: Mapping[str, Tensor], layers: Sequence[in
 
     Args:
         encoder: with or without a head.
-        tokens: ``input_ids`` and ``attention_mask`` ``[B, L]``, as ``_parts.token_ids`` gives them.
+        tokens: ``input_ids`` and ``attention_mask`` ``[B, L]``, as ``_parts.token_ids`` gives them; and of images among
+            them ``pixel_values`` and ``image_grid_thw``.
         layers: as ``hidden_states`` counts them: 0 are the embeddings, -1 the last states after the norm.
     """
     device = bare(encoder).device
@@ -66,6 +67,7 @@ def layer_states(encoder: Any, tokens: Mapping[str, Tensor], layers: Sequence[in
         attention_mask=tokens["attention_mask"].to(device),
         output_hidden_states=True,
         use_cache=False,
+        **{name: tokens[name].to(device) for name in ("pixel_values", "image_grid_thw") if name in tokens},
     )
     return [states.hidden_states[layer] for layer in layers]
 

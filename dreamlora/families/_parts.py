@@ -221,6 +221,10 @@ def nothing_shown(vae: Components, pixels: Tensor) -> Conditioning:
     return {}
 
 
+def no_text_pictures(source: ModelSource) -> None:
+    """See ``Family.text_pictures``: for models whose text encoders see prompts alone."""
+
+
 def nothing_of_views(views: Sequence[View]) -> Conditioning:
     """See ``Family.describe_views``."""
     return {}

@@ -50,6 +50,7 @@ save_lora = _parts.lora_saver(ChromaPipeline, DENOISER)
 latent_size = _parts.latent_size
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+text_pictures = _parts.no_text_pictures
 resolution = _flux.resolution
 distilled = _parts.never_distilled  # Chroma1-Flash is, but its files do not tell
 prompt_limit = _flux.prompt_limit

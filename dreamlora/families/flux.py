@@ -56,6 +56,7 @@ prompt_limit = _flux.prompt_limit
 encode_images = _parts.vae_latents
 count_tokens = _parts.count_tokens
 encode_conditioning = _packed.conditioning
+text_pictures = _parts.no_text_pictures
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.never_negative
 call_options = _parts.guided

@@ -81,6 +81,7 @@ MISTRAL = (
 save_lora = _parts.lora_saver(Flux2Pipeline, DENOISER)
 resolution = _flux.resolution
 prompt_limit = _flux.prompt_limit
+text_pictures = _parts.no_text_pictures
 describe_views = _parts.nothing_of_views
 call_arguments = _parts.with_negative
 call_options = _parts.guided

@@ -71,6 +71,7 @@ latent_size = _parts.latent_size
 encode_images = _parts.vae_latents
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+text_pictures = _parts.no_text_pictures
 prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT, USUAL_PROMPT)  # of Llama, its begin included
 count_tokens = _parts.count_tokens
 describe_views = _parts.nothing_of_views

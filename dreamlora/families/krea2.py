@@ -62,6 +62,7 @@ save_lora = _parts.lora_saver(Krea2Pipeline, DENOISER)
 latent_size = _qwen_vae.latent_size
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+text_pictures = _parts.no_text_pictures
 encode_images = _qwen_vae.encode_images
 describe_views = _parts.nothing_of_views
 call_options = _parts.guided

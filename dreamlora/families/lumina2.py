@@ -63,6 +63,7 @@ latent_size = _parts.latent_size
 encode_images = _parts.vae_latents
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+text_pictures = _parts.no_text_pictures
 prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT)  # begin and instruction included
 describe_views = _parts.nothing_of_views
 distilled = _parts.never_distilled

@@ -1,15 +1,19 @@
-"""Qwen-Image (2512 too): transformer of two streams over packed latents, Qwen2.5-VL as text encoder, rectified flow."""
+"""Qwen-Image (2512 too), Edit, Edit-Plus (2509, 2511): transformer of two streams over packed latents, Qwen2.5-VL as
+text encoder, rectified flow.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import QwenImagePipeline
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from dreamlora.families import _chat, _flow, _packed, _parts, _qwen_vae
+from dreamlora.families import _chat, _flow, _packed, _parts, _qwen_edit, _qwen_vae
 from dreamlora.families._qwen_prompt import AFTER, BEFORE, DROPPED
 from dreamlora.interfaces import (
     Classes,
@@ -20,9 +24,10 @@ from dreamlora.interfaces import (
     SampleDefaults,
     Settings,
 )
+from dreamlora.models import loading
 from dreamlora.objectives import RectifiedFlow
 
-PIPELINES: tuple[str, ...] = ("QwenImagePipeline",)
+PIPELINES: tuple[str, ...] = ("QwenImagePipeline", *_qwen_edit.PIPELINES)
 REFUSED: dict[str, str] = {}
 PARTS: dict[Role, dict[str, Classes]] = {
     "text": {
@@ -54,17 +59,30 @@ OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "nega
 LONGEST_PROMPT = 1024
 """Tokens that the pipeline takes at most, without those before the prompt but with the template's after it."""
 
-load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
-pipeline = _parts.pipeline_of(QwenImagePipeline, PARTS)
 save_lora = _parts.lora_saver(QwenImagePipeline, DENOISER)
 latent_size = _qwen_vae.latent_size
-shows_images = _parts.shows_none
-encode_conditioning = _parts.nothing_shown
 distilled = _parts.never_distilled
 encode_images = _qwen_vae.encode_images
 prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT, 512)
 describe_views = _parts.nothing_of_views
 call_arguments = _parts.with_negative
+
+
+def load(source: ModelSource, role: Role, dtype: Any) -> Components:
+    """One part of the pipeline on the CPU, frozen, in eval mode; with the text encoder of a pipeline that edits its
+    "processor".
+
+    Raises:
+        UserError: the folder or hub repository is missing, incomplete or holds pickles.
+    """
+    parts = loading.load_role(source, PARTS[role], dtype, OPTIONAL, SETTINGS)
+    if role == "text" and _edits(parts):
+        parts["processor"] = _qwen_edit.load_processor(source, parts)
+    return parts
+
+
+def _edits(parts: Components) -> bool:
+    return parts["settings"]["_class_name"] in _qwen_edit.PIPELINES
 
 
 def resolution(source: ModelSource) -> int:
@@ -83,24 +101,27 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 def tokenize(text: Components, prompts: Sequence[str], max_length: int | None) -> Conditioning:
-    """``input_ids`` and ``attention_mask`` ``[B, 34 + L]``, in the template; padded to the longest, at the end.
+    """``input_ids`` and ``attention_mask`` ``[B, T + L]``, in the template; padded to the longest, at the end. T are
+    the template's before the prompt: 34, or with a picture, for which one token stands, 67 or more.
 
     Raises:
         UserError: see ``prompt_limit``.
     """
-    batch = text["tokenizer"](
-        _templated(prompts),
+    tokenizer = text["tokenizer"]
+    before = _qwen_edit.BEFORE.get(text["settings"]["_class_name"], BEFORE)
+    batch = tokenizer(
+        _templated(prompts, before),
         padding=True,
         padding_side="right",
-        max_length=DROPPED + prompt_limit(text["tokenizer"], max_length),
+        max_length=len(tokenizer(before).input_ids) + prompt_limit(tokenizer, max_length),
         truncation=True,
         return_tensors="pt",
     )
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
 
-def _templated(prompts: Sequence[str]) -> list[str]:
-    return [BEFORE + prompt + AFTER for prompt in prompts]
+def _templated(prompts: Sequence[str], before: str = BEFORE) -> list[str]:
+    return [before + prompt + AFTER for prompt in prompts]
 
 
 def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
@@ -109,12 +130,31 @@ def encode_frozen(text: Components, tokens: Conditioning) -> Conditioning:
     """
     if "prompt_embeds" in tokens:
         return {name: tokens[name] for name in LENGTH_AXES}
+    dropped = DROPPED
+    if _edits(text):
+        dropped, tokens = _qwen_edit.DROPPED, _qwen_edit.with_patches(text, tokens)
     [states] = _chat.layer_states(text["text_encoder"], tokens, [-1])
-    embeds, mask = _chat.unpadded(states[:, DROPPED:], tokens["attention_mask"][:, DROPPED:])
+    embeds, mask = _chat.unpadded(states[:, dropped:], tokens["attention_mask"][:, dropped:])
     return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
 
 encode_tokens = encode_frozen  # the text encoder never trains: the pipeline's files have no place for its LoRA
+
+
+def shows_images(source: ModelSource) -> bool:
+    """Those named Edit do, and nothing else."""
+    return loading.read_settings(source, SETTINGS)["_class_name"] in _qwen_edit.PIPELINES
+
+
+def text_pictures(source: ModelSource) -> Callable[[Image], Tensor] | None:
+    """Edit's text encoder sees the image as the autoencoder does, Plus' a smaller one."""
+    kind = loading.read_settings(source, SETTINGS)["_class_name"]
+    return partial(_qwen_edit.picture, kind) if kind in _qwen_edit.PIPELINES else None
+
+
+def encode_conditioning(vae: Components, pixels: Tensor) -> Conditioning:
+    """``conditioning_latents`` ``[B, C, h, w]`` of the posterior's mode, in the area that the pipelines resize to."""
+    return {_packed.SHOWN: _qwen_vae.encode_images(vae, _qwen_edit.prepared(pixels)).mean}
 
 
 def objective(scheduler: Any, train: Any) -> RectifiedFlow:
@@ -135,7 +175,8 @@ def predict(
     Raises:
         UserError: see ``velocity``.
     """
-    return velocity(denoiser, [noisy], times, conditioning)
+    shown = [conditioning[_packed.SHOWN]] if _packed.SHOWN in conditioning else []
+    return velocity(denoiser, [noisy, *shown], times, conditioning)
 
 
 def velocity(denoiser: nn.Module, images: Sequence[Tensor], times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -162,6 +203,15 @@ def velocity(denoiser: nn.Module, images: Sequence[Tensor], times: Tensor, condi
     )[0]
     height, width = images[0].shape[2:]
     return _packed.unpack(tokens[:, : height * width // 4], (height, width))
+
+
+def pipeline(components: Components) -> Any:
+    """A stock pipeline of the class that the model names around these parts; parts not given are None."""
+    parts = {name: components.get(name) for role in PARTS.values() for name in role}
+    if _edits(components):
+        pipeline_class = _qwen_edit.PIPELINES[components["settings"]["_class_name"]]
+        return pipeline_class(**parts, processor=components.get("processor"))
+    return QwenImagePipeline(**parts)
 
 
 def negative_prompt(source: ModelSource, guidance_scale: float, given: str | None) -> str | None:

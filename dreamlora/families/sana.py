@@ -83,6 +83,7 @@ save_lora = _parts.lora_saver(SanaPipeline, DENOISER)
 distilled = _parts.never_distilled
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+text_pictures = _parts.no_text_pictures
 # with the begin and the instruction's last token, which are all that is kept of it
 prompt_limit = _parts.prompts_up_to(LONGEST_PROMPT, USUAL_PROMPT)
 negative_prompt = _chat.marked_negative

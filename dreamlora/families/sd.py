@@ -52,6 +52,7 @@ distilled = _parts.never_distilled
 count_tokens = _parts.count_tokens
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+text_pictures = _parts.no_text_pictures
 encode_frozen = _parts.none_frozen
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.negative_above_one

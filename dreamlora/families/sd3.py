@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
+from dreamlora.errors import UserError
 from dreamlora.families import _flow, _parts
 from dreamlora.interfaces import (
     Classes,
@@ -78,6 +79,7 @@ latent_size = _parts.latent_size
 encode_images = _parts.vae_latents
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+text_pictures = _parts.no_text_pictures
 count_tokens = _parts.count_tokens
 describe_views = _parts.nothing_of_views
 negative_prompt = _parts.negative_above_one

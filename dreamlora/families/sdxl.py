@@ -59,6 +59,7 @@ prompt_limit = _parts.clip_limit
 count_tokens = _parts.count_tokens
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown
+text_pictures = _parts.no_text_pictures
 encode_frozen = _parts.none_frozen
 objective = _unet.objective
 call_options = _parts.guided

@@ -1,6 +1,7 @@
 """What the parts exchange: records, and the contracts that plug-ins fulfil."""
 
 from dreamlora.interfaces.family import (
+    PICTURE,
     Classes,
     Components,
     Family,
@@ -16,6 +17,7 @@ from dreamlora.interfaces.measuring import Encoder, EncoderRole, ImageMetric, Me
 from dreamlora.interfaces.training import Batch, Callback, Conditioning, Objective, StepResult
 
 __all__ = [
+    "PICTURE",
     "Batch",
     "Callback",
     "Classes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 from dreamlora.interfaces.training import Conditioning, Objective
 
 if TYPE_CHECKING:  # plug-ins import this module, and what they say of themselves is read without torch
+    from PIL.Image import Image
     from torch import Tensor, nn
+
+PICTURE = "shown_picture"
+"""Name of what ``Family.text_pictures`` makes, among what belongs to images: ``[B, 3, h, w]``."""
 
 Components = dict[str, Any]
 """Parts of a pipeline by diffusers' names: "unet" or "transformer", "vae", "text_encoder", "tokenizer", "scheduler".
@@ -211,6 +215,11 @@ class Family(Protocol):
 
     def encode_conditioning(self, vae: Components, pixels: Tensor) -> Conditioning:
         """What ``predict`` is told of the images before an edit, ``[B, 3, H, W]`` in [-1, 1]: batch first, float32."""
+
+    def text_pictures(self, source: ModelSource) -> Callable[[Image], Tensor] | None:
+        """What makes of an RGB image before an edit the picture ``[3, h, w]`` (uint8) that the text encoder sees with
+        the prompt; None: it sees none. ``encode_tokens`` finds pictures among its tokens as ``PICTURE``.
+        """
 
     def describe_views(self, views: Sequence[View]) -> Conditioning:
         """What ``predict`` is told of images besides their prompts, batch first, by other names than those of

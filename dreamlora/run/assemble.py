@@ -6,7 +6,7 @@ At no time are more models in memory than the stage needs: text encoder, then au
 from __future__ import annotations
 
 import gc
-import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.credentials import masked_options
 from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.sets import loss_shares, places
+from dreamlora.data.shown_prompts import Prompt
+from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations, bucket_numbers
 from dreamlora.files import make_folder
 from dreamlora.interfaces import Components
@@ -36,6 +38,7 @@ from dreamlora.run.encoding import (
 )
 from dreamlora.run.images import RunImages, for_classes, with_class_images
 from dreamlora.run.opening import Prelude, begin, decided, read
+from dreamlora.run.prompts import all_prompts, all_shown_prompts
 from dreamlora.run.trainable import optimizer_of, with_lora
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
@@ -157,7 +160,6 @@ def _claim_folder(context: RunContext) -> RunFolder:
 def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options: Any) -> Run:
     """Encode everything once, then load the denoiser, inject the LoRA and put the run together."""
     config, accelerator = context.config, context.accelerator
-    encode, text = _conditioning(context, pictures)
     side = config.data.resolution or 0
     how = Preparations.of(config.data, side, config.train.seed)
     with context.timed("encoding images"):
@@ -165,6 +167,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         class_store = encode_images(context, pictures.classes, for_classes(context)) if pictures.classes else None
         material = schedule.eval_material(context, pictures, how.fixed(side))
     context.parts.free("vae")
+    encode, text = _conditioning(context, pictures, store, material)  # some are of prompts and images
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
     model = with_lora(context, components, text)
     few, layers = layers_below_rank(model)
@@ -216,16 +219,14 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     return run
 
 
-def _conditioning(context: RunContext, pictures: RunImages) -> tuple[Encode, Components | None]:
+def _conditioning(
+    context: RunContext, pictures: RunImages, store: LatentStore, material: schedule.Material
+) -> tuple[Encode, Components | None]:
     """Captions to embeddings (the text encoder is gone then); or to token ids, with the text encoder to train."""
-    plan = context.caption_plan
-    prompts = itertools.chain(
-        (plan.dropped, context.guidance(context.config.sample.negative_prompt).encoded_negative or ""),
-        (*pictures.prompts, *pictures.eval_prompts),
-        (text for record in pictures.train for text in plan.texts(record.captions)),
-        (record.caption for record in itertools.chain(pictures.measured, pictures.learned)),
-        (caption for record in pictures.classes for caption in record.captions),
-    )
+    if context.family.text_pictures(context.source) is None:
+        prompts: Iterable[Prompt] = all_prompts(context, pictures)
+    else:
+        prompts = all_shown_prompts(context, pictures, store, material.stores)
     with context.timed("encoding prompts"):
         if context.config.lora.train_text_encoder:
             text = context.parts.get("text")

@@ -7,13 +7,16 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
+from PIL import Image
 from torch import Tensor, nn
 
 from dreamlora.data.encode import Filling, encode_dataset, encode_prompts
 from dreamlora.data.images import ImageRecord
+from dreamlora.data.shown_prompts import Prompt, tokenized, with_pictures
 from dreamlora.data.stores import LatentStore
-from dreamlora.data.transforms import Preparations
-from dreamlora.interfaces import Components, Conditioning, Latents
+from dreamlora.data.transforms import Preparations, to_tensor
+from dreamlora.interfaces import PICTURE, Components, Conditioning, Latents
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
@@ -26,8 +29,8 @@ MOST_NAMED = 100
 MOST_TOKENIZED = 1000
 """Captions whose token ids stay in memory while the text encoder trains."""
 
-Encode = Callable[[Sequence[str]], Conditioning]
-"""Captions to batched conditioning."""
+Encode = Callable[[Sequence[str], Conditioning], Conditioning]
+"""Captions, and what belongs to their images, to batched conditioning."""
 
 
 def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Preparations) -> LatentStore:
@@ -36,8 +39,11 @@ def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Prep
     def encode(pixels: Tensor) -> Latents:
         return context.family.encode_images(context.parts.get("vae"), pixels)
 
-    def encode_conditioning(pixels: Tensor) -> Conditioning:
-        return context.family.encode_conditioning(context.parts.get("vae"), pixels)
+    picture = context.family.text_pictures(context.source)
+
+    def encode_conditioning(crop: np.ndarray) -> Conditioning:
+        shown = context.family.encode_conditioning(context.parts.get("vae"), to_tensor(crop)[None])
+        return {**shown, PICTURE: picture(Image.fromarray(crop))[None]} if picture else shown
 
     store = encode_dataset(records, how, encode, latent_filling(context), encode_conditioning)
     wait_for_everyone()
@@ -53,7 +59,7 @@ def latent_filling(context: RunContext) -> Filling:
     )
 
 
-def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
+def encode_texts(context: RunContext, prompts: Iterable[Prompt]) -> Encode:
     """Prompts to embeddings, made by the text encoder where the cache lacks them; it is freed afterwards.
 
     A prompt that was not among ``prompts``, nor in the cache, is a UserError.
@@ -63,7 +69,7 @@ def encode_texts(context: RunContext, prompts: Iterable[str]) -> Encode:
     return encode
 
 
-def encode_frozen(context: RunContext, prompts: Iterable[str], text: Components) -> Encode:
+def encode_frozen(context: RunContext, prompts: Iterable[Prompt], text: Components) -> Encode:
     """Prompts to what the encoders that never train make of them, and token ids for the one that does.
 
     The frozen ones are taken out of ``text`` afterwards. A prompt that was not among ``prompts``, nor in the cache, is
@@ -81,20 +87,25 @@ def encode_frozen(context: RunContext, prompts: Iterable[str], text: Components)
 
 def _encoded(
     context: RunContext,
-    prompts: Iterable[str],
+    prompts: Iterable[Prompt],
     encoder: Callable[[Components, Conditioning], Conditioning],
     **key_parts: str,
 ) -> Encode:
     length = prompt_length(context)
 
-    def encode(texts: list[str]) -> Conditioning:
+    def encode(prompts: list[Prompt]) -> Conditioning:
         text = context.parts.get("text")
-        return encoder(text, context.family.tokenize(text, texts, length))
+        return encoder(text, tokenized(context.family, text, prompts, length))
 
     filling = context.filling(dtype=context.accelerator.mixed_precision, length=length, **key_parts)
     table = encode_prompts(prompts, encode, replace(filling, length_axes=context.family.LENGTH_AXES))
     wait_for_everyone()
-    return lambda captions: stack_conditioning([table[each] for each in captions], context.family.LENGTH_AXES)
+
+    def encoded(captions: Sequence[str], views: Conditioning) -> Conditioning:
+        rows = [table[prompt] for prompt in with_pictures(captions, views)]
+        return stack_conditioning(rows, context.family.LENGTH_AXES)
+
+    return encoded
 
 
 def warn_of_cut_texts(context: RunContext, pictures: RunImages) -> None:
@@ -136,7 +147,7 @@ def _tokenized(context: RunContext, text: Components) -> Encode:
     def tokens(caption: str) -> Conditioning:
         return context.family.tokenize(text, [caption], prompt_length(context))
 
-    return lambda captions: stack_conditioning([tokens(caption) for caption in captions], context.family.LENGTH_AXES)
+    return lambda captions, views: stack_conditioning([tokens(each) for each in captions], context.family.LENGTH_AXES)
 
 
 def prompt_length(context: RunContext) -> int | None:
@@ -155,8 +166,8 @@ def pipeline_inputs(context: RunContext, encode: Encode, text: Components | None
     """
     device = context.accelerator.device
 
-    def conditioning(prompts: Sequence[str]) -> Conditioning:
-        encoded = {name: value.to(device) for name, value in encode(prompts).items()}
+    def conditioning(prompts: Sequence[str], views: Conditioning) -> Conditioning:
+        encoded = {name: value.to(device) for name, value in encode(prompts, views).items()}
         return context.family.encode_tokens(text, encoded) if text else encoded
 
     return embedding(context.guidance(context.config.sample.negative_prompt), conditioning)

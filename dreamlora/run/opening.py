@@ -53,7 +53,7 @@ def begin(config: RunConfig) -> RunContext:
             f"--train_text_encoder: the family of {' and '.join(family.PIPELINES)} has no text encoder that can be "
             "trained: leave the flag out, and --text_encoder_lr with it"
         )
-    _refuse_images_to_edit(config, family, source)
+    _require_images_to_edit(config, family, source)
     config = defaults.by_model(
         config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
     )
@@ -72,8 +72,12 @@ def begin(config: RunConfig) -> RunContext:
     return context
 
 
-def _refuse_images_to_edit(config: RunConfig, family: Family, source: ModelSource) -> None:
-    """Nothing, if the model edits, or none are given."""
+def _require_images_to_edit(config: RunConfig, family: Family, source: ModelSource) -> None:
+    """Nothing, if images to edit are given to a model that edits, and none to one that does not.
+
+    Raises:
+        UserError: they are given to another; or a model that cannot do without has none.
+    """
     flags = {
         "conditioning_data_dir": any(one.conditioning_data_dir for one in config.data.each()),
         "validation_images": config.sample.validation_images,
@@ -83,6 +87,11 @@ def _refuse_images_to_edit(config: RunConfig, family: Family, source: ModelSourc
         raise UserError(
             f"--{given}: {config.model.pretrained_model_name_or_path} draws from prompts alone, and edits no images: "
             "leave the flag out, or give a model that edits, such as FLUX.1-Kontext"
+        )
+    if family.text_pictures(source) and not all(one.conditioning_data_dir for one in config.data.each()):
+        raise UserError(
+            f"--conditioning_data_dir is needed: {config.model.pretrained_model_name_or_path} edits images, and does "
+            "nothing without one; give the folder of the images before the edit"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dreamlora.errors import UserError
 from dreamlora.interfaces import Components, Conditioning, Role, View
 from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
@@ -101,7 +102,7 @@ class Rehearsal:
         config = self._context.config
         encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
         kept = self._held("text", self._trainable) if config.lora.train_text_encoder else 0
-        images = Stage("encoding images", vae + kept, *self._work(lambda: self._latents))
+        images = Stage("encoding images", vae, *self._work(lambda: self._latents))
         lora = LORA_BYTES * sum(each.parameters for each in self.trained()) + self._adapter_bytes
         shown = vae if self._images else 0
         training = Stage(
@@ -109,7 +110,7 @@ class Rehearsal:
             denoiser + kept + lora + shown,
             *self._work(self._step, lambda: self._of_layers(True), grad=True),
         )
-        stages = [encoding, images, training]
+        stages = [images, encoding, training]
         if self._images:
             drawing = self._work(lambda: self._drawing(self._images), lambda: self._of_layers(False))
             stages.append(Stage("drawing samples", denoiser + kept + lora + vae, *drawing))
@@ -217,7 +218,13 @@ class Rehearsal:
 
     @cached_property
     def _conditioning(self) -> Conditioning:
-        """Of one prompt: what training is given of it."""
+        """Of one prompt: what training is given of it.
+
+        Raises:
+            UserError: the text encoder sees an image with it, whose patches it counts by their numbers.
+        """
+        if self._family.text_pictures(self._context.source):
+            raise UserError("the text encoder sees the image before the edit too, which is not gone through")
         with torch.no_grad():
             tokens = self._family.tokenize(self._parts["text"], [self._prompt], prompt_length(self._context))
             if self._context.config.lora.train_text_encoder:

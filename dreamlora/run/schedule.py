@@ -46,6 +46,11 @@ class Material:
     measured: LatentStore
     learned: LatentStore | None
 
+    @property
+    def stores(self) -> list[LatentStore]:
+        """All that there are."""
+        return [self.measured, *([self.learned] if self.learned else [])]
+
 
 def eval_material(context: RunContext, pictures: RunImages, how: Preparations) -> Material:
     """Encode the images to measure on; and, for the gap between the two, images that are trained on."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dreamlora.config import Sample
 from dreamlora.errors import UserError
-from dreamlora.interfaces import Conditioning, Family, ModelSource, SampleDefaults
+from dreamlora.interfaces import PICTURE, Conditioning, Family, ModelSource, SampleDefaults
 from dreamlora.sampling.schedulers import deterministic
 from dreamlora.sampling.shown import Shown, digest
 
@@ -54,8 +54,16 @@ class Guidance:
 
     def options(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments of the call for these prompts, besides the prompts themselves."""
-        images = {"image": [self.shown[prompt] for prompt in prompts]} if self.shown else {}
-        return {**self.family.call_options(self.scale), **images}
+        options = self.family.call_options(self.scale)
+        if not self.shown:
+            return options
+        [image] = [self.shown[prompt] for prompt in prompts]  # some read a list of images otherwise than one
+        return {**options, "image": image}
+
+    def views(self, prompts: Sequence[str]) -> Conditioning:
+        """The pictures that the text encoder sees with these prompts; empty where it sees none."""
+        picture = self.family.text_pictures(self.source)
+        return {} if picture is None else {PICTURE: torch.stack([picture(self.shown[prompt]) for prompt in prompts])}
 
     @property
     def encoded_negative(self) -> str | None:
@@ -63,18 +71,19 @@ class Guidance:
         return self.family.negative_prompt(self.source, self.scale, self.negative)
 
 
-def embedding(guidance: Guidance, encode: Callable[[Sequence[str]], Conditioning]) -> Asked:
+def embedding(guidance: Guidance, encode: Callable[[Sequence[str], Conditioning], Conditioning]) -> Asked:
     """Ready prompt embeddings for a pipeline, in training and afterwards.
 
     Args:
         guidance: of the samples.
-        encode: prompts to batched conditioning on the pipeline's device.
+        encode: prompts, and what belongs to their images, to batched conditioning on the pipeline's device.
     """
     family, negative = guidance.family, guidance.encoded_negative
 
     def ask(prompts: Sequence[str]) -> dict[str, Any]:
-        unwanted = None if negative is None else encode([negative] * len(prompts))
-        return {**family.call_arguments(encode(prompts), unwanted), **guidance.options(prompts)}
+        views = guidance.views(prompts)
+        unwanted = None if negative is None else encode([negative] * len(prompts), views)
+        return {**family.call_arguments(encode(prompts, views), unwanted), **guidance.options(prompts)}
 
     return ask
 

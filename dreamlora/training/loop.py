@@ -63,7 +63,8 @@ class Run:
         model: ``Predictor`` as accelerate prepared it.
         trainables: LoRA parameters by name.
         components: pipeline parts in memory ("unet"/"transformer", "scheduler", text parts if they train).
-        conditioning: captions to batched conditioning (or token ids, if the text encoder trains), on the CPU.
+        conditioning: captions, and what belongs to their images, to batched conditioning (or token ids, if the text
+            encoder trains), on the CPU.
         call_arguments: prompts to keyword arguments of the pipeline.
         vae: gives the autoencoder, which is loaded when the first sample is drawn.
         settings: what a resumed run must share with this one.
@@ -93,7 +94,7 @@ class Run:
     optimizer: Any
     lr_scheduler: Any
     stream: Stream
-    conditioning: Callable[[Sequence[str]], Conditioning]
+    conditioning: Callable[[Sequence[str], Conditioning], Conditioning]
     call_arguments: Callable[[Sequence[str]], dict[str, Any]]
     vae: Callable[[], Components]
     total_steps: int

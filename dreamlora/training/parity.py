@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.interfaces import Conditioning
 from dreamlora.lora.assistant import switch
 from dreamlora.lora.pairs import adapted_layers
@@ -92,7 +93,7 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
     noise = torch.randn(latents.shape, generator=draws)
     times = run.objective.spread_times(torch.tensor([MIDDLE]))
     noisy = run.objective.corrupt(latents, noise, times)
-    conditioning = {name: value.to(place) for name, value in {**run.conditioning([prompt]), **view}.items()}
+    conditioning = {name: value.to(place) for name, value in {**run.conditioning([prompt], view), **view}.items()}
     model = run.accelerator.unwrap_model(run.model).eval()
     switch(model.denoiser, on=False)  # the result is used without it
 
@@ -157,8 +158,8 @@ def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
         return prompting(guidance)
 
     @torch.no_grad()
-    def conditioning(prompts: Sequence[str]) -> Conditioning:
-        return family.encode_tokens(text, family.tokenize(text, prompts, length))
+    def conditioning(prompts: Sequence[str], views: Conditioning) -> Conditioning:
+        return family.encode_tokens(text, tokenized(family, text, with_pictures(prompts, views), length))
 
     return embedding(guidance, conditioning)
 
@@ -168,7 +169,8 @@ def _answer(fresh: Parts, expected: ExpectedOutput) -> Tensor:
     """The same call in the modules of the fresh pipeline, from the prompt's text, without autocast."""
     family, call, text = fresh.family, expected.call, fresh.get("text")
     denoiser = fresh.get("denoiser")[family.DENOISER]
-    conditioning = family.encode_tokens(text, family.tokenize(text, [expected.sample["prompt"]], call.prompt_length))
+    prompts = with_pictures([expected.sample["prompt"]], call.view)
+    conditioning = family.encode_tokens(text, tokenized(family, text, prompts, call.prompt_length))
     conditioning |= {name: value.to(fresh.device) for name, value in call.view.items()}
     noisy, times = (tensor.to(fresh.device) for tensor in (call.noisy, call.times))
     return family.predict(denoiser, noisy, times, conditioning, call.guidance_scale).float().cpu()

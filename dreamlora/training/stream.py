@@ -90,7 +90,8 @@ class Stream:
     Args:
         sources: instance images and, with prior preservation, class images; ``batch_size`` of each per micro-batch.
         objective: draws the times.
-        conditioning: what the denoiser (or the text encoder that trains) gets for a caption.
+        conditioning: what the denoiser (or the text encoder that trains) gets for captions, by what belongs to their
+            images.
         layout: division over processes and micro-batches.
         seed: of the run.
         noise_offset: standard deviation of the offset shared by all pixels of a channel.
@@ -100,7 +101,7 @@ class Stream:
         self,
         sources: Sequence[Source],
         objective: Objective,
-        conditioning: Callable[[Sequence[str]], Conditioning],
+        conditioning: Callable[[Sequence[str], Conditioning], Conditioning],
         layout: Layout,
         *,
         seed: int,
@@ -126,14 +127,12 @@ class Stream:
     def _batch(self, samples: Sequence[_PlacedSample]) -> Batch:
         share = self.layout.batch_size * self.layout.accumulation
         height, width = samples[0].latents.shape[-2:]
+        views = stack_conditioning([drawn.view for drawn in samples], {})
         return Batch(
             latents=torch.stack([drawn.latents for drawn in samples]),
             noise=torch.stack([drawn.noise for drawn in samples]),
             times=self._objective.draw_times(torch.stack([drawn.uniforms for drawn in samples]), (height, width)),
-            conditioning={
-                **self._conditioning([drawn.caption for drawn in samples]),
-                **stack_conditioning([drawn.view for drawn in samples], {}),
-            },
+            conditioning={**self._conditioning([drawn.caption for drawn in samples], views), **views},
             weights=torch.tensor([drawn.weight / share for drawn in samples]),
             names=tuple(drawn.name for drawn in samples),
             masks=_masks(samples),
@@ -182,7 +181,8 @@ class _PlacedSample(NamedTuple):
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
         """Samples of other shapes cannot be of one batch."""
-        return self.latents.shape, *(tensor.shape for tensor in self.view.values())
+        # by name: entries of the cache come in any order
+        return self.latents.shape, *(self.view[name].shape for name in sorted(self.view))
 
 
 def _masks(samples: Sequence[_PlacedSample]) -> torch.Tensor | None:

@@ -36,7 +36,7 @@ def make_set(images=4, seed=1, names=None):
     )
 
 
-def conditioning(captions):
+def conditioning(captions, views):
     return {"number": torch.tensor([float(caption.split()[-1]) for caption in captions])}
 
 
@@ -138,7 +138,9 @@ def test_masks_weigh_the_places_and_belong_to_the_identity(tmp_path: Path):
     image, time = masked.latents[masked.image[item]], masked.times[item]
     noise = masked.noise([item])[0]
     prediction = predict(
-        ((1 - time) * image + time * noise)[None], time[None], conditioning([masked.captions[image_of(masked, item)]])
+        ((1 - time) * image + time * noise)[None],
+        time[None],
+        conditioning([masked.captions[image_of(masked, item)]], {}),
     )
     error = (prediction[0] - (noise - image)).square()[:, :, :2].mean()
     assert losses(masked)[item] == pytest.approx(float(error), rel=1e-5)

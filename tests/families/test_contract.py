@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,7 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dreamlora import registry
 from dreamlora.config import Lora, Model, Train
-from dreamlora.interfaces import Components, Conditioning, Family, ModelSource, View
+from dreamlora.data.shown_prompts import tokenized, with_pictures
+from dreamlora.data.transforms import to_tensor
+from dreamlora.interfaces import PICTURE, Components, Conditioning, Family, ModelSource, View
 from dreamlora.lora.files import apply_lora
 from dreamlora.lora.inject import add_lora, target_layers, trainable_parameters
 from dreamlora.models import loading, prompts
@@ -36,14 +39,14 @@ ROLES = ("text", "vae", "denoiser", "scheduler")
 
 
 @pytest.fixture(scope="module", params=tinymodels.SAVERS)
-def case(request, tiny_folder) -> SimpleNamespace:
+def case(request, tiny_folder, small_areas) -> SimpleNamespace:
     """A family with its source, its parts and a stock pipeline to compare with."""
     tiny, folder = tinymodels.of(request.param), tiny_folder(request.param)
     source = loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
     family = loading.family_of(source)
     name = request.param.partition("-")[0]
     options = {"safety_checker": None} if name == "sd" else {}
-    stock = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+    stock = tiny.stock(folder, **options)
     return SimpleNamespace(
         **{"name": name, "tiny": tiny, "folder": folder, "source": source, "family": family},
         **{"parts": parts_of(family, source), "stock": stock},
@@ -87,27 +90,48 @@ def as_embeddings(case, parts: Components, prompts: list[str], guidance_scale: f
 
 @torch.no_grad()  # attention's kernels with and without gradients round differently
 def encoded(case, parts: Components, prompts: list[str]) -> Conditioning:
-    return case.family.encode_tokens(parts, case.family.tokenize(parts, prompts, case.tiny.length))
+    return case.family.encode_tokens(parts, tokens_of(case, parts, prompts))
+
+
+def tokens_of(case, parts: Components, prompts: list[str]) -> Conditioning:
+    """With the picture that is edited, for text encoders that see it."""
+    picture = case.family.text_pictures(case.source)
+    seen = {} if picture is None else {PICTURE: torch.stack([picture(case.tiny.edited)] * len(prompts))}
+    return tokenized(case.family, parts, with_pictures(prompts, seen), case.tiny.length)
 
 
 def views(case, count: int, sides: tuple[int, int] | None = None) -> Conditioning:
-    """Of whole images as the stock pipeline draws them."""
+    """Of whole images as the stock pipeline draws them; and of what it must edit."""
     height, width = sides or (case.tiny.side, case.tiny.side)
-    return case.family.describe_views([View((width, height), (0, 0), (width, height))] * count)
+    shown: Conditioning = {}
+    if case.tiny.edited:
+        pixels = to_tensor(np.array(case.tiny.edited))[None].expand(count, -1, -1, -1)
+        shown = case.family.encode_conditioning(case.family.load(case.source, "vae", torch.float32), pixels)
+    return shown | case.family.describe_views([View((width, height), (0, 0), (width, height))] * count)
 
 
 def call(case, pipeline: Any, arguments: dict[str, Any], **more: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    generator = [torch.Generator().manual_seed(5 + number) for number in range(2)]
+    generator = more.pop("generator", None) or [torch.Generator().manual_seed(5 + number) for number in range(2)]
     side = case.tiny.side
     options = {"height": side, "width": side, "num_inference_steps": 2, "generator": generator, "output_type": "pt"}
     options |= more
     if "max_area" in inspect.signature(pipeline.__call__).parameters:  # else it draws a megapixel
         options |= {"max_area": options["height"] * options["width"], "_auto_resize": False}
     case.tiny.prepare(pipeline, options["height"], options["width"])
+    if case.tiny.edited and len(generator) > 1:  # such pipelines may draw one at a time
+        rows = [{name: of_row(value, row) for name, value in arguments.items()} for row in range(2)]
+        options = {**more, "image": case.tiny.edited}
+        return torch.cat(
+            [call(case, pipeline, each, generator=[own], **options) for each, own in zip(rows, generator, strict=True)]
+        )
     copied = {name: [*value] if isinstance(value, list) else value for name, value in arguments.items()}
     # some write what they make of prompts into the list given
     return case.tiny.mended(pipeline)(**copied, **options).images
+
+
+def of_row(value: Any, row: int) -> Any:
+    return value[row : row + 1] if isinstance(value, list | torch.Tensor) else value
 
 
 def test_module_has_every_member_with_the_contracts_signature(case):
@@ -187,7 +211,7 @@ def test_prompts_are_kept_without_padding_that_is_no_part_of_the_model(case, par
 
 def test_frozen_encoders_have_their_part_before(case, parts):
     """What they make of a prompt is made once, while another encoder trains; they can be gone then."""
-    tokens = case.family.tokenize(parts, PROMPTS, case.tiny.length)
+    tokens = tokens_of(case, parts, PROMPTS)
     with torch.no_grad():
         half = case.family.encode_frozen(parts, tokens)
         trains = case.family.TEXT_ENCODERS
@@ -221,7 +245,8 @@ def first_call(case, arguments: dict[str, Any], height: int, width: int) -> tiny
     handle = module.register_forward_hook(hook, with_kwargs=True)
     call(case, case.stock, arguments, height=height, width=width)
     handle.remove()
-    return seen[0]
+    firsts = seen[::2] if case.tiny.edited else seen[:1]  # of two steps for each
+    return tinymodels.Seen(*map(torch.cat, zip(*firsts, strict=True)))
 
 
 def sides_of(case, height: int, width: int) -> tuple[int, int]:

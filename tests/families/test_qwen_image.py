@@ -11,16 +11,18 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from PIL import Image
 
 from dreamlora.config import Lora, Model, Train
 from dreamlora.errors import UserError
-from dreamlora.families import qwen_image
+from dreamlora.families import _qwen_edit, qwen_image
 from dreamlora.families._qwen_prompt import AFTER, BEFORE, DROPPED
-from dreamlora.interfaces import Components, Conditioning, ModelSource
+from dreamlora.interfaces import PICTURE, Components, Conditioning, ModelSource
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.models import loading
 from dreamlora.sampling.sampler import SamplePlan, draw
-from tests.tinymodels.qwen_image import save
+from tests.hostile import edit_json
+from tests.tinymodels.qwen_image import VARIANTS, save
 
 TIMES = torch.tensor([0.3, 0.8])
 
@@ -173,3 +175,75 @@ def with_vae(folder: Path, tmp_path: Path, **settings: Any) -> Path:
     file = odd / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | settings), encoding="utf-8")
     return odd
+
+
+@pytest.fixture(scope="module", params=["edit", "edit_plus"])
+def edit_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return VARIANTS[request.param].save(tmp_path_factory.mktemp("models") / request.param)
+
+
+def test_the_template_around_the_image_is_the_pipelines(edit_folder: Path) -> None:
+    stock = VARIANTS["edit"].stock(edit_folder)
+    system, rest = stock.prompt_template_encode.split("user\n")
+    plus = isinstance(stock, diffusers.QwenImageEditPlusPipeline)
+    before = _qwen_edit.BEFORE[type(stock).__name__]
+    assert (
+        before + AFTER
+        == f"{system}user\n{'Picture 1: <|vision_start|><|image_pad|><|vision_end|>' * plus}{rest}".replace("{}", "")
+    )
+    assert stock.prompt_template_encode_start_idx == _qwen_edit.DROPPED
+    assert len(stock.tokenizer(system + "user\n").input_ids) == _qwen_edit.DROPPED
+
+
+def test_what_is_edited_has_an_area_of_its_own(edit_folder: Path) -> None:
+    """Whatever the size of the image that is drawn, as in the pipelines."""
+    image = Image.new("RGB", (60, 30), (0, 128, 255))
+    picture = qwen_image.text_pictures(source_of(edit_folder))
+    assert picture is not None
+    plus = "Plus" in json.loads((edit_folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    assert picture(image).shape == ((3, 256, 544) if plus else (3, 736, 1440))
+    assert picture(image).dtype == torch.uint8 and picture(image)[:, 0, 0].tolist() == [0, 128, 255]
+    pixels = torch.tensor([-1.0, 1 / 255, 1.0])[None, :, None, None].expand(1, 3, 30, 60)
+    prepared = _qwen_edit.prepared(pixels)
+    assert prepared.shape == (1, 3, 736, 1440)
+    torch.testing.assert_close(prepared[:, :, 0, 0], pixels[:, :, 0, 0])
+
+
+def test_a_prompt_has_as_many_tokens_more_as_its_image(edit_folder: Path) -> None:
+    text = qwen_image.load(source_of(edit_folder), "text", torch.float32)
+    tokens = qwen_image.tokenize(text, ["a cat", "a dog on a hill"], None)
+    pictures = torch.zeros(2, 3, 56, 84, dtype=torch.uint8)
+    pictures[1] = 255
+    patches = _qwen_edit.with_patches(text, {**tokens, PICTURE: pictures})
+    place = text["text_encoder"].config.image_token_id
+    assert (patches["input_ids"] == place).sum(dim=1).tolist() == [2 * 3, 2 * 3]
+    assert patches["image_grid_thw"].tolist() == [[1, 4, 6]] * 2 and len(patches["pixel_values"]) == 2 * 4 * 6
+    assert patches["attention_mask"].sum(dim=1).tolist() == (tokens["attention_mask"].sum(dim=1) + 5).tolist()
+    words = text["processor"](
+        text=[_qwen_edit.BEFORE["QwenImageEditPipeline"]],
+        images=Image.new("RGB", (84, 56)),
+        padding=True,
+        return_tensors="pt",
+    )
+    assert (words["input_ids"] == place).sum() == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"patch_size": 16}, "patch_size 16, but the text encoder expects 14"),
+        ({"merge_size": 4}, "merge_size 4, but the text encoder expects 2"),
+        ({"patch_size": "14"}, "patch_size"),
+        ({"size": {"shortest_edge": 0, "longest_edge": 9}}, "size.shortest_edge"),
+        ({"image_mean": [0.5]}, "image_mean"),
+    ],
+)
+def test_a_processor_that_does_not_fit_is_told(edit_folder: Path, tmp_path: Path, settings: Any, words: str) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(edit_folder, odd)
+    edit_json(odd / "processor" / "preprocessor_config.json", **settings)
+    with pytest.raises(UserError, match=words):
+        qwen_image.load(source_of(odd), "text", torch.float32)
+    (odd / "processor" / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        qwen_image.load(source_of(odd), "text", torch.float32)

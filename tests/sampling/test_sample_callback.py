@@ -35,6 +35,8 @@ class FakeRun:
         self.step = step
         self.total_steps = 5
         self.drawn = 0
+        self.model = torch.nn.Module()
+        self.model.denoiser = pipeline.unet
         self._pipeline = pipeline
 
     def pipeline(self) -> Any:

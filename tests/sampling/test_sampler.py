@@ -156,8 +156,9 @@ def test_ready_embeddings_give_the_images_of_the_text(family: Any, folder: str, 
     names = [name for name in whole.components if name.startswith(("text_encoder", "tokenizer"))]
     text = {name: whole.components[name] for name in names}
     rest = {name: part for name, part in whole.components.items() if name not in names}
+    rest["settings"] = {"_class_name": type(whole).__name__}
 
-    def encode(prompts: list[str]) -> Any:
+    def encode(prompts: list[str], views: Any) -> Any:
         return family.encode_tokens(text, family.tokenize(text, prompts, None))
 
     source = resolve_source(Model(pretrained_model_name_or_path=str(path)))
@@ -172,7 +173,7 @@ def test_negative_prompts_are_encoded_where_the_pipeline_uses_them(
 ) -> None:
     seen: list[str] = []
 
-    def encode(prompts: list[str]) -> Any:
+    def encode(prompts: list[str], views: Any) -> Any:
         seen.extend(prompts)
         return {"prompt_embeds": torch.zeros(len(prompts), 1, 1)}
 

@@ -1,22 +1,41 @@
-"""A small QwenImagePipeline, and what others made of the same parts are built from."""
+"""A small QwenImagePipeline, those that edit, and what others made of the same parts are built from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import AddedToken, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AddedToken,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
 
+from dreamlora.families import _qwen_edit
+from dreamlora.families._qwen_prompt import AFTER
 from tests.tinymodels.flux import unpacked
 from tests.tinymodels.tiny import Seen, Tiny, flow
 
@@ -28,12 +47,12 @@ _TEMPLATE_WORDS = (
 )
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer(words: Sequence[str] = _TEMPLATE_WORDS) -> Qwen2Tokenizer:
     """One token per byte, but for the words of the pipelines' template, which has as many as for the real one."""
     vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_tokens([AddedToken(token, special=True) for token in _SPECIAL], special_tokens=True)
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in _TEMPLATE_WORDS])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     return tokenizer
 
 
@@ -54,8 +73,13 @@ def save(folder: Path, *, shift_terminal: float | None = None) -> Path:
     """Latents have 4 channels; two pixels of a side are one of their places. The real scheduler has a last sigma of
     0.02, and so cannot draw in one step.
     """
-    torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
+    QwenImagePipeline(tokenizer=tokenizer, **_parts(tokenizer, shift_terminal)).save_pretrained(folder)
+    return folder
+
+
+def _parts(tokenizer: Qwen2Tokenizer, shift_terminal: float | None, **transformer: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
     text_encoder = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config={
@@ -74,9 +98,10 @@ def save(folder: Path, *, shift_terminal: float | None = None) -> Path:
                 "num_heads": 2,
                 "out_hidden_size": 16,
             },
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         )
     )
-    transformer = QwenImageTransformer2DModel(
+    denoiser = QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
         num_layers=2,
@@ -84,21 +109,44 @@ def save(folder: Path, *, shift_terminal: float | None = None) -> Path:
         num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(4, 2, 2),
+        **transformer,
     )
-    QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True,
-            base_shift=0.5,
-            max_shift=0.9,
-            max_image_seq_len=8192,
-            shift_terminal=shift_terminal,
-        ),
-        vae=qwen_vae(),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    ).save_pretrained(folder)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        max_image_seq_len=8192,
+        shift_terminal=shift_terminal,
+    )
+    return {"scheduler": scheduler, "vae": qwen_vae(), "text_encoder": text_encoder, "transformer": denoiser}
+
+
+def edit_tokenizer() -> Qwen2Tokenizer:
+    """One token per byte, but for the words of the template of those that edit, which has as many as for the real."""
+    words = re.findall(r" ?\w+", re.sub(r"<\|.*?\|>", "", _qwen_edit.BEFORE["QwenImageEditPipeline"]))
+    return qwen_tokenizer([*dict.fromkeys((*_TEMPLATE_WORDS, *words)), " (", "),", "'s"])
+
+
+def save_edit(folder: Path, *, pipeline_class: Any, **transformer: Any) -> Path:
+    """With a processor as real ones have it, which only torchvision could build."""
+    tokenizer = edit_tokenizer()
+    parts = _parts(tokenizer, None, **transformer)
+    pipeline_class(tokenizer=tokenizer, processor=None, **parts).save_pretrained(folder)
+    Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
+    index = folder / "model_index.json"
+    told = {**json.loads(index.read_text(encoding="utf-8")), "processor": ["transformers", "Qwen2VLProcessor"]}
+    index.write_text(json.dumps(told), encoding="utf-8")
     return folder
+
+
+def stock_edit(folder: Path) -> Any:
+    """The stock pipeline with the processor that takes the place of the real one."""
+    processor = _qwen_edit.ImageTextProcessor(
+        edit_tokenizer(), Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
+    )
+    pipeline = DiffusionPipeline.from_pretrained(folder, processor=None)
+    pipeline.register_modules(processor=processor)
+    return pipeline
 
 
 def _embeddings(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
@@ -108,7 +156,9 @@ def _embeddings(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 def read_call(arguments: Mapping[str, Any], output: Any, sides: tuple[int, int]) -> Seen:
     """Of a transformer over tokens that hold (c, row, column) of 2 x 2 latents."""
-    noisy, prediction = (unpacked(packed, sides) for packed in (arguments["hidden_states"], output[0]))
+    count = sides[0] * sides[1] // 4  # behind these there may be tokens of an image to edit
+    tokens = (arguments["hidden_states"], output[0])
+    noisy, prediction = (unpacked(packed[:, :count], sides) for packed in tokens)
     return Seen(noisy, arguments["timestep"].expand(len(noisy)), prediction)
 
 
@@ -149,3 +199,26 @@ TINY = Tiny(
     length=LENGTH,
     idle=("blocks.1.attn.to_add_out", "blocks.1.txt_mlp"),
 )
+
+
+def _edit_embeddings(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """One by one, as one of the pipelines takes them; cut, which the pipelines do not, as there is no way back."""
+    plus = isinstance(pipeline, QwenImageEditPlusPipeline)
+    width, height = pipeline_qwenimage_edit.calculate_dimensions(384**2 if plus else 1024**2, 1.0)[:2]
+    image = pipeline.image_processor.resize(EDITED, height, width)
+    rows = [pipeline.encode_prompt([each], image=[image] if plus else image)[0] for each in ("", *prompts)]
+    most = rows[0].shape[1] - len(pipeline.tokenizer(AFTER).input_ids) + LENGTH
+    rows = [row[0, :most] for row in rows[1:]]
+    masks = [torch.ones(len(row)) for row in rows]
+    return {
+        "prompt_embeds": pad_sequence(rows, batch_first=True),
+        "prompt_embeds_mask": pad_sequence(masks, batch_first=True),
+    }
+
+
+EDITED = Image.fromarray(np.random.default_rng(9).integers(0, 255, (20, 20, 3), dtype=np.uint8))
+_EDIT = replace(TINY, stock=stock_edit, edited=EDITED, embeddings=_edit_embeddings)
+VARIANTS = {
+    "edit": replace(_EDIT, save=partial(save_edit, pipeline_class=QwenImageEditPipeline)),
+    "edit_plus": replace(_EDIT, save=partial(save_edit, pipeline_class=QwenImageEditPlusPipeline, zero_cond_t=True)),
+}

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 
@@ -81,6 +83,8 @@ class Tiny:
         latents: channels and sides of their latents.
         prompt_limit: tokens that count of a prompt, with ``length``.
         filler: a letter or word that is one token.
+        edited: the image that the stock pipeline edits, if it does not draw without one.
+        stock: loads the stock pipeline from a folder.
         mended: takes a stock pipeline and gives it back without a known mistake in what it makes of prompts.
         idle: parts of names of adapted layers that the prediction does not depend on: the last that becomes of the
             prompt in transformers of two streams.
@@ -102,5 +106,7 @@ class Tiny:
     side: int = 16
     latents: tuple[int, int, int] = (4, 8, 8)
     filler: str = "a"
+    edited: Image.Image | None = None
+    stock: Callable[..., Any] = DiffusionPipeline.from_pretrained
     mended: Callable[[Any], Any] = lambda pipeline: pipeline
     idle: tuple[str, ...] = ()

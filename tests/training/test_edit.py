@@ -8,18 +8,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dreamlora.commands.evaluate.command import main
+from dreamlora.commands.sample.flags import SampleConfig
+from dreamlora.commands.shown import with_shown
 from dreamlora.config import Model
+from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.data.transforms import to_tensor
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.evalset import EvalSet
+from dreamlora.interfaces import PICTURE
 from dreamlora.models import loading
 from dreamlora.runfolder import RunFolder
+from dreamlora.sampling.sampler import SamplePlan
 from tests import tinymodels
 from tests.training.conftest import flags_of, train_with
 
@@ -28,15 +33,17 @@ SIDE = 64
 """The least that FLUX.2's pipelines edit."""
 
 
-@pytest.fixture(scope="module", params=["flux-kontext", "flux2", "flux2-dev"])
-def case(request, tiny_folder) -> SimpleNamespace:
+@pytest.fixture(
+    scope="module", params=["flux-kontext", "flux2", "flux2-dev", "qwen_image-edit", "qwen_image-edit_plus"]
+)
+def case(request, tiny_folder, small_areas) -> SimpleNamespace:
     tiny, folder = tinymodels.of(request.param), tiny_folder(request.param)
     source = loading.resolve_source(Model(pretrained_model_name_or_path=str(folder)))
     family = loading.family_of(source)
     parts = {}
     for role in ("text", "vae", "denoiser", "scheduler"):
         parts |= family.load(source, role, torch.float32)
-    stock = diffusers.DiffusionPipeline.from_pretrained(folder)
+    stock = tiny.stock(folder)
     stock.set_progress_bar_config(disable=True)
     return SimpleNamespace(tiny=tiny, folder=folder, source=source, family=family, parts=parts, stock=stock)
 
@@ -65,7 +72,10 @@ def test_prediction_equals_the_stock_pipelines_call_with_an_image(case) -> None:
     prompt = {"prompt": ["a cat"], **case.tiny.call, **case.family.call_options(1.0)}
     case.tiny.mended(case.stock)(image=picture(1), generator=torch.Generator().manual_seed(1), **prompt, **size, **own)
     handle.remove()
-    conditioning = case.family.encode_tokens(case.parts, case.family.tokenize(case.parts, ["a cat"], case.tiny.length))
+    seen_by_text = case.family.text_pictures(case.source)
+    views = {PICTURE: seen_by_text(picture(1))[None]} if seen_by_text else {}
+    tokens = tokenized(case.family, case.parts, with_pictures(["a cat"], views), case.tiny.length)
+    conditioning = case.family.encode_tokens(case.parts, tokens)
     shown = case.family.encode_conditioning(case.parts, to_tensor(np.asarray(picture(1)))[None])
     assert all(value.dtype == torch.float32 and len(value) == 1 for value in shown.values())
     predict = case.family.predict
@@ -99,7 +109,10 @@ def test_a_run_on_pairs(case, flags) -> None:
     run = train_with(flags)
     parity = json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]
     assert parity["call"]["effect"] > 1e-3 and parity["call"]["error"] < 1e-2 and parity["max_abs"] <= 2, parity
-    assert "conditioning_latents" in EvalSet.load(run.evalset_file).views
+    views = EvalSet.load(run.evalset_file).views
+    assert "conditioning_latents" in views
+    assert (PICTURE in views) is bool(case.family.text_pictures(case.source))
+    assert PICTURE not in views or views[PICTURE].dtype == torch.uint8
     rows = run.sample_rows()
     assert rows and all(run.conditioning_file(row["conditioning"]).exists() for row in rows)
 
@@ -141,3 +154,37 @@ def test_what_is_wrong_is_told_before_the_model_loads(case, flags, pairs, sd_fol
         train_with([*flags, "--pretrained_model_name_or_path", str(sd_folder)])
     with pytest.raises(UserError, match="--with_prior_preservation makes class images"):
         train_with([*flags, "--with_prior_preservation", "--class_prompt", "dog"])
+    if case.family.text_pictures(case.source):
+        where = flags.index("--conditioning_data_dir")
+        with pytest.raises(UserError, match=r"--conditioning_data_dir is needed: .* edits images, and does nothing"):
+            train_with([*flags[:where], *flags[where + 2 :]])
+
+
+def test_a_model_that_must_edit_is_given_an_image(tmp_path) -> None:
+    """To draw samples of a LoRA that no run has made."""
+    plan, nothing = SamplePlan(("a cat",), 1, 1.0, width=SIDE), SampleConfig(lora=("lora",))
+    with pytest.raises(UserError, match="--validation_images is needed"):
+        with_shown(plan, nothing, None, edits=True, must=True)
+    assert with_shown(plan, nothing, None, edits=True).shown == {}
+    file = tmp_path / "before.png"
+    picture(3, (80, 64)).save(file)
+    given = SampleConfig(lora=("lora",), validation_images=(file,))
+    assert with_shown(plan, given, None, edits=True, must=True).shown["a cat"].size == (SIDE, SIDE)
+
+
+def test_the_loss_is_the_runs_in_evaluate(case, flags, tmp_path) -> None:
+    """It makes embeddings anew, of the pictures that the evaluation set has if the text encoder sees them."""
+    run = train_with([*flags, "--sample_steps", "0"])
+    output, cache = tmp_path / "evaluated", tmp_path / "other cache"
+    main(
+        [
+            str(run.path),
+            "--trust_runs",
+            *f"--output_dir {output} --metrics eval_loss --latents_cache_dir".split(),
+            str(cache),
+        ]
+    )
+    rows = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["rows"]
+    found = [row["values"][0]["value"] for row in rows]
+    told = json.loads(run.summary_file.read_text(encoding="utf-8"))["eval"]
+    assert found == pytest.approx([told["base"], told["final"]], rel=1e-6)

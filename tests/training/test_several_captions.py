@@ -31,7 +31,7 @@ def test_captions_of_a_run(prepare: Callable[..., Run], photos: Path, sd_folder:
     assert source.store.captions[0] == ("first", "second")
     drawn = [source.caption(source.store.captions[0], "instance", position) for position in range(40)]
     assert set(drawn) == {"first", "second"}
-    encoded = two.conditioning(["first", "second", "a photo of sks dog"])
+    encoded = two.conditioning(["first", "second", "a photo of sks dog"], {})
     assert all(len(rows) == 3 for rows in encoded.values())
     for ours, theirs in zip(one.stream.batches(1, 0), two.stream.batches(1, 0), strict=True):
         assert torch.equal(ours.latents, theirs.latents) and torch.equal(ours.noise, theirs.noise)

@@ -80,7 +80,7 @@ def test_the_exported_file_predicts_what_the_adapter_in_training_does(
         stock.load_lora_weights(run.folder.path)
         noisy = torch.randn(2, 4, 8, 8, generator=draw)
         times = run.objective.draw_times(torch.rand(2, 2, generator=draw), (8, 8))
-        conditioning = run.conditioning(["a photo of sks dog"] * 2)
+        conditioning = run.conditioning(["a photo of sks dog"] * 2, {})
         with torch.no_grad():
             for module in (denoiser, getattr(stock, name)):
                 seen.append(stage.family.predict(module, noisy, times, conditioning, 3.5))

@@ -35,7 +35,7 @@ OBJECTIVE = SimpleNamespace(draw_times=lambda uniforms, sides: uniforms[:, 0])
 def make_stream(batch_size=2, accumulation=1, rank=0, world=1, **more):
     sources = more.pop("sources", [Source("instance", Store(), 1.0)])
     layout = Layout(batch_size, accumulation, rank, world)
-    return Stream(sources, OBJECTIVE, lambda captions: {"n": torch.zeros(len(captions))}, layout, seed=0, **more)
+    return Stream(sources, OBJECTIVE, lambda captions, views: {"n": torch.zeros(len(captions))}, layout, seed=0, **more)
 
 
 def rows(streams, step, accumulation=1):
@@ -214,11 +214,21 @@ def test_captions_go_by_position_and_leave_the_other_draws_alone():
     seen = []
     source = Source("instance", Store(), 1.0, caption)
     stream = Stream(
-        [source], OBJECTIVE, lambda c: seen.extend(c) or {"n": torch.zeros(len(c))}, Layout(2, 1, 0, 1), seed=0
+        [source], OBJECTIVE, lambda c, _: seen.extend(c) or {"n": torch.zeros(len(c))}, Layout(2, 1, 0, 1), seed=0
     )
     batch = stream.batches(1, 0)[0]
     assert [(name, number) for _, name, number in asked] == [("instance", 2), ("instance", 3)] and seen == ["", ""]
     assert torch.equal(batch.noise, make_stream(2).batches(1, 0)[0].noise)
+
+
+def test_samples_are_of_one_batch_in_whatever_order_the_cache_gives_what_belongs_to_them():
+    class Shuffled(Store):
+        def view(self, index, variant):
+            both = {"picture": torch.zeros(1, 3, 2, 2), "place": torch.zeros(1, 2)}
+            return dict(reversed(both.items())) if index % 2 else both
+
+    stream = make_stream(4, sources=[Source("instance", Shuffled(), 1.0)])
+    assert [len(batch.names) for batch in stream.batches(0, 0)] == [4]
 
 
 def test_places_say_how_often_an_image_is_seen_in_an_epoch():

@@ -264,7 +264,7 @@ def _draw(
     """Draw what is missing of the base model and all LoRAs; their galleries by label, and facts for metrics.json."""
     config, rows, settings = evaluation.config, under_test.rows, under_test.settings
     plan = plan_for(config, settings, under_test.sample_defaults, prompts_of(config, run))
-    plan = with_shown(plan, config, run, edits=under_test.edits)
+    plan = with_shown(plan, config, run, edits=under_test.edits, must=under_test.must_edit)
     under_test.warn_of_cut(plan.prompts)
     sheets = [_sheet(evaluation.output, row, plan, under_test.made_of) for row in rows]
     broken = _draw_missing(evaluation.state, under_test, sheets)

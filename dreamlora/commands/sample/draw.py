@@ -33,7 +33,7 @@ def sample_loras(config: SampleConfig) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     under_test = prepared(config, rows, run, device, DRAWN_WITH)
     plan = plan_for(config, under_test.settings, under_test.sample_defaults, prompts)
-    plan = with_shown(plan, config, run, edits=under_test.edits)
+    plan = with_shown(plan, config, run, edits=under_test.edits, must=under_test.must_edit)
     under_test.warn_of_cut(prompts)
     under_test.warn_of_negative(plan)
     output = config.output_dir or Path("outputs") / f"sample-{Path(config.lora[0]).resolve().stem}"

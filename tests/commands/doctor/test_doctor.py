@@ -66,7 +66,7 @@ def test_every_family_is_gone_through_without_a_weight(family: str, tmp_path: Pa
     assert found["family"] == family and found["recognised_by"].startswith("model_index.json names ")
     stages = {stage["stage"]: stage for stage in found["memory"]["stages"]}
     assert list(stages) == [
-        *("encoding prompts", "encoding images", "training", "drawing samples", "check at the end"),
+        *("encoding images", "encoding prompts", "training", "drawing samples", "check at the end"),
     ]
     rough = {name for name, stage in stages.items() if stage["rough"]}
     assert not rough & {"encoding prompts", "encoding images"}
