@@ -156,7 +156,8 @@ def test_a_family_takes_a_pipeline_without_its_optional_parts(sd_folder, tmp_pat
         loading.family_of(source_of(tmp_path))
     monkeypatch.setattr(sd, "OPTIONAL", frozenset({"text_encoder"}))
     assert loading.family_of(source_of(tmp_path)) is sd
-    assert sd.load(source_of(tmp_path), "text", torch.float32)["text_encoder"] is None
+    parts = loading.load_components(source_of(tmp_path), sd.PARTS["text"], torch.float32, sd.OPTIONAL)
+    assert parts["text_encoder"] is None
 
 
 KNOWN = {

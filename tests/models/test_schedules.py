@@ -9,7 +9,7 @@ import torch
 
 from dreamlora.config import Train
 from dreamlora.errors import UserError
-from dreamlora.families import _parts, sd
+from dreamlora.families import _unet, sd
 from dreamlora.interfaces import ModelSource
 from dreamlora.models.schedules import as_trained
 from dreamlora.sampling.schedulers import deterministic
@@ -18,7 +18,7 @@ V_ZERO = ModelSource("m", "m", prediction_type="v_prediction", rescale_betas_zer
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 NAMES = [
     name
-    for name in (full.removeprefix("diffusers.") for full in _parts.DIFFUSION_SCHEDULERS)
+    for name in (full.removeprefix("diffusers.") for full in _unet.SCHEDULERS)
     if not isinstance(getattr(diffusers, name), diffusers.utils.DummyObject)
 ]
 
