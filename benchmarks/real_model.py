@@ -224,7 +224,12 @@ def subject_of(options: argparse.Namespace, config: Any, device: torch.device, p
 
 
 def check_conditioning(subject: Subject, check: Check) -> None:
-    """Embeddings of the prompt, as the pipeline makes them and as training does; what the denoiser is given by both."""
+    """Embeddings of the prompt, as the pipeline makes them and as training does; what the denoiser is given by both.
+
+    Of models that draw nothing without an image to edit, the training and its parity check tell.
+    """
+    if subject.family.text_pictures(subject.source) is not None:
+        return
     with check.stage("stock pipeline, from the prompt") as found:
         given, image = subject.drawn(subject.stock(), prompting(subject.guidance))
         found["arguments"] = {name: list(tensor.shape) for name, tensor in given.items()}
@@ -234,7 +239,7 @@ def check_conditioning(subject: Subject, check: Check) -> None:
     text: dict[str, Conditioning] = {}
 
     @torch.no_grad()
-    def encode(prompts: Any) -> Conditioning:
+    def encode(prompts: Any, views: Conditioning) -> Conditioning:
         [prompt] = set(prompts)
         if prompt not in text:
             loaded = parts.get("text")
@@ -242,9 +247,9 @@ def check_conditioning(subject: Subject, check: Check) -> None:
         return {name: torch.cat([value] * len(prompts)) for name, value in text[prompt].items()}
 
     with check.stage("embeddings of the prompt") as found:
-        encode([subject.plan.prompts[0]])
+        encode([subject.plan.prompts[0]], {})
         if (negative := subject.guidance.encoded_negative) is not None:
-            encode([negative])
+            encode([negative], {})
         parts.free("text")
     with check.stage("stock pipeline, from embeddings") as found:
         components = {name: part for role in ("denoiser", "vae", "scheduler") for name, part in parts.get(role).items()}
@@ -266,13 +271,13 @@ def is_mended(subject: Subject) -> bool:
 
 
 @torch.no_grad()
-def called_in_training(subject: Subject, parts: Parts, encode: Callable[[Any], Conditioning]) -> dict[str, Tensor]:
+def called_in_training(subject: Subject, parts: Parts, encode: Callable[..., Conditioning]) -> dict[str, Tensor]:
     """What ``predict`` gives the denoiser: latents and times are others than a pipeline's, all else should be alike."""
     family, plan = subject.family, subject.plan
     size = (plan.width or 0, plan.height or 0)
     pixels = torch.zeros(1, 3, size[1], size[0], device=subject.device)
     noisy = family.encode_images(parts.get("vae"), pixels).mean
-    conditioning = {**encode(plan.prompts), **family.describe_views([View(size, (0, 0), size)])}
+    conditioning = {**encode(plan.prompts, {}), **family.describe_views([View(size, (0, 0), size)])}
     conditioning = {name: value.to(subject.device) for name, value in conditioning.items()}
     objective = family.objective(parts.get("scheduler")["scheduler"], Train())
     times = objective.spread_times(torch.tensor([0.5])).to(subject.device)

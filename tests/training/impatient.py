@@ -22,7 +22,7 @@ from dreamlora.__main__ import main
 from dreamlora.callbacks import sample
 from dreamlora.callbacks.best import BestCallback
 from dreamlora.models.parts import Parts
-from dreamlora.run import assemble
+from dreamlora.run import opening
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import parity
 
@@ -64,7 +64,7 @@ def impatient(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    assemble.accelerator_of = impatient(assemble.accelerator_of)
+    opening.accelerator_of = impatient(opening.accelerator_of)
     slow(RunFolder, "lock", rank=0)
     slow(Parts, "get", rank=1, when=lambda _, role: role == "denoiser")
     slow(sample, "grid_of_run", rank=0)
