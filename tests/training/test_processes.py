@@ -19,6 +19,8 @@ from PIL import Image
 
 from dreamlora.families import sd
 from dreamlora.runfolder import RunFolder
+from tests.training.conftest import train_with
+from tests.training.forked import in_two_processes
 from tests.training.test_run import weights
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,6 +59,11 @@ def train_with_two(flags: list[str], script: Path = SCRIPT) -> str:
         pytest.fail(f"two processes wait for each other for ever:\n{errors[-3000:]}")
     assert launcher.returncode == 0, errors[-3000:]
     return printed + errors
+
+
+def train_forked(flags: list[str]) -> None:
+    """The same without the launcher, and without the seconds that new interpreters take."""
+    assert in_two_processes(lambda: train_with(flags)) == [0, 0]
 
 
 def assert_same_weights(one: RunFolder, two: RunFolder) -> None:
@@ -102,7 +109,7 @@ def test_two_processes_share_the_probing_of_lora_ga(
     quick = ["--max_train_steps", "1", "--sample_steps", "0", "--eval_steps", "0"]
     more = ["--init", "lora_ga", "--init_args", "draws", "8", *quick]
     one = train(*more, "--output_dir", str(tmp_path / "one"))
-    train_with_two([*flags, *more])
+    train_forked([*flags, *more])
     starts = [
         torch.load(run.checkpoint_dir(1) / "training_state.pt", weights_only=True)["starts"]
         for run in (one, RunFolder(tmp_path / "run"))
@@ -133,7 +140,7 @@ def test_processes_may_make_different_numbers_of_forward_passes(
     sizes = ["--buckets", "--resolution", "24", "--bucket_step", "8", "--instance_data_dir", str(two_sizes)]
     more = [*QUICK.split(), *sizes, "--max_train_steps", "4", *more]
     one = train(*more, "--output_dir", str(tmp_path / "one"), "--train_batch_size", "4")
-    train_with_two([*flags, *more, "--train_batch_size", "2"])
+    train_forked([*flags, *more, "--train_batch_size", "2"])
     assert_same_weights(one, RunFolder(tmp_path / "run"))
 
 
@@ -142,26 +149,13 @@ def last_layer_ignored(text: dict[str, Any], tokens: dict[str, torch.Tensor]) ->
     return {"prompt_embeds": text["text_encoder"](tokens["input_ids"], output_hidden_states=True).hidden_states[-2]}
 
 
-LAST_LAYER_IGNORED = """
-import sys
-from dreamlora.__main__ import main
-from dreamlora.families import sd
-from tests.training.test_processes import last_layer_ignored
-
-sd.encode_tokens = last_layer_ignored
-sys.exit(main(["dreambooth", *sys.argv[1:]]))
-"""
-
-
 def test_layers_without_gradient_stay_as_they_are(
     flags: list[str], train: Callable[..., RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(LAST_LAYER_IGNORED, encoding="utf-8")
     monkeypatch.setattr(sd, "encode_tokens", last_layer_ignored)
     more = [*QUICK.split(), "--train_text_encoder", "--adam_weight_decay", "0.5", "--max_train_steps", "3"]
     one = train(*more, "--output_dir", str(tmp_path / "one"))
-    train_with_two([*flags, *more, "--checkpointing_steps", "1"], script)
+    train_forked([*flags, *more, "--checkpointing_steps", "1"])
     two = RunFolder(tmp_path / "run")
     assert_same_weights(one, two)
     first, last = (trained(two.checkpoint_dir(step)) for step in (1, 3))

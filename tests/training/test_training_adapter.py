@@ -26,7 +26,7 @@ from dreamlora.models import loading
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
 from tests import tinymodels
-from tests.training.test_processes import assert_same_weights, train_with_two
+from tests.training.test_processes import assert_same_weights, train_forked
 
 RANK, ALPHA = 3, 6.0
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -228,7 +228,7 @@ def test_a_missing_one_is_refused(flags, tmp_path) -> None:
 def test_two_processes_equal_one(flags, train, adapter, tmp_path) -> None:
     more = ["--optimizer", "sgd", "--learning_rate", "0.1", "--max_train_steps", "3", "--sample_steps", "3"]
     one = train(*more, "--training_adapter", str(adapter), "--output_dir", str(tmp_path / "one"))
-    train_with_two([*flags, *more, "--training_adapter", str(adapter)])
+    train_forked([*flags, *more, "--training_adapter", str(adapter)])
     two = RunFolder(tmp_path / "run")
     assert_same_weights(one, two)
     assert drawn(one, 0) == drawn(two, 0)
