@@ -19,6 +19,8 @@ from dreamlora.training import adoption
 from dreamlora.training.adoption import adopt
 from tests.fuzzing import changed, damaged, fuzzed, harmless, odd_values
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SECRET = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 PICTURE = b"\x89PNG a picture"
 NAME = "step_000100/p00_s42-1a2b3c4d5e6f.png"

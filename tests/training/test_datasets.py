@@ -18,6 +18,8 @@ from dreamlora.training import loop
 from tests.training.conftest import train_with
 from tests.training.test_run import same, weights
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.fixture
 def common(flags: list[str]) -> list[str]:

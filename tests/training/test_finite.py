@@ -20,6 +20,8 @@ from dreamlora.training.loop import Run
 from tests.training.conftest import with_optimizer
 from tests.training.test_run import weights
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 every_optimizer = pytest.mark.parametrize("name", registry.names("optimizers"))
 clipped_or_not = pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 

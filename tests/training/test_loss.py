@@ -20,6 +20,8 @@ from dreamlora.interfaces import Batch
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SIDES = (4, 6)
 
 

@@ -23,6 +23,8 @@ from tests.training.conftest import train_with
 from tests.training.forked import in_two_processes
 from tests.training.test_run import weights
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "train_scripts" / "dreambooth_lora.py"
 ON_CPU = {

@@ -26,6 +26,8 @@ from dreamlora.training import state
 from tests.hubcache import FakeHub
 from tests.training.test_run import same, values, weights
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 Train = Callable[..., RunFolder]
 HARD = ["--optimizer", "scaled_adamw", "--lora_dropout", "0.2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]
 

@@ -19,6 +19,8 @@ from dreamlora.training import loop
 from tests.training.test_resume import assert_equal_runs, interrupt_after
 from tests.training.test_run import weights
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 Train = Callable[..., RunFolder]
 LINEAR = "--lora_layers to_q to_k to_v to_out.0"
 FLAGS = {

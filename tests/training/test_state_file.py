@@ -28,6 +28,8 @@ from dreamlora.training.state_file import read_state
 from tests.fuzzing import changed, damaged, fuzzed, harmless
 from tests.optimizers.test_states import same
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 FAILURES = (ValueError, OSError)
 """What ``state.open_checkpoint`` makes one message of."""
 

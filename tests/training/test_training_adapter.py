@@ -28,6 +28,8 @@ from dreamlora.training import loop
 from tests import tinymodels
 from tests.training.test_processes import assert_same_weights, train_forked
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 RANK, ALPHA = 3, 6.0
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{}.weight"
 

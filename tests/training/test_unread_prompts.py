@@ -11,6 +11,8 @@ import pytest
 from dreamlora.runfolder import RunFolder
 from tests import tinymodels
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SHORT = "--max_train_steps 2 --sample_steps 2 --eval_steps 0 --final_eval_items 0 --num_inference_steps 1"
 
 
