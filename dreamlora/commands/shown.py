@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.trained import TrainedRun
-from dreamlora.data.images import IMAGE_BYTES, decode
+from dreamlora.data.images import open_image
 from dreamlora.errors import UserError
-from dreamlora.reading import read_bytes
 from dreamlora.sampling.sampler import SamplePlan
 from dreamlora.sampling.shown import kept, require_for_prompts, shown_with
 
@@ -35,7 +34,7 @@ def with_shown(
     if not edits:
         return plan
     require_for_prompts(files, plan.prompts)
-    images = [decode(read_bytes(file, IMAGE_BYTES), f"--validation_images {file}") for file in files]
+    images = [open_image(file, f"--validation_images {file}") for file in files]
     shown = {} if images or run is None else kept(plan.prompts, run.folder)
     if must and not images and not shown:
         raise UserError(

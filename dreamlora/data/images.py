@@ -213,6 +213,15 @@ def file_reader(file: Path) -> Callable[[], bytes]:
     return functools.partial(read_bytes, file, IMAGE_BYTES)
 
 
+def open_image(file: Path, where: str) -> Image.Image:
+    """The image of a file that is no record of a data set.
+
+    Raises:
+        BrokenImage: it cannot be read, or is no image; the message names ``where``.
+    """
+    return ImageRecord(file.name, file.name, file_reader(file), where).open()
+
+
 def decode(data: bytes, where: str) -> Image.Image:
     """The first frame of an image file as upright RGB; see ``to_rgb`` for what becomes of other modes and colours.
 

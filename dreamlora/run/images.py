@@ -15,13 +15,12 @@ from dreamlora.cache_folder import cache_folder
 from dreamlora.config import Data
 from dreamlora.data.catalog import hash_prefixes
 from dreamlora.data.dataset import examine, split_holdout
-from dreamlora.data.images import IMAGE_BYTES, ImageRecord, decode
+from dreamlora.data.images import ImageRecord, open_image
 from dreamlora.data.sets import load_sets
 from dreamlora.data.transforms import Preparations, enlargement
 from dreamlora.errors import UserError
 from dreamlora.models.parts import DTYPES, ROLES, Parts
 from dreamlora.processes import main_first, wait_for_everyone
-from dreamlora.reading import read_bytes
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import read_prompts, sample_prompts
@@ -102,7 +101,7 @@ def _shown(context: RunContext, prompts: Sequence[str], records: Sequence[ImageR
     given = context.config.sample.validation_images
     require_for_prompts(given, prompts)
     if given:
-        images = [decode(read_bytes(file, IMAGE_BYTES), f"--validation_images {file}") for file in given]
+        images = [open_image(file, f"--validation_images {file}") for file in given]
     else:
         images = [record.conditioning.open() for record in records[: len(prompts)] if record.conditioning]
     return shown_with(prompts, images, context.config.data.resolution or 0)

@@ -170,6 +170,9 @@ def test_a_model_that_must_edit_is_given_an_image(tmp_path) -> None:
     picture(3, (80, 64)).save(file)
     given = SampleConfig(lora=("lora",), validation_images=(file,))
     assert with_shown(plan, given, None, edits=True, must=True).shown["a cat"].size == (SIDE, SIDE)
+    absent = SampleConfig(lora=("lora",), validation_images=(tmp_path / "absent.png",))
+    with pytest.raises(UserError, match=r"--validation_images .*absent\.png: No such file"):
+        with_shown(plan, absent, None, edits=True, must=True)
 
 
 def test_the_loss_is_the_runs_in_evaluate(case, flags, tmp_path) -> None:
