@@ -162,7 +162,7 @@ class TensorCache:
             raise DamagedEntry(str(error) or type(error).__name__) from error
         if not intact:
             raise DamagedEntry("its content does not match its checksum")
-        if not all(map(_is_finite, tensors.values())):
+        if not all(map(is_finite, tensors.values())):
             raise DamagedEntry("it has numbers that are not finite")
         return tensors, layout
 
@@ -236,7 +236,8 @@ def _parsed(data: bytes, length: int, wanted: Layout | None) -> tuple[Layout, st
     return found, digest
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     # the ends are NaN if anything is; ten times as fast as to ask every number

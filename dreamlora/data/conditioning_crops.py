@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-import torch
 
 from dreamlora.data.buckets import Size
-from dreamlora.data.cache import CHECKED_WHOLE, KeyPart, TensorCache, Wanted, content_key
+from dreamlora.data.cache import CHECKED_WHOLE, KeyPart, TensorCache, Wanted, content_key, is_finite
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations, Variant, crop, resized, variants
 from dreamlora.errors import UserError
@@ -68,7 +67,7 @@ def store_conditioning(
             if wanted.key not in missing:
                 continue
             entry = encode(crop(image, variant, how[record]))
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in entry.values()):
+            if not all(map(is_finite, entry.values())):
                 raise UserError(
                     f"the autoencoder gave numbers that are not finite for the image {record.conditioning.where}"
                 )

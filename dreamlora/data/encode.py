@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dreamlora.data.cache import CHECKED_WHOLE, Entry, KeyPart, Layout, TensorCache, Wanted, content_key
+from dreamlora.data.cache import CHECKED_WHOLE, Entry, KeyPart, Layout, TensorCache, Wanted, content_key, is_finite
 from dreamlora.data.catalog import RecordSubset, hash_prefixes
 from dreamlora.data.conditioning_crops import conditioning_plan, store_conditioning
 from dreamlora.data.images import ImageRecord
@@ -382,5 +382,5 @@ def _store(batch: list[_Crop], encode: Callable[[Tensor], Latents], filling: Fil
 
 
 def _refuse_non_finite(entry: Entry, message: str) -> None:
-    if not all(tensor.isfinite().all() for tensor in entry.values()):
+    if not all(map(is_finite, entry.values())):
         raise UserError(message)
