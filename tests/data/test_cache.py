@@ -23,7 +23,7 @@ from dreamlora.cache_folder import cache_folder
 from dreamlora.data import cache as cache_module
 from dreamlora.data import encode as encode_module
 from dreamlora.data.buckets import bucket_sizes
-from dreamlora.data.cache import TensorCache, Wanted, content_key
+from dreamlora.data.cache import TensorCache, Wanted, content_key, is_finite
 from dreamlora.data.dataset import examine
 from dreamlora.data.encode import Filling, LatentSize, encode_dataset, encode_prompts
 from dreamlora.data.folder import load_folder
@@ -688,3 +688,17 @@ def test_entries_of_any_shape(tmp_path):
     cache.put("ab" * 32, tensors)
     loaded = cache.load(Wanted("ab" * 32, None))
     assert set(loaded) == set(tensors) and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype, odd: float) -> None:
+    tensor = torch.arange(-3.0, 3.0).to(dtype)
+    assert is_finite(tensor)
+    tensor[2] = odd
+    assert not is_finite(tensor)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3, dtype=torch.long), torch.ones(2, dtype=torch.bool), torch.ones(0)])
+def test_whole_numbers_and_no_numbers_are_finite(tensor: torch.Tensor) -> None:
+    assert is_finite(tensor)
