@@ -17,7 +17,8 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 
-from dreamlora.data.images import ImageFacts, ImageRecord, Opacity
+from dreamlora.data.images import ImageFacts, ImageRecord
+from dreamlora.data.rgb import Opacity
 from dreamlora.scratch import Scratch
 
 _SCHEMA = """

@@ -21,7 +21,8 @@ from pathlib import Path
 import PIL
 
 from dreamlora.cache_folder import counts, own_place
-from dreamlora.data.images import ImageFacts, Opacity
+from dreamlora.data.images import ImageFacts
+from dreamlora.data.rgb import Opacity
 from dreamlora.errors import WriteError
 from dreamlora.files import make_folder, open_at_end
 from dreamlora.pictures import LONGEST

@@ -12,7 +12,8 @@ from dreamlora.config import Data
 from dreamlora.data.catalog import Records
 from dreamlora.data.companions import Companions, list_companions
 from dreamlora.data.folder import Images
-from dreamlora.data.images import ImageFacts, ImageRecord, Opacity, alpha, decode, see_through
+from dreamlora.data.images import ImageFacts, ImageRecord, alpha, decode, see_through
+from dreamlora.data.rgb import Opacity
 from dreamlora.errors import UserError
 
 FLAG = "--mask_data_dir"

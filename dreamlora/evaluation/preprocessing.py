@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from dreamlora.data.images import to_rgb
+from dreamlora.data.rgb import to_rgb
 from dreamlora.errors import UserError
 from dreamlora.reading import Schema, read_json
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, features
 
-from dreamlora.data.images import ImageRecord, decode, to_rgb
+from dreamlora.data.images import ImageRecord, decode
+from dreamlora.data.rgb import to_rgb
 
 Curve = Callable[[np.ndarray], np.ndarray]
 Xy = tuple[float, float]

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from dreamlora.data import file_index
 from dreamlora.data.file_index import INDEX_FILE, FileIndex, stamp_of
-from dreamlora.data.images import ImageFacts, Opacity
+from dreamlora.data.images import ImageFacts
+from dreamlora.data.rgb import Opacity
 from tests.fuzzing import damaged, fuzzed, harmless, odd_values
 
 FACTS = ImageFacts("ab" * 32, (3, 4))

@@ -14,8 +14,9 @@ from PIL import Image
 from dreamlora.config import Data, DataSet
 from dreamlora.data.cache import TensorCache
 from dreamlora.data.encode import Filling, encode_dataset
-from dreamlora.data.images import Opacity, alpha
+from dreamlora.data.images import alpha
 from dreamlora.data.mask_files import grey
+from dreamlora.data.rgb import Opacity
 from dreamlora.data.sets import load_sets
 from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations
