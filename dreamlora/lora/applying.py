@@ -37,7 +37,7 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0, model: ModelNames 
     try:
         for component, weights in adapters.items():
             put_adapter(getattr(pipeline, component), weights)
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
         pipeline.unload_lora_weights()
         raise unreadable(path, error) from error
     pipeline.set_adapters([ADAPTER], [scale])
@@ -114,7 +114,8 @@ def _put_factors_of(names: tuple[str, ...]) -> Callable[[Any, LayerWeights, str]
         device = layer.base_layer.weight.device
         for name in names:
             parameters = getattr(layer, name)
-            parameters.pop(adapter, None)
+            if adapter in parameters:
+                del parameters[adapter]
             if name in weights.tensors:
                 parameters[adapter] = nn.Parameter(weights.tensors[name].to(device, torch.float32))
         rank = weights.rank or 1
@@ -187,7 +188,9 @@ def _problem(pipeline: Any, component: str, name: str, weights: LayerWeights) ->
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         return f"{key} is a {type(layer).__name__}, and LoRAs are for linear layers and convolutions"
     if weights.magnitude is not None and (weights.kind != "lora" or getattr(layer, "groups", 1) > 1):
-        return f"{key} has magnitudes (DoRA) with a {weights.kind}, or for a grouped convolution: PEFT has no such layer"
+        return (
+            f"{key} has magnitudes (DoRA) with a {weights.kind}, or for a grouped convolution: PEFT has no such layer"
+        )
     weight = tuple(layer.weight.shape)
     return _of_other_size(key, weights, weight)
 

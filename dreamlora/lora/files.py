@@ -23,6 +23,8 @@ from dreamlora.lora.whole import ALPHA, MARKS, NO_ALPHA, PAIR, is_part, refuse_o
 from dreamlora.runfolder import LORA_FILE
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WRAPPER, _DENOISER = "base_model.model.", "diffusion_model."
+"""What PEFT puts before the names of a model that it was given, and what ComfyUI puts before the denoiser's."""
 _ALWAYS = 2**26
 """Numbers that may be in the LoRA of a model however small."""
 
@@ -63,7 +65,7 @@ def read_lora(path: Path) -> LoraFile:
                 f"{example})"
             )
         refuse_other_parts(file, shapes, opened.get_tensor)
-    return LoraFile(file, format_of([key for key in shapes if is_part(key)]), shapes, metadata)
+    return LoraFile(file, format_of(list(_unwrapped([key for key in shapes if is_part(key)]))), shapes, metadata)
 
 
 def read_weights(path: Path, model: ModelNames | None, pipeline: Any = None) -> AdapterWeights:
@@ -84,7 +86,8 @@ def read_weights(path: Path, model: ModelNames | None, pipeline: Any = None) -> 
     with open_tensors(lora.path) as opened:
         tensors = {key: opened.get_tensor(key) for key in lora.shapes if is_part(key)}
     refuse_odd_values(lora.path, tensors)
-    content = FileContent({name: _computable(tensor) for name, tensor in tensors.items()}, lora.metadata)
+    named = {name: _computable(tensors[given]) for name, given in _unwrapped(tensors).items()}
+    content = FileContent(named, lora.metadata)
     try:
         return _sound(lora.path, _read(lora, content, model, pipeline))
     except ValueError as error:
@@ -92,28 +95,38 @@ def read_weights(path: Path, model: ModelNames | None, pipeline: Any = None) -> 
 
 
 def _read(lora: LoraFile, content: FileContent, model: ModelNames | None, pipeline: Any) -> AdapterWeights:
-    """By its format, else through diffusers.
+    """By its format; through diffusers what has none here, is of a model whose names are not known, or is old.
 
     Raises:
         ValueError: its format cannot read it.
         UserError: diffusers cannot.
     """
-    reason: ValueError | None = None
-    if lora.format == registry.name_of(diffusers):
-        return diffusers.read(content)
-    if lora.format and model is not None:
-        try:
+    own = lora.format == registry.name_of(diffusers)
+    reason = ValueError(f"its names are not known, such as {next(iter(content.tensors))}")
+    try:
+        if own:
+            return diffusers.read(content)
+        if lora.format and model is not None:
             return diffusers.with_settings(registry.load("lora.formats", lora.format).read(content, model), content)
-        except ValueError as error:
-            reason = error
+    except ValueError as error:
+        reason = error
+        if not own:
+            raise
     if pipeline is None or not all(PAIR.search(name) or ALPHA.match(name) for name in content.tensors):
-        raise reason or ValueError(f"its names are not known, such as {next(iter(content.tensors))}")
+        raise reason
     try:
         return diffusers.with_settings(read_through_diffusers(pipeline, lora.path, content.tensors), content)
     except UserError:
-        if reason is None:
-            raise
-        raise reason from None
+        if own:
+            raise reason from None
+        raise
+
+
+def _unwrapped(names: Collection[str]) -> dict[str, str]:
+    """Names as they are by what they are without PEFT's wrapper, which is of the denoiser if it is of all."""
+    if all(name.startswith(_WRAPPER) for name in names):
+        return {_DENOISER + name.removeprefix(_WRAPPER): name for name in names}
+    return {name: name for name in names}
 
 
 def _computable(tensor: Tensor) -> Tensor:
