@@ -40,6 +40,13 @@ FLOW_SCHEDULERS: Classes = (
 CLIP_TOKENIZERS: Classes = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
 T5_TOKENIZERS: Classes = ("transformers.T5TokenizerFast", "transformers.T5Tokenizer")
 AUTOENCODERS: Classes = ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")
+
+
+def lora_presets(attention: Sequence[str], between: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """See ``Family.LORA_PRESETS``."""
+    return {"attn": tuple(attention), "attn-mlp": (*attention, *between)}
+
+
 CLIP_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 MARKS = 2
@@ -306,7 +313,7 @@ def _metadata(model: Any) -> dict[str, Any]:
     """
     given, default = model.peft_config[ADAPTER].to_dict(), LoraConfig().to_dict()
     if any(layer.start for layer in adapted_layers(model)):
-        given |= {"r": 2 * given["r"], "lora_alpha": 2 * given["lora_alpha"]}
+        given |= _of_twice_the_rank(given)
     keep = {name for name, value in given.items() if value != default.get(name)} | {"r", "lora_alpha"}
     keep -= {
         "lora_dropout",
@@ -317,3 +324,14 @@ def _metadata(model: Any) -> dict[str, Any]:
         "peft_version",
     }
     return {name: sorted(given[name]) if isinstance(given[name], set) else given[name] for name in sorted(keep)}
+
+
+def _of_twice_the_rank(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Ranks doubled, and alphas so that the scale stays what it is."""
+    factor = 2**0.5 if given["use_rslora"] else 2
+    return {
+        "r": 2 * given["r"],
+        "lora_alpha": factor * given["lora_alpha"],
+        "rank_pattern": {name: 2 * rank for name, rank in given["rank_pattern"].items()},
+        "alpha_pattern": {name: factor * alpha for name, alpha in given["alpha_pattern"].items()},
+    }

@@ -14,6 +14,7 @@ import torch
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
 from dreamlora.interrupts import deferred, heed
+from dreamlora.lora.pairs import tuned_layers
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
@@ -36,7 +37,7 @@ class Conclusion:
     Attributes:
         images: trained on, by source.
         parameters: of the LoRA.
-        pairs: of factors A and B.
+        pairs: of factors A and B, or layers with an adapter of another kind.
         eval_seconds: that the evaluation loss took.
         ended_early: why, if it did.
         expected: what the saved file must do again; or why that is not checked.
@@ -60,7 +61,7 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
     ended = Conclusion(
         images={source.name: len(source.store.names) for source in run.stream.sources},
         parameters=sum(parameter.numel() for parameter in run.trainables.values()),
-        pairs=len(run.trainables) // 2,
+        pairs=len(list(tuned_layers(run.accelerator.unwrap_model(run.model)))),
         eval_seconds=run.eval_seconds,
         ended_early=run.ended_early,
         expected=resume.UNCHECKED,

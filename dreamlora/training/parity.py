@@ -21,7 +21,7 @@ from torch import Tensor
 from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.interfaces import Conditioning
 from dreamlora.lora.assistant import switch
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.pairs import tuned_layers
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
@@ -104,8 +104,8 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
 
     signs = torch.randn(noisy.shape, generator=draws).sign()
     with_lora, rounded = answer(noisy), answer(noisy * (1 + signs * _precision(run)))
-    for adapted in adapted_layers(model):
-        adapted.layer.enable_adapters(False)
+    for tuned in tuned_layers(model):
+        tuned.layer.enable_adapters(False)
     return Call(noisy, view, times, run.config.train.guidance_scale, prompt_length, with_lora, answer(noisy), rounded)
 
 
