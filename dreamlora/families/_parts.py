@@ -298,6 +298,9 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     for layer in adapted_layers(model):
         state[f"{layer.name}.lora_A.weight"], state[f"{layer.name}.lora_B.weight"] = layer.factors()
+        if layer.magnitude is not None:  # PEFT's own name has no "weight", and transformers' loader passes over it
+            state[f"{layer.name}.lora_magnitude_vector.weight"] = layer.magnitude
+            del state[f"{layer.name}.lora_magnitude_vector"]
     # transformers 5 dropped CLIP's inner "text_model", but older versions and other programs look for it in files;
     # diffusers' loader takes both
     flat_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
