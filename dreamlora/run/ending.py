@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
 from dreamlora.interrupts import deferred, heed
@@ -170,7 +171,8 @@ def _expected_output(context: RunContext, run: Run) -> parity.ExpectedOutput | s
     except (UserError, RuntimeError) as error:
         return f"the check could not be made: {error}"
     image = run.folder.samples / sample["file"]
-    return parity.ExpectedOutput(run.folder.path, sample, image, call, context.shown)
+    pairs = registry.load("adapters", run.config.lora.adapter).PAIRS
+    return parity.ExpectedOutput(run.folder.path, sample, image, call, context.shown, stock_loader=pairs)
 
 
 def _parity(context: RunContext, expected: parity.ExpectedOutput | str) -> dict[str, Any]:

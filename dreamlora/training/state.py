@@ -18,6 +18,7 @@ import torch
 
 from dreamlora.errors import UserError
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
+from dreamlora.lora import saving
 from dreamlora.lora.pairs import restore_starts, starts_of
 from dreamlora.reading import Schema, UnreadableError, read_json
 from dreamlora.runfolder import RunFolder
@@ -93,9 +94,10 @@ def counts(run: Run) -> dict[str, int]:
 
 
 def save_lora(run: Run, folder: Path) -> Path:
-    """Write the LoRA as the stock pipeline loads it."""
+    """Write the adapter; a LoRA or DoRA as the stock pipeline loads it."""
     model = run.accelerator.unwrap_model(run.model)
-    return run.family.save_lora(folder, model.denoiser, dict(model.encoders.items()))
+    modules = {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())}
+    return saving.save_lora(folder, modules, saving.names_of(run.family, model.denoiser))
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:

@@ -1,0 +1,25 @@
+"""Names of Stable Diffusion 1 and 2: kohya's trainer has diffusers' UNet for them.
+
+Source: kohya's sd-scripts, ``networks/lora.py`` (``LORA_PREFIX_UNET``, ``LORA_PREFIX_TEXT_ENCODER``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dreamlora.families.layers import _unet
+from dreamlora.lora.names import LayerNames, ModelNames
+
+_UP = {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")}
+
+
+def names(config: Mapping[str, Any]) -> ModelNames:
+    """See ``families.layers``."""
+    return ModelNames(
+        denoiser="unet",
+        layers=LayerNames(_unet.layers(_UP | dict(config))),
+        text_encoders={"text_encoder": "te"},
+        kohya="diffusers",
+        one_alpha=True,
+    )
