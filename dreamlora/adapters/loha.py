@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dreamlora.adapters._scale import Scale
+from dreamlora.adapters._scale import Scale, probabilities
 
 PAIRS: bool = False
 
@@ -28,8 +27,6 @@ class Options:
     """Split kernels above 1x1 by their sides too (Tucker, LyCORIS' use_tucker)."""
 
     def __post_init__(self) -> None:
-        from dreamlora.adapters._scale import probabilities
-
         probabilities(rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
 
 

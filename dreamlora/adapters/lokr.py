@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dreamlora.adapters._scale import Scale
+from dreamlora.adapters._scale import Scale, probabilities
 
 PAIRS: bool = False
 
@@ -34,8 +33,6 @@ class Options:
     """Probability that a layer's change is left out of a pass in training."""
 
     def __post_init__(self) -> None:
-        from dreamlora.adapters._scale import probabilities
-
         probabilities(rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise ValueError(f"decompose_factor must be -1 or at least 1 (got {self.decompose_factor})")

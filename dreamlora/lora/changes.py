@@ -29,17 +29,17 @@ class Product(AdaptedLayer):
     rearranged: bool
 
 
-class Rows(NamedTuple):
+class BaseRows(NamedTuple):
     """What is needed of the rows of W₀ ``(m, n)``, convolutions flattened.
 
     Attributes:
         magnitude: ``(m,)`` of the DoRA.
-        squares: ``(m,)``, ``‖W₀ᵢ‖²``.
+        lengths: ``(m,)``, ``‖W₀ᵢ‖``.
         projected: ``(m, r)``, ``W₀ Aᵀ``.
     """
 
     magnitude: Tensor
-    squares: Tensor
+    lengths: Tensor
     projected: Tensor
 
 
@@ -47,13 +47,13 @@ class Rows(NamedTuple):
 class Directed(AdaptedLayer):
     """A DoRA's layer with what is needed of the rows of W₀."""
 
-    rows: Rows
+    rows: BaseRows
 
     def factor(self) -> Tensor:
         """c ``(m, 1)`` in float64: what the rows of ``W₀ + s B A`` are multiplied by."""
-        A, B, (magnitude, squares, projected) = self.A.double(), self.B.double(), (x.double() for x in self.rows)
+        A, B, (magnitude, lengths, projected) = self.A.double(), self.B.double(), (x.double() for x in self.rows)
         crossed = 2 * self.scaling * (projected * B).sum(1) + self.scaling**2 * ((B @ (A @ A.mT)) * B).sum(1)
-        return (magnitude / (squares + crossed).clamp_min(1e-300).sqrt())[:, None]
+        return (magnitude / (lengths**2 + crossed).clamp_min(1e-300).sqrt())[:, None]
 
 
 def change_of(layer: TunedLayer) -> AdaptedLayer:
@@ -66,7 +66,7 @@ def change_of(layer: TunedLayer) -> AdaptedLayer:
     if pair.magnitude is None:
         return pair
     weight, A = layer.layer.base_layer.weight.detach().flatten(1).float(), pair.A.detach().flatten(1)
-    rows = Rows(pair.magnitude.detach().flatten(), weight.square().sum(1), weight @ A.mT)
+    rows = BaseRows(pair.magnitude.detach().flatten(), pair.base_lengths().flatten(), weight @ A.mT)
     return Directed(**vars(pair), rows=rows)
 
 
@@ -83,7 +83,7 @@ def directed_square(before: Directed | None, after: Directed) -> float:
     step = (c1 - c0)[:, 0]
     up, down = torch.cat([up1, up1 - up0], 1), torch.cat([A1 - A0, A0])
     product = ((up.mT @ up) * (down @ down.mT)).sum()
-    return max(0.0, float((step**2 * after.rows.squares.double() + 2 * s * step * crossed).sum() + s**2 * product))
+    return max(0.0, float((step**2 * after.rows.lengths.double() ** 2 + 2 * s * step * crossed).sum() + s**2 * product))
 
 
 @torch.no_grad()

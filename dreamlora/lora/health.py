@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamlora.linalg import gram_columns, gram_rows
-from dreamlora.lora.changes import Directed, Product, Rows, change_of, directed_square
+from dreamlora.lora.changes import BaseRows, Directed, Product, change_of, directed_square
 from dreamlora.lora.offset import FrozenStart
 from dreamlora.lora.pairs import AdaptedLayer, tuned_layers
 
@@ -62,7 +62,7 @@ def _copied(layer: AdaptedLayer, copies: Iterator[Tensor]) -> AdaptedLayer:
     A, B = next(copies).flatten(1), next(copies).flatten(1)
     start = layer.start and FrozenStart(next(copies).flatten(1), next(copies).flatten(1))
     if _is_directed(layer):
-        return replace(layer, A=A, B=B, start=start, rows=Rows(next(copies), next(copies), next(copies)))
+        return replace(layer, A=A, B=B, start=start, rows=BaseRows(next(copies), next(copies), next(copies)))
     return replace(layer, A=A, B=B, start=start)
 
 

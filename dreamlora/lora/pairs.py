@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -58,12 +59,24 @@ class AdaptedLayer:
         magnitudes = self.layer.lora_magnitude_vector
         return magnitudes[ADAPTER].weight if ADAPTER in magnitudes else None
 
+    def base_lengths(self) -> Tensor:
+        """Of W₀'s rows, in the shape of a DoRA's magnitudes, to the last bit as its forward pass computes them: that of
+        PEFT takes linear weights to float32 (as its input is), and leaves convolutions in half precision.
+        """
+        weight = self.layer.base_layer.weight.detach()
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        plain = weight.float() if weight.ndim == 2 else weight
+        as_trained = torch.autocast(weight.device.type, weight.dtype) if half and not weight.is_meta else nullcontext()
+        with as_trained:
+            lengths: Tensor = self.layer.lora_magnitude_vector[ADAPTER].get_weight_norm(
+                plain, torch.zeros_like(plain), 1.0
+            )
+        return lengths.float()
+
     def reset_magnitude(self) -> None:
-        """Make a DoRA's magnitudes those of W₀, computed in float32 as its forward pass does."""
+        """Make a DoRA's magnitudes those of W₀."""
         if self.magnitude is not None:
-            weight = self.layer.base_layer.weight.detach().float()
-            lengths = self.layer.lora_magnitude_vector[ADAPTER].get_weight_norm(weight, torch.zeros_like(weight), 1.0)
-            self.magnitude.data = lengths.to(self.magnitude.device)
+            self.magnitude.data = self.base_lengths().to(self.magnitude.device)
 
     def silence(self) -> None:
         """Take the layer's effect away, to the last bit."""
