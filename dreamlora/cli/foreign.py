@@ -20,7 +20,7 @@ ELSEWHERE: dict[str, str] = {
     "prodigy_decouple": "use --optimizer_args decouple true (the default) or false",
     "prodigy_use_bias_correction": "use --optimizer_args use_bias_correction true (the default) or false",
     "prodigy_safeguard_warmup": "use --optimizer_args safeguard_warmup true (the default) or false",
-    "use_dora": "DoRA is not supported: its magnitudes are no part of the pair B·A that the optimizers here work on",
+    "use_dora": "use --adapter dora",
     "enable_npu_flash_attention": "NPU attention is not supported",
     "bnb_quantization_config_path": "quantised base models are not supported; --mixed_precision bf16 halves theirs",
     "do_fp8_training": "fp8 is not supported; --mixed_precision bf16 halves the weights",

@@ -106,7 +106,7 @@ def _read(lora: LoraFile, content: FileContent, model: ModelNames | None, pipeli
     try:
         if own:
             return diffusers.read(content)
-        if lora.format and model is not None:
+        if lora.format and model is not None and model.layers.originals:
             return diffusers.with_settings(registry.load("lora.formats", lora.format).read(content, model), content)
     except ValueError as error:
         reason = error

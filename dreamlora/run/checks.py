@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from dreamlora import registry
 from dreamlora.data.encode import bytes_lacking, bytes_of
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.applying import weights_for
-from dreamlora.lora.inject import target_layers
-from dreamlora.lora.names import model_names
+from dreamlora.lora.saving import names_of
+from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
 from dreamlora.lora.weights import LayerWeights
 from dreamlora.models.building import empty_module
 from dreamlora.models.inventory import PartFiles, problems_of
@@ -38,18 +38,29 @@ def require_parts(parts: Sequence[PartFiles]) -> None:
 
 
 def require_layers(context: RunContext) -> None:
-    """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter.
+    """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter; and what
+    patterns of ranks and alphas name.
 
     Raises:
         UserError: it has none of a name that was given, or the training adapter is for another model.
     """
-    family = context.family
-    denoiser = part_named(context, family.DENOISER)
-    module = empty_module(denoiser.part_class, denoiser.place, denoiser.weights, torch.float32)
-    target_layers(module, context.config.lora.lora_layers or family.LORA_LAYERS)
+    family, lora = context.family, context.config.lora
+    module = _empty_part(context, family.DENOISER)
+    found = {family.DENOISER: layer_names(module, wanted_layers(lora, family), lora.lora_blocks)}
+    if lora.rank_pattern or lora.alpha_pattern:
+        encoders = family.TEXT_ENCODERS if lora.train_text_encoder else ()
+        for name in encoders:
+            found[name] = layer_names(_empty_part(context, name), family.TEXT_LORA_LAYERS)
+        require_patterns(lora, found)
     if context.training_adapter:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
+
+
+def _empty_part(context: RunContext, name: str) -> nn.Module:
+    """A part of the pipeline without its numbers."""
+    part = part_named(context, name)
+    return empty_module(part.part_class, part.place, part.weights, torch.float32)
 
 
 def assistant_of(context: RunContext, components: Components) -> dict[str, LayerWeights]:
@@ -65,7 +76,7 @@ def assistant_of(context: RunContext, components: Components) -> dict[str, Layer
         return {}
     family = context.family
     alone = {name: components[name] for name in (family.DENOISER, "settings")}
-    model = model_names(registry.name_of(family), components[family.DENOISER].config)
+    model = names_of(family, components[family.DENOISER])
     return weights_for(family.pipeline(alone), context.training_adapter, model)[family.DENOISER]
 
 

@@ -26,8 +26,9 @@ from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.data.transforms import to_tensor
 from dreamlora.interfaces import PICTURE, Components, Conditioning, Family, ModelSource, View
 from dreamlora.lora.applying import apply_lora
-from dreamlora.lora.inject import add_lora, target_layers, trainable_parameters
+from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.saving import save_lora
+from dreamlora.lora.targets import layer_names, target_layers, wanted_layers
 from dreamlora.models import loading, prompts
 from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.objectives import squared_errors
@@ -533,3 +534,14 @@ def test_weights_of_older_transformers_load_with_their_names(case, tmp_path):
     new, other = (case.family.load(one, "text", torch.float32) for one in (case.source, source))
     first, second = (encoded(case, text, PROMPTS) for text in (new, other))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_presets_of_layers_are_some_of_all_linear_layers_and_convolutions(case):
+    denoiser = case.parts[case.family.DENOISER]
+    attn, both, every = (
+        set(layer_names(denoiser, wanted_layers(Lora(lora_layers=(name,)), case.family)))
+        for name in ("attn", "attn-mlp", "all")
+    )
+    assert attn < both < every
+    assert any("to_q" in name or "qkv" in name for name in attn)
+    assert not any(word in name for name in both for word in ("norm", "mod.", "embed", "adaLN"))

@@ -16,7 +16,8 @@ from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.files import read_lora, read_weights
-from dreamlora.lora.names import ModelNames, flat, model_names
+from dreamlora.lora.names import flat
+from dreamlora.lora.saving import names_of
 from tests import tinymodels
 
 Tensors = dict[str, Tensor]
@@ -116,7 +117,7 @@ class Model:
         self.pipeline: Any = tinymodels.of(family).stock(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.denoiser: str = registry.load("families", family).DENOISER
-        self.names: Any = model_names(family, getattr(self.pipeline, self.denoiser).config)
+        self.names: Any = names_of(registry.load("families", family), getattr(self.pipeline, self.denoiser))
         self.before = self.drawn()
 
     def drawn(self, pipeline: Any = None) -> Tensor:
