@@ -33,9 +33,14 @@ def rand(*shape: int, scale: float = 0.5) -> Tensor:
 def lora(W: Tensor, alpha: float | None = 3.0) -> Made:
     """kohya's: of a convolution LoCon's."""
     down, up = rand(R, *W.shape[1:]), rand(W.shape[0], R, *(1 for _ in W.shape[2:]))
-    change = (up.flatten(1) @ down.flatten(1)).reshape(W.shape) * (1.0 if alpha is None else alpha / R)
     more = {} if alpha is None else {"alpha": torch.tensor(alpha)}
-    return {"lora_down.weight": down, "lora_up.weight": up, **more}, W + change
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, **more}
+    return tensors, W + lora_change(tensors, W)
+
+
+def lora_change(tensors: Tensors, W: Tensor) -> Tensor:
+    down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+    return (up.flatten(1) @ down.flatten(1)).reshape(W.shape) * float(tensors.get("alpha", R)) / R
 
 
 def locon_with_core(W: Tensor) -> Made:
@@ -196,12 +201,17 @@ PROJECTION = "encoder.layers.0.self_attn.q_proj"
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_every_kind_is_what_its_numbers_say(sd, component, layer, kind, scale, tmp_path):
-    """At a scale, a DoRA too is that share of the way from the base model to the whole."""
+    """At a scale, a DoRA keeps its magnitudes, as in diffusers."""
     W = weight(sd, component, layer)
     tensors, changed = kind(W)
     prefix = "lora_unet_" if component == "unet" else "lora_te_text_model_"
     file = written(tmp_path, {prefix + flat(layer): tensors})
-    expected = sd.with_weights({(component, layer): W + scale * (changed - W)})
+    if kind is dora:
+        directions = W + scale * (lora_change(tensors, W))
+        lengths = directions.flatten(1).norm(dim=1).reshape(tensors["dora_scale"].shape)
+        expected = sd.with_weights({(component, layer): tensors["dora_scale"] * directions / lengths})
+    else:
+        expected = sd.with_weights({(component, layer): W + scale * (changed - W)})
     torch.testing.assert_close(sd.with_file(file, scale), expected, rtol=1e-3, atol=1e-4)
     assert (expected - sd.before).abs().max() > 3e-3
     read = read_weights(file, sd.names)[component][layer]
