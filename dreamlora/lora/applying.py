@@ -63,9 +63,7 @@ def weights_for(pipeline: Any, path: Path, model: ModelNames | None = None) -> A
     return adapters
 
 
-def put_adapter(
-    module: Any, weights: Mapping[str, LayerWeights], adapter: str = ADAPTER, dropout: float = 0.0
-) -> None:
+def put_adapter(module: Any, weights: Mapping[str, LayerWeights], adapter: str = ADAPTER, dropout: float = 0.0) -> None:
     """Give layers of a diffusers or transformers model adapters with these factors, in float32.
 
     PEFT makes them all of rank 1, as it would find out other ranks by a regular expression for each pair of layers.

@@ -79,6 +79,9 @@ def _lora(context: RunContext) -> str:
     where += f" in the blocks {' '.join(lora.lora_blocks)}" if lora.lora_blocks else ""
     if lora.train_text_encoder:
         where += "; and the text encoder" + (f" (rank {lora.text_encoder_rank})" if lora.text_encoder_rank else "")
+    if context.beginning:
+        start = f", goes on from {context.beginning.file.name}"
+        ranks += _others({each.rank or 1 for each in begun(context)}, lora.rank) if not given else ""
     assisted = f"; with the frozen {lora.training_adapter} while training" if lora.training_adapter else ""
     return f"{kind}rank {lora.rank}{ranks}, alpha {alpha}{alphas}{start}; {where}" + assisted
 

@@ -17,6 +17,7 @@ from dreamlora.credentials import command_line, masked_options
 from dreamlora.escapes import yaml_comment, yaml_text
 from dreamlora.files import write_atomically
 from dreamlora.interfaces import ModelSource
+from dreamlora.run.continuing import FROM_FILE
 from dreamlora.runfolder import RunFolder
 
 _PACKAGES = ("dreamlora", "torch", "diffusers", "transformers", "peft", "accelerate", "tokenizers", "numpy", "Pillow")
@@ -29,6 +30,8 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     Without secrets, and without what is about this run's folder: the other run gets one of its own.
     """
     left_out = ("hub_token", "local_rank", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+    if config.lora.init_lora is not None:
+        left_out += tuple(name for name in FROM_FILE if name not in config.given)
     options = masked_options({name: value for name, value in as_flat_dict(config).items() if name not in left_out})
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     made_by = f"commit {git_commit()}, {device_name(device)}"
