@@ -68,6 +68,7 @@ class Run:
         call_arguments: prompts to keyword arguments of the pipeline.
         vae: gives the autoencoder, which is loaded when the first sample is drawn.
         settings: what a resumed run must share with this one.
+        header: what the LoRA's files say of themselves at a step.
         step: steps done, those that were skipped included.
         skipped_steps: how many of the last ones, in a row, the gradient scaler of fp16 skipped.
         total_steps: where the run ends; ``end_here`` lowers it.
@@ -99,6 +100,7 @@ class Run:
     vae: Callable[[], Components]
     total_steps: int
     settings: dict[str, Any] = field(default_factory=dict)
+    header: Callable[[int], dict[str, str]] = lambda step: {}
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     skipped_steps: int = 0

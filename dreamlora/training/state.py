@@ -96,7 +96,8 @@ def counts(run: Run) -> dict[str, int]:
 def save_lora(run: Run, folder: Path) -> Path:
     """Write the LoRA as the stock pipeline loads it."""
     model = run.accelerator.unwrap_model(run.model)
-    return saving.save_lora(folder, {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())})
+    modules = {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())}
+    return saving.save_lora(folder, modules, run.header(run.step))
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
