@@ -125,8 +125,8 @@ class Workload:
 def affordable(work: Workload, every: int | None, final_items: int | None, least_every: int) -> tuple[int, int]:
     """Steps between measurements, and items of the larger set, for what was left open (None).
 
-    The larger set gets at most half of what the evaluation may cost, and is the largest of ``FINAL_SIZES`` that fits;
-    the curve gets the rest. Neither gets less than a verdict needs, whatever that costs.
+    The larger set gets at most half of what the evaluation may cost, less where the curve needs more, and is the largest
+    of ``FINAL_SIZES`` that fits; the curve gets the rest. Neither gets less than a verdict needs, whatever that costs.
 
     Args:
         work: the run.
@@ -137,7 +137,9 @@ def affordable(work: Workload, every: int | None, final_items: int | None, least
     ends_alone = work.price(work.steps, 0).forwards
     if final_items is None:
         prices = {items: work.price(work.steps, items).forwards - ends_alone for items in FINAL_SIZES}
-        final_items = next((items for items in FINAL_SIZES if prices[items] <= allowed / 2), FINAL_SIZES[-1])
+        needed = 0 if every is not None else work.price(math.ceil(work.steps / LEAST_OCCASIONS), 0).forwards
+        room = min(allowed / 2, allowed - needed)
+        final_items = next((items for items in FINAL_SIZES if prices[items] <= room), FINAL_SIZES[-1])
     if every is None:
         ends = work.price(work.steps, final_items)
         each = ends.curve_items * (2 if work.averaged else 1)

@@ -59,12 +59,11 @@ def evaluation_chart(facts: RunFacts) -> str:
     def draw(axes: Axes) -> None:
         if evaluation.base is not None:
             level(axes, evaluation.base, "base model")
+        [line] = axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=2, marker="o", markersize=3.5)
         if other:
-            axes.plot(other.steps, other.values, color=_GREEN, linewidth=1.2, label="without it")
-        axes.plot(
-            *(curve.steps, curve.values), color=_BLUE, linewidth=2, marker="o", markersize=3.5, label="moving average"
-        )
-        if other:
+            line.set_label("moving average")
+            thin: Any = {"linewidth": 1.2, "marker": "o", "markersize": 2}
+            axes.plot(other.steps, other.values, color=_GREEN, label="without it", **thin)
             legend(axes)
         axes.plot([best_step], [best], marker="o", markersize=9, color="none", mec=_ORANGE, mew=2)
         axes.annotate(

@@ -166,8 +166,8 @@ class RunFacts:
 
     @cached_property
     def average_and_raw(self) -> tuple[ItemLosses, ItemLosses] | None:
-        """Losses of the moving average and of the weights that it is of, at the steps at which both were measured; None:
-        there are none.
+        """Losses of the moving average and of the weights that it is of, at the steps where both are known; None: there
+        are none.
         """
         average, raw = map(ItemLosses.found, (self.folder.eval_items_file, self.folder.raw_items_file))
         if average is None or raw is None or average.evalset_id != raw.evalset_id:

@@ -16,6 +16,7 @@ from dreamlora import registry
 from dreamlora.errors import DivergedError
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
+from dreamlora.training.ema import MovingAverage
 from dreamlora.training.loop import Run
 from tests.training.conftest import with_optimizer
 from tests.training.test_run import weights
@@ -128,6 +129,26 @@ def test_a_step_that_fp16_skips_is_as_if_it_had_not_been(run: Run, name: str, ma
     plain.step = 1
     step(plain), step(plain)
     assert same(found, copies(run))  # the scale is a power of two: it changes no bit
+
+
+def test_a_step_that_fp16_skips_is_none_of_the_average(run: Run) -> None:
+    start = copies(run)
+    run = with_optimizer(run, "sgd", torch.amp.GradScaler("cpu"))
+    run.average = MovingAverage(run.trainables, 0.5)
+    run.average.train()
+    with broken_gradients(run, math.inf):
+        assert step(run).skipped
+    run.average.eval()
+    assert same(start, copies(run))
+    trained = []
+    for _ in range(2):
+        run.average.train()
+        assert not step(run).skipped
+        trained.append(copies(run))
+        run.average.eval()
+    shares = 1 - 2 / 11, 2 / 11  # of the second step and of the first; a third would have left 3 / 12
+    expected = [shares[0] * now + shares[1] * before for before, now in zip(*trained, strict=True)]
+    torch.testing.assert_close(copies(run), expected, rtol=1e-5, atol=1e-7)
 
 
 QUIET = ["--sample_steps", "0", "--eval_steps", "0", "--max_train_steps", "6"]
