@@ -125,8 +125,9 @@ class Workload:
 def affordable(work: Workload, every: int | None, final_items: int | None, least_every: int) -> tuple[int, int]:
     """Steps between measurements, and items of the larger set, for what was left open (None).
 
-    The larger set gets at most half of what the evaluation may cost, less where the curve needs more, and is the largest
-    of ``FINAL_SIZES`` that fits; the curve gets the rest. Neither gets less than a verdict needs, whatever that costs.
+    The larger set gets at most half of what the evaluation may cost, less where the curve needs more, and is the
+    largest of ``FINAL_SIZES`` that fits; the curve gets the rest. Neither gets less than a verdict needs, whatever that
+    costs.
 
     Args:
         work: the run.

@@ -150,10 +150,8 @@ def test_the_product_of_the_averages_is_nearly_the_average_of_the_products(
     pairs = [name for name in trained_path[0] if "lora_A" in name]
 
     def products(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        factors = ((weights[name.replace("lora_A", "lora_B")], weights[name]) for name in pairs)
-        return {
-            name: (B.double().flatten(1) @ A.double().flatten(1)) for name, (B, A) in zip(pairs, factors, strict=True)
-        }
+        factors = {name: (weights[name.replace("lora_A", "lora_B")], weights[name]) for name in pairs}
+        return {name: B.double().flatten(1) @ A.double().flatten(1) for name, (B, A) in factors.items()}
 
     exact = averaged([products(one) for one in trained_path], 0.99)
 
