@@ -143,8 +143,8 @@ def test_all_look_at_the_average_and_the_training_does_not_know_of_it(
 def test_the_product_of_the_averages_is_nearly_the_average_of_the_products(
     train: Train, trained_path: list[dict[str, Tensor]]
 ) -> None:
-    """A and B are averaged each by itself. What that misses is the covariance of the two over the window: little, beside
-    how far the average lies from the last weights.
+    """A and B are averaged each by itself. What that misses is their covariance over the window: little beside how far
+    the average lies from the last weights.
     """
     train("--max_train_steps", "40", "--sample_steps", "0", "--eval_steps", "0", "--ema_decay", "0.99")
     pairs = [name for name in trained_path[0] if "lora_A" in name]

@@ -135,20 +135,22 @@ def test_a_step_that_fp16_skips_is_none_of_the_average(run: Run) -> None:
     start = copies(run)
     run = with_optimizer(run, "sgd", torch.amp.GradScaler("cpu"))
     run.average = MovingAverage(run.trainables, 0.5)
-    run.average.train()
-    with broken_gradients(run, math.inf):
-        assert step(run).skipped
-    run.average.eval()
-    assert same(start, copies(run))
-    trained = []
-    for _ in range(2):
-        run.average.train()
-        assert not step(run).skipped
-        trained.append(copies(run))
-        run.average.eval()
-    shares = 1 - 2 / 11, 2 / 11  # of the second step and of the first; a third would have left 3 / 12
-    expected = [shares[0] * now + shares[1] * before for before, now in zip(*trained, strict=True)]
-    torch.testing.assert_close(copies(run), expected, rtol=1e-5, atol=1e-7)
+
+    def look(value: float = 0.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Trained weights and average after a step whose gradients lie so far off."""
+        run.to_training()
+        with broken_gradients(run, value):
+            assert step(run).skipped is bool(value)
+        trained = copies(run)
+        run.to_looking()
+        return trained, copies(run)
+
+    assert same(start, look(math.inf)[1])
+    (first, _), (second, average) = look(), look()
+    assert same(average, look(math.inf)[1])
+    shares = 2 / 11, 1 - 2 / 11
+    expected = [shares[0] * before + shares[1] * now for before, now in zip(first, second, strict=True)]
+    torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
 
 
 QUIET = ["--sample_steps", "0", "--eval_steps", "0", "--max_train_steps", "6"]

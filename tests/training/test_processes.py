@@ -69,8 +69,8 @@ def train_forked(flags: list[str]) -> None:
 
 
 def assert_same_weights(one: RunFolder, two: RunFolder, place: str = "") -> None:
-    """Up to the order of sums, in a folder of the runs; and that the second run really had two processes: accelerate may
-    start one silently.
+    """Up to the order of sums, in a folder of the runs; and that the second run really had two processes: accelerate
+    may start one silently.
     """
     assert json.loads(two.summary_file.read_text(encoding="utf-8"))["processes"] == 2
     first, second = (load_file(run.path / place / run.lora_file.name) for run in (one, two))
