@@ -43,6 +43,7 @@ from dreamlora.run.prompts import all_prompts, all_shown_prompts
 from dreamlora.run.trainable import optimizer_of, with_lora
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
+from dreamlora.training.ema import MovingAverage
 from dreamlora.training.loop import Run
 from dreamlora.training.stream import Layout, Source, Stream
 
@@ -215,6 +216,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         call_arguments=pipeline_inputs(context, encode, text),
         vae=lambda: context.parts.get("vae"),
         total_steps=config.train.max_train_steps or 0,
+        average=MovingAverage(trainables, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
     if registry.name_of(context.family) in registry.names("families.layers"):
         run.header = header.of_run(context, run, pictures.train)
