@@ -75,7 +75,11 @@ def test_in_the_base_model_nothing_is_left_of_the_adapter(kind: str, prepare: An
 def prediction_inputs(run: Run) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     latents = run.stream.sources[0].store.latents(0, 0)[0][None]
     view = run.stream.sources[0].store.view(0, 0)
-    return latents, run.objective.spread_times(torch.tensor([0.5])), {**run.conditioning(["a photo of sks dog"], view), **view}
+    return (
+        latents,
+        run.objective.spread_times(torch.tensor([0.5])),
+        {**run.conditioning(["a photo of sks dog"], view), **view},
+    )
 
 
 @pytest.mark.parametrize("optimizer", registry.names("optimizers"))
