@@ -66,7 +66,7 @@ class Cut:
             lacking = spectrum.energy * (1 - self.energy + _ROUNDING)
             ranks.append(int((spectrum.energy - S.square().cumsum(0) > lacking).sum()) + 1)
         if self.ratio is not None:
-            ranks.append(int((S > S[0] / self.ratio).sum()))
+            ranks.append(int((S[0] / self.ratio < S).sum()))
         return max(1, min(ranks))
 
 
@@ -125,7 +125,7 @@ def _of_kronecker(tensors: Mapping[str, Tensor], scale: float) -> Spectrum:
     one, other = (_half(tensors, name) for name in ("lokr_w1", "lokr_w2"))
     S = torch.outer(one.S, other.S).flatten() * abs(scale)
     order = S.argsort(descending=True)
-    order = order[: max(1, int((S > S.max() * _ROUNDING).sum()))]
+    order = order[: max(1, int((S.max() * _ROUNDING < S).sum()))]
     U, V = torch.kron(one.U, other.U)[:, order], torch.kron(one.V, other.V)[order]
     return Spectrum(U * math.copysign(1, scale), S[order], V, float(S[order].square().sum()))
 

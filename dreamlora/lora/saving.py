@@ -10,20 +10,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import nn
 
-from dreamlora import registry
 from dreamlora.files import replacing
-from dreamlora.interfaces import Family
 from dreamlora.lora.formats import FileContent, diffusers, kohya
-from dreamlora.lora.names import LayerNames, ModelNames
-from dreamlora.lora.pairs import TunedLayer, bare, tuned_layers
+from dreamlora.lora.metadata import serialised
+from dreamlora.lora.names import ModelNames
+from dreamlora.lora.pairs import TunedLayer, tuned_layers
 from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
 from dreamlora.runfolder import LORA_FILE
 
 _CLIP_MODEL = "text_model."
-_TABLES = "families.layers"
 
 
 def weights_of(modules: Mapping[str, nn.Module]) -> AdapterWeights:
@@ -60,32 +57,29 @@ def _product(layer: TunedLayer) -> LayerWeights:
     return replace(weights, tensors={**tensors, first: tensors[first] * (layer.scaling / weights.scale)})
 
 
-def save_lora(folder: Path, modules: Mapping[str, nn.Module], names: ModelNames | None = None) -> Path:
+def save_lora(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    header: Mapping[str, str] | None = None,
+    names: ModelNames | None = None,
+) -> Path:
     """Write ``pytorch_lora_weights.safetensors``; LoRAs and DoRAs for the stock pipeline's ``load_lora_weights``.
 
     Args:
         folder: may not exist yet.
         modules: see ``weights_of``.
+        header: what else the file says of itself.
         names: of the model's layers; LoRAs and DoRAs need none.
     """
     weights = weights_of(modules)
     pairs = all(each.kind == "lora" for layers in weights.values() for each in layers.values())
     content = diffusers.write(weights) if pairs or names is None else kohya.write(weights, names)
-    return save_content(folder / LORA_FILE, content)
-
-
-def names_of(family: Family, denoiser: nn.Module) -> ModelNames:
-    """What other programs call the layers of a family's denoiser; diffusers' names alone, where that is not known."""
-    name = registry.name_of(family)
-    if name not in registry.names(_TABLES):
-        return ModelNames(family.DENOISER, LayerNames(()), kohya=None, comfyui=False)
-    found: ModelNames = registry.load(_TABLES, name).names(dict(bare(denoiser).config))
-    return found
+    return save_content(folder / LORA_FILE, content._replace(metadata={**(header or {}), **content.metadata}))
 
 
 def save_content(file: Path, content: FileContent) -> Path:
     """Write a file of tensors; several names may stand for one tensor."""
     tensors = {name: tensor.clone() for name, tensor in content.tensors.items()}  # safetensors refuses shared memory
     with replacing(file) as temporary:
-        save_file(tensors, temporary, {"format": "pt", **content.metadata})
+        temporary.write_bytes(serialised(tensors, content.metadata))
     return file

@@ -45,9 +45,10 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         world: number of processes.
 
     Raises:
-        UserError: see ``check_adapter``; or a prompt has a ``{}`` and nothing is known for it.
+        UserError: see ``check_adapter`` and ``check_average``; or a prompt has a ``{}`` and nothing is known for it.
     """
     check_adapter(config)
+    check_average(config)
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
     method = registry.load("optimizers", config.optim.optimizer)
     start = registry.load("inits", config.lora.init)
@@ -86,6 +87,20 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
 def _with_alpha(lora: Lora) -> Lora:
     """Where all layers have one rank, that is the alpha unless another is given; else each layer's own rank is."""
     return replace(lora, lora_alpha=_first(lora.lora_alpha, float(lora.rank))) if lora.uniform else lora
+
+
+def check_average(config: RunConfig) -> None:
+    """Nothing, if the optimizer does not average by itself what ``--ema_decay`` would average once more.
+
+    Raises:
+        UserError: it does.
+    """
+    optim = config.optim
+    if optim.ema_decay and getattr(registry.load("optimizers", optim.optimizer), "OWN_SCHEDULE", False):
+        raise UserError(
+            f"--ema_decay: --optimizer {optim.optimizer} keeps an average of its own, which is what is measured, drawn "
+            "and saved. Leave --ema_decay out, or take another optimizer"
+        )
 
 
 def bucket_step(data: Data, multiple: int) -> Data:
@@ -219,6 +234,7 @@ def _workload(config: RunConfig, images: ImageCounts, world: int) -> Workload:
         images=images.measured,
         gap_images=images.learned,
         checkpointing=config.model.gradient_checkpointing,
+        averaged=bool(config.optim.ema_decay),
     )
 
 

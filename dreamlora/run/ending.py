@@ -13,7 +13,7 @@ import torch
 
 from dreamlora import registry
 from dreamlora.errors import UserError
-from dreamlora.files import write_atomically
+from dreamlora.files import replacing_folder, write_atomically
 from dreamlora.interrupts import deferred, heed
 from dreamlora.lora.pairs import tuned_layers
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
@@ -72,6 +72,9 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
         return ended
     with deferred():  # without checkpoints this is all that there is of the training
         state.save_lora(run, run.folder.path)
+        if run.average:
+            with run.average.trained(), replacing_folder(run.folder.raw) as temporary:
+                state.save_lora(run, temporary)
         write_summary(context, run.folder, ended, {"reason": resume.UNCHECKED})
     heed()
     return replace(ended, expected=_expected_output(context, run))

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.lora import saving
-from dreamlora.lora.pairs import restore_starts, starts_of
+from dreamlora.lora.names import names_of
+from dreamlora.lora.pairs import bare, restore_starts, starts_of
 from dreamlora.reading import Schema, UnreadableError, read_json
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.adoption import adopt
@@ -80,6 +82,7 @@ def _state(run: Run) -> dict[str, Any]:
         "step": run.step,
         "skipped_steps": run.skipped_steps,
         "trainables": {name: parameter.detach().cpu() for name, parameter in run.trainables.items()},
+        "averaged": {name: weights.cpu() for name, weights in run.average.hidden().items()} if run.average else {},
         "starts": starts_of(run.accelerator.unwrap_model(run.model)),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
@@ -97,7 +100,9 @@ def save_lora(run: Run, folder: Path) -> Path:
     """Write the adapter; a LoRA or DoRA as the stock pipeline loads it."""
     model = run.accelerator.unwrap_model(run.model)
     modules = {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())}
-    return saving.save_lora(folder, modules, saving.names_of(run.family, model.denoiser))
+    pairs = registry.load("adapters", run.config.lora.adapter).PAIRS
+    names = None if pairs else names_of(run.family, dict(bare(model.denoiser).config))
+    return saving.save_lora(folder, modules, run.header(run.step), names)
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
@@ -117,6 +122,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         ) from None
     for name, parameter in run.trainables.items():
         parameter.data.copy_(saved["trainables"][name])
+    if run.average:
+        run.average.take_up(saved["averaged"])
     restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])
     done = saved["lr_scheduler"]["last_epoch"]
     rates = [group["lr"] for group in run.optimizer.param_groups]

@@ -16,9 +16,9 @@ from dreamlora.config import Lora
 from dreamlora.families import sd
 from dreamlora.lora.formats import FileContent, kohya
 from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.lora.names import LayerNames, ModelNames
+from dreamlora.lora.names import LayerNames, ModelNames, names_of
 from dreamlora.lora.pairs import ADAPTER, tuned_layers
-from dreamlora.lora.saving import names_of, save_lora, weights_of
+from dreamlora.lora.saving import save_lora, weights_of
 
 LORAS = {
     "lora": Lora(rank=3, rank_pattern=("ff", "2", "mid_block", "4"), alpha_pattern=("attn1", "5")),
@@ -64,8 +64,8 @@ def test_changes_are_those_of_the_layers(kind: str, sd_folder: Path) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in LORAS if kind[:4] in ("loha", "lokr")])
 def test_loha_and_lokr_come_back_from_lycoris_files(kind: str, sd_folder: Path, tmp_path: Path) -> None:
     modules = adapted(sd_folder, LORAS[kind])
-    names = names_of(sd, modules["unet"])
-    tensors = load_file(save_lora(tmp_path, modules, names))
+    names = names_of(sd, dict(modules["unet"].config))
+    tensors = load_file(save_lora(tmp_path, modules, names=names))
     assert kohya.recognises(tensors)
     assert all(key.startswith(("lora_unet_", "lora_te_text_model_encoder_layers_")) for key in tensors)
     again = kohya.read(FileContent(tensors, {}), names)
@@ -77,7 +77,7 @@ def test_loha_and_lokr_come_back_from_lycoris_files(kind: str, sd_folder: Path, 
 
 def test_models_that_other_programs_do_not_have_get_diffusers_names(sd_folder: Path, tmp_path: Path) -> None:
     unet = adapted(sd_folder, LORAS["lokr"])["unet"]
-    tensors = load_file(save_lora(tmp_path, {"unet": unet}, ModelNames("unet", LayerNames(()), kohya=None)))
+    tensors = load_file(save_lora(tmp_path, {"unet": unet}, names=ModelNames("unet", LayerNames(()), kohya=None)))
     assert all(key.startswith("lycoris_") for key in tensors)
     assert "lycoris_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lokr_w1" in tensors
 
@@ -85,7 +85,7 @@ def test_models_that_other_programs_do_not_have_get_diffusers_names(sd_folder: P
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
 def test_stock_diffusers_loads_the_same(kind: str, sd_folder: Path, tmp_path: Path) -> None:
     modules = adapted(sd_folder, LORAS[kind])
-    file = save_lora(tmp_path, modules, NAMES)
+    file = save_lora(tmp_path, modules, names=NAMES)
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
     pipeline.load_lora_weights(tmp_path)
     for component, module in modules.items():

@@ -34,7 +34,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", ["dora", "lokr"])
 def test_resumed_equals_uninterrupted(kind: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = KINDS[kind].split()
+    more = [*KINDS[kind].split(), "--sample_steps", "6", "--num_validation_images", "1"]
     whole = train(*more, "--output_dir", str(tmp_path / "whole" / "run"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 3)

@@ -18,8 +18,8 @@ from dreamlora.commands.doctor.diagnosis import diagnose
 from dreamlora.config import Lora, Model, Train
 from dreamlora.errors import UserError
 from dreamlora.interfaces import View
-from dreamlora.lora.assistant import ASSISTANT, add_assistant, switch, without_assistant
 from dreamlora.lora.applying import weights_for
+from dreamlora.lora.assistant import ASSISTANT, add_assistant, switch, without_assistant
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.lora.saving import save_lora
