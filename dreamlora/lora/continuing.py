@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dreamlora.lora import low_rank
-from dreamlora.lora.low_rank import Cut, spectrum_of
+from dreamlora.lora.low_rank import Cut, kept, shape_of, spectrum_of
 from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
 
 
@@ -76,9 +75,9 @@ def resized(weights: LayerWeights, rank: int, scale: float, draw: torch.Generato
     found, lost, energy = weights.in_precision(torch.float32), 0.0, 0.0
     if rank < len(found.down):
         spectrum = spectrum_of(found)
-        kept = low_rank.resized(found, Cut(rank=rank), spectrum)
-        found, energy = kept.weights, spectrum.energy
-        lost = kept.error**2 * energy
+        small = kept(spectrum, Cut(rank=rank), shape_of(found), found.scale)
+        found = replace(small.weights.in_precision(torch.float32), magnitude=found.magnitude)
+        energy, lost = spectrum.energy, small.error**2 * spectrum.energy
     more = rank - len(found.down)
     if more > 0:
         rows = torch.empty(more, *found.down.shape[1:]).normal_(std=1 / rank, generator=draw)
@@ -94,7 +93,7 @@ def fresh(layer: nn.Module, rank: int, scale: float, draw: torch.Generator) -> L
     Args:
         layer: a linear layer or convolution without groups.
     """
-    shape: torch.Size = layer.weight.shape  # type: ignore[union-attr, assignment]
+    shape: torch.Size = layer.weight.shape  # type: ignore[assignment]
     down = torch.empty(rank, *shape[1:]).normal_(std=1 / rank, generator=draw)
     return lora_weights(down, torch.zeros(shape[0], rank, *(1 for _ in shape[2:])), scale * rank)
 

@@ -14,7 +14,7 @@ from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.applying import weights_for
-from dreamlora.lora.saving import names_of
+from dreamlora.lora.names import names_of
 from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
 from dreamlora.lora.weights import LayerWeights
 from dreamlora.models.inventory import PartFiles, empty_part, problems_of
@@ -79,7 +79,7 @@ def assistant_of(context: RunContext, components: Components) -> dict[str, Layer
         return {}
     family = context.family
     alone = {name: components[name] for name in (family.DENOISER, "settings")}
-    model = names_of(family, components[family.DENOISER])
+    model = names_of(family, components[family.DENOISER].config)
     return weights_for(family.pipeline(alone), context.training_adapter, model)[family.DENOISER]
 
 

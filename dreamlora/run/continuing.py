@@ -15,7 +15,7 @@ from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.applying import weights_for
 from dreamlora.lora.continuing import Beginning, Resized, fresh, resized, with_magnitudes
 from dreamlora.lora.files import read_lora
-from dreamlora.lora.saving import names_of
+from dreamlora.lora.names import names_of
 from dreamlora.lora.targets import alpha_of, layer_names, rank_of, wanted_layers
 from dreamlora.lora.weights import LayerWeights
 from dreamlora.models.adapter import find_adapter
@@ -48,9 +48,9 @@ def beginning_of(
         )
         file = read_lora(found).path
     trained = [family.DENOISER, *(family.TEXT_ENCODERS if config.lora.train_text_encoder else ())]
-    modules = {name: empty_part(parts, name) for name in (family.DENOISER, *family.TEXT_ENCODERS)}
+    modules: dict[str, Any] = {name: empty_part(parts, name) for name in (family.DENOISER, *family.TEXT_ENCODERS)}
     pipeline = family.pipeline({**modules, "settings": read_settings(source, family.SETTINGS)})
-    adapters = weights_for(pipeline, file, names_of(family, modules[family.DENOISER]))
+    adapters = weights_for(pipeline, file, names_of(family, modules[family.DENOISER].config))
     others = [name for name in adapters if name not in trained]
     if others:
         remedy = "give --train_text_encoder" if family.TEXT_ENCODERS else "only the denoiser is trained here"

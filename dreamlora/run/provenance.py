@@ -29,7 +29,13 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
 
     Without secrets, and without what is about this run's folder: the other run gets one of its own.
     """
-    left_out = ("hub_token", "local_rank", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+    left_out: tuple[str, ...] = (
+        "hub_token",
+        "local_rank",
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+    )
     if config.lora.init_lora is not None:
         left_out += tuple(name for name in FROM_FILE if name not in config.given)
     options = masked_options({name: value for name, value in as_flat_dict(config).items() if name not in left_out})

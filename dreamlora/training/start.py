@@ -35,8 +35,8 @@ def initialise(run: Run, options: Any) -> None:
     wait_for_everyone()  # another process may still load its model: here is the first collective after that
     run.model.train()  # gradient checkpointing is only on then
     if run.config.lora.init_lora is not None:
-        for parameter in run.trainables.values():
-            _put(run, parameter, parameter.data)
+        for trained in run.trainables.values():
+            _put(run, trained, trained.data)
         return
     if not registry.load("adapters", run.config.lora.adapter).PAIRS:
         _redraw(run)

@@ -16,8 +16,7 @@ from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.files import read_lora, read_weights
-from dreamlora.lora.names import flat
-from dreamlora.lora.saving import names_of
+from dreamlora.lora.names import flat, names_of
 from tests import tinymodels
 
 Tensors = dict[str, Tensor]
@@ -122,7 +121,7 @@ class Model:
         self.pipeline: Any = tinymodels.of(family).stock(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.denoiser: str = registry.load("families", family).DENOISER
-        self.names: Any = names_of(registry.load("families", family), getattr(self.pipeline, self.denoiser))
+        self.names: Any = names_of(registry.load("families", family), getattr(self.pipeline, self.denoiser).config)
         self.before = self.drawn()
 
     def drawn(self, pipeline: Any = None) -> Tensor:
