@@ -21,10 +21,12 @@ class Beginning:
 
     Attributes:
         file: that it was read from.
+        content: what the file holds, in a few digits.
         adapters: by part of the pipeline and name of the layer there.
     """
 
     file: Path
+    content: str
     adapters: AdapterWeights
 
     @property

@@ -110,7 +110,7 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
-        provenance.write_base_model(context.source, folder)
+        provenance.write_base_model(context.source, folder, context.beginning and context.beginning.content)
         image_list.write(folder.images_file, pictures)
     _start_trackers(context, folder)
     with context.timed("training"):
@@ -129,6 +129,8 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     run = _build(context, folder, pictures, options)
     run.settings = settings
     if checkpoint:
+        if context.beginning:
+            run.begun_with = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
         state.restore(run, checkpoint.state)
     else:
         lora = context.config.lora

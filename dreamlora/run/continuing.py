@@ -18,7 +18,7 @@ from dreamlora.lora.files import read_lora
 from dreamlora.lora.names import names_of
 from dreamlora.lora.targets import alpha_of, layer_names, rank_of, wanted_layers
 from dreamlora.lora.weights import LayerWeights
-from dreamlora.models.adapter import find_adapter
+from dreamlora.models.adapter import content_of, find_adapter
 from dreamlora.models.inventory import PartFiles, empty_part
 from dreamlora.models.loading import read_settings
 from dreamlora.processes import main_first
@@ -55,7 +55,7 @@ def beginning_of(
     if others:
         remedy = "give --train_text_encoder" if family.TEXT_ENCODERS else "only the denoiser is trained here"
         raise UserError(f"--init_lora: {file} is for the {others[0]} too, and that would be lost: {remedy}")
-    beginning = Beginning(file, adapters)
+    beginning = Beginning(file, content_of(file), adapters)
     _check_kind(config.lora, beginning, "adapter" in config.given)
     return beginning
 

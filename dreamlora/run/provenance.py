@@ -45,9 +45,17 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     write_atomically(folder.config_file, head + yaml_text(options))
 
 
-def write_base_model(source: ModelSource, folder: RunFolder) -> None:
-    """base_model.json: what exactly was trained. config.yaml has what was given; a branch or a folder can change."""
+def write_base_model(source: ModelSource, folder: RunFolder, init_lora: str | None = None) -> None:
+    """base_model.json: what exactly was trained. config.yaml has what was given; a branch or a folder can change.
+
+    Args:
+        source: the model.
+        folder: of the run.
+        init_lora: what the file holds that the LoRA went on from, in a few digits.
+    """
     base = {"id": source.model_id, "revision": source.revision, "vae_revision": source.vae_revision}
+    if init_lora:
+        base["init_lora"] = init_lora
     write_atomically(folder.base_model_file, json.dumps(base, indent=1))
 
 

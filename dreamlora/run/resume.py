@@ -9,7 +9,6 @@ from typing import Any
 
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.errors import UserError
-from dreamlora.models.adapter import content_of
 from dreamlora.run.context import RunContext
 from dreamlora.run.image_list import changes, fingerprint
 from dreamlora.run.images import RunImages
@@ -59,7 +58,7 @@ def settings(context: RunContext, pictures: RunImages, options: Any) -> dict[str
     if context.training_adapter:
         kept["training adapter"] = context.adapter_content
     if context.beginning:
-        kept["LoRA that it began with"] = content_of(context.beginning.file)
+        kept["LoRA that it began with"] = context.beginning.content
     kept[_IMAGES] = fingerprint(pictures.train)
     if pictures.classes:
         kept[_CLASSES] = fingerprint(pictures.classes)
