@@ -41,7 +41,7 @@ class EvaluateCallback:
         self._patience = patience
 
     def on_start(self, run: Run) -> None:
-        """Measure what the run begins with, or take up the earlier measurements of a resumed run, if they are of these items."""
+        """Measure what the run begins with, or take up a resumed run's measurements, if they are of these items."""
         file = run.folder.eval_items_file
         if run.accelerator.is_main_process:
             self._items.save(run.folder.evalset_file)

@@ -110,7 +110,7 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
-        provenance.write_base_model(context.source, folder, context.beginning and context.beginning.content)
+        provenance.write_base_model(context.source, folder, context.beginning.content if context.beginning else None)
         image_list.write(folder.images_file, pictures)
     _start_trackers(context, folder)
     with context.timed("training"):

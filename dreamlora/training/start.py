@@ -36,7 +36,7 @@ def initialise(run: Run, options: Any) -> None:
     run.model.train()  # gradient checkpointing is only on then
     if run.config.lora.init_lora is not None:
         for trained in run.trainables.values():
-            _put(run, trained, trained.data)
+            _put(run, trained, trained.data.clone())
         return
     if not registry.load("adapters", run.config.lora.adapter).PAIRS:
         _redraw(run)

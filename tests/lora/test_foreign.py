@@ -237,7 +237,7 @@ SGM = {
     "input_blocks_3_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
     "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
     "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
-    "output_blocks_0_1_transformer_blocks_0_ff_net_0_proj": "up_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "output_blocks_0_1_transformer_blocks_0_ff_net_2": "up_blocks.0.attentions.0.transformer_blocks.0.ff.net.2",
     "time_embed_0": "time_embedding.linear_1",
     "label_emb_0_0": "add_embedding.linear_1",
 }
@@ -264,7 +264,7 @@ def names_of_sdxl(program: str) -> dict[str, tuple[str, str]]:
 
 SGM_WITH_POINTS = (
     *("input_blocks.3.1.transformer_blocks.0.attn1.to_q", "input_blocks.1.0.in_layers.2", "middle_block.1.proj_in"),
-    *("output_blocks.0.1.transformer_blocks.0.ff.net.0.proj", "time_embed.0", "label_emb.0.0"),
+    *("output_blocks.0.1.transformer_blocks.0.ff.net.2", "time_embed.0", "label_emb.0.0"),
 )
 
 
