@@ -1,7 +1,7 @@
 """What is written, under the names and rows that ComfyUI has for each of diffusers' layers.
 
-A line is a layer of diffusers', the weight of ComfyUI's model that it is in, and, where it is a part of it, the first of
-its rows and their number, in widths of the model; "swapped": both halves of the rows change places.
+A line is a layer of diffusers', the weight of ComfyUI's model that it is in, and, where it is a part of it, the first
+of its rows and their number, in widths of the model; "swapped": both halves of the rows change places.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables of names against the converters of diffusers, on layers as high as the published models', and a column wide."""
+"""Tables of names against the converters of diffusers, on layers as high as the published models', one column wide."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ CHECKPOINTS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "hidream": single_file_utils.convert_hidream_transformer_to_diffusers,
 }
 NOT_THERE = {
-    f"transformer_blocks.{BLOCKS - 1}.{name}" for name in ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+    f"transformer_blocks.{BLOCKS - 1}.{name}"
+    for name in ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
 }
 """In the last block of Stable Diffusion 3, after which the prompt is dropped."""
 
