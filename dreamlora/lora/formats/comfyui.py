@@ -23,6 +23,11 @@ _CLIPS = {
     for clip, component in (("clip_l", "text_encoder"), ("clip_h", "text_encoder"), ("clip_g", "text_encoder_2"))
 }
 """ComfyUI's own names of text encoders, which it writes when it saves or extracts a LoRA."""
+_PROJECTIONS = {
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+"""Before the name of a projection, for which it does not know diffusers'."""
 _CLIP_MODEL = "text_model."
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
@@ -87,8 +92,8 @@ def _named(
     if component not in model.text_encoders:
         raise ValueError(f"there are no names for the {component}")
     for layer, adapter in adapters.items():
-        before = "" if layer == "text_projection" else _CLIP_MODEL
-        yield f"{component}.{before}{layer}", adapter
+        before = _PROJECTIONS[component] if layer == "text_projection" else f"{component}.{_CLIP_MODEL}"
+        yield before + layer, adapter
 
 
 def _text_layer(name: str, model: ModelNames) -> tuple[str, str]:
