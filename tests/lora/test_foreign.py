@@ -144,7 +144,7 @@ class Model:
         finally:
             self.pipeline.unload_lora_weights()
             assert torch.equal(self.drawn(), self.before), "something was left behind"
-            assert not any(map(self.is_marked, (self.pipeline.unet, self.pipeline.text_encoder)))
+            assert not any(map(self.is_marked, (getattr(self.pipeline, self.denoiser), self.pipeline.text_encoder)))
 
     @staticmethod
     def is_marked(module: Any) -> bool:
@@ -160,6 +160,11 @@ def sd(sd_folder: Path) -> Model:
 @pytest.fixture(scope="module")
 def sdxl(tiny_folder: Callable[[str], Path]) -> Model:
     return Model("sdxl", tiny_folder("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def flux(flux_folder: Path) -> Model:
+    return Model("flux", flux_folder)
 
 
 @pytest.fixture(autouse=True)
@@ -321,6 +326,77 @@ def test_other_names(sd, name, kind, tmp_path):
     tensors, changed = kind(weight(sd, "unet", ATTENTION))
     drawn = sd.with_file(written(tmp_path, {name: tensors}))
     torch.testing.assert_close(drawn, sd.with_weights({("unet", ATTENTION): changed}), rtol=1e-3, atol=1e-4)
+
+
+BLOCK, SINGLE = "transformer_blocks.0.", "single_transformer_blocks.0."
+PARTS = {
+    "double_blocks.0.img_attn.qkv": [BLOCK + f"attn.to_{part}" for part in "qkv"],
+    "double_blocks.0.txt_attn.qkv": [BLOCK + f"attn.add_{part}_proj" for part in "qkv"],
+    "double_blocks.0.img_mlp.0": [BLOCK + "ff.net.0.proj"],
+    "single_blocks.0.linear1": [*(SINGLE + f"attn.to_{part}" for part in "qkv"), SINGLE + "proj_mlp"],
+    "single_blocks.0.linear2": [SINGLE + "proj_out"],
+}
+"""Layers of BFL's FLUX.1, and diffusers' that they are made of."""
+
+
+def without_points(names: Mapping[str, Tensors], before: str) -> dict[str, Tensors]:
+    return {before + flat(name): tensors for name, tensors in names.items()}
+
+
+def with_points(names: Mapping[str, Tensors], before: str) -> dict[str, Tensors]:
+    return {before + name: tensors for name, tensors in names.items()}
+
+
+@pytest.mark.parametrize("kind", [lora, loha, dora, lokr], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("naming", "before"),
+    [(without_points, "lora_unet_"), (with_points, "diffusion_model."), (with_points, "base_model.model.")],
+)
+def test_names_of_flux(flux, naming, before, kind, tmp_path):
+    """q, k and v are one layer there."""
+    made, changed = {}, {}
+    for name, layers in PARTS.items():
+        Ws = [weight(flux, "transformer", layer) for layer in layers]
+        made[name], whole = kind(torch.cat(Ws))
+        parts = whole.split([len(W) for W in Ws])
+        changed |= {("transformer", layer): part for layer, part in zip(layers, parts, strict=True)}
+    drawn = flux.with_file(written(tmp_path, naming(made, before)))
+    torch.testing.assert_close(drawn, flux.with_weights(changed), rtol=1e-3, atol=2e-4)
+    assert (drawn - flux.before).abs().max() > 3e-3
+
+
+@pytest.mark.parametrize("kind", [lora, loha, dora, lokr], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("before", ["lora_transformer_", "lycoris_"])
+def test_diffusers_names_of_flux_without_points(flux, before, kind, tmp_path):
+    """OneTrainer's and SimpleTuner's."""
+    layers = [BLOCK + "attn.to_q", BLOCK + "attn.to_out.0", SINGLE + "proj_mlp"]
+    made = {layer: kind(weight(flux, "transformer", layer)) for layer in layers}
+    file = written(tmp_path, without_points({layer: tensors for layer, (tensors, _) in made.items()}, before))
+    expected = flux.with_weights({("transformer", layer): changed for layer, (_, changed) in made.items()})
+    torch.testing.assert_close(flux.with_file(file), expected, rtol=1e-3, atol=2e-4)
+
+
+def test_a_file_that_diffusers_alone_knows(flux, tmp_path):
+    """xlabs': of FLUX.1, from the time before there were conventions."""
+    layers = [BLOCK + f"attn.to_{part}" for part in "qkv"]
+    Ws = [weight(flux, "transformer", layer) for layer in layers]
+    tensors, whole = lora(torch.cat(Ws), alpha=None)
+    ends = {f"{way}.weight": tensors[f"lora_{way}.weight"] for way in ("down", "up")}
+    file = written(tmp_path, {"double_blocks.0.processor.qkv_lora1": ends})
+    parts = whole.split([len(W) for W in Ws])
+    expected = flux.with_weights({("transformer", layer): part for layer, part in zip(layers, parts, strict=True)})
+    assert read_lora(file).format == ""
+    torch.testing.assert_close(flux.with_file(file), expected, rtol=1e-3, atol=2e-4)
+
+
+def test_text_encoders_of_flux_that_cannot_have_one(flux, tmp_path):
+    """kohya calls T5 te3, OneTrainer te2."""
+    for name in (
+        "lora_te2_encoder_block_0_layer_0_SelfAttention_q",
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+    ):
+        with pytest.raises(UserError, match=name):
+            flux.with_file(written(tmp_path, {name: CLIP_PAIR}))
 
 
 def one(name: str, *ends: str) -> dict[str, Tensors]:
