@@ -19,7 +19,10 @@ from tests import tinymodels
 
 FORMATS = ("kohya", "comfyui")
 MODELS = [name for name in tinymodels.SAVERS if name.partition("-")[0] in registry.names("families.layers")]
-LOADED: dict[str, set[str]] = {"kohya": {"sd", "sdxl"}, "comfyui": set()}
+LOADED: dict[str, set[str]] = {
+    "kohya": {"sd", "sdxl", "qwen_image", "z_image"},
+    "comfyui": {"qwen_image", "krea2"},
+}
 """Families whose stock pipeline reads files of a format."""
 
 
