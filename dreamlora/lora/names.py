@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from dreamlora import registry
 
 NUMBER = "{}"
 """In a name: the number of a block."""
@@ -148,6 +150,19 @@ CLIP = LayerNames(
     )
 )
 """Layers of CLIP's text encoders, without the "text_model." that files have before most of them."""
+
+
+def model_names(family: str, config: Mapping[str, Any]) -> ModelNames | None:
+    """Names of a family's model; None: nothing is known of them.
+
+    Args:
+        family: its name.
+        config: the denoiser's.
+    """
+    if family not in registry.names("families.layers"):
+        return None
+    names: ModelNames = registry.load("families.layers", family).names(config)
+    return names
 
 
 def flat(name: str) -> str:
