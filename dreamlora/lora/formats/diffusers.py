@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamlora.lora.formats import FileContent, _factors
 from dreamlora.lora.names import ModelNames
-from dreamlora.lora.settings import METADATA_KEY, Settings, settings_of
+from dreamlora.lora.settings import METADATA_KEY, Settings, settings_of, whole
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -105,17 +105,18 @@ def _settings(adapters: Mapping[str, LayerWeights]) -> dict[str, Any]:
     """PEFT's settings of a component that say what its tensors do not, or that diffusers' loader looks for."""
     pairs = Counter((len(adapter.down), adapter.alpha) for adapter in adapters.values())
     (rank, alpha), _ = pairs.most_common(1)[0]
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": _whole(alpha), "target_modules": sorted(adapters)}
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": whole(alpha), "target_modules": sorted(adapters)}
     ranks = {name: len(adapter.down) for name, adapter in adapters.items() if len(adapter.down) != rank}
-    alphas = {name: _whole(adapter.alpha) for name, adapter in adapters.items() if adapter.alpha != alpha}
+    alphas = {name: whole(adapter.alpha) for name, adapter in adapters.items() if adapter.alpha != alpha}
     if ranks:
-        settings["rank_pattern"] = ranks
+        settings["rank_pattern"] = {_pattern(name, adapters): each for name, each in ranks.items()}
     if alphas:
-        settings["alpha_pattern"] = alphas
+        settings["alpha_pattern"] = {_pattern(name, adapters): each for name, each in alphas.items()}
     if any(adapter.magnitude is not None for adapter in adapters.values()):
         settings["use_dora"] = True
     return settings
 
 
-def _whole(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
+def _pattern(layer: str, layers: Collection[str]) -> str:
+    """A name, as a whole where others end like it."""
+    return f"^{layer}" if any(other.endswith(f".{layer}") for other in layers) else layer
