@@ -16,6 +16,7 @@ from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
 from dreamlora.lora.converter import read_through_diffusers
 from dreamlora.lora.formats import FileContent, diffusers
+from dreamlora.lora.metadata import TIMES
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.origin import made_for
 from dreamlora.lora.weights import AdapterWeights
@@ -136,7 +137,8 @@ def format_of(names: Collection[str]) -> str:
 
 
 def same_lora(first: Path, second: Path) -> bool:
-    """Whether two files hold the same tensors and metadata. Their bytes may differ: safetensors shuffles metadata.
+    """Whether two files hold the same tensors and metadata but for their dates. Their bytes may differ: safetensors
+    shuffles metadata.
 
     Raises:
         UserError: one of them is no file of tensors.
@@ -145,9 +147,13 @@ def same_lora(first: Path, second: Path) -> bool:
         keys = sorted(one.keys())
         return (
             keys == sorted(other.keys())
-            and one.metadata() == other.metadata()
+            and _undated(one.metadata()) == _undated(other.metadata())
             and all(_same(one.get_tensor(key), other.get_tensor(key)) for key in keys)
         )
+
+
+def _undated(metadata: dict[str, str] | None) -> dict[str, str]:
+    return {key: value for key, value in (metadata or {}).items() if key not in TIMES}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
