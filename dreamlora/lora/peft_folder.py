@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
 from dreamlora.files import replacing_folder
 from dreamlora.lora.formats import FileContent
 from dreamlora.lora.formats.peft import CONFIG, CONFIG_BYTES, TENSORS
+from dreamlora.lora.metadata import serialised
 from dreamlora.reading import is_regular, utf8_text
 
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """Whose folders may lie in one: those of the denoiser in PEFT's own example, where each component has one."""
 
 
-def is_peft_folder(path: Path) -> bool:
-    """Whether a folder looks like one."""
-    return any(is_regular(folder / CONFIG) for folder in _folders(path))
+def tensors_in(path: Path) -> dict[str, Path]:
+    """Files of tensors by what stands before their keys in ``formats.peft``; empty: it is no such folder.
 
-
-def read_peft(path: Path) -> FileContent:
-    """All that a folder holds, as ``formats.peft`` has it. Never a pickle.
+    Args:
+        path: a folder, or its file of tensors.
 
     Raises:
-        UserError: tensors are missing, or no safetensors; a file is none, or too large.
+        UserError: there are settings without tensors, or with a pickle of them.
     """
-    content = FileContent({}, {})
-    for folder in _folders(path):
+    if path.is_file():
+        return {"": path} if path.name == TENSORS and is_regular(path.parent / CONFIG) else {}
+    found = {}
+    for name in ("", *_COMPONENTS):
+        folder = path / name
         if not is_regular(folder / CONFIG):
             continue
-        before = "" if folder == path else f"{folder.name}/"
         if not is_regular(folder / TENSORS):
             raise UserError(f"{folder} has a {CONFIG} and no {TENSORS}: only safetensors are read, never a pickle")
-        content.metadata[before + CONFIG] = utf8_text(folder / CONFIG, CONFIG_BYTES)
-        with open_tensors(folder / TENSORS) as opened:
-            content.tensors.update({before + key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
-    return content
+        found[name and f"{name}/"] = folder / TENSORS
+    return found
 
 
-def _folders(path: Path) -> Iterator[Path]:
-    """The folder, and those of components in it."""
-    yield path
-    if path.is_dir():
-        yield from (path / name for name in _COMPONENTS if (path / name).is_dir())
+def settings_beside(file: Path, before: str) -> dict[str, str]:
+    """The settings of a file of tensors, as metadata of ``formats.peft``; empty: it has none.
+
+    Args:
+        file: of tensors.
+        before: see ``tensors_in``.
+
+    Raises:
+        UserError: they are no text, or too long.
+    """
+    beside = file.parent / CONFIG
+    return {before + CONFIG: utf8_text(beside, CONFIG_BYTES)} if file.name == TENSORS and is_regular(beside) else {}
 
 
 def write_peft(path: Path, content: FileContent) -> None:
@@ -57,7 +59,9 @@ def write_peft(path: Path, content: FileContent) -> None:
         content: of ``formats.peft``.
     """
     with replacing_folder(path) as temporary:
-        for name, text in content.metadata.items():
+        own = {name: text for name, text in content.metadata.items() if name.endswith(CONFIG)}
+        header = {name: text for name, text in content.metadata.items() if name not in own}
+        for name, text in own.items():
             before = name.removesuffix(CONFIG)
             tensors = {
                 key.removeprefix(before): tensor.clone()  # safetensors refuses shared memory
@@ -66,5 +70,5 @@ def write_peft(path: Path, content: FileContent) -> None:
             }
             folder = temporary / before
             folder.mkdir(exist_ok=True)
-            save_file(tensors, folder / TENSORS, {"format": "pt"})
+            (folder / TENSORS).write_bytes(serialised(tensors, header))
             (folder / CONFIG).write_text(text, encoding="utf-8")

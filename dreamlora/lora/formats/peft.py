@@ -1,8 +1,8 @@
 """PEFT's own folders, as ``PeftModel.from_pretrained`` reads them: tensors in one file, their settings in another.
 
 A folder holds the adapter of one component. The denoiser's is the folder itself; those of text encoders lie in it, each
-by its component's name. What is in CLIP's encoders has both names that its layers have in versions of transformers;
-PEFT takes the one that is there. Here all of it is one content: names of tensors and of files have the folder before them
+by its component's name. A layer of CLIP's has both names that it has in versions of transformers; PEFT takes the one
+that is there. Here all of it is one content: names of tensors and of files have the folder before them
 ("text_encoder/"), and the files of settings are its metadata.
 
 Source: PEFT's ``utils/save_and_load.py``, ``tuners/lora``, ``tuners/loha`` and ``tuners/lokr``.

@@ -19,7 +19,13 @@ from dreamlora.lora.weights import AdapterWeights, lora_weights
 from tests import tinymodels
 
 FORMATS = ("kohya", "comfyui")
-MODELS = [name for name in tinymodels.SAVERS if name.partition("-")[0] in registry.names("families.layers")]
+_AS_OTHERS = {"qwen_image-edit", "qwen_image-edit_plus"}
+"""Pipelines that make a megapixel of any image, around a denoiser that is another's too."""
+MODELS = [
+    name
+    for name in tinymodels.SAVERS
+    if name.partition("-")[0] in registry.names("families.layers") and name not in _AS_OTHERS
+]
 LOADED: dict[str, set[str]] = {
     "kohya": {"sd", "sdxl", "flux", "chroma", "flux2", "qwen_image", "z_image"},
     "comfyui": {"flux2", "hidream", "qwen_image", "krea2"},
