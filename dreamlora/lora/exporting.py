@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dreamlora import registry
+from dreamlora import __version__, registry
+from dreamlora.lora.files import LoraFile, read_lora, read_weights
 from dreamlora.lora.formats import FileContent, Format, peft
+from dreamlora.lora.metadata import carried
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.peft_folder import write_peft
 from dreamlora.lora.saving import save_content
@@ -19,9 +22,34 @@ from dreamlora.lora.weights import AdapterWeights
 FORMATS = "lora.formats"
 OWN_FORMAT = "diffusers"
 """Of a run's LoRA."""
+EXPORTED = "dreamlora.exported"
+"""Metadata: from which format to which, and by what."""
 _MOST_NAMED = 3
 
 logger = logging.getLogger(__name__)
+
+
+def converted(
+    path: Path, form: str, model: ModelNames | None = None, dtype: torch.dtype | None = None
+) -> FileContent:
+    """What a LoRA, of whatever program, is in another format, with what its own file says of itself.
+
+    Args:
+        path: see ``files.read_lora``.
+        form, model, dtype: see ``written``.
+
+    Raises:
+        UserError: it cannot be read.
+        ValueError: see ``written``.
+    """
+    lora = read_lora(path)
+    content = written(read_weights(path, model), form, model, dtype)
+    told = {"from": lora.format, "to": form, "by": f"dreamlora {__version__}"}
+    return content._replace(metadata=_carried(lora) | {EXPORTED: json.dumps(told)} | content.metadata)
+
+
+def _carried(lora: LoraFile) -> dict[str, str]:
+    return {name: text for name, text in carried(lora.metadata).items() if not name.endswith(peft.CONFIG)}
 
 
 def written(

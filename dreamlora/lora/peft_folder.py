@@ -19,13 +19,13 @@ def tensors_in(path: Path) -> dict[str, Path]:
     """Files of tensors by what stands before their keys in ``formats.peft``; empty: it is no such folder.
 
     Args:
-        path: a folder, or its file of tensors.
+        path: a folder, or its first file of tensors, which stands for all of it.
 
     Raises:
         UserError: there are settings without tensors, or with a pickle of them.
     """
     if path.is_file():
-        return {"": path} if path.name == TENSORS and is_regular(path.parent / CONFIG) else {}
+        return tensors_in(path.parent) if path.name == TENSORS else {}
     found = {}
     for name in ("", *_COMPONENTS):
         folder = path / name

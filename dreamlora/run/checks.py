@@ -21,6 +21,7 @@ from dreamlora.lora.weights import LayerWeights
 from dreamlora.models.building import empty_module
 from dreamlora.models.inventory import PartFiles, problems_of
 from dreamlora.models.loading import read_settings
+from dreamlora.run import formats
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
 
@@ -41,7 +42,8 @@ def require_layers(context: RunContext) -> None:
     """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter.
 
     Raises:
-        UserError: it has none of a name that was given, or the training adapter is for another model.
+        UserError: it has none of a name that was given, or the training adapter is for another model; or one of them has no
+            name in a format that is asked for.
     """
     family = context.family
     denoiser = part_named(context, family.DENOISER)
@@ -50,6 +52,7 @@ def require_layers(context: RunContext) -> None:
     if context.training_adapter:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
+    formats.require_names(context, module)
 
 
 def assistant_of(context: RunContext, components: Components) -> dict[str, LayerWeights]:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
-from dreamlora import __version__, registry
+from dreamlora import registry
 from dreamlora.commands.export.flags import ExportConfig
 from dreamlora.commands.outside import way_in
 from dreamlora.commands.trained import TrainedRun, run_of
 from dreamlora.config import Model
 from dreamlora.errors import UserError
 from dreamlora.lora import exporting
-from dreamlora.lora.files import LoraFile, read_lora, read_weights
+from dreamlora.lora.files import LoraFile, read_lora
 from dreamlora.lora.formats import FileContent
-from dreamlora.lora.metadata import carried
 from dreamlora.lora.names import ModelNames, model_names
 from dreamlora.lora.origin import families_of
 from dreamlora.lora.peft_folder import tensors_in
 from dreamlora.models.loading import family_of, read_config, resolve_source
 from dreamlora.models.parts import DTYPES
 
-EXPORTED = "dreamlora.exported"
-"""Metadata: from which format to which, and by what."""
 _BASE = "pretrained_model_name_or_path"
 
 logger = logging.getLogger(__name__)
@@ -39,15 +35,11 @@ def export(config: ExportConfig) -> Path:
     lora = read_lora(config.lora)
     _refuse_what_lies_there(config, lora)
     model = model_for(config, lora)
-    weights = read_weights(config.lora, model)
     dtype = None if config.dtype is None else DTYPES["no" if config.dtype == "fp32" else config.dtype]
     try:
-        content = exporting.written(weights, config.format, model, dtype)
+        content = exporting.converted(config.lora, config.format, model, dtype)
     except ValueError as error:
         raise UserError(f"--format {config.format}: {error}") from None
-    told = {"from": lora.format, "to": config.format, "by": f"dreamlora {__version__}"}
-    header = carried(lora.metadata) | {EXPORTED: json.dumps(told)}
-    content = content._replace(metadata=header | content.metadata)
     return exporting.save(config.output, config.format, content)
 
 

@@ -70,7 +70,7 @@ def drawn(module: nn.Module, names: LayerNames, seed: int = 0) -> dict[str, Any]
     weights = {}
     for number, (name, layer) in enumerate(adaptable(module).items()):
         name = name.removeprefix("text_model.")
-        if not names.of_layer(name):
+        if not names.of_layer(name) or getattr(layer, "groups", 1) > 1:  # which PEFT adapts at few ranks
             continue
         rank, shape = 1 + number % 3, tuple(layer.weight.shape)
         down = torch.randn(rank, *shape[1:], generator=draw) * 0.3
