@@ -187,7 +187,9 @@ def _problem(pipeline: Any, component: str, name: str, weights: LayerWeights) ->
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         return f"{key} is a {type(layer).__name__}, and LoRAs are for linear layers and convolutions"
     if weights.magnitude is not None and (weights.kind != "lora" or getattr(layer, "groups", 1) > 1):
-        return f"{key} has magnitudes (DoRA) with a {weights.kind}, or for a grouped convolution: PEFT has no such layer"
+        return (
+            f"{key} has magnitudes (DoRA) with a {weights.kind}, or for a grouped convolution: PEFT has no such layer"
+        )
     weight = tuple(layer.weight.shape)
     return _of_other_size(key, weights, weight)
 

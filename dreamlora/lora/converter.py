@@ -47,15 +47,15 @@ def read_through_diffusers(pipeline: Any, path: Path, tensors: Mapping[str, Tens
             given = {name.removesuffix(_FIRST): alpha for name, alpha in alphas_of.get(component, {}).items()}
             for layer, pair in _factors.by_layer(factors).items():
                 more = {"alpha": given[layer]} if layer in given else {}
-                adapters.setdefault(component, {})[layer] = _factors.weights_of(f"{component}.{layer}", {**pair, **more})
+                adapters.setdefault(component, {})[layer] = _factors.weights_of(
+                    f"{component}.{layer}", {**pair, **more}
+                )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return adapters
 
 
-def _converted(
-    pipeline: Any, path: Path, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _converted(pipeline: Any, path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Factors by the names of the pipeline's layers, and alphas by the names of the first factors. Alphas that were
     multiplied in are not among them.
     """

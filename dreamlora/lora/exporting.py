@@ -29,9 +29,7 @@ _MOST_NAMED = 3
 logger = logging.getLogger(__name__)
 
 
-def converted(
-    path: Path, form: str, model: ModelNames | None = None, dtype: torch.dtype | None = None
-) -> FileContent:
+def converted(path: Path, form: str, model: ModelNames | None = None, dtype: torch.dtype | None = None) -> FileContent:
     """What a LoRA, of whatever program, is in another format, with what its own file says of itself.
 
     Args:

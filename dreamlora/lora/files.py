@@ -58,7 +58,7 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Look into a LoRA: a file, a folder of PEFT's, or one with ``pytorch_lora_weights.safetensors`` (or one other) in it.
+    """Look into a LoRA: a file, a folder of PEFT's, or one with ``pytorch_lora_weights.safetensors`` or one other.
 
     Only the header is read (and what is no part of an adapter), never a pickle.
 

@@ -147,6 +147,14 @@ class ModelNames:
     implementation: str = "diffusers"
     base_version: str = ""
 
+    def lacking(self, form: str) -> str:
+        """Why there is no file of a format of this model; empty: there is."""
+        if form == "kohya" and self.kohya is None:
+            return "no program of kohya's, and none that reads such files, has this model"
+        if form == "comfyui" and not self.comfyui:
+            return "ComfyUI does not have this model"
+        return ""
+
 
 def names_of(family: Any, config: Mapping[str, Any]) -> ModelNames:
     """What other programs call a family's layers.

@@ -42,7 +42,7 @@ def require_layers(context: RunContext) -> None:
     """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter.
 
     Raises:
-        UserError: it has none of a name that was given, or the training adapter is for another model; or one of them has no
+        UserError: it has none of a name that was given, or the training adapter is for another model; or one has no
             name in a format that is asked for.
     """
     family = context.family

@@ -169,7 +169,15 @@ def test_known_kinds_are_refused_before_a_model_is_loaded(family, own, suffix, t
         read_lora(written({**own, f"{first_layer(own)[0]}.{suffix}": torch.ones(2, 2)}, tmp_path))
 
 
-PARTS = ["dora_scale", "lora_magnitude_vector.weight", "hada_w1_a", "hada_w2_b", "lokr_w1", "lokr_w2_a", "lora_mid.weight"]
+PARTS = [
+    "dora_scale",
+    "lora_magnitude_vector.weight",
+    "hada_w1_a",
+    "hada_w2_b",
+    "lokr_w1",
+    "lokr_w2_a",
+    "lora_mid.weight",
+]
 
 
 @pytest.mark.parametrize("suffix", PARTS)

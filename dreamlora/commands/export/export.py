@@ -50,13 +50,12 @@ def model_for(config: ExportConfig, lora: LoraFile) -> ModelNames | None:
         UserError: they are needed, and the model is not known, or has none in other programs.
     """
     run = run_of(config.lora, config.trust_runs)
+    family: str | None
     if config.pretrained_model_name_or_path or (run and run.options.get(_BASE)):
-        found = _of_base(config, run)
-        family = found[0]
-        model = model_names(*found)
+        family, sizes = _of_base(config, run)
     else:
-        family = config.family or (run and run.options.get("family")) or _guessed(lora, run)
-        model = model_names(family, {}) if family else None
+        family, sizes = config.family or (run and run.options.get("family")) or _guessed(lora, run), {}
+    model = model_names(family, sizes) if family else None
     if model is None and not (exporting.is_nameless(config.format) and lora.format == exporting.OWN_FORMAT):
         if family:
             raise UserError(f"--format {config.format}: what other programs call the layers of {family} is not known")

@@ -39,7 +39,13 @@ _ENDS = {
 
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
-    return ModelNames(denoiser="transformer", layers=LayerNames(_layers()))
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(_layers()),
+        architecture="Krea-2",
+        implementation="https://github.com/krea-ai/krea-2",
+        base_version="krea2",
+    )
 
 
 def _layers() -> Iterator[Original]:

@@ -31,7 +31,13 @@ _HEADS, _SHARED_HEADS = 24, 8
 
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
-    return ModelNames(denoiser="transformer", layers=LayerNames(_layers(config)))
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(_layers(config)),
+        architecture="lumina-2",
+        implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+        base_version="lumina2",
+    )
 
 
 def _layers(config: Mapping[str, Any]) -> Iterator[Original]:

@@ -25,4 +25,11 @@ _ENDS = (
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
     layers = same(*(f"transformer_blocks.{{}}.{layer}" for layer in _BLOCK), *_ENDS)
-    return ModelNames(denoiser="transformer", layers=LayerNames(layers), kohya="diffusers")
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(layers),
+        kohya="diffusers",
+        architecture="Qwen-Image",
+        implementation="https://github.com/QwenLM/Qwen-Image",
+        base_version="qwen_image",
+    )

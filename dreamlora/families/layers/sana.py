@@ -24,4 +24,10 @@ _ENDS = (
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
     layers = same(*(f"transformer_blocks.{{}}.{layer}" for layer in _BLOCK), *_ENDS)
-    return ModelNames(denoiser="transformer", layers=LayerNames(layers), kohya=None, comfyui=False)
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(layers),
+        kohya=None,
+        comfyui=False,
+        architecture="Sana",
+    )

@@ -25,7 +25,13 @@ _ENDS = {
 
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
-    return ModelNames(denoiser="transformer", layers=LayerNames(_layers()))
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(_layers()),
+        architecture="Z-Image",
+        implementation="https://github.com/Tongyi-MAI/Z-Image",
+        base_version="z_image",
+    )
 
 
 def _layers() -> Iterator[Original]:

@@ -15,8 +15,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dreamlora.errors import UserError
 from dreamlora.families.layers import sdxl
-from dreamlora.lora.formats import FileContent, peft
 from dreamlora.lora.files import read_weights
+from dreamlora.lora.formats import FileContent, peft
 from dreamlora.lora.peft_folder import write_peft
 from dreamlora.lora.weights import LayerWeights, lora_weights
 

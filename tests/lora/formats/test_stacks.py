@@ -70,7 +70,11 @@ def parts_of(make: Any, *, alphas: tuple[Any, ...] = (None,) * 3, missing: tuple
 @pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in CASES.items()])
 @pytest.mark.parametrize(
     ("make", "more"),
-    [pytest.param(lora, {}, id="lora"), pytest.param(lora, {"conv": True}, id="conv"), pytest.param(loha, {}, id="loha")],
+    [
+        pytest.param(lora, {}, id="lora"),
+        pytest.param(lora, {"conv": True}, id="conv"),
+        pytest.param(loha, {}, id="loha"),
+    ],
 )
 def test_rows_lie_one_below_the_other(make, more, options):
     parts = parts_of(make, **options, **more)
@@ -83,7 +87,11 @@ def test_rows_lie_one_below_the_other(make, more, options):
 @pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in CASES.items()])
 @pytest.mark.parametrize(
     ("make", "more"),
-    [pytest.param(lora, {}, id="lora"), pytest.param(lora, {"conv": True}, id="conv"), pytest.param(loha, {}, id="loha")],
+    [
+        pytest.param(lora, {}, id="lora"),
+        pytest.param(lora, {"conv": True}, id="conv"),
+        pytest.param(loha, {}, id="loha"),
+    ],
 )
 def test_parts_of_a_stack_are_what_it_was_made_of(make, more, options):
     parts = parts_of(make, **options, **more)
@@ -152,9 +160,7 @@ def test_magnitudes_go_with_their_rows():
         LayerWeights("lora", lora(rows, 2, seed=rows).tensors, 1.0, torch.rand(rows, generator=draw)) for rows in ROWS
     ]
     whole = stacked(parts, ROWS)
-    expected = torch.cat(
-        [applied(part, rows) for part, rows in zip(parts, weight.split(list(ROWS)), strict=True)]
-    )
+    expected = torch.cat([applied(part, rows) for part, rows in zip(parts, weight.split(list(ROWS)), strict=True)])
     torch.testing.assert_close(applied(whole, weight), expected)
     for part, again in zip(parts, parted(whole, ROWS), strict=True):
         assert same(part, again)
