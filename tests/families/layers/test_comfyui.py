@@ -1,7 +1,7 @@
 """What is written, under the names and rows that ComfyUI has for each of diffusers' layers.
 
-A line is a layer of diffusers', the weight of ComfyUI's model that it is in, and, where it is a part of it, the first of
-its rows and their number, in widths of the model; "swapped": both halves of the rows change places.
+A line is a layer of diffusers', the weight of ComfyUI's model that it is in, and, where it is a part of it, the first
+of its rows and their number, in widths of the model; "swapped": both halves of the rows change places.
 """
 
 from __future__ import annotations
@@ -327,3 +327,29 @@ def test_a_layer_alone_is_found_among_the_rows_of_others(family):
         found = comfyui.read(FileContent(content.tensors, {}), model)[model.denoiser]
         assert found.keys() == {line.layer}
         torch.testing.assert_close(found[line.layer].delta(), weights[line.layer].delta(), msg=line.layer)
+
+
+TEXT = {
+    # lora.model_lora_keys_clip
+    "flux": {("text_encoder", "encoder.layers.0.mlp.fc1"): "text_encoder.text_model.encoder.layers.0.mlp.fc1"},
+    "sd3": {
+        ("text_encoder", "encoder.layers.0.mlp.fc1"): "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        ("text_encoder", "text_projection"): "text_encoders.clip_l.transformer.text_projection",
+        ("text_encoder_2", "encoder.layers.3.self_attn.out_proj"): (
+            "text_encoder_2.text_model.encoder.layers.3.self_attn.out_proj"
+        ),
+        ("text_encoder_2", "text_projection"): "text_encoders.clip_g.transformer.text_projection",
+    },
+    "sdxl": {("text_encoder_2", "text_projection"): "text_encoders.clip_g.transformer.text_projection"},
+}
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_comfyui_finds_each_layer_of_a_text_encoder(family):
+    comfyui, model = registry.load("lora.formats", "comfyui"), names_of(family)
+    for (component, layer), name in TEXT[family].items():
+        weights = {component: {layer: lora_weights(torch.ones(1, 2), torch.ones(2, 1))}}
+        content = comfyui.write(weights, model)
+        assert {key.partition(".lora_")[0] for key in content.tensors} == {name}
+        assert comfyui.read(content, model).keys() == {component}
+        assert comfyui.read(content, model)[component].keys() == {layer}

@@ -1,4 +1,4 @@
-"""Tables of names against the converters of diffusers, on layers as high as the published models', and a column wide."""
+"""Tables of names against the converters of diffusers, on layers as high as the published models', one column wide."""
 
 from __future__ import annotations
 
@@ -157,3 +157,20 @@ def test_diffusers_and_we_read_the_same_in_others_files(family):
     for layer, adapter in found.items():
         product = converted[f"{layer}.lora_B.weight"] @ converted[f"{layer}.lora_A.weight"]
         torch.testing.assert_close(adapter.delta(), product)
+
+
+def test_diffusers_reads_lokrs_of_flux2():
+    """All of them by the names of its own layers, of which it takes those in blocks."""
+    model, draw = model_of("flux2"), torch.Generator().manual_seed(3)
+    weights = {}
+    for layer in drawn(model, LORAS["kohya", "flux2"][1]):
+        if "transformer_blocks." in layer:
+            shapes = {"lokr_w1": (2, 1), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)}
+            factors = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+            weights[layer] = LayerWeights("lokr", factors, alpha=3.0)
+    tensors = registry.load("lora.formats", "kohya").write({model.denoiser: weights}, model).tensors
+    converted = lora_conversion_utils._convert_lycoris_flux2_lokr_to_diffusers(tensors)
+    for layer, adapter in weights.items():
+        w1, w2_a, w2_b = (converted.pop(f"transformer.{layer}.{name}") for name in adapter.tensors)
+        torch.testing.assert_close(torch.kron(w1, w2_a @ w2_b), adapter.delta(), msg=layer)
+    assert not converted
