@@ -23,7 +23,11 @@ from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
 from dreamlora.schemas import OBJECT
 
 FORMATS = ("kohya", "comfyui", "diffusers", "peft")
-PARTS = {"sd": ("unet", "text_encoder"), "sdxl": ("unet", "text_encoder", "text_encoder_2"), "z_image": ("transformer",)}
+PARTS = {
+    "sd": ("unet", "text_encoder"),
+    "sdxl": ("unet", "text_encoder", "text_encoder_2"),
+    "z_image": ("transformer",),
+}
 LAYERS = ("to_q", "to_v", "to_out.0", "q_proj", "fc1", "conv1", "proj_in")
 
 
@@ -52,7 +56,9 @@ def case(request, tiny_folder, tmp_path_factory) -> tuple[str, Path, Path]:
     run = tmp_path_factory.mktemp("outputs") / f"cat-{family}"
     pipeline = DiffusionPipeline.from_pretrained(model)
     content = diffusers.write(weights_for(pipeline, PARTS[family]))
-    save_content(run / "pytorch_lora_weights.safetensors", content._replace(metadata={**content.metadata, "own": "kept"}))
+    save_content(
+        run / "pytorch_lora_weights.safetensors", content._replace(metadata={**content.metadata, "own": "kept"})
+    )
     options = f"pretrained_model_name_or_path: {model}\ninstance_prompt: a photo of sks cat\n"
     (run / "config.yaml").write_text(options, encoding="utf-8")
     return family, model, run
