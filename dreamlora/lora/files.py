@@ -19,13 +19,12 @@ from dreamlora.lora.formats import FileContent, diffusers
 from dreamlora.lora.metadata import TIMES
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.origin import made_for
+from dreamlora.lora.peft_folder import settings_beside, tensors_in
 from dreamlora.lora.weights import AdapterWeights
 from dreamlora.lora.whole import ALPHA, MARKS, NO_ALPHA, PAIR, is_part, refuse_odd_values, refuse_other_parts
 from dreamlora.runfolder import LORA_FILE
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_WRAPPER, _DENOISER = "base_model.model.", "diffusion_model."
-"""What PEFT puts before the names of a model that it was given, and what ComfyUI puts before the denoiser's."""
 _ALWAYS = 2**26
 """Numbers that may be in the LoRA of a model however small."""
 
@@ -39,34 +38,50 @@ class LoraFile:
         format: name of its format in ``lora/formats``; empty: none knows it, but diffusers may.
         shapes: shape of every tensor by key.
         metadata: the file's header.
+        files: more of one of a folder of PEFT's, each with what stands before its keys above.
     """
 
     path: Path
     format: str
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    files: dict[str, Path]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parts of adapters, by key."""
+        tensors: dict[str, Tensor] = {}
+        for before, file in self.files.items():
+            with open_tensors(file) as opened:
+                keys = [key for key in opened.keys() if is_part(key)]  # noqa: SIM118 - no iterator
+                tensors |= {before + key: opened.get_tensor(key) for key in keys}
+        return tensors
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Look into a LoRA: a file, or a folder with ``pytorch_lora_weights.safetensors`` (or one other) in it.
+    """Look into a LoRA: a file, a folder of PEFT's, or one with ``pytorch_lora_weights.safetensors`` or one other.
 
     Only the header is read (and what is no part of an adapter), never a pickle.
 
     Raises:
         UserError: nothing there, not safetensors, not a LoRA, or more than can be applied (OFT, whole weights, ...).
     """
-    file = _find(Path(path))
-    with open_tensors(file) as opened:
-        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no iterator
-        metadata = opened.metadata() or {}
-        if not any(MARKS.search(key) for key in shapes):
-            example = next(iter(shapes), "no tensors at all")
-            raise UserError(
-                f"{file} is not a LoRA: no lora_A/lora_B, lora_down/lora_up, hada_ or lokr_ in its names (it has "
-                f"{example})"
-            )
-        refuse_other_parts(file, shapes, opened.get_tensor)
-    return LoraFile(file, format_of(list(_unwrapped([key for key in shapes if is_part(key)]))), shapes, metadata)
+    files = tensors_in(Path(path)) or {"": _find(Path(path))}
+    shapes: dict[str, tuple[int, ...]] = {}
+    metadata: dict[str, str] = {}
+    for before, file in files.items():
+        with open_tensors(file) as opened:
+            found = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no iterator
+            metadata |= (opened.metadata() or {}) | settings_beside(file, before)
+            if not any(MARKS.search(key) for key in found):
+                example = next(iter(found), "no tensors at all")
+                raise UserError(
+                    f"{file} is not a LoRA: no lora_A/lora_B, lora_down/lora_up, hada_ or lokr_ in its names (it has "
+                    f"{example})"
+                )
+            refuse_other_parts(file, found, opened.get_tensor)
+        shapes |= {before + key: shape for key, shape in found.items()}
+    first = next(iter(files.values()))
+    return LoraFile(first, format_of([key for key in shapes if is_part(key)]), shapes, metadata, files)
 
 
 def read_weights(path: Path, model: ModelNames | None, pipeline: Any = None) -> AdapterWeights:
@@ -84,11 +99,9 @@ def read_weights(path: Path, model: ModelNames | None, pipeline: Any = None) -> 
     lora = read_lora(path)
     if pipeline is not None:
         _refuse_too_much(pipeline, lora)
-    with open_tensors(lora.path) as opened:
-        tensors = {key: opened.get_tensor(key) for key in lora.shapes if is_part(key)}
+    tensors = lora.tensors()
     refuse_odd_values(lora.path, tensors)
-    named = {name: _computable(tensors[given]) for name, given in _unwrapped(tensors).items()}
-    content = FileContent(named, lora.metadata)
+    content = FileContent({name: _computable(tensor) for name, tensor in tensors.items()}, lora.metadata)
     try:
         return _sound(lora.path, _read(lora, content, model, pipeline))
     except ValueError as error:
@@ -121,13 +134,6 @@ def _read(lora: LoraFile, content: FileContent, model: ModelNames | None, pipeli
         if own:
             raise reason from None
         raise
-
-
-def _unwrapped(names: Collection[str]) -> dict[str, str]:
-    """Names as they are by what they are without PEFT's wrapper, which is of the denoiser if it is of all."""
-    if all(name.startswith(_WRAPPER) for name in names):
-        return {_DENOISER + name.removeprefix(_WRAPPER): name for name in names}
-    return {name: name for name in names}
 
 
 def _computable(tensor: Tensor) -> Tensor:

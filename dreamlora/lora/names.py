@@ -149,6 +149,14 @@ class ModelNames:
     implementation: str = "diffusers"
     base_version: str = ""
 
+    def lacking(self, form: str) -> str:
+        """Why there is no file of a format of this model; empty: there is."""
+        if form == "kohya" and self.kohya is None:
+            return "no program of kohya's, and none that reads such files, has this model"
+        if form == "comfyui" and not self.comfyui:
+            return "ComfyUI does not have this model"
+        return ""
+
 
 def model_names(family: str, config: Mapping[str, Any]) -> ModelNames | None:
     """Names of a family's model; None: nothing is known of them.

@@ -21,16 +21,24 @@ def made_for(content: FileContent, name: str) -> str:
         content: of the file.
         name: of its format.
     """
-    families = _families(content, registry.load("lora.formats", name)) if name else []
+    families = families_of(content, name)
     header = next((content.metadata[key] for key in _SAYS_MODEL if content.metadata.get(key)), "")
     words = [f"by its layers it is for {' or '.join(families)}"] if families else []
     words += [f"its header says {shortened(header)}"] if header else []
     return f" ({' and '.join(words)})" if words else ""
 
 
-def _families(content: FileContent, reader: Any) -> list[str]:
-    """Those that have all layers of a file."""
-    found = []
+def families_of(content: FileContent, name: str) -> list[str]:
+    """Those that have all layers of a file.
+
+    Args:
+        content: of the file.
+        name: of its format; empty: it is of none.
+    """
+    reader: Any = registry.load("lora.formats", name) if name else None
+    found: list[str] = []
+    if reader is None:
+        return found
     for family in registry.names("families.layers"):
         model = registry.load("families.layers", family).names({})
         try:

@@ -85,6 +85,11 @@ class Settings:
         alpha = _value_of(self.alphas, layer, self.alpha)
         return alpha * math.sqrt(rank) if self.root else alpha
 
+    def scale_of(self, layer: str) -> float:
+        """What a layer is scaled by whose tensors tell no rank."""
+        rank = _value_of(self.ranks, layer, self.rank)
+        return self.alpha_of(layer, rank) / rank
+
 
 def settings_of(metadata: Mapping[str, str]) -> dict[str, Settings]:
     """Settings by component; none for a file that has none, whose alphas are its ranks or tensors of their own.
@@ -141,6 +146,11 @@ def settings(component: str, given: Mapping[str, Any]) -> Settings:
         {_plain_name(name): rank for name, rank in ranks.items()},
         {_plain_name(name): alpha for name, alpha in alphas.items()},
     )
+
+
+def whole(number: float) -> float | int:
+    """The same, without a point if it is whole: as PEFT writes alphas."""
+    return int(number) if number == int(number) else number
 
 
 def _plain_name(pattern: str) -> str:

@@ -19,7 +19,7 @@ from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
 from dreamlora.lora.weights import LayerWeights
 from dreamlora.models.inventory import PartFiles, empty_part, problems_of
 from dreamlora.models.loading import read_settings
-from dreamlora.run import continuing
+from dreamlora.run import continuing, formats
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
 
@@ -41,7 +41,8 @@ def require_layers(context: RunContext) -> None:
     patterns of ranks and alphas name.
 
     Raises:
-        UserError: it has none of a name that was given, or the training adapter is for another model.
+        UserError: it has none of a name that was given, or the training adapter is for another model; or one has no
+            name in a format that is asked for.
     """
     family, lora = context.family, context.config.lora
     module = empty_part(context.inventory, family.DENOISER)
@@ -54,6 +55,7 @@ def require_layers(context: RunContext) -> None:
     if context.training_adapter:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
+    formats.require_names(context, module, found[family.DENOISER])
 
 
 def _layers(context: RunContext, name: str, module: nn.Module) -> list[str]:

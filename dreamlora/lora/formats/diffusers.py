@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamlora.lora.formats import FileContent, _factors
 from dreamlora.lora.names import ModelNames
-from dreamlora.lora.settings import METADATA_KEY, Settings, settings_of
+from dreamlora.lora.settings import METADATA_KEY, Settings, settings_of, whole
 from dreamlora.lora.targets import patterns
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
@@ -114,15 +114,11 @@ def _settings(adapters: Mapping[str, LayerWeights]) -> dict[str, Any]:
     """PEFT's settings of a component that say what its tensors do not, or that diffusers' loader looks for."""
     pairs = Counter((len(adapter.down), adapter.alpha) for adapter in adapters.values())
     (rank, alpha), _ = pairs.most_common(1)[0]
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": _whole(alpha), "target_modules": sorted(adapters)}
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": whole(alpha), "target_modules": sorted(adapters)}
     if ranks := patterns({name: len(adapter.down) for name, adapter in adapters.items()}, rank):
         settings["rank_pattern"] = ranks
-    if alphas := patterns({name: _whole(adapter.alpha) for name, adapter in adapters.items()}, _whole(alpha)):
+    if alphas := patterns({name: whole(adapter.alpha) for name, adapter in adapters.items()}, whole(alpha)):
         settings["alpha_pattern"] = alphas
     if any(adapter.magnitude is not None for adapter in adapters.values()):
         settings["use_dora"] = True
     return settings
-
-
-def _whole(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
