@@ -14,6 +14,8 @@ def check_adapter(config: RunConfig) -> None:
         UserError: it cannot.
     """
     lora = config.lora
+    if lora.init_lora is not None and (lora.init != Lora.init or lora.init_args):
+        raise UserError("--init starts a new LoRA, and --init_lora goes on from one: give one of them")
     start = registry.load("inits", lora.init)
     if registry.load("adapters", lora.adapter).PAIRS:
         _check_ranks(lora, start.RANK_MULTIPLE)

@@ -132,8 +132,6 @@ class Lora:
             object.__setattr__(self, option, names)
         _respell(self, "adapter", "adapters")
         _respell(self, "init", "inits")
-        if self.init_lora is not None and (self.init != type(self).init or self.init_args):
-            raise UserError("--init starts a new LoRA, and --init_lora goes on from one: give one of them")
         _pairs(self, "adapter_args")
         _pairs(self, "init_args")
         _at_least(self, 1, "rank")

@@ -123,7 +123,7 @@ def _put_factors_of(names: tuple[str, ...]) -> Callable[[Any, LayerWeights, str]
     return put
 
 
-class _Method(NamedTuple):
+class _Injection(NamedTuple):
     """How PEFT makes adapters of a kind of layers whose names a pattern fits, and how they get their factors."""
 
     config: Callable[[str, float], PeftConfig]
@@ -135,10 +135,10 @@ def _pairs(names: str, dropout: float, dora: bool = False) -> LoraConfig:
 
 
 _KINDS = {
-    "lora": _Method(_pairs, _put_lora),
-    "dolora": _Method(lambda names, dropout: _pairs(names, dropout, dora=True), _put_dora),
-    "loha": _Method(lambda names, _: LoHaConfig(r=1, target_modules=names), _put_factors_of(LOHA)),
-    "lokr": _Method(lambda names, _: LoKrConfig(r=1, target_modules=names), _put_factors_of(LOKR)),
+    "lora": _Injection(_pairs, _put_lora),
+    "dolora": _Injection(lambda names, dropout: _pairs(names, dropout, dora=True), _put_dora),
+    "loha": _Injection(lambda names, _: LoHaConfig(r=1, target_modules=names), _put_factors_of(LOHA)),
+    "lokr": _Injection(lambda names, _: LoKrConfig(r=1, target_modules=names), _put_factors_of(LOKR)),
 }
 
 

@@ -30,6 +30,8 @@ SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
 LAYERS = ("lora_layers", "lora_blocks")
 FROM_FILE = ("adapter", *RANKS, *SCALES, *LAYERS)
 """Options that are as the file has it where they are not given."""
+_PRODUCTS = ("loha", "lokr")
+"""Adapters whose factors cannot be given another rank."""
 
 
 def beginning_of(
@@ -56,18 +58,24 @@ def beginning_of(
         remedy = "give --train_text_encoder" if family.TEXT_ENCODERS else "only the denoiser is trained here"
         raise UserError(f"--init_lora: {file} is for the {others[0]} too, and that would be lost: {remedy}")
     beginning = Beginning(file, content_of(file), adapters)
-    _check_kind(config.lora, beginning, "adapter" in config.given)
+    _check_kind(config, beginning)
     return beginning
 
 
-def _check_kind(lora: Lora, beginning: Beginning, asked: bool) -> None:
-    kinds, (kind, *more) = beginning.kinds, sorted(beginning.kinds)
-    if more:
-        raise UserError(f"--init_lora: {beginning.file} has several kinds of adapters ({', '.join(sorted(kinds))})")
-    if asked and lora.adapter != kind:
+def _check_kind(config: RunConfig, beginning: Beginning) -> None:
+    lora, (kind, *others) = config.lora, sorted(beginning.kinds)
+    if others:
+        raise UserError(
+            f"--init_lora: {beginning.file} has several kinds of adapters ({', '.join([kind, *others])}), and one is "
+            "trained at a time"
+        )
+    if "adapter" in config.given and lora.adapter != kind:
         raise UserError(f"--adapter {lora.adapter}: --init_lora {beginning.file} is a {kind}; leave --adapter out")
     if lora.adapter_args:
         raise UserError("--adapter_args: with --init_lora the adapter is made as its file has it; leave them out")
+    asked = sorted(config.given & {*RANKS, *SCALES})
+    if kind in _PRODUCTS and asked:
+        raise UserError(f"--{asked[0]}: --init_lora {beginning.file} is a {kind}, which keeps its own")
 
 
 def settled(config: RunConfig, beginning: Beginning) -> RunConfig:
@@ -83,21 +91,33 @@ def layers_of(config: RunConfig, family: Family, beginning: Beginning, name: str
     """Names of the layers of a part that are trained: the file's, and those that are asked for besides.
 
     Raises:
-        UserError: the file has others than are asked for.
+        UserError: the file has others than are asked for, or its kind cannot begin in those that are new.
     """
-    lora, there = config.lora, beginning.adapters.get(name, {})
-    if name != family.DENOISER:
-        return list(there) or layer_names(module, family.TEXT_LORA_LAYERS)
-    if there and not config.given & set(LAYERS):
-        return list(there)
-    asked = layer_names(module, wanted_layers(lora, family), lora.lora_blocks)
-    lost = [layer for layer in there if layer not in set(asked)]
+    there = beginning.adapters.get(name, {})
+    wanted = _wanted(config, family, name, module, bool(there))
+    lost = [layer for layer in there if layer not in set(wanted)] if wanted else []
     if lost:
         raise UserError(
             f"--init_lora: {beginning.file} has {len(lost)} layers that --lora_layers and --lora_blocks do not name, "
             f"such as {lost[0]}, and these would be lost: name them too, or leave both out for the layers of the file"
         )
-    return asked
+    for layer in wanted:
+        grouped = getattr(module.get_submodule(layer), "groups", 1) > 1
+        if layer not in there and (grouped or config.lora.adapter in _PRODUCTS):
+            raise UserError(
+                f"--init_lora: {beginning.file} has nothing for {name}.{layer}, and no {config.lora.adapter} can begin "
+                "there: train the layers of the file alone"
+            )
+    return wanted or list(there)
+
+
+def _wanted(config: RunConfig, family: Family, name: str, module: nn.Module, there: bool) -> list[str]:
+    """Names of the layers of a part that are asked for; empty: those of the file."""
+    if name != family.DENOISER:
+        return [] if there else layer_names(module, family.TEXT_LORA_LAYERS)
+    if there and not config.given & set(LAYERS):
+        return []
+    return layer_names(module, wanted_layers(config.lora, family), config.lora.lora_blocks)
 
 
 def weights_of(context: RunContext, name: str, module: Any) -> tuple[dict[str, LayerWeights], list[str]]:
@@ -109,7 +129,7 @@ def weights_of(context: RunContext, name: str, module: Any) -> tuple[dict[str, L
         module: without adapters.
 
     Raises:
-        UserError: see ``layers_of``; or a rank is asked for that its kind of adapter cannot be given.
+        UserError: see ``layers_of``.
     """
     config, beginning = context.config, context.beginning
     assert beginning is not None
@@ -123,7 +143,7 @@ def weights_of(context: RunContext, name: str, module: Any) -> tuple[dict[str, L
             cut.append(_asked(config, context.family, name, layer, there[layer], draw))
             begun[layer] = cut[-1].weights
         else:
-            begun[layer] = _new(config, name, layer, module, draw)
+            begun[layer] = _new(_options(config, context.family, name), name, layer, module, draw)
     lost, energy = sum(each.lost for each in cut), sum(each.all for each in cut)
     if lost:
         context.warn(
@@ -139,22 +159,18 @@ def _asked(
     """A layer of the file, with the rank and alpha that are given."""
     if not config.given & {*RANKS, *SCALES}:
         return Resized(weights.in_precision(torch.float32))
-    if weights.kind != "lora":
-        raise UserError(f"--init_lora: the rank and alpha of a {weights.kind} stay as they are: leave both out")
-    lora = config.lora if name == family.DENOISER else config.lora.of_text_encoder
+    lora = _options(config, family, name)
     rank = rank_of(lora, name, layer) if config.given & set(RANKS) else len(weights.down)
     scale = lora.scale(rank, alpha_of(lora, name, layer)) if config.given & set(SCALES) else weights.scale
     return resized(weights, rank, scale, draw)
 
 
-def _new(config: RunConfig, name: str, layer: str, module: Any, draw: torch.Generator) -> LayerWeights:
-    lora, place = config.lora, module.get_submodule(layer)
-    if lora.adapter in ("loha", "lokr") or getattr(place, "groups", 1) > 1:
-        raise UserError(
-            f"--init_lora: the file has nothing for {name}.{layer}, and no {lora.adapter} of it can begin here: leave "
-            "it out of --lora_layers"
-        )
+def _new(lora: Lora, name: str, layer: str, module: Any, draw: torch.Generator) -> LayerWeights:
     rank = rank_of(lora, name, layer)
-    scale = lora.scale(rank, alpha_of(lora, name, layer))
-    begun = fresh(place, rank, scale, draw)
-    return with_magnitudes(begun, place) if lora.adapter == "dora" else begun
+    begun = fresh(module.get_submodule(layer), rank, lora.scale(rank, alpha_of(lora, name, layer)), draw)
+    return with_magnitudes(begun, module.get_submodule(layer)) if lora.adapter == "dora" else begun
+
+
+def _options(config: RunConfig, family: Family, name: str) -> Lora:
+    """What is given for a part."""
+    return config.lora if name == family.DENOISER else config.lora.of_text_encoder

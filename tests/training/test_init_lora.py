@@ -223,6 +223,25 @@ def test_what_cannot_be_gone_on_from_is_one_message(flags, lora, tmp_path, more,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_product_keeps_its_ranks_and_layers(train, go_on) -> None:
+    lora = train(*SHORT, "--adapter", "loha")
+    for more, words in (
+        (["--rank", "3"], "--rank: --init_lora .* is a loha, which keeps its own"),
+        (["--lora_layers", "all"], "has nothing for unet.*no loha can begin there"),
+        (["--train_text_encoder"], "has nothing for text_encoder.*no loha can begin there"),
+    ):
+        with pytest.raises(UserError, match=words):
+            go_on(lora.path, *more)
+
+
+def test_a_text_encoder_begins_beside_a_lora_without_one(prepare, sd_folder, lora) -> None:
+    same = first_loss(prepare(sd_folder, "--init_lora", str(lora.path)))
+    run = prepare(sd_folder, "--init_lora", str(lora.path), "--train_text_encoder")
+    text = [layer for layer in tuned_layers(run.model) if layer.name.startswith("encoders")]
+    assert {(layer.rank, layer.scaling) for layer in text} == {(2, 2.0)}
+    torch.testing.assert_close(first_loss(run), same, rtol=1e-5, atol=1e-6)
+
+
 def test_a_missing_file_is_refused(flags, tmp_path) -> None:
     with pytest.raises(UserError, match="no such LoRA file or folder"):
         train_with([*flags, "--init_lora", str(tmp_path / "nowhere.safetensors")])

@@ -21,12 +21,14 @@ from dreamlora.interfaces import View
 from dreamlora.lora.applying import weights_for
 from dreamlora.lora.assistant import ASSISTANT, add_assistant, switch, without_assistant
 from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.names import flat
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.lora.saving import save_lora
 from dreamlora.models import loading
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
 from tests import tinymodels
+from tests.lora.test_foreign import dora, locon_with_core, loha, lokr
 from tests.training.test_processes import assert_same_weights, train_forked
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -82,6 +84,27 @@ def test_the_loss_is_that_of_a_model_with_the_adapter_merged(prepare, sd_folder,
     with_adapter = first_loss(prepare(sd_folder, "--training_adapter", str(adapter)))
     torch.testing.assert_close(with_adapter, first_loss(prepare(merged)), rtol=1e-5, atol=1e-6)
     assert abs(with_adapter - first_loss(prepare(sd_folder))) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [dora, loha, lokr, locon_with_core])
+def test_an_adapter_of_another_kind_and_of_another_program(prepare, sd_folder, tmp_path, kind) -> None:
+    """Beside a LoRA in the same layer, and in one that has none."""
+    file = sd_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights, tensors = load_file(file), {}
+    layers = ["down_blocks.0.resnets.0.conv1"]
+    if kind is not locon_with_core:
+        layers.append("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
+    torch.manual_seed(0)
+    for layer in layers:
+        made, weights[f"{layer}.weight"] = kind(weights[f"{layer}.weight"])
+        tensors |= {f"lora_unet_{flat(layer)}.{end}": each.contiguous() for end, each in made.items()}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    merged = Path(shutil.copytree(sd_folder, tmp_path / "merged"))
+    save_file(weights, merged / "unet" / file.name, {"format": "pt"})
+    with_adapter = prepare(sd_folder, "--training_adapter", str(tmp_path / "adapter.safetensors"))
+    torch.testing.assert_close(first_loss(with_adapter), first_loss(prepare(merged)), rtol=1e-4, atol=1e-5)
+    switch(with_adapter.model.denoiser, on=False)
+    assert torch.equal(first_loss(with_adapter), first_loss(prepare(sd_folder)))
 
 
 @pytest.mark.parametrize("init", ["pissa", "lora_ga", "eva", "orthogonal"])
