@@ -57,7 +57,7 @@ class Beginning:
         run_id: by which it knows the run again.
         folder: for the tracker's files.
         step: done before; above 0 the run goes on.
-        sent: steps and names of the values that this tracker got of the run before.
+        sent: steps and names of the values that this tracker got of the run before; ``VALIDATION`` are images.
     """
 
     project: str
@@ -66,11 +66,6 @@ class Beginning:
     folder: Path
     step: int = 0
     sent: frozenset[tuple[int, str]] = frozenset()
-
-    @property
-    def last_sent(self) -> int:
-        """The last step that the tracker got something of; -1: none."""
-        return max((step for step, _ in self.sent), default=-1)
 
 
 class RunTracker:
@@ -114,7 +109,7 @@ class RunTracker:
 
     def log_samples(self, samples: Sequence[Shown], grid: Image.Image | None, step: int) -> None:
         """The images of a step, and the grid as it is since then."""
-        if self.is_on and (self.REWINDS or step >= self._at.last_sent):
+        if self.is_on and (self.REWINDS or (step, VALIDATION) not in self._at.sent):
             self._attempt(lambda: self._images(samples, grid, step))
 
     def log_report(self, page: str, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.tracking import get_available_trackers
 
-from dreamlora.callbacks.trackers import Beginning, tracker_of
+from dreamlora.callbacks.trackers import VALIDATION, Beginning, tracker_of
 from dreamlora.cli.local_places import without_places
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.credentials import is_secret, masked_options
@@ -68,7 +68,8 @@ def start(context: RunContext, folder: RunFolder, step: int) -> None:
     make_folder(place / project)
     before = folder.trackers() if step else {}
     ids = {name: before.get(name) or secrets.token_hex(4) for name in names}
-    sent = frozenset((row["step"], row["name"]) for row in folder.metrics())
+    sent = {(row["step"], row["name"]) for row in folder.metrics()}
+    sent |= {(row["step"], VALIDATION) for row in folder.sample_rows()}
     options = hyperparameters(context.config)
     for name in names:
         wandb = name == "wandb"
@@ -80,7 +81,7 @@ def start(context: RunContext, folder: RunFolder, step: int) -> None:
                 run_id=ids[name],
                 folder=place,
                 step=step,
-                sent=sent if name in before else frozenset(),
+                sent=frozenset(sent) if name in before else frozenset(),
             ),
             context.warn,
         )
