@@ -47,6 +47,13 @@ def _given(part: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
     return [(name, getattr(part, name)) for name in names if getattr(part, name) is not None]
 
 
+def folder_names(part: Any, *names: str) -> None:
+    """These options can be names of folders, and of projects and runs elsewhere."""
+    for name, value in _given(part, names):
+        if not 0 < len(value) <= 128 or not value.isprintable() or set(value) & set("/\\#?%:") or not value.strip(". "):
+            _fail(part, name, "a name of at most 128 characters, without / \\ # ? % :")
+
+
 def at_least(part: Any, lowest: float, *names: str) -> None:
     """``lowest <= value < inf`` for these options."""
     for name, value in _given(part, names):

@@ -17,6 +17,7 @@ from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import finite as _finite
+from dreamlora.config.ranges import folder_names as _folder_names
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
 from dreamlora.config.ranges import steps_or_share as _steps_or_share
@@ -229,6 +230,10 @@ class Train:
     """Tracker besides the run's own metrics.jsonl; all: every one that is installed."""
     logging_dir: Path = Path("logs")
     """Folder of the trackers, inside the run's folder."""
+    tracker_project_name: str | None = None
+    """Project that the tracker puts the run into. Default: dreamlora."""
+    tracker_run_name: str | None = None
+    """What the tracker calls the run. Default: the run folder's name."""
     push_to_hub: bool = False
     """Upload the result to the hub."""
     hub_token: str | None = None
@@ -247,6 +252,7 @@ class Train:
         _above(self, 0, "snr_gamma", "logit_std", "sigmoid_scale", "huber_c", "huber_scale")
         _finite(self, "logit_mean", "mode_scale", "guidance_scale")
         _within(self, 0, 2, "precondition_outputs")
+        _folder_names(self, "tracker_project_name", "tracker_run_name")
         check_times(self)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dreamlora.cache_folder import cache_folder
+from dreamlora.callbacks.trackers import RunTracker
 from dreamlora.config import RunConfig
 from dreamlora.data.cache import TensorCache
 from dreamlora.data.captions import CaptionPlan
@@ -39,6 +40,7 @@ class RunContext:
         training_adapter: file of the frozen LoRA that is active while training.
         eval_price: of the evaluation loss, once it is known how often it is measured.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
+        trackers: on the main process, once they have started.
         timings: seconds by stage, for the report.
         warnings: what the person should know, for the report.
     """
@@ -52,6 +54,7 @@ class RunContext:
     training_adapter: Path | None = None
     eval_price: Price | None = None
     shown: Shown = field(default_factory=dict)
+    trackers: list[RunTracker] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
