@@ -12,6 +12,7 @@ from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.selection import Selection, candidates, select
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.interfaces import StepResult
+from dreamlora.lora.embeddings import files_beside
 from dreamlora.reading import is_regular
 from dreamlora.runfolder import TRAINABLES_FILE, RunFolder
 from dreamlora.training import state
@@ -91,7 +92,8 @@ class BestCallback:
         with replacing_folder(folder.best) as temporary:
             lora = folder.lora_file.name
             candidate = folder.candidate_dir(selection.step)
-            copy(candidate / lora, temporary / lora, candidate)
+            for file in (candidate / lora, *files_beside(candidate / lora)):
+                copy(file, temporary / file.relative_to(candidate), candidate)
             write_atomically(temporary / folder.selection_file.name, text)
 
     def _forget(self, run: Run) -> None:
@@ -106,10 +108,10 @@ def _lies_there(run: Run, selection: Selection) -> bool:
     """Whether best/ holds this step's LoRA already; after a resume it may hold the same step of another course."""
     if run.folder.selection().get("step") != selection.step:
         return False
-    there, wanted = (
-        place / run.folder.lora_file.name for place in (run.folder.best, run.folder.candidate_dir(selection.step))
-    )
-    return is_regular(there, run.folder.best) and there.read_bytes() == wanted.read_bytes()
+    best, candidate = run.folder.best, run.folder.candidate_dir(selection.step)
+    wanted = [candidate / run.folder.lora_file.name, *files_beside(candidate / run.folder.lora_file.name)]
+    pairs = [(best / file.relative_to(candidate), file) for file in wanted]
+    return all(is_regular(there, best) and there.read_bytes() == file.read_bytes() for there, file in pairs)
 
 
 def _is_whole(folder: RunFolder, step: int) -> bool:

@@ -26,7 +26,7 @@ from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.parts import ROLES
 from dreamlora.processes import wait_for_everyone
-from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule
+from dreamlora.run import defaults, ending, image_list, new_tokens, provenance, resume, schedule
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -214,7 +214,10 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         call_arguments=pipeline_inputs(context, encode, text),
         vae=lambda: context.parts.get("vae"),
         total_steps=config.train.max_train_steps or 0,
+        settle=new_tokens.settler(context),
     )
+    if text and pictures.prompts:
+        new_tokens.warn_of_pooling(context, text, lambda: run.call_arguments(pictures.prompts[:1]))
     run.callbacks = schedule.callbacks(context, run, pictures, material)
     return run
 
@@ -228,8 +231,9 @@ def _conditioning(
     else:
         prompts = all_shown_prompts(context, pictures, store, material.stores)
     with context.timed("encoding prompts"):
-        if context.config.lora.train_text_encoder:
+        if context.config.encodes_in_training:
             text = context.parts.get("text")
+            new_tokens.put_in(context, text)
             return encode_frozen(context, prompts, text), text
         return encode_texts(context, prompts), None
 

@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from dreamlora.config import EMBEDDED_MODEL, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
+from dreamlora.lora.embeddings import files_beside
 from dreamlora.models.local import local_file
 from dreamlora.reading import is_regular
 from dreamlora.runfolder import RunFolder
@@ -69,7 +70,8 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
 
 def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
     """The files to upload, besides the card."""
-    for file in (folder.lora_file, folder.best / folder.lora_file.name, folder.selection_file):
+    loras = (folder.lora_file, folder.best / folder.lora_file.name)
+    for file in (*loras, *(file for lora in loras for file in files_beside(lora)), folder.selection_file):
         if is_regular(file, folder.path):
             yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
     place = folder.samples.relative_to(folder.path)

@@ -1,0 +1,127 @@
+"""New tokens of a run (pivotal tuning): checked, put into the text encoders, trained at a rate of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from dreamlora import registry
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Components
+from dreamlora.models import new_tokens
+from dreamlora.models.loading import load_components
+from dreamlora.models.new_tokens import tokenizer_of
+from dreamlora.run.context import RunContext
+from dreamlora.run.images import RunImages
+from dreamlora.training.loop import Predictor
+
+
+def require(context: RunContext) -> None:
+    """Nothing, if the model can have the new tokens that are asked for, and start them from their words.
+
+    Raises:
+        UserError: it cannot.
+    """
+    tokens, family = context.config.tokens.tokens, context.family
+    if not tokens:
+        return
+    if not family.EMBEDDING_KEYS:
+        able = [name for name in registry.names("families") if registry.load("families", name).EMBEDDING_KEYS]
+        raise UserError(
+            f"--new_tokens: {' and '.join(family.PIPELINES)} loads no embeddings of new tokens; the families "
+            f"{', '.join(able)} do. Leave the flag out, and the token is read as the words that it is made of"
+        )
+    names = [tokenizer_of(encoder) for encoder in family.EMBEDDING_KEYS]
+    classes = {name: family.PARTS["text"][name] for name in names}
+    new_tokens.check(load_components(context.source, classes, None, family.OPTIONAL), tokens)
+
+
+def warn_of_use(context: RunContext, pictures: RunImages) -> None:
+    """Tell of tokens that no caption has, and of captions that have one otherwise than meant. Main process only."""
+    for problem in _odd_uses(context, pictures):
+        context.warn(problem)
+
+
+def _odd_uses(context: RunContext, pictures: RunImages) -> Iterator[str]:
+    captions = [caption for record in pictures.train for caption in record.captions]
+    for new in context.config.tokens.tokens:
+        found = re.compile(re.escape(new.token), re.IGNORECASE)
+        within = re.compile(rf"\w{re.escape(new.token)}|{re.escape(new.token)}\w", re.IGNORECASE)
+        having = [caption for caption in captions if found.search(caption)]
+        inside = [caption for caption in having if within.search(caption)] if new.token.isalnum() else []
+        capital = [caption for caption in having if new.token not in caption]
+        if not having:
+            yield (
+                f"--new_tokens: no caption has {new.token}, so its embedding learns nothing: write it into the "
+                "captions, or into --instance_prompt"
+            )
+        if inside:
+            yield (
+                f"--new_tokens: {len(inside)} captions have {new.token} inside another word (such as "
+                f"{inside[0][:100]!r}), which is read as the new token too: give a name such as <{new.token}>"
+            )
+        if capital and new.vectors > 1:
+            yield (
+                f"--new_tokens: {len(capital)} captions write {new.token} in capitals (such as {capital[0][:100]!r}), "
+                "where pipelines read only the first of its vectors: write it as in --new_tokens"
+            )
+
+
+def put_in(context: RunContext, text: Components) -> None:
+    """Give the text encoders of a run its new tokens, as ``context.new_tokens``; they stand at their start."""
+    config, encoders = context.config, list(context.family.EMBEDDING_KEYS)
+    if config.tokens.new_tokens:
+        vectors = new_tokens.starts(text, encoders, config.tokens.tokens, config.train.seed)
+        context.new_tokens = new_tokens.put_in(text, vectors)
+
+
+def param_group(context: RunContext, model: Predictor) -> list[dict[str, Any]]:
+    """The optimizer's group of the embeddings, which are no pairs; none without new tokens."""
+    options, optim = context.config.tokens, context.config.optim
+    if not len(model.new_tokens):
+        return []
+    rate = options.new_tokens_lr
+    return [
+        {
+            "params": [part.rows for part in context.new_tokens.values()],
+            "names": [f"new_tokens.{name}" for name in context.new_tokens],
+            "lora_pairs": False,
+            "lr": optim.learning_rate if rate is None else rate,
+            "own_lr": rate is not None,
+            "weight_decay": options.new_tokens_weight_decay,
+        }
+    ]
+
+
+def settler(context: RunContext) -> Callable[[], None]:
+    """What brings the embeddings' lengths back after every update. Where parameters are an average of a path in
+    disguise (schedule-free methods), nothing may change them but the optimizer.
+    """
+    averages = getattr(registry.load("optimizers", context.config.optim.optimizer), "OWN_SCHEDULE", False)
+    parts = [] if averages else list(context.new_tokens.values())
+
+    def settle() -> None:
+        for part in parts:
+            part.settle()
+
+    return settle
+
+
+@torch.no_grad()
+def warn_of_pooling(context: RunContext, text: Components, arguments: Callable[[], dict[str, Any]]) -> None:
+    """Tell of models whose prompts diffusers sums up otherwise than other programs, once they have new tokens.
+
+    Args:
+        text: the text components.
+        arguments: what the pipeline is given of a prompt.
+    """
+    odd = [name for name in context.new_tokens if text[name].config.eos_token_id == 2]
+    if odd and any("pooled" in name for name in arguments()):
+        context.warn(
+            f"the config of {' and '.join(odd)} names a wrong token as the end of a text, so that diffusers sums up a "
+            "prompt at its new token, where training and other programs do at its end: docs/training.md (New tokens) "
+            "has the line that mends it in a pipeline of your own"
+        )
