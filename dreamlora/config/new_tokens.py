@@ -81,7 +81,7 @@ def check_token(token: str, where: str) -> None:
         UserError: it cannot; the message begins with ``where``.
     """
     if not token:
-        raise UserError(f"{where}: the new token is missing; give TOKEN=WORD, such as sks=dog")
+        raise UserError(f"{where}: there is no token before =: give NAME=WORD, such as sks=dog")
     if len(token) > _LONGEST or _NO_PART.search(token) or not token.isprintable():
         raise UserError(
             f"{where}: {token[:_LONGEST]!r} cannot be a token: give one word of at most {_LONGEST} characters, without "

@@ -216,8 +216,6 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         total_steps=config.train.max_train_steps or 0,
         settle=new_tokens.settler(context),
     )
-    if text and pictures.prompts:
-        new_tokens.warn_of_pooling(context, text, lambda: run.call_arguments(pictures.prompts[:1]))
     run.callbacks = schedule.callbacks(context, run, pictures, material)
     return run
 
@@ -234,7 +232,9 @@ def _conditioning(
         if context.config.encodes_in_training:
             text = context.parts.get("text")
             new_tokens.put_in(context, text)
-            return encode_frozen(context, prompts, text), text
+            encode = encode_frozen(context, prompts, text)
+            new_tokens.warn_of_pooling(context, text, encode)
+            return encode, text
         return encode_texts(context, prompts), None
 
 

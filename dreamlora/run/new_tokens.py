@@ -15,6 +15,7 @@ from dreamlora.models import new_tokens
 from dreamlora.models.loading import load_components
 from dreamlora.models.new_tokens import tokenizer_of
 from dreamlora.run.context import RunContext
+from dreamlora.run.encoding import Encode
 from dreamlora.run.images import RunImages
 from dreamlora.training.loop import Predictor
 
@@ -111,15 +112,17 @@ def settler(context: RunContext) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def warn_of_pooling(context: RunContext, text: Components, arguments: Callable[[], dict[str, Any]]) -> None:
+def warn_of_pooling(context: RunContext, text: Components, encode: Encode) -> None:
     """Tell of models whose prompts diffusers sums up otherwise than other programs, once they have new tokens.
 
     Args:
         text: the text components.
-        arguments: what the pipeline is given of a prompt.
+        encode: prompts to token ids.
     """
     odd = [name for name in context.new_tokens if text[name].config.eos_token_id == 2]
-    if odd and any("pooled" in name for name in arguments()):
+    if odd and any(
+        "pooled" in name for name in context.family.encode_tokens(text, encode([context.caption_plan.dropped], {}))
+    ):
         context.warn(
             f"the config of {' and '.join(odd)} names a wrong token as the end of a text, so that diffusers sums up a "
             "prompt at its new token, where training and other programs do at its end: docs/training.md (New tokens) "
