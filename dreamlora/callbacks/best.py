@@ -12,9 +12,9 @@ from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.selection import Selection, candidates, select
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.interfaces import StepResult
-from dreamlora.lora.embeddings import files_beside
+from dreamlora.lora.embeddings import file_of, files_beside
 from dreamlora.reading import is_regular
-from dreamlora.runfolder import TRAINABLES_FILE, RunFolder
+from dreamlora.runfolder import TRAINABLES_FILE
 from dreamlora.training import state
 from dreamlora.training.adoption import copy
 from dreamlora.training.loop import Run
@@ -47,7 +47,7 @@ class BestCallback:
         for step in run.folder.candidate_steps():
             if step > run.step:
                 remove(run.folder.candidate_dir(step))
-        there = {step for step in run.folder.candidate_steps() if _is_whole(run.folder, step)}
+        there = {step for step in run.folder.candidate_steps() if _is_whole(run, step)}
         while missing := set(self._candidates()) - there:
             logger.warning("the weights of step %d are gone: it cannot become the best checkpoint", min(missing))
             self._lost |= missing
@@ -114,7 +114,9 @@ def _lies_there(run: Run, selection: Selection) -> bool:
     return all(is_regular(there, best) and there.read_bytes() == file.read_bytes() for there, file in pairs)
 
 
-def _is_whole(folder: RunFolder, step: int) -> bool:
+def _is_whole(run: Run, step: int) -> bool:
     """Whether the weights of a candidate are there, as regular files: the folder may have been somebody else's."""
-    place = folder.candidate_dir(step)
-    return all(is_regular(place / name, place) for name in (folder.lora_file.name, TRAINABLES_FILE))
+    place = run.folder.candidate_dir(step)
+    tokens = (file_of(place, new.token) for new in run.config.tokens.tokens)
+    files = (place / run.folder.lora_file.name, place / TRAINABLES_FILE, *tokens)
+    return all(is_regular(file, place) for file in files)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dreamlora import registry
+from dreamlora.config.new_tokens import NewToken
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.models import new_tokens
@@ -18,6 +19,9 @@ from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import Encode
 from dreamlora.run.images import RunImages
 from dreamlora.training.loop import Predictor
+
+_SHOWN = 100
+"""Characters of a caption."""
 
 
 def require(context: RunContext) -> None:
@@ -47,28 +51,48 @@ def warn_of_use(context: RunContext, pictures: RunImages) -> None:
 
 
 def _odd_uses(context: RunContext, pictures: RunImages) -> Iterator[str]:
-    captions = [caption for record in pictures.train for caption in record.captions]
-    for new in context.config.tokens.tokens:
-        found = re.compile(re.escape(new.token), re.IGNORECASE)
-        within = re.compile(rf"\w{re.escape(new.token)}|{re.escape(new.token)}\w", re.IGNORECASE)
-        having = [caption for caption in captions if found.search(caption)]
-        inside = [caption for caption in having if within.search(caption)] if new.token.isalnum() else []
-        capital = [caption for caption in having if new.token not in caption]
-        if not having:
+    uses = {new: _Uses(new) for new in context.config.tokens.tokens}
+    for record in pictures.train if uses else ():
+        for caption in record.captions:
+            for use in uses.values():
+                use.count(caption)
+    for new, use in uses.items():
+        if not use.found:
             yield (
                 f"--new_tokens: no caption has {new.token}, so its embedding learns nothing: write it into the "
                 "captions, or into --instance_prompt"
             )
-        if inside:
+        if use.inside:
             yield (
-                f"--new_tokens: {len(inside)} captions have {new.token} inside another word (such as "
-                f"{inside[0][:100]!r}), which is read as the new token too: give a name such as <{new.token}>"
+                f"--new_tokens: {use.inside} captions have {new.token} inside another word (such as "
+                f"{use.example!r}), which is read as the new token too: give a name such as <{new.token}>"
             )
-        if capital and new.vectors > 1:
+        if use.capital and new.vectors > 1:
             yield (
-                f"--new_tokens: {len(capital)} captions write {new.token} in capitals (such as {capital[0][:100]!r}), "
+                f"--new_tokens: {use.capital} captions write {new.token} in capitals (such as {use.example!r}), "
                 "where pipelines read only the first of its vectors: write it as in --new_tokens"
             )
+
+
+class _Uses:
+    """In how many captions a token stands, inside another word, and in capitals alone; one of the last two kinds."""
+
+    def __init__(self, new: NewToken) -> None:
+        self.found = self.inside = self.capital = 0
+        self.example = ""
+        self._token = new.token
+        self._within = (
+            re.compile(rf"\w{re.escape(new.token)}|{re.escape(new.token)}\w") if new.token.isalnum() else None
+        )
+
+    def count(self, caption: str) -> None:
+        lowered = caption.lower()
+        if self._token not in lowered:
+            return
+        inside, capital = bool(self._within and self._within.search(lowered)), self._token not in caption
+        self.found, self.inside, self.capital = self.found + 1, self.inside + inside, self.capital + capital
+        if (inside or capital) and not self.example:
+            self.example = caption[:_SHOWN]
 
 
 def put_in(context: RunContext, text: Components) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from dreamlora.config import EMBEDDED_MODEL, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
-from dreamlora.lora.embeddings import files_beside
+from dreamlora.lora.embeddings import file_of
 from dreamlora.models.local import local_file
 from dreamlora.reading import is_regular
 from dreamlora.runfolder import RunFolder
@@ -56,7 +56,7 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
         write_atomically(folder.path / CARD, card)
         api.create_commit(
             repository,
-            [CommitOperationAdd(CARD, card.encode()), *_made(folder)],
+            [CommitOperationAdd(CARD, card.encode()), *_made(config, folder)],
             commit_message="LoRA, samples and model card of a run of dreamlora",
         )
     except UserError:
@@ -68,10 +68,11 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
         ) from error
 
 
-def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
+def _made(config: RunConfig, folder: RunFolder) -> Iterator[CommitOperationAdd]:
     """The files to upload, besides the card."""
     loras = (folder.lora_file, folder.best / folder.lora_file.name)
-    for file in (*loras, *(file for lora in loras for file in files_beside(lora)), folder.selection_file):
+    embeddings = (file_of(place.parent, new.token) for place in loras for new in config.tokens.tokens)
+    for file in (*loras, *embeddings, folder.selection_file):
         if is_regular(file, folder.path):
             yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
     place = folder.samples.relative_to(folder.path)
@@ -93,11 +94,17 @@ def _card(config: RunConfig, repository: str) -> str:
         from_training=True,
         base_model=_hub_name(config.model.pretrained_model_name_or_path),
         prompt=config.data.subject_prompt,
-        model_description=f"A LoRA of rank {config.lora.rank}, trained by dreamlora.",
+        model_description=f"A LoRA of rank {config.lora.rank}, trained by dreamlora.{_tokens_told(config)}",
     )
     if getattr(card.data, "base_model", None):  # one that is there already may be from before this was so
         card.data.base_model = _hub_name(str(card.data.base_model))
     return str(populate_model_card(card, tags=["lora", "text-to-image", "diffusers"]))
+
+
+def _tokens_told(config: RunConfig) -> str:
+    """What a card says of new tokens."""
+    files = " and ".join(f"`{file_of(Path(), new.token)}` for `{new.token}`" for new in config.tokens.tokens)
+    return f" It needs the embeddings of its new tokens too: {files} in prompts." if files else ""
 
 
 def _hub_name(model: str) -> str | None:

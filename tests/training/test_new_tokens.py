@@ -307,14 +307,6 @@ def test_embeddings_by_hand(train: Train, tmp_path: Path) -> None:
         drawn(lora, "--embeddings", tmp_path / "none.safetensors")
 
 
-def test_all_that_goes_up_to_the_hub(train: Train) -> None:
-    from dreamlora.run import upload
-
-    run = train(*TOKENS)
-    names = [operation.path_in_repo for operation in upload._made(run)]
-    assert {"embeddings/sks.safetensors", "best/embeddings/sks.safetensors"} <= set(names)
-
-
 def test_a_run_without_them_has_no_folder(train: Train) -> None:
     run = train("--max_train_steps", "2")
     assert not run.embeddings.exists()
