@@ -19,8 +19,10 @@ _PACKAGE = Path(__file__).parent
 
 
 def names(kind: str) -> list[str]:
-    """The plug-ins of the folder ``dreamlora/<kind>``, sorted; found without importing any of them."""
-    return sorted(file.stem for file in (_PACKAGE / kind).glob("*.py") if not file.stem.startswith("_"))
+    """The plug-ins of the package ``dreamlora.<kind>``, sorted; found without importing any of them."""
+    return sorted(
+        file.stem for file in (_PACKAGE / kind.replace(".", "/")).glob("*.py") if not file.stem.startswith("_")
+    )
 
 
 def check(kind: str, name: str) -> str:

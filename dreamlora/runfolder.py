@@ -55,6 +55,7 @@ class RunFolder:
         self.outcome_file = self.path / "outcome.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.eval_items_file = self.path / "eval_items.npz"
+        self.raw_items_file = self.path / "eval_items_raw.npz"
         self.final_items_file = self.path / "eval_final_items.npz"
         self.evalset_file = self.path / "evalset.json"
         self.evalset_tensors = self.path / "evalset.safetensors"
@@ -62,6 +63,7 @@ class RunFolder:
         self.final_evalset_tensors = self.path / "evalset_final.safetensors"
         self.lora_file = self.path / LORA_FILE
         self.embeddings = self.path / EMBEDDINGS
+        self.raw = self.path / "raw"
         self.best = self.path / "best"
         self.selection_file = self.best / "selection.json"
         self.candidates = self.path / "checkpoints" / "candidates"

@@ -33,7 +33,11 @@ TORCH_FREE = [
     "dreamlora.sweep.command",
     "dreamlora.sweep.worker",
     "dreamlora.tiny",
-    *(f"dreamlora.{kind}.{name}" for kind in ("optimizers", "inits", "metrics") for name in registry.names(kind)),
+    *(
+        f"dreamlora.{kind}.{name}"
+        for kind in ("optimizers", "inits", "metrics", "families.layers")
+        for name in registry.names(kind)
+    ),
 ]
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchmetrics", "matplotlib")
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
 from dreamlora.config.new_tokens import NewTokens
+from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import finite as _finite
@@ -140,6 +141,9 @@ class Optim:
     """Added to the root of the second moment. Default: the optimizer's own, mostly 1e-8."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
+    ema_decay: float = 0.0
+    """Decay, such as 0.999, of a moving average of the LoRA, which is then what is measured, drawn and saved; 0: none.
+    The first steps count less of it: (1 + n) / (10 + n), n steps before."""
 
     def __post_init__(self) -> None:
         _respell(self, "optimizer", "optimizers")
@@ -148,7 +152,7 @@ class Optim:
         _steps_or_share(self, "lr_warmup_steps")
         _at_least(self, 1, "lr_num_cycles")
         _finite(self, "lr_power")
-        _within(self, 0, 1, "adam_beta1", "adam_beta2")
+        _within(self, 0, 1, "adam_beta1", "adam_beta2", "ema_decay")
         _pairs(self, "optimizer_args")
 
 
@@ -277,6 +281,7 @@ class RunConfig:
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
     encoders: Encoders = field(default_factory=Encoders)
+    about: Label = field(default_factory=Label)
     given: frozenset[str] = field(default=frozenset(), compare=False, metadata={"option": False})
     """Options that have their value from a person's flag or file, not from a preset or a default."""
 

@@ -1,4 +1,4 @@
-"""What several families share: token ids, latents' moments, bare modules, and LoRA files in the stock format.
+"""What several families share: token ids, latents' moments, bare modules.
 
 The functions under "What most families have in common" fulfil members of the contract and are taken over by assignment.
 """
@@ -6,16 +6,12 @@ The functions under "What most families have in common" fulfil members of the co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dreamlora.errors import UserError
-from dreamlora.files import replacing
 from dreamlora.interfaces import (
     Classes,
     Components,
@@ -27,10 +23,9 @@ from dreamlora.interfaces import (
     Settings,
     View,
 )
-from dreamlora.lora.pairs import ADAPTER, adapted_layers, bare
+from dreamlora.lora.pairs import bare
 from dreamlora.models import configs, loading
 from dreamlora.models.new_tokens import with_all_vectors
-from dreamlora.runfolder import LORA_FILE
 
 FLOW_SCHEDULERS: Classes = (
     "diffusers.FlowMatchEulerDiscreteScheduler",
@@ -166,16 +161,6 @@ def pipeline_of(
     return pipeline
 
 
-def lora_saver(pipeline_class: Any, denoiser_name: str) -> Callable[[Path, nn.Module, Mapping[str, nn.Module]], Path]:
-    """``Family.save_lora`` by a stock pipeline's class."""
-
-    def save_lora(folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-        """See ``Family.save_lora``."""
-        return _save_lora(pipeline_class, folder, {denoiser_name: denoiser, **text})
-
-    return save_lora
-
-
 def prompts_up_to(longest: int, usual: int | None = None) -> Callable[[Any, int | None], int]:
     """``Family.prompt_limit`` of a family whose prompts have ``usual`` tokens (else ``longest``) unless told otherwise,
     and at most ``longest``.
@@ -269,53 +254,3 @@ def vae_latents(vae: Components, pixels: Tensor) -> Latents:
         return Latents(mean=mean, std=torch.zeros_like(mean))
     posterior = encoded.latent_dist
     return Latents(mean=(posterior.mean.float() - shift) * scale, std=posterior.std.float() * scale)
-
-
-def _save_lora(pipeline_class: Any, folder: Path, modules: Mapping[str, nn.Module]) -> Path:
-    """Write the adapters of modules (by component name; those without one are skipped) with the stock pipeline class.
-
-    Keys are PEFT's own, in the precision they have; the metadata keeps alpha and rsLoRA, which the keys do not tell.
-    A LoRA with a frozen start (``lora.offset``) becomes a plain one of twice the rank.
-    """
-    arguments: dict[str, Any] = {}
-    for name, module in modules.items():
-        model = bare(module)
-        if ADAPTER in getattr(model, "peft_config", {}):
-            arguments[f"{name}_lora_layers"] = _state(model)
-            arguments[f"{name}_lora_adapter_metadata"] = _metadata(model)
-    with replacing(folder / LORA_FILE) as temporary:
-        pipeline_class.save_lora_weights(temporary.parent, weight_name=temporary.name, **arguments)
-    return folder / LORA_FILE
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    # without the last argument PEFT asks the hub about the base model's vocabulary
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    for layer in adapted_layers(model):
-        state[f"{layer.name}.lora_A.weight"], state[f"{layer.name}.lora_B.weight"] = layer.factors()
-    # transformers 5 dropped CLIP's inner "text_model", but older versions and other programs look for it in files;
-    # diffusers' loader takes both
-    flat_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
-    prefix = "text_model." if flat_clip else ""
-    return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def _metadata(model: Any) -> dict[str, Any]:
-    """The adapter's settings without those at their default, which other versions of PEFT may not know.
-
-    Dropout is left out too: loaded into a pipeline it would stay active, as nothing calls ``eval`` there.
-    Sets are sorted, so that equal adapters give equal files.
-    """
-    given, default = model.peft_config[ADAPTER].to_dict(), LoraConfig().to_dict()
-    if any(layer.start for layer in adapted_layers(model)):
-        given |= {"r": 2 * given["r"], "lora_alpha": 2 * given["lora_alpha"]}
-    keep = {name for name, value in given.items() if value != default.get(name)} | {"r", "lora_alpha"}
-    keep -= {
-        "lora_dropout",
-        "base_model_name_or_path",
-        "inference_mode",
-        "init_lora_weights",
-        "auto_mapping",
-        "peft_version",
-    }
-    return {name: sorted(given[name]) if isinstance(given[name], set) else given[name] for name in sorted(keep)}

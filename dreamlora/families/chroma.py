@@ -47,7 +47,6 @@ LENGTH_AXES: dict[str, int] = {"prompt_embeds": 1, "prompt_attention_mask": 1}
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
 load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
-save_lora = _parts.lora_saver(ChromaPipeline, DENOISER)
 latent_size = _parts.latent_size
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown

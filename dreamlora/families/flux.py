@@ -50,7 +50,6 @@ LENGTH_AXES: dict[str, int] = {}  # T5's padding is attended, so it is a part of
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "guidance_scale", "max_sequence_length")
 
 load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
-save_lora = _parts.lora_saver(FluxPipeline, DENOISER)
 latent_size = _parts.latent_size
 resolution = _flux.resolution
 prompt_limit = _flux.prompt_limit

@@ -79,7 +79,6 @@ MISTRAL = (
 )
 """What Mistral Small 3's own template makes of turns of text; the system's message is FLUX.2's unless one is given."""
 
-save_lora = _parts.lora_saver(Flux2Pipeline, DENOISER)
 resolution = _flux.resolution
 prompt_limit = _flux.prompt_limit
 text_pictures = _parts.no_text_pictures

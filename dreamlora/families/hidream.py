@@ -67,7 +67,6 @@ OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequ
 
 load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
 pipeline = _parts.pipeline_of(HiDreamImagePipeline, PARTS)
-save_lora = _parts.lora_saver(HiDreamImagePipeline, DENOISER)
 latent_size = _parts.latent_size
 encode_images = _parts.vae_latents
 shows_images = _parts.shows_none

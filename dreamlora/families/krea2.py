@@ -59,7 +59,6 @@ OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "nega
 TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 """Layers whose states the transformer is given, unless the pipeline says others; 0 are the embeddings."""
 
-save_lora = _parts.lora_saver(Krea2Pipeline, DENOISER)
 latent_size = _qwen_vae.latent_size
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown

@@ -59,7 +59,6 @@ LARGEST_SIDE = 1024
 
 load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
 pipeline = _parts.pipeline_of(Lumina2Pipeline, PARTS)
-save_lora = _parts.lora_saver(Lumina2Pipeline, DENOISER)
 latent_size = _parts.latent_size
 encode_images = _parts.vae_latents
 shows_images = _parts.shows_none

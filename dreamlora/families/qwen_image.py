@@ -60,7 +60,6 @@ OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "max_sequence_length", "nega
 LONGEST_PROMPT = 1024
 """Tokens that the pipeline takes at most, without those before the prompt but with the template's after it."""
 
-save_lora = _parts.lora_saver(QwenImagePipeline, DENOISER)
 latent_size = _qwen_vae.latent_size
 distilled = _parts.never_distilled
 encode_images = _qwen_vae.encode_images

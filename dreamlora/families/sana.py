@@ -80,7 +80,6 @@ OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequ
 
 load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
 pipeline = _parts.pipeline_of(SanaPipeline, PARTS)
-save_lora = _parts.lora_saver(SanaPipeline, DENOISER)
 distilled = _parts.never_distilled
 shows_images = _parts.shows_none
 encode_conditioning = _parts.nothing_shown

@@ -43,7 +43,6 @@ LENGTH_AXES: dict[str, int] = {}
 OWN_OPTIONS: tuple[str, ...] = _unet.OWN_OPTIONS
 
 load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
-save_lora = _parts.lora_saver(StableDiffusionPipeline, DENOISER)
 latent_size = _parts.latent_size
 resolution = _unet.resolution
 prompt_limit = _parts.clip_limit

@@ -75,7 +75,6 @@ LENGTH_AXES: dict[str, int] = {}  # padding is attended, so it is a part of the 
 OWN_OPTIONS: tuple[str, ...] = (*_flow.OWN_OPTIONS, "negative_prompt", "max_sequence_length")
 
 pipeline = _parts.pipeline_of(StableDiffusion3Pipeline, PARTS)
-save_lora = _parts.lora_saver(StableDiffusion3Pipeline, DENOISER)
 latent_size = _parts.latent_size
 encode_images = _parts.vae_latents
 shows_images = _parts.shows_none

@@ -52,7 +52,6 @@ LENGTH_AXES: dict[str, int] = {}
 OWN_OPTIONS: tuple[str, ...] = _unet.OWN_OPTIONS
 
 load = _parts.loader(PARTS, OPTIONAL, SETTINGS)
-save_lora = _parts.lora_saver(StableDiffusionXLPipeline, DENOISER)
 latent_size = _parts.latent_size
 resolution = _unet.resolution
 distilled = _parts.never_distilled

@@ -58,7 +58,6 @@ TURBO_SHIFT = 3.0
 _TURBO = re.compile(r"((?<![a-z])de[-_. ]?)?turbo", re.IGNORECASE)
 
 pipeline = _parts.pipeline_of(ZImagePipeline, PARTS)
-save_lora = _parts.lora_saver(ZImagePipeline, DENOISER)
 latent_size = _parts.latent_size
 encode_images = _parts.vae_latents
 shows_images = _parts.shows_none

@@ -254,6 +254,3 @@ class Family(Protocol):
         """Keyword arguments of the call besides prompts, seeds, steps and size: guidance by its name there, and what
         makes it draw the size that was asked for.
         """
-
-    def save_lora(self, folder: Path, denoiser: nn.Module, text: Mapping[str, nn.Module]) -> Path:
-        """Write ``pytorch_lora_weights.safetensors`` as the stock pipeline's ``load_lora_weights`` reads it."""

@@ -18,7 +18,7 @@ import torch
 
 from dreamlora.errors import UserError
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
-from dreamlora.lora import embeddings
+from dreamlora.lora import embeddings, saving
 from dreamlora.lora.pairs import restore_starts, starts_of
 from dreamlora.models.new_tokens import by_token
 from dreamlora.reading import Schema, UnreadableError, read_json
@@ -81,6 +81,7 @@ def _state(run: Run) -> dict[str, Any]:
         "step": run.step,
         "skipped_steps": run.skipped_steps,
         "trainables": {name: parameter.detach().cpu() for name, parameter in run.trainables.items()},
+        "averaged": {name: weights.cpu() for name, weights in run.average.hidden().items()} if run.average else {},
         "starts": starts_of(run.accelerator.unwrap_model(run.model)),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
@@ -99,7 +100,8 @@ def save_lora(run: Run, folder: Path) -> Path:
     model = run.accelerator.unwrap_model(run.model)
     counts_of = {new.token: new.vectors for new in run.config.tokens.tokens}
     embeddings.write(folder, by_token(counts_of, run.new_tokens), run.family.EMBEDDING_KEYS)
-    return run.family.save_lora(folder, model.denoiser, dict(model.encoders.items()))
+    modules = {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())}
+    return saving.save_lora(folder, modules, run.header(run.step))
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
@@ -119,6 +121,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         ) from None
     for name, parameter in run.trainables.items():
         parameter.data.copy_(saved["trainables"][name])
+    if run.average:
+        run.average.take_up(saved["averaged"])
     restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])
     done = saved["lr_scheduler"]["last_epoch"]
     rates = [group["lr"] for group in run.optimizer.param_groups]

@@ -27,6 +27,7 @@ from dreamlora.data.transforms import to_tensor
 from dreamlora.interfaces import PICTURE, Components, Conditioning, Family, ModelSource, View
 from dreamlora.lora.files import apply_lora
 from dreamlora.lora.inject import add_lora, target_layers, trainable_parameters
+from dreamlora.lora.saving import save_lora
 from dreamlora.models import loading, prompts
 from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.objectives import squared_errors
@@ -391,7 +392,7 @@ def test_saved_lora_gives_equal_images_in_a_stock_pipeline(case, parts, tmp_path
         if isinstance(module, torch.nn.Module):
             module.eval()
     expected = call(case, case.family.pipeline(parts), asked)
-    file = case.family.save_lora(tmp_path / "lora", parts[case.family.DENOISER], encoders)
+    file = save_lora(tmp_path / "lora", {case.family.DENOISER: parts[case.family.DENOISER], **encoders})
     assert [path.name for path in (tmp_path / "lora").iterdir()] == [file.name]
     assert file.name == "pytorch_lora_weights.safetensors"
     stock = fresh_stock(case)
@@ -409,13 +410,13 @@ def test_rslora_keeps_its_scale_in_a_stock_pipeline(case, parts, tmp_path):
         torch.nn.init.normal_(parameter, std=0.3)
     expected = call(case, case.family.pipeline(parts), as_prompts(case, PROMPTS))
     stock = fresh_stock(case)
-    stock.load_lora_weights(case.family.save_lora(tmp_path, parts[case.family.DENOISER], {}).parent)
+    stock.load_lora_weights(save_lora(tmp_path, {case.family.DENOISER: parts[case.family.DENOISER]}).parent)
     torch.testing.assert_close(call(case, stock, as_prompts(case, PROMPTS)), expected, rtol=0, atol=1e-5)
 
 
 def test_applied_file_acts_in_full_and_not_at_all_at_scale_zero(case, parts, tmp_path):
     encoders = trained(case, parts, lora=Lora(rank=3, lora_alpha=7.5), text=True)
-    file = case.family.save_lora(tmp_path, parts[case.family.DENOISER], encoders)
+    file = save_lora(tmp_path, {case.family.DENOISER: parts[case.family.DENOISER], **encoders})
     full, none = fresh_stock(case), fresh_stock(case)
     apply_lora(full, file, 1.0)
     apply_lora(none, tmp_path, 0.0)
@@ -427,14 +428,16 @@ def test_applied_file_acts_in_full_and_not_at_all_at_scale_zero(case, parts, tmp
 
 def test_equal_adapters_give_equal_files(case, parts, tmp_path):
     encoders = trained(case, parts, lora=Lora(rank=2), text=True)
-    files = [case.family.save_lora(tmp_path / str(i), parts[case.family.DENOISER], encoders) for i in range(2)]
+    files = [
+        save_lora(tmp_path / str(i), {case.family.DENOISER: parts[case.family.DENOISER], **encoders}) for i in range(2)
+    ]
     assert contents(files[0]) == contents(files[1])
 
 
 def test_saved_metadata_is_short_and_keeps_alpha(case, parts, tmp_path):
     """Settings at their default are left out, so that older versions of PEFT need not know them."""
     encoders = trained(case, parts, lora=Lora(rank=2, lora_alpha=8.0, lora_dropout=0.1), text=True)
-    file = case.family.save_lora(tmp_path, parts[case.family.DENOISER], encoders)
+    file = save_lora(tmp_path, {case.family.DENOISER: parts[case.family.DENOISER], **encoders})
     metadata, tensors = contents(file)
     for name in encoders:  # CLIP's usual names
         assert any(key.startswith(f"{name}.text_model.encoder.layers.0.") for key in tensors)
@@ -468,7 +471,9 @@ def test_wrapped_denoiser_saves_and_predicts(case, parts, tmp_path):
     conditioning = {**encoded(case, parts, PROMPTS), **views(case, 2)}
     arguments = (torch.randn(2, *case.tiny.latents), drawn_times(case, parts, 2), conditioning, 1.0)
     assert torch.equal(case.family.predict(Wrapper(denoiser), *arguments), case.family.predict(denoiser, *arguments))
-    files = [case.family.save_lora(tmp_path / str(i), m, {}) for i, m in enumerate([denoiser, Wrapper(denoiser)])]
+    files = [
+        save_lora(tmp_path / str(i), {case.family.DENOISER: m}) for i, m in enumerate([denoiser, Wrapper(denoiser)])
+    ]
     assert contents(files[0]) == contents(files[1])
 
 

@@ -19,6 +19,7 @@ from dreamlora.errors import UserError
 from dreamlora.families import sd
 from dreamlora.lora.files import apply_lora, read_lora, same_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.saving import save_lora
 from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless
 
 TEXT_LAYERS = sd.TEXT_LORA_LAYERS
@@ -41,7 +42,7 @@ def lora(sd_folder, tmp_path) -> Path:
     for module in (donor.unet, donor.text_encoder):
         for parameter in trainable_parameters(module).values():
             parameter.data = torch.randn(parameter.shape, generator=draw) * 0.2
-    return sd.save_lora(tmp_path / "lora", donor.unet, {"text_encoder": donor.text_encoder})
+    return save_lora(tmp_path / "lora", {"unet": donor.unet, "text_encoder": donor.text_encoder})
 
 
 def image(pipeline: DiffusionPipeline) -> torch.Tensor:

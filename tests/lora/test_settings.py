@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
-from dreamlora.families import sd
 from dreamlora.lora.files import apply_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.saving import save_lora
 from dreamlora.lora.settings import METADATA_KEY, Settings, settings_of
 from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless, odd_values
 
@@ -42,7 +42,7 @@ def own(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     draw = torch.Generator().manual_seed(0)
     for parameter in trainable_parameters(donor).values():
         parameter.data = torch.randn(parameter.shape, generator=draw)
-    return load_file(sd.save_lora(tmp_path_factory.mktemp("own"), donor, {}))
+    return load_file(save_lora(tmp_path_factory.mktemp("own"), {"unet": donor}))
 
 
 def text_of(settings: Mapping[str, Any]) -> str:

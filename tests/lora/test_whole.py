@@ -17,6 +17,7 @@ from dreamlora.errors import UserError
 from dreamlora.families import flux, sd
 from dreamlora.lora.files import apply_lora, read_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.saving import save_lora
 from tests.lora.test_files import image
 
 Tensors = dict[str, Tensor]
@@ -50,7 +51,7 @@ def own(family: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     draw = torch.Generator().manual_seed(0)
     for parameter in trainable_parameters(donor).values():
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.2
-    return load_file(FAMILIES[family].save_lora(tmp_path_factory.mktemp("own"), donor, {}))
+    return load_file(save_lora(tmp_path_factory.mktemp("own"), {FAMILIES[family].DENOISER: donor}))
 
 
 def written(tensors: Tensors, tmp_path: Path) -> Path:

@@ -125,6 +125,7 @@ def test_the_check_sees_a_file_without_its_embeddings(
 
 def test_a_resumed_run_is_the_uninterrupted_one(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = [*TOKENS, "--new_tokens_end", "4", "--lr_scheduler", "cosine", "--optimizer", "scaled_adamw"]
+    more += ["--ema_decay", "0.9"]
     whole = train(*more, "--output_dir", str(tmp_path / "whole" / "run"))
     for step in (3, 5):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

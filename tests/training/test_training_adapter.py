@@ -22,6 +22,7 @@ from dreamlora.lora.assistant import ASSISTANT, add_assistant, switch, without_a
 from dreamlora.lora.files import factors_of
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.saving import save_lora
 from dreamlora.models import loading
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
@@ -43,7 +44,7 @@ def random_lora(model: Path, folder: Path, layers: tuple[str, ...] = ()) -> Path
     draws = torch.Generator().manual_seed(5)
     for parameter in trainable_parameters(denoiser).values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=draws)
-    return family.save_lora(folder, denoiser, {})
+    return save_lora(folder, {family.DENOISER: denoiser})
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,108 @@
+"""ComfyUI's own names, as ai-toolkit and others write them: "diffusion_model.", and the original code's name.
+
+Scales are multiplied into the factors, as half of the programs that read such files look for no alpha.
+
+Source: ComfyUI's ``comfy/lora.py`` (``model_lora_keys_unet``: every weight of its model; ``model_lora_keys_clip``:
+diffusers' names of CLIP's layers) and ``comfy/weight_adapter``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from dreamlora.lora.formats import FileContent, _factors, _placed
+from dreamlora.lora.names import CLIP, LayerPlace, ModelNames
+from dreamlora.lora.weights import AdapterWeights, LayerWeights
+
+_DENOISER = "diffusion_model."
+_CLIPS = {
+    f"text_encoders.{clip}.transformer.": component
+    for clip, component in (("clip_l", "text_encoder"), ("clip_h", "text_encoder"), ("clip_g", "text_encoder_2"))
+}
+"""ComfyUI's own names of text encoders, which it writes when it saves or extracts a LoRA."""
+_PROJECTIONS = {
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+"""Before the name of a projection, for which it does not know diffusers'."""
+_CLIP_MODEL = "text_model."
+_ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+
+def recognises(names: Collection[str]) -> bool:
+    """See ``Format.recognises``."""
+    return any(name.startswith((_DENOISER, *_CLIPS)) for name in names)
+
+
+def read(content: FileContent, model: ModelNames) -> AdapterWeights:
+    """See ``Format.read``. Names of diffusers' layers behind "diffusion_model." are taken too, as ComfyUI does.
+
+    Raises:
+        ValueError: see there.
+    """
+    adapters: AdapterWeights = {}
+    places: list[tuple[LayerPlace, LayerWeights]] = []
+    for name, factors in _factors.by_layer(content.tensors).items():
+        adapter = _factors.weights_of(name, factors)
+        if not name.startswith(_DENOISER):
+            component, layer = _text_layer(name, model)
+            adapters.setdefault(component, {})[layer] = adapter
+            continue
+        rest = name.removeprefix(_DENOISER)
+        place = model.layers.of_name(rest)
+        if place:
+            places.append((place, adapter))
+        elif model.layers.of_layer(rest):
+            adapters.setdefault(model.denoiser, {})[rest] = adapter
+        else:
+            raise ValueError(f"{name} is no layer of the {model.denoiser}")
+    for layer, adapter in _placed.unplaced(places):
+        adapters.setdefault(model.denoiser, {})[layer] = adapter
+    return adapters
+
+
+def write(weights: AdapterWeights, model: ModelNames) -> FileContent:
+    """See ``Format.write``.
+
+    Raises:
+        ValueError: see there.
+    """
+    if not model.comfyui:
+        raise ValueError("ComfyUI does not have this model")
+    tensors: dict[str, Tensor] = {}
+    for component, adapters in weights.items():
+        for name, adapter in _named(component, adapters, model):
+            if adapter.kind == "lora":
+                adapter = adapter.with_alpha(float(len(adapter.down)))
+            else:
+                tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha)
+            tensors |= {f"{name}.{end}": tensor for end, tensor in _factors.named(adapter, _ENDS)}
+    return FileContent(tensors, {})
+
+
+def _named(
+    component: str, adapters: Mapping[str, LayerWeights], model: ModelNames
+) -> Iterator[tuple[str, LayerWeights]]:
+    if component == model.denoiser:
+        yield from ((_DENOISER + name, adapter) for name, adapter in _placed.placed(adapters, model.layers))
+        return
+    if component not in model.text_encoders:
+        raise ValueError(f"there are no names for the {component}")
+    for layer, adapter in adapters.items():
+        before = _PROJECTIONS[component] if layer == "text_projection" else f"{component}.{_CLIP_MODEL}"
+        yield before + layer, adapter
+
+
+def _text_layer(name: str, model: ModelNames) -> tuple[str, str]:
+    """Component and layer of a text encoder's name, ComfyUI's or diffusers'."""
+    component, _, layer = name.partition(".")
+    for clip, component_there in _CLIPS.items():
+        if name.startswith(clip):
+            component, layer = component_there, name.removeprefix(clip)
+    layer = layer.removeprefix(_CLIP_MODEL)
+    if component not in model.text_encoders or CLIP.of_layer(layer) is None:
+        raise ValueError(f"{name} is no layer of a text encoder that can have an adapter here")
+    return component, layer
