@@ -202,6 +202,18 @@ def test_only_the_new_rows_change(prepare: Callable[..., Run], sd_folder: Path) 
     assert torch.equal(part.rows, moved)
 
 
+@pytest.mark.parametrize(("optimizer", "length"), [("adamw", 2**0.9), ("schedulefree_adamw", 2.0)])
+def test_a_step_brings_their_length_back(
+    prepare: Callable[..., Run], sd_folder: Path, optimizer: str, length: float
+) -> None:
+    registry.check_needs("optimizers", optimizer)
+    run = prepare(sd_folder, *TOKENS, "--new_tokens_lr", "0", "--optimizer", optimizer)
+    [part] = run.new_tokens.values()
+    part.rows.data *= 2
+    loop.optimizer_step(run, loop.next_batches(run, 0, 0))
+    assert torch.allclose(part.rows.norm(dim=1) / part.start.norm(dim=1), torch.tensor(length))
+
+
 def test_from_the_end_on_they_need_no_gradient(prepare: Callable[..., Run], sd_folder: Path) -> None:
     run = prepare(sd_folder, *TOKENS)
     [part] = run.new_tokens.values()
