@@ -24,6 +24,8 @@ from dreamlora.reading import Schema, UnreadableError, lies_inside, read_json, r
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRAINABLES_FILE = "trainables.safetensors"
 """LoRA parameters by their names in the model, beside a LoRA file with diffusers' names."""
+EMBEDDINGS = "embeddings"
+"""Folder beside a LoRA file, with a file for each new token that was trained with it."""
 METRICS_VERSION = 1
 
 _JSON_BYTES = 2**22
@@ -61,6 +63,7 @@ class RunFolder:
         self.final_evalset_file = self.path / "evalset_final.json"
         self.final_evalset_tensors = self.path / "evalset_final.safetensors"
         self.lora_file = self.path / LORA_FILE
+        self.embeddings = self.path / EMBEDDINGS
         self.raw = self.path / "raw"
         self.best = self.path / "best"
         self.selection_file = self.best / "selection.json"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
@@ -280,6 +281,7 @@ class RunConfig:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     lora: Lora = field(default_factory=Lora)
+    tokens: NewTokens = field(default_factory=NewTokens)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
@@ -314,6 +316,11 @@ class RunConfig:
         if own.eval_prompts is not None or own.eval_num_images is not None:
             return True
         return own.eval_metrics_steps not in (None, self.sample.sample_steps)
+
+    @property
+    def encodes_in_training(self) -> bool:
+        """Whether text encoders are a part of every step: a LoRA in them trains, or embeddings of new tokens do."""
+        return self.lora.train_text_encoder or bool(self.tokens.new_tokens)
 
     @property
     def embedded(self) -> bool:

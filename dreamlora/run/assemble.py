@@ -25,7 +25,7 @@ from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.parts import ROLES
 from dreamlora.processes import wait_for_everyone
-from dreamlora.run import defaults, ending, header, image_list, provenance, resume, schedule, trackers
+from dreamlora.run import defaults, ending, header, image_list, new_tokens, provenance, resume, schedule, trackers
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -213,6 +213,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         call_arguments=pipeline_inputs(context, encode, text),
         vae=lambda: context.parts.get("vae"),
         total_steps=config.train.max_train_steps or 0,
+        settle=new_tokens.settler(context),
         average=MovingAverage(trainables, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
     if registry.name_of(context.family) in registry.names("families.layers"):
@@ -230,9 +231,12 @@ def _conditioning(
     else:
         prompts = all_shown_prompts(context, pictures, store, material.stores)
     with context.timed("encoding prompts"):
-        if context.config.lora.train_text_encoder:
+        if context.config.encodes_in_training:
             text = context.parts.get("text")
-            return encode_frozen(context, prompts, text), text
+            new_tokens.put_in(context, text)
+            encode = encode_frozen(context, prompts, text)
+            new_tokens.warn_of_pooling(context, text, encode)
+            return encode, text
         return encode_texts(context, prompts), None
 
 

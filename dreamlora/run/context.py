@@ -23,6 +23,7 @@ from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.adapter import content_of
 from dreamlora.models.inventory import PartFiles
+from dreamlora.models.new_tokens import TokenEmbeddings
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
@@ -39,6 +40,7 @@ class RunContext:
         inventory: the parts of the model, as they lie on disk or on the hub.
         training_adapter: file of the frozen LoRA that is active while training.
         eval_price: of the evaluation loss, once it is known how often it is measured.
+        new_tokens: their embeddings by text encoder, once they are put in.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         trackers: on the main process, once they have started.
         timings: seconds by stage, for the report.
@@ -53,6 +55,7 @@ class RunContext:
     inventory: Sequence[PartFiles] = ()
     training_adapter: Path | None = None
     eval_price: Price | None = None
+    new_tokens: dict[str, TokenEmbeddings] = field(default_factory=dict)
     shown: Shown = field(default_factory=dict)
     trackers: list[RunTracker] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)

@@ -60,7 +60,7 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
     ended = Conclusion(
         images={source.name: len(source.store.names) for source in run.stream.sources},
         parameters=sum(parameter.numel() for parameter in run.trainables.values()),
-        pairs=len(run.trainables) // 2,
+        pairs=sum(".lora_A." in name for name in run.trainables),
         eval_seconds=run.eval_seconds,
         ended_early=run.ended_early,
         expected=resume.UNCHECKED,

@@ -101,7 +101,7 @@ class Rehearsal:
         text, vae, denoiser = (self._held(role) for role in ("text", "vae", "denoiser"))
         config = self._context.config
         encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
-        kept = self._held("text", self._trainable) if config.lora.train_text_encoder else 0
+        kept = self._held("text", self._family.TEXT_ENCODERS) if config.encodes_in_training else 0
         images = Stage("encoding images", vae, *self._work(lambda: self._latents))
         lora = LORA_BYTES * sum(each.parameters for each in self.trained()) + self._adapter_bytes
         shown = vae if self._images else 0
@@ -164,6 +164,9 @@ class Rehearsal:
             if config.model.gradient_checkpointing:
                 text = name != family.DENOISER
                 (module.gradient_checkpointing_enable if text else module.enable_gradient_checkpointing)()
+        for name in family.EMBEDDING_KEYS if config.tokens.new_tokens else ():
+            encoder: Any = self._modules[name]
+            encoder.enable_input_require_grads()  # embeddings of new tokens
         return {name: self._modules[name] for name in wanted}
 
     def _held(self, role: Role, only: Collection[str] | None = None) -> int:
@@ -227,7 +230,7 @@ class Rehearsal:
             raise UserError("the text encoder sees the image before the edit too, which is not gone through")
         with torch.no_grad():
             tokens = self._family.tokenize(self._parts["text"], [self._prompt], prompt_length(self._context))
-            if self._context.config.lora.train_text_encoder:
+            if self._context.config.encodes_in_training:
                 return self._family.encode_frozen(self._parts["text"], tokens)
             return self._family.encode_tokens(self._parts["text"], tokens)
 
@@ -272,7 +275,7 @@ class Rehearsal:
         """Forwards and backwards through one micro-batch."""
         config = self._context.config
         batch = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
-        text = self._parts["text"] if config.lora.train_text_encoder else None
+        text = self._parts["text"] if config.encodes_in_training else None
         model = Predictor(self._family, self._trainable[self._family.DENOISER], text, config.train.guidance_scale)
         prediction = model(*self._inputs(batch))
         torch.autograd.backward((prediction.float() ** 2).sum())
@@ -282,7 +285,7 @@ class Rehearsal:
         config, family = self._context.config, self._family
         negative = self._context.guidance(config.sample.negative_prompt).encoded_negative
         noisy, times, conditioning = self._inputs(images * (1 if negative is None else 2))
-        if config.lora.train_text_encoder:
+        if config.encodes_in_training:
             conditioning = family.encode_tokens(self._parts["text"], conditioning)
         family.predict(self._modules[family.DENOISER], noisy, times, conditioning, config.train.guidance_scale)
         self._autoencoder.decode(torch.empty(images, *self._decoded, device=META))

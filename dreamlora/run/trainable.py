@@ -12,13 +12,13 @@ from dreamlora.interfaces import Components
 from dreamlora.lora.assistant import add_assistant
 from dreamlora.lora.inject import add_lora
 from dreamlora.optimizers import lora_param_groups
-from dreamlora.run import checks
+from dreamlora.run import checks, new_tokens
 from dreamlora.run.context import RunContext
 from dreamlora.training.loop import Predictor
 
 
 def with_lora(context: RunContext, components: Components, text: Components | None) -> Predictor:
-    """The denoiser (and the text encoders that train) with adapters, as one module."""
+    """The denoiser (and the text encoders that train) with adapters and new tokens, as one module."""
     config, family = context.config, context.family
     denoiser = components[family.DENOISER]
     layers = config.lora.lora_layers or family.LORA_LAYERS
@@ -27,7 +27,7 @@ def with_lora(context: RunContext, components: Components, text: Components | No
     if assistant:
         add_assistant(denoiser, family.DENOISER, assistant)
     encoders = [text[name] for name in family.TEXT_ENCODERS] if text else []
-    for encoder in encoders:
+    for encoder in encoders if config.lora.train_text_encoder else []:
         add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS)
     if config.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -38,17 +38,18 @@ def with_lora(context: RunContext, components: Components, text: Components | No
             denoiser.enable_xformers_memory_efficient_attention()
         except (ModuleNotFoundError, ValueError) as error:
             raise UserError(f"--enable_xformers_memory_efficient_attention: {error}") from error
-    return Predictor(family, denoiser, text, config.train.guidance_scale)
+    return Predictor(family, denoiser, text, config.train.guidance_scale, context.new_tokens)
 
 
 def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
     """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
     optim = context.config.optim
     groups = lora_param_groups(model.denoiser, lr=optim.learning_rate, weight_decay=optim.adam_weight_decay)
-    if len(model.encoders):
+    if context.config.lora.train_text_encoder:
         groups += lora_param_groups(
             list(model.encoders.values()), lr=optim.text_encoder_lr, weight_decay=optim.adam_weight_decay_text_encoder
         )
+    groups += new_tokens.param_group(context, model)
     optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
     lr_scheduler = get_scheduler(
         optim.lr_scheduler,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dreamlora.optimizers import ScaledAdamW, check_compatibility, find_lora_pairs, lora_param_groups
-from dreamlora.optimizers._groups import plain_groups
+from dreamlora.optimizers._groups import plain_groups, with_fallback_lr
 
 peft = pytest.importorskip("peft")
 
@@ -202,3 +202,15 @@ def test_a_real_network_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_group_without_pairs_may_keep_its_rate():
+    group = {"params": [], "lora_pairs": False, "lr": 0.5}
+    groups = [
+        {"params": [], "lora_pairs": True, "lr": 2.0},
+        group,
+        {**group, "own_lr": True},
+        {**group, "own_lr": False},
+    ]
+    assert [each["lr"] for each in with_fallback_lr(groups, 1e-4)] == [2.0, 1e-4, 0.5, 1e-4]
+    assert "own_lr" not in plain_groups(groups, 1.0)[2]
