@@ -68,12 +68,13 @@ def _model(context: RunContext) -> str:
 
 def _lora(context: RunContext) -> str:
     lora, family = context.config.lora, context.family
-    kind = "" if lora.adapter == "lora" else f"{lora.adapter}, "
+    adapter = registry.load("adapters", lora.adapter)
+    kind = "" if lora.adapter == "lora" else f"{adapter.NAME}, "
     kind += "rsLoRA, " if lora.use_rslora else ""
     ranks = "".join(f", {place} {rank}" for place, rank in lora.ranks.items())
     alpha = "each layer's rank" if lora.lora_alpha is None else f"{lora.lora_alpha:g}"
     alphas = "".join(f", {place} {value:g}" for place, value in lora.alphas.items())
-    start = f", init {lora.init}" if registry.load("adapters", lora.adapter).PAIRS else ""
+    start = f", init {lora.init}" if adapter.PAIRS else ""
     layers = " ".join(lora.lora_layers or family.LORA_LAYERS)
     where = f"layers of the {family.DENOISER}: {layers}"
     where += f" in the blocks {' '.join(lora.lora_blocks)}" if lora.lora_blocks else ""

@@ -39,7 +39,7 @@ HOW = (
 
 
 class Trained(NamedTuple):
-    """The LoRA of one part: its layers and numbers, and the ranks and alphas that they have."""
+    """The adapter of one part: its layers and numbers, and the ranks and alphas that they were given."""
 
     part: str
     layers: int
@@ -92,7 +92,7 @@ class Rehearsal:
         for name, module in self._trainable.items():
             layers = list(tuned_layers(module))
             ranks = tuple(sorted({layer.rank for layer in layers}))
-            alphas = tuple(sorted({round(layer.alpha, 6) for layer in layers}))
+            alphas = tuple(sorted({round(layer.given, 6) for layer in layers}))
             numbers = sum(parameter.numel() for parameter in trainable_parameters(module).values())
             found.append(Trained(name, len(layers), numbers, ranks, alphas))
         return found
