@@ -50,6 +50,12 @@ ELSEWHERE: dict[str, str] = {
     "discrete_flow_shift": "use --timestep_shift",
     "masked_loss": "use --mask_data_dir and a folder of masks, or --alpha_mask",
     "network_alpha": "use --lora_alpha",
+    "network_module": "use --adapter; there are: {adapters}",
+    "network_args": "use --adapter_args for settings of LoHa and LoKr, --rank_pattern and --alpha_pattern for other "
+    "ranks of some layers, --lora_layers and --lora_blocks for which layers",
+    "network_dropout": "use --lora_dropout",
+    "target_modules": "use --lora_layers",
+    "layers_to_transform": "use --lora_blocks",
     "use_ema": "use --ema_decay and a decay, such as 0.999",
     "ema_max_decay": "use --ema_decay",
     "ema_inv_gamma": "the warm-up of --ema_decay has no settings",
