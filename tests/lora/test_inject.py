@@ -103,6 +103,6 @@ def test_unknown_layer_names_some_that_exist(unet):
 
 def test_convolutions_in_groups_have_no_dora(unet):
     unet.mid_block.resnets[0].conv1 = torch.nn.Conv2d(8, 8, 3, groups=4)
-    with pytest.raises(UserError, match="--adapter dora: mid_block.resnets.0.conv1 is a convolution in groups"):
+    with pytest.raises(UserError, match=r"--adapter dora: mid_block\.resnets\.0\.conv1 is a convolution in groups"):
         add_lora(unet, Lora(adapter="dora"), ["all"])
     add_lora(unet, Lora(adapter="lokr"), ["all"])
