@@ -54,6 +54,11 @@ class AdaptedLayer:
         return (self.rank, self.A[0].numel()), (self.B.shape[0], self.B[0].numel())
 
     @property
+    def entries(self) -> int:
+        """Of ΔW."""
+        return self.B.shape[0] * self.A[0].numel()
+
+    @property
     def magnitude(self) -> nn.Parameter | None:
         """A DoRA's lengths of W's rows, ``(m,)`` or of a convolution ``(1, m, 1, 1)``."""
         magnitudes = self.layer.lora_magnitude_vector
