@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dreamlora.config.data import Data, DataSet
+from dreamlora.config.lora import Lora
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
 from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.publishing import Label
@@ -70,42 +71,6 @@ class Model:
             _respell(self, "family", "families")
         if any(layer < 0 for layer in self.text_encoder_out_layers):
             raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The adapter."""
-
-    rank: int = 4
-    """Rank r of the update B·A."""
-    lora_alpha: float | None = None
-    """The update is scaled by alpha / rank. Default: alpha = rank, so a scale of 1."""
-    lora_dropout: float = 0.0
-    """Probability that an input of lora_A is dropped."""
-    lora_layers: tuple[str, ...] = ()
-    """Layers of the denoiser to adapt, by the ends of their names (commas work too). Default: the family's."""
-    train_text_encoder: bool = False
-    """Adapt the text encoder too."""
-    init: str = "gaussian"
-    """Start of the adapter, which never changes what the model does at first: {inits}."""
-    init_args: tuple[str, ...] = ()
-    """Settings of the start itself as name value pairs, e.g. gamma 64. A wrong name lists the right ones."""
-    training_adapter: str | None = None
-    """A frozen LoRA (file, folder or hub name) that is active in the denoiser while it trains and in the loss that is
-    measured, and off in samples and in the result: for models that were distilled to few steps."""
-    training_adapter_weight_name: str | None = None
-    """Its file in the folder or hub repository, if there are several."""
-
-    def __post_init__(self) -> None:
-        # diffusers' scripts take one text with commas
-        layers = tuple(name.strip() for part in self.lora_layers for name in part.split(",") if name.strip())
-        object.__setattr__(self, "lora_layers", layers)
-        _respell(self, "init", "inits")
-        _pairs(self, "init_args")
-        _at_least(self, 1, "rank")
-        _within(self, 1, 2**14 + 1, "rank")  # more than any layer has
-        _above(self, 0, "lora_alpha")
-        _within(self, 0, 1, "lora_dropout")
 
 
 @dataclass(frozen=True)
@@ -301,6 +266,8 @@ class RunConfig:
             raise UserError("--class_data_dir is only used together with --with_prior_preservation")
         if self.optim.text_encoder_lr is not None and not self.lora.train_text_encoder:
             raise UserError("--text_encoder_lr is only used together with --train_text_encoder")
+        if self.lora.text_encoder_rank is not None and not self.lora.train_text_encoder:
+            raise UserError("--text_encoder_rank is only used together with --train_text_encoder")
         own = [flag for flag in IMAGES_FOR_METRICS if getattr(self.eval, flag) is not None]
         if own and not self.eval.eval_metrics:
             raise UserError(f"--{own[0]} is only used together with --eval_metrics")

@@ -170,7 +170,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
     model = with_lora(context, components, text)
     few, layers = layers_below_rank(model)
-    if "rank" in config.given and 2 * few >= layers:
+    if "rank" in config.given and layers and 2 * few >= layers:
         context.warn(f"--rank {config.lora.rank} is more than {few} of the {layers} layers have inputs or outputs")
     trainables = trainable_parameters(model)
     model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients

@@ -18,7 +18,8 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Components, Conditioning, Role, View
 from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.pairs import tuned_layers
+from dreamlora.lora.targets import wanted_layers
 from dreamlora.models.building import without_weights
 from dreamlora.models.configs import in_one_line
 from dreamlora.models.footprint import META, Footprint, bytes_of
@@ -38,7 +39,7 @@ HOW = (
 
 
 class Trained(NamedTuple):
-    """The LoRA of one part: its layers and numbers, and the ranks and alphas that they have."""
+    """The adapter of one part: its layers and numbers, and the ranks and alphas that they were given."""
 
     part: str
     layers: int
@@ -89,9 +90,9 @@ class Rehearsal:
         """
         found = []
         for name, module in self._trainable.items():
-            layers = list(adapted_layers(module))
+            layers = list(tuned_layers(module))
             ranks = tuple(sorted({layer.rank for layer in layers}))
-            alphas = tuple(sorted({round(layer.scaling * layer.rank, 6) for layer in layers}))
+            alphas = tuple(sorted({round(layer.given, 6) for layer in layers}))
             numbers = sum(parameter.numel() for parameter in trainable_parameters(module).values())
             found.append(Trained(name, len(layers), numbers, ranks, alphas))
         return found
@@ -151,19 +152,20 @@ class Rehearsal:
     def _trainable(self) -> dict[str, nn.Module]:
         """The parts that train, with their LoRA."""
         config, family = self._context.config, self._family
-        wanted = {family.DENOISER: config.lora.lora_layers or family.LORA_LAYERS}
+        wanted = {family.DENOISER: (config.lora, wanted_layers(config.lora, family))}
         if config.lora.train_text_encoder:
-            wanted |= {name: family.TEXT_LORA_LAYERS for name in family.TEXT_ENCODERS if name in self._modules}
-        for name, layers in wanted.items():
+            text = (config.lora.of_text_encoder, family.TEXT_LORA_LAYERS)
+            wanted |= {name: text for name in family.TEXT_ENCODERS if name in self._modules}
+        for name, (lora, layers) in wanted.items():
             module: Any = self._modules[name]
             dtype = next(module.parameters()).dtype
             with META:
-                add_lora(module, config.lora, layers)
+                add_lora(module, lora, layers, name)
             for parameter in trainable_parameters(module).values():
                 parameter.data = parameter.data.to(dtype)  # where autocast would, which meta tensors do not have
             if config.model.gradient_checkpointing:
-                text = name != family.DENOISER
-                (module.gradient_checkpointing_enable if text else module.enable_gradient_checkpointing)()
+                of_text = name != family.DENOISER
+                (module.gradient_checkpointing_enable if of_text else module.enable_gradient_checkpointing)()
         for name in family.EMBEDDING_KEYS if config.tokens.new_tokens else ():
             encoder: Any = self._modules[name]
             encoder.enable_input_require_grads()  # embeddings of new tokens

@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
@@ -88,13 +89,14 @@ def _made(config: RunConfig, folder: RunFolder) -> Iterator[CommitOperationAdd]:
 
 def _card(config: RunConfig, repository: str) -> str:
     """The model card; the base model is named if it is one of the hub: of a folder nobody else knows anything."""
+    kind = registry.load("adapters", config.lora.adapter).NAME
     card = load_or_create_model_card(
         repo_id_or_path=repository,
         token=config.train.hub_token,
         from_training=True,
         base_model=_hub_name(config.model.pretrained_model_name_or_path),
         prompt=config.data.subject_prompt,
-        model_description=f"A LoRA of rank {config.lora.rank}, trained by dreamlora.{_tokens_told(config)}",
+        model_description=f"A {kind} of rank {config.lora.rank}, trained by dreamlora.{_tokens_told(config)}",
     )
     if getattr(card.data, "base_model", None):  # one that is there already may be from before this was so
         card.data.base_model = _hub_name(str(card.data.base_model))

@@ -22,7 +22,8 @@ from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.interfaces import Conditioning
 from dreamlora.lora.assistant import switch
 from dreamlora.lora.embeddings import files_beside
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.files import apply_lora
+from dreamlora.lora.pairs import tuned_layers
 from dreamlora.models.new_tokens import Vectors, by_token, load_embeddings, put_for_a_while
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
@@ -76,6 +77,7 @@ class ExpectedOutput:
         image_file: the image drawn while training.
         call: of the sample's prompt.
         shown: the image that the prompt edits; empty for models that do not edit.
+        stock_loader: whether diffusers' ``load_lora_weights`` knows this kind of adapters; else ``apply_lora`` loads.
     """
 
     lora_folder: Path
@@ -83,6 +85,7 @@ class ExpectedOutput:
     image_file: Path
     call: Call
     shown: Shown
+    stock_loader: bool = True
 
 
 @torch.no_grad()
@@ -109,8 +112,8 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
 
     signs = torch.randn(noisy.shape, generator=draws).sign()
     with_lora, rounded = answer(noisy), answer(noisy * (1 + signs * _precision(run)))
-    for adapted in adapted_layers(model):
-        adapted.layer.enable_adapters(False)
+    for tuned in tuned_layers(model):
+        tuned.layer.enable_adapters(False)
     for part in run.new_tokens.values():
         part.rows.copy_(part.start)
     start = by_token({new.token: new.vectors for new in run.config.tokens.tokens}, run.new_tokens)
@@ -135,13 +138,17 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
     Embeddings of new tokens are loaded by ``load_textual_inversion``.
 
     Returns:
-        Prompt, seed and step; the figures of ``compare_images``; and as ``call`` those of ``compare_calls``.
+        Prompt, seed and step; the figures of ``compare_images``; as ``call`` those of ``compare_calls``; and
+        ``loader``, if it is not diffusers'.
     """
     pipeline, sample = fresh.pipeline(), expected.sample
     with put_for_a_while(fresh.get("text"), expected.call.start):
         without_lora = _answer(fresh, expected)
     load_embeddings(pipeline, files_beside(expected.lora_folder / LORA_FILE), fresh.family.EMBEDDING_KEYS)
-    pipeline.load_lora_weights(str(expected.lora_folder))
+    if expected.stock_loader:
+        pipeline.load_lora_weights(str(expected.lora_folder))
+    else:
+        apply_lora(pipeline, expected.lora_folder)
     call = compare_calls(expected.call, _answer(fresh, expected), without_lora)
     seen = own_picture(expected.image_file)
     plan = SamplePlan(
@@ -155,7 +162,8 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
     )
     [drawn] = draw(pipeline, plan, _asked(fresh, expected))
     of_sample = {key: sample[key] for key in ("prompt", "seed", "step")}
-    return {**of_sample, **compare_images(seen, drawn.image), "call": call}
+    loader = {} if expected.stock_loader else {"loader": "dreamlora"}
+    return {**of_sample, **compare_images(seen, drawn.image), "call": call, **loader}
 
 
 def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
