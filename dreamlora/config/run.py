@@ -21,7 +21,7 @@ from dreamlora.config.ranges import finite as _finite
 from dreamlora.config.ranges import numbers_by_name as _numbers_by_name
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
-from dreamlora.config.ranges import spelled as _spelled
+from dreamlora.config.ranges import respell_all as _respell_all
 from dreamlora.config.ranges import steps_or_share as _steps_or_share
 from dreamlora.config.ranges import within as _within
 from dreamlora.config.times import check_times
@@ -301,9 +301,7 @@ class Train:
     """Accepted and unused: accelerate sets it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "save_format", tuple(_spelled("save_format", name, "lora.formats") for name in self.save_format)
-        )
+        _respell_all(self, "save_format", "lora.formats")
         _at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps")
         _at_least(self, 0, "seed", "checkpointing_steps", "noise_offset")
         _within(self, 0, 2**63, "seed")
