@@ -77,7 +77,6 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
                 state.save_lora(run, temporary)
         write_summary(context, run.folder, ended, {"reason": resume.UNCHECKED})
     heed()
-    formats.write(context, run.folder)
     return replace(ended, expected=_expected_output(context, run))
 
 
@@ -94,7 +93,8 @@ def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:
 
 
 def publish(context: RunContext, folder: RunFolder) -> None:
-    """Write the report of a run whose summary is there, and upload if asked to."""
+    """Write the formats of other programs, and the report, of a run whose summary is there; upload if asked to."""
+    formats.write(context, folder)
     write_report(folder.path)
     if context.config.train.push_to_hub:
         push_to_hub(context.config, folder)
