@@ -9,7 +9,6 @@ from pathlib import Path
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
@@ -56,7 +55,7 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
         write_atomically(folder.path / CARD, card)
         api.create_commit(
             repository,
-            [CommitOperationAdd(CARD, card.encode()), *_made(folder)],
+            [CommitOperationAdd(CARD, card.encode()), *_made(config, folder)],
             commit_message="LoRA, samples and model card of a run of dreamlora",
         )
     except UserError:
@@ -68,16 +67,16 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
         ) from error
 
 
-def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
+def _made(config: RunConfig, folder: RunFolder) -> Iterator[CommitOperationAdd]:
     """The files to upload, besides the card."""
     for file in (folder.lora_file, folder.best / folder.lora_file.name, folder.selection_file):
         if is_regular(file, folder.path):
             yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
-    for place in (folder.path, folder.best):
-        for exported in (folder.exported(form, place) for form in registry.names("lora.formats")):
-            for file in sorted(exported.rglob("*")) if exported.is_dir() else [exported]:
-                if is_regular(file, folder.path):
-                    yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
+    exported = (folder.exported(form, at) for form in config.train.save_format for at in (folder.path, folder.best))
+    for entry in exported:
+        for file in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
+            if is_regular(file, folder.path):
+                yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
     place = folder.samples.relative_to(folder.path)
     rows = []
     for row in rows_with_places(folder.samples_file, folder.path):

@@ -96,6 +96,18 @@ def test_what_the_run_made_is_uploaded_and_nothing_else(run: RunFolder, hub: Hub
     assert str(run.path.parent).encode() not in b"".join(hub.sent.values())
 
 
+def test_formats_that_were_asked_for_are_uploaded(run: RunFolder, hub: Hub) -> None:
+    made = {
+        "run_kohya.safetensors",
+        "best/run_peft/adapter_config.json",
+        "best/run_peft/text_encoder/adapter_config.json",
+    }
+    for name in (*made, "run_comfyui.safetensors"):
+        write(run.path / name, b"made")
+    push_to_hub(config(save_format=("kohya", "peft")), run)
+    assert set(hub.sent) == MADE | made
+
+
 @pytest.mark.parametrize("name", sorted(MADE - {"README.md", "samples/samples.jsonl"}))
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_nothing_from_behind_a_link_is(kind: str, name: str, run: RunFolder, hub: Hub, tmp_path: Path) -> None:
