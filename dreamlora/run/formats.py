@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora import exporting
-from dreamlora.lora.names import ModelNames, model_names
+from dreamlora.lora.names import ModelNames, names_of
 from dreamlora.lora.saving import weights_of
 from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
 from dreamlora.models.loading import read_config
@@ -26,7 +26,7 @@ def require_names(context: RunContext, denoiser: nn.Module, layers: Sequence[str
 
     Args:
         context: with all options.
-        denoiser: without numbers.
+        denoiser: its numbers do not matter.
         layers: of it, by name.
 
     Raises:
@@ -35,16 +35,16 @@ def require_names(context: RunContext, denoiser: nn.Module, layers: Sequence[str
     config, family = context.config, context.family
     if not config.train.save_format:
         return
-    weights = {family.DENOISER: {layer: _thin(denoiser.get_submodule(layer)) for layer in layers}}
+    weights = {family.DENOISER: {name: _thin(denoiser.get_submodule(name)) for name in layers}}
     for encoder in family.TEXT_ENCODERS if config.lora.train_text_encoder else ():
         weights[encoder] = {"encoder.layers.0.mlp.fc1": lora_weights(torch.zeros(1, 1), torch.zeros(1, 1))}
     require(config.train.save_format, weights, family, context.source)
 
 
 def _thin(layer: nn.Module) -> LayerWeights:
-    """A LoRA of rank 1 of a layer."""
-    shape: torch.Size = layer.weight.shape  # type: ignore[assignment]
-    return lora_weights(torch.zeros(1, *shape[1:]), torch.zeros(shape[0], 1, *(1 for _ in shape[2:])))
+    """A LoRA of rank 1 that does nothing."""
+    rows, *columns = cast(Tensor, layer.weight).shape
+    return lora_weights(torch.zeros(1, *columns), torch.zeros(rows, 1, *(1 for _ in columns[1:])))
 
 
 def require_held(context: RunContext, run: Run) -> None:
@@ -67,10 +67,6 @@ def require(forms: tuple[str, ...], weights: AdapterWeights, family: Family, sou
     """
     model = _names(family, source)
     for form in forms:
-        if model is None and not exporting.is_nameless(form):
-            raise UserError(
-                f"--save_format {form}: what other programs call the layers of {registry.name_of(family)} is not known"
-            )
         try:
             exporting.written(weights, form, model)
         except ValueError as error:
@@ -83,10 +79,13 @@ def write(context: RunContext, folder: RunFolder) -> None:
     for form in context.config.train.save_format:
         for place in (folder.path, folder.best):
             file = place / folder.lora_file.name
-            if form != exporting.OWN_FORMAT and is_regular(file, folder.path):
-                content = exporting.converted(file, form, model)
-                exporting.save(folder.exported(form, place), form, content)
+            if form == exporting.OWN_FORMAT or not is_regular(file, folder.path):
+                continue
+            try:
+                exporting.save(folder.exported(form, place), form, exporting.converted(file, form, model))
+            except ValueError as error:  # of what it has become in training; the rest of the run is not lost
+                context.warn(f"--save_format {form}: {file} cannot be written so: {error}")
 
 
-def _names(family: Family, source: ModelSource) -> ModelNames | None:
-    return model_names(registry.name_of(family), read_config(source, family.DENOISER))
+def _names(family: Family, source: ModelSource) -> ModelNames:
+    return names_of(family, read_config(source, family.DENOISER))

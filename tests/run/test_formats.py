@@ -17,7 +17,9 @@ from dreamlora.lora.names import LayerNames, ModelNames, model_names, same
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 from dreamlora.models import parts
 from dreamlora.run import formats, preflight
-from tests.training.conftest import cache, flags, photos, train  # noqa: F401
+from tests.training.conftest import cache, flags, photos, train
+
+__all__ = ["cache", "flags", "photos", "train"]
 
 
 def test_the_result_and_the_best_are_in_all_formats(train, sd_folder: Path) -> None:
@@ -52,9 +54,9 @@ def test_a_layer_without_a_name_stops_the_run_before_anything_is_loaded(train, m
         return get(self, role)
 
     model = ModelNames("unet", LayerNames(same("conv_in")))
-    monkeypatch.setattr(formats, "model_names", lambda family, config: model)
+    monkeypatch.setattr(formats, "names_of", lambda family, config: model)
     monkeypatch.setattr(parts.Parts, "get", scheduler_alone)
-    with pytest.raises(UserError, match="--save_format comfyui: .*to_.* has no name there"):
+    with pytest.raises(UserError, match=r"--save_format comfyui: .*to_.* has no name there"):
         train("--save_format", "comfyui")
 
 
@@ -66,7 +68,7 @@ def test_what_a_format_cannot_hold_stops_the_run_before_it_trains(train, monkeyp
         return {"unet": {"conv_in": LayerWeights("lokr", factors, 1.0)}}
 
     monkeypatch.setattr(formats, "weights_of", kinds)
-    with pytest.raises(UserError, match="--save_format diffusers: .*LoRAs and DoRAs alone"):
+    with pytest.raises(UserError, match=r"--save_format diffusers: .*LoRAs and DoRAs alone"):
         train("--save_format", "diffusers")
 
 

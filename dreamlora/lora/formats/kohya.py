@@ -66,8 +66,8 @@ def write(weights: AdapterWeights, model: ModelNames) -> FileContent:
     Raises:
         ValueError: see there.
     """
-    loras = any(each.kind == "lora" for layers in weights.values() for each in layers.values())
-    if loras and (lacking := model.lacking("kohya")):
+    pairs = any(each.kind == "lora" for layers in weights.values() for each in layers.values())
+    if pairs and (lacking := model.lacking("kohya")):
         raise ValueError(lacking)
     named: dict[str, LayerWeights] = {}
     for component, adapters in weights.items():
