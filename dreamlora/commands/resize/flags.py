@@ -1,0 +1,27 @@
+"""``dreamlora resize``: the flags. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dreamlora.commands.written_lora import Rank, Written
+from dreamlora.errors import UserError
+
+
+@dataclass(frozen=True)
+class ResizeConfig:
+    """Give a LoRA a lower rank: the best approximation of every layer, and what it loses."""
+
+    lora: Path
+    """A LoRA file, or a folder with one; the flag's name may be left out."""
+    written: Written
+    kept: Rank = field(default_factory=Rank)
+    family: str | None = None
+    """Family of the model that the LoRA is for. Default: seen from the names of its layers."""
+    json: bool = False
+    """Print the layers as JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        if not self.kept.given:
+            raise UserError("to which rank? Give --rank 16, --energy 0.99 or --sv_ratio 20")

@@ -1,0 +1,42 @@
+"""A LoRA at a lower rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+from dreamlora.commands.kept_layers import KeptLayers
+from dreamlora.commands.lora_files import carried, check_lora_output, content_of, read_given, write_lora
+from dreamlora.commands.resize.flags import ResizeConfig
+from dreamlora.lora.low_rank import Cut, resized, spectrum_of
+
+
+def resize(config: ResizeConfig) -> dict[str, Any]:
+    """Write the LoRA; what became of its layers, as JSON can say it.
+
+    Raises:
+        UserError: the LoRA cannot be read or written so, or something lies in the place of the output.
+        WriteError: the system refused.
+    """
+    given = read_given(config.lora, None, config.family)
+    format_name = config.written.format or given.file.format
+    check_lora_output(config.written, format_name)
+    content_of(given.weights, config.written, format_name, given.names, {})  # what cannot be written is told at once
+    kept = config.kept
+    cut = Cut(kept.rank, kept.energy, kept.sv_ratio)
+    layers = [(component, *item) for component, own in given.weights.items() for item in own.items()]
+    found = KeptLayers()
+    for component, layer, adapter in tqdm(layers, "resizing", unit="layer", delay=3, leave=False):
+        spectrum = spectrum_of(adapter)
+        found.add(component, layer, resized(adapter, cut, spectrum), spectrum.energy**0.5, adapter.rank)
+    content = content_of(found.weights, config.written, format_name, given.names, carried(given.file.metadata))
+    write_lora(config.written, content)
+    return {
+        "lora": str(given.file.path),
+        "output": str(config.written.output),
+        "format": format_name,
+        **found.summary(),
+        "bytes_before": given.file.path.stat().st_size,
+        "bytes": config.written.output.stat().st_size,
+    }
