@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dreamlora import registry
 from dreamlora.commands.interim import model_names
@@ -22,6 +22,7 @@ from dreamlora.models.local import is_single_file
 from dreamlora.models.single_file.configs import unet_config
 from dreamlora.models.single_file.contents import read_contents
 from dreamlora.models.single_file.kinds import UNET, prediction_of, recognize
+from dreamlora.models.single_file.others import other_kind
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,8 @@ def _denoiser_alone(file: Path, headers: Mapping[str, Header], family: str | Non
             continue
         tensors = {place.tensor for place in layers.values()}
         found[known] = (len(tensors) / max(wide, 1), names, layers)
-    name, (share, names, layers) = max(found.items(), key=lambda item: item[1][0], default=("", (0.0, None, None)))
-    if names is None or layers is None or share < _FEWEST:
-        raise UserError(_unknown(file))
+    name = max(found, key=lambda known: found[known][0], default="")
+    if not name or found[name][0] < _FEWEST:
+        raise UserError(f"{file} {other_kind(read_contents(file))}")
+    _, names, layers = found[name]
     return BaseModel(str(file), name, names, {names.denoiser: layers}, {names.denoiser: {file: own}})
-
-
-def _unknown(file: Path) -> str:
-    from dreamlora.models.single_file.others import other_kind
-
-    return f"{file} {other_kind(read_contents(file))}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from dreamlora import registry
 from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
 from dreamlora.lora.files import _find
-from dreamlora.lora.formats import FileContent, _factors, diffusers
+from dreamlora.lora.formats import FileContent, _factors
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.settings import settings_of
 from dreamlora.lora.weights import AdapterWeights
@@ -34,9 +33,7 @@ def read_lora(path: Path) -> LoraFile:
     with open_tensors(file) as opened:
         shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
         metadata = opened.metadata() or {}
-    name = next(
-        (n for n in registry.names("lora.formats") if registry.load("lora.formats", n).recognises(shapes)), ""
-    )
+    name = next((n for n in registry.names("lora.formats") if registry.load("lora.formats", n).recognises(shapes)), "")
     if not name:
         raise UserError(f"{file} is not a LoRA")
     return LoraFile(file, name, shapes, metadata)

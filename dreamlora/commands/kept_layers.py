@@ -61,7 +61,9 @@ def table_of(found: Mapping[str, Any]) -> Iterator[str]:
     ranks = sorted(row["rank"] for row in rows)
     before = sorted({row["rank_before"] for row in rows if row.get("rank_before")})
     yield (
-        f"{len(rows)} layers: rank {_span(before)} -> {_span(ranks)}" if before else f"{len(rows)} layers: rank {_span(ranks)}"
+        f"{len(rows)} layers: rank {_span(before)} -> {_span(ranks)}"
+        if before
+        else f"{len(rows)} layers: rank {_span(ranks)}"
     ) + f", {_percent(found['kept_energy'])} of the energy kept, relative error {found['relative_error']:.2g}"
 
 

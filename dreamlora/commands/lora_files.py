@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from dreamlora.lora.weights import AdapterWeights
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OWN_FORMAT = "diffusers"
 """The format of LoRAs that are made of no other."""
-_LACKING = "which family is {} for? Its layers are those of {}: give --family"
 _NOT_CARRIED = {METADATA_KEY, "format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"}
 """Entries of a header that say something of the tensors that the file had."""
 _FREE = 2**24
@@ -47,16 +46,21 @@ class Given:
     def label(self) -> str:
         """Its name, for a person; that of its folder where all files are called alike."""
         path = self.file.path
-        return path.name if path.name != "pytorch_lora_weights.safetensors" else f"{path.resolve().parent.name}/{path.name}"
+        return (
+            path.name
+            if path.name != "pytorch_lora_weights.safetensors"
+            else f"{path.resolve().parent.name}/{path.name}"
+        )
 
 
-def read_given(path: Path, names: ModelNames | None, family: str | None = None) -> Given:
+def read_given(path: Path, names: ModelNames | None, family: str | None = None, written: str | None = None) -> Given:
     """A LoRA of any program.
 
     Args:
         path: of a file, or of a folder with one.
         names: of the layers of its model; None: to be found out.
         family: that a person has named.
+        written: format that it is to be written in; None: its own.
 
     Raises:
         UserError: see ``read_weights``; or it fits several families, or none.
@@ -64,28 +68,34 @@ def read_given(path: Path, names: ModelNames | None, family: str | None = None) 
     file = read_lora(path)
     if names is None and family:
         names = model_names(family, {})
-    if names is None and file.format != OWN_FORMAT:
-        names = _guessed(path, file)
-    return Given(file, read_weights(path, names), names)
+    if names is not None or file.format == OWN_FORMAT:
+        return Given(file, read_weights(path, names), names)
+    found = dict(_families(path, file))
+    if not found:
+        raise UserError(f"{file.path}: its layers are those of no family that is known: give --family")
+    readings = list(found.values())
+    alike = all(_layers(given) == _layers(readings[0]) for given in readings)
+    if len(found) > 1 and not (alike and written in (None, file.format, OWN_FORMAT)):
+        raise UserError(f"{file.path} may be for {' or '.join(found)}: give --family")
+    return readings[0]
 
 
-def _guessed(path: Path, file: LoraFile) -> ModelNames:
-    """By the layers: those families count in whose names the file would be written again as it is."""
-    found: dict[str, ModelNames] = {}
+def _families(path: Path, file: LoraFile) -> Iterator[tuple[str, Given]]:
+    """Those in whose names the file would be written again as it is, and what it is then."""
+    tensors = {key for key in file.shapes if not key.endswith(".alpha")}
     for family in registry.names("families.layers"):
         names = model_names(family, {})
         try:
-            again = registry.load("lora.formats", file.format).write(read_weights(path, names), names)
+            weights = read_weights(path, names)
+            again = registry.load("lora.formats", file.format).write(weights, names)
         except (UserError, ValueError):
             continue
-        if again.tensors.keys() >= {key for key in file.shapes if not key.endswith(".alpha")} and names:
-            found[family] = names
-    if not found:
-        read_weights(path, None)
-        raise UserError(f"{file.path}: its layers are those of no family that is known: give --family")
-    if len(found) > 1:
-        raise UserError(_LACKING.format(file.path, " and ".join(found)))
-    return next(iter(found.values()))
+        if again.tensors.keys() >= tensors:
+            yield family, Given(file, weights, names)
+
+
+def _layers(given: Given) -> set[tuple[str, str]]:
+    return {(component, layer) for component, layers in given.weights.items() for layer in layers}
 
 
 def check_output(output: Path, needed: int = 0) -> None:

@@ -66,7 +66,7 @@ class Cut:
             lacking = spectrum.energy * (1 - self.energy + _ROUNDING)
             ranks.append(int((spectrum.energy - S.square().cumsum(0) > lacking).sum()) + 1)
         if self.ratio is not None:
-            ranks.append(int((S > S[0] / self.ratio).sum()))
+            ranks.append(int((S[0] / self.ratio < S).sum()))
         return max(1, min(ranks))
 
 
@@ -125,7 +125,7 @@ def _of_kronecker(tensors: Mapping[str, Tensor], scale: float) -> Spectrum:
     one, other = (_half(tensors, name) for name in ("lokr_w1", "lokr_w2"))
     S = torch.outer(one.S, other.S).flatten() * abs(scale)
     order = S.argsort(descending=True)
-    order = order[: max(1, int((S > S.max() * _ROUNDING).sum()))]
+    order = order[: max(1, int((S.max() * _ROUNDING < S).sum()))]
     U, V = torch.kron(one.U, other.U)[:, order], torch.kron(one.V, other.V)[order]
     return Spectrum(U * math.copysign(1, scale), S[order], V, float(S[order].square().sum()))
 
@@ -175,7 +175,8 @@ def spectrum_of_matrix(matrix: Tensor, cut: Cut) -> Spectrum:
 
     Of a large one only the largest are looked for, by a randomised method (Halko, Martinsson and Tropp 2011, algorithm
     4.4, with a fixed seed). What they lack of the matrix is known all the same, as ``energy`` is the matrix' own: the
-    error of ``kept`` is that of the LoRA and no estimate. Where they do not reach the cut's energy, more are looked for.
+    error of ``kept`` is that of the LoRA and no estimate. Where they do not reach the cut's energy, more are looked
+    for.
     """
     energy, most = float(matrix.square().sum()), min(matrix.shape)
     wanted = min(cut.rank or _FIRST_GUESS, most)

@@ -150,9 +150,7 @@ def layers_of_clip(file: Path, headers: Mapping[str, Header], encoder: ClipEncod
 
 
 _OPEN_CLIP = LayerNames(
-    Original(
-        f"transformer.resblocks.{{}}.{name}", tuple(f"encoder.layers.{{}}.{layer}" for layer in layers)
-    )
+    Original(f"transformer.resblocks.{{}}.{name}", tuple(f"encoder.layers.{{}}.{layer}" for layer in layers))
     for name, layers in {
         "attn.in_proj_weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "attn.out_proj.weight": ("self_attn.out_proj",),

@@ -75,7 +75,9 @@ def _part(source: ModelSource, name: str, place: Place, names: FileNames) -> Pip
     local = Path(place.path, place.folder)
     there = [file.name for file in local.iterdir()] if local.is_dir() else list(place.listing())
     settings = tuple(
-        sorted(file for file in there if file.endswith(_SETTINGS) and not file.endswith(".index.json") and "/" not in file)
+        sorted(
+            file for file in there if file.endswith(_SETTINGS) and not file.endswith(".index.json") and "/" not in file
+        )
     )
     weights: tuple[Path, ...] = ()
     if any(file.endswith(_WEIGHTS) for file in there):

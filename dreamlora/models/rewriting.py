@@ -52,7 +52,11 @@ def rewrite(source: Path, target: Path, rewriting: Rewriting) -> int:
         UserError: the source is no safetensors file; or a number that comes out is too large for its precision.
         WriteError: the system refused.
     """
-    with open_tensors(source, most=MOST_TENSORS) as tensors, source.open("rb") as stream, replacing(target) as temporary:
+    with (
+        open_tensors(source, most=MOST_TENSORS) as tensors,
+        source.open("rb") as stream,
+        replacing(target) as temporary,
+    ):
         length = struct.unpack("<Q", stream.read(8))[0]
         header: dict[str, Any] = json.loads(stream.read(length))
         start = 8 + length
@@ -120,5 +124,3 @@ def _copy(stream: BinaryIO, out: BinaryIO, size: int) -> None:
             raise EOFError
         out.write(part)
         size -= len(part)
-
-

@@ -33,4 +33,5 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"  and {len(others) - _MOST} more, with smaller changes: --json has all"
     if not found["all_compared"]:
         yield "norms and biases were not compared, as one of the models is a folder and the other a single file"
-    yield f"{found['output']}: {found['tuned']} - {found['base']}, {megabytes(found['bytes'])}, format {found['format']}"
+    what = f"{found['tuned']} - {found['base']}"
+    yield f"{found['output']}: {what}, {megabytes(found['bytes'])}, format {found['format']}"

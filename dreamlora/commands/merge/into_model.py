@@ -80,9 +80,7 @@ def _open(config: MergeConfig) -> BaseModel:
     return open_model(model, as_folder=not to_file)
 
 
-def _plan(
-    base: BaseModel, loras: list[Given], strengths: tuple[float, ...]
-) -> dict[tuple[Path, str], Parts]:
+def _plan(base: BaseModel, loras: list[Given], strengths: tuple[float, ...]) -> dict[tuple[Path, str], Parts]:
     """By file and tensor, what is added where.
 
     Raises:
@@ -98,7 +96,7 @@ def _plan(
     for (component, layer), several in adapters.items():
         place = base.layers[component][layer]
         plan.setdefault((place.file, place.tensor), []).append((place, several))
-    for component, files in base.files.items():
+    for files in base.files.values():
         for file, headers in files.items():
             refuse_quantised(file, headers, (name for name in headers if (file, name) in plan))
     return plan
@@ -106,9 +104,7 @@ def _plan(
 
 def _check(base: BaseModel, lora: Given, component: str, layer: str) -> None:
     if component not in base.layers:
-        raise UserError(
-            f"{lora.file.path} is also for the {component}, and {base.path} has none: give the whole model"
-        )
+        raise UserError(f"{lora.file.path} is also for the {component}, and {base.path} has none: give the whole model")
     place = base.layers[component].get(layer)
     wrong = None
     if place is None:

@@ -31,8 +31,6 @@ def merge_together(config: MergeConfig) -> dict[str, Any]:
     check_lora_output(config.written, format_name)
     sums = _sums(loras, config.strengths)
     names = next((lora.names for lora in loras if lora.names), None)
-    if names and any(component not in (names.denoiser, *names.text_encoders) for component, _ in sums):
-        names = None
     # what the format cannot hold is told before anything is decomposed
     whole = KeptLayers()
     for (component, layer), adapter in sums.items():
@@ -60,7 +58,7 @@ def _read(config: MergeConfig) -> list[Given]:
     names: ModelNames | None = None
     loras: list[Given] = []
     for path in config.lora:
-        loras.append(read_given(path, names, config.family))
+        loras.append(read_given(path, names, config.family, config.written.format))
         names = names or loras[-1].names
     return loras
 

@@ -19,7 +19,7 @@ def resize(config: ResizeConfig) -> dict[str, Any]:
         UserError: the LoRA cannot be read or written so, or something lies in the place of the output.
         WriteError: the system refused.
     """
-    given = read_given(config.lora, None, config.family)
+    given = read_given(config.lora, None, config.family, config.written.format)
     format_name = config.written.format or given.file.format
     check_lora_output(config.written, format_name)
     content_of(given.weights, config.written, format_name, given.names, {})  # what cannot be written is told at once
