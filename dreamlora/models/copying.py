@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dreamlora.errors import UserError
-from dreamlora.files import replacing_folder, write_atomically
+from dreamlora.files import make_folder, replacing_folder, write_atomically
 from dreamlora.interfaces import ModelSource
 from dreamlora.models.checkpoint import headers_of
 from dreamlora.models.fetching import Place
@@ -112,8 +112,7 @@ def write_pipeline(
             index[name] = [None, None]
     with replacing_folder(folder) as temporary:
         for part in parts:
-            own = temporary / part.name
-            own.mkdir()
+            own = make_folder(temporary / part.name)
             for name in part.settings:
                 shutil.copyfile(part.place.file(name), own / name)
             _write_weights(part, own, source.variant, rewritings.get(part.name))
