@@ -46,6 +46,9 @@ COPIES = "negative"
 RELATIVE = "rel"
 """... for a loss divided, item by item, by the base model's."""
 
+RAW = "raw"
+"""... for the loss of the weights without their moving average."""
+
 
 def of_metric(name: str, part: str) -> str:
     """What a metric says besides its main value ``name``."""
@@ -55,6 +58,11 @@ def of_metric(name: str, part: str) -> str:
 def relative(name: str) -> str:
     """A loss divided, item by item, by the base model's."""
     return of_metric(name, RELATIVE)
+
+
+def raw(name: str) -> str:
+    """A loss of the weights without their moving average."""
+    return of_metric(name, RAW)
 
 
 def of_part(name: str, part: str) -> str:

@@ -50,11 +50,16 @@ ELSEWHERE: dict[str, str] = {
     "discrete_flow_shift": "use --timestep_shift",
     "masked_loss": "use --mask_data_dir and a folder of masks, or --alpha_mask",
     "network_alpha": "use --lora_alpha",
-    "use_ema": "only --optimizer schedulefree_adamw keeps an average of the LoRA weights over steps",
+    "use_ema": "use --ema_decay and a decay, such as 0.999",
+    "ema_max_decay": "use --ema_decay",
+    "ema_inv_gamma": "the warm-up of --ema_decay has no settings",
+    "offload_ema": "the moving average stays on the device: it is as small as the LoRA",
+    "ema_power": "the warm-up of --ema_decay has no settings",
 }
 """Flags that are refused, with the reason or the flag to use."""
 
 UNNEEDED: dict[str, str] = {
+    "foreach_ema": "the moving average of --ema_decay is always made that way",
     "cache_latents": "latents are always cached here",
     "upcast_before_saving": "LoRA weights are float32 here, in training and when saved",
     "offload": "the autoencoder, and text encoders that do not train, are always freed before training",

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.config.publishing import Metadata
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import finite as _finite
@@ -139,6 +140,9 @@ class Optim:
     """Added to the root of the second moment. Default: the optimizer's own, mostly 1e-8."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
+    ema_decay: float = 0.0
+    """Decay, such as 0.999, of a moving average of the LoRA, which is then what is measured, drawn and saved; 0: none.
+    The first steps count less of it: (1 + n) / (10 + n), n steps before."""
 
     def __post_init__(self) -> None:
         _respell(self, "optimizer", "optimizers")
@@ -147,7 +151,7 @@ class Optim:
         _steps_or_share(self, "lr_warmup_steps")
         _at_least(self, 1, "lr_num_cycles")
         _finite(self, "lr_power")
-        _within(self, 0, 1, "adam_beta1", "adam_beta2")
+        _within(self, 0, 1, "adam_beta1", "adam_beta2", "ema_decay")
         _pairs(self, "optimizer_args")
 
 
@@ -275,6 +279,7 @@ class RunConfig:
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
     encoders: Encoders = field(default_factory=Encoders)
+    about: Metadata = field(default_factory=Metadata)
     given: frozenset[str] = field(default=frozenset(), compare=False, metadata={"option": False})
     """Options that have their value from a person's flag or file, not from a preset or a default."""
 

@@ -54,6 +54,7 @@ class Price:
         curve_items: forward passes of one of them.
         final_items: forward passes of one measurement of the larger set; 0: it is not measured.
         gap_items: of the training images, which are measured beside it.
+        raw_occasions: more measurements of the curve, of the weights without their moving average.
     """
 
     training: int
@@ -61,12 +62,13 @@ class Price:
     curve_items: int
     final_items: int
     gap_items: int
+    raw_occasions: int = 0
 
     @property
     def forwards(self) -> int:
         """All forward passes of the evaluation, of single items."""
         at_end = FINAL_MEASUREMENTS * (self.final_items + self.gap_items) if self.final_items else 0
-        return self.occasions * self.curve_items + at_end
+        return (self.occasions + self.raw_occasions) * self.curve_items + at_end
 
     @property
     def share(self) -> float:
@@ -74,7 +76,10 @@ class Price:
         return self.forwards / self.training
 
     def __str__(self) -> str:
-        text = f"The evaluation loss is measured {self.occasions} times on {self.curve_items} items"
+        text = f"The evaluation loss is measured {self.occasions} times"
+        if self.raw_occasions:
+            text += f" (and {self.raw_occasions} times without the moving average)"
+        text += f" on {self.curve_items} items"
         if self.final_items:
             text += f" and {FINAL_MEASUREMENTS} times on {self.final_items + self.gap_items}"
         return f"{text}: {self.forwards:,} forward passes, {self.share:.0%} of what the training costs."
@@ -90,6 +95,7 @@ class Workload:
         images: that are measured on.
         gap_images: training images that are measured beside the larger set; 0: none.
         checkpointing: whether activations are recomputed in the backward pass.
+        averaged: whether there is a moving average, so that everything but the base model is measured with and without.
     """
 
     steps: int
@@ -97,6 +103,7 @@ class Workload:
     images: int
     gap_images: int
     checkpointing: bool
+    averaged: bool = False
 
     @property
     def training(self) -> int:
@@ -108,17 +115,19 @@ class Workload:
         """What it costs to measure every so many steps (0: never), and a larger set of at least so many items."""
         if not every:
             return Price(self.training, 0, 0, 0, 0)
-        occasions = 1 + math.ceil(self.steps / every)
+        later = math.ceil(self.steps / every)
         final = self.images * math.prod(final_design(self.images, final_items)) if final_items else 0
         gap = _curve_items(self.gap_images) if final_items and self.gap_images else 0
-        return Price(self.training, occasions, _curve_items(self.images), final, gap)
+        raw = later if self.averaged else 0
+        return Price(self.training, 1 + later, _curve_items(self.images), final, gap, raw)
 
 
 def affordable(work: Workload, every: int | None, final_items: int | None, least_every: int) -> tuple[int, int]:
     """Steps between measurements, and items of the larger set, for what was left open (None).
 
-    The larger set gets at most half of what the evaluation may cost, and is the largest of ``FINAL_SIZES`` that fits;
-    the curve gets the rest. Neither gets less than a verdict needs, whatever that costs.
+    The larger set gets at most half of what the evaluation may cost, less where the curve needs more, and is the
+    largest of ``FINAL_SIZES`` that fits; the curve gets the rest. Neither gets less than a verdict needs, whatever that
+    costs.
 
     Args:
         work: the run.
@@ -129,10 +138,13 @@ def affordable(work: Workload, every: int | None, final_items: int | None, least
     ends_alone = work.price(work.steps, 0).forwards
     if final_items is None:
         prices = {items: work.price(work.steps, items).forwards - ends_alone for items in FINAL_SIZES}
-        final_items = next((items for items in FINAL_SIZES if prices[items] <= allowed / 2), FINAL_SIZES[-1])
+        needed = 0 if every is not None else work.price(math.ceil(work.steps / LEAST_OCCASIONS), 0).forwards
+        room = min(allowed / 2, allowed - needed)
+        final_items = next((items for items in FINAL_SIZES if prices[items] <= room), FINAL_SIZES[-1])
     if every is None:
         ends = work.price(work.steps, final_items)
-        between = int((allowed - ends.forwards) // ends.curve_items)
+        each = ends.curve_items * (2 if work.averaged else 1)
+        between = int((allowed - ends.forwards) // each)
         occasions = min(MOST_OCCASIONS, max(LEAST_OCCASIONS, 1 + between))
         every = max(least_every, math.ceil(work.steps / occasions))
     return every, final_items

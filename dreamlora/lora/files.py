@@ -20,6 +20,7 @@ from peft import LoraConfig
 from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
 from dreamlora.lora.fused import fuse
+from dreamlora.lora.metadata import TIMES
 from dreamlora.lora.pairs import ADAPTER, put_factors
 from dreamlora.lora.settings import Settings, settings_of
 from dreamlora.lora.whole import NO_ALPHA, converted, refuse_other_parts, unreadable
@@ -74,7 +75,8 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def same_lora(first: Path, second: Path) -> bool:
-    """Whether two files hold the same tensors and metadata. Their bytes may differ: safetensors shuffles metadata.
+    """Whether two files hold the same tensors and metadata but for their dates. Their bytes may differ: safetensors
+    shuffles metadata.
 
     Raises:
         UserError: one of them is no file of tensors.
@@ -83,9 +85,13 @@ def same_lora(first: Path, second: Path) -> bool:
         keys = sorted(one.keys())
         return (
             keys == sorted(other.keys())
-            and one.metadata() == other.metadata()
+            and _undated(one.metadata()) == _undated(other.metadata())
             and all(_same(one.get_tensor(key), other.get_tensor(key)) for key in keys)
         )
+
+
+def _undated(metadata: dict[str, str] | None) -> dict[str, str]:
+    return {key: value for key, value in (metadata or {}).items() if key not in TIMES}
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

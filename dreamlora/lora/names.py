@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from dreamlora import registry
 
 NUMBER = "{}"
 """In a name: the number of a block."""
@@ -130,6 +132,9 @@ class ModelNames:
         comfyui: whether ComfyUI has the model; None: what it would call its layers is not known.
         one_alpha: whether kohya's files of it have one alpha for all layers: of several diffusers (0.42) loses those of
             attention.
+        architecture: the model's name in ModelSpec, such as "stable-diffusion-xl-v1-base".
+        implementation: ModelSpec's name of the original code.
+        base_version: kohya's ``ss_base_model_version``, which Civitai and Forge tell models apart by.
     """
 
     denoiser: str
@@ -138,6 +143,20 @@ class ModelNames:
     kohya: Literal["original", "diffusers"] | None = "original"
     comfyui: bool = True
     one_alpha: bool = False
+    architecture: str = ""
+    implementation: str = "diffusers"
+    base_version: str = ""
+
+
+def names_of(family: Any, config: Mapping[str, Any]) -> ModelNames:
+    """What other programs call a family's layers.
+
+    Args:
+        family: a module of ``families``.
+        config: of its denoiser; empty: that of the published models.
+    """
+    names: ModelNames = registry.load("families.layers", registry.name_of(family)).names(config)
+    return names
 
 
 CLIP = LayerNames(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import nn
 
 from dreamlora.files import replacing
 from dreamlora.lora.formats import FileContent, diffusers
+from dreamlora.lora.metadata import serialised
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.lora.weights import AdapterWeights, lora_weights
 from dreamlora.runfolder import LORA_FILE
@@ -34,19 +34,21 @@ def weights_of(modules: Mapping[str, nn.Module]) -> AdapterWeights:
     return adapters
 
 
-def save_lora(folder: Path, modules: Mapping[str, nn.Module]) -> Path:
+def save_lora(folder: Path, modules: Mapping[str, nn.Module], header: Mapping[str, str] | None = None) -> Path:
     """Write ``pytorch_lora_weights.safetensors`` as the stock pipeline's ``load_lora_weights`` reads it.
 
     Args:
         folder: may not exist yet.
         modules: see ``weights_of``.
+        header: what else the file says of itself.
     """
-    return save_content(folder / LORA_FILE, diffusers.write(weights_of(modules)))
+    content = diffusers.write(weights_of(modules))
+    return save_content(folder / LORA_FILE, content._replace(metadata={**(header or {}), **content.metadata}))
 
 
 def save_content(file: Path, content: FileContent) -> Path:
     """Write a file of tensors; several names may stand for one tensor."""
     tensors = {name: tensor.clone() for name, tensor in content.tensors.items()}  # safetensors refuses shared memory
     with replacing(file) as temporary:
-        save_file(tensors, temporary, {"format": "pt", **content.metadata})
+        temporary.write_bytes(serialised(tensors, content.metadata))
     return file

@@ -16,6 +16,7 @@ from dreamlora.metric_names import (
     TRAIN_LOSS,
     UPDATE_RMS,
     main_values,
+    raw,
     short,
 )
 from dreamlora.report.facts import (
@@ -23,13 +24,13 @@ from dreamlora.report.facts import (
     ImageMetricCurve,
     RunFacts,
 )
-from dreamlora.report.svg import INK, by_step, chart, level, tidy
+from dreamlora.report.svg import INK, by_step, chart, legend, level, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE = "#3b82f6", "#f08c2e"
-_GROUPS = (_BLUE, _ORANGE, "#2fa36b", "#a06cd5", "#d64f7a", "#7a8699")
+_BLUE, _ORANGE, _GREEN = "#3b82f6", "#f08c2e", "#2fa36b"
+_GROUPS = (_BLUE, _ORANGE, _GREEN, "#a06cd5", "#d64f7a", "#7a8699")
 """Colours of layer groups; a seventh begins anew with dashes."""
 _MOST = 24
 """Layer groups in a chart, and charts of image metrics: a model has some ten, a file of metrics may name any number."""
@@ -42,11 +43,13 @@ _FLAT = 1e-30
 
 
 def evaluation_chart(facts: RunFacts) -> str:
-    """The deterministic loss: base model as a dashed line, best checkpoint marked. Empty without an evaluation."""
+    """The deterministic loss: base model as a dashed line, best checkpoint marked; and that of the weights without
+    their moving average, if there is one. Empty without an evaluation.
+    """
     evaluation = facts.evaluation
     if evaluation is None:
         return ""
-    curve = facts.curve(evaluation.metric)
+    curve, other = facts.curve(evaluation.metric), facts.curve(raw(evaluation.metric))
     images = "held-out" if evaluation.held_out else "training"
     values = dict(zip(curve.steps, curve.values, strict=True))
     best_step = facts.selection.get("step")
@@ -56,7 +59,12 @@ def evaluation_chart(facts: RunFacts) -> str:
     def draw(axes: Axes) -> None:
         if evaluation.base is not None:
             level(axes, evaluation.base, "base model")
-        axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=2, marker="o", markersize=3.5)
+        [line] = axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=2, marker="o", markersize=3.5)
+        if other:
+            line.set_label("moving average")
+            thin: Any = {"linewidth": 1.2, "marker": "o", "markersize": 2}
+            axes.plot(other.steps, other.values, color=_GREEN, label="without it", **thin)
+            legend(axes)
         axes.plot([best_step], [best], marker="o", markersize=9, color="none", mec=_ORANGE, mew=2)
         axes.annotate(
             f"best {best:.3g}",
@@ -67,7 +75,7 @@ def evaluation_chart(facts: RunFacts) -> str:
             va="top",
             color=INK,
         )
-        low, high = min(curve.values), max(curve.values)
+        low, high = min(curve.values + other.values), max(curve.values + other.values)
         span = max(1.36 * (high - low), _LEAST_SPAN * abs(high), _FLAT)
         axes.set_ylim((low + high - span) / 2, (low + high + span) / 2)
         axes.set_ylabel(f"loss on {images} images")

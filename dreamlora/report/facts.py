@@ -6,7 +6,7 @@ import contextlib
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -163,6 +163,20 @@ class RunFacts:
         if best in (None, last) or losses is None:
             return None
         return losses.difference(best, last) if best in losses and last in losses else None
+
+    @cached_property
+    def average_and_raw(self) -> tuple[ItemLosses, ItemLosses] | None:
+        """Losses of the moving average and of the weights that it is of, at the steps where both are known; None: there
+        are none.
+        """
+        average, raw = map(ItemLosses.found, (self.folder.eval_items_file, self.folder.raw_items_file))
+        if average is None or raw is None or average.evalset_id != raw.evalset_id:
+            return None
+        common = average.rows.keys() & raw.rows.keys()
+        if not common or average.image.shape != raw.image.shape:
+            return None
+        average, raw = (replace(one, rows={step: one.rows[step] for step in common}) for one in (average, raw))
+        return average, raw
 
     @cached_property
     def fall_by_image(self) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from dreamlora.runfolder import RunFolder
 
 _FILES = (
     ("pytorch_lora_weights.safetensors", "the LoRA, as diffusers loads it"),
+    ("raw", "the last step's LoRA without the moving average"),
     ("best", "the best checkpoint's LoRA, and why it is the best"),
     ("config.yaml", "every option of the run"),
     ("metrics.jsonl", "every number, one per line"),
@@ -30,7 +31,13 @@ def run_document(run: RunFolder | Path | str) -> Document:
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
     require_run(folder)
-    sources = (folder.metrics_file, folder.summary_file, folder.config_file, folder.eval_items_file)
+    sources = (
+        folder.metrics_file,
+        folder.summary_file,
+        folder.config_file,
+        folder.eval_items_file,
+        folder.raw_items_file,
+    )
     pictures_ = (folder.samples_file, folder.grid_file, folder.timelapse_file)
 
     def render() -> dict[str, str]:
@@ -51,6 +58,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "setup": words.setup(facts),
         "numbers": words.numbers(facts),
         "ended_early": facts.summary.get("ended_early"),
+        "average": words.average(facts),
         "best": words.best(facts),
         "final_table": words.final_table(facts),
         "image_table": words.image_table(facts),

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from dreamlora import figures
+from dreamlora.eval_loss.items import paired_difference
 from dreamlora.eval_loss.selection import difference_text
 from dreamlora.figures import loss, score
 from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, short
@@ -69,6 +70,21 @@ def best(facts: RunFacts) -> str | None:
         return text
     direction = "below" if apart.mean < 0 else "above"
     return f"{text} On the {apart.n} items of the larger set it is {difference_text(apart)} {direction} the last step."
+
+
+def average(facts: RunFacts) -> str | None:
+    """Whether the moving average is better than the weights that it is of; None if there is no such average."""
+    both = facts.average_and_raw
+    if both is None:
+        return None
+    average, raw = both
+    step = average.steps[-1]
+    apart = paired_difference(raw.rows[step], average.rows[step])
+    direction = "higher" if apart.mean > 0 else "lower"
+    verdict = "which cannot be told apart" if abs(apart.mean) <= apart.se else f"{difference_text(apart)} {direction}"
+    text = f"The moving average has a loss of {loss(average.mean(step))} at step {step}, the weights without it have "
+    text += f"{loss(raw.mean(step))}, {verdict}."
+    return f"{text} Their LoRA lies in raw/." if facts.folder.raw.exists() else text
 
 
 def final_table(facts: RunFacts) -> list[tuple[str, str, str, str]]:

@@ -139,7 +139,8 @@ def _optimizer(context: RunContext) -> str:
     text += f", {optim.lr_scheduler}"
     if optim.lr_scheduler != "constant" and optim.lr_warmup_steps:
         text += f" after {optim.lr_warmup_steps:g} steps of warm-up"
-    return f"{text}, weight decay {optim.adam_weight_decay:g}"
+    text += f", weight decay {optim.adam_weight_decay:g}"
+    return f"{text}; moving average with decay {optim.ema_decay:g}" if optim.ema_decay else text
 
 
 def _steps(context: RunContext, pictures: RunImages, begun: int) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dreamlora import registry
 from dreamlora.cli.parse import method_options
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.credentials import masked_options
@@ -26,7 +27,7 @@ from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.parts import ROLES
 from dreamlora.processes import wait_for_everyone
-from dreamlora.run import defaults, ending, image_list, provenance, resume, schedule
+from dreamlora.run import defaults, ending, header, image_list, provenance, resume, schedule
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -42,6 +43,7 @@ from dreamlora.run.prompts import all_prompts, all_shown_prompts
 from dreamlora.run.trainable import optimizer_of, with_lora
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
+from dreamlora.training.ema import MovingAverage
 from dreamlora.training.loop import Run
 from dreamlora.training.stream import Layout, Source, Stream
 
@@ -214,7 +216,10 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         call_arguments=pipeline_inputs(context, encode, text),
         vae=lambda: context.parts.get("vae"),
         total_steps=config.train.max_train_steps or 0,
+        average=MovingAverage(trainables, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
+    if registry.name_of(context.family) in registry.names("families.layers"):
+        run.header = header.of_run(context, run, pictures.train)
     run.callbacks = schedule.callbacks(context, run, pictures, material)
     return run
 

@@ -44,9 +44,10 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         world: number of processes.
 
     Raises:
-        UserError: see ``check_rank``; or a prompt has a ``{}`` and nothing is known for it.
+        UserError: see ``check_rank`` and ``check_average``; or a prompt has a ``{}`` and nothing is known for it.
     """
     check_rank(config)
+    check_average(config)
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
     method = registry.load("optimizers", config.optim.optimizer)
     start = registry.load("inits", config.lora.init)
@@ -92,6 +93,20 @@ def check_rank(config: RunConfig) -> None:
     if config.lora.rank % multiple:
         raise UserError(
             f"--init {config.lora.init} needs a --rank that is a multiple of {multiple} (got {config.lora.rank})"
+        )
+
+
+def check_average(config: RunConfig) -> None:
+    """Nothing, if the optimizer does not average by itself what ``--ema_decay`` would average once more.
+
+    Raises:
+        UserError: it does.
+    """
+    optim = config.optim
+    if optim.ema_decay and getattr(registry.load("optimizers", optim.optimizer), "OWN_SCHEDULE", False):
+        raise UserError(
+            f"--ema_decay: --optimizer {optim.optimizer} keeps an average of its own, which is what is measured, drawn "
+            "and saved. Leave --ema_decay out, or take another optimizer"
         )
 
 
@@ -226,6 +241,7 @@ def _workload(config: RunConfig, images: ImageCounts, world: int) -> Workload:
         images=images.measured,
         gap_images=images.learned,
         checkpointing=config.model.gradient_checkpointing,
+        averaged=bool(config.optim.ema_decay),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dreamlora.errors import UserError
-from dreamlora.files import write_atomically
+from dreamlora.files import replacing_folder, write_atomically
 from dreamlora.interrupts import deferred, heed
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
@@ -70,6 +70,9 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
         return ended
     with deferred():  # without checkpoints this is all that there is of the training
         state.save_lora(run, run.folder.path)
+        if run.average:
+            with run.average.trained(), replacing_folder(run.folder.raw) as temporary:
+                state.save_lora(run, temporary)
         write_summary(context, run.folder, ended, {"reason": resume.UNCHECKED})
     heed()
     return replace(ended, expected=_expected_output(context, run))

@@ -38,6 +38,7 @@ def check_inputs(config: RunConfig) -> None:
     _check_places(config)
     check_model(config.model)
     defaults.check_rank(config)
+    defaults.check_average(config)
     data = config.data
     subject = Subject.of(data.subject_prompt, data.class_prompt)
     for file in (config.sample.sample_prompts, config.eval.eval_prompts):

@@ -15,6 +15,7 @@ from dreamlora.callbacks.health import HealthCallback
 from dreamlora.callbacks.image_metrics import ImageMetricsCallback, Scenes
 from dreamlora.callbacks.log import LogCallback
 from dreamlora.callbacks.meet import MeetCallback
+from dreamlora.callbacks.raw import RawCallback
 from dreamlora.callbacks.sample import SampleCallback
 from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations
@@ -74,6 +75,8 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
         items = _eval_set(context, run, material.measured)
         evaluate = EvaluateCallback(items, config.eval.eval_steps, metric, config.eval.early_stopping)
         callback_list.append(evaluate)
+        if run.average:
+            callback_list.append(RawCallback(run.average, items, config.eval.eval_steps, metric))
     if config.sample.sample_steps:
         plan = context.sample_plan(pictures.prompts)
         callback_list.append(SampleCallback(plan, config.sample.sample_steps, pictures.train[:MAX_REFERENCES]))

@@ -78,7 +78,7 @@ def copy(file: Path, target: Path, inside: Path) -> None:
 
 def _single_files(other: RunFolder) -> Iterator[Path]:
     """Those that a run names itself."""
-    yield from (other.metrics_file, other.eval_items_file, other.final_items_file)
+    yield from (other.metrics_file, other.eval_items_file, other.raw_items_file, other.final_items_file)
     yield from (other.reference_dir / f"{number:02d}.png" for number in range(MAX_REFERENCES))
     for step in other.candidate_steps():
         yield from (other.candidate_dir(step) / name for name in (LORA_FILE, TRAINABLES_FILE))

@@ -31,6 +31,8 @@ def misfit(run: Run, saved: Mapping[str, Any]) -> str | None:
 
 def _misfits(run: Run, saved: Mapping[str, Any]) -> Iterator[str]:
     yield from _of_tensors("the LoRA", run.trainables, saved["trainables"])
+    averaged = run.trainables if run.average else {}
+    yield from _of_tensors("what the average is of", averaged, saved.get("averaged", {}))
     yield from _of_starts(run, saved["starts"])
     step, done = saved["step"], saved["lr_scheduler"]["last_epoch"]
     scaled = run.accelerator.scaler is not None

@@ -21,6 +21,7 @@ from dreamlora.interrupts import Interrupted, asked, deferred, heed
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
+from dreamlora.training.ema import MovingAverage
 from dreamlora.training.gradients import average_gradients
 from dreamlora.training.stream import Stream
 
@@ -68,9 +69,11 @@ class Run:
         call_arguments: prompts to keyword arguments of the pipeline.
         vae: gives the autoencoder, which is loaded when the first sample is drawn.
         settings: what a resumed run must share with this one.
+        header: what the LoRA's files say of themselves at a step.
         step: steps done, those that were skipped included.
         skipped_steps: how many of the last ones, in a row, the gradient scaler of fp16 skipped.
         total_steps: where the run ends; ``end_here`` lowers it.
+        average: of the trainables, which they hold whenever callbacks look; None: there is none.
         occasions: steps between two times, of each kind of work that takes long (measuring, drawing).
         keep: writes a checkpoint when a signal ends the run.
         fallback: step and state before the step that is under way, if what follows on it takes long: a signal need not
@@ -98,7 +101,9 @@ class Run:
     call_arguments: Callable[[Sequence[str]], dict[str, Any]]
     vae: Callable[[], Components]
     total_steps: int
+    average: MovingAverage | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    header: Callable[[int], dict[str, str]] = lambda step: {}
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     skipped_steps: int = 0
@@ -119,6 +124,18 @@ class Run:
         """A stock pipeline around the modules that are training."""
         return self.family.pipeline({**self.components, **self.vae()})
 
+    def to_training(self) -> None:
+        """Put into the parameters what trains."""
+        self.optimizer.train()
+        if self.average:
+            self.average.train()
+
+    def to_looking(self) -> None:
+        """Put into the parameters what is measured, drawn and saved, if that is an average of what trains."""
+        self.optimizer.eval()
+        if self.average:
+            self.average.eval()
+
     def end_here(self, reason: str) -> None:
         """Make this step the last one, for the loop and for the callbacks that still come."""
         self.total_steps = self.step
@@ -138,9 +155,9 @@ def is_due(run: Run, every: int | None, step: int | None = None) -> bool:
 def train(run: Run) -> None:
     """Train from ``run.step`` to ``run.total_steps``.
 
-    Optimizers that average their path (schedule-free ones) hold the average in the parameters whenever callbacks look,
-    so that is what is measured, sampled and saved. The switch is made at every step, whether anything looks or not:
-    it rounds, and a run must not depend on when it was looked at.
+    An average of the path (that of schedule-free optimizers, or ``--ema_decay``) is what the parameters hold whenever
+    callbacks look, so that is what is measured, sampled and saved. The switch is made at every step, whether anything
+    looks or not: schedule-free optimizers round there, and a run must not depend on when it was looked at.
 
     Raises:
         DivergedError: the loss or a gradient is not finite: that update is not made; or the last update left weights
@@ -176,9 +193,9 @@ def _step(run: Run, batches: list[Batch]) -> list[Batch]:
     long = run.takes_long(run.step + 1)
     with deferred():
         run.amid = True
-        run.optimizer.train()
+        run.to_training()
         result, batches = optimizer_step(run, batches)
-        run.optimizer.eval()
+        run.to_looking()
         run.amid = False
         if not long:
             _follow(run, result)
@@ -307,6 +324,8 @@ def _update(run: Run, grad_norm: float, names: list[str]) -> None:
     if finite:
         run.optimizer.optimizer.step()
         run.lr_scheduler.step()
+        if run.average:
+            run.average.update(run.lr_scheduler.last_epoch)
     run.optimizer.zero_grad()
     if scaler is not None:
         scaler.update()

@@ -80,6 +80,7 @@ def _state(run: Run) -> dict[str, Any]:
         "step": run.step,
         "skipped_steps": run.skipped_steps,
         "trainables": {name: parameter.detach().cpu() for name, parameter in run.trainables.items()},
+        "averaged": {name: weights.cpu() for name, weights in run.average.hidden().items()} if run.average else {},
         "starts": starts_of(run.accelerator.unwrap_model(run.model)),
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.lr_scheduler.state_dict(),
@@ -96,7 +97,8 @@ def counts(run: Run) -> dict[str, int]:
 def save_lora(run: Run, folder: Path) -> Path:
     """Write the LoRA as the stock pipeline loads it."""
     model = run.accelerator.unwrap_model(run.model)
-    return saving.save_lora(folder, {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())})
+    modules = {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())}
+    return saving.save_lora(folder, modules, run.header(run.step))
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
@@ -116,6 +118,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         ) from None
     for name, parameter in run.trainables.items():
         parameter.data.copy_(saved["trainables"][name])
+    if run.average:
+        run.average.take_up(saved["averaged"])
     restore_starts(run.accelerator.unwrap_model(run.model), saved["starts"])
     done = saved["lr_scheduler"]["last_epoch"]
     rates = [group["lr"] for group in run.optimizer.param_groups]

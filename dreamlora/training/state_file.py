@@ -193,6 +193,7 @@ class _TrainingState(TypedDict):
     step: _Count
     skipped_steps: NotRequired[_Count]
     trainables: dict[str, _Finite]
+    averaged: NotRequired[dict[str, _Finite]]
     starts: dict[str, _Factors]
     optimizer: _Optimizer
     lr_scheduler: _Schedule

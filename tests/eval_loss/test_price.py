@@ -34,10 +34,11 @@ def test_what_was_the_default_took_a_quarter_of_the_flux_recipe() -> None:
 @pytest.mark.parametrize("steps", [400, 800, 1500, 4000])
 @pytest.mark.parametrize("samples", [4, 8, 16])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("averaged", [False, True])
 def test_a_tenth_at_most_or_the_least_that_a_verdict_needs(
-    images: int, gap_images: int, steps: int, samples: int, checkpointing: bool
+    images: int, gap_images: int, steps: int, samples: int, checkpointing: bool, averaged: bool
 ) -> None:
-    work = Workload(steps, samples, images, gap_images, checkpointing)
+    work = Workload(steps, samples, images, gap_images, checkpointing, averaged)
     every, final_items = affordable(work, None, None, LEAST_EVERY)
     price, least = work.price(every, final_items), work.price(-(-steps // LEAST_OCCASIONS), FINAL_SIZES[-1])
     assert price.forwards >= least.forwards
@@ -79,3 +80,12 @@ def test_the_price_counts_the_items_that_the_sets_have(images: int, items: int) 
     assert price.occasions == 9
     assert price.forwards == 9 * len(curve.times) + 3 * (len(final.times) + len(curve.times))
     assert f"{price.forwards:,} forward passes" in str(price)
+
+
+def test_with_a_moving_average_all_but_the_base_model_is_measured_twice() -> None:
+    averaged = replace(LONG, averaged=True)
+    plain, price = LONG.price(1000, 256), averaged.price(1000, 256)
+    assert price.forwards == plain.forwards + 20 * plain.curve_items
+    assert "21 times (and 20 times without the moving average) on 64 items and 3 times on" in str(price)
+    assert "moving average" not in str(plain)
+    assert affordable(replace(FLUX_RECIPE, averaged=True), None, None, LEAST_EVERY)[0] > 115

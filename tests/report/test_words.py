@@ -175,3 +175,48 @@ def test_a_metric_that_is_not_installed_here_has_its_curve_under_its_bare_name(
     make_run: Callable[..., RunFolder],
 ) -> None:
     assert captions(with_glow(make_run())) == ["glow"]
+
+
+def averaged(folder: RunFolder, by: float, spread: float = 0.0) -> RunFolder:
+    """The run with raw losses that lie so far above the average's, and so far apart from item to item."""
+    losses = ItemLosses.load(folder.eval_items_file)
+    raw = losses.rows[300] + by + spread * np.array([1, -1] * 20, dtype=np.float32)
+    ItemLosses(losses.evalset_id, losses.image, losses.position, {150: raw, 300: raw}).save(folder.raw_items_file)
+    for step in (150, 300):
+        folder.log_all(step, {"eval/loss_raw": float(raw.mean())})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("by", "spread", "told"),
+    [
+        (0.01, 0.004, "the weights without it have 0.3600, 0.01 (15.6 paired standard errors) higher."),
+        (-0.01, 0.004, "the weights without it have 0.3400, 0.01 (15.6 paired standard errors) lower."),
+        (0.001, 0.04, "the weights without it have 0.3510, which cannot be told apart."),
+    ],
+)
+def test_the_average_beside_the_weights_that_it_is_of(
+    by: float, spread: float, told: str, make_run: Callable[..., RunFolder]
+) -> None:
+    folder = averaged(make_run(), by, spread)
+    sentence = f"The moving average has a loss of 0.3500 at step 300, {told}"
+    assert words.average(RunFacts(folder)) == sentence
+    folder.raw.mkdir()
+    document = run_document(folder).render()
+    assert all(f"{sentence} Their LoRA lies in raw/." in text for text in document.values())
+    assert '<a href="raw">' in document["report.html"]
+    chart = charts.evaluation_chart(RunFacts(folder))
+    assert ">moving average<" in chart and ">without it<" in chart
+
+
+def test_nothing_is_told_of_an_average_that_is_none(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run()
+    assert words.average(RunFacts(folder)) is None
+    assert "moving average" not in "".join(run_document(folder).render().values())
+    averaged(folder, 0.01)
+    other = ItemLosses.load(folder.raw_items_file)
+    other.evalset_id = "of other items"
+    other.save(folder.raw_items_file)
+    assert words.average(RunFacts(folder)) is None
+    folder.raw_items_file.write_bytes(b"damaged")
+    assert words.average(RunFacts(folder)) is None

@@ -11,7 +11,7 @@ from dreamlora.cli.parse import parse_run
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.errors import UserError
 from dreamlora.interfaces import SampleDefaults
-from dreamlora.run import defaults
+from dreamlora.run import defaults, preflight
 from dreamlora.run.defaults import ImageCounts
 
 
@@ -138,3 +138,19 @@ def test_the_saved_config_has_the_familys_own_negative_prompt() -> None:
     config, _ = parse_run(["--pretrained_model_name_or_path", "other"])
     assert defaults.by_model(config, 64, SampleDefaults(20, 3.0, " "), world=1).sample.negative_prompt == " "
     assert defaults.by_model(config, 64, SampleDefaults(20, 3.0), world=1).sample.negative_prompt is None
+
+
+def test_an_average_of_an_average_is_refused() -> None:
+    flags = ["--optimizer", "schedulefree_adamw", "--ema_decay", "0.99", "--subject", "checkerling"]
+    pytest.importorskip("schedulefree")
+    for check in (preflight.check_inputs, lambda config: defaults.by_model(config, 64, SampleDefaults(2, 1.0), 1)):
+        with pytest.raises(UserError, match="--ema_decay: --optimizer schedulefree_adamw keeps an average of its own"):
+            check(parse_run(flags)[0])
+        check(parse_run([*flags, "--ema_decay", "0"])[0])
+        check(parse_run([*flags, "--optimizer", "adamw"])[0])
+
+
+@pytest.mark.parametrize("decay", ["-0.1", "1", "nan"])
+def test_a_decay_that_is_none(decay: str) -> None:
+    with pytest.raises(UserError, match="--ema_decay must be at least 0 and below 1"):
+        parse_run(["--ema_decay", decay])

@@ -16,6 +16,7 @@ from dreamlora import registry
 from dreamlora.errors import DivergedError
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
+from dreamlora.training.ema import MovingAverage
 from dreamlora.training.loop import Run
 from tests.training.conftest import with_optimizer
 from tests.training.test_run import weights
@@ -128,6 +129,28 @@ def test_a_step_that_fp16_skips_is_as_if_it_had_not_been(run: Run, name: str, ma
     plain.step = 1
     step(plain), step(plain)
     assert same(found, copies(run))  # the scale is a power of two: it changes no bit
+
+
+def test_a_step_that_fp16_skips_is_none_of_the_average(run: Run) -> None:
+    start = copies(run)
+    run = with_optimizer(run, "sgd", torch.amp.GradScaler("cpu"))
+    run.average = MovingAverage(run.trainables, 0.5)
+
+    def look(value: float = 0.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Trained weights and average after a step whose gradients lie so far off."""
+        run.to_training()
+        with broken_gradients(run, value):
+            assert step(run).skipped is bool(value)
+        trained = copies(run)
+        run.to_looking()
+        return trained, copies(run)
+
+    assert same(start, look(math.inf)[1])
+    (first, _), (second, average) = look(), look()
+    assert same(average, look(math.inf)[1])
+    shares = 2 / 11, 1 - 2 / 11
+    expected = [shares[0] * before + shares[1] * now for before, now in zip(first, second, strict=True)]
+    torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
 
 
 QUIET = ["--sample_steps", "0", "--eval_steps", "0", "--max_train_steps", "6"]

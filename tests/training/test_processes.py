@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dreamlora.families import sd
 from dreamlora.runfolder import RunFolder
 from tests.training.conftest import train_with
 from tests.training.forked import in_two_processes
-from tests.training.test_run import weights
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -68,10 +68,12 @@ def train_forked(flags: list[str]) -> None:
     assert in_two_processes(lambda: train_with(flags)) == [0, 0]
 
 
-def assert_same_weights(one: RunFolder, two: RunFolder) -> None:
-    """Up to the order of sums; and that the second run really had two processes: accelerate may start one silently."""
+def assert_same_weights(one: RunFolder, two: RunFolder, place: str = "") -> None:
+    """Up to the order of sums, in a folder of the runs; and that the second run really had two processes: accelerate
+    may start one silently.
+    """
     assert json.loads(two.summary_file.read_text(encoding="utf-8"))["processes"] == 2
-    first, second = weights(one), weights(two)
+    first, second = (load_file(run.path / place / run.lora_file.name) for run in (one, two))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], atol=1e-7), name
@@ -79,16 +81,21 @@ def assert_same_weights(one: RunFolder, two: RunFolder) -> None:
 
 def test_two_processes_equal_one(flags: list[str], train: Callable[..., RunFolder], tmp_path: Path) -> None:
     more = ["--optimizer", "sgd", "--learning_rate", "0.1", "--max_train_steps", "3"]
-    more += ["--eval_metrics", "clip_score", "--clip_model", "tiny"]
+    more += ["--eval_metrics", "clip_score", "--clip_model", "tiny", "--ema_decay", "0.5"]
     prior = ["--with_prior_preservation", "--class_prompt", "dog", "--num_class_images", "3"]
     one = train(*more, *prior, "--output_dir", str(tmp_path / "one"))
     train_with_two([*flags, *more, *prior])
     two = RunFolder(tmp_path / "run")
     assert_same_weights(one, two)
+    assert_same_weights(one, two, "raw")
     scores = [[row["value"] for row in run.metrics() if row["name"] == "img/clip_t"] for run in (one, two)]
     assert len(scores[0]) == 2 and torch.allclose(*map(torch.tensor, scores), atol=1e-3)  # pixels are rounded
     losses = [
-        [row["value"] for row in run.metrics() if row["name"] in ("eval/loss", "train/loss", "eval/final_loss")]
+        [
+            row["value"]
+            for row in run.metrics()
+            if row["name"] in ("eval/loss", "eval/loss_raw", "train/loss", "eval/final_loss")
+        ]
         for run in (one, two)
     ]
     assert torch.allclose(*map(torch.tensor, losses), atol=1e-5)

@@ -304,8 +304,9 @@ def test_a_bucket_step_must_fit_the_family(train_captioned: Train, captioned: Pa
         train_captioned("--buckets", *more.split())
 
 
+@pytest.mark.parametrize("more", ["", "--ema_decay 0.5"])
 def test_the_evaluation_costs_what_was_said_before(
-    train: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    train: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, more: str
 ) -> None:
     passes: list[int] = []
     original = loop.Run.predict
@@ -316,7 +317,9 @@ def test_the_evaluation_costs_what_was_said_before(
 
     monkeypatch.setattr(loop.Run, "predict", counting)
     caplog.set_level("INFO", logger="dreamlora")
-    run = train("--sample_steps", "0", "--learning_rate", "0.5")  # too high: the best step is not the last
+    run = train(
+        "--sample_steps", "0", "--learning_rate", "0.5", *more.split()
+    )  # too high: the best step is not the last
     price = json.loads(run.summary_file.read_text(encoding="utf-8"))["eval_price"]
     assert run.selection()["step"] != 6
     assert price["forwards"] == sum(passes)

@@ -146,10 +146,10 @@ def test_what_fails_as_another_process_has_ended_by_the_signal_costs_no_step(tra
     assert RunFolder(tmp_path / "run").checkpoint_steps() == [2]
 
 
-@pytest.mark.parametrize("optimizer", ["schedulefree_adamw"])
-def test_averages_of_the_path_survive_a_signal(optimizer: str, train: Train, tmp_path: Path) -> None:
-    """Their parameters are exchanged at every step, which rounds."""
-    flags = ["--optimizer", optimizer, "--checkpointing_steps", "0", "--max_train_steps", "4", "--sample_steps", "3"]
+@pytest.mark.parametrize("average", ["--optimizer schedulefree_adamw", "--ema_decay 0.5"])
+def test_averages_of_the_path_survive_a_signal(average: str, train: Train, tmp_path: Path) -> None:
+    """Their parameters are exchanged at every step; the first's round there."""
+    flags = [*average.split(), "--checkpointing_steps", "0", "--max_train_steps", "4", "--sample_steps", "3"]
     flags += ["--eval_steps", "0"]
     whole = train(*flags, "--output_dir", str(tmp_path / "whole" / "run"))
     for step in (2, 3):

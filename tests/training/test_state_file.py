@@ -24,6 +24,7 @@ from torch import nn
 from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.training import state
+from dreamlora.training.ema import MovingAverage
 from dreamlora.training.state_file import read_state
 from tests.fuzzing import changed, damaged, fuzzed, harmless
 from tests.optimizers.test_states import same
@@ -44,7 +45,7 @@ class Counter(nn.Module):
             self.add_module(f"layer{number}", nn.ModuleDict(pair))
 
 
-def fake_run(optimizer: str = "adamw", init: str = "kaiming") -> Any:
+def fake_run(optimizer: str = "adamw", init: str = "kaiming", averaged: bool = False) -> Any:
     """As much of a run as a state is of."""
     torch.manual_seed(0)
     module = Counter()
@@ -63,6 +64,7 @@ def fake_run(optimizer: str = "adamw", init: str = "kaiming") -> Any:
         step=0,
         skipped_steps=0,
         counted={},
+        average=MovingAverage(parameters, 0.9) if averaged else None,
     )
 
 
@@ -251,6 +253,10 @@ DAMAGED = {
     "more skipped than made": put("skipped_steps", value=4),
     "skipped below 0": put("skipped_steps", value=-1),
     "weights that are none": put("trainables", value=None),
+    "averaged weights that are none": put("averaged", value=[1]),
+    "averaged weights that are not finite": put(
+        "averaged", value={"layer0.lora_A.weight": torch.full((2, 4), torch.nan)}
+    ),
     "weights that are numbers": put("trainables", "layer0.lora_A.weight", value=1.0),
     "weights that are not finite": put("trainables", "layer0.lora_A.weight", value=torch.full((2, 4), torch.nan)),
     "starts that are none": put("starts", value=[1]),
@@ -289,6 +295,7 @@ MISFITS = {
     "one weight for all": put("trainables", "layer0.lora_A.weight", value=torch.ones(())),
     "weights in half precision": put("trainables", "layer0.lora_A.weight", value=torch.ones(2, 4).half()),
     "a weight more": put("trainables", "layer9.lora_A.weight", value=torch.ones(2, 4)),
+    "an average of a run without": put("averaged", value={"layer0.lora_A.weight": torch.ones(2, 4)}),
     "no weights": put("trainables", value={}),
     "starts of a LoRA without": put("starts", value={"layer0": {"A": torch.ones(2, 4), "B": torch.ones(3, 2)}}),
     "a schedule ahead": put("lr_scheduler", "last_epoch", value=7),
@@ -349,6 +356,36 @@ def test_a_state_of_its_own_fits_bit_for_bit(optimizer: str, tmp_path: Path) -> 
     assert all(torch.equal(p, q) for p, q in zip(run.trainables.values(), resumed.trainables.values(), strict=True))
 
 
+def test_an_average_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def go_on(run: Any, steps: int) -> None:
+        for _ in range(steps):
+            run.average.train()
+            for parameter in run.trainables.values():
+                parameter.grad = parameter.detach() * 0.1 + 0.01
+            run.optimizer.step()
+            run.lr_scheduler.step()
+            run.average.update(run.lr_scheduler.last_epoch)
+            run.average.eval()
+            run.step += 1
+
+    run = fake_run(averaged=True)
+    go_on(run, 3)
+    saved = state_of(run)
+    assert not same(saved["averaged"], saved["trainables"])
+    resumed = fake_run(averaged=True)
+    restored(resumed, reading(tmp_path, written(saved)))
+    del resumed.optimizer.optimizer
+    for each in (run, resumed):
+        go_on(each, 2)
+    assert same({**state_of(run), "lr_scheduler": None}, {**state_of(resumed), "lr_scheduler": None})
+
+
+@pytest.mark.parametrize("averaged", [{}, {"layer0.lora_A.weight": torch.ones(2, 4)}])
+def test_a_state_without_all_that_the_average_is_of(averaged: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="what the average is of has 4 tensors there and"):
+        restored(fake_run(averaged=True), reading(tmp_path, written({**copy.deepcopy(SOUND), "averaged": averaged})))
+
+
 def test_an_fp16_run_goes_on_with_the_scale_of_its_loss(tmp_path: Path) -> None:
     def scaled(run: Any) -> Any:
         run.accelerator.scaler = torch.amp.GradScaler("cpu")
@@ -384,7 +421,7 @@ def test_a_schedule_takes_over_numbers_alone(tmp_path: Path) -> None:
 
 def test_a_state_of_an_older_version_fits(tmp_path: Path) -> None:
     saved = copy.deepcopy(SOUND)
-    del saved["skipped_steps"], saved["uncounted"], saved["optimizer"]["written_by"]
+    del saved["skipped_steps"], saved["uncounted"], saved["averaged"], saved["optimizer"]["written_by"]
     saved["trainables"] = OrderedDict(saved["trainables"])
     run = fake_run()
     restored(run, reading(tmp_path, written(saved)))

@@ -25,4 +25,7 @@ def names(config: Mapping[str, Any]) -> ModelNames:
         layers=LayerNames(_unet.layers(_UP | dict(config))),
         text_encoders={"text_encoder": "te1", "text_encoder_2": "te2"},
         one_alpha=True,
+        architecture="stable-diffusion-xl-v1-base",
+        implementation="https://github.com/Stability-AI/generative-models",
+        base_version="sdxl_base_v1-0",
     )
