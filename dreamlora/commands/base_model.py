@@ -15,7 +15,7 @@ from dreamlora.interfaces import ModelSource
 from dreamlora.lora.names import ModelNames
 from dreamlora.models import checkpoint, configs
 from dreamlora.models.building import CONFIG
-from dreamlora.models.checkpoint import Header, Layers, headers_of
+from dreamlora.models.checkpoint import Layers, TensorHeader, headers_of
 from dreamlora.models.copying import PipelinePart, pipeline_parts
 from dreamlora.models.loading import family_of, place_of, resolve_source
 from dreamlora.models.local import is_single_file
@@ -43,7 +43,7 @@ class BaseModel:
     family: str
     names: ModelNames
     layers: Mapping[str, Layers]
-    files: Mapping[str, Mapping[Path, Mapping[str, Header]]]
+    files: Mapping[str, Mapping[Path, Mapping[str, TensorHeader]]]
     pipeline: ModelSource | None = None
     parts: tuple[PipelinePart, ...] = ()
 
@@ -114,7 +114,7 @@ _FEWEST = 0.6
 """Of the weights of a denoiser, the share that has names; the others are of its ends."""
 
 
-def _denoiser_alone(file: Path, headers: Mapping[str, Header], family: str | None) -> BaseModel:
+def _denoiser_alone(file: Path, headers: Mapping[str, TensorHeader], family: str | None) -> BaseModel:
     """A file with the denoiser of a newer model, as ComfyUI has them in diffusion_models/, maybe among other parts.
 
     Raises:

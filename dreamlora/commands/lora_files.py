@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,11 @@ from dreamlora.errors import UserError
 from dreamlora.lora.formats import FileContent
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.saving import save_content
-from dreamlora.lora.settings import METADATA_KEY
 from dreamlora.lora.weights import AdapterWeights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OWN_FORMAT = "diffusers"
 """The format of LoRAs that are made of no other."""
-_NOT_CARRIED = {METADATA_KEY, "format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"}
-"""Entries of a header that say something of the tensors that the file had."""
 _FREE = 2**24
 """Bytes that are left free on the disk."""
 
@@ -182,20 +179,6 @@ def in_precision(weights: AdapterWeights, dtype: torch.dtype) -> AdapterWeights:
         component: {layer: adapter.in_precision(dtype) for layer, adapter in layers.items()}
         for component, layers in weights.items()
     }
-
-
-def carried(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Of a header what is true of another file with the same training."""
-    return {key: value for key, value in metadata.items() if key not in _NOT_CARRIED}
-
-
-def merged_from(parts: Sequence[tuple[str, float]]) -> dict[str, str]:
-    """The entry of a header that says what something was merged of.
-
-    Args:
-        parts: names, without folders, and strengths.
-    """
-    return {"modelspec.merged_from": ", ".join(f"{name} x {strength:g}" for name, strength in parts)}
 
 
 def megabytes(size: float) -> str:

@@ -27,7 +27,7 @@ _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
-class Header:
+class TensorHeader:
     """Of a tensor in a file: its type as safetensors has it ("BF16"), and its shape."""
 
     kind: str
@@ -72,7 +72,7 @@ Layers = dict[str, LayerWeight]
 """By name."""
 
 
-def headers_of(file: Path) -> dict[str, Header]:
+def headers_of(file: Path) -> dict[str, TensorHeader]:
     """Of all tensors of a file.
 
     Raises:
@@ -80,10 +80,10 @@ def headers_of(file: Path) -> dict[str, Header]:
     """
     with open_tensors(file, most=MOST_TENSORS) as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no iterator
-        return {name: Header(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        return {name: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
 
 
-def refuse_quantised(file: Path, headers: Mapping[str, Header], names: Iterable[str]) -> None:
+def refuse_quantised(file: Path, headers: Mapping[str, TensorHeader], names: Iterable[str]) -> None:
     """Nothing, if these tensors are of ordinary numbers.
 
     Raises:
@@ -111,7 +111,7 @@ def layers_of_folder(files: Iterable[Path]) -> Layers:
     }
 
 
-def layers_of_denoiser(file: Path, headers: Mapping[str, Header], prefix: str, names: LayerNames) -> Layers:
+def layers_of_denoiser(file: Path, headers: Mapping[str, TensorHeader], prefix: str, names: LayerNames) -> Layers:
     """Of a denoiser in the original code's names.
 
     Args:
@@ -131,7 +131,7 @@ def layers_of_denoiser(file: Path, headers: Mapping[str, Header], prefix: str, n
     return layers
 
 
-def layers_of_clip(file: Path, headers: Mapping[str, Header], encoder: ClipEncoder) -> Layers:
+def layers_of_clip(file: Path, headers: Mapping[str, TensorHeader], encoder: ClipEncoder) -> Layers:
     """Of a text encoder in a single file; raises as ``layers_of_denoiser``."""
     layers: Layers = {}
     for tensor, header in headers.items():

@@ -26,7 +26,7 @@ Read: TypeAlias = Callable[[Path, str], Tensor]
 
 
 @dataclass
-class Comparison:
+class Differences:
     """What differs.
 
     Attributes:
@@ -40,7 +40,7 @@ class Comparison:
     others: list[dict[str, Any]] = field(default_factory=list)
 
 
-def compare(base: BaseModel, tuned: BaseModel, cut: Cut, read: Read) -> Comparison:
+def compare(base: BaseModel, tuned: BaseModel, cut: Cut, read: Read) -> Differences:
     """What the tuned model has changed.
 
     Args:
@@ -51,7 +51,7 @@ def compare(base: BaseModel, tuned: BaseModel, cut: Cut, read: Read) -> Comparis
     Raises:
         UserError: a weight is not finite.
     """
-    found = Comparison()
+    found = Differences()
     places = list(_shared(base, tuned))
     for component, layer, own, its in tqdm(places, "extracting", unit="layer", delay=3, leave=False):
         before, after = (place.of(read(place.file, place.tensor)) for place in (own, its))

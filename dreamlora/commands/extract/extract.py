@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dreamlora.commands.base_model import BaseModel, open_model
-from dreamlora.commands.extract.comparison import Comparison, compare, opened_tensors
+from dreamlora.commands.extract.comparison import Differences, compare, opened_tensors
 from dreamlora.commands.extract.flags import ExtractConfig
+from dreamlora.commands.headers import of_extracted
 from dreamlora.commands.lora_files import OWN_FORMAT, check_lora_output, content_of, write_lora
 from dreamlora.config import Model
 from dreamlora.errors import UserError
@@ -31,7 +33,8 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         found = compare(base, tuned, Cut(kept.rank, kept.energy, kept.sv_ratio), read)
     if not found.layers.rows:
         raise UserError(_nothing(base, tuned, found))
-    write_lora(config.written, content_of(found.layers.weights, config.written, format_name, base.names, {}))
+    header = of_extracted(config.written.output, base.names, Path(base.path).name, Path(tuned.path).name)
+    write_lora(config.written, content_of(found.layers.weights, config.written, format_name, base.names, header))
     return {
         "base": base.path,
         "tuned": tuned.path,
@@ -45,7 +48,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     }
 
 
-def _nothing(base: BaseModel, tuned: BaseModel, found: Comparison) -> str:
+def _nothing(base: BaseModel, tuned: BaseModel, found: Differences) -> str:
     if not found.others:
         return f"{tuned.path} does not differ from {base.path}: there is nothing to extract"
     names = ", ".join(other["tensor"] for other in found.others[:3])

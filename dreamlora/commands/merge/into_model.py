@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from dreamlora.archives import open_tensors
 from dreamlora.commands.base_model import BaseModel, open_model
-from dreamlora.commands.lora_files import DTYPES, Given, check_output, merged_from, read_given
+from dreamlora.commands.headers import of_model
+from dreamlora.commands.lora_files import DTYPES, Given, check_output, read_given
 from dreamlora.commands.merge.flags import MergeConfig
 from dreamlora.config import Model
 from dreamlora.errors import UserError
@@ -23,8 +24,6 @@ from dreamlora.models.copying import bytes_of, write_pipeline
 from dreamlora.models.local import is_single_file
 from dreamlora.models.rewriting import Rewriting, rewrite
 
-_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""Entries of a header that say something of the tensors, which change."""
 _FILE = ".safetensors"
 
 Parts = list[tuple[LayerWeight, list[Weighted]]]
@@ -136,7 +135,7 @@ def _converted(base: BaseModel, file: Path) -> Callable[[str], bool]:
 def _metadata(file: Path, parts: list[tuple[str, float]]) -> dict[str, str]:
     with open_tensors(file) as tensors:
         own = dict(tensors.metadata() or {})
-    return {**{key: value for key, value in own.items() if key not in _STALE}, **merged_from(parts)}
+    return of_model(own, parts)
 
 
 def _touches(plan: Mapping[tuple[Path, str], Parts], files: Mapping[Path, Any]) -> bool:

@@ -6,13 +6,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dreamlora.commands.headers import of_sum
 from dreamlora.commands.kept_layers import KeptLayers
 from dreamlora.commands.lora_files import (
     Given,
-    carried,
     check_lora_output,
     content_of,
-    merged_from,
     read_given,
     write_lora,
 )
@@ -42,7 +41,7 @@ def merge_together(config: MergeConfig) -> dict[str, Any]:
         found = resized(adapter, cut, spectrum) if config.kept.given else Kept(adapter, 1.0, 0.0)
         kept.add(component, layer, found, spectrum.energy**0.5, adapter.rank)
     parts = [(lora.label, strength) for lora, strength in zip(loras, config.strengths, strict=True)]
-    metadata = {**carried(loras[0].file.metadata), **merged_from(parts)}
+    metadata = of_sum(config.written.output, [lora.file.metadata for lora in loras], parts)
     write_lora(config.written, content_of(kept.weights, config.written, format_name, names, metadata))
     return {
         "loras": [{"name": name, "strength": strength} for name, strength in parts],

@@ -6,8 +6,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dreamlora.commands.headers import of_resized
 from dreamlora.commands.kept_layers import KeptLayers
-from dreamlora.commands.lora_files import carried, check_lora_output, content_of, read_given, write_lora
+from dreamlora.commands.lora_files import check_lora_output, content_of, read_given, write_lora
 from dreamlora.commands.resize.flags import ResizeConfig
 from dreamlora.lora.low_rank import Cut, resized, spectrum_of
 
@@ -30,7 +31,9 @@ def resize(config: ResizeConfig) -> dict[str, Any]:
     for component, layer, adapter in tqdm(layers, "resizing", unit="layer", delay=3, leave=False):
         spectrum = spectrum_of(adapter)
         found.add(component, layer, resized(adapter, cut, spectrum), spectrum.energy**0.5, adapter.rank)
-    content = content_of(found.weights, config.written, format_name, given.names, carried(given.file.metadata))
+    content = content_of(
+        found.weights, config.written, format_name, given.names, of_resized(given.file.metadata, found.weights)
+    )
     write_lora(config.written, content)
     return {
         "lora": str(given.file.path),

@@ -87,13 +87,14 @@ def test_table_names_every_layer_and_the_whole(case, tmp_path: Path, capsys) -> 
 
 def test_header_stays_but_for_what_is_not_true_any_more(case, tmp_path: Path) -> None:
     content = diffusers.write(case.weights)
-    content.metadata.update({"modelspec.title": "mine", "modelspec.hash_sha256": "0x1"})
+    content.metadata.update({"modelspec.title": "mine", "modelspec.hash_sha256": "0x1", "ss_network_dim": "3"})
     file = save_content(tmp_path / "lora.safetensors", content)
     out = tmp_path / "small.safetensors"
     assert run(file, "--rank", "1", "--output", out) == 0
     with safe_open(out, "pt") as opened:
         metadata = opened.metadata()
     assert metadata["modelspec.title"] == "mine" and "modelspec.hash_sha256" not in metadata
+    assert metadata["ss_network_dim"] == "1"
     settings = json.loads(metadata["lora_adapter_metadata"])
     assert settings["unet.r"] == 1
 
