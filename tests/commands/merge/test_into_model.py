@@ -26,7 +26,7 @@ from tests import singlefiles, tinymodels
 from tests.commands import adapters
 from tests.families.layers.test_names import image
 
-FAMILIES = ("sd", "sdxl")
+FAMILIES = ("sd", "sdxl", "flux", "sd3")
 STRENGTHS = (1.0, -0.5)
 
 
