@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dreamlora import registry
 from dreamlora.commands.rows import Row
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.trained import (
@@ -26,7 +27,8 @@ from dreamlora.commands.trained import (
 )
 from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pictures
 from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
-from dreamlora.lora.files import apply_lora
+from dreamlora.lora.applying import apply_lora
+from dreamlora.lora.names import model_names
 from dreamlora.models.loading import family_of
 from dreamlora.models.parts import Parts, computing_in
 from dreamlora.models.prompts import cut_prompts
@@ -65,7 +67,9 @@ class UnderTest:
         if row.lora is None:
             yield pipeline
             return
-        apply_lora(pipeline, row.lora, row.scale)
+        family = self.parts.family
+        config = getattr(pipeline, family.DENOISER).config
+        apply_lora(pipeline, row.lora, row.scale, model_names(registry.name_of(family), config))
         try:
             yield pipeline
         finally:

@@ -148,6 +148,14 @@ class ModelNames:
     implementation: str = "diffusers"
     base_version: str = ""
 
+    def lacking(self, form: str) -> str:
+        """Why there is no file of a format of this model; empty: there is."""
+        if form == "kohya" and self.kohya is None:
+            return "no program of kohya's, and none that reads such files, has this model"
+        if form == "comfyui" and not self.comfyui:
+            return "ComfyUI does not have this model"
+        return ""
+
 
 def names_of(family: Any, config: Mapping[str, Any]) -> ModelNames:
     """What other programs call a family's layers.
@@ -168,6 +176,19 @@ CLIP = LayerNames(
     )
 )
 """Layers of CLIP's text encoders, without the "text_model." that files have before most of them."""
+
+
+def model_names(family: str, config: Mapping[str, Any]) -> ModelNames | None:
+    """Names of a family's model; None: nothing is known of them.
+
+    Args:
+        family: its name.
+        config: the denoiser's.
+    """
+    if family not in registry.names("families.layers"):
+        return None
+    names: ModelNames = registry.load("families.layers", family).names(config)
+    return names
 
 
 def flat(name: str) -> str:

@@ -27,7 +27,7 @@ from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.parts import ROLES
 from dreamlora.processes import wait_for_everyone
-from dreamlora.run import defaults, ending, header, image_list, provenance, resume, schedule
+from dreamlora.run import defaults, ending, formats, header, image_list, provenance, resume, schedule
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -134,6 +134,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
         lora = context.config.lora
         with context.timed("starting the LoRA"):
             start.initialise(run, method_options("inits", lora.init, lora.init_args, {}))
+    formats.require_held(context, run)
     return run, pictures
 
 

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import torch
 
+from dreamlora import registry
 from dreamlora.data.encode import bytes_lacking, bytes_of
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
-from dreamlora.lora.files import LoraFactors, factors_of
+from dreamlora.lora.applying import weights_for
 from dreamlora.lora.inject import target_layers
+from dreamlora.lora.names import model_names
+from dreamlora.lora.weights import LayerWeights
 from dreamlora.models.building import empty_module
 from dreamlora.models.inventory import PartFiles, problems_of
 from dreamlora.models.loading import read_settings
+from dreamlora.run import formats
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
 
@@ -38,7 +42,8 @@ def require_layers(context: RunContext) -> None:
     """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter.
 
     Raises:
-        UserError: it has none of a name that was given, or the training adapter is for another model.
+        UserError: it has none of a name that was given, or the training adapter is for another model; or one has no
+            name in a format that is asked for.
     """
     family = context.family
     denoiser = part_named(context, family.DENOISER)
@@ -47,10 +52,11 @@ def require_layers(context: RunContext) -> None:
     if context.training_adapter:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
+    formats.require_names(context, module)
 
 
-def assistant_of(context: RunContext, components: Components) -> LoraFactors | None:
-    """The training adapter, as it fits a denoiser that has no LoRA yet; None: there is none.
+def assistant_of(context: RunContext, components: Components) -> dict[str, LayerWeights]:
+    """The training adapter by layer, as it fits a denoiser that has no LoRA yet; empty: there is none.
 
     Args:
         components: the denoiser and the pipeline's settings.
@@ -59,10 +65,11 @@ def assistant_of(context: RunContext, components: Components) -> LoraFactors | N
         UserError: it cannot be read, or is for another model.
     """
     if context.training_adapter is None:
-        return None
+        return {}
     family = context.family
     alone = {name: components[name] for name in (family.DENOISER, "settings")}
-    return factors_of(family.pipeline(alone), context.training_adapter)
+    model = model_names(registry.name_of(family), components[family.DENOISER].config)
+    return weights_for(family.pipeline(alone), context.training_adapter, model)[family.DENOISER]
 
 
 def require_room(context: RunContext, records: Sequence[ImageRecord], how: Preparations) -> None:

@@ -17,7 +17,7 @@ from dreamlora.interrupts import deferred, heed
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
-from dreamlora.run import provenance, resume
+from dreamlora.run import formats, provenance, resume
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
 from dreamlora.run.images import RunImages
@@ -75,6 +75,7 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
                 state.save_lora(run, temporary)
         write_summary(context, run.folder, ended, {"reason": resume.UNCHECKED})
     heed()
+    formats.write(context, run.folder)
     return replace(ended, expected=_expected_output(context, run))
 
 

@@ -9,7 +9,7 @@ from diffusers.optimization import get_scheduler
 from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
-from dreamlora.lora.assistant import add_assistant
+from dreamlora.lora.assistant import add_assistant, as_loras
 from dreamlora.lora.inject import add_lora
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.run import checks
@@ -22,10 +22,10 @@ def with_lora(context: RunContext, components: Components, text: Components | No
     config, family = context.config, context.family
     denoiser = components[family.DENOISER]
     layers = config.lora.lora_layers or family.LORA_LAYERS
-    assistant = checks.assistant_of(context, components)
+    assistant = as_loras(denoiser, checks.assistant_of(context, components))
     add_lora(denoiser, config.lora, layers)
     if assistant:
-        add_assistant(denoiser, family.DENOISER, assistant)
+        add_assistant(denoiser, assistant)
     encoders = [text[name] for name in family.TEXT_ENCODERS] if text else []
     for encoder in encoders:
         add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
@@ -72,6 +73,11 @@ def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
     for file in (folder.lora_file, folder.best / folder.lora_file.name, folder.selection_file):
         if is_regular(file, folder.path):
             yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
+    for place in (folder.path, folder.best):
+        for exported in (folder.exported(form, place) for form in registry.names("lora.formats")):
+            for file in sorted(exported.rglob("*")) if exported.is_dir() else [exported]:
+                if is_regular(file, folder.path):
+                    yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
     place = folder.samples.relative_to(folder.path)
     rows = []
     for row in rows_with_places(folder.samples_file, folder.path):

@@ -65,8 +65,8 @@ def write(weights: AdapterWeights, model: ModelNames) -> FileContent:
     Raises:
         ValueError: see there.
     """
-    if model.kohya is None:
-        raise ValueError("no program of kohya's, and none that reads such files, has this model")
+    if lacking := model.lacking("kohya"):
+        raise ValueError(lacking)
     named: dict[str, LayerWeights] = {}
     for component, adapters in weights.items():
         of_denoiser = component == model.denoiser
