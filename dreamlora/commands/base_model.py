@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dreamlora import registry
-from dreamlora.commands.interim import model_names
 from dreamlora.config import Model
 from dreamlora.errors import UserError
 from dreamlora.interfaces import ModelSource
-from dreamlora.lora.names import ModelNames
+from dreamlora.lora.names import ModelNames, model_names
 from dreamlora.models import checkpoint, configs
 from dreamlora.models.building import CONFIG
 from dreamlora.models.checkpoint import Layers, TensorHeader, headers_of

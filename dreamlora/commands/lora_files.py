@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dreamlora import registry
-from dreamlora.commands.interim import LoraFile, model_names, read_lora, read_weights
 from dreamlora.commands.written_lora import Written
 from dreamlora.errors import UserError
+from dreamlora.lora import exporting
+from dreamlora.lora.exporting import is_folder, is_nameless
+from dreamlora.lora.files import LoraFile, read_lora, read_weights
 from dreamlora.lora.formats import FileContent
-from dreamlora.lora.names import ModelNames
-from dreamlora.lora.saving import save_content
+from dreamlora.lora.formats.peft import TENSORS
+from dreamlora.lora.names import ModelNames, model_names
+from dreamlora.lora.origin import families_of
 from dreamlora.lora.weights import AdapterWeights
+from dreamlora.models.parts import DTYPES
+from dreamlora.runfolder import LORA_FILE
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OWN_FORMAT = "diffusers"
-"""The format of LoRAs that are made of no other."""
 _FREE = 2**24
 """Bytes that are left free on the disk."""
 
@@ -43,11 +43,7 @@ class Given:
     def label(self) -> str:
         """Its name, for a person; that of its folder where all files are called alike."""
         path = self.file.path
-        return (
-            path.name
-            if path.name != "pytorch_lora_weights.safetensors"
-            else f"{path.resolve().parent.name}/{path.name}"
-        )
+        return path.name if path.name not in (LORA_FILE, TENSORS) else f"{path.resolve().parent.name}/{path.name}"
 
 
 def read_given(path: Path, names: ModelNames | None, family: str | None = None, written: str | None = None) -> Given:
@@ -65,30 +61,24 @@ def read_given(path: Path, names: ModelNames | None, family: str | None = None, 
     file = read_lora(path)
     if names is None and family:
         names = model_names(family, {})
-    if names is not None or file.format == OWN_FORMAT:
+    if names is not None or is_nameless(file.format):
         return Given(file, read_weights(path, names), names)
-    found = dict(_families(path, file))
-    if not found:
-        raise UserError(f"{file.path}: its layers are those of no family that is known: give --family")
-    readings = list(found.values())
+    families = families_of(FileContent(file.tensors(), file.metadata), file.format)
+    if not families:
+        read_weights(path, None)
+        raise UserError(f"{file.path}: no model that is known has its layers: give --family")
+    readings = [Given(file, read_weights(path, known), known) for known in _names_of(families)]
     alike = all(_layers(given) == _layers(readings[0]) for given in readings)
-    if len(found) > 1 and not (alike and written in (None, file.format, OWN_FORMAT)):
-        raise UserError(f"{file.path} may be for {' or '.join(found)}: give --family")
+    if len(readings) > 1 and not (alike and (written in (None, file.format) or is_nameless(str(written)))):
+        raise UserError(f"{file.path}: its layers may be those of {', '.join(families)}: give --family")
     return readings[0]
 
 
-def _families(path: Path, file: LoraFile) -> Iterator[tuple[str, Given]]:
-    """Those in whose names the file would be written again as it is, and what it is then."""
-    tensors = {key for key in file.shapes if not key.endswith(".alpha")}
-    for family in registry.names("families.layers"):
+def _names_of(families: Iterable[str]) -> Iterator[ModelNames]:
+    for family in families:
         names = model_names(family, {})
-        try:
-            weights = read_weights(path, names)
-            again = registry.load("lora.formats", file.format).write(weights, names)
-        except (UserError, ValueError):
-            continue
-        if again.tensors.keys() >= tensors:
-            yield family, Given(file, weights, names)
+        if names:
+            yield names
 
 
 def _layers(given: Given) -> set[tuple[str, str]]:
@@ -118,67 +108,47 @@ def check_output(output: Path, needed: int = 0) -> None:
         )
 
 
-def check_lora_output(written: Written, format_name: str) -> None:
-    """The same of a LoRA, which is one file.
+def check_lora_output(written: Written, form: str) -> None:
+    """The same of a LoRA.
 
     Raises:
-        UserError: see ``check_output``; or the name is none of such a file.
+        UserError: see ``check_output``; or its name is none of such a file or folder.
     """
-    if written.output.suffix != ".safetensors" and format_name != "peft":
-        raise UserError(f"--output {written.output}: the name of a LoRA's file ends in .safetensors")
+    if (written.output.suffix == ".safetensors") == is_folder(form):
+        what = "a folder" if is_folder(form) else "a .safetensors file"
+        raise UserError(f"--output {written.output}: a LoRA in the format {form} is {what}")
     check_output(written.output)
 
 
 def content_of(
-    weights: AdapterWeights, written: Written, format_name: str, names: ModelNames | None, metadata: Mapping[str, str]
+    weights: AdapterWeights, written: Written, form: str, names: ModelNames | None, metadata: Mapping[str, str]
 ) -> FileContent:
     """What a LoRA's file is to hold.
 
     Args:
         weights: of all layers.
         written: the options.
-        format_name: of the file.
+        form: the format.
         names: of the layers of its model.
         metadata: of its header, besides what the format needs.
 
     Raises:
-        UserError: the format cannot hold it; the message says why.
+        UserError: the format or the precision cannot hold it; the message says why.
     """
-    if written.dtype:
-        weights = in_precision(weights, DTYPES[written.dtype])
-    if names is None and format_name != OWN_FORMAT:
-        raise UserError(f"--format {format_name} has names of its own for every family's layers: give --family")
+    if names is None and not is_nameless(form):
+        raise UserError(f"--format {form} has names of its own for every family's layers: give --family")
     try:
-        content = registry.load("lora.formats", format_name).write(weights, names)
+        content = exporting.written(weights, form, names, DTYPES[written.dtype] if written.dtype else None)
     except ValueError as error:
-        raise UserError(
-            f"the format {format_name} cannot hold this LoRA: {error}. Give another --format: "
-            f"{', '.join(registry.names('lora.formats'))}"
-        ) from None
+        others = ", ".join(name for name in registry.names("lora.formats") if name != form)
+        raise UserError(f"the format {form} cannot hold this LoRA: {error}. Other formats: {others}") from None
     return FileContent(content.tensors, {**metadata, **content.metadata})
 
 
-def write_lora(written: Written, content: FileContent) -> None:
-    """Write the file.
-
-    Raises:
-        UserError: a number is not finite any more.
-        WriteError: the system refused.
-    """
-    for name, tensor in content.tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise UserError(
-                f"{written.output}: {name} does not fit {str(tensor.dtype).removeprefix('torch.')}: give --dtype fp32"
-            )
-    save_content(written.output, content)
-
-
-def in_precision(weights: AdapterWeights, dtype: torch.dtype) -> AdapterWeights:
-    """All in another precision."""
-    return {
-        component: {layer: adapter.in_precision(dtype) for layer, adapter in layers.items()}
-        for component, layers in weights.items()
-    }
+def bytes_at(path: Path) -> int:
+    """Of a file, or of all in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def megabytes(size: float) -> str:

@@ -17,8 +17,7 @@ class Written:
     output: Path
     """What is written: a name that ends in .safetensors, or for a model a new folder. Nothing may be there yet."""
     format: str | None = None
-    """Format of a LoRA's file: diffusers, kohya, comfyui, ... Default: that of the (first) LoRA that was given, else
-    diffusers."""
+    """Format of a LoRA: {lora.formats}. Default: that of the (first) LoRA that was given, else diffusers."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Precision of what is written. Default: that of what was given; of the LoRA of extract fp32."""
 

@@ -80,9 +80,7 @@ def test_another_precision(file: Path, tmp_path: Path) -> None:
         assert opened.metadata() == {"format": "pt", "title": "ä"}
 
 
-@pytest.mark.parametrize(
-    ("factor", "words"), [(1e6, "does not fit float16 any more"), (float("nan"), "is not finite")]
-)
+@pytest.mark.parametrize(("factor", "words"), [(1e6, "does not fit float16 any more"), (float("nan"), "is not finite")])
 def test_numbers_that_no_file_should_have(file: Path, tmp_path: Path, factor: float, words: str) -> None:
     change = Rewriting({"half": lambda tensor: tensor.float() * factor})
     with pytest.raises(UserError, match=words):

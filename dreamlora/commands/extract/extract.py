@@ -9,9 +9,10 @@ from dreamlora.commands.base_model import BaseModel, open_model
 from dreamlora.commands.extract.comparison import Differences, compare, opened_tensors
 from dreamlora.commands.extract.flags import ExtractConfig
 from dreamlora.commands.headers import of_extracted
-from dreamlora.commands.lora_files import OWN_FORMAT, check_lora_output, content_of, write_lora
+from dreamlora.commands.lora_files import bytes_at, check_lora_output, content_of
 from dreamlora.config import Model
 from dreamlora.errors import UserError
+from dreamlora.lora import exporting
 from dreamlora.lora.low_rank import Cut
 
 
@@ -23,28 +24,29 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
             written so.
         WriteError: the system refused.
     """
-    format_name = config.written.format or OWN_FORMAT
-    check_lora_output(config.written, format_name)
+    form = config.written.format or exporting.OWN_FORMAT
+    check_lora_output(config.written, form)
     base, tuned = _open(config)
     _check_alike(base, tuned)
-    content_of({}, config.written, format_name, base.names, {})  # whether the format has this model at all
+    content_of({}, config.written, form, base.names, {})  # whether the format has this model at all
     kept = config.kept
     with opened_tensors() as read:
         found = compare(base, tuned, Cut(kept.rank, kept.energy, kept.sv_ratio), read)
     if not found.layers.rows:
         raise UserError(_nothing(base, tuned, found))
     header = of_extracted(config.written.output, base.names, Path(base.path).name, Path(tuned.path).name)
-    write_lora(config.written, content_of(found.layers.weights, config.written, format_name, base.names, header))
+    content = content_of(found.layers.weights, config.written, form, base.names, header)
+    exporting.save(config.written.output, form, content)
     return {
         "base": base.path,
         "tuned": tuned.path,
         "output": str(config.written.output),
-        "format": format_name,
+        "format": form,
         **found.layers.summary(),
         "equal_layers": found.equal,
         "not_held": found.others,
         "all_compared": bool(base.pipeline) == bool(tuned.pipeline),
-        "bytes": config.written.output.stat().st_size,
+        "bytes": bytes_at(config.written.output),
     }
 
 

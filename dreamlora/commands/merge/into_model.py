@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dreamlora.archives import open_tensors
 from dreamlora.commands.base_model import BaseModel, open_model
 from dreamlora.commands.headers import of_model
-from dreamlora.commands.lora_files import DTYPES, Given, check_output, read_given
+from dreamlora.commands.lora_files import Given, check_output, read_given
 from dreamlora.commands.merge.flags import MergeConfig
 from dreamlora.config import Model
 from dreamlora.errors import UserError
@@ -22,6 +22,7 @@ from dreamlora.lora.merging import Weighted, added, fits
 from dreamlora.models.checkpoint import LayerWeight, refuse_quantised
 from dreamlora.models.copying import bytes_of, write_pipeline
 from dreamlora.models.local import is_single_file
+from dreamlora.models.parts import DTYPES
 from dreamlora.models.rewriting import Rewriting, rewrite
 
 _FILE = ".safetensors"

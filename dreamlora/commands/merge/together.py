@@ -10,13 +10,14 @@ from dreamlora.commands.headers import of_sum
 from dreamlora.commands.kept_layers import KeptLayers
 from dreamlora.commands.lora_files import (
     Given,
+    bytes_at,
     check_lora_output,
     content_of,
     read_given,
-    write_lora,
 )
 from dreamlora.commands.merge.flags import MergeConfig
 from dreamlora.errors import UserError
+from dreamlora.lora import exporting
 from dreamlora.lora.low_rank import Cut, Kept, resized, spectrum_of
 from dreamlora.lora.merging import Weighted, concatenated
 from dreamlora.lora.names import ModelNames
@@ -26,15 +27,15 @@ from dreamlora.lora.weights import LayerWeights
 def merge_together(config: MergeConfig) -> dict[str, Any]:
     """See ``merge.merge``."""
     loras = _read(config)
-    format_name = config.written.format or loras[0].file.format
-    check_lora_output(config.written, format_name)
+    form = config.written.format or loras[0].file.format
+    check_lora_output(config.written, form)
     sums = _sums(loras, config.strengths)
     names = next((lora.names for lora in loras if lora.names), None)
     # what the format cannot hold is told before anything is decomposed
     whole = KeptLayers()
     for (component, layer), adapter in sums.items():
         whole.weights.setdefault(component, {})[layer] = adapter
-    content_of(whole.weights, config.written, format_name, names, {})
+    content_of(whole.weights, config.written, form, names, {})
     kept, cut = KeptLayers(), Cut(config.kept.rank, config.kept.energy, config.kept.sv_ratio)
     for (component, layer), adapter in tqdm(sums.items(), "merging", unit="layer", delay=3, leave=False):
         spectrum = spectrum_of(adapter)
@@ -42,13 +43,13 @@ def merge_together(config: MergeConfig) -> dict[str, Any]:
         kept.add(component, layer, found, spectrum.energy**0.5, adapter.rank)
     parts = [(lora.label, strength) for lora, strength in zip(loras, config.strengths, strict=True)]
     metadata = of_sum(config.written.output, [lora.file.metadata for lora in loras], parts)
-    write_lora(config.written, content_of(kept.weights, config.written, format_name, names, metadata))
+    exporting.save(config.written.output, form, content_of(kept.weights, config.written, form, names, metadata))
     return {
         "loras": [{"name": name, "strength": strength} for name, strength in parts],
         "output": str(config.written.output),
-        "format": format_name,
+        "format": form,
         **kept.summary(),
-        "bytes": config.written.output.stat().st_size,
+        "bytes": bytes_at(config.written.output),
     }
 
 

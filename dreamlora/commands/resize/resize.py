@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from dreamlora.commands.headers import of_resized
 from dreamlora.commands.kept_layers import KeptLayers
-from dreamlora.commands.lora_files import check_lora_output, content_of, read_given, write_lora
+from dreamlora.commands.lora_files import bytes_at, check_lora_output, content_of, read_given
 from dreamlora.commands.resize.flags import ResizeConfig
+from dreamlora.lora import exporting
 from dreamlora.lora.low_rank import Cut, resized, spectrum_of
 
 
@@ -21,9 +22,9 @@ def resize(config: ResizeConfig) -> dict[str, Any]:
         WriteError: the system refused.
     """
     given = read_given(config.lora, None, config.family, config.written.format)
-    format_name = config.written.format or given.file.format
-    check_lora_output(config.written, format_name)
-    content_of(given.weights, config.written, format_name, given.names, {})  # what cannot be written is told at once
+    form = config.written.format or given.file.format
+    check_lora_output(config.written, form)
+    content_of(given.weights, config.written, form, given.names, {})  # what cannot be written is told at once
     kept = config.kept
     cut = Cut(kept.rank, kept.energy, kept.sv_ratio)
     layers = [(component, *item) for component, own in given.weights.items() for item in own.items()]
@@ -32,14 +33,14 @@ def resize(config: ResizeConfig) -> dict[str, Any]:
         spectrum = spectrum_of(adapter)
         found.add(component, layer, resized(adapter, cut, spectrum), spectrum.energy**0.5, adapter.rank)
     content = content_of(
-        found.weights, config.written, format_name, given.names, of_resized(given.file.metadata, found.weights)
+        found.weights, config.written, form, given.names, of_resized(given.file.metadata, found.weights)
     )
-    write_lora(config.written, content)
+    exporting.save(config.written.output, form, content)
     return {
         "lora": str(given.file.path),
         "output": str(config.written.output),
-        "format": format_name,
+        "format": form,
         **found.summary(),
-        "bytes_before": given.file.path.stat().st_size,
-        "bytes": config.written.output.stat().st_size,
+        "bytes_before": sum(map(bytes_at, given.file.files.values())),
+        "bytes": bytes_at(config.written.output),
     }

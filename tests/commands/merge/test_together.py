@@ -130,7 +130,7 @@ def test_loha_becomes_a_lora(case, tmp_path: Path) -> None:
     linear = {"text_encoder": adapters.drawn(case.stock, case.names, kind="loha")["text_encoder"]}
     file = adapters.save(tmp_path / "loha.safetensors", linear, case.names, "kohya")
     out = tmp_path / "one.safetensors"
-    assert run(file, "--lora_scales", "0.5", "--format", "diffusers", "--output", out) == 0
+    assert run(file, "--lora_scales", "0.5", "--family", case.family, "--format", "diffusers", "--output", out) == 0
     found = read_given(out, case.names).weights["text_encoder"]
     for layer, adapter in linear["text_encoder"].items():
         torch.testing.assert_close(found[layer].delta(), 0.5 * adapter.delta(), rtol=1e-4, atol=1e-5)
@@ -139,7 +139,7 @@ def test_loha_becomes_a_lora(case, tmp_path: Path) -> None:
 MISTAKES = {
     "several scales": (["--lora_scales", "1", "2"], "takes one number, or one for each of the 3 LoRAs (got 2)"),
     "no such file": (["--lora", "nowhere.safetensors"], "no such LoRA file or folder: nowhere.safetensors"),
-    "no safetensors": (["--output", "nowhere/x.bin"], "the name of a LoRA's file ends in .safetensors"),
+    "no safetensors": (["--output", "nowhere/x.bin"], "a LoRA in the format diffusers is a .safetensors file"),
     "no format": (["--format", "komfy"], "--format: unknown name 'komfy'"),
     "energy": (["--energy", "99"], "--energy is a share above 0, and 1 at most (got 99.0)"),
     "rank": (["--rank", "0"], "--rank must be at least 1 (got 0)"),
