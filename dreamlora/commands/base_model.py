@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,8 @@ def _single_file(file: Path, family: str | None) -> BaseModel:
 
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_NUMBER = re.compile(r"\.(\d{1,4})\.\w+\.")
+"""Of a block: the first in a name, with layers in it."""
 _FEWEST = 0.6
 """Of the weights of a denoiser, the share that has names; the others are of its ends."""
 
@@ -121,10 +124,11 @@ def _denoiser_alone(file: Path, headers: Mapping[str, TensorHeader], family: str
     """
     prefix = next(prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in headers))
     own = {name: header for name, header in headers.items() if name.startswith(prefix)}
+    depth = 1 + max((int(found[1]) for name in own if (found := _NUMBER.search(name))), default=0)
     wide = sum(name.endswith(".weight") and len(header.shape) > 1 for name, header in own.items())
     found: dict[str, tuple[float, ModelNames, Layers]] = {}
     for known in [family] if family else registry.names("families.layers"):
-        names = _names(known, {})
+        names = _names(known, {"num_layers": depth})
         if not names.comfyui:
             continue
         try:
