@@ -15,6 +15,7 @@ from dreamlora.lora.exporting import is_folder, is_nameless
 from dreamlora.lora.files import LoraFile, read_lora, read_weights
 from dreamlora.lora.formats import FileContent
 from dreamlora.lora.formats.peft import TENSORS
+from dreamlora.lora.low_rank import shape_of
 from dreamlora.lora.names import ModelNames, model_names
 from dreamlora.lora.origin import families_of
 from dreamlora.lora.weights import AdapterWeights
@@ -72,6 +73,21 @@ def read_given(path: Path, names: ModelNames | None, family: str | None = None, 
     if len(readings) > 1 and not (alike and (written in (None, file.format) or is_nameless(str(written)))):
         raise UserError(f"{file.path}: its layers may be those of {', '.join(families)}: give --family")
     return readings[0]
+
+
+def refuse_unknown_kernels(lora: Given) -> None:
+    """Nothing, if what every adapter would be as a LoRA is known without the base model.
+
+    Raises:
+        UserError: one is of a convolution, whose kernel its factors do not tell.
+    """
+    for component, layers in lora.weights.items():
+        for layer, adapter in layers.items():
+            if "conv" in layer.rpartition(".")[2] and len(shape_of(adapter)) == 2:
+                raise UserError(
+                    f"{lora.file.path}: how large the kernel of the convolution {component}.{layer} is, its "
+                    f"{adapter.kind} does not tell: merge it into its base model, and extract a LoRA"
+                )
 
 
 def _names_of(families: Iterable[str]) -> Iterator[ModelNames]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 from dreamlora.errors import UserError
 from dreamlora.files import make_folder, replacing_folder, write_atomically
 from dreamlora.interfaces import ModelSource
+from dreamlora.models.building import CONFIG
 from dreamlora.models.checkpoint import headers_of
+from dreamlora.models.configs import read_config
 from dreamlora.models.fetching import Place
 from dreamlora.models.loading import read_model_index
 from dreamlora.models.local import INDEX
@@ -73,7 +75,12 @@ _DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")
 
 def _part(source: ModelSource, name: str, place: Place, names: FileNames) -> PipelinePart | None:
     local = Path(place.path, place.folder)
-    there = [file.name for file in local.iterdir()] if local.is_dir() else list(place.listing())
+    if Path(place.path).is_dir():
+        there = [file.name for file in local.iterdir()] if local.is_dir() else []
+    else:
+        there = list(place.listing())
+    if not there:
+        return None
     settings = tuple(
         sorted(
             file for file in there if file.endswith(_SETTINGS) and not file.endswith(".index.json") and "/" not in file
@@ -91,7 +98,11 @@ def _part(source: ModelSource, name: str, place: Place, names: FileNames) -> Pip
 
 
 def write_pipeline(
-    source: ModelSource, parts: list[PipelinePart], folder: Path, rewritings: Mapping[str, Callable[[Path], Rewriting]]
+    source: ModelSource,
+    parts: Sequence[PipelinePart],
+    folder: Path,
+    rewritings: Mapping[str, Callable[[Path], Rewriting]],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the folder, whole or not at all. What is in several files stays so.
 
@@ -100,6 +111,7 @@ def write_pipeline(
         parts: of ``pipeline_parts``.
         folder: which is not there.
         rewritings: by part, what is changed in each of its files.
+        dtype: that these parts get; None: as they are.
 
     Raises:
         UserError: see ``rewriting.rewrite``.
@@ -115,11 +127,22 @@ def write_pipeline(
             own = make_folder(temporary / part.name)
             for name in part.settings:
                 shutil.copyfile(part.place.file(name), own / name)
+            if dtype and part.name in rewritings:
+                _tell_dtype(own / CONFIG, dtype)
             _write_weights(part, own, source.variant, rewritings.get(part.name))
         for name in _LICENCES:
             if (found := Path(source.path, name)).is_file():
                 shutil.copyfile(found, temporary / name)
         write_atomically(temporary / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _tell_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Where a config says in which precision the weights are, as those of transformers do, and load in it."""
+    content = read_config(config)
+    told = content.keys() & {"dtype", "torch_dtype"}
+    if told:
+        named = dict.fromkeys(told, str(dtype).removeprefix("torch."))
+        write_atomically(config, json.dumps(content | named, indent=2, sort_keys=True) + "\n")
 
 
 def _write_weights(
@@ -142,7 +165,7 @@ def _write_weights(
         write_atomically(folder / f"{part.names.stem}.safetensors.index.json", json.dumps(content, indent=2) + "\n")
 
 
-def bytes_of(parts: list[PipelinePart], converted: Mapping[str, torch.dtype]) -> int:
+def bytes_of(parts: Sequence[PipelinePart], converted: Mapping[str, torch.dtype]) -> int:
     """Of the weights, about; in other precisions some of them.
 
     Args:

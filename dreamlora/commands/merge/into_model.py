@@ -49,7 +49,7 @@ def merge_into_model(config: MergeConfig) -> dict[str, Any]:
 
         if base.pipeline:
             changed = {component for component, files in base.files.items() if dtype or _touches(plan, files)}
-            write_pipeline(base.pipeline, list(base.parts), output, dict.fromkeys(changed, rewriting))
+            write_pipeline(base.pipeline, base.parts, output, dict.fromkeys(changed, rewriting), dtype)
         else:
             rewrite(Path(base.path), output, rewriting(Path(base.path)))
     return {
@@ -145,7 +145,7 @@ def _touches(plan: Mapping[tuple[Path, str], Parts], files: Mapping[Path, Any]) 
 
 def _size(base: BaseModel, dtype: torch.dtype | None) -> int:
     if base.pipeline:
-        return bytes_of(list(base.parts), dict.fromkeys(base.files, dtype) if dtype else {})
+        return bytes_of(base.parts, dict.fromkeys(base.files, dtype) if dtype else {})
     size = Path(base.path).stat().st_size
     return 2 * size if dtype == torch.float32 else size
 

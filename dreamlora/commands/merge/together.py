@@ -14,6 +14,7 @@ from dreamlora.commands.lora_files import (
     check_lora_output,
     content_of,
     read_given,
+    refuse_unknown_kernels,
 )
 from dreamlora.commands.merge.flags import MergeConfig
 from dreamlora.errors import UserError
@@ -59,6 +60,7 @@ def _read(config: MergeConfig) -> list[Given]:
     loras: list[Given] = []
     for path in config.lora:
         loras.append(read_given(path, names, config.family, config.written.format))
+        refuse_unknown_kernels(loras[-1])
         names = names or loras[-1].names
     return loras
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from dreamlora.commands.headers import of_resized
 from dreamlora.commands.kept_layers import KeptLayers
-from dreamlora.commands.lora_files import bytes_at, check_lora_output, content_of, read_given
+from dreamlora.commands.lora_files import bytes_at, check_lora_output, content_of, read_given, refuse_unknown_kernels
 from dreamlora.commands.resize.flags import ResizeConfig
 from dreamlora.lora import exporting
 from dreamlora.lora.low_rank import Cut, resized, spectrum_of
@@ -22,6 +22,7 @@ def resize(config: ResizeConfig) -> dict[str, Any]:
         WriteError: the system refused.
     """
     given = read_given(config.lora, None, config.family, config.written.format)
+    refuse_unknown_kernels(given)
     form = config.written.format or given.file.format
     check_lora_output(config.written, form)
     content_of(given.weights, config.written, form, given.names, {})  # what cannot be written is told at once

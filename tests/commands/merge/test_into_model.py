@@ -153,6 +153,8 @@ def test_another_precision(case, bf16: Path, two, tmp_path: Path) -> None:
     for component in (two.names.denoiser, *two.names.text_encoders):
         tensors = load_file(next((out / component).glob("*.safetensors")))
         assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
+    merged = _stock(case.tiny, out)
+    assert {getattr(merged, name).dtype for name in (two.names.denoiser, *two.names.text_encoders)} == {torch.float32}
     vae = load_file(next((out / "vae").glob("*.safetensors")))
     assert {tensor.dtype for tensor in vae.values()} == {torch.bfloat16}  # of which nothing was said
 

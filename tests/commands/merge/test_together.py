@@ -153,3 +153,11 @@ def test_mistakes(case, name: str, tmp_path: Path, capsys) -> None:
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_convolutions_whose_kernel_is_not_told(case, tmp_path: Path, capsys) -> None:
+    whole = adapters.drawn(case.stock, case.names, kind="loha")
+    file = adapters.save(tmp_path / "loha.safetensors", whole, case.names, "kohya")
+    assert run(file, case.files[0], "--output", tmp_path / "one.safetensors") == 2
+    error = capsys.readouterr().err
+    assert "loha.safetensors: how large the kernel of the convolution" in error and "into its base model" in error
