@@ -124,7 +124,7 @@ def _denoiser_alone(file: Path, headers: Mapping[str, TensorHeader], family: str
     """
     prefix = next(prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in headers))
     own = {name: header for name, header in headers.items() if name.startswith(prefix)}
-    depth = 1 + max((int(found[1]) for name in own if (found := _NUMBER.search(name))), default=0)
+    depth = 1 + max((int(block[1]) for block in map(_NUMBER.search, own) if block), default=0)
     wide = sum(name.endswith(".weight") and len(header.shape) > 1 for name, header in own.items())
     found: dict[str, tuple[float, ModelNames, Layers]] = {}
     for known in [family] if family else registry.names("families.layers"):

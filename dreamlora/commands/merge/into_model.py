@@ -41,7 +41,7 @@ def merge_into_model(config: MergeConfig) -> dict[str, Any]:
     parts = [(lora.label, strength) for lora, strength in zip(loras, config.strengths, strict=True)]
     dtype = DTYPES[config.written.dtype] if config.written.dtype else None
     check_output(output, _size(base, dtype))
-    with tqdm(total=sum(map(len, plan.values())), desc="merging", unit="tensor", delay=3, leave=False) as bar:
+    with tqdm(total=len(plan), desc="merging", unit="tensor", delay=3, leave=False) as bar:
 
         def rewriting(file: Path) -> Rewriting:
             changes = {name: _change(own, bar) for (its, name), own in plan.items() if its == file}
