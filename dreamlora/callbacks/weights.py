@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.pairs import tuned_layers
 from dreamlora.processes import tell_everyone
 from dreamlora.runfolder import TRAINABLES_FILE
 from dreamlora.training.loop import Run
@@ -23,12 +23,17 @@ from dreamlora.training.loop import Run
 def base_model(run: Run) -> Iterator[None]:
     """The LoRA has no effect in here, to the last bit; afterwards it is as it was."""
     with _kept_weights(run):
-        for layer in adapted_layers(run.accelerator.unwrap_model(run.model)):
-            if layer.start is None:
-                layer.B.data.zero_()
-            else:
-                layer.A.data.copy_(layer.start.A)
-                layer.B.data.copy_(layer.start.B)
+        for layer in tuned_layers(run.accelerator.unwrap_model(run.model)):
+            layer.silence()
+        yield
+
+
+@contextlib.contextmanager
+def before_first_step(run: Run) -> Iterator[None]:
+    """The LoRA is what a resumed run has begun with: without effect, or that of ``--init_lora``."""
+    with base_model(run):
+        for name, value in run.begun_with.items():
+            run.trainables[name].data.copy_(value)
         yield
 
 

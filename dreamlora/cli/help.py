@@ -67,8 +67,8 @@ def settings(options: Mapping[str, Option]) -> str:
 
 
 def filled(text: str) -> str:
-    """A text with the names of the plug-ins in the place of ``{optimizers}``, ``{inits}``, ``{lora.formats}``, ..."""
-    for kind in ("optimizers", "inits", "metrics", "lora.formats"):
+    """A text with the names of the plug-ins in the place of ``{optimizers}``, ``{lora.formats}`` and so on."""
+    for kind in ("adapters", "optimizers", "inits", "metrics", "lora.formats"):
         text = text.replace(f"{{{kind}}}", ", ".join(registry.names(kind)))
     return text
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from dreamlora import registry
 from dreamlora.commands.rows import Row
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.trained import (
@@ -28,7 +27,7 @@ from dreamlora.commands.trained import (
 from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pictures
 from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
 from dreamlora.lora.applying import apply_lora
-from dreamlora.lora.names import model_names
+from dreamlora.lora.names import names_of
 from dreamlora.models.loading import family_of
 from dreamlora.models.parts import Parts, computing_in
 from dreamlora.models.prompts import cut_prompts
@@ -68,8 +67,7 @@ class UnderTest:
             yield pipeline
             return
         family = self.parts.family
-        config = getattr(pipeline, family.DENOISER).config
-        apply_lora(pipeline, row.lora, row.scale, model_names(registry.name_of(family), config))
+        apply_lora(pipeline, row.lora, row.scale, names_of(family, getattr(pipeline, family.DENOISER).config))
         try:
             yield pipeline
         finally:

@@ -35,6 +35,13 @@ FLOW_SCHEDULERS: Classes = (
 CLIP_TOKENIZERS: Classes = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
 T5_TOKENIZERS: Classes = ("transformers.T5TokenizerFast", "transformers.T5Tokenizer")
 AUTOENCODERS: Classes = ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")
+
+
+def lora_presets(attention: Sequence[str], between: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """See ``Family.LORA_PRESETS``."""
+    return {"attn": tuple(attention), "attn-mlp": (*attention, *between)}
+
+
 CLIP_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 MARKS = 2

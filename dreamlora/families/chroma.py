@@ -38,6 +38,7 @@ DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
 LORA_LAYERS: tuple[str, ...] = _flux.LORA_LAYERS
+LORA_PRESETS: dict[str, tuple[str, ...]] = _flux.LORA_PRESETS
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512

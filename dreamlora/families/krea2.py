@@ -48,6 +48,9 @@ LORA_LAYERS: tuple[str, ...] = (
     *("to_q", "to_k", "to_v", "to_out.0", "to_gate", "ff.up", "ff.down"),
     *("img_in", "txt_in.linear_1", "txt_in.linear_2", "final_layer.linear"),
 )
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    ["to_q", "to_k", "to_v", "to_out.0", "to_gate"], ["ff.gate", "ff.up", "ff.down"]
+)
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512

@@ -49,6 +49,7 @@ LORA_LAYERS: tuple[str, ...] = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 )
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(LORA_LAYERS[:8], LORA_LAYERS[8:])
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512

@@ -43,6 +43,7 @@ DENOISER: str = "unet"
 SIDE_MULTIPLE: int = 8
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 LORA_LAYERS: tuple[str, ...] = _unet.LORA_LAYERS
+LORA_PRESETS: dict[str, tuple[str, ...]] = _unet.LORA_PRESETS
 TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS
 PROMPT_LENGTH: str = "tokenizer_max_length"
 PROMPT_DEFAULT: int | None = None

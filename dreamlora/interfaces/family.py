@@ -144,7 +144,10 @@ class Family(Protocol):
     TEXT_ENCODERS: tuple[str, ...]
     """Component names of the text encoders that can be trained; others stay frozen."""
     LORA_LAYERS: tuple[str, ...]
-    """Default target modules in the denoiser."""
+    """Default target modules in the denoiser: ends of their names, in which ``*`` stands for any part."""
+    LORA_PRESETS: Mapping[str, tuple[str, ...]]
+    """Others by the names that ``--lora_layers`` takes: "attn" are the projections of attention, "attn-mlp" the layers
+    between them too."""
     TEXT_LORA_LAYERS: tuple[str, ...]
     """Target modules in the text encoders."""
     OWN_OPTIONS: tuple[str, ...]

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import LoraVariant
-from torch import Tensor, nn
+from torch import nn
 
 from dreamlora.errors import UserError
 from dreamlora.lora.converter import unreadable
@@ -28,7 +27,7 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0, model: ModelNames 
     """Put a LoRA into a stock pipeline, with its effect multiplied by ``scale``, as it was while it trained.
 
     The weights keep their own precision, as float32 (diffusers rounds them to that of the base model), and the layers
-    compute in the same order as in training. Of a DoRA a scale s gives ``W₀ + s (W − W₀)``.
+    compute in the same order as in training. Of a DoRA the scale is that of B A, and the magnitudes stay, as in PEFT.
 
     Raises:
         UserError: see :func:`weights_for`.
@@ -37,12 +36,11 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0, model: ModelNames 
     try:
         for component, weights in adapters.items():
             put_adapter(getattr(pipeline, component), weights)
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
         pipeline.unload_lora_weights()
         raise unreadable(path, error) from error
     pipeline.set_adapters([ADAPTER], [scale])
     for component in adapters:
-        _share_doras(getattr(pipeline, component), scale)
         fuse(getattr(pipeline, component))
 
 
@@ -65,7 +63,7 @@ def weights_for(pipeline: Any, path: Path, model: ModelNames | None = None) -> A
     return adapters
 
 
-def put_adapter(module: Any, weights: Mapping[str, LayerWeights], adapter: str = ADAPTER) -> None:
+def put_adapter(module: Any, weights: Mapping[str, LayerWeights], adapter: str = ADAPTER, dropout: float = 0.0) -> None:
     """Give layers of a diffusers or transformers model adapters with these factors, in float32.
 
     PEFT makes them all of rank 1, as it would find out other ranks by a regular expression for each pair of layers.
@@ -74,6 +72,7 @@ def put_adapter(module: Any, weights: Mapping[str, LayerWeights], adapter: str =
         module: of the layers.
         weights: by their names; kinds may differ.
         adapter: its name.
+        dropout: probability that an input of lora_A is dropped in training.
 
     Raises:
         ValueError: PEFT cannot adapt one of them.
@@ -82,7 +81,7 @@ def put_adapter(module: Any, weights: Mapping[str, LayerWeights], adapter: str =
     for layer, each in weights.items():
         by_kind.setdefault(_kind(each), []).append(layer)
     for number, (kind, layers) in enumerate(by_kind.items()):
-        config = _KINDS[kind].config(f"(?:{'|'.join(map(re.escape, layers))})")
+        config = _KINDS[kind].config(f"(?:{'|'.join(map(re.escape, layers))})", dropout)
         if number == 0:
             module.add_adapter(config, adapter_name=adapter)
             continue
@@ -114,7 +113,8 @@ def _put_factors_of(names: tuple[str, ...]) -> Callable[[Any, LayerWeights, str]
         device = layer.base_layer.weight.device
         for name in names:
             parameters = getattr(layer, name)
-            parameters.pop(adapter, None)
+            if adapter in parameters:
+                del parameters[adapter]
             if name in weights.tensors:
                 parameters[adapter] = nn.Parameter(weights.tensors[name].to(device, torch.float32))
         rank = weights.rank or 1
@@ -126,38 +126,20 @@ def _put_factors_of(names: tuple[str, ...]) -> Callable[[Any, LayerWeights, str]
 class _Kind(NamedTuple):
     """How PEFT makes adapters of a kind of layers whose names a pattern fits, and how they get their factors."""
 
-    config: Callable[[str], PeftConfig]
+    config: Callable[[str, float], PeftConfig]
     put: Callable[[Any, LayerWeights, str], None]
 
 
+def _pairs(names: str, dropout: float, dora: bool = False) -> LoraConfig:
+    return LoraConfig(r=1, target_modules=names, init_lora_weights=False, lora_dropout=dropout, use_dora=dora)
+
+
 _KINDS = {
-    "lora": _Kind(lambda names: LoraConfig(r=1, target_modules=names, init_lora_weights=False), _put_lora),
-    "dolora": _Kind(
-        lambda names: LoraConfig(r=1, target_modules=names, init_lora_weights=False, use_dora=True), _put_dora
-    ),
-    "loha": _Kind(lambda names: LoHaConfig(r=1, target_modules=names), _put_factors_of(LOHA)),
-    "lokr": _Kind(lambda names: LoKrConfig(r=1, target_modules=names), _put_factors_of(LOKR)),
+    "lora": _Kind(_pairs, _put_lora),
+    "dolora": _Kind(lambda names, dropout: _pairs(names, dropout, dora=True), _put_dora),
+    "loha": _Kind(lambda names, _: LoHaConfig(r=1, target_modules=names), _put_factors_of(LOHA)),
+    "lokr": _Kind(lambda names, _: LoKrConfig(r=1, target_modules=names), _put_factors_of(LOKR)),
 }
-
-
-class _Share(LoraVariant):
-    """A part of what a DoRA does. PEFT would scale B A alone and keep the magnitudes, which at 0 is no base model."""
-
-    def __init__(self, whole: LoraVariant, share: float) -> None:
-        self.whole, self.share = whole, share
-
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **more: Any) -> Tensor:  # type: ignore[override]
-        """``result`` and the share of what the DoRA adds to it."""
-        whole = self.whole.forward(module, active_adapter=active_adapter, x=x, result=result, **more)
-        return result + self.share * (whole - result)
-
-
-def _share_doras(module: nn.Module, scale: float) -> None:
-    for layer in module.modules():
-        if ADAPTER in getattr(layer, "lora_magnitude_vector", ()):
-            layer.set_scale(ADAPTER, 1.0)  # type: ignore[operator]
-            if scale != 1:
-                layer.lora_variant[ADAPTER] = _Share(layer.lora_variant[ADAPTER], scale)  # type: ignore[index, operator]
 
 
 def _in_module(module: Any, layer: str) -> str:

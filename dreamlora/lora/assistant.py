@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from dreamlora.lora.applying import put_adapter
+from dreamlora.lora.merging import added
 from dreamlora.lora.pairs import ADAPTER, bare
 from dreamlora.lora.weights import LayerWeights, lora_weights
 
@@ -51,13 +52,8 @@ def as_loras(module: nn.Module, weights: Mapping[str, LayerWeights]) -> dict[str
 
 
 def _as_lora(layer: nn.Module, weights: LayerWeights) -> LayerWeights:
-    base: Tensor = layer.weight.detach().float()  # type: ignore[operator, union-attr, assignment]
-    change = weights.delta().to(base.device).reshape(base.shape)
-    if weights.magnitude is not None:
-        whole = base + change
-        lengths = whole.flatten(1).norm(dim=1)
-        shares = (weights.magnitude.to(lengths) / lengths).reshape(-1, *(1 for _ in base.shape[1:]))
-        change = shares * whole - base
+    base: Tensor = layer.weight.detach().float()  # type: ignore[operator]
+    change = added(base, [(weights, 1.0)]) - base
     rows, columns = change.shape[:2]
     if change.ndim == 2 and columns < rows:
         return lora_weights(torch.eye(columns), change)

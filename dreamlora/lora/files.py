@@ -109,28 +109,31 @@ def read_weights(path: Path, model: ModelNames | None, pipeline: Any = None) -> 
 
 
 def _read(lora: LoraFile, content: FileContent, model: ModelNames | None, pipeline: Any) -> AdapterWeights:
-    """By its format, else through diffusers.
+    """By its format; through diffusers what has none here, is of a model whose names are not known, or is old.
 
     Raises:
         ValueError: its format cannot read it.
         UserError: diffusers cannot.
     """
-    reason: ValueError | None = None
-    if lora.format == registry.name_of(diffusers):
-        return diffusers.read(content)
-    if lora.format and model is not None:
-        try:
+    own = lora.format == registry.name_of(diffusers)
+    reason = ValueError(f"its names are not known, such as {next(iter(content.tensors))}")
+    try:
+        if own:
+            return diffusers.read(content)
+        if lora.format and model is not None and model.layers.originals:
             return diffusers.with_settings(registry.load("lora.formats", lora.format).read(content, model), content)
-        except ValueError as error:
-            reason = error
+    except ValueError as error:
+        reason = error
+        if not own:
+            raise
     if pipeline is None or not all(PAIR.search(name) or ALPHA.match(name) for name in content.tensors):
-        raise reason or ValueError(f"its names are not known, such as {next(iter(content.tensors))}")
+        raise reason
     try:
         return diffusers.with_settings(read_through_diffusers(pipeline, lora.path, content.tensors), content)
     except UserError:
-        if reason is None:
-            raise
-        raise reason from None
+        if own:
+            raise reason from None
+        raise
 
 
 def _computable(tensor: Tensor) -> Tensor:

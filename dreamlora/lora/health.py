@@ -1,4 +1,4 @@
-"""LoRA health: how far the weights have moved, in how many directions, and how large a step was.
+"""Health of an adapter: how far the weights have moved, in how many directions, and how large a step was.
 
 Everything is computed from Gram matrices of the factors, batched over layers of one shape: no m×n matrix is formed.
 It happens on the CPU: in float64, which Apple's GPUs do not have, and without taking memory from the training.
@@ -7,16 +7,17 @@ It happens on the CPU: in float64, which Apple's GPUs do not have, and without t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from dreamlora.linalg import gram_columns, gram_rows
+from dreamlora.lora.changes import BaseRows, Directed, Product, change_of, directed_square
 from dreamlora.lora.offset import FrozenStart
-from dreamlora.lora.pairs import AdaptedLayer, adapted_layers
+from dreamlora.lora.pairs import AdaptedLayer, tuned_layers
 
 TOTAL = ""
 """The group of all layers."""
@@ -28,14 +29,15 @@ class Health:
 
     Attributes:
         dw_norm: ``‖ΔW‖_F`` of all layers together.
-        stable_rank: ``‖ΔW‖_F² / ‖ΔW‖₂²``, between 1 and the rank, mean over the layers; None where ΔW is zero.
+        stable_rank: ``‖ΔW‖_F² / ‖ΔW‖₂²``, between 1 and the rank, mean over the layers; None where ΔW is zero, and of a
+            LoKr; of a DoRA that of B A.
         balance: ``1 - ‖A Aᵀ - Bᵀ B‖_F / (‖A Aᵀ‖_F + ‖Bᵀ B‖_F)``, mean over the layers: 1 if the Gram matrices are
-            equal, 0 if one factor is zero.
+            equal, 0 if one factor is zero; None of layers without a pair of factors.
     """
 
     dw_norm: float
     stable_rank: float | None
-    balance: float
+    balance: float | None
 
 
 def snapshots(modules: Mapping[str, nn.Module]) -> list[AdaptedLayer]:
@@ -45,17 +47,23 @@ def snapshots(modules: Mapping[str, nn.Module]) -> list[AdaptedLayer]:
         modules: by the name that a group gets which is the whole module; of the module named "" the children are the
             groups, such as "down_blocks".
     """
-    layers = [layer for name, module in modules.items() for layer in adapted_layers(module, prefix=name)]
+    layers = [change_of(layer) for name, module in modules.items() for layer in tuned_layers(module, prefix=name)]
     copies = iter(_copies([x for layer in layers for x in _tensors(layer)]))
-    flat = (x.flatten(1) for x in copies)
-    return [
-        replace(layer, A=next(flat), B=next(flat), start=layer.start and FrozenStart(next(flat), next(flat)))
-        for layer in layers
-    ]
+    return [_copied(layer, copies) for layer in layers]
 
 
 def _tensors(layer: AdaptedLayer) -> list[Tensor]:
-    return [layer.A, layer.B, *([layer.start.A, layer.start.B] if layer.start else [])]
+    start, rows = [layer.start.A, layer.start.B] if layer.start else [], layer.rows if _is_directed(layer) else []
+    return [layer.A, layer.B, *start, *rows]
+
+
+def _copied(layer: AdaptedLayer, copies: Iterator[Tensor]) -> AdaptedLayer:
+    """The layer with copies of its ``_tensors``."""
+    A, B = next(copies).flatten(1), next(copies).flatten(1)
+    start = layer.start and FrozenStart(next(copies).flatten(1), next(copies).flatten(1))
+    if _is_directed(layer):
+        return replace(layer, A=A, B=B, start=start, rows=BaseRows(next(copies), next(copies), next(copies)))
+    return replace(layer, A=A, B=B, start=start)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -77,15 +85,14 @@ def measure(layers: Sequence[AdaptedLayer]) -> dict[str, Health]:
         A, B = _stacked([layers[i].A for i in members]), _stacked([layers[i].B for i in members])
         downs, ups = zip(*(layers[i].factors() for i in members), strict=True)
         square, spectral = _sizes(_stacked(downs), _stacked(ups))
-        squares[members] = _scaling([layers[i] for i in members]) ** 2 * square
+        squares[members] = _squares([None] * len(members), [layers[i] for i in members], square)
         ranks[members] = torch.where(spectral > 0, square / spectral.clamp_min(1e-300), torch.nan)
         balances[members] = _balance(A, B)
+        if isinstance(first := layers[members[0]], Product):
+            balances[members] = torch.nan
+            ranks[members] = torch.nan if first.rearranged else ranks[members]
     return {
-        group: Health(
-            float(squares[members].sum().sqrt()),
-            float(ranks[members].nanmean()) if not ranks[members].isnan().all() else None,
-            float(balances[members].mean()),
-        )
+        group: Health(float(squares[members].sum().sqrt()), _mean(ranks[members]), _mean(balances[members]))
         for group, members in _groups(layers).items()
     }
 
@@ -104,12 +111,29 @@ def update_rms(before: Sequence[AdaptedLayer], after: Sequence[AdaptedLayer]) ->
         A0, A1 = (_stacked([layers[i].A for i in members]) for layers in (before, after))
         B0, B1 = (_stacked([layers[i].B for i in members]) for layers in (before, after))
         square, _ = _sizes(torch.cat([A1 - A0, A0], 1), torch.cat([B1, B1 - B0], 2), spectral=False)
-        squares[members] = _scaling([after[i] for i in members]) ** 2 * square
+        squares[members] = _squares([before[i] for i in members], [after[i] for i in members], square)
     entries = torch.tensor([layer.B.shape[0] * layer.A.shape[1] for layer in after], dtype=torch.float64)
     return {
         group: float((squares[members].sum() / entries[members].sum()).sqrt())
         for group, members in _groups(after).items()
     }
+
+
+def _squares(before: Sequence[AdaptedLayer | None], after: Sequence[AdaptedLayer], products: Tensor) -> Tensor:
+    """``‖ΔW₁ − ΔW₀‖_F²`` of layers of one kind, from that of their ``B₁A₁ − B₀A₀``."""
+    if _is_directed(after[0]):
+        pairs: Any = zip(before, after, strict=True)
+        return torch.tensor([directed_square(*pair) for pair in pairs], dtype=torch.float64)
+    return torch.tensor([layer.scaling for layer in after], dtype=torch.float64) ** 2 * products
+
+
+def _is_directed(layer: AdaptedLayer) -> TypeGuard[Directed]:
+    return isinstance(layer, Directed)
+
+
+def _mean(values: Tensor) -> float | None:
+    """Of those that are known."""
+    return None if values.isnan().all() else float(values.nanmean())
 
 
 def _sizes(down: Tensor, up: Tensor, *, spectral: bool = True) -> tuple[Tensor, Tensor]:
@@ -133,20 +157,16 @@ def _balance(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _alike(layers: Sequence[AdaptedLayer]) -> list[list[int]]:
-    """Numbers of layers whose factors have the same shape, with or without a frozen start."""
+    """Numbers of layers of one kind whose factors have the same shape, with or without a frozen start."""
     numbers_by_shape: dict[Any, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
-        numbers_by_shape[layer.A.shape, layer.B.shape, layer.start is None].append(number)
+        numbers_by_shape[type(layer), layer.A.shape, layer.B.shape, layer.start is None].append(number)
     return list(numbers_by_shape.values())
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:
     """In float64, as Gram matrices square the condition number."""
     return torch.stack(list(factors)).double()
-
-
-def _scaling(layers: Sequence[AdaptedLayer]) -> Tensor:
-    return torch.tensor([layer.scaling for layer in layers], dtype=torch.float64)
 
 
 def _groups(layers: Sequence[AdaptedLayer]) -> dict[str, list[int]]:

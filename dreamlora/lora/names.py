@@ -17,6 +17,7 @@ from dreamlora import registry
 
 NUMBER = "{}"
 """In a name: the number of a block."""
+_TABLES = "families.layers"
 _MOST_NUMBERS = 8
 """In the name of a layer."""
 
@@ -157,15 +158,23 @@ class ModelNames:
         return ""
 
 
-def names_of(family: Any, config: Mapping[str, Any]) -> ModelNames:
-    """What other programs call a family's layers.
+def model_names(family: str, config: Mapping[str, Any]) -> ModelNames | None:
+    """Names of a family's model; None: nothing is known of them.
 
     Args:
-        family: a module of ``families``.
-        config: of its denoiser; empty: that of the published models.
+        family: its name.
+        config: the denoiser's; of the published models where it is empty.
     """
-    names: ModelNames = registry.load("families.layers", registry.name_of(family)).names(config)
+    if family not in registry.names(_TABLES):
+        return None
+    names: ModelNames = registry.load(_TABLES, family).names(config)
     return names
+
+
+def names_of(family: Any, config: Mapping[str, Any]) -> ModelNames:
+    """The same of a family's module; diffusers' names alone, where nothing else is known."""
+    found = model_names(registry.name_of(family), config)
+    return found or ModelNames(family.DENOISER, LayerNames(()), kohya=None, comfyui=False)
 
 
 CLIP = LayerNames(
@@ -176,19 +185,6 @@ CLIP = LayerNames(
     )
 )
 """Layers of CLIP's text encoders, without the "text_model." that files have before most of them."""
-
-
-def model_names(family: str, config: Mapping[str, Any]) -> ModelNames | None:
-    """Names of a family's model; None: nothing is known of them.
-
-    Args:
-        family: its name.
-        config: the denoiser's.
-    """
-    if family not in registry.names("families.layers"):
-        return None
-    names: ModelNames = registry.load("families.layers", family).names(config)
-    return names
 
 
 def flat(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dreamlora.errors import UserError
-from dreamlora.files import replacing_folder
+from dreamlora.files import replacing, replacing_folder, write_atomically
 from dreamlora.lora.formats import FileContent
 from dreamlora.lora.formats.peft import CONFIG, CONFIG_BYTES, TENSORS
 from dreamlora.lora.metadata import serialised
@@ -58,7 +58,7 @@ def write_peft(path: Path, content: FileContent) -> None:
         path: may not exist yet.
         content: of ``formats.peft``.
     """
-    with replacing_folder(path) as temporary:
+    with replacing_folder(path) as folder:
         own = {name: text for name, text in content.metadata.items() if name.endswith(CONFIG)}
         header = {name: text for name, text in content.metadata.items() if name not in own}
         for name, text in own.items():
@@ -68,7 +68,6 @@ def write_peft(path: Path, content: FileContent) -> None:
                 for key, tensor in content.tensors.items()
                 if key.rpartition("/")[0] == before.removesuffix("/")
             }
-            folder = temporary / before
-            folder.mkdir(exist_ok=True)
-            (folder / TENSORS).write_bytes(serialised(tensors, header))
-            (folder / CONFIG).write_text(text, encoding="utf-8")
+            with replacing(folder / before / TENSORS) as temporary:
+                temporary.write_bytes(serialised(tensors, header))
+            write_atomically(folder / before / CONFIG, text)

@@ -40,7 +40,7 @@ def headline(facts: RunFacts) -> str:
         return f"The loss on {where} is {loss(evaluation.final)} at step {evaluation.final_step}."
     change = evaluation.change or 0.0
     verb = "fell" if change < -0.005 else "rose" if change > 0.005 else "hardly changed:"
-    text = f"The loss on {where} {verb} from {loss(evaluation.base)} (base model) to {loss(evaluation.final)}"
+    text = f"The loss on {where} {verb} from {loss(evaluation.base)} ({facts.base}) to {loss(evaluation.final)}"
     text += f" ({figures.change(evaluation.final, evaluation.base)})" if abs(change) > 0.005 else ""
     text += "." if facts.finished else " so far."
     if evaluation.past_best:
@@ -56,7 +56,7 @@ def spread(facts: RunFacts) -> str | None:
         return None
     better = sum(fall > 0 for fall in falls)
     kind = "held-out" if facts.evaluation.held_out else "training"
-    return f"The loss is lower than the base model's on {better} of the {len(falls)} {kind} images."
+    return f"The loss is lower than the {facts.base}'s on {better} of the {len(falls)} {kind} images."
 
 
 def best(facts: RunFacts) -> str | None:
@@ -128,7 +128,7 @@ def parity(facts: RunFacts) -> tuple[str, str]:
     call: dict[str, float] = check.get("call") or {}
     same = _same_call(call)
     if same is False:
-        text = "The saved LoRA in a stock diffusers pipeline does not do what it did in training"
+        text = f"The saved LoRA in {_pipeline(check)} does not do what it did in training"
         return "bad", f"{text}: {_call_text(call)}."
     verdict, text = _of_image(check, coarse=_coarse(call))
     if same:
@@ -158,7 +158,7 @@ def _of_image(check: dict[str, Any], *, coarse: bool) -> tuple[str, str]:
     """Verdict and sentence of the image alone; ``coarse``: rounding adds up over the steps until it can be seen."""
     decibels, largest, mean = (float(check.get(key) or 0) for key in ("psnr_db", "max_abs", "mean_abs"))
     apart = f"largest difference {largest:g} of 255, mean {mean:.3g}, PSNR {decibels:.0f} dB"
-    lora = "The saved LoRA, loaded into a stock diffusers pipeline, draws"
+    lora = f"The saved LoRA, loaded into {_pipeline(check)}, draws"
     if largest == 0:
         return "good", f"{lora} exactly the image seen in training."
     if decibels >= _SAME_DB:
@@ -167,7 +167,13 @@ def _of_image(check: dict[str, Any], *, coarse: bool) -> tuple[str, str]:
         return "good" if coarse else "fair", f"{lora} nearly the image seen in training ({apart})."
     if coarse:
         return "fair", f"{lora} an image like that seen in training ({apart}): rounding adds up over the steps."
-    return "bad", f"The saved LoRA in a stock diffusers pipeline does not draw the image seen in training ({apart})."
+    return "bad", f"The saved LoRA in {_pipeline(check)} does not draw the image seen in training ({apart})."
+
+
+def _pipeline(check: dict[str, Any]) -> str:
+    """What the file was loaded into, and by whom."""
+    by_us = " by dreamlora itself, as diffusers' loader knows no adapters of this kind"
+    return "a stock diffusers pipeline" + (by_us if check.get("loader") == "dreamlora" else "")
 
 
 def evaluation_price(facts: RunFacts) -> str | None:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from dreamlora import registry
 from dreamlora.compare.records import model_name
 from dreamlora.config import Data, as_flat_dict
 from dreamlora.data.caption_text import tidy
@@ -67,10 +68,21 @@ def _model(context: RunContext) -> str:
 
 def _lora(context: RunContext) -> str:
     lora, family = context.config.lora, context.family
+    kind = "" if lora.adapter == "lora" else f"{lora.adapter}, "
+    kind += "rsLoRA, " if lora.use_rslora else ""
+    ranks = "".join(f", {place} {rank}" for place, rank in lora.ranks.items())
+    alpha = "each layer's rank" if lora.lora_alpha is None else f"{lora.lora_alpha:g}"
+    alphas = "".join(f", {place} {value:g}" for place, value in lora.alphas.items())
+    start = f", init {lora.init}" if registry.load("adapters", lora.adapter).PAIRS else ""
     layers = " ".join(lora.lora_layers or family.LORA_LAYERS)
-    where = f"layers of the {family.DENOISER}: {layers}" + ("; and the text encoder" if lora.train_text_encoder else "")
+    where = f"layers of the {family.DENOISER}: {layers}"
+    where += f" in the blocks {' '.join(lora.lora_blocks)}" if lora.lora_blocks else ""
+    if lora.train_text_encoder:
+        where += "; and the text encoder" + (f" (rank {lora.text_encoder_rank})" if lora.text_encoder_rank else "")
+    if context.beginning:
+        start = f", goes on from {lora.init_lora}: with its layers, ranks and alphas where no others are given"
     assisted = f"; with the frozen {lora.training_adapter} while training" if lora.training_adapter else ""
-    return f"rank {lora.rank}, alpha {lora.lora_alpha:g}, init {lora.init}; {where}" + assisted
+    return f"{kind}rank {lora.rank}{ranks}, alpha {alpha}{alphas}{start}; {where}" + assisted
 
 
 def _images(context: RunContext, pictures: RunImages) -> str:

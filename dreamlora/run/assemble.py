@@ -110,7 +110,7 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     if context.accelerator.is_main_process:
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
-        provenance.write_base_model(context.source, folder)
+        provenance.write_base_model(context.source, folder, context.beginning.content if context.beginning else None)
         image_list.write(folder.images_file, pictures)
     _start_trackers(context, folder)
     with context.timed("training"):
@@ -129,6 +129,8 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     run = _build(context, folder, pictures, options)
     run.settings = settings
     if checkpoint:
+        if context.beginning:
+            run.begun_with = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
         state.restore(run, checkpoint.state)
     else:
         lora = context.config.lora
@@ -174,7 +176,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
     model = with_lora(context, components, text)
     few, layers = layers_below_rank(model)
-    if "rank" in config.given and 2 * few >= layers:
+    if "rank" in config.given and layers and 2 * few >= layers:
         context.warn(f"--rank {config.lora.rank} is more than {few} of the {layers} layers have inputs or outputs")
     trainables = trainable_parameters(model)
     model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients

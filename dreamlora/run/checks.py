@@ -6,22 +6,20 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+from torch import nn
 
-from dreamlora import registry
 from dreamlora.data.encode import bytes_lacking, bytes_of
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.applying import weights_for
-from dreamlora.lora.inject import target_layers
-from dreamlora.lora.names import model_names
+from dreamlora.lora.names import names_of
+from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
 from dreamlora.lora.weights import LayerWeights
-from dreamlora.models.building import empty_module
-from dreamlora.models.inventory import PartFiles, problems_of
+from dreamlora.models.inventory import PartFiles, empty_part, problems_of
 from dreamlora.models.loading import read_settings
-from dreamlora.run import formats
+from dreamlora.run import continuing, formats
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
 
@@ -39,20 +37,35 @@ def require_parts(parts: Sequence[PartFiles]) -> None:
 
 
 def require_layers(context: RunContext) -> None:
-    """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter.
+    """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter; and what
+    patterns of ranks and alphas name.
 
     Raises:
         UserError: it has none of a name that was given, or the training adapter is for another model; or one has no
             name in a format that is asked for.
     """
-    family = context.family
-    denoiser = part_named(context, family.DENOISER)
-    module = empty_module(denoiser.part_class, denoiser.place, denoiser.weights, torch.float32)
-    target_layers(module, context.config.lora.lora_layers or family.LORA_LAYERS)
+    family, lora = context.family, context.config.lora
+    module = empty_part(context.inventory, family.DENOISER)
+    found = {family.DENOISER: _layers(context, family.DENOISER, module)}
+    if lora.rank_pattern or lora.alpha_pattern:
+        encoders = family.TEXT_ENCODERS if lora.train_text_encoder else ()
+        for name in encoders:
+            found[name] = _layers(context, name, empty_part(context.inventory, name))
+        require_patterns(lora, found)
     if context.training_adapter:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
-    formats.require_names(context, module)
+    formats.require_names(context, module, found[family.DENOISER])
+
+
+def _layers(context: RunContext, name: str, module: nn.Module) -> list[str]:
+    """Names of the layers of a part that are to be trained."""
+    config, family = context.config, context.family
+    if context.beginning:
+        return continuing.layers_of(config, family, context.beginning, name, module)
+    if name == family.DENOISER:
+        return layer_names(module, wanted_layers(config.lora, family), config.lora.lora_blocks)
+    return layer_names(module, family.TEXT_LORA_LAYERS)
 
 
 def assistant_of(context: RunContext, components: Components) -> dict[str, LayerWeights]:
@@ -68,7 +81,7 @@ def assistant_of(context: RunContext, components: Components) -> dict[str, Layer
         return {}
     family = context.family
     alone = {name: components[name] for name in (family.DENOISER, "settings")}
-    model = model_names(registry.name_of(family), components[family.DENOISER].config)
+    model = names_of(family, components[family.DENOISER].config)
     return weights_for(family.pipeline(alone), context.training_adapter, model)[family.DENOISER]
 
 

@@ -20,6 +20,7 @@ from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
+from dreamlora.lora.continuing import Beginning
 from dreamlora.models.adapter import content_of
 from dreamlora.models.inventory import PartFiles
 from dreamlora.models.parts import Parts
@@ -36,6 +37,7 @@ class RunContext:
 
     Attributes:
         inventory: the parts of the model, as they lie on disk or on the hub.
+        beginning: the LoRA that training goes on from.
         training_adapter: file of the frozen LoRA that is active while training.
         eval_price: of the evaluation loss, once it is known how often it is measured.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
@@ -49,6 +51,7 @@ class RunContext:
     source: ModelSource
     parts: Parts
     inventory: Sequence[PartFiles] = ()
+    beginning: Beginning | None = None
     training_adapter: Path | None = None
     eval_price: Price | None = None
     shown: Shown = field(default_factory=dict)

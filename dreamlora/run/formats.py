@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
+from torch import Tensor, nn
 
-from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora import exporting
-from dreamlora.lora.inject import add_lora
-from dreamlora.lora.names import ModelNames, model_names
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.names import ModelNames, names_of
 from dreamlora.lora.saving import weights_of
 from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
-from dreamlora.models.footprint import META
 from dreamlora.models.loading import read_config
 from dreamlora.reading import is_regular
 from dreamlora.run.context import RunContext
@@ -23,12 +21,13 @@ from dreamlora.runfolder import RunFolder
 from dreamlora.training.loop import Run
 
 
-def require_names(context: RunContext, denoiser: Any) -> None:
+def require_names(context: RunContext, denoiser: nn.Module, layers: Sequence[str]) -> None:
     """Nothing, if the formats have names for all layers that are to be trained.
 
     Args:
         context: with all options.
-        denoiser: without numbers; it gets a LoRA.
+        denoiser: its numbers do not matter.
+        layers: of it, by name.
 
     Raises:
         UserError: one has not.
@@ -36,17 +35,16 @@ def require_names(context: RunContext, denoiser: Any) -> None:
     config, family = context.config, context.family
     if not config.train.save_format:
         return
-    with META:
-        add_lora(denoiser, config.lora, config.lora.lora_layers or family.LORA_LAYERS)
-    weights = {family.DENOISER: {layer.name: _thin(*layer.factors()) for layer in adapted_layers(denoiser)}}
+    weights = {family.DENOISER: {name: _thin(denoiser.get_submodule(name)) for name in layers}}
     for encoder in family.TEXT_ENCODERS if config.lora.train_text_encoder else ():
         weights[encoder] = {"encoder.layers.0.mlp.fc1": lora_weights(torch.zeros(1, 1), torch.zeros(1, 1))}
     require(config.train.save_format, weights, family, context.source)
 
 
-def _thin(down: torch.Tensor, up: torch.Tensor) -> LayerWeights:
-    """A LoRA of rank 1 of the same layer, on the CPU."""
-    return lora_weights(torch.zeros(1, *down.shape[1:]), torch.zeros(len(up), 1, *up.shape[2:]))
+def _thin(layer: nn.Module) -> LayerWeights:
+    """A LoRA of rank 1 that does nothing."""
+    rows, *columns = cast(Tensor, layer.weight).shape
+    return lora_weights(torch.zeros(1, *columns), torch.zeros(rows, 1, *(1 for _ in columns[1:])))
 
 
 def require_held(context: RunContext, run: Run) -> None:
@@ -69,10 +67,6 @@ def require(forms: tuple[str, ...], weights: AdapterWeights, family: Family, sou
     """
     model = _names(family, source)
     for form in forms:
-        if model is None and not exporting.is_nameless(form):
-            raise UserError(
-                f"--save_format {form}: what other programs call the layers of {registry.name_of(family)} is not known"
-            )
         try:
             exporting.written(weights, form, model)
         except ValueError as error:
@@ -90,5 +84,5 @@ def write(context: RunContext, folder: RunFolder) -> None:
                 exporting.save(folder.exported(form, place), form, content)
 
 
-def _names(family: Family, source: ModelSource) -> ModelNames | None:
-    return model_names(registry.name_of(family), read_config(source, family.DENOISER))
+def _names(family: Family, source: ModelSource) -> ModelNames:
+    return names_of(family, read_config(source, family.DENOISER))

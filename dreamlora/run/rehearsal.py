@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components, Conditioning, Role, View
 from dreamlora.lora.files import read_lora
-from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.inject import trainable_parameters
+from dreamlora.lora.pairs import tuned_layers
 from dreamlora.models.building import without_weights
 from dreamlora.models.configs import in_one_line
 from dreamlora.models.footprint import META, Footprint, bytes_of
 from dreamlora.models.parts import DTYPES, ROLES
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
+from dreamlora.run.trainable import add_adapter
 from dreamlora.training.loop import Predictor
 from dreamlora.training.stream import stack_conditioning
 
@@ -89,9 +90,9 @@ class Rehearsal:
         """
         found = []
         for name, module in self._trainable.items():
-            layers = list(adapted_layers(module))
+            layers = list(tuned_layers(module))
             ranks = tuple(sorted({layer.rank for layer in layers}))
-            alphas = tuple(sorted({round(layer.scaling * layer.rank, 6) for layer in layers}))
+            alphas = tuple(sorted({round(layer.alpha, 6) for layer in layers}))
             numbers = sum(parameter.numel() for parameter in trainable_parameters(module).values())
             found.append(Trained(name, len(layers), numbers, ranks, alphas))
         return found
@@ -151,19 +152,19 @@ class Rehearsal:
     def _trainable(self) -> dict[str, nn.Module]:
         """The parts that train, with their LoRA."""
         config, family = self._context.config, self._family
-        wanted = {family.DENOISER: config.lora.lora_layers or family.LORA_LAYERS}
+        wanted = [family.DENOISER]
         if config.lora.train_text_encoder:
-            wanted |= {name: family.TEXT_LORA_LAYERS for name in family.TEXT_ENCODERS if name in self._modules}
-        for name, layers in wanted.items():
+            wanted += [name for name in family.TEXT_ENCODERS if name in self._modules]
+        for name in wanted:
             module: Any = self._modules[name]
             dtype = next(module.parameters()).dtype
             with META:
-                add_lora(module, config.lora, layers)
+                add_adapter(self._context, name, module)
             for parameter in trainable_parameters(module).values():
                 parameter.data = parameter.data.to(dtype)  # where autocast would, which meta tensors do not have
             if config.model.gradient_checkpointing:
-                text = name != family.DENOISER
-                (module.gradient_checkpointing_enable if text else module.enable_gradient_checkpointing)()
+                of_text = name != family.DENOISER
+                (module.gradient_checkpointing_enable if of_text else module.enable_gradient_checkpointing)()
         return {name: self._modules[name] for name in wanted}
 
     def _held(self, role: Role, only: Collection[str] | None = None) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers.optimization import get_scheduler
+from torch import nn
 
 from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.assistant import add_assistant, as_loras
-from dreamlora.lora.inject import add_lora
-from dreamlora.optimizers import lora_param_groups
-from dreamlora.run import checks
+from dreamlora.lora.inject import add_lora, go_on
+from dreamlora.lora.targets import wanted_layers
+from dreamlora.optimizers import group_without_pairs, lora_param_groups
+from dreamlora.run import checks, continuing
 from dreamlora.run.context import RunContext
 from dreamlora.training.loop import Predictor
 
@@ -21,17 +23,16 @@ def with_lora(context: RunContext, components: Components, text: Components | No
     """The denoiser (and the text encoders that train) with adapters, as one module."""
     config, family = context.config, context.family
     denoiser = components[family.DENOISER]
-    layers = config.lora.lora_layers or family.LORA_LAYERS
     assistant = as_loras(denoiser, checks.assistant_of(context, components))
-    add_lora(denoiser, config.lora, layers)
+    add_adapter(context, family.DENOISER, denoiser)
     if assistant:
         add_assistant(denoiser, assistant)
-    encoders = [text[name] for name in family.TEXT_ENCODERS] if text else []
-    for encoder in encoders:
-        add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS)
+    encoders = {name: text[name] for name in family.TEXT_ENCODERS} if text else {}
+    for name, encoder in encoders.items():
+        add_adapter(context, name, encoder)
     if config.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        for encoder in encoders:
+        for encoder in encoders.values():
             encoder.gradient_checkpointing_enable()
     if config.model.enable_xformers_memory_efficient_attention:
         try:
@@ -41,14 +42,29 @@ def with_lora(context: RunContext, components: Components, text: Components | No
     return Predictor(family, denoiser, text, config.train.guidance_scale)
 
 
+def add_adapter(context: RunContext, name: str, module: Any) -> None:
+    """Give a part of the pipeline the adapter that trains.
+
+    Raises:
+        UserError: it cannot have it.
+    """
+    lora, family = context.config.lora, context.family
+    if context.beginning:
+        weights, new = continuing.weights_of(context, name, module)
+        go_on(module, weights, new, lora.lora_dropout)
+    elif name == family.DENOISER:
+        add_lora(module, lora, wanted_layers(lora, family), name)
+    else:
+        add_lora(module, lora.of_text_encoder, family.TEXT_LORA_LAYERS, name)
+
+
 def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
     """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
-    optim = context.config.optim
-    groups = lora_param_groups(model.denoiser, lr=optim.learning_rate, weight_decay=optim.adam_weight_decay)
+    optim, adapter = context.config.optim, context.config.lora.adapter
+    groups = _groups(adapter, [model.denoiser], optim.learning_rate, optim.adam_weight_decay)
     if len(model.encoders):
-        groups += lora_param_groups(
-            list(model.encoders.values()), lr=optim.text_encoder_lr, weight_decay=optim.adam_weight_decay_text_encoder
-        )
+        decay = optim.adam_weight_decay_text_encoder
+        groups += _groups(adapter, list(model.encoders.values()), optim.text_encoder_lr, decay)
     optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
     lr_scheduler = get_scheduler(
         optim.lr_scheduler,
@@ -59,3 +75,11 @@ def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[A
         power=optim.lr_power,
     )
     return context.accelerator.prepare(optimizer), lr_scheduler
+
+
+def _groups(adapter: str, modules: list[nn.Module], lr: float | None, decay: float | None) -> list[dict[str, Any]]:
+    """Parameter groups of modules; magnitudes of a DoRA do not decay, as that would shrink the base model's weights."""
+    if not registry.load("adapters", adapter).PAIRS:
+        return group_without_pairs(modules, lr=lr, weight_decay=decay)
+    groups = lora_param_groups(modules, lr=lr, weight_decay=decay)
+    return [group if group["lora_pairs"] else {**group, "weight_decay": 0.0} for group in groups]

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.interfaces import Conditioning
+from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.assistant import switch
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.names import names_of
+from dreamlora.lora.pairs import tuned_layers
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
@@ -71,6 +73,7 @@ class ExpectedOutput:
         image_file: the image drawn while training.
         call: of the sample's prompt.
         shown: the image that the prompt edits; empty for models that do not edit.
+        stock_loader: whether diffusers' ``load_lora_weights`` knows this kind of adapters; else ``apply_lora`` loads.
     """
 
     lora_folder: Path
@@ -78,6 +81,7 @@ class ExpectedOutput:
     image_file: Path
     call: Call
     shown: Shown
+    stock_loader: bool = True
 
 
 @torch.no_grad()
@@ -104,8 +108,8 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
 
     signs = torch.randn(noisy.shape, generator=draws).sign()
     with_lora, rounded = answer(noisy), answer(noisy * (1 + signs * _precision(run)))
-    for adapted in adapted_layers(model):
-        adapted.layer.enable_adapters(False)
+    for tuned in tuned_layers(model):
+        tuned.layer.enable_adapters(False)
     return Call(noisy, view, times, run.config.train.guidance_scale, prompt_length, with_lora, answer(noisy), rounded)
 
 
@@ -124,11 +128,16 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
         expected: what training showed.
 
     Returns:
-        Prompt, seed and step; the figures of ``compare_images``; and as ``call`` those of ``compare_calls``.
+        Prompt, seed and step; the figures of ``compare_images``; as ``call`` those of ``compare_calls``; and
+        ``loader``, if it is not diffusers'.
     """
     pipeline, sample = fresh.pipeline(), expected.sample
     without_lora = _answer(fresh, expected)
-    pipeline.load_lora_weights(str(expected.lora_folder))
+    if expected.stock_loader:
+        pipeline.load_lora_weights(str(expected.lora_folder))
+    else:
+        names = names_of(fresh.family, dict(getattr(pipeline, fresh.family.DENOISER).config))
+        apply_lora(pipeline, expected.lora_folder, model=names)
     call = compare_calls(expected.call, _answer(fresh, expected), without_lora)
     seen = own_picture(expected.image_file)
     plan = SamplePlan(
@@ -142,7 +151,8 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
     )
     [drawn] = draw(pipeline, plan, _asked(fresh, expected))
     of_sample = {key: sample[key] for key in ("prompt", "seed", "step")}
-    return {**of_sample, **compare_images(seen, drawn.image), "call": call}
+    loader = {} if expected.stock_loader else {"loader": "dreamlora"}
+    return {**of_sample, **compare_images(seen, drawn.image), "call": call, **loader}
 
 
 def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.lora import saving
-from dreamlora.lora.pairs import restore_starts, starts_of
+from dreamlora.lora.names import names_of
+from dreamlora.lora.pairs import bare, restore_starts, starts_of
 from dreamlora.reading import Schema, UnreadableError, read_json
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.adoption import adopt
@@ -95,10 +97,12 @@ def counts(run: Run) -> dict[str, int]:
 
 
 def save_lora(run: Run, folder: Path) -> Path:
-    """Write the LoRA as the stock pipeline loads it."""
+    """Write the adapter; a LoRA or DoRA as the stock pipeline loads it."""
     model = run.accelerator.unwrap_model(run.model)
     modules = {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())}
-    return saving.save_lora(folder, modules, run.header(run.step))
+    pairs = registry.load("adapters", run.config.lora.adapter).PAIRS
+    names = None if pairs else names_of(run.family, dict(bare(model.denoiser).config))
+    return saving.save_lora(folder, modules, run.header(run.step), names)
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:

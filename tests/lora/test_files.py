@@ -20,7 +20,7 @@ from dreamlora.families import sd
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.files import read_lora, same_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.lora.names import model_names
+from dreamlora.lora.names import names_of
 from dreamlora.lora.saving import save_lora
 from tests.fuzzing import as_json, changed, damaged, fuzzed, harmless
 
@@ -122,7 +122,7 @@ def test_kohya_file_gives_the_same_image(pipeline, lora, sd_folder, tmp_path):
     kohya = as_kohya(lora, tmp_path / "kohya.safetensors")
     assert (read_lora(lora).format, read_lora(kohya).format) == ("diffusers", "kohya")
     apply_lora(pipeline, lora)
-    apply_lora(other, kohya, model=model_names("sd", other.unet.config))
+    apply_lora(other, kohya, model=names_of(sd, other.unet.config))
     torch.testing.assert_close(image(other), image(pipeline), rtol=1e-4, atol=1e-4)
 
 

@@ -9,7 +9,8 @@ from transformers import CLIPTextModel
 
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
-from dreamlora.lora.inject import add_lora, target_layers, trainable_parameters
+from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.targets import target_layers
 
 
 @pytest.fixture

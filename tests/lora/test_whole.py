@@ -18,7 +18,7 @@ from dreamlora.families import flux, sd
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.lora.names import ModelNames, model_names
+from dreamlora.lora.names import ModelNames, names_of
 from dreamlora.lora.saving import save_lora
 from tests.lora.test_files import image
 
@@ -46,7 +46,7 @@ def pipeline(folder: Path) -> DiffusionPipeline:
 
 @pytest.fixture(scope="module")
 def names(family: str, pipeline: DiffusionPipeline) -> ModelNames | None:
-    return model_names(family, getattr(pipeline, FAMILIES[family].DENOISER).config)
+    return names_of(FAMILIES[family], getattr(pipeline, FAMILIES[family].DENOISER).config)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_what_does_not_belong_together_is_refused(family, pipeline, own, names, 
 
 def test_a_second_text_encoder_that_the_pipeline_lacks(sd_folder, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(sd_folder)
-    names = model_names("sd", pipeline.unet.config)
+    names = names_of(sd, pipeline.unet.config)
     layer = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
     tensors = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(16, 2)}
     with pytest.raises(UserError, match=r"lora_te2_.* is no layer of a text encoder that can have an adapter here"):

@@ -163,7 +163,7 @@ def test_diffusers_reads_lokrs_of_flux2():
     """All of them by the names of its own layers, of which it takes those in blocks."""
     model, draw = model_of("flux2"), torch.Generator().manual_seed(3)
     weights = {}
-    for layer in drawn(model, LORAS["kohya", "flux2"][1]):
+    for layer in drawn("flux2", model, LORAS["kohya", "flux2"][1]):
         if "transformer_blocks." in layer:
             shapes = {"lokr_w1": (2, 1), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)}
             factors = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}

@@ -171,7 +171,10 @@ def merged(case, weights: AdapterWeights) -> Any:
 def image(case, pipeline: Any) -> Tensor:
     side = case.tiny.side
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", **case.tiny.call}
-    if "max_area" in inspect.signature(pipeline.__call__).parameters:
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "use_resolution_binning" in takes:
+        options["use_resolution_binning"] = False
+    if "max_area" in takes:
         options |= {"max_area": side * side, "_auto_resize": False}
     if case.tiny.edited:
         options["image"] = case.tiny.edited
