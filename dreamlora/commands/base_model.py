@@ -11,13 +11,12 @@ from typing import Any
 from dreamlora import registry
 from dreamlora.config import Model
 from dreamlora.errors import UserError
-from dreamlora.interfaces import ModelSource
+from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.names import ModelNames, model_names
-from dreamlora.models import checkpoint, configs
-from dreamlora.models.building import CONFIG
+from dreamlora.models import checkpoint
 from dreamlora.models.checkpoint import Layers, TensorHeader, headers_of
 from dreamlora.models.copying import PipelinePart, pipeline_parts
-from dreamlora.models.loading import family_of, place_of, resolve_source
+from dreamlora.models.loading import family_of, read_config, resolve_source
 from dreamlora.models.local import is_single_file
 from dreamlora.models.single_file.configs import unet_config
 from dreamlora.models.single_file.contents import read_contents
@@ -67,9 +66,8 @@ def open_model(model: Model, as_folder: bool = False) -> BaseModel:
     if is_single_file(path) and not as_folder:
         return _single_file(Path(path), model.family)
     source = resolve_source(model)
-    family = family_of(source, model.family)
+    family, names = _of_source(source, model.family)
     name = registry.name_of(family)
-    names = _names(name, configs.read_config(place_of(source, family.DENOISER).file(CONFIG)))
     parts = pipeline_parts(source)
     wanted = {part.name: part for part in parts if part.name in (family.DENOISER, *family.PARTS["text"])}
     files = {
@@ -79,6 +77,19 @@ def open_model(model: Model, as_folder: bool = False) -> BaseModel:
     }
     layers = {component: checkpoint.layers_of_folder(own) for component, own in files.items()}
     return BaseModel(path, name, names, layers, files, source, tuple(parts))
+
+
+def names_of_model(model: Model) -> ModelNames:
+    """Names of a model's layers; raises as ``open_model``."""
+    path = model.pretrained_model_name_or_path
+    if is_single_file(path):
+        return _single_file(Path(path), model.family).names
+    return _of_source(resolve_source(model), model.family)[1]
+
+
+def _of_source(source: ModelSource, family: str | None) -> tuple[Family, ModelNames]:
+    found = family_of(source, family)
+    return found, _names(registry.name_of(found), read_config(source, found.DENOISER))
 
 
 def _names(family: str, config: Mapping[str, Any]) -> ModelNames:

@@ -17,8 +17,14 @@ class ResizeConfig:
     """A LoRA file, or a folder with one; the flag's name may be left out."""
     written: Written
     kept: Rank = field(default_factory=Rank)
+    pretrained_model_name_or_path: str | None = None
+    """The base model, for the names of its layers, where these are not those of a published model."""
     family: str | None = None
     """Family of the model that the LoRA is for. Default: seen from the names of its layers."""
+    revision: str | None = None
+    """Branch, tag or commit of the base model's hub repository."""
+    cache_dir: Path | None = None
+    """Where downloads from the hub, and what single files are converted to, are kept."""
     json: bool = False
     """Print the layers as JSON instead of a table."""
 

@@ -17,7 +17,7 @@ from dreamlora.commands.lora_files import read_given
 from dreamlora.lora.formats import diffusers
 from dreamlora.lora.saving import save_content
 from dreamlora.lora.weights import AdapterWeights
-from tests import singlefiles
+from tests import singlefiles, tinymodels
 from tests.commands import adapters
 
 
@@ -138,3 +138,29 @@ def test_mistakes(case, tmp_path: Path, capsys) -> None:
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error, error
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_names_of_layers_that_no_published_model_has(tiny_folder, tmp_path: Path, capsys) -> None:
+    """The small UNet has fewer blocks; its base model tells."""
+    stock = tinymodels.of("sdxl").stock(tiny_folder("sdxl"))
+    names = adapters.names_of(stock, "sdxl")
+    weights = {"unet": adapters.drawn(stock, names)["unet"]}
+    file, out = adapters.save(tmp_path / "lora.safetensors", weights, names, "kohya"), tmp_path / "out.safetensors"
+    assert run(file, "--rank", "1", "--output", out) == 2
+    assert "lora.safetensors" in capsys.readouterr().err
+    base = ("--pretrained_model_name_or_path", tiny_folder("sdxl"))
+    assert run(file, "--rank", "1", *base, "--output", out) == 0
+    assert {adapter.rank for adapter in read_given(out, names).weights["unet"].values()} == {1}
+
+
+def test_loha_becomes_a_lora_of_a_lower_rank(case, tmp_path: Path, capsys) -> None:
+    """Its own rank r is one of r² in a LoRA."""
+    loha = {"text_encoder": adapters.drawn(case.stock, case.names, kind="loha")["text_encoder"]}
+    file = adapters.save(tmp_path / "loha.safetensors", loha, case.names, "kohya")
+    out = tmp_path / "lora.safetensors"
+    words = ("--family", case.family, "--format", "diffusers", "--energy", "1", "--output", out)
+    assert run(file, *words) == 0
+    found = read_given(out, None).weights["text_encoder"]
+    for layer, adapter in loha["text_encoder"].items():
+        assert (found[layer].kind, found[layer].rank) == ("lora", adapter.rank**2)
+        torch.testing.assert_close(found[layer].delta(), adapter.delta(), rtol=1e-4, atol=1e-5)
