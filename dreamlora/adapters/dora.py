@@ -8,6 +8,7 @@ from typing import Any
 
 from dreamlora.adapters._scale import Scale
 
+NAME: str = "DoRA"
 PAIRS: bool = True
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dreamlora.adapters._scale import Scale, probabilities
 
+NAME: str = "LoKr"
 PAIRS: bool = False
 
 

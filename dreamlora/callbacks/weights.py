@@ -21,8 +21,12 @@ from dreamlora.training.loop import Run
 
 @contextlib.contextmanager
 def base_model(run: Run) -> Iterator[None]:
-    """The LoRA has no effect in here, to the last bit; afterwards it is as it was."""
+    """The LoRA has no effect in here, to the last bit, and new tokens are what they started as; afterwards all is as
+    it was.
+    """
     with _kept_weights(run):
+        for part in run.new_tokens.values():
+            part.rows.data.copy_(part.start)
         for layer in tuned_layers(run.accelerator.unwrap_model(run.model)):
             layer.silence()
         yield

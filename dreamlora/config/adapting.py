@@ -26,6 +26,8 @@ def check_adapter(config: RunConfig) -> None:
     own = f"--adapter {lora.adapter} has no pair of factors A and B"
     if lora.init != Lora.init:
         raise UserError(f"--init {lora.init} starts A and B, and {own}, but a start of its own: leave --init out")
+    if lora.training_adapter:
+        raise UserError(f"--training_adapter is a LoRA, which PEFT puts beside a LoRA or DoRA alone, and {own}")
     if lora.use_rslora:
         raise UserError(f"--use_rslora is for LoRA and DoRA, and {own}: leave it out, or give --lora_alpha")
     if lora.lora_dropout:

@@ -151,7 +151,11 @@ _IDLE = (
         "with --checkpointing_steps 0 there are no checkpoints",
     ),
     _Idle(("hub_token", "hub_model_id"), lambda c: c.train.push_to_hub, "nothing is uploaded without --push_to_hub"),
-    _Idle(("logging_dir",), lambda c: c.train.report_to, "there is a tracker only with --report_to"),
+    _Idle(
+        ("logging_dir", "tracker_project_name", "tracker_run_name"),
+        lambda c: c.train.report_to,
+        "there is a tracker only with --report_to",
+    ),
 )
 
 _OF_FAMILIES = {

@@ -34,6 +34,11 @@ def respell(part: Any, name: str, kind: str) -> None:
     object.__setattr__(part, name, spelled(name, getattr(part, name), kind))
 
 
+def respell_all(part: Any, name: str, kind: str) -> None:
+    """The same of several names."""
+    object.__setattr__(part, name, tuple(spelled(name, given, kind) for given in getattr(part, name)))
+
+
 def spelled(flag: str, name: str, kind: str) -> str:
     """A plug-in's name as the registry spells it; ``flag`` is what it was given for."""
     try:
@@ -48,6 +53,13 @@ def _fail(part: Any, name: str, allowed: str) -> None:
 
 def _given(part: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
     return [(name, getattr(part, name)) for name in names if getattr(part, name) is not None]
+
+
+def folder_names(part: Any, *names: str) -> None:
+    """These options can be names of folders, and of projects and runs elsewhere."""
+    for name, value in _given(part, names):
+        if not 0 < len(value) <= 128 or not value.isprintable() or set(value) & set("/\\#?%:") or not value.strip(". "):
+            _fail(part, name, "a name of at most 128 characters, without / \\ # ? % :")
 
 
 def at_least(part: Any, lowest: float, *names: str) -> None:

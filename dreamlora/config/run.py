@@ -7,30 +7,28 @@ length of the run, as the text says. Nothing here imports torch.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dreamlora.config.data import Data, DataSet
+from dreamlora.config.lora import Lora
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import finite as _finite
-from dreamlora.config.ranges import numbers_by_name as _numbers_by_name
+from dreamlora.config.ranges import folder_names as _folder_names
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
-from dreamlora.config.ranges import spelled as _spelled
+from dreamlora.config.ranges import respell_all as _respell_all
 from dreamlora.config.ranges import steps_or_share as _steps_or_share
 from dreamlora.config.ranges import within as _within
 from dreamlora.config.times import check_times
 from dreamlora.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
-MOST_RANKS = 2**14
-"""More than any layer has."""
-MOST_ALPHA = 1e9
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Tracker = Literal[
     "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -74,96 +72,6 @@ class Model:
             _respell(self, "family", "families")
         if any(layer < 0 for layer in self.text_encoder_out_layers):
             raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The adapter.
-
-    Attributes:
-        ranks, alphas: what the patterns say, by place (``lora.targets``), in the order that they were given.
-    """
-
-    adapter: str = "lora"
-    """Kind of adapter: {adapters}."""
-    adapter_args: tuple[str, ...] = ()
-    """Settings of the kind itself as name value pairs, e.g. decompose_factor 8. A wrong name lists the right ones."""
-    rank: int = 4
-    """Rank r of the update B·A."""
-    lora_alpha: float | None = None
-    """The update is scaled by alpha / rank. Default: alpha = rank, so a scale of 1."""
-    use_rslora: bool = False
-    """Scale it by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
-    rank_pattern: tuple[str, ...] = ()
-    """Other ranks of some layers, as name value pairs: parts of layers' names, e.g. ff 16 transformer_blocks.0-4 8. The
-    first that fits counts. Without --lora_alpha each layer's alpha is its rank."""
-    alpha_pattern: tuple[str, ...] = ()
-    """Other alphas of some layers, in the same way."""
-    lora_dropout: float = 0.0
-    """Probability that an input of lora_A is dropped."""
-    lora_layers: tuple[str, ...] = ()
-    """Layers of the denoiser to adapt: attn, attn-mlp, all-linear, all (convolutions too), or ends of their names
-    (commas work too). Default: the family's."""
-    lora_blocks: tuple[str, ...] = ()
-    """Only the layers in these blocks of the denoiser: numbers and ranges of any list of blocks, e.g. 7-12 20, or parts
-    of names, e.g. single_transformer_blocks.7-12 mid_block. Default: all."""
-    train_text_encoder: bool = False
-    """Adapt the text encoder too."""
-    text_encoder_rank: int | None = None
-    """Rank in the text encoder. Default: --rank."""
-    init: str = "gaussian"
-    """Start of the adapter, which never changes what the model does at first: {inits}."""
-    init_args: tuple[str, ...] = ()
-    """Settings of the start itself as name value pairs, e.g. gamma 64. A wrong name lists the right ones."""
-    init_lora: str | None = None
-    """Go on from a LoRA of whatever program: a run, a file, a folder or a hub name. Its kind, layers, ranks and alphas
-    are kept where no others are given."""
-    init_lora_weight_name: str | None = None
-    """Its file in the folder or hub repository, if there are several."""
-    training_adapter: str | None = None
-    """A frozen LoRA (file, folder or hub name) that is active in the denoiser while it trains and in the loss that is
-    measured, and off in samples and in the result: for models that were distilled to few steps."""
-    training_adapter_weight_name: str | None = None
-    """Its file in the folder or hub repository, if there are several."""
-
-    def __post_init__(self) -> None:
-        for option in ("lora_layers", "lora_blocks"):  # diffusers' scripts take one text with commas
-            names = tuple(name.strip() for part in getattr(self, option) for name in part.split(",") if name.strip())
-            object.__setattr__(self, option, names)
-        _respell(self, "adapter", "adapters")
-        _respell(self, "init", "inits")
-        if self.init_lora is not None and (self.init != type(self).init or self.init_args):
-            raise UserError("--init starts a new LoRA, and --init_lora goes on from one: give one of them")
-        _pairs(self, "adapter_args")
-        _pairs(self, "init_args")
-        _at_least(self, 1, "rank")
-        _within(self, 1, MOST_RANKS + 1, "rank", "text_encoder_rank")
-        _above(self, 0, "lora_alpha")
-        _within(self, 0, 1, "lora_dropout")
-        _numbers_by_name(self, "rank_pattern", int, MOST_RANKS)
-        _numbers_by_name(self, "alpha_pattern", float, MOST_ALPHA)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return _numbers_by_name(self, "rank_pattern", int, MOST_RANKS)
-
-    @property
-    def alphas(self) -> dict[str, float]:
-        return _numbers_by_name(self, "alpha_pattern", float, MOST_ALPHA)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all layers have the same rank."""
-        return not self.rank_pattern and self.text_encoder_rank is None
-
-    @property
-    def of_text_encoder(self) -> Lora:
-        """The adapter of the text encoders."""
-        return replace(self, rank=self.text_encoder_rank or self.rank, text_encoder_rank=None, lora_blocks=())
-
-    def scale(self, rank: int, alpha: float) -> float:
-        """What the update of a layer is multiplied by."""
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -291,6 +199,10 @@ class Train:
     """Tracker besides the run's own metrics.jsonl; all: every one that is installed."""
     logging_dir: Path = Path("logs")
     """Folder of the trackers, inside the run's folder."""
+    tracker_project_name: str | None = None
+    """Project that the tracker puts the run into. Default: dreamlora."""
+    tracker_run_name: str | None = None
+    """What the tracker calls the run. Default: the run folder's name."""
     push_to_hub: bool = False
     """Upload the result to the hub."""
     hub_token: str | None = None
@@ -301,9 +213,7 @@ class Train:
     """Accepted and unused: accelerate sets it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "save_format", tuple(_spelled("save_format", name, "lora.formats") for name in self.save_format)
-        )
+        _respell_all(self, "save_format", "lora.formats")
         _at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps")
         _at_least(self, 0, "seed", "checkpointing_steps", "noise_offset")
         _within(self, 0, 2**63, "seed")
@@ -312,6 +222,7 @@ class Train:
         _above(self, 0, "snr_gamma", "logit_std", "sigmoid_scale", "huber_c", "huber_scale")
         _finite(self, "logit_mean", "mode_scale", "guidance_scale")
         _within(self, 0, 2, "precondition_outputs")
+        _folder_names(self, "tracker_project_name", "tracker_run_name")
         check_times(self)
 
 
@@ -339,6 +250,7 @@ class RunConfig:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     lora: Lora = field(default_factory=Lora)
+    tokens: NewTokens = field(default_factory=NewTokens)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
@@ -375,6 +287,11 @@ class RunConfig:
         if own.eval_prompts is not None or own.eval_num_images is not None:
             return True
         return own.eval_metrics_steps not in (None, self.sample.sample_steps)
+
+    @property
+    def encodes_in_training(self) -> bool:
+        """Whether text encoders are a part of every step: a LoRA in them trains, or embeddings of new tokens do."""
+        return self.lora.train_text_encoder or bool(self.tokens.new_tokens)
 
     @property
     def embedded(self) -> bool:

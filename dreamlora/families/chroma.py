@@ -37,6 +37,7 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 LORA_LAYERS: tuple[str, ...] = _flux.LORA_LAYERS
 LORA_PRESETS: dict[str, tuple[str, ...]] = _flux.LORA_PRESETS
 TEXT_LORA_LAYERS: tuple[str, ...] = ()

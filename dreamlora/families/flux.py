@@ -40,6 +40,7 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
+EMBEDDING_KEYS: dict[str, str] = {"text_encoder": "clip_l"}
 LORA_LAYERS: tuple[str, ...] = _flux.LORA_LAYERS
 LORA_PRESETS: dict[str, tuple[str, ...]] = _flux.LORA_PRESETS
 TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS

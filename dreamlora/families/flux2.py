@@ -47,6 +47,7 @@ SETTINGS: Settings = {"is_distilled": False}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 LORA_LAYERS: tuple[str, ...] = (
     *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
     *("attn.to_qkv_mlp_proj", "attn.to_out"),  # of the single blocks, whose to_out is no list

@@ -42,6 +42,7 @@ SETTINGS: Settings = {"text_encoder_select_layers": None, "is_distilled": False,
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 # the authors' list, without the layers that see one vector of an image (time_embed.*, time_mod_proj) or give one number
 # (text_fusion.projector): some ways to start a LoRA need more of either
 LORA_LAYERS: tuple[str, ...] = (

@@ -43,6 +43,7 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 # both streams, as the trainers of this model have it; diffusers' script adapts the attention of the image's alone
 LORA_LAYERS: tuple[str, ...] = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),

@@ -33,6 +33,7 @@ SETTINGS: Settings = {}
 DENOISER: str = "unet"
 SIDE_MULTIPLE: int = 8
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
+EMBEDDING_KEYS: dict[str, str] = {"text_encoder": "emb_params"}
 LORA_LAYERS: tuple[str, ...] = _unet.LORA_LAYERS
 LORA_PRESETS: dict[str, tuple[str, ...]] = _unet.LORA_PRESETS
 TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS

@@ -42,6 +42,7 @@ SETTINGS: Settings = {"force_zeros_for_empty_prompt": True}
 DENOISER: str = "unet"
 SIDE_MULTIPLE: int = 8
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+EMBEDDING_KEYS: dict[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 LORA_LAYERS: tuple[str, ...] = _unet.LORA_LAYERS
 LORA_PRESETS: dict[str, tuple[str, ...]] = _unet.LORA_PRESETS
 TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS

@@ -143,6 +143,9 @@ class Family(Protocol):
     """Sides of images, in pixels, must be multiples of this."""
     TEXT_ENCODERS: tuple[str, ...]
     """Component names of the text encoders that can be trained; others stay frozen."""
+    EMBEDDING_KEYS: Mapping[str, str]
+    """Of each text encoder that can be given new tokens how files of embeddings name its vectors; empty: the stock
+    pipeline loads none."""
     LORA_LAYERS: tuple[str, ...]
     """Default target modules in the denoiser: ends of their names, in which ``*`` stands for any part."""
     LORA_PRESETS: Mapping[str, tuple[str, ...]]

@@ -1,6 +1,6 @@
 """Health of an adapter: how far the weights have moved, in how many directions, and how large a step was.
 
-Everything is computed from Gram matrices of the factors, batched over layers of one shape: no m×n matrix is formed.
+What pairs of factors do is computed from their Gram matrices, batched over layers of one shape, without m×n matrices.
 It happens on the CPU: in float64, which Apple's GPUs do not have, and without taking memory from the training.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamlora.linalg import gram_columns, gram_rows
-from dreamlora.lora.changes import BaseRows, Directed, Product, change_of, directed_square
+from dreamlora.lora.changes import BaseRows, Change, Directed, Product, change_of
 from dreamlora.lora.offset import FrozenStart
 from dreamlora.lora.pairs import AdaptedLayer, tuned_layers
 
@@ -29,8 +29,8 @@ class Health:
 
     Attributes:
         dw_norm: ``‖ΔW‖_F`` of all layers together.
-        stable_rank: ``‖ΔW‖_F² / ‖ΔW‖₂²``, between 1 and the rank, mean over the layers; None where ΔW is zero, and of a
-            LoKr; of a DoRA that of B A.
+        stable_rank: ``‖ΔW‖_F² / ‖ΔW‖₂²``, between 1 and the rank, mean over the layers; None where ΔW is zero, and for
+            LoHas and LoKrs; of a DoRA that of B A.
         balance: ``1 - ‖A Aᵀ - Bᵀ B‖_F / (‖A Aᵀ‖_F + ‖Bᵀ B‖_F)``, mean over the layers: 1 if the Gram matrices are
             equal, 0 if one factor is zero; None of layers without a pair of factors.
     """
@@ -40,8 +40,8 @@ class Health:
     balance: float | None
 
 
-def snapshots(modules: Mapping[str, nn.Module]) -> list[AdaptedLayer]:
-    """Copies of all adapted layers on the CPU, convolutions flattened behind dimension 0.
+def snapshots(modules: Mapping[str, nn.Module]) -> list[Change]:
+    """Copies of all adapted layers on the CPU, convolutions of pairs flattened behind dimension 0.
 
     Args:
         modules: by the name that a group gets which is the whole module; of the module named "" the children are the
@@ -52,13 +52,17 @@ def snapshots(modules: Mapping[str, nn.Module]) -> list[AdaptedLayer]:
     return [_copied(layer, copies) for layer in layers]
 
 
-def _tensors(layer: AdaptedLayer) -> list[Tensor]:
+def _tensors(layer: Change) -> list[Tensor]:
+    if isinstance(layer, Product):
+        return list(layer.tensors.values())
     start, rows = [layer.start.A, layer.start.B] if layer.start else [], layer.rows if _is_directed(layer) else []
     return [layer.A, layer.B, *start, *rows]
 
 
-def _copied(layer: AdaptedLayer, copies: Iterator[Tensor]) -> AdaptedLayer:
+def _copied(layer: Change, copies: Iterator[Tensor]) -> Change:
     """The layer with copies of its ``_tensors``."""
+    if isinstance(layer, Product):
+        return replace(layer, tensors={name: next(copies) for name in layer.tensors})
     A, B = next(copies).flatten(1), next(copies).flatten(1)
     start = layer.start and FrozenStart(next(copies).flatten(1), next(copies).flatten(1))
     if _is_directed(layer):
@@ -74,30 +78,29 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def measure(layers: Sequence[AdaptedLayer]) -> dict[str, Health]:
+def measure(layers: Sequence[Change]) -> dict[str, Health]:
     """Health by group, and of all layers under ``TOTAL``.
 
     Args:
         layers: ``snapshots``.
     """
-    squares, ranks, balances = (torch.zeros(len(layers), dtype=torch.float64) for _ in range(3))
-    for members in _alike(layers):
-        A, B = _stacked([layers[i].A for i in members]), _stacked([layers[i].B for i in members])
-        downs, ups = zip(*(layers[i].factors() for i in members), strict=True)
+    squares, ranks, balances = (torch.full((len(layers),), torch.nan, dtype=torch.float64) for _ in range(3))
+    for members, pairs in _alike(layers):
+        downs, ups = zip(*(pair.factors() for pair in pairs), strict=True)
         square, spectral = _sizes(_stacked(downs), _stacked(ups))
-        squares[members] = _squares([None] * len(members), [layers[i] for i in members], square)
+        squares[members] = _scaling(pairs) ** 2 * square
         ranks[members] = torch.where(spectral > 0, square / spectral.clamp_min(1e-300), torch.nan)
-        balances[members] = _balance(A, B)
-        if isinstance(first := layers[members[0]], Product):
-            balances[members] = torch.nan
-            ranks[members] = torch.nan if first.rearranged else ranks[members]
+        balances[members] = _balance(_stacked([pair.A for pair in pairs]), _stacked([pair.B for pair in pairs]))
+    for number, layer in enumerate(layers):
+        if isinstance(layer, Directed | Product):
+            squares[number] = layer.square_from(None)
     return {
         group: Health(float(squares[members].sum().sqrt()), _mean(ranks[members]), _mean(balances[members]))
         for group, members in _groups(layers).items()
     }
 
 
-def update_rms(before: Sequence[AdaptedLayer], after: Sequence[AdaptedLayer]) -> dict[str, float]:
+def update_rms(before: Sequence[Change], after: Sequence[Change]) -> dict[str, float]:
     """Root mean square of the entries of the change of ΔW between two moments, by group.
 
     Of the weight and not of the factors, so that ranks, scales and optimizers can be compared:
@@ -107,24 +110,24 @@ def update_rms(before: Sequence[AdaptedLayer], after: Sequence[AdaptedLayer]) ->
         before, after: ``snapshots``.
     """
     squares = torch.zeros(len(after), dtype=torch.float64)
-    for members in _alike(after):
-        A0, A1 = (_stacked([layers[i].A for i in members]) for layers in (before, after))
-        B0, B1 = (_stacked([layers[i].B for i in members]) for layers in (before, after))
+    for members, pairs in _alike(after):
+        earlier: list[Any] = [before[i] for i in members]
+        A0, A1 = (_stacked([pair.A for pair in moment]) for moment in (earlier, pairs))
+        B0, B1 = (_stacked([pair.B for pair in moment]) for moment in (earlier, pairs))
         square, _ = _sizes(torch.cat([A1 - A0, A0], 1), torch.cat([B1, B1 - B0], 2), spectral=False)
-        squares[members] = _squares([before[i] for i in members], [after[i] for i in members], square)
-    entries = torch.tensor([layer.B.shape[0] * layer.A.shape[1] for layer in after], dtype=torch.float64)
+        squares[members] = _scaling(pairs) ** 2 * square
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        if isinstance(new, Directed | Product):
+            squares[number] = new.square_from(old)  # type: ignore[arg-type] # of the same layer, so of the same kind
+    entries = torch.tensor([layer.entries for layer in after], dtype=torch.float64)
     return {
         group: float((squares[members].sum() / entries[members].sum()).sqrt())
         for group, members in _groups(after).items()
     }
 
 
-def _squares(before: Sequence[AdaptedLayer | None], after: Sequence[AdaptedLayer], products: Tensor) -> Tensor:
-    """``‖ΔW₁ − ΔW₀‖_F²`` of layers of one kind, from that of their ``B₁A₁ − B₀A₀``."""
-    if _is_directed(after[0]):
-        pairs: Any = zip(before, after, strict=True)
-        return torch.tensor([directed_square(*pair) for pair in pairs], dtype=torch.float64)
-    return torch.tensor([layer.scaling for layer in after], dtype=torch.float64) ** 2 * products
+def _scaling(pairs: Sequence[AdaptedLayer]) -> Tensor:
+    return torch.tensor([pair.scaling for pair in pairs], dtype=torch.float64)
 
 
 def _is_directed(layer: AdaptedLayer) -> TypeGuard[Directed]:
@@ -156,12 +159,14 @@ def _balance(A: Tensor, B: Tensor) -> Tensor:
     return 1 - norm(KA - KB) / (norm(KA) + norm(KB)).clamp_min(1e-300)
 
 
-def _alike(layers: Sequence[AdaptedLayer]) -> list[list[int]]:
-    """Numbers of layers of one kind whose factors have the same shape, with or without a frozen start."""
+def _alike(layers: Sequence[Change]) -> list[tuple[list[int], list[AdaptedLayer]]]:
+    """Layers with pairs whose factors have the same shape, with or without a frozen start; their numbers before."""
     numbers_by_shape: dict[Any, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
-        numbers_by_shape[type(layer), layer.A.shape, layer.B.shape, layer.start is None].append(number)
-    return list(numbers_by_shape.values())
+        if not isinstance(layer, Product):
+            numbers_by_shape[layer.A.shape, layer.B.shape, layer.start is None].append(number)
+    pairs: list[Any] = list(layers)
+    return [(numbers, [pairs[number] for number in numbers]) for numbers in numbers_by_shape.values()]
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:
@@ -169,7 +174,7 @@ def _stacked(factors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(factors)).double()
 
 
-def _groups(layers: Sequence[AdaptedLayer]) -> dict[str, list[int]]:
+def _groups(layers: Sequence[Change]) -> dict[str, list[int]]:
     """Members of ``TOTAL`` and of every group, in the order of the model; one group alone is the total."""
     members: dict[str, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):

@@ -54,6 +54,11 @@ class AdaptedLayer:
         return (self.rank, self.A[0].numel()), (self.B.shape[0], self.B[0].numel())
 
     @property
+    def entries(self) -> int:
+        """Of ΔW."""
+        return self.B.shape[0] * self.A[0].numel()
+
+    @property
     def magnitude(self) -> nn.Parameter | None:
         """A DoRA's lengths of W's rows, ``(m,)`` or of a convolution ``(1, m, 1, 1)``."""
         magnitudes = self.layer.lora_magnitude_vector
@@ -122,6 +127,7 @@ class TunedLayer:
     Attributes:
         name: path in the module that was searched.
         rank, scaling: as PEFT has them.
+        given: the alpha that it was told, which rsLoRA divides by the root of the rank.
         parameters: of the adapter, by PEFT's names such as "hada_w1_a"; a LoRA's are "lora_A" and "lora_B".
         pair: what is known of a layer with a pair of factors; None: it has none.
         layer: PEFT's; its ``base_layer`` is the model's own.
@@ -130,6 +136,7 @@ class TunedLayer:
     name: str
     rank: int
     scaling: float
+    given: float
     parameters: dict[str, nn.Parameter]
     pair: AdaptedLayer | None
     layer: Any
@@ -157,7 +164,9 @@ def tuned_layers(module: nn.Module, prefix: str = "") -> Iterator[TunedLayer]:
         held = {kind: getattr(layer, kind) for kind in layer.adapter_layer_names}
         found = {kind: of_kind[ADAPTER] for kind, of_kind in held.items() if ADAPTER in of_kind}
         parameters = {kind: getattr(each, "weight", each) for kind, each in found.items()}
-        yield TunedLayer(name, layer.r[ADAPTER], float(layer.scaling[ADAPTER]), parameters, pairs.get(name), layer)
+        alphas = layer.lora_alpha if isinstance(layer, LoraLayer) else layer.alpha
+        rank, scaling, given = layer.r[ADAPTER], float(layer.scaling[ADAPTER]), float(alphas[ADAPTER])
+        yield TunedLayer(name, rank, scaling, given, parameters, pairs.get(name), layer)
 
 
 def reset_magnitudes(module: nn.Module) -> None:

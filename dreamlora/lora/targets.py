@@ -133,7 +133,7 @@ def _of_kind(module: nn.Module, layers: Sequence[str]) -> Iterator[str]:
         if not any(_ends_in(layer, name) for name in adaptable):
             raise UserError(
                 f"--lora_layers: no Linear or Conv2d of {type(module).__name__} has a name that ends in {layer!r}. "
-                f'There are {examples(adaptable)}; or give "{EVERY_LINEAR}" or "{EVERY_LAYER}".'
+                f'There are {examples(adaptable)}; or give "attn", "attn-mlp", "{EVERY_LINEAR}" or "{EVERY_LAYER}".'
             )
     return (name for name in adaptable if any(_ends_in(layer, name) for layer in layers))
 
@@ -190,4 +190,5 @@ def _block_examples(names: Iterable[str]) -> str:
     for parts in (name.split(".") for name in names if _in_block(name)):
         first = next(place for place, part in enumerate(parts) if part.isdigit())
         numbers[".".join(parts[:first])].add(int(parts[first]))
-    return ", ".join(f"{block}.{min(found)}-{max(found)}" for block, found in sorted(numbers.items())[:12])
+    ranges = {block: "-".join(map(str, sorted({min(found), max(found)}))) for block, found in numbers.items()}
+    return ", ".join(f"{block}.{span}" for block, span in sorted(ranges.items())[:12])

@@ -169,8 +169,10 @@ def _named(names: list[str]) -> dict[str, list[str]]:
 
 
 def with_fallback_lr(param_groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
-    """The groups with another learning rate where there are no pairs, for methods whose rate AdamW cannot use."""
-    return [group if group.get("lora_pairs") else {**group, "lr": lr} for group in param_groups]
+    """The groups with another learning rate where there are no pairs, for methods whose rate AdamW cannot use; those
+    that say so ("own_lr") keep theirs.
+    """
+    return [group if group.get("lora_pairs") or group.get("own_lr") else {**group, "lr": lr} for group in param_groups]
 
 
 class NamedParameters:

@@ -9,7 +9,7 @@ from dreamlora import figures
 from dreamlora.eval_loss.items import paired_difference
 from dreamlora.eval_loss.selection import difference_text
 from dreamlora.figures import loss, score
-from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, short
+from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, TOKEN_CHANGE, TOKEN_NORM, short
 from dreamlora.report.facts import RunFacts
 
 _SAME_DB, _CLOSE_DB = 40.0, 30.0
@@ -201,6 +201,12 @@ def health(facts: RunFacts) -> str | None:
         text += f" Stable rank per layer: {rank.values[-1]:.2g} (near 1: one direction does nearly everything)."
     if balance:
         text += f" Balance of A and B: {balance.values[-1]:.2f} (1: equal Gram matrices, 0: one factor is zero)."
+    length, moved = (facts.curve(name) for name in (TOKEN_NORM, TOKEN_CHANGE))
+    if length and moved:
+        text += (
+            f" The embeddings of new tokens are {length.values[-1]:.2g} times as long as the model's own, and have "
+            f"moved by {moved.values[-1]:.2g} of that length."
+        )
     return text
 
 

@@ -183,10 +183,15 @@ def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
         usual = sample_steps or math.ceil(total / DEFAULT_SAMPLES)
         evaluation = replace(evaluation, eval_metrics_steps=_first(evaluation.eval_metrics_steps, usual))
     optim = replace(config.optim, scale_lr=False, lr_warmup_steps=_steps_of(config.optim.lr_warmup_steps, total))
+    tokens = config.tokens
+    if tokens.new_tokens_end is not None:
+        tokens = replace(tokens, new_tokens_end=_steps_of(tokens.new_tokens_end, total))
     if config.optim.scale_lr:
         optim = replace(optim, **{name: rate * global_batch for name in RATES if (rate := getattr(optim, name))})
+        tokens = replace(tokens, new_tokens_lr=tokens.new_tokens_lr and tokens.new_tokens_lr * global_batch)
     return replace(
         config,
+        tokens=tokens,
         optim=optim,
         sample=replace(config.sample, sample_steps=sample_steps),
         eval=evaluation,

@@ -19,7 +19,7 @@ from dreamlora.lora.pairs import tuned_layers
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
-from dreamlora.run import formats, provenance, resume
+from dreamlora.run import formats, provenance, resume, trackers
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
 from dreamlora.run.images import RunImages
@@ -77,7 +77,6 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
                 state.save_lora(run, temporary)
         write_summary(context, run.folder, ended, {"reason": resume.UNCHECKED})
     heed()
-    formats.write(context, run.folder)
     return replace(ended, expected=_expected_output(context, run))
 
 
@@ -94,8 +93,12 @@ def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:
 
 
 def publish(context: RunContext, folder: RunFolder) -> None:
-    """Write the report of a run whose summary is there, and upload if asked to."""
+    """Write the formats of other programs, and the report, of a run whose summary is there; send and upload what is
+    asked for.
+    """
+    formats.write(context, folder)
     write_report(folder.path)
+    trackers.report(context, folder)
     if context.config.train.push_to_hub:
         push_to_hub(context.config, folder)
 

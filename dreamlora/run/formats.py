@@ -79,9 +79,12 @@ def write(context: RunContext, folder: RunFolder) -> None:
     for form in context.config.train.save_format:
         for place in (folder.path, folder.best):
             file = place / folder.lora_file.name
-            if form != exporting.OWN_FORMAT and is_regular(file, folder.path):
-                content = exporting.converted(file, form, model)
-                exporting.save(folder.exported(form, place), form, content)
+            if form == exporting.OWN_FORMAT or not is_regular(file, folder.path):
+                continue
+            try:
+                exporting.save(folder.exported(form, place), form, exporting.converted(file, form, model))
+            except ValueError as error:  # of what it has become in training; the rest of the run is not lost
+                context.warn(f"--save_format {form}: {file} cannot be written so: {error}")
 
 
 def _names(family: Family, source: ModelSource) -> ModelNames:

@@ -39,7 +39,7 @@ HOW = (
 
 
 class Trained(NamedTuple):
-    """The LoRA of one part: its layers and numbers, and the ranks and alphas that they have."""
+    """The adapter of one part: its layers and numbers, and the ranks and alphas that they were given."""
 
     part: str
     layers: int
@@ -92,7 +92,7 @@ class Rehearsal:
         for name, module in self._trainable.items():
             layers = list(tuned_layers(module))
             ranks = tuple(sorted({layer.rank for layer in layers}))
-            alphas = tuple(sorted({round(layer.alpha, 6) for layer in layers}))
+            alphas = tuple(sorted({round(layer.given, 6) for layer in layers}))
             numbers = sum(parameter.numel() for parameter in trainable_parameters(module).values())
             found.append(Trained(name, len(layers), numbers, ranks, alphas))
         return found
@@ -102,7 +102,7 @@ class Rehearsal:
         text, vae, denoiser = (self._held(role) for role in ("text", "vae", "denoiser"))
         config = self._context.config
         encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
-        kept = self._held("text", self._trainable) if config.lora.train_text_encoder else 0
+        kept = self._held("text", self._family.TEXT_ENCODERS) if config.encodes_in_training else 0
         images = Stage("encoding images", vae, *self._work(lambda: self._latents))
         lora = LORA_BYTES * sum(each.parameters for each in self.trained()) + self._adapter_bytes
         shown = vae if self._images else 0
@@ -165,6 +165,9 @@ class Rehearsal:
             if config.model.gradient_checkpointing:
                 of_text = name != family.DENOISER
                 (module.gradient_checkpointing_enable if of_text else module.enable_gradient_checkpointing)()
+        for name in family.EMBEDDING_KEYS if config.tokens.new_tokens else ():
+            encoder: Any = self._modules[name]
+            encoder.enable_input_require_grads()  # embeddings of new tokens
         return {name: self._modules[name] for name in wanted}
 
     def _held(self, role: Role, only: Collection[str] | None = None) -> int:
@@ -228,7 +231,7 @@ class Rehearsal:
             raise UserError("the text encoder sees the image before the edit too, which is not gone through")
         with torch.no_grad():
             tokens = self._family.tokenize(self._parts["text"], [self._prompt], prompt_length(self._context))
-            if self._context.config.lora.train_text_encoder:
+            if self._context.config.encodes_in_training:
                 return self._family.encode_frozen(self._parts["text"], tokens)
             return self._family.encode_tokens(self._parts["text"], tokens)
 
@@ -273,7 +276,7 @@ class Rehearsal:
         """Forwards and backwards through one micro-batch."""
         config = self._context.config
         batch = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
-        text = self._parts["text"] if config.lora.train_text_encoder else None
+        text = self._parts["text"] if config.encodes_in_training else None
         model = Predictor(self._family, self._trainable[self._family.DENOISER], text, config.train.guidance_scale)
         prediction = model(*self._inputs(batch))
         torch.autograd.backward((prediction.float() ** 2).sum())
@@ -283,7 +286,7 @@ class Rehearsal:
         config, family = self._context.config, self._family
         negative = self._context.guidance(config.sample.negative_prompt).encoded_negative
         noisy, times, conditioning = self._inputs(images * (1 if negative is None else 2))
-        if config.lora.train_text_encoder:
+        if config.encodes_in_training:
             conditioning = family.encode_tokens(self._parts["text"], conditioning)
         family.predict(self._modules[family.DENOISER], noisy, times, conditioning, config.train.guidance_scale)
         self._autoencoder.decode(torch.empty(images, *self._decoded, device=META))

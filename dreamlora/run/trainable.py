@@ -14,13 +14,13 @@ from dreamlora.lora.assistant import add_assistant, as_loras
 from dreamlora.lora.inject import add_lora, go_on
 from dreamlora.lora.targets import wanted_layers
 from dreamlora.optimizers import group_without_pairs, lora_param_groups
-from dreamlora.run import checks, continuing
+from dreamlora.run import checks, continuing, new_tokens
 from dreamlora.run.context import RunContext
 from dreamlora.training.loop import Predictor
 
 
 def with_lora(context: RunContext, components: Components, text: Components | None) -> Predictor:
-    """The denoiser (and the text encoders that train) with adapters, as one module."""
+    """The denoiser (and the text encoders that train) with adapters and new tokens, as one module."""
     config, family = context.config, context.family
     denoiser = components[family.DENOISER]
     assistant = as_loras(denoiser, checks.assistant_of(context, components))
@@ -28,7 +28,7 @@ def with_lora(context: RunContext, components: Components, text: Components | No
     if assistant:
         add_assistant(denoiser, assistant)
     encoders = {name: text[name] for name in family.TEXT_ENCODERS} if text else {}
-    for name, encoder in encoders.items():
+    for name, encoder in encoders.items() if config.lora.train_text_encoder else ():
         add_adapter(context, name, encoder)
     if config.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -39,7 +39,7 @@ def with_lora(context: RunContext, components: Components, text: Components | No
             denoiser.enable_xformers_memory_efficient_attention()
         except (ModuleNotFoundError, ValueError) as error:
             raise UserError(f"--enable_xformers_memory_efficient_attention: {error}") from error
-    return Predictor(family, denoiser, text, config.train.guidance_scale)
+    return Predictor(family, denoiser, text, config.train.guidance_scale, context.new_tokens)
 
 
 def add_adapter(context: RunContext, name: str, module: Any) -> None:
@@ -60,11 +60,12 @@ def add_adapter(context: RunContext, name: str, module: Any) -> None:
 
 def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
     """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
-    optim, adapter = context.config.optim, context.config.lora.adapter
-    groups = _groups(adapter, [model.denoiser], optim.learning_rate, optim.adam_weight_decay)
-    if len(model.encoders):
+    optim, lora = context.config.optim, context.config.lora
+    groups = _groups(lora.adapter, [model.denoiser], optim.learning_rate, optim.adam_weight_decay)
+    if lora.train_text_encoder:
         decay = optim.adam_weight_decay_text_encoder
-        groups += _groups(adapter, list(model.encoders.values()), optim.text_encoder_lr, decay)
+        groups += _groups(lora.adapter, list(model.encoders.values()), optim.text_encoder_lr, decay)
+    groups += new_tokens.param_group(context, model)
     optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
     lr_scheduler = get_scheduler(
         optim.lr_scheduler,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.interfaces import Conditioning
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.assistant import switch
+from dreamlora.lora.embeddings import files_beside
 from dreamlora.lora.names import names_of
 from dreamlora.lora.pairs import tuned_layers
+from dreamlora.models.new_tokens import Vectors, by_token, load_embeddings, put_for_a_while
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
+from dreamlora.runfolder import LORA_FILE
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
 from dreamlora.sampling.shown import Shown
 from dreamlora.training.loop import Run
@@ -48,9 +51,10 @@ class Call:
         guidance_scale: embedded guidance, for models that have it.
         prompt_length: tokens that the prompt is cut to; None: the family's own.
         with_lora: prediction ``[1, C, h, w]`` float32.
-        without_lora: the base model's, in the same modules and precision.
+        without_lora: the base model's, in the same modules and precision; with new tokens as they were at first.
         rounded: ``with_lora`` once more, with every number of ``noisy`` moved by one unit of the precision, so that all
             that follows is rounded otherwise.
+        start: of the new tokens.
     """
 
     noisy: Tensor
@@ -61,6 +65,7 @@ class Call:
     with_lora: Tensor
     without_lora: Tensor
     rounded: Tensor
+    start: Vectors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class ExpectedOutput:
     """What the saved file must do again: what training showed of its last step.
 
     Attributes:
-        lora_folder: holds ``pytorch_lora_weights.safetensors``.
+        lora_folder: holds ``pytorch_lora_weights.safetensors``, and embeddings of new tokens.
         sample: a row of samples.jsonl, with the negative prompt.
         image_file: the image drawn while training.
         call: of the sample's prompt.
@@ -110,7 +115,11 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
     with_lora, rounded = answer(noisy), answer(noisy * (1 + signs * _precision(run)))
     for tuned in tuned_layers(model):
         tuned.layer.enable_adapters(False)
-    return Call(noisy, view, times, run.config.train.guidance_scale, prompt_length, with_lora, answer(noisy), rounded)
+    for part in run.new_tokens.values():
+        part.rows.copy_(part.start)
+    start = by_token({new.token: new.vectors for new in run.config.tokens.tokens}, run.new_tokens)
+    scale = run.config.train.guidance_scale
+    return Call(noisy, view, times, scale, prompt_length, with_lora, answer(noisy), rounded, start)
 
 
 def _precision(run: Run) -> float:
@@ -127,12 +136,16 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
         fresh: the untouched base model, not loaded yet.
         expected: what training showed.
 
+    Embeddings of new tokens are loaded by ``load_textual_inversion``.
+
     Returns:
         Prompt, seed and step; the figures of ``compare_images``; as ``call`` those of ``compare_calls``; and
         ``loader``, if it is not diffusers'.
     """
     pipeline, sample = fresh.pipeline(), expected.sample
-    without_lora = _answer(fresh, expected)
+    with put_for_a_while(fresh.get("text"), expected.call.start):
+        without_lora = _answer(fresh, expected)
+    load_embeddings(pipeline, files_beside(expected.lora_folder / LORA_FILE), fresh.family.EMBEDDING_KEYS)
     if expected.stock_loader:
         pipeline.load_lora_weights(str(expected.lora_folder))
     else:

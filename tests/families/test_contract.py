@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +26,10 @@ from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.data.transforms import to_tensor
 from dreamlora.interfaces import PICTURE, Components, Conditioning, Family, ModelSource, View
 from dreamlora.lora.applying import apply_lora
+from dreamlora.lora.formats import FileContent, kohya
 from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.lora.saving import save_lora
+from dreamlora.lora.names import names_of
+from dreamlora.lora.saving import save_lora, weights_of
 from dreamlora.lora.targets import layer_names, wanted_layers
 from dreamlora.models import loading, prompts
 from dreamlora.models.tokenizer import PROCESSORS
@@ -554,3 +557,22 @@ def test_presets_of_layers_are_some_of_all_linear_layers_and_convolutions(case):
     assert attn < both <= every
     assert any("to_q" in name or "qkv" in name for name in attn)
     assert not any(word in name for name in both for word in ("norm", "mod.", "embed", "adaLN"))
+
+
+@pytest.mark.parametrize("adapter", ["loha", "lokr"])
+def test_loha_and_lokr_come_back_from_their_files(case, parts, tmp_path, adapter):
+    """Where the original code has one layer of several, or of swapped halves, too."""
+    if registry.name_of(case.family) not in registry.names("families.layers"):
+        pytest.skip("what other programs call its layers is not known")
+    denoiser, lora = parts[case.family.DENOISER], Lora(adapter=adapter, rank=2, lora_alpha=3.0)
+    add_lora(denoiser, lora, wanted_layers(replace(lora, lora_layers=("attn-mlp",)), case.family))
+    draw = torch.Generator().manual_seed(2)
+    for parameter in trainable_parameters(denoiser).values():
+        parameter.data += torch.randn(parameter.shape, generator=draw) * 0.3
+    modules, names = {case.family.DENOISER: denoiser}, names_of(case.family, dict(denoiser.config))
+    again = kohya.read(FileContent(load_file(save_lora(tmp_path, modules, names=names)), {}), names)
+    [saved], [read] = weights_of(modules).values(), again.values()
+    assert saved.keys() == read.keys()
+    for name, layer in saved.items():
+        delta = layer.delta()
+        torch.testing.assert_close(read[name].delta().reshape(delta.shape), delta, rtol=1e-4, atol=1e-5)

@@ -85,9 +85,7 @@ def test_norms_are_those_of_dense_matrices(kind: str) -> None:
     rms = math.sqrt(sum(float(x.square().sum()) for x in steps) / sum(x.numel() for x in steps))
     assert update_rms(snapshots({"": second}), snapshots({"": first}))[TOTAL] == pytest.approx(rms, rel=1e-5)
     assert (health.balance is None) == (kind not in PAIRS)
-    if kind.startswith("loha"):
-        ranks = [float(x.square().sum() / torch.linalg.svdvals(x.flatten(1))[0] ** 2) for x in dense(first)]
-        assert health.stable_rank == pytest.approx(sum(ranks) / len(ranks), rel=1e-5)
+    assert (health.stable_rank is None) == (kind not in PAIRS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

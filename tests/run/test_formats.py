@@ -17,6 +17,9 @@ from dreamlora.lora.names import LayerNames, ModelNames, model_names, same
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 from dreamlora.models import parts
 from dreamlora.run import formats, preflight
+from tests.training.conftest import cache, flags, photos, train
+
+__all__ = ["cache", "flags", "photos", "train"]
 
 
 def test_the_result_and_the_best_are_in_all_formats(train, sd_folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from dreamlora import registry
 from dreamlora.commands.export.flags import ExportConfig
@@ -50,11 +51,7 @@ def model_for(config: ExportConfig, lora: LoraFile) -> ModelNames | None:
         UserError: they are needed, and the model is not known, or has none in other programs.
     """
     run = run_of(config.lora, config.trust_runs)
-    family: str | None
-    if config.pretrained_model_name_or_path or (run and run.options.get(_BASE)):
-        family, sizes = _of_base(config, run)
-    else:
-        family, sizes = config.family or (run and run.options.get("family")) or _guessed(lora, run), {}
+    family, sizes = _told(config, run) or (_guessed(lora, run), {})
     model = model_names(family, sizes) if family else None
     if model is None and not (exporting.is_nameless(config.format) and lora.format == exporting.OWN_FORMAT):
         if family:
@@ -63,7 +60,22 @@ def model_for(config: ExportConfig, lora: LoraFile) -> ModelNames | None:
     return model
 
 
-def _of_base(config: ExportConfig, run: TrainedRun | None) -> tuple[str, dict[str, object]]:
+def _told(config: ExportConfig, run: TrainedRun | None) -> tuple[str, dict[str, Any]] | None:
+    """Family and config of the denoiser (empty: the published one's), by flags or by the run; None: neither says so."""
+    if config.pretrained_model_name_or_path:
+        return _of_base(config, run)
+    if config.family:
+        return config.family, {}
+    if run and run.options.get(_BASE):
+        try:
+            return _of_base(config, run)
+        except UserError as error:  # it has moved, or the hub is out of reach
+            logger.warning("the base model of %s is not looked at: %s", run.name, error)
+    family = run and run.options.get("family")
+    return (family, {}) if family else None
+
+
+def _of_base(config: ExportConfig, run: TrainedRun | None) -> tuple[str, dict[str, Any]]:
     """Family of the base model, and config of its denoiser."""
     options = run.options if run else {}
     own = config.pretrained_model_name_or_path is None or config.pretrained_model_name_or_path == options.get(_BASE)

@@ -208,6 +208,23 @@ def test_a_strangers_run_does_not_have_its_model_opened(case, tmp_path: Path) ->
     export(run, "--format", "kohya", "--output", output, "--pretrained_model_name_or_path", model)
 
 
+def test_a_base_model_out_of_reach_is_done_without(tmp_path: Path, caplog) -> None:
+    """With the family that the run or a flag names, or that the names tell."""
+    run = tmp_path / "run"
+    lora(run / "pytorch_lora_weights.safetensors", lora_weights(torch.ones(1, 4), torch.ones(4, 1)))
+    options = "pretrained_model_name_or_path: somebody/that-is-not-here\n"
+    (run / "config.yaml").write_text(options, encoding="utf-8")
+    output = tmp_path / "out.safetensors"
+    with pytest.raises(UserError, match="give --family"):
+        export(run, "--format", "kohya", "--output", output)
+    assert "the base model of run is not looked at" in caplog.text
+    (run / "config.yaml").write_text(options + "family: sd\n", encoding="utf-8")
+    export(run, "--format", "kohya", "--output", output)
+    assert "lora_unet_mid_block_attentions_0_proj_in.alpha" in load_file(output)
+    export(run, "--format", "kohya", "--output", output, "--overwrite", "--family", "sdxl")
+    assert "lora_unet_middle_block_1_proj_in.alpha" in load_file(output)
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_kinds_that_a_format_cannot_hold_are_refused(kind: str, tmp_path: Path) -> None:
     layer = "lora_unet_mid_block_attentions_0_proj_in"
