@@ -59,7 +59,8 @@ def table_of(found: Mapping[str, Any]) -> Iterator[str]:
     rows = found["layers"]
     yield from in_columns([("layer", "rank", "alpha", "|ΔW|", "kept energy", "relative error"), *map(_row, rows)])
     ranks = sorted(row["rank"] for row in rows)
-    before = sorted({row["rank_before"] for row in rows if row.get("rank_before")})
+    changed = any(row.get("rank_before", row["rank"]) != row["rank"] for row in rows)
+    before = sorted({row["rank_before"] for row in rows if row.get("rank_before")}) if changed else []
     yield (
         f"{len(rows)} layers: rank {_span(before)} -> {_span(ranks)}"
         if before
@@ -68,7 +69,8 @@ def table_of(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    rank = f"{row['rank_before']} -> {row['rank']}" if row.get("rank_before") else str(row["rank"])
+    before = row.get("rank_before") or row["rank"]
+    rank = str(row["rank"]) if before == row["rank"] else f"{before} -> {row['rank']}"
     figures = f"{row['norm']:.3g}", _percent(row["kept_energy"]), f"{row['relative_error']:.2g}"
     return row["layer"], rank, f"{row['alpha']:g}", *figures
 

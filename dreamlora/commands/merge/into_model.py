@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,11 @@ def merge_into_model(config: MergeConfig) -> dict[str, Any]:
     parts = [(lora.label, strength) for lora, strength in zip(loras, config.strengths, strict=True)]
     dtype = DTYPES[config.written.dtype] if config.written.dtype else None
     check_output(output, _size(base, dtype))
+    rounding = _Rounding()
     with tqdm(total=len(plan), desc="merging", unit="tensor", delay=3, leave=False) as bar:
 
         def rewriting(file: Path) -> Rewriting:
-            changes = {name: _change(own, bar) for (its, name), own in plan.items() if its == file}
+            changes = {name: _change(own, dtype, rounding, bar) for (its, name), own in plan.items() if its == file}
             return Rewriting(changes, dtype, _converted(base, file), _metadata(file, parts))
 
         if base.pipeline:
@@ -58,6 +61,7 @@ def merge_into_model(config: MergeConfig) -> dict[str, Any]:
         "loras": [_of_lora(lora, strength) for lora, strength in zip(loras, config.strengths, strict=True)],
         "output": str(output),
         "precision": _precisions(base, dtype),
+        "rounding_error": rounding.relative,
     }
 
 
@@ -116,11 +120,30 @@ def _check(base: BaseModel, lora: Given, component: str, layer: str) -> None:
         raise UserError(f"{lora.file.path} does not fit {base.path}: {wrong}. Was it trained on another model?")
 
 
-def _change(parts: Parts, bar: Any) -> Callable[[Tensor], Tensor]:
+@dataclass
+class _Rounding:
+    """What rounding to the model's precision changes, beside what the LoRAs do: squares of norms."""
+
+    lost: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Of the LoRAs' changes."""
+        return math.sqrt(self.lost / self.whole) if self.whole else 0.0
+
+    def count(self, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+        """One tensor more."""
+        self.lost += float((after.to(dtype).to(after.dtype) - after).square().sum(dtype=torch.float64))
+        self.whole += float((after - before).square().sum(dtype=torch.float64))
+
+
+def _change(parts: Parts, dtype: torch.dtype | None, rounding: _Rounding, bar: Any) -> Callable[[Tensor], Tensor]:
     def change(tensor: Tensor) -> Tensor:
         whole = tensor.clone() if tensor.dtype == torch.float64 else tensor.to(torch.float32, copy=True)
         for place, adapters in parts:
             place.put(whole, added(place.of(whole), adapters))
+        rounding.count(tensor, whole, dtype or tensor.dtype)
         bar.update()
         return whole
 

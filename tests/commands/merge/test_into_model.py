@@ -123,11 +123,12 @@ def bf16(case, tmp_path: Path) -> Path:
     return folder
 
 
-def test_bf16_is_rounded_once(case, bf16: Path, two, tmp_path: Path) -> None:
-    """All is added up in float32 before."""
+def test_bf16_is_rounded_once(case, bf16: Path, two, tmp_path: Path, capsys) -> None:
+    """All is added up in float32 before; how much rounding changes is told."""
     out = tmp_path / "merged"
     base = ("--pretrained_model_name_or_path", bf16)
     assert run(*two.files, *base, "--lora_scales", *STRENGTHS, "--output", out) == 0
+    told = re.search(r"an error of ([0-9.]+)% of what the LoRAs change", capsys.readouterr().out)
     before = _stock(case.tiny, bf16)
     loras = dict(enumerate(zip(two.weights, STRENGTHS, strict=True)))
     rounded = copy.deepcopy(case.stock)
@@ -135,15 +136,20 @@ def test_bf16_is_rounded_once(case, bf16: Path, two, tmp_path: Path) -> None:
         for name, layer in layers.items():
             layer.weight.data = adapters.adaptable(before, two.names)[component][name].weight.data
     expected = adapters.merged_by_hand(rounded, two.names, loras)
+    lost = change = 0.0
     files = {component: load_file(next((out / component).glob("*.safetensors"))) for component in expected}
     for component, layers in expected.items():
         stored = {name.removeprefix("text_model."): tensor for name, tensor in files[component].items()}
         assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
         wrong = total = 0
+        base = adapters.adaptable(before, two.names)[component]
         for name, weight in layers.items():
             wrong += int((stored[f"{name}.weight"] != weight.float().bfloat16()).sum())
             total += weight.numel()
+            lost += float((stored[f"{name}.weight"].double() - weight).square().sum())
+            change += float((weight - base[name].weight.double()).square().sum())
         assert wrong < 1e-3 * total  # float32's rounding turns the balance now and then
+    assert told and float(told[1]) == pytest.approx(100 * (lost / change) ** 0.5, abs=0.06)
 
 
 def test_another_precision(case, bf16: Path, two, tmp_path: Path) -> None:
