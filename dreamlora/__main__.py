@@ -121,6 +121,13 @@ def doctor(argv: Sequence[str]) -> None:
     command.main(argv)
 
 
+def inspect(argv: Sequence[str]) -> None:
+    """Say what a LoRA or another .safetensors file is."""
+    from dreamlora.commands.inspect import command
+
+    command.main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "dreambooth": dreambooth,
     "text-to-image": text_to_image,
@@ -129,6 +136,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report,
     "compare": compare,
     "doctor": doctor,
+    "inspect": inspect,
 }
 
 
