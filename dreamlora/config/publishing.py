@@ -8,7 +8,7 @@ from dreamlora.config.ranges import short
 
 
 @dataclass(frozen=True)
-class Metadata:
+class Label:
     """What the LoRA's file says of itself, as Civitai, Forge and ComfyUI show it: nothing of paths or machines."""
 
     metadata_title: str | None = None

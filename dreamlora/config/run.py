@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
-from dreamlora.config.publishing import Metadata
+from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import finite as _finite
@@ -279,7 +279,7 @@ class RunConfig:
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
     encoders: Encoders = field(default_factory=Encoders)
-    about: Metadata = field(default_factory=Metadata)
+    about: Label = field(default_factory=Label)
     given: frozenset[str] = field(default=frozenset(), compare=False, metadata={"option": False})
     """Options that have their value from a person's flag or file, not from a preset or a default."""
 

@@ -49,7 +49,8 @@ class Original:
         shares = self.rows or (1,) * len(self.layers)
         unit, rest = divmod(total, sum(shares))
         if rest:
-            raise ValueError(f"{total} rows cannot be those of {', '.join(self.layers)}")
+            proportion = ":".join(map(str, shares))
+            raise ValueError(f"{total} rows cannot be those of {len(shares)} layers as {proportion}")
         return [unit * share for share in shares]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -54,7 +55,7 @@ def weights_of(layer: str, factors: Mapping[str, Tensor]) -> LayerWeights:
             down = _with_core(layer, rest["lora_mid"], down)
         weights = lora_weights(down, up)
     else:
-        weights = LayerWeights(kind, rest, 1.0)
+        weights = _whole(layer, LayerWeights(kind, rest, 1.0))
         if weights.rank:
             weights = LayerWeights(kind, rest, float(weights.rank))
     if alpha is not None:
@@ -82,6 +83,17 @@ def _kind(layer: str, factors: Mapping[str, Tensor]) -> Kind:
         if any(names == set(needed) for needed in _NEEDED[kind]):
             return kind
     raise ValueError(f"{layer} has {', '.join(sorted(factors)) or 'an alpha alone'}, which is no whole adapter")
+
+
+def _whole(layer: str, weights: LayerWeights) -> LayerWeights:
+    """The same of a LoHa or LoKr, whose factors go together: tried without their values."""
+    tensors = {name: tensor.to("meta") for name, tensor in weights.tensors.items()}
+    try:
+        replace(weights, tensors=tensors).delta()
+    except (RuntimeError, IndexError):
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"{layer}: its factors do not go together: {shapes}") from None
+    return weights
 
 
 def _with_core(layer: str, core: Tensor, down: Tensor) -> Tensor:

@@ -43,8 +43,11 @@ def unplaced(adapters: Iterable[tuple[LayerPlace, LayerWeights]]) -> Iterator[tu
         if len(layers) == 1:
             yield layers[0], whole
             continue
-        rows = place.original.rows_of(whole.rows)
-        for layer, part in zip(layers, _stacks.parted(whole, rows), strict=True):
+        try:
+            parts = _stacks.parted(whole, place.original.rows_of(whole.rows))
+        except ValueError as error:
+            raise ValueError(f"{place.name}: {error}") from None
+        for layer, part in zip(layers, parts, strict=True):
             if part is not None:
                 yield layer, part
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dreamlora.lora.weights import LayerWeights, lora_weights
+from dreamlora.lora.weights import LayerWeights
 
 _FACTORS = {"lora": (("lora_A", "lora_B"),), "loha": (("hada_w1_b", "hada_w1_a"), ("hada_w2_b", "hada_w2_a"))}
 """Of each kind the factors: of columns, and of rows."""
@@ -37,7 +37,7 @@ def stacked(parts: Sequence[LayerWeights | None], rows: Sequence[int]) -> LayerW
     magnitudes = [part.magnitude for part in parts if part is not None and part.magnitude is not None]
     if magnitudes and len(magnitudes) < len(parts):
         raise ValueError("a DoRA of some of the layers that are one there needs one of all of them")
-    shared = len(present) == len(parts) and all(_shares(part, first) for part in present)
+    shared = all(_shares(part, first) for part in present)
     scale = first.scale if all(part.scale == first.scale for part in present) else None
     tensors: dict[str, Tensor] = {}
     for number, (columns, of_rows) in enumerate(_FACTORS[first.kind]):
@@ -45,11 +45,9 @@ def stacked(parts: Sequence[LayerWeights | None], rows: Sequence[int]) -> LayerW
             None if part is None else part.tensors[of_rows] * (1.0 if scale is not None or number else part.scale)
             for part in parts
         ]
-        if shared:
-            tensors |= {columns: first.tensors[columns], of_rows: torch.cat([up for up in ups if up is not None])}
-        else:
-            tensors[columns] = torch.cat([part.tensors[columns] for part in present])
-            tensors[of_rows] = _diagonal(ups, rows)
+        downs = [part.tensors[columns] for part in present]
+        tensors[columns] = downs[0] if shared else torch.cat(downs)
+        tensors[of_rows] = _blocks(ups, rows, diagonal=not shared)
     rank = len(tensors[_FACTORS[first.kind][0][0]])
     alpha = rank * (1.0 if scale is None else scale)
     return LayerWeights(first.kind, tensors, alpha, torch.cat(magnitudes) if magnitudes else None)
@@ -105,31 +103,32 @@ def _shares(one: LayerWeights, other: LayerWeights) -> bool:
     return all(torch.equal(one.tensors[name], other.tensors[name]) for name in columns)
 
 
-def _diagonal(ups: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor:
-    """Factors of rows as blocks on a diagonal: ``(sum of m, sum of r, ...)``."""
+def _blocks(ups: Sequence[Tensor | None], rows: Sequence[int], *, diagonal: bool) -> Tensor:
+    """Factors of rows, one below the other: ``(sum of m, r, ...)``, or on a diagonal: ``(sum of m, sum of r, ...)``."""
     present = [up for up in ups if up is not None]
-    result = present[0].new_zeros(sum(rows), sum(up.shape[1] for up in present), *present[0].shape[2:])
+    ranks = [up.shape[1] for up in present]
+    result = present[0].new_zeros(sum(rows), sum(ranks) if diagonal else ranks[0], *present[0].shape[2:])
     top = left = 0
     for up, height in zip(ups, rows, strict=True):
         if up is not None:
             result[top : top + height, left : left + up.shape[1]] = up
-            left += up.shape[1]
+            left += up.shape[1] if diagonal else 0
         top += height
     return result
 
 
 def _part(whole: LayerWeights, ups: Mapping[str, Tensor], magnitude: Tensor | None) -> LayerWeights | None:
     """A part, of the ranks that do something in it, so that what was stacked comes out as it was."""
-    if whole.kind != "lora":
+    each = [up.transpose(0, 1).flatten(1).ne(0).any(dim=1) for up in ups.values()]
+    if magnitude is None and not all(used.any() for used in each):
+        return None
+    used = torch.stack(each).any(dim=0)
+    if used.all() or not used.any():
         return LayerWeights(whole.kind, {**whole.tensors, **ups}, whole.alpha, magnitude)
-    up = ups["lora_B"]
-    used = up.flatten(2).ne(0).any(dim=2).any(dim=0) if up.ndim > 2 else up.ne(0).any(dim=0)
-    if not used.any():
-        if magnitude is None:
-            return None
-        used = torch.ones_like(used)
-    down, up = (whole.down, up) if used.all() else (whole.down[used], up[:, used])
-    return lora_weights(down, up, whole.scale * len(down), magnitude)
+    tensors: dict[str, Tensor] = {}
+    for columns, of_rows in _FACTORS[whole.kind]:
+        tensors |= {columns: whole.tensors[columns][used], of_rows: ups[of_rows][:, used]}
+    return LayerWeights(whole.kind, tensors, whole.scale * int(used.sum()), magnitude)
 
 
 def _as_lokr(delta: Tensor, magnitude: Tensor | None) -> LayerWeights:

@@ -18,14 +18,23 @@ from dreamlora.lora.names import CLIP, LayerPlace, ModelNames
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
 _DENOISER = "diffusion_model."
-_TEXT = "text_encoder"
+_CLIPS = {
+    f"text_encoders.{clip}.transformer.": component
+    for clip, component in (("clip_l", "text_encoder"), ("clip_h", "text_encoder"), ("clip_g", "text_encoder_2"))
+}
+"""ComfyUI's own names of text encoders, which it writes when it saves or extracts a LoRA."""
+_PROJECTIONS = {
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+"""Before the name of a projection, for which it does not know diffusers'."""
 _CLIP_MODEL = "text_model."
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
 
 def recognises(names: Collection[str]) -> bool:
     """See ``Format.recognises``."""
-    return any(name.startswith(_DENOISER) for name in names)
+    return any(name.startswith((_DENOISER, *_CLIPS)) for name in names)
 
 
 def read(content: FileContent, model: ModelNames) -> AdapterWeights:
@@ -39,8 +48,8 @@ def read(content: FileContent, model: ModelNames) -> AdapterWeights:
     for name, factors in _factors.by_layer(content.tensors).items():
         adapter = _factors.weights_of(name, factors)
         if not name.startswith(_DENOISER):
-            component, _, layer = name.partition(".")
-            adapters.setdefault(component, {})[_text_layer(name, component, layer, model)] = adapter
+            component, layer = _text_layer(name, model)
+            adapters.setdefault(component, {})[layer] = adapter
             continue
         rest = name.removeprefix(_DENOISER)
         place = model.layers.of_name(rest)
@@ -83,12 +92,17 @@ def _named(
     if component not in model.text_encoders:
         raise ValueError(f"there are no names for the {component}")
     for layer, adapter in adapters.items():
-        before = "" if layer == "text_projection" else _CLIP_MODEL
-        yield f"{component}.{before}{layer}", adapter
+        before = _PROJECTIONS[component] if layer == "text_projection" else f"{component}.{_CLIP_MODEL}"
+        yield before + layer, adapter
 
 
-def _text_layer(name: str, component: str, layer: str, model: ModelNames) -> str:
-    place = CLIP.of_layer(layer.removeprefix(_CLIP_MODEL))
-    if component not in model.text_encoders or place is None:
+def _text_layer(name: str, model: ModelNames) -> tuple[str, str]:
+    """Component and layer of a text encoder's name, ComfyUI's or diffusers'."""
+    component, _, layer = name.partition(".")
+    for clip, component_there in _CLIPS.items():
+        if name.startswith(clip):
+            component, layer = component_there, name.removeprefix(clip)
+    layer = layer.removeprefix(_CLIP_MODEL)
+    if component not in model.text_encoders or CLIP.of_layer(layer) is None:
         raise ValueError(f"{name} is no layer of a text encoder that can have an adapter here")
-    return layer.removeprefix(_CLIP_MODEL)
+    return component, layer

@@ -21,7 +21,9 @@ CLIP_MODEL = "text_model."
 
 def recognises(names: Collection[str]) -> bool:
     """See ``Format.recognises``."""
-    return bool(names) and all(name.startswith(("unet.", "transformer.", "text_encoder")) for name in names)
+    return bool(names) and all(
+        name.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_")) for name in names
+    )
 
 
 def write(weights: AdapterWeights, model: ModelNames | None = None) -> FileContent:

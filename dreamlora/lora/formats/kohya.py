@@ -90,16 +90,18 @@ def _of_one_alpha(named: Mapping[str, LayerWeights]) -> dict[str, LayerWeights]:
 def _denoiser_names(adapters: Mapping[str, LayerWeights], model: ModelNames) -> dict[str, LayerWeights]:
     if model.kohya == "diffusers":
         return {_DENOISER + flat(layer): adapter for layer, adapter in adapters.items()}
-    apart = {layer: adapter for layer, adapter in adapters.items() if _stays_apart(layer, adapter, model)}
+    apart = {layer: adapter for layer, adapter in adapters.items() if adapter.kind == "lokr"}
+    if not any(_is_part(layer, model) for layer in apart):  # if one has to be, all are: diffusers takes no mixture
+        apart = {}
     rest = {layer: adapter for layer, adapter in adapters.items() if layer not in apart}
     named = {_DENOISER + flat(name): adapter for name, adapter in _placed.placed(rest, model.layers)}
     return named | {_LYCORIS + flat(layer): adapter for layer, adapter in apart.items()}
 
 
-def _stays_apart(layer: str, adapter: LayerWeights, model: ModelNames) -> bool:
-    """Whether a layer is a part of one there, and its adapter cannot be."""
+def _is_part(layer: str, model: ModelNames) -> bool:
+    """Whether a layer is not one there, which a LoKr could not be then."""
     place = model.layers.of_layer(layer)
-    return adapter.kind == "lokr" and place is not None and (len(place.layers) > 1 or place.original.swapped)
+    return place is not None and (len(place.layers) > 1 or place.original.swapped)
 
 
 def _text_names(component: str, adapters: Mapping[str, LayerWeights], model: ModelNames) -> dict[str, LayerWeights]:
