@@ -15,6 +15,7 @@ from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.parse import Program, parse, parse_run
 from dreamlora.commands.doctor import flags as doctor
 from dreamlora.commands.evaluate.flags import EvaluateConfig
+from dreamlora.commands.inspect.flags import InspectConfig
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import RunConfig, programs
 from dreamlora.sweep.config import CompareConfig
@@ -136,6 +137,8 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         assert asked.runs or sweep_of(asked, training)
     elif command == "doctor":
         doctor.parse(flags)
+    elif command == "inspect":
+        parse(InspectConfig, flags, Program(positional="file"))
     elif command in ("sample", "evaluate"):
         config = SampleConfig if command == "sample" else EvaluateConfig
         parse(config, flags, Program(positional="lora"))

@@ -71,14 +71,16 @@ class Version:
         inputs: sizes that its denoiser's layers take.
         blocks: how many there are of each kind, by the first word of their names in diffusers.
         layers: of the denoiser that can have an adapter, in diffusers.
-        text: widths of the text encoders that can have one.
+        text_widths: of the text encoders that can have one.
+        lacks: words in names of layers that other models of the family have.
     """
 
     name: str
     inputs: tuple[int, ...]
     blocks: Mapping[str, int]
     layers: int
-    text: tuple[int, ...] = ()
+    text_widths: tuple[int, ...] = ()
+    lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def guess_family(layers: Sequence[FileLayer], metadata: Mapping[str, str] | None
     candidates = [_candidate(family, of_denoiser, text) for family in registry.names("families.layers")]
     best = max(candidate.score for candidate in candidates)
     good = [one for one in candidates if one.score >= best - _ALIKE and one.known >= _FOUND]
-    good.sort(key=lambda one: -one.score)
+    good.sort(key=lambda one: (-one.score, -max((version.layers for version in one.versions), default=0)))
     if len(good) > 1:
         named = [one for one in good if _is_named(one, metadata or {})]
         return Guess((named[0],), "likely") if len(named) == 1 else Guess(tuple(good), "unsure")
@@ -324,12 +326,14 @@ def _fit(version: Version, placed: Sequence[tuple[LayerPlace, FileLayer]], text:
     """How well sizes and numbers of blocks are those of a model, from 0 to 1."""
     fit = sum(layer.columns in version.inputs for _, layer in placed) / len(placed) if placed else 1.0
     used = _blocks(place for place, _ in placed)
+    if version.lacks and any(set(version.lacks) & set(_words(place)) for place, _ in placed):
+        fit *= _NOT_ALIKE
     counts = [(used[word], count) for word, count in version.blocks.items() if word in used]
     if any(most > count for most, count in counts):
         fit *= _NOT_ALIKE
     elif any(most < count for most, count in counts):
         fit *= _OF_SOME_BLOCKS
-    expected = dict(zip(_CLIPS, version.text, strict=False))
+    expected = dict(zip(_CLIPS, version.text_widths, strict=False))
     agree = all(widths == {expected.get(component, 0)} for component, widths in text.items())
     return fit if agree else fit * _NOT_ALIKE
 
@@ -338,11 +342,14 @@ def _blocks(places: Iterable[LayerPlace]) -> dict[str, int]:
     """How many blocks of each kind there are at least: by the word before a number in names of layers."""
     most: dict[str, int] = {}
     for place in places:
-        words = place.layers[place.part].split(".")
-        for word, number in pairwise(words):
+        for word, number in pairwise(_words(place)):
             if number.isdecimal():
                 most[word] = max(most.get(word, 0), int(number) + 1)
     return most
+
+
+def _words(place: LayerPlace) -> list[str]:
+    return place.layers[place.part].split(".")
 
 
 def _is_named(candidate: Candidate, metadata: Mapping[str, str]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamlora.commands.inspect.measures import Measure, Size
+from dreamlora.commands.inspect.measures import Measure, DeltaSize
 from dreamlora.commands.inspect.tensors import Array, TensorFile
 from dreamlora.errors import UserError
 from dreamlora.lora.recognise import FileLayer
@@ -40,7 +40,7 @@ class LayerFacts:
     kind: str
     rank: int | None
     alpha: float | None
-    size: Size | None
+    size: DeltaSize | None
     finite: bool
     zero: bool
 
@@ -123,7 +123,7 @@ def facts_of(file: TensorFile, layers: Sequence[FileLayer], alphas: Alphas) -> I
         yield LayerFacts(layer, _kind(layer), rank, alpha if rank else None, size, finite, _is_zero(factors, size))
 
 
-def _is_zero(factors: Mapping[str, Array], size: Size | None) -> bool:
+def _is_zero(factors: Mapping[str, Array], size: DeltaSize | None) -> bool:
     """Whether ΔW is: some factor is, whatever else."""
     return size.norm == 0 if size else any(array.size > 0 and not array.any() for array in factors.values())
 

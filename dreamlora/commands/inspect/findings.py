@@ -1,4 +1,4 @@
-"""All that ``dreamlora inspect`` finds of a file, as it is printed with ``--json`` (docs/files.md). No torch."""
+"""All that ``dreamlora inspect`` finds of a file, as it is printed with ``--json`` (docs/inspect.md). No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from dreamlora.commands.inspect.about import about
 from dreamlora.commands.inspect.adapters import Alphas, LayerFacts, facts_of
-from dreamlora.commands.inspect.places import place_of as file_of
+from dreamlora.commands.inspect.source import file_of
 from dreamlora.commands.inspect.tensors import Digests, TensorFile, tensor_file
 from dreamlora.errors import UserError
 from dreamlora.lora.recognise import (

@@ -13,4 +13,4 @@ class InspectConfig:
     file: Path
     """A .safetensors file, a folder with one, or a run; the flag's name may be left out."""
     json: bool = False
-    """Print JSON instead of text; docs/files.md describes it."""
+    """Print JSON instead of text; docs/inspect.md describes it."""

@@ -25,7 +25,7 @@ _ITERATIONS = 60
 _LOHA = (("w1_a", "w1_b", "t1"), ("w2_a", "w2_b", "t2"))
 
 
-class Size(NamedTuple):
+class DeltaSize(NamedTuple):
     """Of a ΔW, of a convolution as ``(m, n * h * w)``.
 
     Attributes:
@@ -52,7 +52,7 @@ class Measure:
 
     left: float = _WORK
 
-    def size_of(self, factors: Mapping[str, Array], scale: float) -> Size | None:
+    def size_of(self, factors: Mapping[str, Array], scale: float) -> DeltaSize | None:
         """Of an adapter.
 
         Args:
@@ -69,18 +69,18 @@ class Measure:
             return None
         if size is None:
             return None
-        scaled = Size(size.norm * abs(scale), size.largest * abs(scale))
+        scaled = DeltaSize(size.norm * abs(scale), size.largest * abs(scale))
         return scaled if all(map(math.isfinite, scaled)) else None
 
-    def _size(self, factors: Mapping[str, Array]) -> Size | None:
+    def _size(self, factors: Mapping[str, Array]) -> DeltaSize | None:
         if "lora_A" in factors:
             return self._of_lora(factors["lora_B"], factors["lora_A"], factors.get("lora_mid"))
         if "hada_w1_a" in factors:
             return self._of_loha(factors)
         one, other = (self._of_half(factors, half) for half in ("lokr_w1", "lokr_w2"))
-        return Size(one.norm * other.norm, one.largest * other.largest) if one and other else None
+        return DeltaSize(one.norm * other.norm, one.largest * other.largest) if one and other else None
 
-    def _of_lora(self, up: Array, down: Array, core: Array | None = None) -> Size | None:
+    def _of_lora(self, up: Array, down: Array, core: Array | None = None) -> DeltaSize | None:
         flat = down.reshape(len(down), -1)
         if core is not None:
             made = self._made("rshw,sn->rnhw", core, flat)
@@ -90,7 +90,7 @@ class Measure:
             return None if made is None else _of_dense(made.reshape(len(made), -1))
         return self._of_product(up.reshape(len(up), -1), flat)
 
-    def _of_product(self, up: Array, down: Array) -> Size | None:
+    def _of_product(self, up: Array, down: Array) -> DeltaSize | None:
         """Of ``up @ down``."""
         rows, columns = len(up), down.shape[1]
         if up.shape[1] != len(down) or not min(up.shape) or not min(down.shape):
@@ -100,7 +100,7 @@ class Measure:
         left, right = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (up, down.T))
         return _of_matrix(left @ right.T)
 
-    def _of_loha(self, factors: Mapping[str, Array]) -> Size | None:
+    def _of_loha(self, factors: Mapping[str, Array]) -> DeltaSize | None:
         """Of ``(W1a W1b) ⊙ (W2a W2b)``, of a Tucker decomposition with cores."""
         halves = [self._half(*(factors.get(f"hada_{name}") for name in names)) for names in _LOHA]
         if halves[0] is None or halves[1] is None:
@@ -119,7 +119,7 @@ class Measure:
             made = self._made("ijkl,ip,jr->prkl", core, first, second)
         return None if made is None else made.reshape(len(made), -1)
 
-    def _of_half(self, factors: Mapping[str, Array], name: str) -> Size | None:
+    def _of_half(self, factors: Mapping[str, Array], name: str) -> DeltaSize | None:
         """Of a factor of a Kronecker product: its singular values are multiplied with the other's."""
         if name in factors:
             matrix = factors[name].reshape(len(factors[name]), -1)
@@ -151,14 +151,14 @@ class Measure:
         return True
 
 
-def _of_matrix(matrix: Array) -> Size:
+def _of_matrix(matrix: Array) -> DeltaSize:
     if min(matrix.shape) > _SMALL:
         return _of_dense(matrix)
     values = np.linalg.svd(matrix, compute_uv=False)
-    return Size(float(np.linalg.norm(values)), float(values.max(initial=0.0)))
+    return DeltaSize(float(np.linalg.norm(values)), float(values.max(initial=0.0)))
 
 
-def _of_dense(matrix: Array) -> Size:
+def _of_dense(matrix: Array) -> DeltaSize:
     """By the power method: all singular values would take minutes."""
     norm = float(np.linalg.norm(matrix))
     vector = np.random.default_rng(0).standard_normal((matrix.shape[1],)).astype(matrix.dtype)
@@ -169,4 +169,4 @@ def _of_dense(matrix: Array) -> Size:
         vector = matrix.T @ image
         if not vector.any():
             break
-    return Size(norm, largest)
+    return DeltaSize(norm, largest)

@@ -10,6 +10,6 @@ VERSIONS = (
         inputs=(64, 256, 768, 3072, 4096, 12288, 15360),
         blocks={"transformer_blocks": 19, "single_transformer_blocks": 38},
         layers=504,
-        text=(768,),
+        text_widths=(768,),
     ),
 )

@@ -10,13 +10,13 @@ VERSIONS = (
         inputs=(4, 320, 640, 768, 960, 1280, 1920, 2560, 5120),
         blocks={"transformer_blocks": 1},
         layers=282,
-        text=(768,),
+        text_widths=(768,),
     ),
     Version(
         name="Stable Diffusion 2",
         inputs=(4, 320, 640, 960, 1024, 1280, 1920, 2560, 5120),
         blocks={"transformer_blocks": 1},
         layers=282,
-        text=(1024,),
+        text_widths=(1024,),
     ),
 )

@@ -10,6 +10,6 @@ VERSIONS = (
         inputs=(4, 320, 640, 960, 1280, 1920, 2048, 2560, 2816, 5120),
         blocks={"transformer_blocks": 10},
         layers=794,
-        text=(768, 1280),
+        text_widths=(768, 1280),
     ),
 )

@@ -15,7 +15,7 @@ _CONFIG_BYTES = 2**20
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
-class Place(NamedTuple):
+class InspectedFile(NamedTuple):
     """Where the file lies.
 
     Attributes:
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     settings: dict[str, Any] | None = None
 
 
-def place_of(path: Path) -> Place:
+def file_of(path: Path) -> InspectedFile:
     """The file that a path stands for.
 
     Raises:
@@ -46,16 +46,16 @@ def place_of(path: Path) -> Place:
             f"{path}: only .safetensors files are read, as pickles can run any code while they load. Somebody whom "
             "you trust can convert it"
         )
-    return Place(path, settings=_peft_settings(path))
+    return InspectedFile(path, settings=_peft_settings(path))
 
 
-def _in_folder(folder: Path) -> Place:
+def _in_folder(folder: Path) -> InspectedFile:
     for name in (LORA_FILE, PEFT_TENSORS):
         if is_regular(folder / name):
-            return Place(folder / name, settings=_peft_settings(folder / name))
+            return InspectedFile(folder / name, settings=_peft_settings(folder / name))
     files = sorted(file for file in folder.glob("*.safetensors") if is_regular(file))
     if len(files) == 1:
-        return Place(files[0])
+        return InspectedFile(files[0])
     if (folder / "model_index.json").exists():
         raise UserError(f"{folder} is a whole model in diffusers' format: see `dreamlora doctor {folder}`")
     names = ", ".join(file.name for file in files[:10]) or "none"
@@ -71,7 +71,7 @@ def _peft_settings(file: Path) -> dict[str, Any] | None:
     return settings
 
 
-def _in_run(run: RunFolder) -> Place:
+def _in_run(run: RunFolder) -> InspectedFile:
     selection = run.selection()
     about: dict[str, Any] = {
         "folder": str(run.path),
@@ -89,4 +89,4 @@ def _in_run(run: RunFolder) -> Place:
         raise UserError(
             f"{run.path} is a run without a LoRA yet: it has no checkpoint. See `dreamlora report {run.path}`"
         )
-    return Place(file, run.path, about)
+    return InspectedFile(file, run.path, about)
