@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamlora.commands.inspect.measures import Measure, DeltaSize
+from dreamlora.commands.inspect.measures import DeltaSize, Measure
 from dreamlora.commands.inspect.tensors import Array, TensorFile
 from dreamlora.errors import UserError
 from dreamlora.lora.recognise import FileLayer

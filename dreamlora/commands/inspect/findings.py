@@ -153,7 +153,9 @@ def _problems(said: Sequence[str], facts: Sequence[LayerFacts], others: Sequence
         problems.append(f"{_some(others)}: tensors that are no part of a LoRA, DoRA, LoHa or LoKr")
     unmeasured = sum(fact.size is None and fact.finite for fact in facts)
     if unmeasured:
-        problems.append(f"{unmeasured} of {len(facts)} layers are not measured: too large, or their tensors do not fit")
+        problems.append(
+            f"{unmeasured} of {len(facts)} layers have no norm here: it would take long, or their tensors do not fit"
+        )
     return problems
 
 

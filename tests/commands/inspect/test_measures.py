@@ -49,19 +49,19 @@ def test_sizes_are_those_of_delta(name):
     assert 1 <= size.stable_rank <= torch.linalg.matrix_rank(delta) * 1.01
 
 
-def test_large_ranks_are_measured_by_the_power_method():
+def test_large_ranks_are_measured_by_subspace_iteration():
     factors = drawn({"lora_A": (300, 400), "lora_B": (350, 300)})
     delta = LayerWeights("lora", factors, 300.0).delta()
     size = Measure().size_of({part: tensor.numpy() for part, tensor in factors.items()}, 1.0)
     assert size.norm == pytest.approx(float(delta.norm()), rel=1e-4)
-    assert size.largest == pytest.approx(float(torch.linalg.matrix_norm(delta, 2)), rel=1e-2)
+    assert size.largest == pytest.approx(float(torch.linalg.matrix_norm(delta, 2)), rel=0.05)
 
 
 def test_what_does_not_fit_together_or_is_too_large_is_not_measured():
     ones = np.ones
     assert Measure().size_of({"lora_A": ones((3, 4)), "lora_B": ones((4, 2))}, 1.0) is None
     assert Measure().size_of({"lora_A": ones((0, 4)), "lora_B": ones((4, 0))}, 1.0) is None
-    assert Measure(left=10.0).size_of({"lora_A": ones((3, 4)), "lora_B": ones((4, 3))}, 1.0) is None
+    assert Measure(left=40.0).size_of({"lora_A": ones((3, 4)), "lora_B": ones((4, 3))}, 1.0) is None
     wide = {"hada_w1_a": ones((2**20, 1)), "hada_w1_b": ones((1, 2**20))}
     assert Measure().size_of({**wide, "hada_w2_a": ones((2**20, 1)), "hada_w2_b": ones((1, 2**20))}, 1.0) is None
     one_row = {"hada_w2_a": ones((1, 1)), "hada_w2_b": ones((1, 2**20))}
