@@ -59,6 +59,8 @@ _OF_CHECKPOINTS = {
     "text encoders": ("cond_stage_model.", "conditioner.", "text_encoders."),
     "autoencoder": ("first_stage_model.", "vae."),
 }
+_WINDOW = 9
+"""Of the convolutions that have one."""
 _CLIPS = ("text_encoder", "text_encoder_2")
 
 
@@ -324,7 +326,7 @@ def _candidate(family: str, layers: Sequence[FileLayer], text: Mapping[str, set[
 
 def _fit(version: Version, placed: Sequence[tuple[LayerPlace, FileLayer]], text: Mapping[str, set[int]]) -> float:
     """How well sizes and numbers of blocks are those of a model, from 0 to 1."""
-    fit = sum(layer.columns in version.inputs for _, layer in placed) / len(placed) if placed else 1.0
+    fit = sum(_takes(layer, version) for _, layer in placed) / len(placed) if placed else 1.0
     used = _blocks(place for place, _ in placed)
     if version.lacks and any(set(version.lacks) & set(_words(place)) for place, _ in placed):
         fit *= _NOT_ALIKE
@@ -336,6 +338,13 @@ def _fit(version: Version, placed: Sequence[tuple[LayerPlace, FileLayer]], text:
     expected = dict(zip(_CLIPS, version.text_widths, strict=False))
     agree = all(widths == {expected.get(component, 0)} for component, widths in text.items())
     return fit if agree else fit * _NOT_ALIKE
+
+
+def _takes(layer: FileLayer, version: Version) -> bool:
+    """Whether one of the model's layers has these columns; of a LoHa or LoKr of a convolution they may be all of its
+    window's."""
+    whole = layer.columns % _WINDOW == 0 and layer.kind in ("loha", "lokr")
+    return layer.columns in version.inputs or (whole and layer.columns // _WINDOW in version.inputs)
 
 
 def _blocks(places: Iterable[LayerPlace]) -> dict[str, int]:

@@ -90,7 +90,7 @@ class Measure:
             return None if made is None else self._of_product(up.reshape(len(up), -1), made.reshape(len(made), -1))
         if math.prod(up.shape[2:]) > 1:
             made = self._made("mrhw,rn->mnhw", up, flat)
-            return None if made is None else _of_dense(made.reshape(len(made), -1))
+            return None if made is None else self._of_matrix(made.reshape(len(made), -1))
         return self._of_product(up.reshape(len(up), -1), flat)
 
     def _of_product(self, up: Array, down: Array) -> DeltaSize | None:
@@ -101,7 +101,7 @@ class Measure:
         if not self._affords(_QR * (rows + columns) * len(down) ** 2):
             return None
         left, right = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (up, down.T))
-        return _of_matrix(left @ right.T)
+        return self._of_matrix(left @ right.T)
 
     def _of_loha(self, factors: Mapping[str, Array]) -> DeltaSize | None:
         """Of ``(W1a W1b) ⊙ (W2a W2b)``, of a Tucker decomposition with cores."""
@@ -110,7 +110,7 @@ class Measure:
             return None
         if halves[0].shape != halves[1].shape:
             raise ValueError("no pair of halves")
-        return _of_dense(halves[0] * halves[1])
+        return self._of_matrix(halves[0] * halves[1])
 
     def _half(self, first: Array | None, second: Array | None, core: Array | None) -> Array | None:
         """``first @ second``; with a core ``(r, s, h, w)`` of ``(r, m)`` and ``(s, n)``, as ``(m, n * h * w)``."""
@@ -125,14 +125,13 @@ class Measure:
     def _of_half(self, factors: Mapping[str, Array], name: str) -> DeltaSize | None:
         """Of a factor of a Kronecker product: its singular values are multiplied with the other's."""
         if name in factors:
-            matrix = factors[name].reshape(len(factors[name]), -1)
-            return _of_matrix(matrix) if self._affords(matrix.size * min(matrix.shape)) else None
+            return self._of_matrix(factors[name].reshape(len(factors[name]), -1))
         first, second = factors[f"{name}_a"], factors[f"{name}_b"]
         core = factors.get("lokr_t2") if name == "lokr_w2" else None
         if core is None:
             return self._of_product(first.reshape(len(first), -1), second.reshape(len(second), -1))
         made = self._half(first, second, core)
-        return None if made is None else _of_matrix(made)
+        return None if made is None else self._of_matrix(made)
 
     def _made(self, how: str, *factors: Array) -> Array | None:
         """What ``einsum`` makes of factors, if that and what comes between is not too large."""
@@ -143,9 +142,17 @@ class Measure:
         summed = math.prod(side for letter, side in sides.items() if letter not in result)
         whole = math.prod(sides[letter] for letter in result)
         between = max(whole, *(whole // sides[letter] * summed if sides[letter] else 0 for letter in result))
-        if between > _DENSE or not self._affords(whole * (summed + 2 * _DIRECTIONS * _ITERATIONS)):
+        if between > _DENSE or not self._affords(whole * summed):
             return None
         return np.asarray(np.einsum(how, *factors, optimize=True))
+
+    def _of_matrix(self, matrix: Array) -> DeltaSize | None:
+        if min(matrix.shape) > _SMALL:
+            return _of_large(matrix) if self._affords(matrix.size * 2 * _DIRECTIONS * _ITERATIONS) else None
+        if not self._affords(_QR * matrix.size * min(matrix.shape)):
+            return None
+        values = np.linalg.svd(matrix, compute_uv=False)
+        return DeltaSize(float(np.linalg.norm(values)), float(values.max(initial=0.0)))
 
     def _affords(self, work: float) -> bool:
         if work > self.left:
@@ -154,14 +161,7 @@ class Measure:
         return True
 
 
-def _of_matrix(matrix: Array) -> DeltaSize:
-    if min(matrix.shape) > _SMALL:
-        return _of_dense(matrix)
-    values = np.linalg.svd(matrix, compute_uv=False)
-    return DeltaSize(float(np.linalg.norm(values)), float(values.max(initial=0.0)))
-
-
-def _of_dense(matrix: Array) -> DeltaSize:
+def _of_large(matrix: Array) -> DeltaSize:
     """By subspace iteration: all singular values would take minutes. The largest comes out some hundredths too small
     where many are nearly as large."""
     norm = float(np.linalg.norm(matrix))

@@ -19,8 +19,8 @@ _FORMATS = {
 }
 _CERTAINTY = {
     "certain": "names and sizes of its layers",
-    "likely": "likely, by names and sizes of its layers and its header",
-    "unsure": "unsure: names and sizes of its layers are not those of one published model alone",
+    "likely": "likely, going by its layers and its header",
+    "unsure": "unsure: its layers are not those of one published model alone",
 }
 _MOST_VALUES = 6
 """Different ranks or alphas that are told one by one."""
