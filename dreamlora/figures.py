@@ -95,4 +95,4 @@ def gibibytes(size: float) -> str:
     for unit, step in (("GiB", 2**30), ("MiB", 2**20)):
         if size >= step:
             return f"{size / step:.3g} {unit}"
-    return f"{size / 2**10:.3g} KiB"
+    return f"{size / 2**10:.3g} KiB" if size >= 2**10 else f"{size:.0f} bytes"

@@ -22,8 +22,8 @@ ENDS = {
 }
 """Parts, by PEFT's and LyCORIS' names, by the ends that programs give them."""
 END = re.compile(r"(?P<layer>.+?)\.(?P<end>" + "|".join(map(re.escape, ENDS)) + ")")
-_OLD = re.compile(r"(?P<layer>.+)_lora\d?\.(?P<end>down|up)\.weight")
-"""Of diffusers before PEFT, and of xlabs: diffusers' converters read them."""
+_OLD = re.compile(r"(?P<layer>.+?)(?:\.lora_linear_layer|(?<=_lora)|(?<=_lora[12]))\.(?P<end>down|up)\.weight")
+"""Of diffusers before PEFT, and of xlabs, whose layers are called "..._lora1": diffusers' converters read them."""
 _OLD_ENDS = {"down": "lora_A", "up": "lora_B"}
 
 

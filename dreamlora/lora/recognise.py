@@ -43,6 +43,18 @@ _OF_DENOISER = (
     *("unet.", "transformer.", "unet/", "transformer/", "model.diffusion_model.", _COMFYUI),
 )
 _CLIP_MODEL = re.compile(r"^text_model[._]")
+_OTHERWISE = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^(double_blocks\.\d+)\.processor\.(qkv|proj)_lora1$", r"\1.img_attn.\2"),
+        (r"^(double_blocks\.\d+)\.processor\.(qkv|proj)_lora2$", r"\1.txt_attn.\2"),
+        (r"^(single_blocks\.\d+)\.processor\.qkv_lora$", r"\1.linear1"),
+        (r"^(single_blocks\.\d+)\.processor\.proj_lora$", r"\1.linear2"),
+        (r"\.processor\.(to_[qkv])_lora$", r".\1"),
+        (r"\.processor\.to_out_lora$", r".to_out.0"),
+    )
+]
+"""Names of xlabs, and of diffusers before PEFT, and what they stand for."""
 _FOUND, _SURE, _NEARLY = 0.5, 0.99, 0.9
 """Shares of a file's layers: that a family must have to be named, of a sure guess, and of a likely one."""
 _ALIKE = 0.02
@@ -184,7 +196,7 @@ def adapter_layers(shapes: Mapping[str, Shape]) -> tuple[list[FileLayer], list[s
         if kind is None:
             others.extend(parts.values())
             continue
-        component, layer = _component_of(name)
+        component, layer = _component_of(_plain(name))
         rows, columns = _sides({part: shapes[tensor] for part, tensor in parts.items()})
         layers.append(FileLayer(name, component, layer, kind, parts, rows, columns))
     return layers, others
@@ -272,6 +284,13 @@ def _component_of(name: str) -> tuple[str, str]:
     for prefix in _OF_DENOISER:
         name = name.removeprefix(prefix)
     return "", name.removeprefix(_WRAPPER)
+
+
+def _plain(layer: str) -> str:
+    """The name of a layer that xlabs, or diffusers before PEFT, have named otherwise."""
+    for pattern, name in _OTHERWISE:
+        layer = pattern.sub(name, layer)
+    return layer
 
 
 def _kind_of(parts: Collection[str]) -> Kind | None:
@@ -386,6 +405,17 @@ def holds_embeddings(shapes: Mapping[str, Shape]) -> bool:
     vectors = all(0 < len(shape) < 3 and shape[-1] in _WIDTHS for shape in shapes.values())
     named = shapes.keys() <= _EMBEDDINGS or (len(shapes) <= _MOST_WORDS and not any("." in name for name in shapes))
     return bool(shapes) and vectors and named
+
+
+def models_of_embeddings(shapes: Mapping[str, Shape]) -> list[str]:
+    """Published models whose text encoders have vectors of these sizes.
+
+    Args:
+        shapes: of all tensors of a file that ``holds_embeddings``.
+    """
+    widths = sorted({shape[-1] for shape in shapes.values()})
+    families = registry.names("families.versions")
+    return [version.name for family in families for version in versions_of(family) if widths == [*version.text_widths]]
 
 
 def parts_of_model(names: Collection[str]) -> tuple[str, ...]:

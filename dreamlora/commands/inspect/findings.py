@@ -24,6 +24,7 @@ from dreamlora.lora.recognise import (
     holds_embeddings,
     is_known_text_layer,
     model_of,
+    models_of_embeddings,
     parts_of_model,
     place_of,
     weight_layers,
@@ -76,8 +77,11 @@ def _content(file: TensorFile, peft: dict[str, Any] | None) -> dict[str, Any]:
         found["problems"] = _problems(alphas.problems, facts, others)
     elif holds_embeddings(file.shapes):
         found |= {"what": "embedding", "embeddings": {name: list(shape) for name, shape in file.shapes.items()}}
+        found["models"] = models_of_embeddings(file.shapes)
     elif family := _family(guess_family(weight_layers(file.shapes), file.metadata)):
         found |= {"what": "model", "family": family, "contents": list(parts_of_model(file.shapes))}
+    else:
+        found["other_tensors"] = sorted(file.shapes)
     return found
 
 
@@ -111,7 +115,9 @@ def _part(file: TensorFile, component: str, facts: Sequence[LayerFacts], guess: 
         "adapted": adapted,
         "of": most,
         "kinds": _counts(fact.kind for fact in facts),
-        "ranks": _counts(str(fact.rank or "whole") for fact in sorted(facts, key=lambda fact: fact.rank or 0)),
+        "ranks": _counts(
+            "whole" if fact.rank is None else str(fact.rank) for fact in sorted(facts, key=lambda fact: fact.rank or 0)
+        ),
         "alphas": _counts(f"{fact.alpha:g}" for fact in facts if fact.alpha is not None),
         "types": _types(file, tensors),
         "numbers": sum(math.prod(file.shapes[name]) for name in tensors),

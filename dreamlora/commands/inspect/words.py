@@ -53,7 +53,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield from in_columns(list(_run(found["run"])))
     if found["problems"]:
         yield ""
-        yield from (f"warning: {shortened_text(problem)}" for problem in found["problems"])
+        yield from (f"warning: {problem}" for problem in found["problems"])
 
 
 def _what(found: Mapping[str, Any]) -> str:
@@ -64,7 +64,8 @@ def _what(found: Mapping[str, Any]) -> str:
         return " and ".join(map(_kind, kinds)) + models
     if found["what"] == "embedding":
         vectors = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in found["embeddings"].items())
-        return f"an embedding of words (textual inversion): {vectors}"
+        models = f", as {' and '.join(found['models'])} have them" if found["models"] else ""
+        return f"an embedding of words (textual inversion): {vectors}{models}"
     if found["what"] == "model":
         return f"weights of a model ({', '.join(found['contents'])}), {_models(family)}"
     return _OTHER
@@ -88,8 +89,10 @@ def _facts(found: Mapping[str, Any]) -> Iterator[Sequence[str]]:
         yield "family", f"{found['family']['name']} ({_CERTAINTY[found['family']['certainty']]}; {known})"
     elif found["what"] == "adapter":
         yield "family", "none that is known: names of its layers are those of no model here"
+    if found["what"] == "other":
+        yield "tensors", shortened_text(", ".join(found["other_tensors"])) or "none"
     types = ", ".join(f"{name} ({count} tensors)" for name, count in found["types"].items())
-    yield "precision", types or "no tensors"
+    yield "precision", types or "–"
     yield "size", f"{gibibytes(found['bytes'])}, {found['numbers']:,} numbers"
 
 

@@ -218,6 +218,25 @@ def test_files_of_other_programs(form, tmp_path):
     assert (found["what"], found["format"]) == ("adapter", form)
     assert found["parts"][0]["ranks"] == {"4": 1}
     assert found["parts"][0]["norm"] > 0
+    families = [found["family"]["name"], *(other["name"] for other in found["family"]["or"])]
+    assert ("sd" if form == "diffusers (old)" else "flux") in families
+
+
+def test_both_streams_of_xlabs_are_layers_of_their_own(tmp_path):
+    names = {
+        "double_blocks.3.processor.qkv_lora1": (3072, 9216),
+        "double_blocks.3.processor.qkv_lora2": (3072, 9216),
+        "double_blocks.3.processor.proj_lora2": (3072, 3072),
+        "single_blocks.37.processor.proj_lora": (15360, 3072),
+    }
+    tensors = {f"{name}.down.weight": torch.randn(4, columns) for name, (columns, _) in names.items()}
+    tensors |= {f"{name}.up.weight": torch.randn(rows, 4) for name, (_, rows) in names.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = findings(tmp_path / "a.safetensors")
+    assert found["other_tensors"] == []
+    assert found["parts"][0]["layers"] == 4
+    assert found["parts"][0]["adapted"] == 3 + 3 + 1 + 1
+    assert found["family"]["models"] == ["FLUX.1"]
 
 
 def test_what_is_wrong_with_a_file_is_told(tmp_path):
@@ -265,7 +284,13 @@ def test_what_is_no_lora(shapes, what, tmp_path):
     found = findings(tmp_path / "a.safetensors")
     assert found["what"] == what
     first = text_of(tmp_path / "a.safetensors").splitlines()[0]
-    assert ("embedding of words" in first) == (what == "embedding") or what == "other"
+    assert first.partition(": ")[2].startswith("an embedding" if what == "embedding" else "nothing that is known")
+
+
+def test_an_embedding_says_which_models_it_is_for(tmp_path):
+    save_file({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, tmp_path / "a.safetensors")
+    assert "Stable Diffusion XL" in findings(tmp_path / "a.safetensors")["models"]
+    assert "Stable Diffusion XL" in text_of(tmp_path / "a.safetensors").splitlines()[0]
 
 
 def test_weights_of_a_model(tmp_path):
