@@ -14,9 +14,9 @@ import numpy as np
 
 from dreamlora.commands.inspect.tensors import Array
 
-_WORK = 2**39
-"""Multiplications for the norms of a file: half a minute at most. A LoRA of all layers of SDXL of rank 64 takes a tenth
-of them, a LoHa two thirds."""
+_WORK = 2**40
+"""Multiplications for the norms of a file: a minute at most. A LoRA of all layers of SDXL of rank 64 takes a twentieth
+of them, a LoHa a third."""
 _QR = 4
 """Multiplications that one of a QR decomposition takes as long as."""
 _DENSE = 2**26

@@ -64,7 +64,7 @@ def _what(found: Mapping[str, Any]) -> str:
         return " and ".join(map(_kind, kinds)) + models
     if found["what"] == "embedding":
         vectors = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in found["embeddings"].items())
-        models = f", as {' and '.join(found['models'])} have them" if found["models"] else ""
+        models = f", as {', '.join(found['models'])} have them" if found["models"] else ""
         return f"an embedding of words (textual inversion): {vectors}{models}"
     if found["what"] == "model":
         return f"weights of a model ({', '.join(found['contents'])}), {_models(family)}"
