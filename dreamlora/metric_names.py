@@ -32,6 +32,8 @@ DW_NORM = "lora/dw_norm"
 STABLE_RANK = "lora/stable_rank"
 BALANCE = "lora/balance"
 UPDATE_RMS = "opt/update_rms"
+TOKEN_NORM = "tokens/norm"
+TOKEN_CHANGE = "tokens/change"
 
 _IMAGE = "img/"
 _JOINT = "_"

@@ -24,6 +24,8 @@ from dreamlora.reading import Schema, UnreadableError, lies_inside, read_json, r
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRAINABLES_FILE = "trainables.safetensors"
 """LoRA parameters by their names in the model, beside a LoRA file with diffusers' names."""
+EMBEDDINGS = "embeddings"
+"""Folder beside a LoRA file, with a file for each new token that was trained with it."""
 METRICS_VERSION = 1
 
 _JSON_BYTES = 2**22
@@ -49,6 +51,7 @@ class RunFolder:
         self.base_model_file = self.path / "base_model.json"
         self.images_file = self.path / "images.jsonl"
         self.outline_file = self.path / "outline.json"
+        self.trackers_file = self.path / "trackers.json"
         self.summary_file = self.path / "summary.json"
         self.outcome_file = self.path / "outcome.json"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -60,6 +63,7 @@ class RunFolder:
         self.final_evalset_file = self.path / "evalset_final.json"
         self.final_evalset_tensors = self.path / "evalset_final.safetensors"
         self.lora_file = self.path / LORA_FILE
+        self.embeddings = self.path / EMBEDDINGS
         self.raw = self.path / "raw"
         self.best = self.path / "best"
         self.selection_file = self.best / "selection.json"
@@ -125,6 +129,10 @@ class RunFolder:
         """What the run takes and does, in the words that it said before its first step; empty for older runs."""
         return _told(self._found(self.outline_file, schemas.OUTLINE))
 
+    def trackers(self) -> dict[str, str]:
+        """By which id each tracker knows the run (trackers.json); empty if none was asked for."""
+        return _told(self._found(self.trackers_file, schemas.TRACKERS))
+
     def summary(self) -> dict[str, Any]:
         """What the run has come to (summary.json), as far as it is read again; empty if it has not ended."""
         return _told(self._found(self.summary_file, schemas.SUMMARY))
@@ -156,6 +164,7 @@ class RunFolder:
             (self.selection_file, schemas.SELECTION),
             (self.base_model_file, schemas.BASE_MODEL),
             (self.outline_file, schemas.OUTLINE),
+            (self.trackers_file, schemas.TRACKERS),
         )
 
     @property

@@ -58,6 +58,10 @@ class MetricRow(TypedDict):
     at_end: NotRequired[bool]
 
 
+def _is_run_id(text: str) -> bool:
+    return len(text) == 8 and set(text) <= set("0123456789abcdef")
+
+
 class SampleRow(TypedDict):
     """A line of samples.jsonl."""
 
@@ -198,6 +202,7 @@ SELECTION = Schema(SelectionFile)
 OUTCOME = Schema(OutcomeFile)
 BASE_MODEL = Schema(BaseModelFile)
 SUMMARY = Schema(SummaryFile)
+TRACKERS = Schema(Annotated[dict[Name, Annotated[str, Predicate(_is_run_id)]], MaxLen(20)])
 OUTLINE = Schema(Annotated[dict[Name, Text], MaxLen(1000)])
 OPTIONS = Schema(Annotated[dict[str, Any], MaxLen(1000)])
 """config.yaml, whose options ``config`` declares; there are some two hundred."""

@@ -38,7 +38,7 @@ TORCH_FREE = [
     "dreamlora.tiny",
     *(
         f"dreamlora.{kind}.{name}"
-        for kind in ("optimizers", "inits", "metrics", "families.layers", "families.versions")
+        for kind in ("adapters", "optimizers", "inits", "metrics", "families.layers", "families.versions")
         for name in registry.names(kind)
     ),
 ]
@@ -178,7 +178,7 @@ def test_tests_lie_where_their_subject_lies(file: Path) -> None:
         assert any((folder / name).exists() for name in (subject, f"{subject}.py")), f"nothing is called {subject}"
 
 
-@pytest.mark.parametrize("kind", ["optimizers", "inits", "families", "metrics"])
+@pytest.mark.parametrize("kind", ["adapters", "optimizers", "inits", "families", "metrics"])
 def test_plugins_do_not_import_each_other(kind: str) -> None:
     names = registry.names(kind)
     for name in names:

@@ -25,7 +25,7 @@ from dreamlora.errors import UserError
 from tests.fuzzing import fuzzed, odd_values
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("optimizers", "inits", "families", "metrics")
+KINDS = ("adapters", "optimizers", "inits", "families", "metrics")
 FOREIGN = [
     "os",
     "antigravity",

@@ -12,8 +12,9 @@ from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.selection import Selection, candidates, select
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.interfaces import StepResult
+from dreamlora.lora.embeddings import file_of, files_beside
 from dreamlora.reading import is_regular
-from dreamlora.runfolder import TRAINABLES_FILE, RunFolder
+from dreamlora.runfolder import TRAINABLES_FILE
 from dreamlora.training import state
 from dreamlora.training.adoption import copy
 from dreamlora.training.loop import Run
@@ -46,7 +47,7 @@ class BestCallback:
         for step in run.folder.candidate_steps():
             if step > run.step:
                 remove(run.folder.candidate_dir(step))
-        there = {step for step in run.folder.candidate_steps() if _is_whole(run.folder, step)}
+        there = {step for step in run.folder.candidate_steps() if _is_whole(run, step)}
         while missing := set(self._candidates()) - there:
             logger.warning("the weights of step %d are gone: it cannot become the best checkpoint", min(missing))
             self._lost |= missing
@@ -91,7 +92,8 @@ class BestCallback:
         with replacing_folder(folder.best) as temporary:
             lora = folder.lora_file.name
             candidate = folder.candidate_dir(selection.step)
-            copy(candidate / lora, temporary / lora, candidate)
+            for file in (candidate / lora, *files_beside(candidate / lora)):
+                copy(file, temporary / file.relative_to(candidate), candidate)
             write_atomically(temporary / folder.selection_file.name, text)
 
     def _forget(self, run: Run) -> None:
@@ -106,13 +108,15 @@ def _lies_there(run: Run, selection: Selection) -> bool:
     """Whether best/ holds this step's LoRA already; after a resume it may hold the same step of another course."""
     if run.folder.selection().get("step") != selection.step:
         return False
-    there, wanted = (
-        place / run.folder.lora_file.name for place in (run.folder.best, run.folder.candidate_dir(selection.step))
-    )
-    return is_regular(there, run.folder.best) and there.read_bytes() == wanted.read_bytes()
+    best, candidate = run.folder.best, run.folder.candidate_dir(selection.step)
+    wanted = [candidate / run.folder.lora_file.name, *files_beside(candidate / run.folder.lora_file.name)]
+    pairs = [(best / file.relative_to(candidate), file) for file in wanted]
+    return all(is_regular(there, best) and there.read_bytes() == file.read_bytes() for there, file in pairs)
 
 
-def _is_whole(folder: RunFolder, step: int) -> bool:
+def _is_whole(run: Run, step: int) -> bool:
     """Whether the weights of a candidate are there, as regular files: the folder may have been somebody else's."""
-    place = folder.candidate_dir(step)
-    return all(is_regular(place / name, place) for name in (folder.lora_file.name, TRAINABLES_FILE))
+    place = run.folder.candidate_dir(step)
+    tokens = (file_of(place, new.token) for new in run.config.tokens.tokens)
+    files = (place / run.folder.lora_file.name, place / TRAINABLES_FILE, *tokens)
+    return all(is_regular(file, place) for file in files)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dreamlora.interfaces import StepResult
+from dreamlora.lora.changes import Change
 from dreamlora.lora.health import measure, snapshots, update_rms
-from dreamlora.lora.pairs import AdaptedLayer
 from dreamlora.metric_names import BALANCE, DW_NORM, STABLE_RANK, UPDATE_RMS, of_part
 from dreamlora.training.loop import Run, is_due
 
@@ -23,7 +23,7 @@ class HealthCallback:
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self._before: list[AdaptedLayer] | None = None
+        self._before: list[Change] | None = None
 
     def on_start(self, run: Run) -> None:
         """Measure the start; after a resume that was done."""
@@ -46,7 +46,7 @@ class HealthCallback:
             self._log(run, layers)
         self._before = layers if soon else None
 
-    def _log(self, run: Run, layers: list[AdaptedLayer]) -> None:
+    def _log(self, run: Run, layers: list[Change]) -> None:
         values: dict[str, float | None] = {}
         for group, health in measure(layers).items():
             measured = {DW_NORM: health.dw_norm, STABLE_RANK: health.stable_rank, BALANCE: health.balance}

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
+from dreamlora.callbacks.trackers import Shown, trackers_of
 from dreamlora.callbacks.weights import base_model
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
@@ -88,10 +88,10 @@ class SampleCallback:
     def _draw_if_due(self, run: Run) -> None:
         if not self._every or (run.step % self._every and run.step != run.total_steps):
             return
-        if not self._is_complete(run, run.step):
-            self._draw(run, run.step)
+        rows = [] if self._is_complete(run, run.step) else self._draw(run, run.step)
         if run.accelerator.is_main_process and not self._elsewhere:
             grid_of_run(run.folder)
+            self._show(run, rows, run.step)
 
     def _folder(self, run: Run) -> Path:
         return self._elsewhere or run.folder.samples
@@ -108,13 +108,12 @@ class SampleCallback:
             complete = all(file in known and (folder / file).exists() for file in files)
         return bool(tell_everyone(complete))
 
-    def _draw(self, run: Run, step: int) -> None:
-        """Draw the plan with the model as it is, as the images of a step."""
+    def _draw(self, run: Run, step: int) -> list[dict[str, Any]]:
+        """Draw the plan with the model as it is, as the images of a step; their rows of samples.jsonl."""
         rows = gather_lists(self._drawn(run, step))
         if run.accelerator.is_main_process:
             self._store(run, rows)
-            if not self._elsewhere:
-                self._show(run, rows, step)
+        return rows
 
     def _drawn(self, run: Run, step: int) -> list[dict[str, Any]]:
         """Draw and write this process's images; their rows of samples.jsonl."""
@@ -170,17 +169,19 @@ class SampleCallback:
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in sorted([*rows, *others], key=place)))
 
     def _show(self, run: Run, rows: list[dict[str, Any]], step: int) -> None:
-        """Send the images to the trackers that take images (TensorBoard, wandb, ...)."""
-        trackers = [tracker for tracker in run.accelerator.trackers if hasattr(tracker, "log_images")]
-        for row in rows if trackers else []:
-            file = run.folder.samples / row["file"]
-            if not file.exists():  # drawn on another machine
-                continue
-            pixels = np.asarray(own_picture(file, run.folder.path))[None]
-            for tracker in trackers:
-                # TensorBoard takes channels first unless told otherwise; the others do not know the word
-                order = {"dataformats": "NHWC"} if getattr(tracker, "name", "") == "tensorboard" else {}
-                tracker.log_images({f"samples/{file.stem}": pixels}, step=step, **order)
+        """Send the images and the grid to the trackers."""
+        if not (trackers := trackers_of(run)):
+            return
+        folder = run.folder
+        there = [(row, folder.samples / row["file"]) for row in rows]
+        samples = [
+            Shown(file.stem, row["prompt"], own_picture(file, folder.path))
+            for row, file in there
+            if file.exists()  # else it was drawn on another machine
+        ]
+        grid = own_picture(folder.grid_file, folder.path) if folder.grid_file.exists() else None
+        for tracker in trackers if samples else []:
+            tracker.log_samples(samples, grid, step)
 
     def _keep_references(self, run: Run) -> None:
         folder = run.folder.reference_dir

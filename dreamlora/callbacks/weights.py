@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.pairs import tuned_layers
 from dreamlora.processes import tell_everyone
 from dreamlora.runfolder import TRAINABLES_FILE
 from dreamlora.training.loop import Run
@@ -21,14 +21,14 @@ from dreamlora.training.loop import Run
 
 @contextlib.contextmanager
 def base_model(run: Run) -> Iterator[None]:
-    """The LoRA has no effect in here, to the last bit; afterwards it is as it was."""
+    """The LoRA has no effect in here, to the last bit, and new tokens are what they started as; afterwards all is as
+    it was.
+    """
     with _kept_weights(run):
-        for layer in adapted_layers(run.accelerator.unwrap_model(run.model)):
-            if layer.start is None:
-                layer.B.data.zero_()
-            else:
-                layer.A.data.copy_(layer.start.A)
-                layer.B.data.copy_(layer.start.B)
+        for part in run.new_tokens.values():
+            part.rows.data.copy_(part.start)
+        for layer in tuned_layers(run.accelerator.unwrap_model(run.model)):
+            layer.silence()
         yield
 
 

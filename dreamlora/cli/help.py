@@ -67,8 +67,8 @@ def settings(options: Mapping[str, Option]) -> str:
 
 
 def filled(text: str) -> str:
-    """A text with the names of the plug-ins in the place of ``{optimizers}``, ``{inits}`` and ``{metrics}``."""
-    for kind in ("optimizers", "inits", "metrics"):
+    """A text with the names of the plug-ins in the place of ``{optimizers}``, ``{metrics}`` and so on."""
+    for kind in ("adapters", "optimizers", "inits", "metrics"):
         text = text.replace(f"{{{kind}}}", ", ".join(registry.names(kind)))
     return text
 

@@ -138,6 +138,7 @@ def parse_run(argv: Sequence[str], config_class: type[RunConfig] = RunConfig, na
     registry.check_needs("optimizers", optim.optimizer)
     common = {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_epsilon}
     method_options("inits", config.lora.init, config.lora.init_args, {})  # wrong ones should stop the run now
+    method_options("adapters", config.lora.adapter, config.lora.adapter_args, {})
     return config, method_options("optimizers", optim.optimizer, optim.optimizer_args, common)
 
 

@@ -10,18 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreamlora.cli.declared import options_of
-from dreamlora.config import EMBEDDED_MODEL
-from dreamlora.config.programs import PROGRAMS
+from dreamlora.cli.local_places import FOLDER_OR_HUB, PATHS, is_local
 from dreamlora.reading import lies_inside
 
 TRUST = "--trust_runs"
-FOLDER_OR_HUB = (
-    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"),
-    *("clip_model", "dino_model"),
-)
-"""Options that take a folder of this machine or a name of the hub; of the hub no file of this machine is read."""
-_PATHS = {name for program in PROGRAMS.values() for name, option in options_of(program).items() if option.kind is Path}
 
 
 def outside(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -32,15 +24,9 @@ def outside(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _leads_out(name: str, value: Any, folder: Path) -> bool:
     if name == "datasets":
         return any(outside(entry, folder) for entry in value)
-    if name in _PATHS:
+    if name in PATHS:
         return value.startswith("~") or not lies_inside(Path(value), folder)
-    return name in FOLDER_OR_HUB and value != EMBEDDED_MODEL and _is_local(str(value))
-
-
-def _is_local(name: str) -> bool:
-    """Whether it stands for a place on this machine: it is there, or can be no ``owner/name`` of the hub."""
-    path = Path(name)
-    return path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or ":" in name
+    return name in FOLDER_OR_HUB and is_local(str(value))
 
 
 def way_in(name: str, value: Any, flag: str | None = None) -> str:

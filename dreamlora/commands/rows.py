@@ -8,18 +8,27 @@ from pathlib import Path
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.trained import TrainedRun, run_of
 from dreamlora.errors import UserError
+from dreamlora.lora.embeddings import files_beside
 from dreamlora.lora.files import read_lora, same_lora
 from dreamlora.runfolder import RunFolder
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a LoRA at a scale, and the run that it is from, if that is known; the base model if ``lora`` is None."""
+    """One row: a LoRA at a scale, and the run that it is from, if that is known; the base model if ``lora`` is None.
+
+    Embeddings are those of new tokens that belong to the LoRA, and have no scale.
+    """
 
     label: str
     lora: Path | None = None
     scale: float = 0.0
     run: TrainedRun | None = None
+
+    @property
+    def embeddings(self) -> list[Path]:
+        """Files of the new tokens that were trained with the LoRA."""
+        return files_beside(self.lora) if self.lora else []
 
 
 def rows_of(config: SampleConfig) -> list[Row]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dreamlora.commands.row_tokens import RowTokens, tokens_of
 from dreamlora.commands.rows import Row
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.trained import (
@@ -28,6 +29,7 @@ from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pic
 from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
 from dreamlora.lora.files import apply_lora
 from dreamlora.models.loading import family_of
+from dreamlora.models.new_tokens import put_for_a_while
 from dreamlora.models.parts import Parts, computing_in
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.models.tf32 import set_tf32
@@ -47,6 +49,7 @@ class UnderTest:
         source, parts: the model.
         dtype: of denoiser and text encoders.
         notes: by a row's label, what of its run is not as it is done here.
+        tokens: by a row's label, the new tokens that its prompts may have.
     """
 
     settings: dict[str, Any]
@@ -55,21 +58,23 @@ class UnderTest:
     parts: Parts
     dtype: torch.dtype
     notes: dict[str, list[str]]
+    tokens: dict[str, RowTokens]
     _encoded: dict[str, Conditioning] = field(default_factory=dict)
 
     @contextmanager
     def applied(self, row: Row) -> Iterator[Any]:
-        """A pipeline with the row's LoRA; afterwards the model is without."""
-        pipeline = self.parts.pipeline()
+        """A pipeline with the row's LoRA and new tokens; afterwards the model is without."""
+        pipeline, text, tokens = self.parts.pipeline(), self.parts.get("text"), self.tokens[row.label]
         self._encoded.clear()  # a LoRA may be of the text encoder too
-        if row.lora is None:
-            yield pipeline
-            return
-        apply_lora(pipeline, row.lora, row.scale)
-        try:
-            yield pipeline
-        finally:
-            pipeline.unload_lora_weights()
+        with put_for_a_while(text, tokens.vectors(text, self.parts.family)):
+            if row.lora is None:
+                yield pipeline
+                return
+            apply_lora(pipeline, row.lora, row.scale)
+            try:
+                yield pipeline
+            finally:
+                pipeline.unload_lora_weights()
 
     def computing(self) -> AbstractContextManager[Any]:
         """In here the denoiser computes as in training."""
@@ -94,7 +99,8 @@ class UnderTest:
 
     def warn_of_cut(self, texts: Sequence[str]) -> None:
         """Tell how many of these are longer than the text encoder reads."""
-        limit, cut = cut_prompts(self.parts.family, self.source, texts, self.prompt_length)
+        counts = {token: count for row in self.tokens.values() for token, count in row.counts.items()}
+        limit, cut = cut_prompts(self.parts.family, self.source, texts, self.prompt_length, counts)
         if count := sum(cut):
             logger.warning(
                 "%d of %d prompts have more than %d tokens: the rest does not count", count, len(texts), limit
@@ -154,7 +160,7 @@ class UnderTest:
 
     @property
     def _text_trained(self) -> bool:
-        return bool(self.settings.get("train_text_encoder"))
+        return bool(self.settings.get("train_text_encoder") or self.settings.get("new_tokens"))
 
     def _encode(self, prompt: Prompt) -> Conditioning:
         """A text encoder that trains is a part of what runs under autocast; one that does not has run before."""
@@ -182,7 +188,8 @@ def prepared(
         options: of a run that decide about what the rows are for: DRAWN_WITH, MEASURED_WITH.
 
     Raises:
-        UserError: there is no such model, or no model fits all LoRAs.
+        UserError: there is no such model, or no model fits all LoRAs; or embeddings of new tokens are damaged, or for
+            another kind of model.
     """
     settings = run.options if run else {}
     source = source_of(config, run)
@@ -196,4 +203,5 @@ def prepared(
             logger.warning(note)
     set_tf32(bool(settings.get("allow_tf32")))
     dtype = dtype_of(config, settings, device)
-    return UnderTest(settings, rows, source, Parts(family, source, device, dtype), dtype, notes)
+    tokens = {row.label: tokens_of(row, config.embeddings, settings, family) for row in rows}
+    return UnderTest(settings, rows, source, Parts(family, source, device, dtype), dtype, notes, tokens)

@@ -151,7 +151,8 @@ class Record:
         """Frobenius norm of all weight changes together: as logged (lora/dw_norm), else from the saved LoRA."""
         if DW_NORM in self.scalars:
             return self.scalars[DW_NORM]
-        scale = float(self.config.get("lora_alpha") or 0) / float(self.config.get("rank") or 1)
+        rank = float(self.config.get("rank") or 1)
+        scale = float(self.config.get("lora_alpha") or 0) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         return lora_norm(self.folder.lora_file, scale) if self.folder.lora_file.exists() and scale else math.nan
 
 

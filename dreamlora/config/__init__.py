@@ -2,6 +2,7 @@
 
 from dreamlora.config.data import OWN_IMAGES, Data, DataSet, instance_prompt_of
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.programs import PROGRAMS, TextToImageConfig, program_of
 from dreamlora.config.run import (
     EMBEDDED_MODEL,
@@ -26,6 +27,7 @@ __all__ = [
     "Eval",
     "Lora",
     "Model",
+    "NewTokens",
     "Optim",
     "RunConfig",
     "Sample",

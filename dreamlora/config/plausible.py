@@ -150,7 +150,11 @@ _IDLE = (
         "with --checkpointing_steps 0 there are no checkpoints",
     ),
     _Idle(("hub_token", "hub_model_id"), lambda c: c.train.push_to_hub, "nothing is uploaded without --push_to_hub"),
-    _Idle(("logging_dir",), lambda c: c.train.report_to, "there is a tracker only with --report_to"),
+    _Idle(
+        ("logging_dir", "tracker_project_name", "tracker_run_name"),
+        lambda c: c.train.report_to,
+        "there is a tracker only with --report_to",
+    ),
 )
 
 _OF_FAMILIES = {
@@ -292,12 +296,14 @@ def _relations(config: RunConfig, facts: Facts) -> Iterator[str]:
     """Values that do not go with others, or with the model and the images."""
     given, lora, steps = config.given, config.lora, config.train.max_train_steps or 0
     alpha = lora.lora_alpha
-    if alpha is not None and alpha != lora.rank:
-        scale = alpha / lora.rank
-        told = f"--lora_alpha {_as_typed(alpha)} with --rank {lora.rank} scales the LoRA by {_as_typed(scale)}"
+    scale = 1.0 if alpha is None else lora.scale(lora.rank, alpha)
+    if alpha is not None and scale != 1:
+        root = " and --use_rslora" if lora.use_rslora else ""
+        told = f"--lora_alpha {_as_typed(alpha)} with --rank {lora.rank}{root} scales the LoRA by {_as_typed(scale)}"
+        remedy = f"Give --lora_alpha {_as_typed(lora.rank**0.5)}" if lora.use_rslora else "Leave --lora_alpha out"
         yield (
             f"{told}: diffusers reads that from the file, programs that look for alphas among its tensors (ComfyUI and "
-            "others) apply it at a scale of 1. Leave --lora_alpha out if the LoRA is for those"
+            f"others) apply it at a scale of 1. {remedy} if the LoRA is for those"
         )
         if not 0.05 <= scale <= 8:
             yield f"{told}, which is far from what is usual (0.5 to 2)"

@@ -6,10 +6,13 @@ Options that are None were not given and are passed over. No torch here.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from dreamlora import registry
 from dreamlora.errors import UserError
+
+N = TypeVar("N", int, float)
 
 MOST_CHARACTERS = 10_000
 """Of a caption, a prompt or any other value: text encoders read some hundred tokens, and a tokenizer takes minutes and
@@ -45,6 +48,13 @@ def _fail(part: Any, name: str, allowed: str) -> None:
 
 def _given(part: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
     return [(name, getattr(part, name)) for name in names if getattr(part, name) is not None]
+
+
+def folder_names(part: Any, *names: str) -> None:
+    """These options can be names of folders, and of projects and runs elsewhere."""
+    for name, value in _given(part, names):
+        if not 0 < len(value) <= 128 or not value.isprintable() or set(value) & set("/\\#?%:") or not value.strip(". "):
+            _fail(part, name, "a name of at most 128 characters, without / \\ # ? % :")
 
 
 def at_least(part: Any, lowest: float, *names: str) -> None:
@@ -97,3 +107,29 @@ def pairs(part: Any, name: str) -> None:
     words = getattr(part, name)
     if len(words) % 2:
         raise UserError(f"--{name} takes pairs of a name and a value (got {' '.join(words)!r})")
+
+
+def numbers_by_name(part: Any, name: str, kind: Callable[[str], N], most: float) -> dict[str, N]:
+    """Numbers above 0 by the names before them, in their order.
+
+    Args:
+        part: with an option of names and numbers in turn.
+        name: of the option.
+        kind: ``int`` or ``float``.
+        most: the largest number.
+    """
+    pairs(part, name)
+    words = getattr(part, name)
+    found: dict[str, N] = {}
+    for key, word in zip(words[0::2], words[1::2], strict=True):
+        try:
+            number = kind(word)
+        except ValueError:
+            number = kind("0")
+        if not 0 < number <= most:
+            what = "whole number" if kind is int else "number"
+            raise UserError(f"--{name}: {key} takes a {what} above 0 and at most {most:g} (got {word!r})")
+        if not key.strip(".") or key in found:
+            raise UserError(f"--{name}: {key!r} is no name, or was given before: one value for each part of a name")
+        found[key] = number
+    return found

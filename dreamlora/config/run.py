@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dreamlora.config.data import Data, DataSet
+from dreamlora.config.lora import Lora
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
 from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import finite as _finite
+from dreamlora.config.ranges import folder_names as _folder_names
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
 from dreamlora.config.ranges import steps_or_share as _steps_or_share
@@ -68,42 +71,6 @@ class Model:
             _respell(self, "family", "families")
         if any(layer < 0 for layer in self.text_encoder_out_layers):
             raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The adapter."""
-
-    rank: int = 4
-    """Rank r of the update B·A."""
-    lora_alpha: float | None = None
-    """The update is scaled by alpha / rank. Default: alpha = rank, so a scale of 1."""
-    lora_dropout: float = 0.0
-    """Probability that an input of lora_A is dropped."""
-    lora_layers: tuple[str, ...] = ()
-    """Layers of the denoiser to adapt, by the ends of their names (commas work too). Default: the family's."""
-    train_text_encoder: bool = False
-    """Adapt the text encoder too."""
-    init: str = "gaussian"
-    """Start of the adapter, which never changes what the model does at first: {inits}."""
-    init_args: tuple[str, ...] = ()
-    """Settings of the start itself as name value pairs, e.g. gamma 64. A wrong name lists the right ones."""
-    training_adapter: str | None = None
-    """A frozen LoRA (file, folder or hub name) that is active in the denoiser while it trains and in the loss that is
-    measured, and off in samples and in the result: for models that were distilled to few steps."""
-    training_adapter_weight_name: str | None = None
-    """Its file in the folder or hub repository, if there are several."""
-
-    def __post_init__(self) -> None:
-        # diffusers' scripts take one text with commas
-        layers = tuple(name.strip() for part in self.lora_layers for name in part.split(",") if name.strip())
-        object.__setattr__(self, "lora_layers", layers)
-        _respell(self, "init", "inits")
-        _pairs(self, "init_args")
-        _at_least(self, 1, "rank")
-        _within(self, 1, 2**14 + 1, "rank")  # more than any layer has
-        _above(self, 0, "lora_alpha")
-        _within(self, 0, 1, "lora_dropout")
 
 
 @dataclass(frozen=True)
@@ -229,6 +196,10 @@ class Train:
     """Tracker besides the run's own metrics.jsonl; all: every one that is installed."""
     logging_dir: Path = Path("logs")
     """Folder of the trackers, inside the run's folder."""
+    tracker_project_name: str | None = None
+    """Project that the tracker puts the run into. Default: dreamlora."""
+    tracker_run_name: str | None = None
+    """What the tracker calls the run. Default: the run folder's name."""
     push_to_hub: bool = False
     """Upload the result to the hub."""
     hub_token: str | None = None
@@ -247,6 +218,7 @@ class Train:
         _above(self, 0, "snr_gamma", "logit_std", "sigmoid_scale", "huber_c", "huber_scale")
         _finite(self, "logit_mean", "mode_scale", "guidance_scale")
         _within(self, 0, 2, "precondition_outputs")
+        _folder_names(self, "tracker_project_name", "tracker_run_name")
         check_times(self)
 
 
@@ -274,6 +246,7 @@ class RunConfig:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     lora: Lora = field(default_factory=Lora)
+    tokens: NewTokens = field(default_factory=NewTokens)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
@@ -293,6 +266,8 @@ class RunConfig:
             raise UserError("--class_data_dir is only used together with --with_prior_preservation")
         if self.optim.text_encoder_lr is not None and not self.lora.train_text_encoder:
             raise UserError("--text_encoder_lr is only used together with --train_text_encoder")
+        if self.lora.text_encoder_rank is not None and not self.lora.train_text_encoder:
+            raise UserError("--text_encoder_rank is only used together with --train_text_encoder")
         own = [flag for flag in IMAGES_FOR_METRICS if getattr(self.eval, flag) is not None]
         if own and not self.eval.eval_metrics:
             raise UserError(f"--{own[0]} is only used together with --eval_metrics")
@@ -308,6 +283,11 @@ class RunConfig:
         if own.eval_prompts is not None or own.eval_num_images is not None:
             return True
         return own.eval_metrics_steps not in (None, self.sample.sample_steps)
+
+    @property
+    def encodes_in_training(self) -> bool:
+        """Whether text encoders are a part of every step: a LoRA in them trains, or embeddings of new tokens do."""
+        return self.lora.train_text_encoder or bool(self.tokens.new_tokens)
 
     @property
     def embedded(self) -> bool:

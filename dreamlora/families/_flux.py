@@ -11,6 +11,9 @@ LORA_LAYERS: tuple[str, ...] = (
     *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 )
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    LORA_LAYERS[:8], [*LORA_LAYERS[8:], "proj_mlp", "single_transformer_blocks.*.proj_out"]
+)
 prompt_limit = _parts.prompts_up_to(512)  # what the models were trained with; of T5 or of a chat, marks included
 
 

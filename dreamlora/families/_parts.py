@@ -25,6 +25,7 @@ from dreamlora.interfaces import (
 )
 from dreamlora.lora.pairs import bare
 from dreamlora.models import configs, loading
+from dreamlora.models.new_tokens import with_all_vectors
 
 FLOW_SCHEDULERS: Classes = (
     "diffusers.FlowMatchEulerDiscreteScheduler",
@@ -35,6 +36,13 @@ FLOW_SCHEDULERS: Classes = (
 CLIP_TOKENIZERS: Classes = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
 T5_TOKENIZERS: Classes = ("transformers.T5TokenizerFast", "transformers.T5Tokenizer")
 AUTOENCODERS: Classes = ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny")
+
+
+def lora_presets(attention: Sequence[str], between: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """See ``Family.LORA_PRESETS``."""
+    return {"attn": tuple(attention), "attn-mlp": (*attention, *between)}
+
+
 CLIP_LORA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 MARKS = 2
@@ -51,7 +59,8 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], max_length: int) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` ``[B, max_length]``, padded or cut (``models.prompts`` tells of that)."""
-    batch = tokenizer(list(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    prompts = with_all_vectors(tokenizer, prompts)
+    batch = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
 
@@ -188,7 +197,7 @@ def latent_size(source: ModelSource) -> LatentSize | None:
 
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     """See ``Family.count_tokens``: with the tokenizer's own begin and end."""
-    return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+    return [len(ids) for ids in tokenizer(with_all_vectors(tokenizer, prompts), verbose=False).input_ids]
 
 
 def none_frozen(text: Components, tokens: Conditioning) -> Conditioning:

@@ -26,6 +26,7 @@ PARTS: dict[Role, dict[str, Classes]] = {
     "scheduler": {"scheduler": SCHEDULERS},
 }
 LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(LORA_LAYERS, ["ff.net.0.proj", "ff.net.2"])
 OWN_OPTIONS: tuple[str, ...] = (
     *("snr_gamma", "debiased_estimation_loss", "prediction_type", "rescale_betas_zero_snr"),
     *("negative_prompt", "tokenizer_max_length"),

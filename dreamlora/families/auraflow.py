@@ -44,7 +44,12 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 LORA_LAYERS: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    [*LORA_LAYERS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
+    [f"{ff}.{layer}" for ff in ("ff", "ff_context") for layer in ("linear_1", "linear_2", "out_projection")],
+)
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 256

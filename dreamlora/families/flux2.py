@@ -47,9 +47,14 @@ SETTINGS: Settings = {"is_distilled": False}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 LORA_LAYERS: tuple[str, ...] = (
     *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
     *("attn.to_qkv_mlp_proj", "attn.to_out"),  # of the single blocks, whose to_out is no list
+)
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    [*LORA_LAYERS, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"],
+    ["ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"],
 )
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"

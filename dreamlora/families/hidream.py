@@ -56,7 +56,11 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out")
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    [*LORA_LAYERS, "to_k_t", "to_q_t", "to_v_t", "to_out_t"], ["w1", "w2", "w3"]
+)
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = USUAL_PROMPT

@@ -42,11 +42,15 @@ SETTINGS: Settings = {"text_encoder_select_layers": None, "is_distilled": False,
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 # the authors' list, without the layers that see one vector of an image (time_embed.*, time_mod_proj) or give one number
 # (text_fusion.projector): some ways to start a LoRA need more of either
 LORA_LAYERS: tuple[str, ...] = (
     *("to_q", "to_k", "to_v", "to_out.0", "to_gate", "ff.up", "ff.down"),
     *("img_in", "txt_in.linear_1", "txt_in.linear_2", "final_layer.linear"),
+)
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    ["to_q", "to_k", "to_v", "to_out.0", "to_gate"], ["ff.gate", "ff.up", "ff.down"]
 )
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"

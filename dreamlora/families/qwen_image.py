@@ -43,12 +43,14 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 # both streams, as the trainers of this model have it; diffusers' script adapts the attention of the image's alone
 LORA_LAYERS: tuple[str, ...] = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 )
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(LORA_LAYERS[:8], LORA_LAYERS[8:])
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512

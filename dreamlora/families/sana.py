@@ -69,7 +69,11 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 32
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 LORA_LAYERS: tuple[str, ...] = ("to_k", "to_q", "to_v")
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    [*LORA_LAYERS, "to_out.0"], ["ff.conv_inverted", "ff.conv_point"]
+)
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = USUAL_PROMPT

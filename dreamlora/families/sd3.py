@@ -55,6 +55,7 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+EMBEDDING_KEYS: dict[str, str] = {}
 LORA_LAYERS: tuple[str, ...] = (
     "to_k",
     "to_q",
@@ -64,6 +65,9 @@ LORA_LAYERS: tuple[str, ...] = (
     "add_q_proj",
     "add_v_proj",
     "to_add_out",
+)
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    LORA_LAYERS, ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 )
 """All attention: also the second one (``attn2``) that the first blocks of 3.5 medium have."""
 TEXT_LORA_LAYERS: tuple[str, ...] = _parts.CLIP_LORA_LAYERS

@@ -40,7 +40,11 @@ SETTINGS: Settings = {}
 DENOISER: str = "transformer"
 SIDE_MULTIPLE: int = 16
 TEXT_ENCODERS: tuple[str, ...] = ()
+EMBEDDING_KEYS: dict[str, str] = {}
 LORA_LAYERS: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_PRESETS: dict[str, tuple[str, ...]] = _parts.lora_presets(
+    LORA_LAYERS, ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+)
 TEXT_LORA_LAYERS: tuple[str, ...] = ()
 PROMPT_LENGTH: str = "max_sequence_length"
 PROMPT_DEFAULT: int | None = 512

@@ -143,8 +143,14 @@ class Family(Protocol):
     """Sides of images, in pixels, must be multiples of this."""
     TEXT_ENCODERS: tuple[str, ...]
     """Component names of the text encoders that can be trained; others stay frozen."""
+    EMBEDDING_KEYS: Mapping[str, str]
+    """Of each text encoder that can be given new tokens how files of embeddings name its vectors; empty: the stock
+    pipeline loads none."""
     LORA_LAYERS: tuple[str, ...]
-    """Default target modules in the denoiser."""
+    """Default target modules in the denoiser: ends of their names, in which ``*`` stands for any part."""
+    LORA_PRESETS: Mapping[str, tuple[str, ...]]
+    """Others by the names that ``--lora_layers`` takes: "attn" are the projections of attention, "attn-mlp" the layers
+    between them too."""
     TEXT_LORA_LAYERS: tuple[str, ...]
     """Target modules in the text encoders."""
     OWN_OPTIONS: tuple[str, ...]

@@ -1,13 +1,15 @@
-"""The LoRA layers of a model: found here and nowhere else, one record each."""
+"""The adapted layers of a model: found here and nowhere else. Those with a pair of factors have one record each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 
 from dreamlora.lora import offset
@@ -21,13 +23,15 @@ ADAPTER = "default"
 class AdaptedLayer:
     """One layer with a LoRA, ``W = W₀ + scaling · ΔW``, as it was when it was found. ΔW is B A, or ``B A − B₀ A₀``.
 
+    With a DoRA each row of this W is then scaled to its magnitude.
+
     The first four are what ``optimizers.LoraPair`` has, which knows neither PEFT nor frozen starts.
 
     Attributes:
         name: path in the module that was searched.
         A: weight of lora_A: ``(r, n)``, of a convolution ``(r, c, *kernel)``.
         B: weight of lora_B: ``(m, r)``, of a convolution ``(m, r, 1, 1)``.
-        scaling: ``alpha / r``.
+        scaling: ``alpha / r``, or ``alpha / √r``.
         start: A₀ and B₀, for a LoRA that started away from zero.
         layer: PEFT's; its ``base_layer`` is the model's own.
     """
@@ -49,6 +53,45 @@ class AdaptedLayer:
         """``(r, n)`` and ``(m, r)`` of the flattened factors; grouped convolutions have fewer columns in B."""
         return (self.rank, self.A[0].numel()), (self.B.shape[0], self.B[0].numel())
 
+    @property
+    def entries(self) -> int:
+        """Of ΔW."""
+        return self.B.shape[0] * self.A[0].numel()
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """A DoRA's lengths of W's rows, ``(m,)`` or of a convolution ``(1, m, 1, 1)``."""
+        magnitudes = self.layer.lora_magnitude_vector
+        return magnitudes[ADAPTER].weight if ADAPTER in magnitudes else None
+
+    def base_lengths(self) -> Tensor:
+        """Of W₀'s rows, in the shape of a DoRA's magnitudes, to the last bit as its forward pass computes them: that of
+        PEFT takes linear weights to float32 (as its input is), and leaves convolutions in half precision.
+        """
+        weight = self.layer.base_layer.weight.detach()
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        plain = weight.float() if weight.ndim == 2 else weight
+        as_trained = torch.autocast(weight.device.type, weight.dtype) if half and not weight.is_meta else nullcontext()
+        with as_trained:
+            lengths: Tensor = self.layer.lora_magnitude_vector[ADAPTER].get_weight_norm(
+                plain, torch.zeros_like(plain), 1.0
+            )
+        return lengths.float()
+
+    def reset_magnitude(self) -> None:
+        """Make a DoRA's magnitudes those of W₀."""
+        if self.magnitude is not None:
+            self.magnitude.data = self.base_lengths().to(self.magnitude.device)
+
+    def silence(self) -> None:
+        """Take the layer's effect away, to the last bit."""
+        if self.start is None:
+            self.B.data.zero_()
+        else:
+            self.A.data.copy_(self.start.A)
+            self.B.data.copy_(self.start.B)
+        self.reset_magnitude()
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """``down (k, n, ...)`` and ``up (m, k, ...)`` of ΔW = up·down: k is r, or 2r with a frozen start."""
         A, B = self.A.detach(), self.B.detach()
@@ -66,7 +109,7 @@ class AdaptedLayer:
 
 
 def adapted_layers(module: nn.Module, prefix: str = "") -> Iterator[AdaptedLayer]:
-    """Everything in ``module`` that has the adapter, in module order, whatever DDP or torch.compile put around it.
+    """Every layer of ``module`` with a pair of factors, in module order, whatever DDP or torch.compile put around it.
 
     Args:
         prefix: of the names, as in ``named_modules``.
@@ -75,6 +118,61 @@ def adapted_layers(module: nn.Module, prefix: str = "") -> Iterator[AdaptedLayer
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
             A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             yield AdaptedLayer(name, A, B, float(layer.scaling[ADAPTER]), offset.start_of(layer), layer)
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """One layer with an adapter of any kind.
+
+    Attributes:
+        name: path in the module that was searched.
+        rank, scaling: as PEFT has them.
+        given: the alpha that it was told, which rsLoRA divides by the root of the rank.
+        parameters: of the adapter, by PEFT's names such as "hada_w1_a"; a LoRA's are "lora_A" and "lora_B".
+        pair: what is known of a layer with a pair of factors; None: it has none.
+        layer: PEFT's; its ``base_layer`` is the model's own.
+    """
+
+    name: str
+    rank: int
+    scaling: float
+    given: float
+    parameters: dict[str, nn.Parameter]
+    pair: AdaptedLayer | None
+    layer: Any
+
+    @property
+    def alpha(self) -> float:
+        """That the update is scaled by alpha / rank, whatever it was given as."""
+        return self.scaling * self.rank
+
+    def silence(self) -> None:
+        """Take the layer's effect away, to the last bit."""
+        if self.pair is not None:
+            self.pair.silence()
+        else:
+            for parameter in self.parameters.values():
+                parameter.data.zero_()
+
+
+def tuned_layers(module: nn.Module, prefix: str = "") -> Iterator[TunedLayer]:
+    """Every layer of ``module`` with the adapter, of whatever kind; else as ``adapted_layers``."""
+    pairs = {pair.name: pair for pair in adapted_layers(module, prefix)}
+    for name, layer in bare(module).named_modules(prefix=prefix):
+        if not isinstance(layer, LoraLayer | LycorisLayer) or ADAPTER not in layer.scaling:
+            continue
+        held = {kind: getattr(layer, kind) for kind in layer.adapter_layer_names}
+        found = {kind: of_kind[ADAPTER] for kind, of_kind in held.items() if ADAPTER in of_kind}
+        parameters = {kind: getattr(each, "weight", each) for kind, each in found.items()}
+        alphas = layer.lora_alpha if isinstance(layer, LoraLayer) else layer.alpha
+        rank, scaling, given = layer.r[ADAPTER], float(layer.scaling[ADAPTER]), float(alphas[ADAPTER])
+        yield TunedLayer(name, rank, scaling, given, parameters, pairs.get(name), layer)
+
+
+def reset_magnitudes(module: nn.Module) -> None:
+    """Make all magnitudes of a DoRA those of the base weights; PEFT rounds them to the precision of these."""
+    for layer in adapted_layers(module):
+        layer.reset_magnitude()
 
 
 def put_factors(layer: Any, A: Tensor, B: Tensor, alpha: float, adapter: str = ADAPTER) -> None:

@@ -1,17 +1,23 @@
-"""Adapters that train become files: taken from PEFT's layers, and written as a run keeps them, in diffusers' format."""
+"""Adapters that train become files: taken from PEFT's layers, and written as a run keeps them.
+
+LoRAs and DoRAs are in diffusers' format. Its loader knows no LoHa, and LoKrs of few models: these are in kohya's, as
+LyCORIS writes them, which ComfyUI, Forge and others read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from dreamlora.files import replacing
-from dreamlora.lora.formats import FileContent, diffusers
+from dreamlora.lora.formats import FileContent, diffusers, kohya
 from dreamlora.lora.metadata import serialised
-from dreamlora.lora.pairs import adapted_layers
-from dreamlora.lora.weights import AdapterWeights, lora_weights
+from dreamlora.lora.names import ModelNames
+from dreamlora.lora.pairs import TunedLayer, tuned_layers
+from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
 from dreamlora.runfolder import LORA_FILE
 
 _CLIP_MODEL = "text_model."
@@ -27,22 +33,47 @@ def weights_of(modules: Mapping[str, nn.Module]) -> AdapterWeights:
     """
     adapters: AdapterWeights = {}
     for component, module in modules.items():
-        for layer in adapted_layers(module):
-            down, up = (factor.cpu().contiguous() for factor in layer.factors())
+        for layer in tuned_layers(module):
             name = layer.name.removeprefix(_CLIP_MODEL)
-            adapters.setdefault(component, {})[name] = lora_weights(down, up, layer.scaling * len(down))
+            adapters.setdefault(component, {})[name] = _weights(layer)
     return adapters
 
 
-def save_lora(folder: Path, modules: Mapping[str, nn.Module], header: Mapping[str, str] | None = None) -> Path:
-    """Write ``pytorch_lora_weights.safetensors`` as the stock pipeline's ``load_lora_weights`` reads it.
+def _weights(layer: TunedLayer) -> LayerWeights:
+    if layer.pair is None:
+        return _product(layer)
+    down, up = (factor.cpu().contiguous() for factor in layer.pair.factors())
+    magnitude = layer.pair.magnitude
+    lengths = None if magnitude is None else magnitude.detach().cpu().flatten()
+    return lora_weights(down, up, layer.scaling * len(down), lengths)
+
+
+def _product(layer: TunedLayer) -> LayerWeights:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.parameters.items()}
+    weights = LayerWeights("loha" if "hada_w1_a" in tensors else "lokr", tensors, layer.alpha)
+    if weights.scale == layer.scaling:
+        return weights
+    first = "lokr_w1" if weights.rank is None else next(iter(tensors))  # of two whole matrices no alpha is read
+    return replace(weights, tensors={**tensors, first: tensors[first] * (layer.scaling / weights.scale)})
+
+
+def save_lora(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    header: Mapping[str, str] | None = None,
+    names: ModelNames | None = None,
+) -> Path:
+    """Write ``pytorch_lora_weights.safetensors``; LoRAs and DoRAs for the stock pipeline's ``load_lora_weights``.
 
     Args:
         folder: may not exist yet.
         modules: see ``weights_of``.
         header: what else the file says of itself.
+        names: of the model's layers; LoRAs and DoRAs need none.
     """
-    content = diffusers.write(weights_of(modules))
+    weights = weights_of(modules)
+    pairs = all(each.kind == "lora" for layers in weights.values() for each in layers.values())
+    content = diffusers.write(weights) if pairs or names is None else kohya.write(weights, names)
     return save_content(folder / LORA_FILE, content._replace(metadata={**(header or {}), **content.metadata}))
 
 

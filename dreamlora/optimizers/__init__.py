@@ -13,7 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dreamlora.optimizers._groups import LoraPair, check_compatibility, find_lora_pairs, lora_param_groups
+    from dreamlora.optimizers._groups import (
+        LoraPair,
+        check_compatibility,
+        find_lora_pairs,
+        group_without_pairs,
+        lora_param_groups,
+    )
     from dreamlora.optimizers._muon import LoRAMuon
     from dreamlora.optimizers._pairs import LoraPairOptimizer
     from dreamlora.optimizers._rite import LoRARITE
@@ -28,6 +34,7 @@ _HOME = {
     "ScaledGD": "_scaled",
     "check_compatibility": "_groups",
     "find_lora_pairs": "_groups",
+    "group_without_pairs": "_groups",
     "lora_param_groups": "_groups",
 }
 
@@ -40,6 +47,7 @@ __all__ = [
     "ScaledGD",
     "check_compatibility",
     "find_lora_pairs",
+    "group_without_pairs",
     "lora_param_groups",
 ]
 

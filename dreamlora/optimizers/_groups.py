@@ -125,6 +125,24 @@ def lora_param_groups(
     return groups
 
 
+def group_without_pairs(
+    model: nn.Module | Sequence[nn.Module], *, lr: float | Tensor | None = None, weight_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """As ``lora_param_groups`` for adapters without pairs (LoHa, LoKr): the second group alone, of all that trains.
+
+    Raises:
+        ValueError: nothing trains.
+    """
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    found = _other_trainables(modules, set(), None)
+    if not found:
+        raise ValueError("nothing requires gradients: add an adapter before building the optimizer")
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    names, params = map(list, zip(*found, strict=True))
+    given = {key: value for key, value in settings.items() if value is not None}
+    return [{"params": params, "names": names, "lora_pairs": False, **given}]
+
+
 def plain_groups(param_groups: list[dict[str, Any]], default_lr: float) -> list[dict[str, Any]]:
     """The groups for an optimizer that knows no pairs: A and B of a group apart if their learning rates differ."""
     plain: list[dict[str, Any]] = []
@@ -151,8 +169,10 @@ def _named(names: list[str]) -> dict[str, list[str]]:
 
 
 def with_fallback_lr(param_groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
-    """The groups with another learning rate where there are no pairs, for methods whose rate AdamW cannot use."""
-    return [group if group.get("lora_pairs") else {**group, "lr": lr} for group in param_groups]
+    """The groups with another learning rate where there are no pairs, for methods whose rate AdamW cannot use; those
+    that say so ("own_lr") keep theirs.
+    """
+    return [group if group.get("lora_pairs") or group.get("own_lr") else {**group, "lr": lr} for group in param_groups]
 
 
 class NamedParameters:

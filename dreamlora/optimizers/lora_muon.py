@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # The spectral norm of the change of BA per step.
 DEFAULT_LR: float = 1e-2
 DEFAULT_WEIGHT_DECAY: float = 0.0
+NEEDS_PAIRS: bool = True
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Its unit is the whitened factor's entry; see LoRARITE.
 DEFAULT_LR: float = 1e-3
 DEFAULT_WEIGHT_DECAY: float = 0.0
+NEEDS_PAIRS: bool = True
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LR: float = 1e-3
 DEFAULT_WEIGHT_DECAY: float = 0.0
+NEEDS_PAIRS: bool = True
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LR: float = 2e-4
 DEFAULT_WEIGHT_DECAY: float = 1e-2
+NEEDS_PAIRS: bool = True
 
 logger = logging.getLogger(__name__)
 

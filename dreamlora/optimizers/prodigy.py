@@ -72,7 +72,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     if len(rates) > 1:
         raise UserError(
             f"--optimizer prodigy finds one learning rate for all parameters (got {rates}): leave --text_encoder_lr "
-            "out, and LoRA+ ratios; --learning_rate is a factor on what it finds"
+            "and --new_tokens_lr out, and LoRA+ ratios; --learning_rate is a factor on what it finds"
         )
     optimizer = Prodigy(
         groups,

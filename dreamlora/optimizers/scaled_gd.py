@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # GPT-2 in arXiv 2402.02347 used 2e-2; the embedded model likes 1. Gradients of a mean loss are small: sweep upwards.
 DEFAULT_LR: float = 1e-1
 DEFAULT_WEIGHT_DECAY: float = 0.0
+NEEDS_PAIRS: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 from dreamlora.compare.schema import COMPARE_FILE
 from dreamlora.report.comparison_page import comparison_document
 from dreamlora.report.document import Document
-from dreamlora.report.page import run_document
+from dreamlora.report.page import run_document, shared_report
 from dreamlora.runfolder import RunFolder
 
-__all__ = ["document_of", "write_compare_report", "write_report"]
+__all__ = ["document_of", "shared_report", "write_compare_report", "write_report"]
 
 
 def document_of(folder: Path) -> Document:

@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dreamlora.cli.local_places import is_local, without_places
 from dreamlora.compare.records import model_name
 from dreamlora.config import as_flat_dict
 from dreamlora.config.programs import program_of
@@ -248,6 +250,37 @@ class RunFacts:
         """Median optimizer steps per second."""
         curve = self.curve(STEPS_PER_SECOND)
         return float(np.median(curve.values)) if curve else None
+
+
+class SharedFacts(RunFacts):
+    """Those that tell nothing of the machine: not where anything lies, and no free text, in which that may stand."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """None."""
+        return []
+
+    @property
+    def options(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+        """Those that name no place."""
+        changed, unchanged = super().options
+        told = without_places(self.config)
+        return [row for row in changed if row[0] in told], [row for row in unchanged if row[0] in told]
+
+    @cached_property
+    def outline(self) -> list[tuple[str, str]]:
+        """None."""
+        return []
+
+    @property
+    def command(self) -> None:
+        """None."""
+        return None
+
+    @property
+    def model(self) -> str:
+        """The base model's name; of a folder its last part."""
+        return Path(super().model).name if is_local(super().model) else super().model
 
 
 def require_run(folder: RunFolder) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dreamlora.report import charts, pictures, words
 from dreamlora.report.document import PAGE, TEXT, Document, filled
-from dreamlora.report.facts import RunFacts, require_run
+from dreamlora.report.facts import RunFacts, SharedFacts, require_run
 from dreamlora.runfolder import RunFolder
 
 _FILES = (
@@ -45,6 +45,14 @@ def run_document(run: RunFolder | Path | str) -> Document:
         return {TEXT: filled("report.md.j2", content), PAGE: filled("report.html.j2", content)}
 
     return Document(folder.path, sources + pictures_, tuple(name for name, _ in _FILES), render)
+
+
+def shared_report(folder: RunFolder) -> tuple[str, str]:
+    """The report of a run for others' eyes, as HTML and as Markdown: without photos, places of this machine and files
+    beside it.
+    """
+    content = {**_content(SharedFacts(folder)), "references": [], "files": []}
+    return filled("report.html.j2", content), filled("report.md.j2", {**content, "grid": None})
 
 
 def _content(facts: RunFacts) -> dict[str, Any]:

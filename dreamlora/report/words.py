@@ -9,7 +9,7 @@ from dreamlora import figures
 from dreamlora.eval_loss.items import paired_difference
 from dreamlora.eval_loss.selection import difference_text
 from dreamlora.figures import loss, score
-from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, short
+from dreamlora.metric_names import BALANCE, DW_NORM, FINAL_LOSS, GAP, STABLE_RANK, TOKEN_CHANGE, TOKEN_NORM, short
 from dreamlora.report.facts import RunFacts
 
 _SAME_DB, _CLOSE_DB = 40.0, 30.0
@@ -128,7 +128,7 @@ def parity(facts: RunFacts) -> tuple[str, str]:
     call: dict[str, float] = check.get("call") or {}
     same = _same_call(call)
     if same is False:
-        text = "The saved LoRA in a stock diffusers pipeline does not do what it did in training"
+        text = f"The saved LoRA in {_pipeline(check)} does not do what it did in training"
         return "bad", f"{text}: {_call_text(call)}."
     verdict, text = _of_image(check, coarse=_coarse(call))
     if same:
@@ -158,7 +158,7 @@ def _of_image(check: dict[str, Any], *, coarse: bool) -> tuple[str, str]:
     """Verdict and sentence of the image alone; ``coarse``: rounding adds up over the steps until it can be seen."""
     decibels, largest, mean = (float(check.get(key) or 0) for key in ("psnr_db", "max_abs", "mean_abs"))
     apart = f"largest difference {largest:g} of 255, mean {mean:.3g}, PSNR {decibels:.0f} dB"
-    lora = "The saved LoRA, loaded into a stock diffusers pipeline, draws"
+    lora = f"The saved LoRA, loaded into {_pipeline(check)}, draws"
     if largest == 0:
         return "good", f"{lora} exactly the image seen in training."
     if decibels >= _SAME_DB:
@@ -167,7 +167,13 @@ def _of_image(check: dict[str, Any], *, coarse: bool) -> tuple[str, str]:
         return "good" if coarse else "fair", f"{lora} nearly the image seen in training ({apart})."
     if coarse:
         return "fair", f"{lora} an image like that seen in training ({apart}): rounding adds up over the steps."
-    return "bad", f"The saved LoRA in a stock diffusers pipeline does not draw the image seen in training ({apart})."
+    return "bad", f"The saved LoRA in {_pipeline(check)} does not draw the image seen in training ({apart})."
+
+
+def _pipeline(check: dict[str, Any]) -> str:
+    """What the file was loaded into, and by whom."""
+    by_us = " by dreamlora itself, as diffusers' loader knows no adapters of this kind"
+    return "a stock diffusers pipeline" + (by_us if check.get("loader") == "dreamlora" else "")
 
 
 def evaluation_price(facts: RunFacts) -> str | None:
@@ -195,6 +201,12 @@ def health(facts: RunFacts) -> str | None:
         text += f" Stable rank per layer: {rank.values[-1]:.2g} (near 1: one direction does nearly everything)."
     if balance:
         text += f" Balance of A and B: {balance.values[-1]:.2f} (1: equal Gram matrices, 0: one factor is zero)."
+    length, moved = (facts.curve(name) for name in (TOKEN_NORM, TOKEN_CHANGE))
+    if length and moved:
+        text += (
+            f" The embeddings of new tokens are {length.values[-1]:.2g} times as long as the model's own, and have "
+            f"moved by {moved.values[-1]:.2g} of that length."
+        )
     return text
 
 

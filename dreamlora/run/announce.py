@@ -6,8 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from dreamlora import registry
 from dreamlora.compare.records import model_name
 from dreamlora.config import Data, as_flat_dict
+from dreamlora.config.new_tokens import NewToken
 from dreamlora.data.caption_text import tidy
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.sets import epoch_length
@@ -67,10 +69,27 @@ def _model(context: RunContext) -> str:
 
 def _lora(context: RunContext) -> str:
     lora, family = context.config.lora, context.family
+    adapter = registry.load("adapters", lora.adapter)
+    kind = "" if lora.adapter == "lora" else f"{adapter.NAME}, "
+    kind += "rsLoRA, " if lora.use_rslora else ""
+    ranks = "".join(f", {place} {rank}" for place, rank in lora.ranks.items())
+    alpha = "each layer's rank" if lora.lora_alpha is None else f"{lora.lora_alpha:g}"
+    alphas = "".join(f", {place} {value:g}" for place, value in lora.alphas.items())
+    start = f", init {lora.init}" if adapter.PAIRS else ""
     layers = " ".join(lora.lora_layers or family.LORA_LAYERS)
-    where = f"layers of the {family.DENOISER}: {layers}" + ("; and the text encoder" if lora.train_text_encoder else "")
+    where = f"layers of the {family.DENOISER}: {layers}"
+    where += f" in the blocks {' '.join(lora.lora_blocks)}" if lora.lora_blocks else ""
+    if lora.train_text_encoder:
+        where += "; and the text encoder" + (f" (rank {lora.text_encoder_rank})" if lora.text_encoder_rank else "")
+    where += "".join(f"; the new token {_token(new)}" for new in context.config.tokens.tokens)
     assisted = f"; with the frozen {lora.training_adapter} while training" if lora.training_adapter else ""
-    return f"rank {lora.rank}, alpha {lora.lora_alpha:g}, init {lora.init}; {where}" + assisted
+    return f"{kind}rank {lora.rank}{ranks}, alpha {alpha}{alphas}{start}; {where}" + assisted
+
+
+def _token(new: NewToken) -> str:
+    """Such as "sks (2 vectors, from dog)"."""
+    count = f"{new.vectors} vectors" if new.vectors > 1 else "a vector"
+    return f"{new.token} ({count}, from {' '.join(new.words) or 'a random start'})"
 
 
 def _images(context: RunContext, pictures: RunImages) -> str:
@@ -136,6 +155,9 @@ def _optimizer(context: RunContext) -> str:
     text = f"{optim.optimizer}, learning rate {optim.learning_rate:g}"
     if context.config.lora.train_text_encoder:
         text += f" (text encoder {optim.text_encoder_lr:g})"
+    tokens = context.config.tokens
+    text += "" if tokens.new_tokens_lr is None else f" (embeddings {tokens.new_tokens_lr:g})"
+    text += "" if tokens.new_tokens_end is None else f" (embeddings up to step {tokens.new_tokens_end:g})"
     text += f", {optim.lr_scheduler}"
     if optim.lr_scheduler != "constant" and optim.lr_warmup_steps:
         text += f" after {optim.lr_warmup_steps:g} steps of warm-up"

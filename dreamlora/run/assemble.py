@@ -13,21 +13,19 @@ from typing import Any
 
 from dreamlora import registry
 from dreamlora.cli.parse import method_options
-from dreamlora.config import RunConfig, as_flat_dict
-from dreamlora.credentials import masked_options
+from dreamlora.config import RunConfig
 from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.sets import loss_shares, places
 from dreamlora.data.shown_prompts import Prompt
 from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations, bucket_numbers
-from dreamlora.files import make_folder
 from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.parts import ROLES
 from dreamlora.processes import wait_for_everyone
-from dreamlora.run import defaults, ending, header, image_list, provenance, resume, schedule
+from dreamlora.run import defaults, ending, header, image_list, new_tokens, provenance, resume, schedule, trackers
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -46,9 +44,6 @@ from dreamlora.training import loop, start, state
 from dreamlora.training.ema import MovingAverage
 from dreamlora.training.loop import Run
 from dreamlora.training.stream import Layout, Source, Stream
-
-PROJECT = "dreamlora"
-"""What trackers call all runs of this program."""
 
 
 def train(config: RunConfig, options: Any) -> RunFolder:
@@ -69,6 +64,7 @@ def train(config: RunConfig, options: Any) -> RunFolder:
         context.tell(resume.way_on(folder, provenance.command()))
         raise
     finally:
+        trackers.finish(context)
         folder.release()
         gc.collect()  # the model has gone now, whatever pointed at it in a ring
     return folder
@@ -98,6 +94,7 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
     context.accelerator.free_memory()
     context.parts.free(*ROLES)
     wait_for_everyone()  # for the last time: what is left to do takes long and is the main process's alone
+    context.accelerator.trackers = []  # they stay open for the report
     context.accelerator.end_training()
     if context.accelerator.is_main_process:
         ending.finish(context, folder, ended)
@@ -108,11 +105,11 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     run, pictures = _prepare(context, folder, options, prelude)
     wait_for_everyone()
     if context.accelerator.is_main_process:
+        trackers.start(context, folder, run.step)
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
         provenance.write_base_model(context.source, folder)
         image_list.write(folder.images_file, pictures)
-    _start_trackers(context, folder)
     with context.timed("training"):
         loop.train(run)
     return ending.conclude(context, run, pictures)
@@ -173,7 +170,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
     model = with_lora(context, components, text)
     few, layers = layers_below_rank(model)
-    if "rank" in config.given and 2 * few >= layers:
+    if "rank" in config.given and layers and 2 * few >= layers:
         context.warn(f"--rank {config.lora.rank} is more than {few} of the {layers} layers have inputs or outputs")
     trainables = trainable_parameters(model)
     model = accelerator.prepare_model(model, evaluation_mode=True)  # no DDP: see training.gradients
@@ -216,6 +213,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         call_arguments=pipeline_inputs(context, encode, text),
         vae=lambda: context.parts.get("vae"),
         total_steps=config.train.max_train_steps or 0,
+        settle=new_tokens.settler(context),
         average=MovingAverage(trainables, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
     if registry.name_of(context.family) in registry.names("families.layers"):
@@ -233,22 +231,13 @@ def _conditioning(
     else:
         prompts = all_shown_prompts(context, pictures, store, material.stores)
     with context.timed("encoding prompts"):
-        if context.config.lora.train_text_encoder:
+        if context.config.encodes_in_training:
             text = context.parts.get("text")
-            return encode_frozen(context, prompts, text), text
+            new_tokens.put_in(context, text)
+            encode = encode_frozen(context, prompts, text)
+            new_tokens.warn_of_pooling(context, text, encode)
+            return encode, text
         return encode_texts(context, prompts), None
-
-
-def _start_trackers(context: RunContext, folder: RunFolder) -> None:
-    if context.config.train.report_to:
-        place = folder.path / context.config.train.logging_dir
-        context.accelerator.project_configuration.logging_dir = str(place)
-        make_folder(place / PROJECT)
-        simple = {
-            name: value if isinstance(value, int | float | str | bool) else str(value)
-            for name, value in masked_options(as_flat_dict(context.config)).items()
-        }
-        context.accelerator.init_trackers(PROJECT, config=simple)
 
 
 def _layout(context: RunContext) -> Layout:

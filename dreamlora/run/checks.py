@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dreamlora.data.encode import bytes_lacking, bytes_of
 from dreamlora.data.images import ImageRecord
@@ -15,7 +16,7 @@ from dreamlora.errors import UserError
 from dreamlora.figures import gibibytes
 from dreamlora.interfaces import Components
 from dreamlora.lora.files import LoraFactors, factors_of
-from dreamlora.lora.inject import target_layers
+from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
 from dreamlora.models.building import empty_module
 from dreamlora.models.inventory import PartFiles, problems_of
 from dreamlora.models.loading import read_settings
@@ -36,18 +37,29 @@ def require_parts(parts: Sequence[PartFiles]) -> None:
 
 
 def require_layers(context: RunContext) -> None:
-    """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter.
+    """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter; and what
+    patterns of ranks and alphas name.
 
     Raises:
         UserError: it has none of a name that was given, or the training adapter is for another model.
     """
-    family = context.family
-    denoiser = part_named(context, family.DENOISER)
-    module = empty_module(denoiser.part_class, denoiser.place, denoiser.weights, torch.float32)
-    target_layers(module, context.config.lora.lora_layers or family.LORA_LAYERS)
+    family, lora = context.family, context.config.lora
+    module = _empty_part(context, family.DENOISER)
+    found = {family.DENOISER: layer_names(module, wanted_layers(lora, family), lora.lora_blocks)}
+    if lora.rank_pattern or lora.alpha_pattern:
+        encoders = family.TEXT_ENCODERS if lora.train_text_encoder else ()
+        for name in encoders:
+            found[name] = layer_names(_empty_part(context, name), family.TEXT_LORA_LAYERS)
+        require_patterns(lora, found)
     if context.training_adapter:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
+
+
+def _empty_part(context: RunContext, name: str) -> nn.Module:
+    """A part of the pipeline without its numbers."""
+    part = part_named(context, name)
+    return empty_module(part.part_class, part.place, part.weights, torch.float32)
 
 
 def assistant_of(context: RunContext, components: Components) -> LoraFactors | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dreamlora.cache_folder import cache_folder
+from dreamlora.callbacks.trackers import RunTracker
 from dreamlora.config import RunConfig
 from dreamlora.data.cache import TensorCache
 from dreamlora.data.captions import CaptionPlan
@@ -22,6 +23,7 @@ from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.models.adapter import content_of
 from dreamlora.models.inventory import PartFiles
+from dreamlora.models.new_tokens import TokenEmbeddings
 from dreamlora.models.parts import Parts
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
@@ -38,7 +40,9 @@ class RunContext:
         inventory: the parts of the model, as they lie on disk or on the hub.
         training_adapter: file of the frozen LoRA that is active while training.
         eval_price: of the evaluation loss, once it is known how often it is measured.
+        new_tokens: their embeddings by text encoder, once they are put in.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
+        trackers: on the main process, once they have started.
         timings: seconds by stage, for the report.
         warnings: what the person should know, for the report.
     """
@@ -51,7 +55,9 @@ class RunContext:
     inventory: Sequence[PartFiles] = ()
     training_adapter: Path | None = None
     eval_price: Price | None = None
+    new_tokens: dict[str, TokenEmbeddings] = field(default_factory=dict)
     shown: Shown = field(default_factory=dict)
+    trackers: list[RunTracker] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

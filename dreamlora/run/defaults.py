@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from dreamlora import registry
 from dreamlora.cli.places import DEFAULT_OUTPUTS, check_folders, image_folders, lies_in
-from dreamlora.config import Data, RunConfig
+from dreamlora.config import Data, Lora, RunConfig
+from dreamlora.config.adapting import check_adapter
 from dreamlora.config.plausible import Facts
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
@@ -44,9 +45,9 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         world: number of processes.
 
     Raises:
-        UserError: see ``check_rank`` and ``check_average``; or a prompt has a ``{}`` and nothing is known for it.
+        UserError: see ``check_adapter`` and ``check_average``; or a prompt has a ``{}`` and nothing is known for it.
     """
-    check_rank(config)
+    check_adapter(config)
     check_average(config)
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
     method = registry.load("optimizers", config.optim.optimizer)
@@ -76,24 +77,16 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
     return replace(
         config,
         data=replace(config.data, resolution=config.data.resolution or resolution),
-        lora=replace(config.lora, lora_alpha=_first(config.lora.lora_alpha, float(config.lora.rank))),
+        lora=_with_alpha(config.lora),
         optim=optim,
         sample=sample,
         train=replace(config.train, train_batch_size=batch_size),
     )
 
 
-def check_rank(config: RunConfig) -> None:
-    """Nothing, if the init can start a LoRA of the rank.
-
-    Raises:
-        UserError: it cannot.
-    """
-    multiple = registry.load("inits", config.lora.init).RANK_MULTIPLE
-    if config.lora.rank % multiple:
-        raise UserError(
-            f"--init {config.lora.init} needs a --rank that is a multiple of {multiple} (got {config.lora.rank})"
-        )
+def _with_alpha(lora: Lora) -> Lora:
+    """Where all layers have one rank, that is the alpha unless another is given; else each layer's own rank is."""
+    return replace(lora, lora_alpha=_first(lora.lora_alpha, float(lora.rank))) if lora.uniform else lora
 
 
 def check_average(config: RunConfig) -> None:
@@ -190,10 +183,15 @@ def by_length(config: RunConfig, images: ImageCounts, world: int) -> RunConfig:
         usual = sample_steps or math.ceil(total / DEFAULT_SAMPLES)
         evaluation = replace(evaluation, eval_metrics_steps=_first(evaluation.eval_metrics_steps, usual))
     optim = replace(config.optim, scale_lr=False, lr_warmup_steps=_steps_of(config.optim.lr_warmup_steps, total))
+    tokens = config.tokens
+    if tokens.new_tokens_end is not None:
+        tokens = replace(tokens, new_tokens_end=_steps_of(tokens.new_tokens_end, total))
     if config.optim.scale_lr:
         optim = replace(optim, **{name: rate * global_batch for name in RATES if (rate := getattr(optim, name))})
+        tokens = replace(tokens, new_tokens_lr=tokens.new_tokens_lr and tokens.new_tokens_lr * global_batch)
     return replace(
         config,
+        tokens=tokens,
         optim=optim,
         sample=replace(config.sample, sample_steps=sample_steps),
         eval=evaluation,

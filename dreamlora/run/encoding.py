@@ -79,7 +79,8 @@ def encode_frozen(context: RunContext, prompts: Iterable[Prompt], text: Componen
     frozen = [name for name in frozen if name not in context.family.TEXT_ENCODERS]
     if not frozen:
         return _tokenized(context, text)
-    encode = _encoded(context, prompts, context.family.encode_frozen, part="frozen")
+    own = {"new_tokens": " ".join(tokens)} if (tokens := context.config.tokens.new_tokens) else {}
+    encode = _encoded(context, prompts, context.family.encode_frozen, part="frozen", **own)
     for name in frozen:
         del text[name]
     return encode
@@ -123,7 +124,9 @@ def warn_of_cut_texts(context: RunContext, pictures: RunImages) -> None:
         ((repr(prompt), prompt) for prompt in prompts),
     )
     names, captions = itertools.tee(texts)
-    limit, cut = cut_prompts(context.family, context.source, (text for _, text in captions), prompt_length(context))
+    vectors = {new.token: new.vectors for new in context.config.tokens.tokens}
+    texts_alone = (text for _, text in captions)
+    limit, cut = cut_prompts(context.family, context.source, texts_alone, prompt_length(context), vectors)
     count, named = 0, list[str]()
     for (name, _), is_cut in zip(names, cut, strict=True):
         count += is_cut

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.files import replacing_folder, write_atomically
 from dreamlora.interrupts import deferred, heed
+from dreamlora.lora.pairs import tuned_layers
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
-from dreamlora.run import provenance, resume
+from dreamlora.run import provenance, resume, trackers
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
 from dreamlora.run.images import RunImages
@@ -36,7 +38,7 @@ class Conclusion:
     Attributes:
         images: trained on, by source.
         parameters: of the LoRA.
-        pairs: of factors A and B.
+        pairs: of factors A and B, or layers with an adapter of another kind.
         eval_seconds: that the evaluation loss took.
         ended_early: why, if it did.
         expected: what the saved file must do again; or why that is not checked.
@@ -60,7 +62,7 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
     ended = Conclusion(
         images={source.name: len(source.store.names) for source in run.stream.sources},
         parameters=sum(parameter.numel() for parameter in run.trainables.values()),
-        pairs=len(run.trainables) // 2,
+        pairs=len(list(tuned_layers(run.accelerator.unwrap_model(run.model)))),
         eval_seconds=run.eval_seconds,
         ended_early=run.ended_early,
         expected=resume.UNCHECKED,
@@ -91,8 +93,9 @@ def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:
 
 
 def publish(context: RunContext, folder: RunFolder) -> None:
-    """Write the report of a run whose summary is there, and upload if asked to."""
+    """Write the report of a run whose summary is there, send it to the trackers, and upload if asked to."""
     write_report(folder.path)
+    trackers.report(context, folder)
     if context.config.train.push_to_hub:
         push_to_hub(context.config, folder)
 
@@ -172,7 +175,8 @@ def _expected_output(context: RunContext, run: Run) -> parity.ExpectedOutput | s
     except (UserError, RuntimeError) as error:
         return f"the check could not be made: {error}"
     image = run.folder.samples / sample["file"]
-    return parity.ExpectedOutput(run.folder.path, sample, image, call, context.shown)
+    pairs = registry.load("adapters", run.config.lora.adapter).PAIRS
+    return parity.ExpectedOutput(run.folder.path, sample, image, call, context.shown, stock_loader=pairs)
 
 
 def _parity(context: RunContext, expected: parity.ExpectedOutput | str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from dreamlora import registry
 from dreamlora.credentials import masked_options
 from dreamlora.data.images import ImageRecord
 from dreamlora.lora.metadata import DATE, IMPLEMENTATION, now
@@ -74,13 +75,15 @@ def _kohya(context: RunContext, names: ModelNames, pictures: Sequence[ImageRecor
     lora, optim, train, data = config.lora, config.optim, config.train, config.data
     processes = context.accelerator.num_processes
     batch = train.train_batch_size or 1
+    pairs = registry.load("adapters", lora.adapter).PAIRS
     return {
         "ss_output_name": _name(context),
         "ss_base_model_version": names.base_version,
         "ss_sd_model_name": context.source.model_id,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if pairs else "lycoris.kohya",
+        "ss_network_args": None if pairs else {"algo": lora.adapter},
         "ss_network_dim": lora.rank,
-        "ss_network_alpha": float(lora.lora_alpha or lora.rank),
+        "ss_network_alpha": lora.rank * lora.scale(lora.rank, lora.lora_alpha or lora.rank),
         "ss_network_dropout": lora.lora_dropout,
         "ss_resolution": f"({data.resolution}, {data.resolution})",
         "ss_num_train_images": len(pictures),
@@ -114,6 +117,7 @@ def _own(context: RunContext) -> dict[str, Any]:
             "dreamlora.base_model": context.source.model_id,
             "dreamlora.optimizer": optim.optimizer,
             "dreamlora.optimizer_args": list(optim.optimizer_args),
+            "dreamlora.adapter": lora.adapter,
             "dreamlora.init": lora.init,
         }
     )

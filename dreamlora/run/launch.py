@@ -10,11 +10,11 @@ import os
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
 
 from dreamlora.config import RunConfig
 from dreamlora.errors import UserError
+from dreamlora.run.trackers import check_tracker
 
 STRATEGIES = {
     "ACCELERATE_USE_FSDP": ("FSDP", "--use_fsdp"),
@@ -36,16 +36,13 @@ def accelerator_of(config: RunConfig) -> Accelerator:
     """
     _check_strategy()
     _check_training(config)
-    tracker = config.train.report_to
-    known = [str(kind) for kind in get_available_trackers()]
-    if tracker not in (None, "all", *known):
-        raise UserError(f"--report_to {tracker}: no tracker that is installed. Installed: {', '.join(known) or 'none'}")
+    check_tracker(config)
     try:
         accelerator = Accelerator(
             mixed_precision=config.model.mixed_precision,
             # The loop weighs its micro-batches itself; a number from accelerate's own settings would divide twice.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            log_with=tracker,
+            log_with=config.train.report_to,
             project_config=ProjectConfiguration(logging_dir=str(config.train.logging_dir)),
         )
     except ValueError as error:

@@ -20,7 +20,7 @@ from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import main_first, tell_everyone
-from dreamlora.run import checks, defaults, resume, upload
+from dreamlora.run import checks, defaults, new_tokens, resume, upload
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import warn_of_cut_texts
 from dreamlora.run.images import RunImages, read_images
@@ -69,6 +69,7 @@ def begin(config: RunConfig) -> RunContext:
     if config.lora.training_adapter:
         context.training_adapter = _training_adapter(config)
     checks.require_layers(context)
+    new_tokens.require(context)
     return context
 
 
@@ -127,6 +128,7 @@ def read(context: RunContext, folder: RunFolder, options: Any) -> Prelude:
     how = Preparations.of(context.config.data, context.config.data.resolution or 0, context.config.train.seed)
     decided(context, lambda: checks.require_room(context, pictures.train, how))
     decided(context, lambda: warn_of_cut_texts(context, pictures))
+    decided(context, lambda: new_tokens.warn_of_use(context, pictures))
     epoch = epoch_length(pictures.train, context.config.data)
     counts = defaults.ImageCounts(epoch, len(pictures.measured), len(pictures.learned))
     context.config = defaults.by_length(context.config, counts, context.accelerator.num_processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dreamlora.config import RunConfig
+from dreamlora.config.adapting import check_adapter
 from dreamlora.data.dataset import list_images
 from dreamlora.data.hub import check_dataset
 from dreamlora.data.mask_files import list_masks
@@ -37,7 +38,7 @@ def check_inputs(config: RunConfig) -> None:
     """
     _check_places(config)
     check_model(config.model)
-    defaults.check_rank(config)
+    check_adapter(config)
     defaults.check_average(config)
     data = config.data
     subject = Subject.of(data.subject_prompt, data.class_prompt)

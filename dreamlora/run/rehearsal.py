@@ -18,7 +18,8 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Components, Conditioning, Role, View
 from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.pairs import tuned_layers
+from dreamlora.lora.targets import wanted_layers
 from dreamlora.models.building import without_weights
 from dreamlora.models.configs import in_one_line
 from dreamlora.models.footprint import META, Footprint, bytes_of
@@ -38,7 +39,7 @@ HOW = (
 
 
 class Trained(NamedTuple):
-    """The LoRA of one part: its layers and numbers, and the ranks and alphas that they have."""
+    """The adapter of one part: its layers and numbers, and the ranks and alphas that they were given."""
 
     part: str
     layers: int
@@ -89,9 +90,9 @@ class Rehearsal:
         """
         found = []
         for name, module in self._trainable.items():
-            layers = list(adapted_layers(module))
+            layers = list(tuned_layers(module))
             ranks = tuple(sorted({layer.rank for layer in layers}))
-            alphas = tuple(sorted({round(layer.scaling * layer.rank, 6) for layer in layers}))
+            alphas = tuple(sorted({round(layer.given, 6) for layer in layers}))
             numbers = sum(parameter.numel() for parameter in trainable_parameters(module).values())
             found.append(Trained(name, len(layers), numbers, ranks, alphas))
         return found
@@ -101,7 +102,7 @@ class Rehearsal:
         text, vae, denoiser = (self._held(role) for role in ("text", "vae", "denoiser"))
         config = self._context.config
         encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
-        kept = self._held("text", self._trainable) if config.lora.train_text_encoder else 0
+        kept = self._held("text", self._family.TEXT_ENCODERS) if config.encodes_in_training else 0
         images = Stage("encoding images", vae, *self._work(lambda: self._latents))
         lora = LORA_BYTES * sum(each.parameters for each in self.trained()) + self._adapter_bytes
         shown = vae if self._images else 0
@@ -151,19 +152,23 @@ class Rehearsal:
     def _trainable(self) -> dict[str, nn.Module]:
         """The parts that train, with their LoRA."""
         config, family = self._context.config, self._family
-        wanted = {family.DENOISER: config.lora.lora_layers or family.LORA_LAYERS}
+        wanted = {family.DENOISER: (config.lora, wanted_layers(config.lora, family))}
         if config.lora.train_text_encoder:
-            wanted |= {name: family.TEXT_LORA_LAYERS for name in family.TEXT_ENCODERS if name in self._modules}
-        for name, layers in wanted.items():
+            text = (config.lora.of_text_encoder, family.TEXT_LORA_LAYERS)
+            wanted |= {name: text for name in family.TEXT_ENCODERS if name in self._modules}
+        for name, (lora, layers) in wanted.items():
             module: Any = self._modules[name]
             dtype = next(module.parameters()).dtype
             with META:
-                add_lora(module, config.lora, layers)
+                add_lora(module, lora, layers, name)
             for parameter in trainable_parameters(module).values():
                 parameter.data = parameter.data.to(dtype)  # where autocast would, which meta tensors do not have
             if config.model.gradient_checkpointing:
-                text = name != family.DENOISER
-                (module.gradient_checkpointing_enable if text else module.enable_gradient_checkpointing)()
+                of_text = name != family.DENOISER
+                (module.gradient_checkpointing_enable if of_text else module.enable_gradient_checkpointing)()
+        for name in family.EMBEDDING_KEYS if config.tokens.new_tokens else ():
+            encoder: Any = self._modules[name]
+            encoder.enable_input_require_grads()  # embeddings of new tokens
         return {name: self._modules[name] for name in wanted}
 
     def _held(self, role: Role, only: Collection[str] | None = None) -> int:
@@ -227,7 +232,7 @@ class Rehearsal:
             raise UserError("the text encoder sees the image before the edit too, which is not gone through")
         with torch.no_grad():
             tokens = self._family.tokenize(self._parts["text"], [self._prompt], prompt_length(self._context))
-            if self._context.config.lora.train_text_encoder:
+            if self._context.config.encodes_in_training:
                 return self._family.encode_frozen(self._parts["text"], tokens)
             return self._family.encode_tokens(self._parts["text"], tokens)
 
@@ -272,7 +277,7 @@ class Rehearsal:
         """Forwards and backwards through one micro-batch."""
         config = self._context.config
         batch = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
-        text = self._parts["text"] if config.lora.train_text_encoder else None
+        text = self._parts["text"] if config.encodes_in_training else None
         model = Predictor(self._family, self._trainable[self._family.DENOISER], text, config.train.guidance_scale)
         prediction = model(*self._inputs(batch))
         torch.autograd.backward((prediction.float() ** 2).sum())
@@ -282,7 +287,7 @@ class Rehearsal:
         config, family = self._context.config, self._family
         negative = self._context.guidance(config.sample.negative_prompt).encoded_negative
         noisy, times, conditioning = self._inputs(images * (1 if negative is None else 2))
-        if config.lora.train_text_encoder:
+        if config.encodes_in_training:
             conditioning = family.encode_tokens(self._parts["text"], conditioning)
         family.predict(self._modules[family.DENOISER], noisy, times, conditioning, config.train.guidance_scale)
         self._autoencoder.decode(torch.empty(images, *self._decoded, device=META))

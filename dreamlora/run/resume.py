@@ -19,6 +19,7 @@ from dreamlora.training.state import Checkpoint
 FREE_ON_RESUME = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "latents_cache_dir"),
     *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir", "dataloader_num_workers"),
+    *("tracker_project_name", "tracker_run_name"),
     *("push_to_hub", "hub_token", "hub_model_id", "sample_batch_size", "num_validation_images", "validation_epochs"),
     *("sample_prompts", "train_batch_size", "gradient_accumulation_steps", "instance_data_dir", "validation_prompt"),
     *("pretrained_model_name_or_path", "revision", "pre_compute_text_embeddings", "num_train_epochs", "allow_pickle"),

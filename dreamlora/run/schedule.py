@@ -15,6 +15,7 @@ from dreamlora.callbacks.health import HealthCallback
 from dreamlora.callbacks.image_metrics import ImageMetricsCallback, Scenes
 from dreamlora.callbacks.log import LogCallback
 from dreamlora.callbacks.meet import MeetCallback
+from dreamlora.callbacks.new_tokens import NewTokensCallback
 from dreamlora.callbacks.raw import RawCallback
 from dreamlora.callbacks.sample import SampleCallback
 from dreamlora.data.stores import LatentStore
@@ -67,7 +68,10 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
     """
     config = context.config
     callback_list: list[Callback] = [LogCallback()]
-    if every := config.eval.eval_steps or config.sample.sample_steps:
+    every = config.eval.eval_steps or config.sample.sample_steps or 0
+    if run.new_tokens:
+        callback_list.append(NewTokensCallback(every, config.tokens.new_tokens_end))
+    if every:
         callback_list.append(HealthCallback(every))
     metric = EVAL_LOSS if pictures.held_out else EVAL_LOSS_TRAIN
     evaluate = None

@@ -5,50 +5,51 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers.optimization import get_scheduler
+from torch import nn
 
 from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.assistant import add_assistant
 from dreamlora.lora.inject import add_lora
-from dreamlora.optimizers import lora_param_groups
-from dreamlora.run import checks
+from dreamlora.lora.targets import wanted_layers
+from dreamlora.optimizers import group_without_pairs, lora_param_groups
+from dreamlora.run import checks, new_tokens
 from dreamlora.run.context import RunContext
 from dreamlora.training.loop import Predictor
 
 
 def with_lora(context: RunContext, components: Components, text: Components | None) -> Predictor:
-    """The denoiser (and the text encoders that train) with adapters, as one module."""
+    """The denoiser (and the text encoders that train) with adapters and new tokens, as one module."""
     config, family = context.config, context.family
     denoiser = components[family.DENOISER]
-    layers = config.lora.lora_layers or family.LORA_LAYERS
     assistant = checks.assistant_of(context, components)
-    add_lora(denoiser, config.lora, layers)
+    add_lora(denoiser, config.lora, wanted_layers(config.lora, family), family.DENOISER)
     if assistant:
         add_assistant(denoiser, family.DENOISER, assistant)
-    encoders = [text[name] for name in family.TEXT_ENCODERS] if text else []
-    for encoder in encoders:
-        add_lora(encoder, config.lora, family.TEXT_LORA_LAYERS)
+    encoders = {name: text[name] for name in family.TEXT_ENCODERS} if text else {}
+    for name, encoder in encoders.items() if config.lora.train_text_encoder else ():
+        add_lora(encoder, config.lora.of_text_encoder, family.TEXT_LORA_LAYERS, name)
     if config.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        for encoder in encoders:
+        for encoder in encoders.values():
             encoder.gradient_checkpointing_enable()
     if config.model.enable_xformers_memory_efficient_attention:
         try:
             denoiser.enable_xformers_memory_efficient_attention()
         except (ModuleNotFoundError, ValueError) as error:
             raise UserError(f"--enable_xformers_memory_efficient_attention: {error}") from error
-    return Predictor(family, denoiser, text, config.train.guidance_scale)
+    return Predictor(family, denoiser, text, config.train.guidance_scale, context.new_tokens)
 
 
 def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
     """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
-    optim = context.config.optim
-    groups = lora_param_groups(model.denoiser, lr=optim.learning_rate, weight_decay=optim.adam_weight_decay)
-    if len(model.encoders):
-        groups += lora_param_groups(
-            list(model.encoders.values()), lr=optim.text_encoder_lr, weight_decay=optim.adam_weight_decay_text_encoder
-        )
+    optim, lora = context.config.optim, context.config.lora
+    groups = _groups(lora.adapter, [model.denoiser], optim.learning_rate, optim.adam_weight_decay)
+    if lora.train_text_encoder:
+        decay = optim.adam_weight_decay_text_encoder
+        groups += _groups(lora.adapter, list(model.encoders.values()), optim.text_encoder_lr, decay)
+    groups += new_tokens.param_group(context, model)
     optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
     lr_scheduler = get_scheduler(
         optim.lr_scheduler,
@@ -59,3 +60,11 @@ def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[A
         power=optim.lr_power,
     )
     return context.accelerator.prepare(optimizer), lr_scheduler
+
+
+def _groups(adapter: str, modules: list[nn.Module], lr: float | None, decay: float | None) -> list[dict[str, Any]]:
+    """Parameter groups of modules; magnitudes of a DoRA do not decay, as that would shrink the base model's weights."""
+    if not registry.load("adapters", adapter).PAIRS:
+        return group_without_pairs(modules, lr=lr, weight_decay=decay)
+    groups = lora_param_groups(modules, lr=lr, weight_decay=decay)
+    return [group if group["lora_pairs"] else {**group, "weight_decay": 0.0} for group in groups]

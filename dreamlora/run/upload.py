@@ -9,9 +9,11 @@ from pathlib import Path
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from dreamlora import registry
 from dreamlora.config import EMBEDDED_MODEL, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
+from dreamlora.lora.embeddings import file_of
 from dreamlora.models.local import local_file
 from dreamlora.reading import is_regular
 from dreamlora.runfolder import RunFolder
@@ -55,7 +57,7 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
         write_atomically(folder.path / CARD, card)
         api.create_commit(
             repository,
-            [CommitOperationAdd(CARD, card.encode()), *_made(folder)],
+            [CommitOperationAdd(CARD, card.encode()), *_made(config, folder)],
             commit_message="LoRA, samples and model card of a run of dreamlora",
         )
     except UserError:
@@ -67,9 +69,11 @@ def push_to_hub(config: RunConfig, folder: RunFolder) -> None:
         ) from error
 
 
-def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
+def _made(config: RunConfig, folder: RunFolder) -> Iterator[CommitOperationAdd]:
     """The files to upload, besides the card."""
-    for file in (folder.lora_file, folder.best / folder.lora_file.name, folder.selection_file):
+    loras = (folder.lora_file, folder.best / folder.lora_file.name)
+    embeddings = (file_of(place.parent, new.token) for place in loras for new in config.tokens.tokens)
+    for file in (*loras, *embeddings, folder.selection_file):
         if is_regular(file, folder.path):
             yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
     place = folder.samples.relative_to(folder.path)
@@ -85,17 +89,24 @@ def _made(folder: RunFolder) -> Iterator[CommitOperationAdd]:
 
 def _card(config: RunConfig, repository: str) -> str:
     """The model card; the base model is named if it is one of the hub: of a folder nobody else knows anything."""
+    kind = registry.load("adapters", config.lora.adapter).NAME
     card = load_or_create_model_card(
         repo_id_or_path=repository,
         token=config.train.hub_token,
         from_training=True,
         base_model=_hub_name(config.model.pretrained_model_name_or_path),
         prompt=config.data.subject_prompt,
-        model_description=f"A LoRA of rank {config.lora.rank}, trained by dreamlora.",
+        model_description=f"A {kind} of rank {config.lora.rank}, trained by dreamlora.{_tokens_told(config)}",
     )
     if getattr(card.data, "base_model", None):  # one that is there already may be from before this was so
         card.data.base_model = _hub_name(str(card.data.base_model))
     return str(populate_model_card(card, tags=["lora", "text-to-image", "diffusers"]))
+
+
+def _tokens_told(config: RunConfig) -> str:
+    """What a card says of new tokens."""
+    files = " and ".join(f"`{file_of(Path(), new.token)}` for `{new.token}`" for new in config.tokens.tokens)
+    return f" It needs the embeddings of its new tokens too: {files} in prompts." if files else ""
 
 
 def _hub_name(model: str) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from dreamlora.errors import UserError, WriteError
 from dreamlora.files import make_folder, replacing, write_atomically
 from dreamlora.jsonl import lines_of
+from dreamlora.lora.embeddings import files_beside
 from dreamlora.reading import is_regular, lies_inside, opened
 from dreamlora.runfolder import LORA_FILE, TRAINABLES_FILE, RunFolder
 from dreamlora.sampling.grid import MAX_REFERENCES
@@ -81,7 +82,8 @@ def _single_files(other: RunFolder) -> Iterator[Path]:
     yield from (other.metrics_file, other.eval_items_file, other.raw_items_file, other.final_items_file)
     yield from (other.reference_dir / f"{number:02d}.png" for number in range(MAX_REFERENCES))
     for step in other.candidate_steps():
-        yield from (other.candidate_dir(step) / name for name in (LORA_FILE, TRAINABLES_FILE))
+        place = other.candidate_dir(step)
+        yield from (place / LORA_FILE, place / TRAINABLES_FILE, *files_beside(place / LORA_FILE))
 
 
 def _size(file: Path, run: RunFolder) -> int:

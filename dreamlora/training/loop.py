@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from dreamlora.config import RunConfig
 from dreamlora.errors import DivergedError
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
 from dreamlora.interrupts import Interrupted, asked, deferred, heed
+from dreamlora.models.new_tokens import TokenEmbeddings
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
@@ -35,16 +36,25 @@ class Predictor(nn.Module):
     Args:
         family: the plug-in.
         denoiser: with LoRA.
-        text: the text components if a text encoder trains (batches then carry token ids), else None.
+        text: the text components if something in them trains (batches then carry token ids), else None.
         guidance_scale: embedded guidance, for models that have it.
+        new_tokens: their embeddings, by the text encoder that they are put into.
     """
 
-    def __init__(self, family: Family, denoiser: nn.Module, text: Components | None, guidance_scale: float) -> None:
+    def __init__(
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        text: Components | None,
+        guidance_scale: float,
+        new_tokens: Mapping[str, TokenEmbeddings] | None = None,
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.encoders = nn.ModuleDict(
             {name: text[name] for name in family.TEXT_ENCODERS if name in text} if text else {}
         )
+        self.new_tokens = nn.ModuleDict(new_tokens or {})
         self._family = family
         self._text = text
         self._guidance_scale = guidance_scale
@@ -62,7 +72,7 @@ class Run:
 
     Attributes:
         model: ``Predictor`` as accelerate prepared it.
-        trainables: LoRA parameters by name.
+        trainables: what trains, by name: LoRA parameters, embeddings of new tokens.
         components: pipeline parts in memory ("unet"/"transformer", "scheduler", text parts if they train).
         conditioning: captions, and what belongs to their images, to batched conditioning (or token ids, if the text
             encoder trains), on the CPU.
@@ -75,6 +85,7 @@ class Run:
         total_steps: where the run ends; ``end_here`` lowers it.
         average: of the trainables, which they hold whenever callbacks look; None: there is none.
         occasions: steps between two times, of each kind of work that takes long (measuring, drawing).
+        settle: follows on every update of the weights, as a part of it.
         keep: writes a checkpoint when a signal ends the run.
         fallback: step and state before the step that is under way, if what follows on it takes long: a signal need not
             wait for all that, and a resumed run makes the step once more.
@@ -110,11 +121,17 @@ class Run:
     eval_seconds: float = 0.0
     ended_early: str | None = None
     occasions: tuple[int, ...] = ()
+    settle: Callable[[], None] = lambda: None
     keep: Callable[[], None] = lambda: None
     fallback: tuple[int, bytes] | None = None
     amid: bool = False
     counted: dict[str, int] = field(default_factory=dict)
     stopping: int = 0
+
+    @property
+    def new_tokens(self) -> dict[str, TokenEmbeddings]:
+        """Embeddings of new tokens, by the text encoder that they are put into."""
+        return dict(self.accelerator.unwrap_model(self.model).new_tokens.items())
 
     def takes_long(self, step: int) -> bool:
         """Whether something that takes long follows on a step."""
@@ -323,6 +340,7 @@ def _update(run: Run, grad_norm: float, names: list[str]) -> None:
         _check_finite(run, "norm of the gradients", grad_norm, names)
     if finite:
         run.optimizer.optimizer.step()
+        run.settle()
         run.lr_scheduler.step()
         if run.average:
             run.average.update(run.lr_scheduler.last_epoch)

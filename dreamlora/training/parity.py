@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,14 @@ from torch import Tensor
 from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.interfaces import Conditioning
 from dreamlora.lora.assistant import switch
-from dreamlora.lora.pairs import adapted_layers
+from dreamlora.lora.embeddings import files_beside
+from dreamlora.lora.files import apply_lora
+from dreamlora.lora.pairs import tuned_layers
+from dreamlora.models.new_tokens import Vectors, by_token, load_embeddings, put_for_a_while
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
+from dreamlora.runfolder import LORA_FILE
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
 from dreamlora.sampling.shown import Shown
 from dreamlora.training.loop import Run
@@ -46,9 +50,10 @@ class Call:
         guidance_scale: embedded guidance, for models that have it.
         prompt_length: tokens that the prompt is cut to; None: the family's own.
         with_lora: prediction ``[1, C, h, w]`` float32.
-        without_lora: the base model's, in the same modules and precision.
+        without_lora: the base model's, in the same modules and precision; with new tokens as they were at first.
         rounded: ``with_lora`` once more, with every number of ``noisy`` moved by one unit of the precision, so that all
             that follows is rounded otherwise.
+        start: of the new tokens.
     """
 
     noisy: Tensor
@@ -59,6 +64,7 @@ class Call:
     with_lora: Tensor
     without_lora: Tensor
     rounded: Tensor
+    start: Vectors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,12 @@ class ExpectedOutput:
     """What the saved file must do again: what training showed of its last step.
 
     Attributes:
-        lora_folder: holds ``pytorch_lora_weights.safetensors``.
+        lora_folder: holds ``pytorch_lora_weights.safetensors``, and embeddings of new tokens.
         sample: a row of samples.jsonl, with the negative prompt.
         image_file: the image drawn while training.
         call: of the sample's prompt.
         shown: the image that the prompt edits; empty for models that do not edit.
+        stock_loader: whether diffusers' ``load_lora_weights`` knows this kind of adapters; else ``apply_lora`` loads.
     """
 
     lora_folder: Path
@@ -78,6 +85,7 @@ class ExpectedOutput:
     image_file: Path
     call: Call
     shown: Shown
+    stock_loader: bool = True
 
 
 @torch.no_grad()
@@ -104,9 +112,13 @@ def ask(run: Run, prompt: str, prompt_length: int | None) -> Call:
 
     signs = torch.randn(noisy.shape, generator=draws).sign()
     with_lora, rounded = answer(noisy), answer(noisy * (1 + signs * _precision(run)))
-    for adapted in adapted_layers(model):
-        adapted.layer.enable_adapters(False)
-    return Call(noisy, view, times, run.config.train.guidance_scale, prompt_length, with_lora, answer(noisy), rounded)
+    for tuned in tuned_layers(model):
+        tuned.layer.enable_adapters(False)
+    for part in run.new_tokens.values():
+        part.rows.copy_(part.start)
+    start = by_token({new.token: new.vectors for new in run.config.tokens.tokens}, run.new_tokens)
+    scale = run.config.train.guidance_scale
+    return Call(noisy, view, times, scale, prompt_length, with_lora, answer(noisy), rounded, start)
 
 
 def _precision(run: Run) -> float:
@@ -123,12 +135,20 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
         fresh: the untouched base model, not loaded yet.
         expected: what training showed.
 
+    Embeddings of new tokens are loaded by ``load_textual_inversion``.
+
     Returns:
-        Prompt, seed and step; the figures of ``compare_images``; and as ``call`` those of ``compare_calls``.
+        Prompt, seed and step; the figures of ``compare_images``; as ``call`` those of ``compare_calls``; and
+        ``loader``, if it is not diffusers'.
     """
     pipeline, sample = fresh.pipeline(), expected.sample
-    without_lora = _answer(fresh, expected)
-    pipeline.load_lora_weights(str(expected.lora_folder))
+    with put_for_a_while(fresh.get("text"), expected.call.start):
+        without_lora = _answer(fresh, expected)
+    load_embeddings(pipeline, files_beside(expected.lora_folder / LORA_FILE), fresh.family.EMBEDDING_KEYS)
+    if expected.stock_loader:
+        pipeline.load_lora_weights(str(expected.lora_folder))
+    else:
+        apply_lora(pipeline, expected.lora_folder)
     call = compare_calls(expected.call, _answer(fresh, expected), without_lora)
     seen = own_picture(expected.image_file)
     plan = SamplePlan(
@@ -142,7 +162,8 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
     )
     [drawn] = draw(pipeline, plan, _asked(fresh, expected))
     of_sample = {key: sample[key] for key in ("prompt", "seed", "step")}
-    return {**of_sample, **compare_images(seen, drawn.image), "call": call}
+    loader = {} if expected.stock_loader else {"loader": "dreamlora"}
+    return {**of_sample, **compare_images(seen, drawn.image), "call": call, **loader}
 
 
 def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:

@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
+from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
-from dreamlora.lora import saving
-from dreamlora.lora.pairs import restore_starts, starts_of
+from dreamlora.lora import embeddings, saving
+from dreamlora.lora.names import names_of
+from dreamlora.lora.pairs import bare, restore_starts, starts_of
+from dreamlora.models.new_tokens import by_token
 from dreamlora.reading import Schema, UnreadableError, read_json
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.adoption import adopt
@@ -95,10 +98,16 @@ def counts(run: Run) -> dict[str, int]:
 
 
 def save_lora(run: Run, folder: Path) -> Path:
-    """Write the LoRA as the stock pipeline loads it."""
+    """Write the adapter, and the embeddings of new tokens beside it: all but LoHa and LoKr as the stock pipeline loads
+    them.
+    """
     model = run.accelerator.unwrap_model(run.model)
+    counts_of = {new.token: new.vectors for new in run.config.tokens.tokens}
+    embeddings.write(folder, by_token(counts_of, run.new_tokens), run.family.EMBEDDING_KEYS)
     modules = {run.family.DENOISER: model.denoiser, **dict(model.encoders.items())}
-    return saving.save_lora(folder, modules, run.header(run.step))
+    pairs = registry.load("adapters", run.config.lora.adapter).PAIRS
+    names = None if pairs else names_of(run.family, dict(bare(model.denoiser).config))
+    return saving.save_lora(folder, modules, run.header(run.step), names)
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:

@@ -123,4 +123,5 @@ def test_a_type_that_no_word_can_stand_for_fails_at_once(annotation: Any) -> Non
 
 def test_groups_are_flattened_on_request() -> None:
     assert "rank" in options_of(RunConfig) and "rank" not in options_of(RunConfig, deep=False)
-    assert list(subgroups_of(RunConfig)) == ["model", "data", "lora", "optim", "train", "sample", "eval", "encoders"]
+    groups = ["model", "data", "lora", "tokens", "optim", "train", "sample", "eval", "encoders", "about"]
+    assert list(subgroups_of(RunConfig)) == groups

@@ -31,7 +31,7 @@ EDGES: dict[type, list[Any]] = {
     Path: [Path("a b/c"), Path("--x"), Path("None")],
 }
 NON_FINITE = ["nan", "inf", "-inf"]
-PLUG_INS = [(kind, name) for kind in ("optimizers", "inits") for name in registry.names(kind)]
+PLUG_INS = [(kind, name) for kind in ("adapters", "optimizers", "inits") for name in registry.names(kind)]
 
 
 def edges_of(option: Option) -> list[Any]:

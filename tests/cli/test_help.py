@@ -137,7 +137,7 @@ def test_lines_break_at_spaces_and_between_choices_alone(text: str, width: int, 
     assert wrapped(text, width) == lines
 
 
-@pytest.mark.parametrize("kind", ["optimizers", "inits"])
+@pytest.mark.parametrize("kind", ["adapters", "optimizers", "inits"])
 def test_settings_of_a_plug_in_are_listed_with_their_texts(kind: str) -> None:
     for name in registry.names(kind):
         options: Any = options_of(registry.load(kind, name).Options)

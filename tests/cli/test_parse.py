@@ -392,7 +392,7 @@ def test_what_fails_after_a_signal_to_all_processes_is_the_signal_s_doing(capsys
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind in ("optimizers", "inits") for name in registry.names(kind)]
+    ("kind", "name"), [(kind, name) for kind in ("adapters", "optimizers", "inits") for name in registry.names(kind)]
 )
 def test_every_optimizer_and_init_has_documented_settings(kind: str, name: str) -> None:
     options = method_options(kind, name, [], {})

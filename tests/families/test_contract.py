@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,8 +26,11 @@ from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.data.transforms import to_tensor
 from dreamlora.interfaces import PICTURE, Components, Conditioning, Family, ModelSource, View
 from dreamlora.lora.files import apply_lora
-from dreamlora.lora.inject import add_lora, target_layers, trainable_parameters
-from dreamlora.lora.saving import save_lora
+from dreamlora.lora.formats import FileContent, kohya
+from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.names import names_of
+from dreamlora.lora.saving import save_lora, weights_of
+from dreamlora.lora.targets import layer_names, wanted_layers
 from dreamlora.models import loading, prompts
 from dreamlora.models.tokenizer import PROCESSORS
 from dreamlora.objectives import squared_errors
@@ -402,15 +405,25 @@ def test_saved_lora_gives_equal_images_in_a_stock_pipeline(case, parts, tmp_path
     assert (found - base).abs().max() > 1e-3
 
 
-def test_rslora_keeps_its_scale_in_a_stock_pipeline(case, parts, tmp_path):
-    """Its alpha / sqrt(rank) is not to be seen in the tensors."""
-    layers = target_layers(parts[case.family.DENOISER], case.family.LORA_LAYERS)
-    parts[case.family.DENOISER].add_adapter(LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=layers))
-    for parameter in trainable_parameters(parts[case.family.DENOISER]).values():
-        torch.nn.init.normal_(parameter, std=0.3)
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(lora_alpha=3.0, use_rslora=True),  # its alpha / sqrt(rank) is not to be seen in the tensors
+        Lora(lora_alpha=3.0, adapter="dora"),
+        Lora(rank_pattern=("to_q", "2", "to_v", "6"), alpha_pattern=("to_k", "9", "to_q", "1")),
+    ],
+    ids=["rslora", "dora", "patterns"],
+)
+def test_scales_and_magnitudes_are_kept_in_a_stock_pipeline(case, parts, tmp_path, lora):
+    denoiser = parts[case.family.DENOISER]
+    add_lora(denoiser, lora, wanted_layers(lora, case.family), case.family.DENOISER)
+    draw = torch.Generator().manual_seed(2)
+    for parameter in trainable_parameters(denoiser).values():
+        parameter.data += torch.randn(parameter.shape, generator=draw) * 0.3
+    denoiser.eval()
     expected = call(case, case.family.pipeline(parts), as_prompts(case, PROMPTS))
     stock = fresh_stock(case)
-    stock.load_lora_weights(save_lora(tmp_path, {case.family.DENOISER: parts[case.family.DENOISER]}).parent)
+    stock.load_lora_weights(save_lora(tmp_path, {case.family.DENOISER: denoiser}).parent)
     torch.testing.assert_close(call(case, stock, as_prompts(case, PROMPTS)), expected, rtol=0, atol=1e-5)
 
 
@@ -533,3 +546,33 @@ def test_weights_of_older_transformers_load_with_their_names(case, tmp_path):
     new, other = (case.family.load(one, "text", torch.float32) for one in (case.source, source))
     first, second = (encoded(case, text, PROMPTS) for text in (new, other))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_presets_of_layers_are_some_of_all_linear_layers_and_convolutions(case):
+    denoiser = case.parts[case.family.DENOISER]
+    attn, both, every = (
+        set(layer_names(denoiser, wanted_layers(Lora(lora_layers=(name,)), case.family)))
+        for name in ("attn", "attn-mlp", "all")
+    )
+    assert attn < both <= every
+    assert any("to_q" in name or "qkv" in name for name in attn)
+    assert not any(word in name for name in both for word in ("norm", "mod.", "embed", "adaLN"))
+
+
+@pytest.mark.parametrize("adapter", ["loha", "lokr"])
+def test_loha_and_lokr_come_back_from_their_files(case, parts, tmp_path, adapter):
+    """Where the original code has one layer of several, or of swapped halves, too."""
+    if registry.name_of(case.family) not in registry.names("families.layers"):
+        pytest.skip("what other programs call its layers is not known")
+    denoiser, lora = parts[case.family.DENOISER], Lora(adapter=adapter, rank=2, lora_alpha=3.0)
+    add_lora(denoiser, lora, wanted_layers(replace(lora, lora_layers=("attn-mlp",)), case.family))
+    draw = torch.Generator().manual_seed(2)
+    for parameter in trainable_parameters(denoiser).values():
+        parameter.data += torch.randn(parameter.shape, generator=draw) * 0.3
+    modules, names = {case.family.DENOISER: denoiser}, names_of(case.family, dict(denoiser.config))
+    again = kohya.read(FileContent(load_file(save_lora(tmp_path, modules, names=names)), {}), names)
+    [saved], [read] = weights_of(modules).values(), again.values()
+    assert saved.keys() == read.keys()
+    for name, layer in saved.items():
+        delta = layer.delta()
+        torch.testing.assert_close(read[name].delta().reshape(delta.shape), delta, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,8 @@ from transformers import CLIPTextModel
 
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
-from dreamlora.lora.inject import add_lora, target_layers, trainable_parameters
+from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.targets import target_layers
 
 
 @pytest.fixture
@@ -98,3 +99,10 @@ def test_unknown_layer_names_some_that_exist(unet):
         target_layers(unet, ["norm1"])
     with pytest.raises(UserError, match="'o_q'"):
         target_layers(unet, ["o_q"])
+
+
+def test_convolutions_in_groups_have_no_dora(unet):
+    unet.mid_block.resnets[0].conv1 = torch.nn.Conv2d(8, 8, 3, groups=4)
+    with pytest.raises(UserError, match=r"--adapter dora: mid_block\.resnets\.0\.conv1 is a convolution in groups"):
+        add_lora(unet, Lora(adapter="dora"), ["all"])
+    add_lora(unet, Lora(adapter="lokr"), ["all"])

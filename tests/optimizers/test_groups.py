@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from dreamlora.optimizers import ScaledAdamW, check_compatibility, find_lora_pairs, lora_param_groups
-from dreamlora.optimizers._groups import plain_groups
+from dreamlora.optimizers import (
+    ScaledAdamW,
+    check_compatibility,
+    find_lora_pairs,
+    group_without_pairs,
+    lora_param_groups,
+)
+from dreamlora.optimizers._groups import plain_groups, with_fallback_lr
 
 peft = pytest.importorskip("peft")
 
@@ -202,3 +208,35 @@ def test_a_real_network_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_group_without_pairs_may_keep_its_rate():
+    group = {"params": [], "lora_pairs": False, "lr": 0.5}
+    groups = [
+        {"params": [], "lora_pairs": True, "lr": 2.0},
+        group,
+        {**group, "own_lr": True},
+        {**group, "own_lr": False},
+    ]
+    assert [each["lr"] for each in with_fallback_lr(groups, 1e-4)] == [2.0, 1e-4, 0.5, 1e-4]
+    assert "own_lr" not in plain_groups(groups, 1.0)[2]
+
+
+@pytest.mark.parametrize("config", [peft.LoHaConfig, peft.LoKrConfig])
+def test_adapters_without_pairs_are_one_group(config):
+    net = Net()
+    with pytest.raises(ValueError, match="nothing requires gradients"):
+        group_without_pairs(net.requires_grad_(False))
+    peft.inject_adapter_in_model(config(r=2, target_modules=["conv", "down"]), net)
+    with pytest.raises(ValueError, match="found no LoRA pair"):
+        lora_param_groups(net)
+    [group] = group_without_pairs([net], lr=0.5)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert dict(zip(group["names"], group["params"], strict=True)) == trained
+    assert (group["lora_pairs"], group["lr"], "weight_decay" in group) == (False, 0.5, False)
+
+
+def test_magnitudes_of_a_dora_are_no_part_of_its_pairs():
+    pairs, rest = lora_param_groups(adapted(use_dora=True), lr=0.5)
+    assert all(name.endswith("lora_magnitude_vector.default.weight") for name in rest["names"])
+    assert 2 * len(rest["params"]) == len(pairs["params"]) and rest["lr"] == 0.5

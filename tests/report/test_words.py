@@ -45,9 +45,19 @@ def test_an_unfinished_run_is_told_as_such(make_run: Callable[..., RunFolder]) -
     assert headline_of(make_run(summary=None), [0.5, 0.4]).endswith("(−20.0 %) so far.")
 
 
+TOKENS = {"tokens/norm": 1.2, "tokens/change": 0.5}
+
+
 def test_health_says_only_what_was_logged(make_run: Callable[..., RunFolder]) -> None:
     folder = make_run()
     assert "Balance of A and B: 0.20 (1: equal" in (words.health(RunFacts(folder)) or "")
+    rows = [{"v": 1, "step": 0, "name": name, "value": value} for name, value in TOKENS.items()]
+    with folder.metrics_file.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    told = (
+        "The embeddings of new tokens are 1.2 times as long as the model's own, and have moved by 0.5 of that length."
+    )
+    assert (words.health(RunFacts(folder)) or "").endswith(told)
     folder.metrics_file.write_text('{"v": 1, "step": 0, "name": "lora/dw_norm", "value": 0.0}\n', encoding="utf-8")
     assert words.health(RunFacts(folder)) == "The LoRA has moved the weights by ‖ΔW‖ = 0."
     folder.metrics_file.write_text("", encoding="utf-8")

@@ -15,7 +15,7 @@ from diffusers.utils import hub_utils
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from dreamlora.config import EMBEDDED_MODEL, RunConfig
+from dreamlora.config import EMBEDDED_MODEL, NewTokens, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.run import upload
 from dreamlora.run.upload import check_hub, push_to_hub
@@ -94,6 +94,15 @@ def test_what_the_run_made_is_uploaded_and_nothing_else(run: RunFolder, hub: Hub
     push_to_hub(config(), run)
     assert set(hub.sent) == MADE and hub.sent[f"samples/{NAME}"] == b"picture"
     assert str(run.path.parent).encode() not in b"".join(hub.sent.values())
+
+
+def test_embeddings_of_new_tokens_are_and_the_card_tells_of_them(run: RunFolder, hub: Hub) -> None:
+    mine = {f"{place}embeddings/{name}.safetensors" for place in ("", "best/") for name in ("sks", "style")}
+    for name in (*mine, "embeddings/stray.safetensors"):
+        write(run.path / name, b"rows")
+    push_to_hub(replace(config(), tokens=NewTokens(new_tokens=("sks=dog", "<style>"))), run)
+    assert set(hub.sent) == MADE | mine
+    assert "`embeddings/style.safetensors` for `<style>`" in hub.sent["README.md"].decode()
 
 
 @pytest.mark.parametrize("name", sorted(MADE - {"README.md", "samples/samples.jsonl"}))

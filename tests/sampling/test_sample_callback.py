@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import ExifTags, Image
 
 from dreamlora.callbacks.sample import SampleCallback
+from dreamlora.callbacks.trackers import Beginning, RunTracker, Shown
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
 from dreamlora.interfaces import StepResult
@@ -177,16 +178,24 @@ def test_keeps_small_copies_of_the_training_images(tmp_path: Path, pipeline: Sta
         assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_images_go_to_trackers_that_take_them(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
-    logged: list[Any] = []
-    run = FakeRun(tmp_path, pipeline)
-    run.accelerator.trackers = [
-        SimpleNamespace(log_images=lambda values, step: logged.append((step, values))),
-        SimpleNamespace(),
-    ]
+class Recording(RunTracker):
+    """Keeps what it is shown."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("aim", Beginning("p", "r", "0" * 8, folder), pytest.fail)
+        self.shown: list[tuple[int, list[tuple[str, str]], Any]] = []
+
+    def log_samples(self, samples: Sequence[Shown], grid: Image.Image | None, step: int) -> None:
+        self.shown.append((step, [(one.name, one.caption) for one in samples], grid))
+
+
+def test_images_go_to_trackers(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    run, tracker = FakeRun(tmp_path, pipeline), Recording(tmp_path)
+    run.accelerator.trackers = [tracker]
     go(SampleCallback(PLAN, 5), run, 0)
     run.accelerator.trackers = []
-    assert [(step, list(values)) for step, values in logged] == [
-        (0, [f"samples/{PLAN.file_name(item).removesuffix('.png')}"]) for item in PLAN.items()
-    ]
-    assert {pixels.shape for _, values in logged for pixels in values.values()} == {(1, 16, 16, 3)}
+    [(step, samples, grid)] = tracker.shown
+    named = [(PLAN.file_name(item).removesuffix(".png"), item.prompt) for item in PLAN.items()]
+    assert (step, samples) == (0, named)
+    with Image.open(run.folder.grid_file) as image:
+        assert grid.tobytes() == image.convert("RGB").tobytes()

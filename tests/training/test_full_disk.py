@@ -27,7 +27,7 @@ from dreamlora.training import state
 from tests.limits import file_size_limit
 from tests.training.conftest import flags_of, train_with
 
-_VARIES = re.compile(r"[0-9a-f]*\d[0-9a-f]*|(?<=^cache/)[0-9a-f]{2}(?=/)")
+_VARIES = re.compile(r"[0-9a-f]*\d[0-9a-f]*|(?<=\.)[0-9a-f]{8}(?=\.tmp)|(?<=^cache/)[0-9a-f]{2}(?=/)")
 STORES = ("cache", "class_images")
 _watching: list[Callable[[Path], None]] = []
 _installed: list[bool] = []

@@ -129,6 +129,16 @@ def test_two_processes_share_the_probing_of_lora_ga(
             assert torch.allclose(tensor, starts[1][name][factor], atol=1e-3 * float(tensor.abs().max())), name
 
 
+@pytest.mark.parametrize("adapter", ["dora", "lokr"])
+def test_two_processes_train_other_kinds_of_adapters_alike(
+    adapter: str, flags: list[str], train: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    more = ["--adapter", adapter, "--max_train_steps", "2", *QUICK.split()]
+    one = train(*more, "--output_dir", str(tmp_path / "one"))
+    train_forked([*flags, *more])
+    assert_same_weights(one, RunFolder(tmp_path / "run"))
+
+
 @pytest.fixture
 def two_sizes(tmp_path: Path) -> Path:
     """Five wide pictures and three high ones: of the steps of four, one mixes the sizes in one process alone."""

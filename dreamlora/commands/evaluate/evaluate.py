@@ -266,7 +266,9 @@ def _draw(
     plan = plan_for(config, settings, under_test.sample_defaults, prompts_of(config, run))
     plan = with_shown(plan, config, run, edits=under_test.edits, must=under_test.must_edit)
     under_test.warn_of_cut(plan.prompts)
-    sheets = [_sheet(evaluation.output, row, plan, under_test.made_of) for row in rows]
+    sheets = [
+        _sheet(evaluation.output, row, plan, under_test.made_of | under_test.tokens[row.label].made_of) for row in rows
+    ]
     broken = _draw_missing(evaluation.state, under_test, sheets)
     galleries = {
         row.label: _gallery(evaluation, sheet, sheets[0], broken) for row, sheet in zip(rows, sheets, strict=True)

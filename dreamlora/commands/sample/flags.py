@@ -16,6 +16,9 @@ class SampleConfig:
 
     lora: tuple[Path, ...]
     """LoRA files, folders with one, or run folders; the flag's name may be left out."""
+    embeddings: tuple[Path, ...] = ()
+    """Embeddings of new tokens to load besides (.safetensors), for all rows. Those that a run has trained with its LoRA
+    lie beside it and need no flag."""
     trust_runs: bool = False
     """The runs are your own: open the models, photos and prompt files that their config.yaml names outside their
     folders. Without it these must be named by flags here, for a stranger's run could name any file."""

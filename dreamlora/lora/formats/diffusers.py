@@ -12,6 +12,7 @@ from torch import Tensor
 from dreamlora.lora.formats import FileContent
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.settings import METADATA_KEY
+from dreamlora.lora.targets import patterns
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -44,7 +45,8 @@ def write(weights: AdapterWeights, model: ModelNames | None = None) -> FileConte
             tensors[f"{component}.{name}.lora_A.weight"] = adapter.down
             tensors[f"{component}.{name}.lora_B.weight"] = adapter.up
             if adapter.magnitude is not None:
-                tensors[f"{component}.{name}.lora_magnitude_vector"] = adapter.magnitude
+                # PEFT's own name has no "weight", and transformers' loader passes over it
+                tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = _lengths(adapter.magnitude, adapter)
         settings |= {f"{component}.{key}": value for key, value in _settings(adapters).items()}
     return FileContent(tensors, {METADATA_KEY: json.dumps(settings, sort_keys=True)})
 
@@ -53,16 +55,19 @@ def _named(component: str, layer: str) -> str:
     return CLIP_MODEL + layer if component.startswith("text_encoder") and layer != "text_projection" else layer
 
 
+def _lengths(magnitude: Tensor, adapter: LayerWeights) -> Tensor:
+    """In PEFT's shape: ``(m,)``, of convolutions ``(1, m, 1, 1)``."""
+    return magnitude.reshape(1, -1, *(1 for _ in adapter.down.shape[2:])) if adapter.down.ndim > 2 else magnitude
+
+
 def _settings(adapters: Mapping[str, LayerWeights]) -> dict[str, Any]:
     """PEFT's settings of a component that say what its tensors do not, or that diffusers' loader looks for."""
     pairs = Counter((len(adapter.down), adapter.alpha) for adapter in adapters.values())
     (rank, alpha), _ = pairs.most_common(1)[0]
     settings: dict[str, Any] = {"r": rank, "lora_alpha": _whole(alpha), "target_modules": sorted(adapters)}
-    ranks = {name: len(adapter.down) for name, adapter in adapters.items() if len(adapter.down) != rank}
-    alphas = {name: _whole(adapter.alpha) for name, adapter in adapters.items() if adapter.alpha != alpha}
-    if ranks:
+    if ranks := patterns({name: len(adapter.down) for name, adapter in adapters.items()}, rank):
         settings["rank_pattern"] = ranks
-    if alphas:
+    if alphas := patterns({name: _whole(adapter.alpha) for name, adapter in adapters.items()}, _whole(alpha)):
         settings["alpha_pattern"] = alphas
     if any(adapter.magnitude is not None for adapter in adapters.values()):
         settings["use_dora"] = True

@@ -1,7 +1,8 @@
 """kohya's files (sd-scripts, musubi-tuner; LyCORIS and OneTrainer alike): "lora_unet_" and a name without points.
 
-The denoiser's names are ``ModelNames.kohya``'s. LoHas and LoKrs of layers that are one there are written as LyCORIS
-writes those of diffusers' models: "lycoris_" and diffusers' names, which ComfyUI reads too.
+The denoiser's names are ``ModelNames.kohya``'s. LoKrs of layers that are one there, and LoHas and LoKrs of models that
+kohya's programs do not have, are written as LyCORIS writes those of diffusers' models: "lycoris_" and diffusers' names,
+which ComfyUI reads too.
 
 Source: kohya's ``networks/lora.py``; LyCORIS' ``wrapper.py`` (LYCORIS_PREFIX); OneTrainer's "lora_transformer_" as in
 ComfyUI's ``comfy/lora.py``.
@@ -65,7 +66,7 @@ def write(weights: AdapterWeights, model: ModelNames) -> FileContent:
     Raises:
         ValueError: see there.
     """
-    if model.kohya is None:
+    if model.kohya is None and any(each.kind == "lora" for layers in weights.values() for each in layers.values()):
         raise ValueError("no program of kohya's, and none that reads such files, has this model")
     named: dict[str, LayerWeights] = {}
     for component, adapters in weights.items():
@@ -88,6 +89,8 @@ def _of_one_alpha(named: Mapping[str, LayerWeights]) -> dict[str, LayerWeights]:
 
 
 def _denoiser_names(adapters: Mapping[str, LayerWeights], model: ModelNames) -> dict[str, LayerWeights]:
+    if model.kohya is None:
+        return {_LYCORIS + flat(layer): adapter for layer, adapter in adapters.items()}
     if model.kohya == "diffusers":
         return {_DENOISER + flat(layer): adapter for layer, adapter in adapters.items()}
     apart = {layer: adapter for layer, adapter in adapters.items() if adapter.kind == "lokr"}

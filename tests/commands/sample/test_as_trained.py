@@ -27,6 +27,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "sd in bf16": ("sd", [*SD, "--mixed_precision", "bf16"]),
     "sd in bf16 with a text encoder": ("sd", [*SD, "--mixed_precision", "bf16", "--train_text_encoder"]),
     "sd in bf16 with another start": ("sd", [*SD, "--mixed_precision", "bf16", "--init", "olora"]),
+    "sd with new tokens": ("sd", [*SD, "--new_tokens", "sks:2=d,o"]),
+    "sd in bf16 with new tokens": ("sd", [*SD, "--mixed_precision", "bf16", "--new_tokens", "sks:2", "--seed", "3"]),
+    "flux with new tokens and a text encoder": ("flux", ["--new_tokens", "sks=d", "--train_text_encoder"]),
     "flux": ("flux", ["--guidance_scale", "2", "--max_sequence_length", "20"]),
     "flux in bf16": ("flux", ["--max_sequence_length", "20", "--mixed_precision", "bf16"]),
 }
