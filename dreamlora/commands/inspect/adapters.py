@@ -14,7 +14,7 @@ import numpy as np
 from dreamlora.commands.inspect.measures import DeltaSize, Measure
 from dreamlora.commands.inspect.tensors import Array, TensorFile
 from dreamlora.errors import UserError
-from dreamlora.lora.recognise import FileLayer
+from dreamlora.lora.file_layers import FileLayer
 from dreamlora.lora.settings import METADATA_KEY, Settings, settings_of
 
 _PEFT_ALPHA = 8

@@ -14,20 +14,16 @@ from dreamlora.commands.inspect.adapters import Alphas, LayerFacts, facts_of
 from dreamlora.commands.inspect.source import file_of
 from dreamlora.commands.inspect.tensors import Digests, TensorFile, tensor_file
 from dreamlora.errors import UserError
+from dreamlora.lora.file_layers import FileLayer, adapter_layers, holds_embeddings, parts_of_model, weight_layers
 from dreamlora.lora.recognise import (
     Candidate,
-    FileLayer,
     Guess,
-    adapter_layers,
     format_of,
     guess_family,
-    holds_embeddings,
     is_known_text_layer,
     model_of,
     models_of_embeddings,
-    parts_of_model,
     place_of,
-    weight_layers,
 )
 
 SCHEMA = 1

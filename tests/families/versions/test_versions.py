@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from dreamlora import registry
+from dreamlora.lora.file_layers import FileLayer, Shape, adapter_layers
 from dreamlora.lora.names import ModelNames, flat
-from dreamlora.lora.recognise import FileLayer, Shape, Version, adapter_layers, format_of, guess_family, versions_of
+from dreamlora.lora.recognise import Version, format_of, guess_family, versions_of
 from dreamlora.lora.recognise import model_of as names_of
 
 _XL = {
