@@ -149,6 +149,13 @@ def resize(argv: Sequence[str]) -> None:
     command.main(argv)
 
 
+def inspect(argv: Sequence[str]) -> None:
+    """Say what a LoRA or another .safetensors file is."""
+    from dreamlora.commands.inspect import command
+
+    command.main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "dreambooth": dreambooth,
     "text-to-image": text_to_image,
@@ -161,6 +168,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "merge": merge,
     "extract": extract,
     "resize": resize,
+    "inspect": inspect,
 }
 
 

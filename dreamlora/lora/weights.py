@@ -13,12 +13,12 @@ from typing import Literal, Self, TypeAlias
 import torch
 from torch import Tensor
 
+from dreamlora.lora.part_names import LOHA as LOHA
+from dreamlora.lora.part_names import LOKR as LOKR
+
 Kind = Literal["lora", "loha", "lokr"]
 
-LORA = ("lora_A", "lora_B")
-LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR_ROWS = (("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a"))
-LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 
 @dataclass(frozen=True)
