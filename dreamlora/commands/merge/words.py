@@ -9,7 +9,7 @@ from dreamlora.commands.kept_layers import table_of
 from dreamlora.commands.lora_files import megabytes
 from dreamlora.escapes import one_line
 
-_WORTH_TELLING = 1e-3
+_WORTH_TELLING, _MUCH = 1e-3, 0.1
 _KINDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
@@ -24,7 +24,11 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
         layers = ", ".join(f"{count} layers of the {part}" for part, count in lora["layers"].items())
         yield one_line(f"{lora['name']} x {lora['strength']:g} ({kinds}): {layers}")
     if found["rounding_error"] > _WORTH_TELLING:
-        yield f"rounded to the model's precision: an error of {found['rounding_error']:.1%} of what the LoRAs change"
+        advice = ": --dtype fp32 keeps it all" if found["rounding_error"] > _MUCH else ""
+        yield (
+            f"rounded to the model's precision: an error of {found['rounding_error']:.1%} of what the LoRAs change"
+            f"{advice}"
+        )
     precisions = ", ".join(f"{part} {kind}" for part, kind in found["precision"].items())
     yield one_line(f"{found['output']}: {found['base']} with {_sum(found)} ({precisions})")
 
