@@ -87,6 +87,13 @@ def evaluate(argv: Sequence[str]) -> None:
     command.main(argv)
 
 
+def export(argv: Sequence[str]) -> None:
+    """Write a LoRA as another program reads it."""
+    from dreamlora.commands.export import command
+
+    command.main(argv)
+
+
 def report(argv: Sequence[str]) -> None:
     """Write report.html and report.md of a run or comparison anew, or show them live."""
     config = parse(ReportConfig, argv, Program("dreamlora report", positional="run"))
@@ -133,6 +140,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "text-to-image": text_to_image,
     "sample": sample,
     "evaluate": evaluate,
+    "export": export,
     "report": report,
     "compare": compare,
     "doctor": doctor,

@@ -111,3 +111,12 @@ def comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def short(name: str) -> str:
     """An image metric's name without what all of them begin with."""
     return name.removeprefix(_IMAGE)
+
+
+def name_of_step_0(init_lora: str | None) -> str:
+    """What a run measures and draws before its first step.
+
+    Args:
+        init_lora: the option.
+    """
+    return "start" if init_lora else "base model"

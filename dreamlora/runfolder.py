@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from dreamlora import schemas
+from dreamlora import registry, schemas
 from dreamlora.cli.saved import saved_options
 from dreamlora.errors import UserError, WriteError, numbers
 from dreamlora.files import check_links_to, remove, remove_leftovers, write_atomically
@@ -266,7 +266,18 @@ class RunFolder:
 
     def entries(self) -> list[Path]:
         """All files and folders that a run may write here."""
-        return [entry for entry in vars(self).values() if isinstance(entry, Path) and entry != self.path]
+        named = [entry for entry in vars(self).values() if isinstance(entry, Path) and entry != self.path]
+        return named + [self.exported(form) for form in registry.names("lora.formats")]
+
+    def exported(self, form: str, place: Path | None = None) -> Path:
+        """The LoRA in another program's format: ``<name of the run>_kohya.safetensors``; of PEFT's a folder.
+
+        Args:
+            form: the format.
+            place: folder of the LoRA; None: the run's own.
+        """
+        end = "" if form == "peft" else ".safetensors"
+        return (place or self.path) / f"{self.path.resolve().name}_{form}{end}"
 
     def refuse_links_out(self) -> None:
         """Nothing, if all that a run writes lies in its folder: what lies elsewhere is read by no report, and by no

@@ -136,6 +136,7 @@ class BaseModelFile(TypedDict):
     id: NotRequired[Name]
     revision: NotRequired[Name | None]
     vae_revision: NotRequired[Name | None]
+    init_lora: NotRequired[Name | None]
 
 
 class NoEffect(TypedDict):

@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from dreamlora.cli.foreign import ELSEWHERE, UNNEEDED
 from dreamlora.cli.parse import Program, parse, parse_run
 from dreamlora.commands.doctor import flags as doctor
 from dreamlora.commands.evaluate.flags import EvaluateConfig
+from dreamlora.commands.export.flags import ExportConfig
 from dreamlora.commands.inspect.flags import InspectConfig
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import RunConfig, programs
@@ -35,6 +37,7 @@ OURS = {
         RunConfig,
         programs.TextToImageConfig,
         EvaluateConfig,
+        ExportConfig,
         doctor.DoctorConfig,
         __main__.ReportConfig,
         CompareConfig,
@@ -57,6 +60,7 @@ SCRIPTS = {
     "benchmarks": ROOT / "benchmarks",
 }
 """Programs with flags of their own; they are looked for in the source."""
+WITH_LORA: dict[str, Any] = {"sample": SampleConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
 
 
 def name_of(file: Path) -> str:
@@ -139,9 +143,8 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         doctor.parse(flags)
     elif command == "inspect":
         parse(InspectConfig, flags, Program(positional="file"))
-    elif command in ("sample", "evaluate"):
-        config = SampleConfig if command == "sample" else EvaluateConfig
-        parse(config, flags, Program(positional="lora"))
+    elif command in WITH_LORA:
+        parse(WITH_LORA[command], flags, Program(positional="lora"))
     else:
         parse(__main__.ReportConfig, flags, Program(positional="run"))
 

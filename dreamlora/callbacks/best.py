@@ -13,6 +13,7 @@ from dreamlora.eval_loss.selection import Selection, candidates, select
 from dreamlora.files import remove, replacing, replacing_folder, write_atomically
 from dreamlora.interfaces import StepResult
 from dreamlora.lora.embeddings import file_of, files_beside
+from dreamlora.metric_names import name_of_step_0
 from dreamlora.reading import is_regular
 from dreamlora.runfolder import TRAINABLES_FILE
 from dreamlora.training import state
@@ -79,8 +80,8 @@ class BestCallback:
                 save_file(tensors, file)
 
     def _select(self, run: Run) -> None:
-        folder = run.folder
-        selection = select(self._losses, self._metric, self._vetoes(), self._lost)
+        folder, base = run.folder, name_of_step_0(run.config.lora.init_lora)
+        selection = select(self._losses, self._metric, self._vetoes(), self._lost, base)
         if selection is None:
             remove(folder.best)
             return

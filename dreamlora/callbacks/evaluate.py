@@ -6,11 +6,12 @@ import logging
 import time
 from collections.abc import Sequence
 
-from dreamlora.callbacks.weights import base_model
+from dreamlora.callbacks.weights import before_first_step
 from dreamlora.eval_loss.evalset import EvalSet, Measured, evaluate_loss
 from dreamlora.eval_loss.items import ItemLosses, values_of
 from dreamlora.eval_loss.selection import difference_text, stalled
 from dreamlora.interfaces import Conditioning, StepResult
+from dreamlora.metric_names import name_of_step_0
 from dreamlora.processes import tell_everyone
 from dreamlora.training.loop import Run, is_due
 
@@ -40,7 +41,7 @@ class EvaluateCallback:
         self._patience = patience
 
     def on_start(self, run: Run) -> None:
-        """Measure the base model, or take up the earlier measurements of a resumed run, if they are of these items."""
+        """Measure what the run begins with, or take up a resumed run's measurements, if they are of these items."""
         file = run.folder.eval_items_file
         if run.accelerator.is_main_process:
             self._items.save(run.folder.evalset_file)
@@ -48,7 +49,7 @@ class EvaluateCallback:
         main = run.accelerator.is_main_process
         known = tell_everyone(main and run.step > 0 and file.exists() and self.losses.take_up(file, until=run.step))
         if run.step and not tell_everyone(0 in self.losses):
-            with base_model(run):
+            with before_first_step(run):
                 self._measure(run, 0)
         if not known:
             self._measure(run, run.step)
@@ -87,7 +88,7 @@ class EvaluateCallback:
         stall = stalled(self.losses, self._patience or 0)
         if stall is None:
             return None
-        reference = f"that of step {stall.step}" if stall.step else "the base model's"
+        reference = f"that of step {stall.step}" if stall.step else f"the {name_of_step_0(run.config.lora.init_lora)}'s"
         now = f"{difference_text(stall.apart)} {'above' if stall.apart.mean > 0 else 'below'} it"
         return (
             f"Stopped early at step {run.step} of {run.total_steps}: {self._name} has not clearly fallen below "

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dreamlora.callbacks.trackers import Shown, trackers_of
-from dreamlora.callbacks.weights import base_model
+from dreamlora.callbacks.weights import before_first_step
 from dreamlora.data.images import ImageRecord
 from dreamlora.errors import UserError
 from dreamlora.files import replacing, write_atomically
@@ -74,7 +74,7 @@ class SampleCallback:
                     "before %d they stay empty",
                     run.step,
                 )
-            with base_model(run):
+            with before_first_step(run):
                 self._draw(run, 0)
         self._draw_if_due(run)
 

@@ -33,6 +33,15 @@ def base_model(run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def before_first_step(run: Run) -> Iterator[None]:
+    """The LoRA is what a resumed run has begun with: without effect, or that of ``--init_lora``."""
+    with base_model(run):
+        for name, value in run.begun_with.items():
+            run.trainables[name].data.copy_(value)
+        yield
+
+
+@contextlib.contextmanager
 def candidate(run: Run, step: int) -> Iterator[None]:
     """The LoRA is that of a step that was kept; afterwards it is as it was. The main process reads the file.
 

@@ -49,6 +49,8 @@ ELSEWHERE: dict[str, str] = {
     "batch_size": "use --train_batch_size",
     "model": "use --pretrained_model_name_or_path",
     "network_dim": "use --rank",
+    "network_weights": "use --init_lora",
+    "dim_from_weights": "leave it out: --init_lora takes ranks, alphas and layers from its file",
     "min_snr_gamma": "use --snr_gamma",
     "v_parameterization": "use --prediction_type v_prediction",
     "zero_terminal_snr": "use --rescale_betas_zero_snr",

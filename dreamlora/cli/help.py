@@ -67,8 +67,8 @@ def settings(options: Mapping[str, Option]) -> str:
 
 
 def filled(text: str) -> str:
-    """A text with the names of the plug-ins in the place of ``{optimizers}``, ``{metrics}`` and so on."""
-    for kind in ("adapters", "optimizers", "inits", "metrics"):
+    """A text with the names of the plug-ins in the place of ``{optimizers}``, ``{lora.formats}`` and so on."""
+    for kind in ("adapters", "optimizers", "inits", "metrics", "lora.formats"):
         text = text.replace(f"{{{kind}}}", ", ".join(registry.names(kind)))
     return text
 
@@ -103,7 +103,7 @@ def _row(option: Option) -> tuple[str, str]:
     """A flag as one types it, and its text."""
     flag = f"--{option.name}, --no_{option.name}" if option.switch else f"--{option.name} {option.metavar}"
     if option.default is MISSING:
-        return flag, f"{option.help} (required)"
+        return flag, f"{filled(option.help)} (required)"
     # A default that is decided later, or is empty, needs no words; some texts speak of their default themselves.
     if option.default is None or option.default is False or option.default == () or "Default:" in option.help:
         return flag, filled(option.help)

@@ -27,7 +27,8 @@ from dreamlora.commands.trained import (
 )
 from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pictures
 from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
-from dreamlora.lora.files import apply_lora
+from dreamlora.lora.applying import apply_lora
+from dreamlora.lora.names import names_of
 from dreamlora.models.loading import family_of
 from dreamlora.models.new_tokens import put_for_a_while
 from dreamlora.models.parts import Parts, computing_in
@@ -66,11 +67,12 @@ class UnderTest:
         """A pipeline with the row's LoRA and new tokens; afterwards the model is without."""
         pipeline, text, tokens = self.parts.pipeline(), self.parts.get("text"), self.tokens[row.label]
         self._encoded.clear()  # a LoRA may be of the text encoder too
-        with put_for_a_while(text, tokens.vectors(text, self.parts.family)):
+        family = self.parts.family
+        with put_for_a_while(text, tokens.vectors(text, family)):
             if row.lora is None:
                 yield pipeline
                 return
-            apply_lora(pipeline, row.lora, row.scale)
+            apply_lora(pipeline, row.lora, row.scale, names_of(family, getattr(pipeline, family.DENOISER).config))
             try:
                 yield pipeline
             finally:

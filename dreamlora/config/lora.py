@@ -11,6 +11,7 @@ from dreamlora.config.ranges import numbers_by_name as _numbers_by_name
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
 from dreamlora.config.ranges import within as _within
+from dreamlora.errors import UserError
 
 MOST_RANKS = 2**14
 """More than any layer has."""
@@ -56,6 +57,11 @@ class Lora:
     """Start of the adapter, which never changes what the model does at first: {inits}."""
     init_args: tuple[str, ...] = ()
     """Settings of the start itself as name value pairs, e.g. gamma 64. A wrong name lists the right ones."""
+    init_lora: str | None = None
+    """Go on from a LoRA of whatever program: a run, a file, a folder or a hub name. Its kind, layers, ranks and alphas
+    are kept where no others are given."""
+    init_lora_weight_name: str | None = None
+    """Its file in the folder or hub repository, if there are several."""
     training_adapter: str | None = None
     """A frozen LoRA (file, folder or hub name) that is active in the denoiser while it trains and in the loss that is
     measured, and off in samples and in the result: for models that were distilled to few steps."""
@@ -68,6 +74,8 @@ class Lora:
             object.__setattr__(self, option, names)
         _respell(self, "adapter", "adapters")
         _respell(self, "init", "inits")
+        if self.init_lora is not None and (self.init != type(self).init or self.init_args):
+            raise UserError("--init starts a new LoRA, and --init_lora goes on from one: give one of them")
         _pairs(self, "adapter_args")
         _pairs(self, "init_args")
         _at_least(self, 1, "rank", "text_encoder_rank")

@@ -140,6 +140,7 @@ _IDLE = (
         lambda c: c.eval.eval_metrics,
         "only --eval_metrics needs such a model",
     ),
+    _Idle(("init_lora_weight_name",), lambda c: c.lora.init_lora, "it belongs to --init_lora"),
     _Idle(("training_adapter_weight_name",), lambda c: c.lora.training_adapter, "it belongs to --training_adapter"),
     _Idle(("caption_variants",), lambda c: c.data.shuffle_tags, "it belongs to --shuffle_tags"),
     _Idle(("crop_variants",), lambda c: not c.data.center_crop, "with --center_crop an image has one crop"),
@@ -297,7 +298,7 @@ def _relations(config: RunConfig, facts: Facts) -> Iterator[str]:
     given, lora, steps = config.given, config.lora, config.train.max_train_steps or 0
     alpha = lora.lora_alpha
     scale = 1.0 if alpha is None else lora.scale(lora.rank, alpha)
-    if alpha is not None and scale != 1:
+    if alpha is not None and scale != 1 and ("lora_alpha" in given or lora.init_lora is None):
         root = " and --use_rslora" if lora.use_rslora else ""
         told = f"--lora_alpha {_as_typed(alpha)} with --rank {lora.rank}{root} scales the LoRA by {_as_typed(scale)}"
         remedy = f"Give --lora_alpha {_as_typed(lora.rank**0.5)}" if lora.use_rslora else "Leave --lora_alpha out"

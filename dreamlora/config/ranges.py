@@ -34,6 +34,11 @@ def respell(part: Any, name: str, kind: str) -> None:
     object.__setattr__(part, name, spelled(name, getattr(part, name), kind))
 
 
+def respell_all(part: Any, name: str, kind: str) -> None:
+    """The same of several names."""
+    object.__setattr__(part, name, tuple(spelled(name, given, kind) for given in getattr(part, name)))
+
+
 def spelled(flag: str, name: str, kind: str) -> str:
     """A plug-in's name as the registry spells it; ``flag`` is what it was given for."""
     try:

@@ -22,6 +22,7 @@ from dreamlora.config.ranges import finite as _finite
 from dreamlora.config.ranges import folder_names as _folder_names
 from dreamlora.config.ranges import pairs as _pairs
 from dreamlora.config.ranges import respell as _respell
+from dreamlora.config.ranges import respell_all as _respell_all
 from dreamlora.config.ranges import steps_or_share as _steps_or_share
 from dreamlora.config.ranges import within as _within
 from dreamlora.config.times import check_times
@@ -144,6 +145,8 @@ class Train:
     """Passes over the images, if --max_train_steps is not given."""
     max_train_steps: int | None = None
     """Optimizer steps of the run."""
+    save_format: tuple[str, ...] = ()
+    """Formats to write the result and the best checkpoint in, beside diffusers' own: {lora.formats}."""
     checkpointing_steps: int = 500
     """A checkpoint every N steps, and at the end; 0 for none. A run that is stopped writes one, too."""
     checkpoints_total_limit: int | None = None
@@ -210,6 +213,7 @@ class Train:
     """Accepted and unused: accelerate sets it."""
 
     def __post_init__(self) -> None:
+        _respell_all(self, "save_format", "lora.formats")
         _at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps")
         _at_least(self, 0, "seed", "checkpointing_steps", "noise_offset")
         _within(self, 0, 2**63, "seed")

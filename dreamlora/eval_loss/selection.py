@@ -73,7 +73,11 @@ class Selection:
 
 
 def select(
-    losses: ItemLosses, metric: str, vetoes: Mapping[int, str] | None = None, lost: Collection[int] = ()
+    losses: ItemLosses,
+    metric: str,
+    vetoes: Mapping[int, str] | None = None,
+    lost: Collection[int] = (),
+    base: str = "base model",
 ) -> Selection | None:
     """The best of all measured steps; None if there is none yet.
 
@@ -84,6 +88,7 @@ def select(
         metric: their name; one that ends in "_train" was measured on training images.
         vetoes: steps that must not be taken, each with the reason.
         lost: steps whose weights are not at hand.
+        base: what was measured at step 0.
     """
     vetoes = vetoes or {}
     kept = candidates(losses, vetoes, lost)
@@ -98,7 +103,7 @@ def select(
         _main_reason(losses, metric, step, lowest, refused),
         _against_runner_up(losses, step, lowest, runner_up, refused),
     ]
-    reason += [_against_base(losses, step), _about_vetoes(vetoes, passed_over), _about_images(metric)]
+    reason += [_against_base(losses, step, base), _about_vetoes(vetoes, passed_over), _about_images(metric)]
     facts = {
         "schema_version": SCHEMA_VERSION,
         "step": step,
@@ -154,15 +159,15 @@ def _against_runner_up(
     return f"The runner-up, step {runner_up} with {loss(losses.mean(runner_up))}, is {difference_text(apart)} higher."
 
 
-def _against_base(losses: ItemLosses, step: int) -> str:
+def _against_base(losses: ItemLosses, step: int, name: str) -> str:
     if 0 not in losses:
         return ""
     apart = losses.difference(step, 0)
     base = losses.mean(0)
     if apart.mean < -2 * apart.se:
-        return f"The base model has {loss(base)}: the loss fell by {size_in_percent(-100 * apart.mean / base)}."
+        return f"The {name} has {loss(base)}: the loss fell by {size_in_percent(-100 * apart.mean / base)}."
     how = "lower" if apart.mean > 0 else "no higher than noise explains"
-    return f"The base model has {loss(base)}, which is {how}: by this measure the training did not help."
+    return f"The {name} has {loss(base)}, which is {how}: by this measure the training did not help."
 
 
 def _about_vetoes(vetoes: Mapping[int, str], passed_over: bool) -> str:

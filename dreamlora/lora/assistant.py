@@ -7,33 +7,57 @@ LoRA that is trained learns its images alone, and goes into the distilled model 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
-from dreamlora.lora.files import LoraFactors, put_adapter
+from dreamlora.lora.applying import put_adapter
+from dreamlora.lora.merging import added
 from dreamlora.lora.pairs import ADAPTER, bare
+from dreamlora.lora.weights import LayerWeights, lora_weights
 
 ASSISTANT = "assistant"
 """Name of the adapter. PEFT finds what belongs to an adapter by its name, which must not be in another's."""
 
 
-def add_assistant(module: nn.Module, name: str, factors: LoraFactors) -> None:
+def add_assistant(module: nn.Module, weights: Mapping[str, LayerWeights]) -> None:
     """Put a LoRA beside the one that trains, and switch it on.
 
     Args:
         module: with the adapter that trains.
-        name: of the module in the pipeline that the factors are for.
-        factors: of ``files.factors_of``.
+        weights: by layer, of ``as_loras``.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
-        put_adapter(module, factors.parts[name], factors.alphas[name], ASSISTANT)
+        put_adapter(module, weights, ASSISTANT)
     for layer in _layers(module):
         layer.set_scale(ASSISTANT, 1.0)
     switch(module, on=True)
+
+
+def as_loras(module: nn.Module, weights: Mapping[str, LayerWeights]) -> dict[str, LayerWeights]:
+    """Adapters as LoRAs, which several of can be in one layer: what is none becomes its whole ΔW times ones.
+
+    Args:
+        module: that they are for, without adapters.
+        weights: by layer.
+    """
+    return {
+        name: each if each.kind == "lora" and each.magnitude is None else _as_lora(module.get_submodule(name), each)
+        for name, each in weights.items()
+    }
+
+
+def _as_lora(layer: nn.Module, weights: LayerWeights) -> LayerWeights:
+    base: Tensor = layer.weight.detach().float()  # type: ignore[operator]
+    change = added(base, [(weights, 1.0)]) - base
+    rows, columns = change.shape[:2]
+    if change.ndim == 2 and columns < rows:
+        return lora_weights(torch.eye(columns), change)
+    return lora_weights(change, torch.eye(rows).reshape(rows, rows, *(1 for _ in change.shape[2:])))
 
 
 def switch(module: nn.Module, *, on: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,11 @@ from dreamlora.adapters._scale import Scale
 from dreamlora.cli.parse import method_options
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
+from dreamlora.lora.applying import put_adapter
 from dreamlora.lora.fused import fuse
-from dreamlora.lora.pairs import ADAPTER, reset_magnitudes
+from dreamlora.lora.pairs import ADAPTER, reset_magnitudes, tuned_layers
 from dreamlora.lora.targets import alpha_of, layer_names, patterns, rank_of, target_layers
+from dreamlora.lora.weights import LayerWeights
 
 
 def add_lora(module: Any, lora: Lora, layers: Sequence[str], part: str = "") -> None:
@@ -44,6 +46,25 @@ def add_lora(module: Any, lora: Lora, layers: Sequence[str], part: str = "") -> 
     for parameter in trainable_parameters(module).values():
         parameter.data = parameter.data.float()
     reset_magnitudes(module)
+    fuse(module)
+
+
+def go_on(module: Any, weights: Mapping[str, LayerWeights], new: Collection[str], dropout: float) -> None:
+    """Add a trainable adapter with these factors, as ``add_lora`` adds one without effect.
+
+    Args:
+        module: the model.
+        weights: by layer; all of the same kind.
+        new: layers whose adapter has no effect yet.
+        dropout: probability that an input of lora_A is dropped.
+    """
+    put_adapter(module, weights, dropout=dropout)
+    for layer in tuned_layers(module):
+        layer.layer.set_scale(ADAPTER, 1.0)
+        for parameter in layer.parameters.values():
+            parameter.requires_grad_(True)
+        if layer.name in new and layer.pair:
+            layer.pair.reset_magnitude()
     fuse(module)
 
 

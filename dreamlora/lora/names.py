@@ -16,6 +16,7 @@ from dreamlora import registry
 
 NUMBER = "{}"
 """In a name: the number of a block."""
+_TABLES = "families.layers"
 
 
 @dataclass(frozen=True)
@@ -153,16 +154,32 @@ class ModelNames:
     implementation: str = "diffusers"
     base_version: str = ""
 
+    def lacking(self, form: str) -> str:
+        """Why there is no file of a format of this model; empty: there is."""
+        if form == "kohya" and self.kohya is None:
+            return "no program of kohya's, and none that reads such files, has this model"
+        if form == "comfyui" and not self.comfyui:
+            return "ComfyUI does not have this model"
+        return ""
 
-def names_of(family: Any, config: Mapping[str, Any]) -> ModelNames:
-    """What other programs call a family's layers.
+
+def model_names(family: str, config: Mapping[str, Any]) -> ModelNames | None:
+    """Names of a family's model; None: nothing is known of them.
 
     Args:
-        family: a module of ``families``.
-        config: of its denoiser; empty: that of the published models.
+        family: its name.
+        config: the denoiser's; of the published models where it is empty.
     """
-    names: ModelNames = registry.load("families.layers", registry.name_of(family)).names(config)
+    if family not in registry.names(_TABLES):
+        return None
+    names: ModelNames = registry.load(_TABLES, family).names(config)
     return names
+
+
+def names_of(family: Any, config: Mapping[str, Any]) -> ModelNames:
+    """The same of a family's module; diffusers' names alone, where nothing else is known."""
+    found = model_names(registry.name_of(family), config)
+    return found or ModelNames(family.DENOISER, LayerNames(()), kohya=None, comfyui=False)
 
 
 CLIP = LayerNames(

@@ -6,6 +6,7 @@ the same names and sizes: then all of them are named.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,7 @@ def _models_with(layer: str) -> bool:
     return any(place_of(model_of(family), layer) for family in registry.names("families.layers"))
 
 
+@functools.cache
 def model_of(family: str) -> ModelNames:
     """Names of the layers of a family's published models."""
     names: ModelNames = registry.load("families.layers", family).names({})

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le, MaxLen
 from typing_extensions import TypedDict
 
-from dreamlora.errors import UserError
-from dreamlora.reading import Schema, UnreadableError, json_of, shortened
+from dreamlora.reading import Schema, json_of, shortened
 
 HIGHEST_ALPHA = 1e9
 """Above it a product of factors of ordinary size is no number any more."""
@@ -35,6 +33,7 @@ class _Known(TypedDict, total=False):
     r: _Rank
     lora_alpha: _Alpha
     use_rslora: bool
+    use_dora: bool
     rank_pattern: Annotated[dict[_Name, _Rank], MaxLen(2**14)] | None
     alpha_pattern: Annotated[dict[_Name, _Alpha], MaxLen(2**14)] | None
 
@@ -59,12 +58,14 @@ class Settings:
     Attributes:
         rank, alpha: of layers that no pattern names.
         root: whether the scale is ``alpha / sqrt(rank)`` (rsLoRA), and not ``alpha / rank``.
+        dora: whether it is a DoRA, which has magnitudes too.
         ranks, alphas: of layers by the ends of their names, or whole ones after "^"; the first that fits counts.
     """
 
     rank: int
     alpha: float
     root: bool = False
+    dora: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
 
@@ -84,17 +85,20 @@ class Settings:
         alpha = _value_of(self.alphas, layer, self.alpha)
         return alpha * math.sqrt(rank) if self.root else alpha
 
+    def scale_of(self, layer: str) -> float:
+        """What a layer is scaled by whose tensors tell no rank."""
+        rank = _value_of(self.ranks, layer, self.rank)
+        return self.alpha_of(layer, rank) / rank
 
-def settings_of(file: Path, metadata: Mapping[str, str]) -> dict[str, Settings]:
+
+def settings_of(metadata: Mapping[str, str]) -> dict[str, Settings]:
     """Settings by component; none for a file that has none, whose alphas are its ranks or tensors of their own.
 
     Args:
-        file: for messages.
         metadata: of the file.
 
     Raises:
-        UnreadableError: it is not what diffusers writes, or out of bounds.
-        UserError: what it asks for is more than a plain LoRA.
+        ValueError: it is not what diffusers writes, or out of bounds, or asks for more than a LoRA or DoRA.
     """
     text = metadata.get(METADATA_KEY, "")
     try:
@@ -107,18 +111,27 @@ def settings_of(file: Path, metadata: Mapping[str, str]) -> dict[str, Settings]:
         for key, value in content.items():
             component, _, name = key.partition(".")
             by_component.setdefault(component, {})[name] = value
-        return {component: _settings(file, component, given) for component, given in by_component.items()}
+        return {component: settings(component, given) for component, given in by_component.items()}
     except ValueError as error:
-        raise UnreadableError(file, f"its metadata ({METADATA_KEY}) is not usable: {error}") from None
+        raise ValueError(f"its metadata ({METADATA_KEY}) is not usable: {error}") from None
 
 
-def _settings(file: Path, component: str, given: Mapping[str, Any]) -> Settings:
+def settings(component: str, given: Mapping[str, Any]) -> Settings:
+    """What PEFT's settings of a component say.
+
+    Args:
+        component: its name, for messages.
+        given: as PEFT writes them.
+
+    Raises:
+        ValueError: they are out of bounds, or ask for more than a LoRA or DoRA.
+    """
     for name, value in given.items():
         if name in _Known.__annotations__ or name in _NO_MATTER or not value or value in _NEUTRAL.get(name, ()):
             continue
-        raise UserError(
-            f"{file} cannot be applied as a whole: its metadata asks for {shortened(f'{component}.{name}')} = "
-            f"{shortened(value)}, and only plain LoRAs are applied: factors with their ranks and alphas"
+        raise ValueError(
+            f"it asks for {shortened(f'{component}.{name}')} = {shortened(value)}, and only LoRAs and DoRAs are "
+            "applied: factors with their ranks and alphas, and magnitudes"
         )
     try:
         known = _KNOWN.check(given)
@@ -129,9 +142,15 @@ def _settings(file: Path, component: str, given: Mapping[str, Any]) -> Settings:
         known.get("r", _DEFAULT_RANK),
         known.get("lora_alpha", _DEFAULT_ALPHA),
         known.get("use_rslora", False),
+        known.get("use_dora", False),
         {_plain_name(name): rank for name, rank in ranks.items()},
         {_plain_name(name): alpha for name, alpha in alphas.items()},
     )
+
+
+def whole(number: float) -> float | int:
+    """The same, without a point if it is whole: as PEFT writes alphas."""
+    return int(number) if number == int(number) else number
 
 
 def _plain_name(pattern: str) -> str:

@@ -9,16 +9,15 @@ from dreamlora.errors import UserError
 from dreamlora.models.fetching import Place
 from dreamlora.runfolder import LORA_FILE
 
-FLAG = "--training_adapter"
 
-
-def find_adapter(name: str, weight_name: str | None, cache_dir: Path | None) -> Path:
+def find_adapter(name: str, weight_name: str | None, cache_dir: Path | None, flag: str = "--training_adapter") -> Path:
     """The file, or a folder with one in it; fetched if it is on the hub.
 
     Args:
         name: a file, a folder, or a repository of the hub.
         weight_name: of the file in the folder or repository; None: the only one.
         cache_dir: where downloads are kept.
+        flag: that asks, for messages.
 
     Raises:
         UserError: there is none, several could be meant, or the hub cannot be reached.
@@ -35,7 +34,7 @@ def find_adapter(name: str, weight_name: str | None, cache_dir: Path | None) -> 
     files = sorted(file for file in place.listing() if file.endswith(".safetensors") and "/" not in file)
     if len(files) != 1:
         there = ", ".join(files) or "no .safetensors"
-        raise UserError(f"{FLAG} {name}: found {there} there: name one with {FLAG}_weight_name")
+        raise UserError(f"{flag} {name}: found {there} there: name one with {flag}_weight_name")
     return place.file(files[0])
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource, Role
-from dreamlora.models.building import is_module
+from dreamlora.models.building import empty_module, is_module
 from dreamlora.models.fetching import Place
 from dreamlora.models.loading import part_classes, place_of
 from dreamlora.models.weights import DIFFUSERS, MOST_TENSORS, TRANSFORMERS, FileNames, Weights, find_weights, named_in
@@ -70,6 +72,12 @@ def inventory(source: ModelSource, family: Family) -> list[PartFiles]:
         UserError: the pipeline lacks one, or has one of a class that the family does not know.
     """
     return [_part(source, role, name, part_class) for role, name, part_class in part_classes(source, family)]
+
+
+def empty_part(parts: Sequence[PartFiles], name: str) -> nn.Module:
+    """A part of the pipeline without its numbers."""
+    part = next(part for part in parts if part.name == name)
+    return empty_module(part.part_class, part.place, part.weights, torch.float32)
 
 
 def _part(source: ModelSource, role: Role, name: str, part_class: Any) -> PartFiles:

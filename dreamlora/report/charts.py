@@ -58,7 +58,7 @@ def evaluation_chart(facts: RunFacts) -> str:
 
     def draw(axes: Axes) -> None:
         if evaluation.base is not None:
-            level(axes, evaluation.base, "base model")
+            level(axes, evaluation.base, facts.base)
         [line] = axes.plot(curve.steps, curve.values, color=_BLUE, linewidth=2, marker="o", markersize=3.5)
         if other:
             line.set_label("moving average")

@@ -21,7 +21,7 @@ from dreamlora.credentials import is_secret, masked, masked_command, quoted
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import Difference, ItemLosses
 from dreamlora.figures import MOST
-from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND, measured_on
+from dreamlora.metric_names import EVAL_LOSS, EVAL_LOSS_TRAIN, STEPS_PER_SECOND, measured_on, name_of_step_0
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.recorded import motifs_of
 
@@ -122,6 +122,11 @@ class RunFacts:
     def steps(self) -> int:
         """The last step that was logged."""
         return max((curve.steps[-1] for curve in self.curves.values() if curve), default=0)
+
+    @property
+    def base(self) -> str:
+        """What was measured at step 0."""
+        return name_of_step_0(self.config.get("init_lora"))
 
     @property
     def total_steps(self) -> int | None:

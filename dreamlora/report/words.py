@@ -40,7 +40,7 @@ def headline(facts: RunFacts) -> str:
         return f"The loss on {where} is {loss(evaluation.final)} at step {evaluation.final_step}."
     change = evaluation.change or 0.0
     verb = "fell" if change < -0.005 else "rose" if change > 0.005 else "hardly changed:"
-    text = f"The loss on {where} {verb} from {loss(evaluation.base)} (base model) to {loss(evaluation.final)}"
+    text = f"The loss on {where} {verb} from {loss(evaluation.base)} ({facts.base}) to {loss(evaluation.final)}"
     text += f" ({figures.change(evaluation.final, evaluation.base)})" if abs(change) > 0.005 else ""
     text += "." if facts.finished else " so far."
     if evaluation.past_best:
@@ -56,7 +56,7 @@ def spread(facts: RunFacts) -> str | None:
         return None
     better = sum(fall > 0 for fall in falls)
     kind = "held-out" if facts.evaluation.held_out else "training"
-    return f"The loss is lower than the base model's on {better} of the {len(falls)} {kind} images."
+    return f"The loss is lower than the {facts.base}'s on {better} of the {len(falls)} {kind} images."
 
 
 def best(facts: RunFacts) -> str | None:

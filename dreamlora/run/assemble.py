@@ -25,7 +25,18 @@ from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.parts import ROLES
 from dreamlora.processes import wait_for_everyone
-from dreamlora.run import defaults, ending, header, image_list, new_tokens, provenance, resume, schedule, trackers
+from dreamlora.run import (
+    defaults,
+    ending,
+    formats,
+    header,
+    image_list,
+    new_tokens,
+    provenance,
+    resume,
+    schedule,
+    trackers,
+)
 from dreamlora.run.announce import announce
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
@@ -108,7 +119,7 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
         trackers.start(context, folder, run.step)
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
-        provenance.write_base_model(context.source, folder)
+        provenance.write_base_model(context.source, folder, context.beginning.content if context.beginning else None)
         image_list.write(folder.images_file, pictures)
     with context.timed("training"):
         loop.train(run)
@@ -126,11 +137,14 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     run = _build(context, folder, pictures, options)
     run.settings = settings
     if checkpoint:
+        if context.beginning:
+            run.begun_with = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
         state.restore(run, checkpoint.state)
     else:
         lora = context.config.lora
         with context.timed("starting the LoRA"):
             start.initialise(run, method_options("inits", lora.init, lora.init_args, {}))
+    formats.require_held(context, run)
     return run, pictures
 
 

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dreamlora.data.encode import bytes_lacking, bytes_of
@@ -15,11 +14,13 @@ from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.figures import gibibytes
 from dreamlora.interfaces import Components
-from dreamlora.lora.files import LoraFactors, factors_of
+from dreamlora.lora.applying import weights_for
+from dreamlora.lora.names import names_of
 from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
-from dreamlora.models.building import empty_module
-from dreamlora.models.inventory import PartFiles, problems_of
+from dreamlora.lora.weights import LayerWeights
+from dreamlora.models.inventory import PartFiles, empty_part, problems_of
 from dreamlora.models.loading import read_settings
+from dreamlora.run import continuing, formats
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
 
@@ -41,29 +42,35 @@ def require_layers(context: RunContext) -> None:
     patterns of ranks and alphas name.
 
     Raises:
-        UserError: it has none of a name that was given, or the training adapter is for another model.
+        UserError: it has none of a name that was given, or the training adapter is for another model; or one has no
+            name in a format that is asked for.
     """
     family, lora = context.family, context.config.lora
-    module = _empty_part(context, family.DENOISER)
-    found = {family.DENOISER: layer_names(module, wanted_layers(lora, family), lora.lora_blocks)}
+    module = empty_part(context.inventory, family.DENOISER)
+    found = {family.DENOISER: _layers(context, family.DENOISER, module)}
     if lora.rank_pattern or lora.alpha_pattern:
         encoders = family.TEXT_ENCODERS if lora.train_text_encoder else ()
         for name in encoders:
-            found[name] = layer_names(_empty_part(context, name), family.TEXT_LORA_LAYERS)
+            found[name] = _layers(context, name, empty_part(context.inventory, name))
         require_patterns(lora, found)
     if context.training_adapter:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
+    formats.require_names(context, module, found[family.DENOISER])
 
 
-def _empty_part(context: RunContext, name: str) -> nn.Module:
-    """A part of the pipeline without its numbers."""
-    part = part_named(context, name)
-    return empty_module(part.part_class, part.place, part.weights, torch.float32)
+def _layers(context: RunContext, name: str, module: nn.Module) -> list[str]:
+    """Names of the layers of a part that are to be trained."""
+    config, family = context.config, context.family
+    if context.beginning:
+        return continuing.layers_of(config, family, context.beginning, name, module)
+    if name == family.DENOISER:
+        return layer_names(module, wanted_layers(config.lora, family), config.lora.lora_blocks)
+    return layer_names(module, family.TEXT_LORA_LAYERS)
 
 
-def assistant_of(context: RunContext, components: Components) -> LoraFactors | None:
-    """The training adapter, as it fits a denoiser that has no LoRA yet; None: there is none.
+def assistant_of(context: RunContext, components: Components) -> dict[str, LayerWeights]:
+    """The training adapter by layer, as it fits a denoiser that has no LoRA yet; empty: there is none.
 
     Args:
         components: the denoiser and the pipeline's settings.
@@ -72,10 +79,11 @@ def assistant_of(context: RunContext, components: Components) -> LoraFactors | N
         UserError: it cannot be read, or is for another model.
     """
     if context.training_adapter is None:
-        return None
+        return {}
     family = context.family
     alone = {name: components[name] for name in (family.DENOISER, "settings")}
-    return factors_of(family.pipeline(alone), context.training_adapter)
+    model = names_of(family, components[family.DENOISER].config)
+    return weights_for(family.pipeline(alone), context.training_adapter, model)[family.DENOISER]
 
 
 def require_room(context: RunContext, records: Sequence[ImageRecord], how: Preparations) -> None:

@@ -19,7 +19,7 @@ from dreamlora.lora.pairs import tuned_layers
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
 from dreamlora.models.parts import DTYPES, Parts, give_back_memory
 from dreamlora.report import write_report
-from dreamlora.run import provenance, resume, trackers
+from dreamlora.run import formats, provenance, resume, trackers
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
 from dreamlora.run.images import RunImages
@@ -93,7 +93,10 @@ def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:
 
 
 def publish(context: RunContext, folder: RunFolder) -> None:
-    """Write the report of a run whose summary is there, send it to the trackers, and upload if asked to."""
+    """Write the formats of other programs, and the report, of a run whose summary is there; send and upload what is
+    asked for.
+    """
+    formats.write(context, folder)
     write_report(folder.path)
     trackers.report(context, folder)
     if context.config.train.push_to_hub:

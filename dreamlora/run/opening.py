@@ -20,7 +20,7 @@ from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import main_first, tell_everyone
-from dreamlora.run import checks, defaults, new_tokens, resume, upload
+from dreamlora.run import checks, continuing, defaults, new_tokens, resume, upload
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import warn_of_cut_texts
 from dreamlora.run.images import RunImages, read_images
@@ -54,6 +54,9 @@ def begin(config: RunConfig) -> RunContext:
             "trained: leave the flag out, and --text_encoder_lr with it"
         )
     _require_images_to_edit(config, family, source)
+    beginning = continuing.beginning_of(config, family, source, parts_on_disk)
+    if beginning:
+        config = continuing.settled(config, beginning)
     config = defaults.by_model(
         config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
     )
@@ -65,7 +68,7 @@ def begin(config: RunConfig) -> RunContext:
     config = replace(config, data=data)
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
-    context = RunContext(config, accelerator, family, source, parts, parts_on_disk)
+    context = RunContext(config, accelerator, family, source, parts, parts_on_disk, beginning)
     if config.lora.training_adapter:
         context.training_adapter = _training_adapter(config)
     checks.require_layers(context)

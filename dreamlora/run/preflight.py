@@ -8,6 +8,7 @@ from dreamlora.data.dataset import list_images
 from dreamlora.data.hub import check_dataset
 from dreamlora.data.mask_files import list_masks
 from dreamlora.errors import UserError
+from dreamlora.lora.names import model_names
 from dreamlora.models.local import check_model
 from dreamlora.run import defaults
 from dreamlora.sampling.prompts import Subject, read_prompts
@@ -39,6 +40,7 @@ def check_inputs(config: RunConfig) -> None:
     _check_places(config)
     check_model(config.model)
     check_adapter(config)
+    _check_formats(config)
     defaults.check_average(config)
     data = config.data
     subject = Subject.of(data.subject_prompt, data.class_prompt)
@@ -64,3 +66,11 @@ def _check_places(config: RunConfig) -> None:
     weights = config.encoders.inception_weights
     if weights is not None and weights.is_dir():
         raise UserError(f"--inception_weights {weights} is a folder: give the file in it")
+
+
+def _check_formats(config: RunConfig) -> None:
+    """As far as the family is given; else when it is known."""
+    names = model_names(config.model.family, {}) if config.model.family else None
+    for form in config.train.save_format:
+        if names and (lacking := names.lacking(form)):
+            raise UserError(f"--save_format {form}: {lacking}")

@@ -17,6 +17,7 @@ from dreamlora.credentials import command_line, masked_options
 from dreamlora.escapes import yaml_comment, yaml_text
 from dreamlora.files import write_atomically
 from dreamlora.interfaces import ModelSource
+from dreamlora.run.continuing import FROM_FILE
 from dreamlora.runfolder import RunFolder
 
 _PACKAGES = ("dreamlora", "torch", "diffusers", "transformers", "peft", "accelerate", "tokenizers", "numpy", "Pillow")
@@ -28,7 +29,15 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
 
     Without secrets, and without what is about this run's folder: the other run gets one of its own.
     """
-    left_out = ("hub_token", "local_rank", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+    left_out: tuple[str, ...] = (
+        "hub_token",
+        "local_rank",
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+    )
+    if config.lora.init_lora is not None:
+        left_out += tuple(name for name in FROM_FILE if name not in config.given)
     options = masked_options({name: value for name, value in as_flat_dict(config).items() if name not in left_out})
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     made_by = f"commit {git_commit()}, {device_name(device)}"
@@ -36,9 +45,17 @@ def write_config(config: RunConfig, folder: RunFolder, device: torch.device) -> 
     write_atomically(folder.config_file, head + yaml_text(options))
 
 
-def write_base_model(source: ModelSource, folder: RunFolder) -> None:
-    """base_model.json: what exactly was trained. config.yaml has what was given; a branch or a folder can change."""
+def write_base_model(source: ModelSource, folder: RunFolder, init_lora: str | None = None) -> None:
+    """base_model.json: what exactly was trained. config.yaml has what was given; a branch or a folder can change.
+
+    Args:
+        source: the model.
+        folder: of the run.
+        init_lora: what the file holds that the LoRA went on from, in a few digits.
+    """
     base = {"id": source.model_id, "revision": source.revision, "vae_revision": source.vae_revision}
+    if init_lora:
+        base["init_lora"] = init_lora
     write_atomically(folder.base_model_file, json.dumps(base, indent=1))
 
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components, Conditioning, Role, View
 from dreamlora.lora.files import read_lora
-from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import tuned_layers
-from dreamlora.lora.targets import wanted_layers
 from dreamlora.models.building import without_weights
 from dreamlora.models.configs import in_one_line
 from dreamlora.models.footprint import META, Footprint, bytes_of
 from dreamlora.models.parts import DTYPES, ROLES
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
+from dreamlora.run.trainable import add_adapter
 from dreamlora.training.loop import Predictor
 from dreamlora.training.stream import stack_conditioning
 
@@ -152,15 +152,14 @@ class Rehearsal:
     def _trainable(self) -> dict[str, nn.Module]:
         """The parts that train, with their LoRA."""
         config, family = self._context.config, self._family
-        wanted = {family.DENOISER: (config.lora, wanted_layers(config.lora, family))}
+        wanted = [family.DENOISER]
         if config.lora.train_text_encoder:
-            text = (config.lora.of_text_encoder, family.TEXT_LORA_LAYERS)
-            wanted |= {name: text for name in family.TEXT_ENCODERS if name in self._modules}
-        for name, (lora, layers) in wanted.items():
+            wanted += [name for name in family.TEXT_ENCODERS if name in self._modules]
+        for name in wanted:
             module: Any = self._modules[name]
             dtype = next(module.parameters()).dtype
             with META:
-                add_lora(module, lora, layers, name)
+                add_adapter(self._context, name, module)
             for parameter in trainable_parameters(module).values():
                 parameter.data = parameter.data.to(dtype)  # where autocast would, which meta tensors do not have
             if config.model.gradient_checkpointing:

@@ -29,6 +29,7 @@ FREE_ON_RESUME = {
     *("clip_model", "dino_model", "inception_weights"),
     *("train_data_dir", "subject", "style", "streaming", "parity_check", "mask_data_dir", "conditioning_data_dir"),
     *("captions_per_line", "dry_run", "validation_images", "training_adapter", "training_adapter_weight_name"),
+    *("init_lora", "init_lora_weight_name"),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
 model's id, the images' hashes, the global batch size)."""
@@ -57,6 +58,8 @@ def settings(context: RunContext, pictures: RunImages, options: Any) -> dict[str
     kept["base model"] = context.source.model_id
     if context.training_adapter:
         kept["training adapter"] = context.adapter_content
+    if context.beginning:
+        kept["LoRA that it began with"] = context.beginning.content
     kept[_IMAGES] = fingerprint(pictures.train)
     if pictures.classes:
         kept[_CLASSES] = fingerprint(pictures.classes)

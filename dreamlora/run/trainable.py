@@ -10,11 +10,11 @@ from torch import nn
 from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
-from dreamlora.lora.assistant import add_assistant
-from dreamlora.lora.inject import add_lora
+from dreamlora.lora.assistant import add_assistant, as_loras
+from dreamlora.lora.inject import add_lora, go_on
 from dreamlora.lora.targets import wanted_layers
 from dreamlora.optimizers import group_without_pairs, lora_param_groups
-from dreamlora.run import checks, new_tokens
+from dreamlora.run import checks, continuing, new_tokens
 from dreamlora.run.context import RunContext
 from dreamlora.training.loop import Predictor
 
@@ -23,13 +23,13 @@ def with_lora(context: RunContext, components: Components, text: Components | No
     """The denoiser (and the text encoders that train) with adapters and new tokens, as one module."""
     config, family = context.config, context.family
     denoiser = components[family.DENOISER]
-    assistant = checks.assistant_of(context, components)
-    add_lora(denoiser, config.lora, wanted_layers(config.lora, family), family.DENOISER)
+    assistant = as_loras(denoiser, checks.assistant_of(context, components))
+    add_adapter(context, family.DENOISER, denoiser)
     if assistant:
-        add_assistant(denoiser, family.DENOISER, assistant)
+        add_assistant(denoiser, assistant)
     encoders = {name: text[name] for name in family.TEXT_ENCODERS} if text else {}
     for name, encoder in encoders.items() if config.lora.train_text_encoder else ():
-        add_lora(encoder, config.lora.of_text_encoder, family.TEXT_LORA_LAYERS, name)
+        add_adapter(context, name, encoder)
     if config.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         for encoder in encoders.values():
@@ -40,6 +40,22 @@ def with_lora(context: RunContext, components: Components, text: Components | No
         except (ModuleNotFoundError, ValueError) as error:
             raise UserError(f"--enable_xformers_memory_efficient_attention: {error}") from error
     return Predictor(family, denoiser, text, config.train.guidance_scale, context.new_tokens)
+
+
+def add_adapter(context: RunContext, name: str, module: Any) -> None:
+    """Give a part of the pipeline the adapter that trains.
+
+    Raises:
+        UserError: it cannot have it.
+    """
+    lora, family = context.config.lora, context.family
+    if context.beginning:
+        weights, new = continuing.weights_of(context, name, module)
+        go_on(module, weights, new, lora.lora_dropout)
+    elif name == family.DENOISER:
+        add_lora(module, lora, wanted_layers(lora, family), name)
+    else:
+        add_lora(module, lora.of_text_encoder, family.TEXT_LORA_LAYERS, name)
 
 
 def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:

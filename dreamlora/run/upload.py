@@ -76,6 +76,11 @@ def _made(config: RunConfig, folder: RunFolder) -> Iterator[CommitOperationAdd]:
     for file in (*loras, *embeddings, folder.selection_file):
         if is_regular(file, folder.path):
             yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
+    exported = (folder.exported(form, at) for form in config.train.save_format for at in (folder.path, folder.best))
+    for entry in exported:
+        for file in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
+            if is_regular(file, folder.path):
+                yield CommitOperationAdd(file.relative_to(folder.path).as_posix(), str(file))
     place = folder.samples.relative_to(folder.path)
     rows = []
     for row in rows_with_places(folder.samples_file, folder.path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, features
 
 from dreamlora.files import replacing
+from dreamlora.metric_names import name_of_step_0
 from dreamlora.pictures import BrokenImage, own_picture
 from dreamlora.reading import lies_inside
 from dreamlora.runfolder import RunFolder
@@ -182,6 +183,7 @@ def grid_of_run(folder: RunFolder) -> bool:
     not drawn of them, or a file that is missing or broken, is a grey cell, and steps without any have no row.
     """
     drawn = folder.sample_rows()
+    base = name_of_step_0(folder.config().get("init_lora") if folder.holds_run() else None)
     if not drawn:
         return False
     motifs = motifs_of(drawn)
@@ -190,7 +192,7 @@ def grid_of_run(folder: RunFolder) -> bool:
         by_step.setdefault(row["step"], {})[motif_of(row)] = row
     columns = titles(motifs)
     rows = [
-        GridRow(_step_label(step), [_picture(folder, by_step[step].get(motif)) for motif in motifs])
+        GridRow(f"step {step:,}" if step else base, [_picture(folder, by_step[step].get(motif)) for motif in motifs])
         for step in sorted(by_step)
         if not by_step[step].keys().isdisjoint(motifs[:MAX_COLUMNS])
     ]
@@ -200,10 +202,6 @@ def grid_of_run(folder: RunFolder) -> bool:
     write_grid(folder.grid_file, kept_rows, kept_columns, references_of(folder), folder.path.name, note)
     write_timelapse(folder.timelapse_file, rows, columns, folder.path.name)
     return True
-
-
-def _step_label(step: int) -> str:
-    return f"step {step:,}" if step else "base model"
 
 
 def _picture(folder: RunFolder, row: dict | None) -> Picture:

@@ -83,6 +83,7 @@ class Run:
         step: steps done, those that were skipped included.
         skipped_steps: how many of the last ones, in a row, the gradient scaler of fp16 skipped.
         total_steps: where the run ends; ``end_here`` lowers it.
+        begun_with: the trainables before the first step, of a resumed run that went on from a LoRA.
         average: of the trainables, which they hold whenever callbacks look; None: there is none.
         occasions: steps between two times, of each kind of work that takes long (measuring, drawing).
         settle: follows on every update of the weights, as a part of it.
@@ -113,6 +114,7 @@ class Run:
     vae: Callable[[], Components]
     total_steps: int
     average: MovingAverage | None = None
+    begun_with: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     header: Callable[[int], dict[str, str]] = lambda step: {}
     callbacks: list[Callback] = field(default_factory=list)

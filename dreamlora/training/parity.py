@@ -20,9 +20,10 @@ from torch import Tensor
 
 from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.interfaces import Conditioning
+from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.assistant import switch
 from dreamlora.lora.embeddings import files_beside
-from dreamlora.lora.files import apply_lora
+from dreamlora.lora.names import names_of
 from dreamlora.lora.pairs import tuned_layers
 from dreamlora.models.new_tokens import Vectors, by_token, load_embeddings, put_for_a_while
 from dreamlora.models.parts import DTYPES, Parts
@@ -148,7 +149,8 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
     if expected.stock_loader:
         pipeline.load_lora_weights(str(expected.lora_folder))
     else:
-        apply_lora(pipeline, expected.lora_folder)
+        names = names_of(fresh.family, dict(getattr(pipeline, fresh.family.DENOISER).config))
+        apply_lora(pipeline, expected.lora_folder, model=names)
     call = compare_calls(expected.call, _answer(fresh, expected), without_lora)
     seen = own_picture(expected.image_file)
     plan = SamplePlan(

@@ -22,7 +22,7 @@ from dreamlora.training.stream import Layout, Stream
 
 
 def initialise(run: Run, options: Any) -> None:
-    """Start all adapters as ``--init`` says, the same in every process.
+    """Start all adapters as ``--init`` says, or as they are with ``--init_lora``; the same in every process.
 
     Args:
         run: with adapters whose lora_B is zero.
@@ -34,6 +34,10 @@ def initialise(run: Run, options: Any) -> None:
     method = registry.load("inits", run.config.lora.init)
     wait_for_everyone()  # another process may still load its model: here is the first collective after that
     run.model.train()  # gradient checkpointing is only on then
+    if run.config.lora.init_lora is not None:
+        for trained in run.trainables.values():
+            _put(run, trained, trained.data.clone())
+        return
     if not registry.load("adapters", run.config.lora.adapter).PAIRS:
         _redraw(run)
         return

@@ -25,7 +25,7 @@ from dreamlora.config import Lora, Model, Train
 from dreamlora.data.shown_prompts import tokenized, with_pictures
 from dreamlora.data.transforms import to_tensor
 from dreamlora.interfaces import PICTURE, Components, Conditioning, Family, ModelSource, View
-from dreamlora.lora.files import apply_lora
+from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.formats import FileContent, kohya
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.names import names_of

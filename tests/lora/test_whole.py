@@ -15,8 +15,10 @@ from torch import Tensor
 from dreamlora.config import Lora
 from dreamlora.errors import UserError
 from dreamlora.families import flux, sd
-from dreamlora.lora.files import apply_lora, read_lora
+from dreamlora.lora.applying import apply_lora
+from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.names import ModelNames, names_of
 from dreamlora.lora.saving import save_lora
 from tests.lora.test_files import image
 
@@ -40,6 +42,11 @@ def pipeline(folder: Path) -> DiffusionPipeline:
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def names(family: str, pipeline: DiffusionPipeline) -> ModelNames | None:
+    return names_of(FAMILIES[family], getattr(pipeline, FAMILIES[family].DENOISER).config)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +108,11 @@ NAMINGS: dict[str, list[Callable[[Tensors], Tensors]]] = {
 
 
 @pytest.mark.parametrize("naming", [0, 1, 2])
-def test_what_other_makers_write_is_applied(family, pipeline, own, naming, tmp_path):
+def test_what_other_makers_write_is_applied(family, pipeline, own, names, naming, tmp_path):
     if naming >= len(NAMINGS[family]):
         pytest.skip("this family has fewer namings")
     before = image(pipeline)
-    apply_lora(pipeline, written(NAMINGS[family][naming](own), tmp_path))
+    apply_lora(pipeline, written(NAMINGS[family][naming](own), tmp_path), model=names)
     changed = (image(pipeline) - before).abs().max()
     pipeline.unload_lora_weights()
     assert changed > 1e-3 and torch.equal(image(pipeline), before)
@@ -126,16 +133,8 @@ def first_layer(tensors: Tensors) -> tuple[str, str]:
 
 
 MORE = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_magnitude_vector.weight": "DoRA",
-    "hada_w1_a": "LoHa",
-    "hada_w2_b": "LoHa",
-    "lokr_w1": "LoKr",
-    "lokr_w2_a": "LoKr",
     "oft_blocks": "OFT",
     "oft_diag": "OFT",
-    "lora_mid.weight": "Tucker",
     "diff": "whole weights",
     "diff_b": "whole weights",
     "set_weight": "whole weights",
@@ -170,7 +169,31 @@ def test_known_kinds_are_refused_before_a_model_is_loaded(family, own, suffix, t
         read_lora(written({**own, f"{first_layer(own)[0]}.{suffix}": torch.ones(2, 2)}, tmp_path))
 
 
-@pytest.mark.parametrize("suffix", ["hada_w1_a", "lokr_w1", "oft_blocks", "diff"])
+PARTS = [
+    "dora_scale",
+    "lora_magnitude_vector.weight",
+    "hada_w1_a",
+    "hada_w2_b",
+    "lokr_w1",
+    "lokr_w2_a",
+    "lora_mid.weight",
+]
+
+
+@pytest.mark.parametrize("suffix", PARTS)
+@pytest.mark.parametrize("naming", [0, 1, 2])
+def test_parts_of_another_adapter_in_the_same_layer(family, pipeline, own, names, naming, suffix, tmp_path):
+    if naming >= len(NAMINGS[family]):
+        pytest.skip("this family has fewer namings")
+    tensors = NAMINGS[family][naming](own)
+    layer, _ = first_layer(tensors)
+    path = written({**tensors, f"{layer}.{suffix}": torch.ones(3, 3)}, tmp_path)
+    with pytest.raises(UserError) as refusal:
+        apply_lora(pipeline, path, model=names)
+    assert layer in str(refusal.value) and untouched(pipeline)
+
+
+@pytest.mark.parametrize("suffix", ["oft_blocks", "diff"])
 def test_files_of_nothing_else_are_named_too(suffix, tmp_path):
     tensors = {f"lora_unet_mid_block_attentions_0_proj_in.{suffix}": torch.ones(2, 2)}
     with pytest.raises(UserError, match=MORE[suffix]):
@@ -193,22 +216,21 @@ def with_other_ranks(tensors: Tensors) -> Tensors:
 
 @pytest.mark.parametrize("damage", [without_partner, with_alpha_of_nothing, with_other_ranks])
 @pytest.mark.parametrize("naming", [0, 1, 2])
-def test_what_does_not_belong_together_is_refused(family, pipeline, own, naming, damage, tmp_path):
+def test_what_does_not_belong_together_is_refused(family, pipeline, own, names, naming, damage, tmp_path):
     if naming >= len(NAMINGS[family]):
         pytest.skip("this family has fewer namings")
     with pytest.raises(UserError):
-        apply_lora(pipeline, written(damage(NAMINGS[family][naming](own)), tmp_path))
+        apply_lora(pipeline, written(damage(NAMINGS[family][naming](own)), tmp_path), model=names)
     assert untouched(pipeline)
 
 
 def test_a_second_text_encoder_that_the_pipeline_lacks(sd_folder, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(sd_folder)
+    names = names_of(sd, pipeline.unet.config)
     layer = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
     tensors = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(16, 2)}
-    with pytest.raises(
-        UserError, match=r"does not fit this StableDiffusionPipeline: 2 of its 2 .*lora_te2_.*text_encoder_2"
-    ):
-        apply_lora(pipeline, written(tensors, tmp_path))
+    with pytest.raises(UserError, match=r"lora_te2_.* is no layer of a text encoder that can have an adapter here"):
+        apply_lora(pipeline, written(tensors, tmp_path), model=names)
 
 
 def test_keys_of_another_prefix(family, pipeline, own, tmp_path):
@@ -267,7 +289,7 @@ def alphas_multiplied_in(tensors: Tensors) -> Tensors:
     return made
 
 
-def test_every_layer_has_its_own_alpha(family, pipeline, own, tmp_path):
+def test_every_layer_has_its_own_alpha(family, pipeline, own, names, tmp_path):
     """diffusers gives attention layers and text encoders the commonest, and it to layers that have none."""
     tensors = kohya(own) if family == "sd" else kohya_flux()
     draw = torch.Generator().manual_seed(1)
@@ -284,7 +306,7 @@ def test_every_layer_has_its_own_alpha(family, pipeline, own, tmp_path):
         tensors[name] = torch.tensor((8.0, 2.0, 0.5, 4.0, 8.0)[number % 5])
     drawn = []
     for each in (tensors, alphas_multiplied_in(tensors)):
-        apply_lora(pipeline, written(each, tmp_path))
+        apply_lora(pipeline, written(each, tmp_path), model=names)
         drawn.append(image(pipeline))
         pipeline.unload_lora_weights()
     assert torch.allclose(*drawn, atol=1e-4) and not torch.allclose(drawn[0], image(pipeline), atol=1e-2)

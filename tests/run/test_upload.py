@@ -105,6 +105,18 @@ def test_embeddings_of_new_tokens_are_and_the_card_tells_of_them(run: RunFolder,
     assert "`embeddings/style.safetensors` for `<style>`" in hub.sent["README.md"].decode()
 
 
+def test_formats_that_were_asked_for_are_uploaded(run: RunFolder, hub: Hub) -> None:
+    made = {
+        "run_kohya.safetensors",
+        "best/run_peft/adapter_config.json",
+        "best/run_peft/text_encoder/adapter_config.json",
+    }
+    for name in (*made, "run_comfyui.safetensors"):
+        write(run.path / name, b"made")
+    push_to_hub(config(save_format=("kohya", "peft")), run)
+    assert set(hub.sent) == MADE | made
+
+
 @pytest.mark.parametrize("name", sorted(MADE - {"README.md", "samples/samples.jsonl"}))
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_nothing_from_behind_a_link_is(kind: str, name: str, run: RunFolder, hub: Hub, tmp_path: Path) -> None:

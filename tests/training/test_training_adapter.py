@@ -18,8 +18,8 @@ from dreamlora.commands.doctor.diagnosis import diagnose
 from dreamlora.config import Lora, Model, Train
 from dreamlora.errors import UserError
 from dreamlora.interfaces import View
+from dreamlora.lora.applying import weights_for
 from dreamlora.lora.assistant import ASSISTANT, add_assistant, switch, without_assistant
-from dreamlora.lora.files import factors_of
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.lora.saving import save_lora
@@ -178,9 +178,9 @@ def test_every_family_can_have_one(name: str, tmp_path: Path) -> None:
         return family.predict(denoiser, noisy, times, conditioning, 1.0)
 
     base = answer()
-    factors = factors_of(family.pipeline(parts["denoiser"]), file)
+    weights = weights_for(family.pipeline(parts["denoiser"]), file)[family.DENOISER]
     add_lora(denoiser, Lora(), family.LORA_LAYERS)
-    add_assistant(denoiser, family.DENOISER, factors)
+    add_assistant(denoiser, weights)
     assisted = answer()
     with without_assistant(denoiser):
         assert torch.equal(answer(), base)

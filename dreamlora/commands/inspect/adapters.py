@@ -6,14 +6,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreamlora.commands.inspect.measures import DeltaSize, Measure
 from dreamlora.commands.inspect.tensors import Array, TensorFile
-from dreamlora.errors import UserError
 from dreamlora.lora.file_layers import FileLayer
 from dreamlora.lora.settings import METADATA_KEY, Settings, settings_of
 
@@ -66,8 +64,8 @@ class Alphas:
         if peft is not None:
             metadata[METADATA_KEY] = json.dumps({f".{name}": value for name, value in peft.items()})
         try:
-            self._settings = settings_of(Path(file.path.name), metadata)
-        except (UserError, ValueError) as error:
+            self._settings = settings_of(metadata)
+        except ValueError as error:
             self.problems.append(str(error))
 
     def of(self, layer: FileLayer, rank: int | None) -> float | None:

@@ -9,9 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dreamlora.lora.part_names import END as _END
-from dreamlora.lora.part_names import ENDS as _ENDS
-from dreamlora.lora.part_names import LOHA
+from dreamlora.lora.part_names import END, ENDS, LOHA
 from dreamlora.lora.weights import Kind, LayerWeights, lora_weights
 
 
@@ -23,15 +21,21 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        found = _END.fullmatch(key)
+        found = END.fullmatch(key)
         if found is None:
             raise ValueError(f"{key} is no part of a LoRA, DoRA, LoHa or LoKr")
         factors = layers.setdefault(found["layer"], {})
-        name = _ENDS[found["end"]]
+        name = ENDS[found["end"]]
         if name in factors:
             raise ValueError(f"{found['layer']} has two of {name}")
-        factors[name] = tensor
+        of_rows = found["end"].startswith("lora_magnitude_vector")  # PEFT's, whatever its shape
+        factors[name] = tensor.reshape(-1, 1) if of_rows else tensor
     return layers
+
+
+def is_part(name: str) -> bool:
+    """Whether a name is that of a part of a LoRA, DoRA, LoHa or LoKr."""
+    return END.fullmatch(name) is not None
 
 
 def weights_of(layer: str, factors: Mapping[str, Tensor]) -> LayerWeights:
@@ -47,9 +51,12 @@ def weights_of(layer: str, factors: Mapping[str, Tensor]) -> LayerWeights:
     rest = dict(factors)
     alpha, magnitude = rest.pop("alpha", None), rest.pop("magnitude", None)
     kind = _kind(layer, rest)
+    flat = next((name for name, tensor in rest.items() if tensor.ndim < 2), None)
+    if flat:
+        raise ValueError(f"{layer}: {flat} is {tuple(rest[flat].shape)}, and no matrix")
     if kind == "lora":
         down, up = rest["lora_A"], rest["lora_B"]
-        if down.ndim < 2 or up.ndim < 2 or up.shape[1] != len(down):
+        if up.shape[1] != len(down):
             raise ValueError(f"{layer}: factors of {tuple(down.shape)} and {tuple(up.shape)} are no pair of one rank")
         if "lora_mid" in rest:
             down = _with_core(layer, rest["lora_mid"], down)
@@ -104,13 +111,12 @@ def _with_core(layer: str, core: Tensor, down: Tensor) -> Tensor:
 
 
 def _magnitude(layer: str, magnitude: Tensor, weights: LayerWeights) -> Tensor:
-    """``(m,)`` of ``(m, 1)``, ``(m, 1, 1, 1)`` or PEFT's ``(1, m, 1, 1)``.
+    """``(m,)`` of ``(m, 1)`` or ``(m, 1, 1, 1)``.
 
-    Old LyCORIS files have one for every column instead: ``(1, n)``.
+    Old LyCORIS files and OneTrainer's have one for every column instead: ``(1, n)``, of a convolution ``(1, n, 1, 1)``.
     """
-    rows = len(weights.up) if weights.kind == "lora" else None
-    of_columns = magnitude.ndim == 2 and len(magnitude) == 1 and magnitude.numel() > 1
-    if of_columns or rows not in (None, magnitude.numel()):
+    of_columns = magnitude.ndim > 1 and len(magnitude) == 1 and magnitude.numel() > 1
+    if of_columns or weights.rows != magnitude.numel():
         raise ValueError(
             f"{layer} has magnitudes of {tuple(magnitude.shape)}: only DoRAs with one for every output are known"
         )

@@ -70,8 +70,8 @@ def write(weights: AdapterWeights, model: ModelNames) -> FileContent:
     Raises:
         ValueError: see there.
     """
-    if not model.comfyui:
-        raise ValueError("ComfyUI does not have this model")
+    if lacking := model.lacking("comfyui"):
+        raise ValueError(lacking)
     tensors: dict[str, Tensor] = {}
     for component, adapters in weights.items():
         for name, adapter in _named(component, adapters, model):

@@ -66,8 +66,9 @@ def write(weights: AdapterWeights, model: ModelNames) -> FileContent:
     Raises:
         ValueError: see there.
     """
-    if model.kohya is None and any(each.kind == "lora" for layers in weights.values() for each in layers.values()):
-        raise ValueError("no program of kohya's, and none that reads such files, has this model")
+    pairs = any(each.kind == "lora" for layers in weights.values() for each in layers.values())
+    if pairs and (lacking := model.lacking("kohya")):
+        raise ValueError(lacking)
     named: dict[str, LayerWeights] = {}
     for component, adapters in weights.items():
         of_denoiser = component == model.denoiser

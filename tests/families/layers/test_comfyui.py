@@ -151,8 +151,94 @@ norm_out.linear                                        modF.1  swapped
             *("final_layer.adaLN_modulation.1", "x_embedder.proj", "p_embedder.pooled_embedder.linear_2"),
         )
     ),
+    # utils.z_image_to_diffusers
+    "z_image": "\n".join(
+        f"""
+{block}.attention.to_q                  {block}.attention.qkv  0 1
+{block}.attention.to_k                  {block}.attention.qkv  1 1
+{block}.attention.to_v                  {block}.attention.qkv  2 1
+{block}.attention.to_out.0              {block}.attention.out
+{block}.feed_forward.w1                 {block}.feed_forward.w1
+{block}.feed_forward.w2                 {block}.feed_forward.w2
+{block}.feed_forward.w3                 {block}.feed_forward.w3
+"""
+        for block in ("layers.{}", "context_refiner.{}", "noise_refiner.{}")
+    )
+    + """
+layers.{}.adaLN_modulation.0            layers.{}.adaLN_modulation.0
+noise_refiner.{}.adaLN_modulation.0     noise_refiner.{}.adaLN_modulation.0
+all_final_layer.2-1.linear              final_layer.linear
+all_final_layer.2-1.adaLN_modulation.1  final_layer.adaLN_modulation.1
+all_x_embedder.2-1                      x_embedder
+cap_embedder.1                          cap_embedder.1
+t_embedder.mlp.0                        t_embedder.mlp.0
+t_embedder.mlp.2                        t_embedder.mlp.2
+""",
+    # ldm/lumina/model.py: names of the layers, and the order and heads of q, k and v
+    "lumina2": "\n".join(
+        f"""
+{block}.attn.to_q                       {block}.attention.qkv  0 3
+{block}.attn.to_k                       {block}.attention.qkv  3 1
+{block}.attn.to_v                       {block}.attention.qkv  4 1
+{block}.attn.to_out.0                   {block}.attention.out
+{block}.feed_forward.linear_1           {block}.feed_forward.w1
+{block}.feed_forward.linear_2           {block}.feed_forward.w2
+{block}.feed_forward.linear_3           {block}.feed_forward.w3
+"""
+        for block in ("layers.{}", "context_refiner.{}", "noise_refiner.{}")
+    )
+    + """
+layers.{}.norm1.linear                         layers.{}.adaLN_modulation.1
+noise_refiner.{}.norm1.linear                  noise_refiner.{}.adaLN_modulation.1
+norm_out.linear_1                              final_layer.adaLN_modulation.1
+norm_out.linear_2                              final_layer.linear
+x_embedder                                     x_embedder
+time_caption_embed.caption_embedder.1          cap_embedder.1
+time_caption_embed.timestep_embedder.linear_1  t_embedder.mlp.0
+time_caption_embed.timestep_embedder.linear_2  t_embedder.mlp.2
+""",
+    # lora.model_lora_keys_unet: names that it has in common with diffusers
+    "qwen_image": "\n".join(
+        f"{name} {name}"
+        for name in (
+            *(f"transformer_blocks.{{}}.attn.{part}" for part in ("to_q", "to_out.0", "add_k_proj", "to_add_out")),
+            *("transformer_blocks.{}.img_mlp.net.0.proj", "transformer_blocks.{}.txt_mlp.net.2"),
+            *("transformer_blocks.{}.img_mod.1", "transformer_blocks.{}.txt_mod.1", "img_in", "txt_in", "proj_out"),
+            *("norm_out.linear", "time_text_embed.timestep_embedder.linear_1"),
+        )
+    ),
+    # utils.krea2_to_diffusers
+    "krea2": "\n".join(
+        f"""
+{block}.attn.to_q       {original}.attn.wq
+{block}.attn.to_k       {original}.attn.wk
+{block}.attn.to_v       {original}.attn.wv
+{block}.attn.to_gate    {original}.attn.gate
+{block}.attn.to_out.0   {original}.attn.wo
+{block}.ff.gate         {original}.mlp.gate
+{block}.ff.up           {original}.mlp.up
+{block}.ff.down         {original}.mlp.down
+"""
+        for block, original in (
+            ("transformer_blocks.{}", "blocks.{}"),
+            ("text_fusion.layerwise_blocks.{}", "txtfusion.layerwise_blocks.{}"),
+            ("text_fusion.refiner_blocks.{}", "txtfusion.refiner_blocks.{}"),
+        )
+    )
+    + """
+img_in                  first
+time_embed.linear_1     tmlp.0
+time_embed.linear_2     tmlp.2
+time_mod_proj           tproj.1
+txt_in.linear_1         txtmlp.1
+txt_in.linear_2         txtmlp.3
+text_fusion.projector   txtfusion.projector
+final_layer.linear      last.linear
+""",
 }
 """Source: ComfyUI's ``comfy/utils.py`` and ``comfy/lora.py``."""
+
+CONFIGS = {"lumina2": {"num_attention_heads": 3, "num_kv_heads": 1}}
 
 
 class Line(NamedTuple):
@@ -199,7 +285,7 @@ def added(table: str, weights: dict[str, LayerWeights]) -> dict[str, Tensor]:
 
 
 def names_of(family: str) -> ModelNames:
-    model: ModelNames = registry.load("families.layers", family).names({"num_layers": 2})
+    model: ModelNames = registry.load("families.layers", family).names(CONFIGS.get(family, {"num_layers": 2}))
     return model
 
 

@@ -18,6 +18,8 @@ from dreamlora.lora.weights import LayerWeights, lora_weights
 
 WIDTH = 3072
 """Of FLUX.1 and Chroma, which their converters take for granted."""
+UNITS = {"lumina2": 96}
+"""Rows of a part, where it is not that: of a head of Lumina 2."""
 BLOCKS = 2
 
 
@@ -40,8 +42,10 @@ def places(model: ModelNames) -> Iterator[LayerPlace]:
         yield place
 
 
-def height(place: LayerPlace) -> int:
-    return WIDTH * (2 if place.original.swapped else sum(place.original.rows or [1] * len(place.layers)))
+def height(family: str, place: LayerPlace) -> int:
+    return UNITS.get(family, WIDTH) * (
+        2 if place.original.swapped else sum(place.original.rows or [1] * len(place.layers))
+    )
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -58,6 +62,8 @@ CHECKPOINTS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
     "auraflow": single_file_utils.convert_auraflow_transformer_checkpoint_to_diffusers,
     "hidream": single_file_utils.convert_hidream_transformer_to_diffusers,
+    "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+    "lumina2": single_file_utils.convert_lumina2_to_diffusers,
 }
 NOT_THERE = {
     f"transformer_blocks.{BLOCKS - 1}.{name}"
@@ -69,7 +75,7 @@ NOT_THERE = {
 @pytest.mark.parametrize("family", CHECKPOINTS)
 def test_a_checkpoint_of_the_original_names_becomes_that_of_diffusers(family):
     draw = torch.Generator().manual_seed(0)
-    found = {place: torch.randn(height(place), 1, generator=draw) for place in places(model_of(family))}
+    found = {place: torch.randn(height(family, place), 1, generator=draw) for place in places(model_of(family))}
     converted = CHECKPOINTS[family](Checkpoint({f"{place.name}.weight": tensor for place, tensor in found.items()}))
     for place, tensor in found.items():
         rows = place.original.rows_of(len(tensor))
@@ -89,16 +95,27 @@ LORAS: dict[tuple[str, str], tuple[Callable[[dict[str, Tensor]], dict[str, Tenso
     ),
     ("comfyui", "flux2"): (lora_conversion_utils._convert_non_diffusers_flux2_lora_to_diffusers, ("norm_out",)),
     ("comfyui", "hidream"): (lora_conversion_utils._convert_non_diffusers_hidream_lora_to_diffusers, ()),
+    ("kohya", "z_image"): (
+        lora_conversion_utils._convert_non_diffusers_z_image_lora_to_diffusers,
+        ("all_x_embedder", "all_final_layer", "siglip"),
+    ),
+    ("comfyui", "lumina2"): (
+        lora_conversion_utils._convert_non_diffusers_lumina2_lora_to_diffusers,
+        ("x_embedder", "time_caption_embed", "norm_out", "context_refiner.0.norm1", "context_refiner.1.norm1"),
+    ),
+    ("kohya", "qwen_image"): (lora_conversion_utils._convert_non_diffusers_qwen_lora_to_diffusers, ()),
+    ("comfyui", "qwen_image"): (lora_conversion_utils._convert_non_diffusers_qwen_lora_to_diffusers, ()),
+    ("comfyui", "krea2"): (lora_conversion_utils._convert_non_diffusers_krea2_lora_to_diffusers, ()),
 }
 """Converters of diffusers, and how names of layers begin that they do not know, or take for others."""
 
 
-def drawn(model: ModelNames, left_out: tuple[str, ...]) -> dict[str, LayerWeights]:
+def drawn(family: str, model: ModelNames, left_out: tuple[str, ...]) -> dict[str, LayerWeights]:
     """A LoRA for every layer, of ranks and alphas that differ."""
     draw = torch.Generator().manual_seed(1)
     found = {}
     for place in places(model):
-        rows = place.original.rows_of(height(place))
+        rows = place.original.rows_of(height(family, place))
         for layer, count in zip(place.layers, rows, strict=True):
             if layer.startswith(left_out):
                 continue
@@ -112,7 +129,7 @@ def drawn(model: ModelNames, left_out: tuple[str, ...]) -> dict[str, LayerWeight
 def test_diffusers_reads_what_is_written(form, family):
     converter, left_out = LORAS[form, family]
     model = model_of(family)
-    weights = drawn(model, left_out)
+    weights = drawn(family, model, left_out)
     # FLUX' converter takes alphas of the last layers for 1
     last = {name for name in weights if family in ("flux", "chroma") and name in ("proj_out", "norm_out.linear")}
     weights |= {name: weights[name].with_alpha(float(len(weights[name].down))) for name in last}
@@ -146,7 +163,7 @@ def test_diffusers_reads_lokrs_of_flux2():
     """All of them by the names of its own layers, of which it takes those in blocks."""
     model, draw = model_of("flux2"), torch.Generator().manual_seed(3)
     weights = {}
-    for layer in drawn(model, LORAS["kohya", "flux2"][1]):
+    for layer in drawn("flux2", model, LORAS["kohya", "flux2"][1]):
         if "transformer_blocks." in layer:
             shapes = {"lokr_w1": (2, 1), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)}
             factors = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}

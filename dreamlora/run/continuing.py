@@ -1,0 +1,160 @@
+"""``--init_lora``: what is asked for besides, and what becomes of the LoRA that training goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreamlora.config import Lora, RunConfig
+from dreamlora.errors import UserError
+from dreamlora.interfaces import Family, ModelSource
+from dreamlora.lora.applying import weights_for
+from dreamlora.lora.continuing import Beginning, Resized, fresh, resized, with_magnitudes
+from dreamlora.lora.files import read_lora
+from dreamlora.lora.names import names_of
+from dreamlora.lora.targets import alpha_of, layer_names, rank_of, wanted_layers
+from dreamlora.lora.weights import LayerWeights
+from dreamlora.models.adapter import content_of, find_adapter
+from dreamlora.models.inventory import PartFiles, empty_part
+from dreamlora.models.loading import read_settings
+from dreamlora.processes import main_first
+from dreamlora.randomness import generator
+from dreamlora.run.context import RunContext
+
+RANKS = ("rank", "rank_pattern", "text_encoder_rank")
+SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
+LAYERS = ("lora_layers", "lora_blocks")
+FROM_FILE = ("adapter", *RANKS, *SCALES, *LAYERS)
+"""Options that are as the file has it where they are not given."""
+
+
+def beginning_of(
+    config: RunConfig, family: Family, source: ModelSource, parts: Sequence[PartFiles]
+) -> Beginning | None:
+    """The LoRA of ``--init_lora``, as it fits the model; None: there is none.
+
+    Raises:
+        UserError: it cannot be read, is for another model, or a part of it would not be trained.
+    """
+    if config.lora.init_lora is None:
+        return None
+    with main_first():
+        found = find_adapter(
+            config.lora.init_lora, config.lora.init_lora_weight_name, config.model.cache_dir, "--init_lora"
+        )
+        file = read_lora(found).path
+    trained = [family.DENOISER, *(family.TEXT_ENCODERS if config.lora.train_text_encoder else ())]
+    modules: dict[str, Any] = {name: empty_part(parts, name) for name in (family.DENOISER, *family.TEXT_ENCODERS)}
+    pipeline = family.pipeline({**modules, "settings": read_settings(source, family.SETTINGS)})
+    adapters = weights_for(pipeline, file, names_of(family, modules[family.DENOISER].config))
+    others = [name for name in adapters if name not in trained]
+    if others:
+        remedy = "give --train_text_encoder" if family.TEXT_ENCODERS else "only the denoiser is trained here"
+        raise UserError(f"--init_lora: {file} is for the {others[0]} too, and that would be lost: {remedy}")
+    beginning = Beginning(file, content_of(file), adapters)
+    _check_kind(config.lora, beginning, "adapter" in config.given)
+    return beginning
+
+
+def _check_kind(lora: Lora, beginning: Beginning, asked: bool) -> None:
+    kinds, (kind, *more) = beginning.kinds, sorted(beginning.kinds)
+    if more:
+        raise UserError(f"--init_lora: {beginning.file} has several kinds of adapters ({', '.join(sorted(kinds))})")
+    if asked and lora.adapter != kind:
+        raise UserError(f"--adapter {lora.adapter}: --init_lora {beginning.file} is a {kind}; leave --adapter out")
+    if lora.adapter_args:
+        raise UserError("--adapter_args: with --init_lora the adapter is made as its file has it; leave them out")
+
+
+def settled(config: RunConfig, beginning: Beginning) -> RunConfig:
+    """The options with what the file decides: kind, and the rank and alpha of most of its layers."""
+    lora, given = config.lora, config.given
+    [kind] = beginning.kinds
+    rank = lora.rank if given & set(RANKS) else beginning.rank
+    alpha = lora.lora_alpha if given & set(SCALES) else beginning.scale * rank
+    return replace(config, lora=replace(lora, adapter=kind, rank=rank, lora_alpha=alpha))
+
+
+def layers_of(config: RunConfig, family: Family, beginning: Beginning, name: str, module: nn.Module) -> list[str]:
+    """Names of the layers of a part that are trained: the file's, and those that are asked for besides.
+
+    Raises:
+        UserError: the file has others than are asked for.
+    """
+    lora, there = config.lora, beginning.adapters.get(name, {})
+    if name != family.DENOISER:
+        return list(there) or layer_names(module, family.TEXT_LORA_LAYERS)
+    if there and not config.given & set(LAYERS):
+        return list(there)
+    asked = layer_names(module, wanted_layers(lora, family), lora.lora_blocks)
+    lost = [layer for layer in there if layer not in set(asked)]
+    if lost:
+        raise UserError(
+            f"--init_lora: {beginning.file} has {len(lost)} layers that --lora_layers and --lora_blocks do not name, "
+            f"such as {lost[0]}, and these would be lost: name them too, or leave both out for the layers of the file"
+        )
+    return asked
+
+
+def weights_of(context: RunContext, name: str, module: Any) -> tuple[dict[str, LayerWeights], list[str]]:
+    """What a part begins with, by layer; and the names of the layers that are new.
+
+    Args:
+        context: with a beginning.
+        name: of the part.
+        module: without adapters.
+
+    Raises:
+        UserError: see ``layers_of``; or a rank is asked for that its kind of adapter cannot be given.
+    """
+    config, beginning = context.config, context.beginning
+    assert beginning is not None
+    there = beginning.adapters.get(name, {})
+    begun: dict[str, LayerWeights] = {}
+    cut: list[Resized] = []
+    layers = layers_of(config, context.family, beginning, name, module)
+    for layer in layers:
+        draw = generator(config.train.seed, "init_lora", name, layer)
+        if layer in there:
+            cut.append(_asked(config, context.family, name, layer, there[layer], draw))
+            begun[layer] = cut[-1].weights
+        else:
+            begun[layer] = _new(config, name, layer, module, draw)
+    lost, energy = sum(each.lost for each in cut), sum(each.all for each in cut)
+    if lost:
+        context.warn(
+            f"--init_lora: the ranks that are asked for hold {1 - lost / energy:.2%} of the {name}'s LoRA (by the "
+            "squares of its changes): the rest is left out"
+        )
+    return begun, [layer for layer in layers if layer not in there]
+
+
+def _asked(
+    config: RunConfig, family: Family, name: str, layer: str, weights: LayerWeights, draw: torch.Generator
+) -> Resized:
+    """A layer of the file, with the rank and alpha that are given."""
+    if not config.given & {*RANKS, *SCALES}:
+        return Resized(weights.in_precision(torch.float32))
+    if weights.kind != "lora":
+        raise UserError(f"--init_lora: the rank and alpha of a {weights.kind} stay as they are: leave both out")
+    lora = config.lora if name == family.DENOISER else config.lora.of_text_encoder
+    rank = rank_of(lora, name, layer) if config.given & set(RANKS) else len(weights.down)
+    scale = lora.scale(rank, alpha_of(lora, name, layer)) if config.given & set(SCALES) else weights.scale
+    return resized(weights, rank, scale, draw)
+
+
+def _new(config: RunConfig, name: str, layer: str, module: Any, draw: torch.Generator) -> LayerWeights:
+    lora, place = config.lora, module.get_submodule(layer)
+    if lora.adapter in ("loha", "lokr") or getattr(place, "groups", 1) > 1:
+        raise UserError(
+            f"--init_lora: the file has nothing for {name}.{layer}, and no {lora.adapter} of it can begin here: leave "
+            "it out of --lora_layers"
+        )
+    rank = rank_of(lora, name, layer)
+    scale = lora.scale(rank, alpha_of(lora, name, layer))
+    begun = fresh(place, rank, scale, draw)
+    return with_magnitudes(begun, place) if lora.adapter == "dora" else begun
