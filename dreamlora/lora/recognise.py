@@ -6,6 +6,7 @@ the same names and sizes: then all of them are named.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,8 @@ def guess_family(layers: Sequence[FileLayer], metadata: Mapping[str, str] | None
     good = [one for one in candidates if one.score >= best - _ALIKE and one.known >= _FOUND]
     good.sort(key=lambda one: (-one.score, -max((version.layers for version in one.versions), default=0)))
     if len(good) > 1:
-        named = [one for one in good if _is_named(one, metadata or {})]
+        said = named_families(metadata or {})
+        named = [one for one in good if one.family in said]
         return Guess((named[0],), "likely") if len(named) == 1 else Guess(tuple(good), "unsure")
     if not good:
         return Guess()
@@ -165,6 +167,7 @@ def _models_with(layer: str) -> bool:
     return any(place_of(model_of(family), layer) for family in registry.names("families.layers"))
 
 
+@functools.cache
 def model_of(family: str) -> ModelNames:
     """Names of the layers of a family's published models."""
     names: ModelNames = registry.load("families.layers", family).names({})
@@ -229,12 +232,12 @@ def _words(place: LayerPlace) -> list[str]:
     return place.layers[place.part].split(".")
 
 
-def _is_named(candidate: Candidate, metadata: Mapping[str, str]) -> bool:
-    """Whether a header names the family, as ModelSpec and kohya call it."""
-    model = model_of(candidate.family)
-    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
-    said = ((architecture, model.architecture), (metadata.get("ss_base_model_version", ""), model.base_version))
-    return any(mine and theirs == mine for theirs, mine in said)
+def named_families(metadata: Mapping[str, str]) -> list[str]:
+    """Those that a header names, as ModelSpec and kohya call their models."""
+    architecture, version = metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")
+    said = {architecture.partition("/")[0], version} - {""}
+    models = {family: model_of(family) for family in registry.names("families.layers")}
+    return [family for family, model in models.items() if {model.architecture, model.base_version} & said]
 
 
 def versions_of(family: str) -> tuple[Version, ...]:

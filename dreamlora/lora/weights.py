@@ -13,9 +13,6 @@ from typing import Literal, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from dreamlora.lora.part_names import LOHA as LOHA
-from dreamlora.lora.part_names import LOKR as LOKR
-
 Kind = Literal["lora", "loha", "lokr"]
 
 _LOKR_ROWS = (("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a"))

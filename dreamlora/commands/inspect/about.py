@@ -18,6 +18,7 @@ _SAID: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("hash of the base model", ("ss_new_sd_model_hash", "ss_sd_model_hash")),
     ("predicts", ("modelspec.prediction_type",)),
     ("trigger", ("modelspec.trigger_phrase",)),
+    ("token", ("token",)),
     ("resolution", ("modelspec.resolution", "ss_resolution")),
     ("written by", ("dreamlora.version", "software", "modelspec.implementation")),
     ("network", ("ss_network_module",)),

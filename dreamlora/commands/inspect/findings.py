@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dreamlora.lora.recognise import (
     is_known_text_layer,
     model_of,
     models_of_embeddings,
+    named_families,
     place_of,
 )
 
@@ -70,7 +71,7 @@ def _content(file: TensorFile, peft: dict[str, Any] | None) -> dict[str, Any]:
         facts = list(facts_of(file, layers, alphas))
         found |= {"what": "adapter", "format": format_of(names), "family": _family(guess)}
         found |= {"parts": _parts(file, facts, guess), "other_tensors": sorted(others)}
-        found["problems"] = _problems(alphas.problems, facts, others)
+        found["problems"] = [*_lies(file, guess), *_problems(alphas.problems, facts, others)]
     elif holds_embeddings(file.shapes):
         found |= {"what": "embedding", "embeddings": {name: list(shape) for name, shape in file.shapes.items()}}
         found["models"] = models_of_embeddings(file.shapes)
@@ -140,6 +141,14 @@ def _coverage(component: str, layers: Sequence[FileLayer], candidate: Candidate 
             place, is_original = found
             count += len(place.layers) if is_original else 1
     return count, candidate.versions[0].layers if candidate.versions else None
+
+
+def _lies(file: TensorFile, guess: Guess) -> Iterator[str]:
+    """Where the header names another family than the layers are of."""
+    named = named_families(file.metadata)
+    if named and guess.candidates and not {one.family for one in guess.candidates} & set(named):
+        theirs = guess.candidates[0].family
+        yield f"its header says that it is for the family {named[0]}, and its layers are those of {theirs}"
 
 
 def _problems(said: Sequence[str], facts: Sequence[LayerFacts], others: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dreamlora.errors import UserError
 from dreamlora.reading import is_regular, read_json
-from dreamlora.runfolder import LORA_FILE, RunFolder
+from dreamlora.runfolder import EMBEDDINGS, LORA_FILE, RunFolder
 from dreamlora.schemas import OBJECT
 
 PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -79,10 +79,13 @@ def _in_run(run: RunFolder) -> InspectedFile:
         "best": None,
         "checkpoints": run.checkpoint_steps(),
         "candidates": run.candidate_steps(),
+        "embeddings": sorted(file.stem for file in (run.path / EMBEDDINGS).glob("*.safetensors")),
     }
     best = run.best / LORA_FILE
     if best.is_file():
         about["best"] = {"file": str(best), "step": selection.get("step"), "metric": selection.get("metric")}
+    raw = run.raw / LORA_FILE
+    about["raw"] = str(raw) if raw.is_file() else None
     checkpoints = [run.checkpoint_dir(step) / LORA_FILE for step in reversed(about["checkpoints"])]
     file = next((file for file in (run.lora_file, best, *checkpoints) if file.is_file()), None)
     if file is None:

@@ -24,7 +24,6 @@ _CERTAINTY = {
 }
 _MOST_VALUES = 6
 """Different ranks or alphas that are told one by one."""
-_RUN = ("result", "best", "checkpoints")
 
 
 def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
@@ -140,4 +139,8 @@ def _run(run: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     yield "result", "there" if run["result"] else "not yet: it has not ended"
     if best:
         yield "best", best["file"] + (f", of step {best['step']}" if best["step"] is not None else "")
+    if run["raw"]:
+        yield "without its average", run["raw"]
+    if run["embeddings"]:
+        yield "embeddings of", ", ".join(run["embeddings"])
     yield "checkpoints", ", ".join(map(str, run["checkpoints"])) or "none"

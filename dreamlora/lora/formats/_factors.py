@@ -9,9 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dreamlora.lora.part_names import END as _END
-from dreamlora.lora.part_names import ENDS as _ENDS
-from dreamlora.lora.part_names import LOHA
+from dreamlora.lora.part_names import END, ENDS, LOHA
 from dreamlora.lora.weights import Kind, LayerWeights, lora_weights
 
 
@@ -23,11 +21,11 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        found = _END.fullmatch(key)
+        found = END.fullmatch(key)
         if found is None:
             raise ValueError(f"{key} is no part of a LoRA, DoRA, LoHa or LoKr")
         factors = layers.setdefault(found["layer"], {})
-        name = _ENDS[found["end"]]
+        name = ENDS[found["end"]]
         if name in factors:
             raise ValueError(f"{found['layer']} has two of {name}")
         of_rows = found["end"].startswith("lora_magnitude_vector")  # PEFT's, whatever its shape
@@ -37,7 +35,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def is_part(name: str) -> bool:
     """Whether a name is that of a part of a LoRA, DoRA, LoHa or LoKr."""
-    return _END.fullmatch(name) is not None
+    return END.fullmatch(name) is not None
 
 
 def weights_of(layer: str, factors: Mapping[str, Tensor]) -> LayerWeights:

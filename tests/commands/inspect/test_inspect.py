@@ -258,6 +258,13 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path):
     assert all(f"warning: {problem}" in text_of(tmp_path / "a.safetensors") for problem in found["problems"])
 
 
+def test_a_header_of_another_model_is_told(tmp_path):
+    lies = findings(saved(tmp_path, written("kohya", {"ss_base_model_version": "sd_v1"})))
+    assert lies["problems"] == ["its header says that it is for the family sd, and its layers are those of sdxl"]
+    honest = findings(saved(tmp_path, written("kohya", {"ss_base_model_version": "sdxl_base_v1-0"})))
+    assert honest["problems"] == []
+
+
 def test_metadata_that_does_not_go_with_the_tensors_is_told(tmp_path):
     content = registry.load("lora.formats", "diffusers").write(weights(), model_of("sdxl"))
     lies = {"lora_adapter_metadata": json.dumps({"unet.r": 9, "unet.lora_alpha": 9})}
@@ -334,6 +341,8 @@ def test_a_run_tells_of_its_checkpoints(tmp_path):
     assert found["file"] == str(tmp_path / "checkpoints" / "step-000020" / name)
     assert found["run"]["result"] is False
     saved(tmp_path / "best", content, name)
+    saved(tmp_path / "embeddings", content, "sks.safetensors")
+    saved(tmp_path / "raw", content, name)
     assert findings(tmp_path)["file"] == str(tmp_path / "best" / name)
     saved(tmp_path, content, name)
     found = findings(tmp_path)
@@ -342,6 +351,8 @@ def test_a_run_tells_of_its_checkpoints(tmp_path):
     assert found["run"]["checkpoints"] == [20]
     text = text_of(tmp_path)
     assert re.search(r"\n  checkpoints +20\n?", text)
+    assert re.search(r"\n  embeddings of +sks\n", text)
+    assert str(tmp_path / "raw" / name) in text
     assert str(tmp_path / "best" / name) in text
 
 
