@@ -16,7 +16,7 @@ from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
 
 
 @dataclass(frozen=True)
-class Beginning:
+class Predecessor:
     """A LoRA that training goes on from.
 
     Attributes:

@@ -82,7 +82,7 @@ def _lora(context: RunContext) -> str:
     if lora.train_text_encoder:
         where += "; and the text encoder" + (f" (rank {lora.text_encoder_rank})" if lora.text_encoder_rank else "")
     where += "".join(f"; the new token {_token(new)}" for new in context.config.tokens.tokens)
-    if context.beginning:
+    if context.predecessor:
         start = f", goes on from {lora.init_lora}: with its layers, ranks and alphas where no others are given"
     assisted = f"; with the frozen {lora.training_adapter} while training" if lora.training_adapter else ""
     return f"{kind}rank {lora.rank}{ranks}, alpha {alpha}{alphas}{start}; {where}" + assisted

@@ -118,7 +118,9 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
         trackers.start(context, folder, run.step)
         folder.forget_after(run.step)
         provenance.write_config(context.config, folder, context.accelerator.device)
-        provenance.write_base_model(context.source, folder, context.beginning.content if context.beginning else None)
+        provenance.write_base_model(
+            context.source, folder, context.predecessor.content if context.predecessor else None
+        )
         image_list.write(folder.images_file, pictures)
     with context.timed("training"):
         loop.train(run)
@@ -136,7 +138,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     run = _build(context, folder, pictures, options)
     run.settings = settings
     if checkpoint:
-        if context.beginning:
+        if context.predecessor:
             run.begun_with = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
         state.restore(run, checkpoint.state)
     else:

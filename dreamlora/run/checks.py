@@ -62,8 +62,8 @@ def require_layers(context: RunContext) -> None:
 def _layers(context: RunContext, name: str, module: nn.Module) -> list[str]:
     """Names of the layers of a part that are to be trained."""
     config, family = context.config, context.family
-    if context.beginning:
-        return continuing.layers_of(config, family, context.beginning, name, module)
+    if context.predecessor:
+        return continuing.layers_of(config, family, context.predecessor, name, module)
     if name == family.DENOISER:
         return layer_names(module, wanted_layers(config.lora, family), config.lora.lora_blocks)
     return layer_names(module, family.TEXT_LORA_LAYERS)

@@ -21,7 +21,7 @@ from dreamlora.data.captions import CaptionPlan
 from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
-from dreamlora.lora.continuing import Beginning
+from dreamlora.lora.continuing import Predecessor
 from dreamlora.models.adapter import content_of
 from dreamlora.models.inventory import PartFiles
 from dreamlora.models.new_tokens import TokenEmbeddings
@@ -39,7 +39,7 @@ class RunContext:
 
     Attributes:
         inventory: the parts of the model, as they lie on disk or on the hub.
-        beginning: the LoRA that training goes on from.
+        predecessor: the LoRA that training goes on from.
         training_adapter: file of the frozen LoRA that is active while training.
         eval_price: of the evaluation loss, once it is known how often it is measured.
         new_tokens: their embeddings by text encoder, once they are put in.
@@ -55,7 +55,7 @@ class RunContext:
     source: ModelSource
     parts: Parts
     inventory: Sequence[PartFiles] = ()
-    beginning: Beginning | None = None
+    predecessor: Predecessor | None = None
     training_adapter: Path | None = None
     eval_price: Price | None = None
     new_tokens: dict[str, TokenEmbeddings] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from dreamlora.config import Lora, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.applying import weights_for
-from dreamlora.lora.continuing import Beginning, Resized, fresh, resized, with_magnitudes
+from dreamlora.lora.continuing import Predecessor, Resized, fresh, resized, with_magnitudes
 from dreamlora.lora.files import read_lora
 from dreamlora.lora.names import names_of
 from dreamlora.lora.targets import alpha_of, layer_names, rank_of, wanted_layers
@@ -34,9 +34,9 @@ _PRODUCTS = ("loha", "lokr")
 """Adapters whose factors cannot be given another rank."""
 
 
-def beginning_of(
+def predecessor_of(
     config: RunConfig, family: Family, source: ModelSource, parts: Sequence[PartFiles]
-) -> Beginning | None:
+) -> Predecessor | None:
     """The LoRA of ``--init_lora``, as it fits the model; None: there is none.
 
     Raises:
@@ -57,56 +57,56 @@ def beginning_of(
     if others:
         remedy = "give --train_text_encoder" if family.TEXT_ENCODERS else "only the denoiser is trained here"
         raise UserError(f"--init_lora: {file} is for the {others[0]} too, and that would be lost: {remedy}")
-    beginning = Beginning(file, content_of(file), adapters)
-    _check_kind(config, beginning)
-    return beginning
+    predecessor = Predecessor(file, content_of(file), adapters)
+    _check_kind(config, predecessor)
+    return predecessor
 
 
-def _check_kind(config: RunConfig, beginning: Beginning) -> None:
-    lora, (kind, *others) = config.lora, sorted(beginning.kinds)
+def _check_kind(config: RunConfig, predecessor: Predecessor) -> None:
+    lora, (kind, *others) = config.lora, sorted(predecessor.kinds)
     if others:
         raise UserError(
-            f"--init_lora: {beginning.file} has several kinds of adapters ({', '.join([kind, *others])}), and one is "
+            f"--init_lora: {predecessor.file} has several kinds of adapters ({', '.join([kind, *others])}), and one is "
             "trained at a time"
         )
     if "adapter" in config.given and lora.adapter != kind:
-        raise UserError(f"--adapter {lora.adapter}: --init_lora {beginning.file} is a {kind}; leave --adapter out")
+        raise UserError(f"--adapter {lora.adapter}: --init_lora {predecessor.file} is a {kind}; leave --adapter out")
     if lora.adapter_args:
         raise UserError("--adapter_args: with --init_lora the adapter is made as its file has it; leave them out")
     asked = sorted(config.given & {*RANKS, *SCALES})
     if kind in _PRODUCTS and asked:
-        raise UserError(f"--{asked[0]}: --init_lora {beginning.file} is a {kind}, which keeps its own")
+        raise UserError(f"--{asked[0]}: --init_lora {predecessor.file} is a {kind}, which keeps its own")
 
 
-def settled(config: RunConfig, beginning: Beginning) -> RunConfig:
+def settled(config: RunConfig, predecessor: Predecessor) -> RunConfig:
     """The options with what the file decides: kind, and the rank and alpha of most of its layers."""
     lora, given = config.lora, config.given
-    [kind] = beginning.kinds
-    rank = lora.rank if given & set(RANKS) else beginning.rank
-    alpha = lora.lora_alpha if given & set(SCALES) else beginning.scale * rank
+    [kind] = predecessor.kinds
+    rank = lora.rank if given & set(RANKS) else predecessor.rank
+    alpha = lora.lora_alpha if given & set(SCALES) else predecessor.scale * rank
     return replace(config, lora=replace(lora, adapter=kind, rank=rank, lora_alpha=alpha))
 
 
-def layers_of(config: RunConfig, family: Family, beginning: Beginning, name: str, module: nn.Module) -> list[str]:
+def layers_of(config: RunConfig, family: Family, predecessor: Predecessor, name: str, module: nn.Module) -> list[str]:
     """Names of the layers of a part that are trained: the file's, and those that are asked for besides.
 
     Raises:
         UserError: the file has others than are asked for, or its kind cannot begin in those that are new.
     """
-    there = beginning.adapters.get(name, {})
+    there = predecessor.adapters.get(name, {})
     wanted = _wanted(config, family, name, module, bool(there))
     lost = [layer for layer in there if layer not in set(wanted)] if wanted else []
     if lost:
         raise UserError(
-            f"--init_lora: {beginning.file} has {len(lost)} layers that --lora_layers and --lora_blocks do not name, "
-            f"such as {lost[0]}, and these would be lost: name them too, or leave both out for the layers of the file"
+            f"--init_lora: {predecessor.file} has {len(lost)} layers that --lora_layers and --lora_blocks do not "
+            f"name, such as {lost[0]}, and these would be lost: name them too, or leave both out for those of the file"
         )
     for layer in wanted:
         grouped = getattr(module.get_submodule(layer), "groups", 1) > 1
         if layer not in there and (grouped or config.lora.adapter in _PRODUCTS):
             raise UserError(
-                f"--init_lora: {beginning.file} has nothing for {name}.{layer}, and no {config.lora.adapter} can begin "
-                "there: train the layers of the file alone"
+                f"--init_lora: {predecessor.file} has nothing for {name}.{layer}, and no {config.lora.adapter} can "
+                "begin there: train the layers of the file alone"
             )
     return wanted or list(there)
 
@@ -124,19 +124,19 @@ def weights_of(context: RunContext, name: str, module: Any) -> tuple[dict[str, L
     """What a part begins with, by layer; and the names of the layers that are new.
 
     Args:
-        context: with a beginning.
+        context: with a predecessor.
         name: of the part.
         module: without adapters.
 
     Raises:
         UserError: see ``layers_of``.
     """
-    config, beginning = context.config, context.beginning
-    assert beginning is not None
-    there = beginning.adapters.get(name, {})
+    config, predecessor = context.config, context.predecessor
+    assert predecessor is not None
+    there = predecessor.adapters.get(name, {})
     begun: dict[str, LayerWeights] = {}
     cut: list[Resized] = []
-    layers = layers_of(config, context.family, beginning, name, module)
+    layers = layers_of(config, context.family, predecessor, name, module)
     for layer in layers:
         draw = generator(config.train.seed, "init_lora", name, layer)
         if layer in there:

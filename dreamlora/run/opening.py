@@ -54,9 +54,9 @@ def begin(config: RunConfig) -> RunContext:
             "trained: leave the flag out, and --text_encoder_lr with it"
         )
     _require_images_to_edit(config, family, source)
-    beginning = continuing.beginning_of(config, family, source, parts_on_disk)
-    if beginning:
-        config = continuing.settled(config, beginning)
+    predecessor = continuing.predecessor_of(config, family, source, parts_on_disk)
+    if predecessor:
+        config = continuing.settled(config, predecessor)
     config = defaults.by_model(
         config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
     )
@@ -68,7 +68,7 @@ def begin(config: RunConfig) -> RunContext:
     config = replace(config, data=data)
     parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
-    context = RunContext(config, accelerator, family, source, parts, parts_on_disk, beginning)
+    context = RunContext(config, accelerator, family, source, parts, parts_on_disk, predecessor)
     if config.lora.training_adapter:
         context.training_adapter = _training_adapter(config)
     checks.require_layers(context)

@@ -58,8 +58,8 @@ def settings(context: RunContext, pictures: RunImages, options: Any) -> dict[str
     kept["base model"] = context.source.model_id
     if context.training_adapter:
         kept["training adapter"] = context.adapter_content
-    if context.beginning:
-        kept["LoRA that it began with"] = context.beginning.content
+    if context.predecessor:
+        kept["LoRA that it began with"] = context.predecessor.content
     kept[_IMAGES] = fingerprint(pictures.train)
     if pictures.classes:
         kept[_CLASSES] = fingerprint(pictures.classes)

@@ -49,7 +49,7 @@ def add_adapter(context: RunContext, name: str, module: Any) -> None:
         UserError: it cannot have it.
     """
     lora, family = context.config.lora, context.family
-    if context.beginning:
+    if context.predecessor:
         weights, new = continuing.weights_of(context, name, module)
         go_on(module, weights, new, lora.lora_dropout)
     elif name == family.DENOISER:

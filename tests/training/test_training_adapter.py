@@ -24,6 +24,7 @@ from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.names import flat
 from dreamlora.lora.pairs import adapted_layers
 from dreamlora.lora.saving import save_lora
+from dreamlora.lora.settings import METADATA_KEY
 from dreamlora.models import loading
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop
@@ -131,7 +132,7 @@ def test_samples_file_and_parity_are_without_it(train, sd_folder, adapter, tmp_p
     with safe_open(run.lora_file, "pt") as ours, safe_open(plain.lora_file, "pt") as theirs:
         assert sorted(ours.keys()) == sorted(theirs.keys())
         assert all(ours.get_slice(key).get_shape() == theirs.get_slice(key).get_shape() for key in ours.keys())  # noqa: SIM118
-        assert ours.metadata()["lora_adapter_metadata"] == theirs.metadata()["lora_adapter_metadata"]
+        assert ours.metadata()[METADATA_KEY] == theirs.metadata()[METADATA_KEY]
     losses = [
         {row["step"]: row["value"] for row in each.metrics() if row["name"] == "eval/loss"} for each in (run, plain)
     ]
