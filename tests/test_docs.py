@@ -17,7 +17,10 @@ from dreamlora.cli.parse import Program, parse, parse_run
 from dreamlora.commands.doctor import flags as doctor
 from dreamlora.commands.evaluate.flags import EvaluateConfig
 from dreamlora.commands.export.flags import ExportConfig
+from dreamlora.commands.extract.flags import ExtractConfig
 from dreamlora.commands.inspect.flags import InspectConfig
+from dreamlora.commands.merge.flags import MergeConfig
+from dreamlora.commands.resize.flags import ResizeConfig
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import RunConfig, programs
 from dreamlora.sweep.config import CompareConfig
@@ -31,16 +34,25 @@ DOCUMENTS = sorted(
     for file in ROOT.glob(pattern)
 )
 
+POSITIONAL: dict[str, tuple[Any, str]] = {
+    "sample": (SampleConfig, "lora"),
+    "evaluate": (EvaluateConfig, "lora"),
+    "export": (ExportConfig, "lora"),
+    "inspect": (InspectConfig, "file"),
+    "merge": (MergeConfig, "lora"),
+    "extract": (ExtractConfig, "tuned"),
+    "resize": (ResizeConfig, "lora"),
+    "report": (__main__.ReportConfig, "run"),
+}
+"""Commands of one dataclass, and the flag whose name may be left out."""
 OURS = {
     name
     for config in (
         RunConfig,
         programs.TextToImageConfig,
-        EvaluateConfig,
-        ExportConfig,
         doctor.DoctorConfig,
-        __main__.ReportConfig,
         CompareConfig,
+        *(config for config, _ in POSITIONAL.values()),
     )
     for name in options_of(config)
 }
@@ -60,7 +72,6 @@ SCRIPTS = {
     "benchmarks": ROOT / "benchmarks",
 }
 """Programs with flags of their own; they are looked for in the source."""
-WITH_LORA: dict[str, Any] = {"sample": SampleConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
 
 
 def name_of(file: Path) -> str:
@@ -141,12 +152,9 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         assert asked.runs or sweep_of(asked, training)
     elif command == "doctor":
         doctor.parse(flags)
-    elif command == "inspect":
-        parse(InspectConfig, flags, Program(positional="file"))
-    elif command in WITH_LORA:
-        parse(WITH_LORA[command], flags, Program(positional="lora"))
     else:
-        parse(__main__.ReportConfig, flags, Program(positional="run"))
+        config, positional = POSITIONAL[command]
+        parse(config, flags, Program(positional=positional))
 
 
 def test_the_commands_are_found() -> None:
