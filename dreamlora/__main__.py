@@ -128,6 +128,34 @@ def doctor(argv: Sequence[str]) -> None:
     command.main(argv)
 
 
+def merge(argv: Sequence[str]) -> None:
+    """Put LoRAs into a base model, or several into one LoRA."""
+    from dreamlora.commands.merge import command
+
+    command.main(argv)
+
+
+def extract(argv: Sequence[str]) -> None:
+    """Make a LoRA of what a fine-tuned model has changed."""
+    from dreamlora.commands.extract import command
+
+    command.main(argv)
+
+
+def resize(argv: Sequence[str]) -> None:
+    """Give a LoRA a lower rank."""
+    from dreamlora.commands.resize import command
+
+    command.main(argv)
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Say what a LoRA or another .safetensors file is."""
+    from dreamlora.commands.inspect import command
+
+    command.main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "dreambooth": dreambooth,
     "text-to-image": text_to_image,
@@ -137,6 +165,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report,
     "compare": compare,
     "doctor": doctor,
+    "merge": merge,
+    "extract": extract,
+    "resize": resize,
+    "inspect": inspect,
 }
 
 

@@ -88,3 +88,11 @@ def spread(summary: Mapping[str, Any], write: Callable[[Any], str] = loss) -> st
     if summary["n"] < 2 or summary["min"] == summary["max"]:
         return write(summary["median"])
     return f"{write(summary['median'])} [{write(summary['min'])}, {write(summary['max'])}]"
+
+
+def gibibytes(size: float) -> str:
+    """Such as "3.2 GiB", "14 MiB"."""
+    for unit, step in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= step:
+            return f"{size / step:.3g} {unit}"
+    return f"{size / 2**10:.3g} KiB" if size >= 2**10 else f"{size:.0f} bytes"

@@ -28,6 +28,9 @@ TORCH_FREE = [
     "dreamlora.commands.sample.flags",
     "dreamlora.commands.doctor.flags",
     "dreamlora.commands.evaluate.flags",
+    "dreamlora.commands.inspect.command",
+    "dreamlora.commands.inspect.findings",
+    "dreamlora.commands.inspect.words",
     "dreamlora.runfolder",
     "dreamlora.report.page",
     "dreamlora.sweep.command",
@@ -35,7 +38,7 @@ TORCH_FREE = [
     "dreamlora.tiny",
     *(
         f"dreamlora.{kind}.{name}"
-        for kind in ("adapters", "optimizers", "inits", "metrics", "families.layers")
+        for kind in ("adapters", "optimizers", "inits", "metrics", "families.layers", "families.versions")
         for name in registry.names(kind)
     ),
 ]

@@ -17,6 +17,7 @@ from dreamlora.cli.parse import Program, parse, parse_run
 from dreamlora.commands.doctor import flags as doctor
 from dreamlora.commands.evaluate.flags import EvaluateConfig
 from dreamlora.commands.export.flags import ExportConfig
+from dreamlora.commands.inspect.flags import InspectConfig
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.config import RunConfig, programs
 from dreamlora.sweep.config import CompareConfig
@@ -140,6 +141,8 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         assert asked.runs or sweep_of(asked, training)
     elif command == "doctor":
         doctor.parse(flags)
+    elif command == "inspect":
+        parse(InspectConfig, flags, Program(positional="file"))
     elif command in WITH_LORA:
         parse(WITH_LORA[command], flags, Program(positional="lora"))
     else:
@@ -161,7 +164,7 @@ def shown_diffs() -> list[tuple[str, list[str]]]:
 
 def test_what_contributors_are_shown_is_the_code() -> None:
     shown = shown_diffs()
-    assert len(shown) == 2
+    assert len(shown) == 3
     for name, lines in shown:
         rest = iter((ROOT / name).read_text(encoding="utf-8").splitlines())
         for line in lines:

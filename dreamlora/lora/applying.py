@@ -18,7 +18,8 @@ from dreamlora.lora.files import read_weights
 from dreamlora.lora.fused import fuse
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.pairs import ADAPTER, put_factors
-from dreamlora.lora.weights import LOHA, LOKR, AdapterWeights, LayerWeights
+from dreamlora.lora.part_names import LOHA, LOKR
+from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
 _CLIP_MODEL = "text_model."
 

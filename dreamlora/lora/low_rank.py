@@ -141,13 +141,18 @@ def _exact(matrix: Tensor) -> Spectrum:
     return Spectrum(U, S, V, float(S.square().sum()))
 
 
-def resized(adapter: LayerWeights, cut: Cut) -> Kept:
+def resized(adapter: LayerWeights, cut: Cut, spectrum: Spectrum) -> Kept:
     """The adapter as a LoRA of a lower rank, with the scale and in the precision that it has.
 
     A LoRA that would not get a lower rank stays as it is, to the last bit. A DoRA's magnitudes stay, and what is
     counted is ΔW.
+
+    Args:
+        adapter: of any kind.
+        cut: how much is kept.
+        spectrum: of the adapter.
     """
-    shape, spectrum = shape_of(adapter), spectrum_of(adapter)
+    shape = shape_of(adapter)
     if adapter.kind == "lora" and cut.rank_of(spectrum) >= len(adapter.down):
         return Kept(adapter, 1.0, 0.0)
     small = kept(spectrum, cut, shape, adapter.scale if adapter.scale > 0 else 1.0)
@@ -170,7 +175,8 @@ def spectrum_of_matrix(matrix: Tensor, cut: Cut) -> Spectrum:
 
     Of a large one only the largest are looked for, by a randomised method (Halko, Martinsson and Tropp 2011, algorithm
     4.4, with a fixed seed). What they lack of the matrix is known all the same, as ``energy`` is the matrix' own: the
-    error of ``kept`` is that of the LoRA and no estimate. Where they do not reach the cut's energy, more are looked for.
+    error of ``kept`` is that of the LoRA and no estimate. Where they do not reach the cut's energy, more are looked
+    for.
     """
     energy, most = float(matrix.square().sum()), min(matrix.shape)
     wanted = min(cut.rank or _FIRST_GUESS, most)

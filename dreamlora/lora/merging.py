@@ -42,13 +42,12 @@ def _with_magnitude(base: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def fits(adapter: LayerWeights, shape: tuple[int, ...]) -> bool:
-    """Whether an adapter is for a weight of this shape; factors of a convolution may lack its kernel."""
-    own = shape_of(adapter)
-    return own == shape or (adapter.kind != "lora" and (own[0], own[1:2]) == (shape[0], (_columns(shape),)))
-
-
-def _columns(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape[1:]).numel()
+    """Whether an adapter is for a weight of this shape; factors of a convolution may lack its kernel: those of a LoRA
+    where it is 1 x 1.
+    """
+    own, columns = shape_of(adapter), torch.Size(shape[1:]).numel()
+    plain = len(own) == 2 and own == (shape[0], columns)
+    return own == shape or (plain and (adapter.kind != "lora" or columns == shape[1]))
 
 
 def concatenated(adapters: Sequence[Weighted]) -> LayerWeights:

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dreamlora import registry
 
 NUMBER = "{}"
 """In a name: the number of a block."""
 _TABLES = "families.layers"
-_MOST_NUMBERS = 8
-"""In the name of a layer."""
 
 
 @dataclass(frozen=True)
@@ -106,20 +103,28 @@ class LayerNames:
         return _found(self._by_flat_layer, layer, "_")
 
     @cached_property
-    def _by_layer(self) -> dict[str, tuple[Original, int]]:
-        return {layer: (original, part) for original in self.originals for part, layer in enumerate(original.layers)}
+    def _layers(self) -> list[tuple[str, tuple[Original, int]]]:
+        return [(layer, (original, part)) for original in self.originals for part, layer in enumerate(original.layers)]
 
     @cached_property
-    def _by_name(self) -> dict[str, tuple[Original, int]]:
-        return {original.name: (original, 0) for original in self.originals}
+    def _names(self) -> list[tuple[str, tuple[Original, int]]]:
+        return [(original.name, (original, 0)) for original in self.originals]
 
     @cached_property
-    def _by_flat_layer(self) -> dict[str, tuple[Original, int]]:
-        return {flat(layer): place for layer, place in self._by_layer.items()}
+    def _by_layer(self) -> _Table:
+        return _table(self._layers, ".")
 
     @cached_property
-    def _by_flat_name(self) -> dict[str, tuple[Original, int]]:
-        return {flat(name): place for name, place in self._by_name.items()}
+    def _by_name(self) -> _Table:
+        return _table(self._names, ".")
+
+    @cached_property
+    def _by_flat_layer(self) -> _Table:
+        return _table(((flat(layer), place) for layer, place in self._layers), "_")
+
+    @cached_property
+    def _by_flat_name(self) -> _Table:
+        return _table(((flat(name), place) for name, place in self._names), "_")
 
 
 @dataclass(frozen=True)
@@ -209,15 +214,29 @@ def same(*names: str) -> Iterator[Original]:
         yield Original(name, (name,))
 
 
-def _found(table: Mapping[str, tuple[Original, int]], name: str, point: str) -> LayerPlace | None:
+_Table: TypeAlias = dict[tuple[str, ...], list[tuple[list[str], tuple[Original, int]]]]
+"""Names in words and what they stand for, by the same words without their numbers."""
+
+
+def _table(named: Iterable[tuple[str, tuple[Original, int]]], point: str) -> _Table:
+    """Those with the fewest numbers of blocks first: what is in a name itself counts before them."""
+    table: _Table = {}
+    last = {name: place for name, place in named}
+    for name, place in sorted(last.items(), key=lambda one: one[0].count(NUMBER)):
+        words = name.split(point)
+        table.setdefault(_without_numbers(words), []).append((words, place))
+    return table
+
+
+def _without_numbers(words: Iterable[str]) -> tuple[str, ...]:
+    return tuple(NUMBER if word.isdecimal() else word for word in words)
+
+
+def _found(table: _Table, name: str, point: str) -> LayerPlace | None:
     """What a table has for a name, any of whose numbers may be one of a block or not."""
     words = name.split(point)
-    if sum(map(str.isdecimal, words)) > _MOST_NUMBERS:
-        return None
-    choices = [(word, NUMBER) if word.isdecimal() else (word,) for word in words]
-    for chosen in product(*choices):
-        found = table.get(point.join(chosen))
-        if found:
-            numbers = tuple(word for word, choice in zip(words, chosen, strict=True) if word != choice)
-            return LayerPlace(*found, numbers)
+    for pattern, place in table.get(_without_numbers(words), ()):
+        pairs = list(zip(pattern, words, strict=True))
+        if all(wanted in (NUMBER, word) for wanted, word in pairs):
+            return LayerPlace(*place, tuple(word for wanted, word in pairs if wanted == NUMBER))
     return None

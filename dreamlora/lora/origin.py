@@ -29,24 +29,27 @@ def made_for(content: FileContent, name: str) -> str:
 
 
 def families_of(content: FileContent, name: str) -> list[str]:
-    """Those that have all layers of a file.
+    """Those that have all layers of a file; where some would call them as the file does, these.
 
     Args:
         content: of the file.
         name: of its format; empty: it is of none.
     """
-    reader: Any = registry.load("lora.formats", name) if name else None
-    found: list[str] = []
-    if reader is None:
-        return found
-    for family in registry.names("families.layers"):
+    form: Any = registry.load("lora.formats", name) if name else None
+    found: dict[str, bool] = {}
+    for family in registry.names("families.layers") if form else ():
         model = registry.load("families.layers", family).names({})
         try:
-            if _has_all(model, reader.read(content, model)):
-                found.append(family)
+            weights = form.read(content, model)
+            if _has_all(model, weights):
+                found[family] = _names(form.write(weights, model)) >= _names(content)
         except ValueError:
             continue
-    return found
+    return [family for family, same in found.items() if same] or list(found)
+
+
+def _names(content: FileContent) -> set[str]:
+    return {name for name in content.tensors if not name.endswith(".alpha")}
 
 
 def _has_all(model: ModelNames, adapters: AdapterWeights) -> bool:

@@ -156,7 +156,7 @@ def whole(number: float) -> float | int:
 def _plain_name(pattern: str) -> str:
     """A pattern that is the end of a name; PEFT takes any regular expression, which may never come to an end."""
     name = pattern.replace("\\.", ".").removesuffix("$")
-    if not all(part.replace("_", "a").isalnum() for part in name.removeprefix("^").split(".")):
+    if not all(part.replace("_", "a").replace("-", "a").isalnum() for part in name.removeprefix("^").split(".")):
         raise ValueError(f"{shortened(pattern)} is a regular expression, and only names of layers are read")
     return name
 

@@ -15,10 +15,7 @@ from torch import Tensor
 
 Kind = Literal["lora", "loha", "lokr"]
 
-LORA = ("lora_A", "lora_B")
-LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR_ROWS = (("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_a"))
-LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dreamlora import registry
 from dreamlora.cli.parse import method_options
 from dreamlora.config import RunConfig
 from dreamlora.data.captions import CaptionPlan
@@ -232,8 +231,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         settle=new_tokens.settler(context),
         average=MovingAverage(trainables, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
-    if registry.name_of(context.family) in registry.names("families.layers"):
-        run.header = header.of_run(context, run, pictures.train)
+    run.header = header.of_run(context, run, pictures.train)
     run.callbacks = schedule.callbacks(context, run, pictures, material)
     return run
 

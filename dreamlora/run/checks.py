@@ -12,6 +12,7 @@ from dreamlora.data.encode import bytes_lacking, bytes_of
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
+from dreamlora.figures import gibibytes
 from dreamlora.interfaces import Components
 from dreamlora.lora.applying import weights_for
 from dreamlora.lora.names import names_of
@@ -126,11 +127,3 @@ def free_bytes(folder: Path) -> int:
     """Of the disk that a folder is, or will be, on."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
-
-
-def gibibytes(size: float) -> str:
-    """Such as "3.2 GiB", "14 MiB"."""
-    for unit, step in (("GiB", 2**30), ("MiB", 2**20)):
-        if size >= step:
-            return f"{size / step:.3g} {unit}"
-    return f"{size / 2**10:.3g} KiB"

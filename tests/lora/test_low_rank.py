@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamlora.lora.low_rank import Cut, kept, resized, spectrum_of, spectrum_of_matrix
+from dreamlora.lora.low_rank import Cut, Kept, kept, resized, spectrum_of, spectrum_of_matrix
 from dreamlora.lora.weights import LayerWeights, lora_weights
 
 
@@ -59,6 +59,10 @@ ADAPTERS = {
 }
 
 
+def low(adapter: LayerWeights, cut: Cut) -> Kept:
+    return resized(adapter, cut, spectrum_of(adapter))
+
+
 @pytest.fixture(params=ADAPTERS, ids=str)
 def adapter(request: pytest.FixtureRequest) -> LayerWeights:
     return ADAPTERS[request.param]
@@ -79,7 +83,7 @@ def test_spectrum_is_that_of_the_dense_matrix(adapter: LayerWeights) -> None:
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_what_is_lost_is_the_discarded_singular_values(adapter: LayerWeights, rank: int) -> None:
     dense = adapter.delta()
-    found = resized(adapter, Cut(rank=rank))
+    found = low(adapter, Cut(rank=rank))
     values = torch.linalg.svdvals(dense.flatten(1))
     lost = values[rank:].norm()
     assert found.weights.rank == rank
@@ -89,7 +93,7 @@ def test_what_is_lost_is_the_discarded_singular_values(adapter: LayerWeights, ra
 
 
 def test_scale_stays(adapter: LayerWeights) -> None:
-    found = resized(adapter, Cut(rank=2)).weights
+    found = low(adapter, Cut(rank=2)).weights
     assert found.scale == pytest.approx(adapter.scale if adapter.scale > 0 else 1.0)
     assert torch.allclose(found.up.flatten(1).norm(dim=0), found.down.flatten(1).norm(dim=1))
 
@@ -97,27 +101,27 @@ def test_scale_stays(adapter: LayerWeights) -> None:
 @pytest.mark.parametrize("rank", [4, 8, 100])
 def test_full_rank_changes_no_bit(rank: int) -> None:
     adapter = ADAPTERS["lora"]
-    found = resized(adapter, Cut(rank=rank))
+    found = low(adapter, Cut(rank=rank))
     assert found.weights is adapter
     assert (found.energy, found.error) == (1.0, 0.0)
 
 
 def test_full_rank_of_other_kinds_is_exact(adapter: LayerWeights) -> None:
-    found = resized(adapter, Cut())
+    found = low(adapter, Cut())
     torch.testing.assert_close(found.weights.delta(), adapter.delta().reshape(found.weights.delta().shape))
     assert found.error == 0
 
 
 def test_ranks_beyond_those_of_the_matrix_go() -> None:
-    found = resized(ADAPTERS["lora of more ranks than columns"], Cut(rank=20)).weights
+    found = low(ADAPTERS["lora of more ranks than columns"], Cut(rank=20)).weights
     assert found.rank == 9
     torch.testing.assert_close(found.delta(), ADAPTERS["lora of more ranks than columns"].delta())
-    assert resized(ADAPTERS["lora of more ranks than columns"], Cut(rank=8)).weights.rank == 8
+    assert low(ADAPTERS["lora of more ranks than columns"], Cut(rank=8)).weights.rank == 8
 
 
 @pytest.mark.parametrize("energy", [0.2, 0.5, 0.9, 0.99])
 def test_energy_gives_the_lowest_rank_that_keeps_it(adapter: LayerWeights, energy: float) -> None:
-    found = resized(adapter, Cut(energy=energy))
+    found = low(adapter, Cut(energy=energy))
     values = torch.linalg.svdvals(adapter.delta().flatten(1)).square()
     shares = values.cumsum(0) / values.sum()
     rank = found.weights.rank
@@ -139,16 +143,16 @@ def test_bounds_together_and_the_ratio() -> None:
 
 def test_zeros() -> None:
     adapter = lora_weights(draw(4, 12), torch.zeros(9, 4, dtype=torch.float64))
-    found = resized(adapter, Cut(rank=2))
+    found = low(adapter, Cut(rank=2))
     assert found.weights.rank == 2 and not found.weights.delta().any()
     assert (found.energy, found.error) == (1.0, 0.0)
-    assert resized(adapter, Cut(energy=0.9)).weights.rank == 1
+    assert low(adapter, Cut(energy=0.9)).weights.rank == 1
 
 
 def test_precision_and_magnitudes_stay() -> None:
     magnitude = draw(9).abs().bfloat16()
     adapter = lora_weights(draw(4, 12).bfloat16(), draw(9, 4).bfloat16(), 4.0, magnitude)
-    found = resized(adapter, Cut(rank=2)).weights
+    found = low(adapter, Cut(rank=2)).weights
     assert found.down.dtype == found.up.dtype == torch.bfloat16
     assert found.magnitude is magnitude
 

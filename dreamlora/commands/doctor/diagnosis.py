@@ -18,6 +18,7 @@ from dreamlora.config import RunConfig
 from dreamlora.data.encode import bytes_lacking
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
+from dreamlora.figures import gibibytes
 from dreamlora.models.inventory import PartFiles, inventory, problems_of
 from dreamlora.models.loading import family_of, read_model_index, resolve_source
 from dreamlora.run import checks, opening, preflight
@@ -230,6 +231,6 @@ def _short_of_memory(found: Mapping[str, Any]) -> Iterator[str]:
     there = torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         yield (
-            f"{stage} takes about {checks.gibibytes(needed)}, and the GPU has {checks.gibibytes(there)}: "
+            f"{stage} takes about {gibibytes(needed)}, and the GPU has {gibibytes(there)}: "
             "--gradient_checkpointing, --mixed_precision bf16, a smaller --resolution or --train_batch_size take less"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dreamlora.commands.columns import in_columns
 from dreamlora.escapes import one_line
 from dreamlora.run.checks import gibibytes
 
@@ -18,11 +19,11 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"model: {found['model']}"
     if "family" in found:
         yield f"  family {found['family']}: {found['recognised_by']}"
-        yield from _table([("part", "class", "precision", "parameters", "on disk"), *map(_part, found["parts"])])
+        yield from in_columns([("part", "class", "precision", "parameters", "on disk"), *map(_part, found["parts"])])
     if "trained" in found:
         yield ""
         yield "trained:"
-        yield from _table([("part", "layers", "parameters", "rank", "alpha"), *map(_trained, found["trained"])])
+        yield from in_columns([("part", "layers", "parameters", "rank", "alpha"), *map(_trained, found["trained"])])
     if "data" in found:
         yield ""
         yield "data:"
@@ -30,11 +31,11 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     if "run" in found:
         yield ""
         yield "run:"
-        yield from _table(list(found["run"].items()))
+        yield from in_columns(list(found["run"].items()))
     if "memory" in found:
         yield ""
         yield f"memory on the {found['memory']['device']}, an estimate: {found['memory']['how']}"
-        yield from _table([("stage", "held", "computing", "in all"), *map(_stage, found["memory"]["stages"])])
+        yield from in_columns([("stage", "held", "computing", "in all"), *map(_stage, found["memory"]["stages"])])
     if found.get("disk"):
         yield ""
         yield "disk:"
@@ -80,12 +81,3 @@ def _of_disk(disk: Mapping[str, Any]) -> Iterator[str]:
     yield f"  cache {disk['cache']}: latents {gibibytes(disk['latents'])} more, embeddings of prompts {prompts}"
     yield f"    free there: {gibibytes(disk['cache_free'])}"
     yield f"  checkpoints: {gibibytes(disk['checkpoints'])}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows with columns of one width; the last of a row may be longer."""
-    columns = range(max(map(len, rows)) - 1)
-    widths = [max(len(row[column]) for row in rows if len(row) > column + 1) for column in columns]
-    for row in rows:
-        begin = "".join(f"  {cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=False))
-        yield f"{begin}  {row[-1]}".rstrip()

@@ -24,7 +24,13 @@ _ENDS = {
 
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
-    return ModelNames(denoiser="transformer", layers=LayerNames(_layers()))
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(_layers()),
+        architecture="AuraFlow",
+        implementation="https://github.com/cloneofsimo/minRF",
+        base_version="auraflow",
+    )
 
 
 def _layers() -> Iterator[Original]:

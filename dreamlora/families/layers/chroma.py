@@ -17,7 +17,13 @@ _GUIDANCE = "distilled_guidance_layer."
 
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
-    return ModelNames(denoiser="transformer", layers=LayerNames(_layers()))
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(_layers()),
+        architecture="chroma",
+        implementation="https://huggingface.co/lodestones/Chroma",
+        base_version="chroma",
+    )
 
 
 def _layers() -> Iterator[Original]:

@@ -23,7 +23,14 @@ _EMBEDDERS = {
 
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
-    return ModelNames(denoiser="transformer", layers=LayerNames(_layers()), text_encoders={"text_encoder": "te1"})
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(_layers()),
+        text_encoders={"text_encoder": "te1"},
+        architecture="flux-1-dev" if config.get("guidance_embeds", True) else "flux-1-schnell",
+        implementation="https://github.com/black-forest-labs/flux",
+        base_version="flux1",
+    )
 
 
 def _layers() -> Iterator[Original]:

@@ -23,10 +23,19 @@ _MODULATIONS = {
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
 }
 
+_ARCHITECTURES = {20: "Flux.2-klein-4b", 24: "Flux.2-klein-9b", 48: "Flux.2-dev"}
+"""musubi-tuner's names of the models (``utils/sai_model_spec.py``), by their blocks of one stream."""
+
 
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
-    return ModelNames(denoiser="transformer", layers=LayerNames(_layers()))
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(_layers()),
+        architecture=_ARCHITECTURES.get(config.get("num_single_layers", 0), "Flux.2"),
+        implementation="https://github.com/black-forest-labs/flux2",
+        base_version="flux2",
+    )
 
 
 def _layers() -> Iterator[Original]:

@@ -23,7 +23,13 @@ _ENDS = (
 
 def names(config: Mapping[str, Any]) -> ModelNames:
     """See ``families.layers``."""
-    return ModelNames(denoiser="transformer", layers=LayerNames(same(*_layers())))
+    return ModelNames(
+        denoiser="transformer",
+        layers=LayerNames(same(*_layers())),
+        architecture="HiDream-I1",
+        implementation="https://github.com/HiDream-ai/HiDream-I1",
+        base_version="hidream",
+    )
 
 
 def _layers() -> Iterator[str]:

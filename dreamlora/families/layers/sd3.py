@@ -48,6 +48,9 @@ def names(config: Mapping[str, Any]) -> ModelNames:
         denoiser="transformer",
         layers=LayerNames(_layers(int(config.get("num_layers", _DEPTH)))),
         text_encoders={"text_encoder": "te1", "text_encoder_2": "te2"},
+        architecture="stable-diffusion-3",
+        implementation="https://github.com/Stability-AI/sd3-ref",
+        base_version="sd3",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import get_args
@@ -10,22 +9,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dreamlora.lora.weights import LOHA, LOKR, Kind, LayerWeights, lora_weights
-
-_ENDS = {
-    **dict.fromkeys(
-        ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_A"), "lora_A"
-    ),
-    **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_B"), "lora_B"),
-    "lora_mid.weight": "lora_mid",
-    "alpha": "alpha",
-    **dict.fromkeys(
-        ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"),
-        "magnitude",
-    ),
-    **{name: name for name in (*LOHA, *LOKR)},
-}
-_END = re.compile(r"(?P<layer>.+?)\.(?P<end>" + "|".join(map(re.escape, _ENDS)) + ")")
+from dreamlora.lora.part_names import END, ENDS, LOHA
+from dreamlora.lora.weights import Kind, LayerWeights, lora_weights
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -36,11 +21,11 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        found = _END.fullmatch(key)
+        found = END.fullmatch(key)
         if found is None:
             raise ValueError(f"{key} is no part of a LoRA, DoRA, LoHa or LoKr")
         factors = layers.setdefault(found["layer"], {})
-        name = _ENDS[found["end"]]
+        name = ENDS[found["end"]]
         if name in factors:
             raise ValueError(f"{found['layer']} has two of {name}")
         of_rows = found["end"].startswith("lora_magnitude_vector")  # PEFT's, whatever its shape
@@ -50,7 +35,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def is_part(name: str) -> bool:
     """Whether a name is that of a part of a LoRA, DoRA, LoHa or LoKr."""
-    return _END.fullmatch(name) is not None
+    return END.fullmatch(name) is not None
 
 
 def weights_of(layer: str, factors: Mapping[str, Tensor]) -> LayerWeights:

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from dreamlora import registry
+from dreamlora.lora.formats import peft
 from dreamlora.lora.names import CLIP, LayerNames, ModelNames
+from dreamlora.lora.peft_folder import write_peft
 from dreamlora.lora.saving import save_content
 from dreamlora.lora.weights import AdapterWeights, lora_weights
 from tests import tinymodels
 
-FORMATS = ("kohya", "comfyui")
+FORMATS = ("kohya", "comfyui", "peft")
 _AS_OTHERS = {"qwen_image-edit", "qwen_image-edit_plus"}
 """Pipelines that make a megapixel of any image, around a denoiser that is another's too."""
 MODELS = [
@@ -29,6 +32,7 @@ MODELS = [
 LOADED: dict[str, set[str]] = {
     "kohya": {"sd", "sdxl", "flux", "chroma", "flux2", "qwen_image", "z_image"},
     "comfyui": {"flux2", "hidream", "qwen_image", "krea2"},
+    "peft": set(),
 }
 """Families whose stock pipeline reads files of a format."""
 _DOUBLE_BLOCKS = r"transformer_blocks\."
@@ -135,7 +139,7 @@ def test_what_is_written_is_read_back(case, form):
 
 
 def can_write(case, form: str) -> bool:
-    return bool(case.model.kohya) if form == "kohya" else case.model.comfyui
+    return not case.model.lacking(form)
 
 
 @pytest.mark.parametrize("form", ["diffusers", *FORMATS])
@@ -154,6 +158,18 @@ def test_stock_pipeline_draws_the_same_image(case, form, tmp_path):
     expected = image(case, merged(case, weights))
     torch.testing.assert_close(image(case, loaded), expected, rtol=0, atol=1e-4)
     assert (expected - image(case, case.stock)).abs().max() > 1e-3
+
+
+def test_peft_itself_loads_its_folder_onto_the_bare_denoiser(case, tmp_path):
+    weights = all_weights(case)
+    write_peft(tmp_path / "lora", peft.write(weights, case.model))
+    loaded = copy.deepcopy(case.stock)
+    denoiser = getattr(loaded, case.model.denoiser)
+    PeftModel.from_pretrained(denoiser, tmp_path / "lora")  # which puts the layers into it
+    adapted = {name for name, layer in denoiser.named_modules() if hasattr(layer, "lora_A")}
+    assert adapted == weights[case.model.denoiser].keys()
+    expected = image(case, merged(case, {case.model.denoiser: weights[case.model.denoiser]}))
+    torch.testing.assert_close(image(case, loaded), expected, rtol=0, atol=1e-4)
 
 
 def merged(case, weights: AdapterWeights) -> Any:

@@ -1,0 +1,27 @@
+"""``dreamlora extract``: torch is imported only after the flags are known to be right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from dreamlora.cli.parse import Program, parse
+from dreamlora.commands.extract.flags import ExtractConfig
+
+
+def main(argv: Sequence[str]) -> None:
+    """Extract, and print the layers and where the LoRA is.
+
+    Raises:
+        UserError: a flag, file or model is wrong.
+    """
+    config = parse(ExtractConfig, argv, Program("dreamlora extract", positional="tuned"))
+    from dreamlora.commands.extract.extract import extract
+    from dreamlora.commands.extract.words import lines_of
+
+    found = extract(config)
+    if config.json:
+        sys.stdout.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in lines_of(found))
