@@ -253,8 +253,9 @@ HOSTILE = {
 @pytest.mark.parametrize("tensors", HOSTILE.values(), ids=HOSTILE)
 def test_tensors_that_no_lora_has_are_one_message(tensors, pipeline, tmp_path):
     save_file(tensors(), tmp_path / "lora.safetensors")
-    error = harmless(lambda: apply_lora(pipeline, tmp_path / "lora.safetensors"))
-    assert isinstance(error, UserError) and len(str(error)) < 1200
+    for names in (None, names_of(sd, pipeline.unet.config)):
+        error = harmless(lambda names=names: apply_lora(pipeline, tmp_path / "lora.safetensors", model=names))
+        assert isinstance(error, UserError) and len(str(error)) < 1200
     assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
 
 
@@ -319,7 +320,13 @@ def test_same_lora_knows_all_types(tmp_path):
 
 SOUND = {**pair((2, 16), (16, 2)), f"{NAME.replace('to_q', 'to_k')}.lora_A.weight": torch.ones(2, 16)}
 SOUND[f"{NAME.replace('to_q', 'to_k')}.lora_B.weight"] = torch.ones(16, 2)
-BYTES = [save(SOUND), save(with_alpha(torch.tensor(2.0)))]
+PRODUCTS = {
+    f"{KOHYA}.hada_w{n}_{x}": torch.ones(shape) for n in (1, 2) for x, shape in (("a", (16, 2)), ("b", (2, 16)))
+}
+PRODUCTS |= {f"{KOHYA[:-1]}k.{name}": torch.ones(4, 4) for name in ("lokr_w1", "lokr_w2")}
+PRODUCTS |= {f"{KOHYA[:-1]}v.{end}": each for end, each in (("lora_down.weight", torch.ones(2, 16)),)}
+PRODUCTS |= {f"{KOHYA[:-1]}v.lora_up.weight": torch.ones(16, 2), f"{KOHYA[:-1]}v.dora_scale": torch.ones(16, 1)}
+BYTES = [save(SOUND), save(with_alpha(torch.tensor(2.0))), save(PRODUCTS)]
 
 
 def headers_changed(content: bytes) -> st.SearchStrategy[bytes]:
@@ -356,6 +363,8 @@ def target(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[D
 def test_fuzz_lora_file(target: tuple[DiffusionPipeline, Path], content: bytes) -> None:
     pipeline, file = target
     file.write_bytes(content)
-    if not isinstance(harmless(lambda: apply_lora(pipeline, file)), UserError):
-        pipeline.unload_lora_weights()
-    assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
+    for names in (None, names_of(sd, pipeline.unet.config)):
+        if not isinstance(harmless(lambda names=names: apply_lora(pipeline, file, model=names)), UserError):
+            pipeline.unload_lora_weights()
+        left = (name for name, _ in pipeline.unet.named_parameters())
+        assert not any(part in name for name in left for part in ("lora", "hada", "lokr"))
