@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dreamlora.lora.metadata import TIMES
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.origin import made_for
 from dreamlora.lora.peft_folder import settings_beside, tensors_in
+from dreamlora.lora.recognise import format_of
 from dreamlora.lora.weights import AdapterWeights
 from dreamlora.lora.whole import ALPHA, MARKS, NO_ALPHA, PAIR, is_part, refuse_odd_values, refuse_other_parts
 from dreamlora.runfolder import LORA_FILE
@@ -81,7 +81,8 @@ def read_lora(path: Path) -> LoraFile:
             refuse_other_parts(file, found, opened.get_tensor)
         shapes |= {before + key: shape for key, shape in found.items()}
     first = next(iter(files.values()))
-    return LoraFile(first, format_of([key for key in shapes if is_part(key)]), shapes, metadata, files)
+    form = format_of([key for key in shapes if is_part(key)])
+    return LoraFile(first, form if form in registry.names("lora.formats") else "", shapes, metadata, files)
 
 
 def read_weights(path: Path, model: ModelNames | None, pipeline: Any = None) -> AdapterWeights:
@@ -147,12 +148,6 @@ def _sound(path: Path, adapters: AdapterWeights) -> AdapterWeights:
             if adapter.alpha <= 0:
                 raise UserError(NO_ALPHA.format(path, f"{component}.{layer}", adapter.alpha))
     return adapters
-
-
-def format_of(names: Collection[str]) -> str:
-    """Name of the format that names of tensors are of; empty: of none that is known here."""
-    known = registry.names("lora.formats")
-    return next((name for name in known if registry.load("lora.formats", name).recognises(names)), "")
 
 
 def same_lora(first: Path, second: Path) -> bool:

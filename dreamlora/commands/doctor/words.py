@@ -7,7 +7,7 @@ from typing import Any
 
 from dreamlora.commands.columns import in_columns
 from dreamlora.escapes import one_line
-from dreamlora.run.checks import gibibytes
+from dreamlora.figures import gibibytes
 
 
 def lines_of(found: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,6 @@ The names in them are a family's (``families.layers``), given as ``names.ModelNa
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -28,9 +27,6 @@ class FileContent(NamedTuple):
 
 class Format(Protocol):
     """A module of this package."""
-
-    def recognises(self, names: Collection[str]) -> bool:
-        """Whether these names of tensors are of this format."""
 
     def read(self, content: FileContent, model: ModelNames) -> AdapterWeights:
         """All that a file holds, in the precision that it has there.

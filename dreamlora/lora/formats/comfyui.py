@@ -8,7 +8,7 @@ diffusers' names of CLIP's layers) and ``comfy/weight_adapter``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -30,11 +30,6 @@ _PROJECTIONS = {
 """Before the name of a projection, for which it does not know diffusers'."""
 _CLIP_MODEL = "text_model."
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-
-
-def recognises(names: Collection[str]) -> bool:
-    """See ``Format.recognises``."""
-    return any(name.startswith((_DENOISER, *_CLIPS)) for name in names)
 
 
 def read(content: FileContent, model: ModelNames) -> AdapterWeights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +19,6 @@ from dreamlora.lora.weights import AdapterWeights, LayerWeights
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 CLIP_MODEL = "text_model."
 """Before the layers of a CLIP text encoder. transformers 5 has it no more, but files do: diffusers takes both."""
-
-
-def recognises(names: Collection[str]) -> bool:
-    """See ``Format.recognises``."""
-    return bool(names) and all(
-        name.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_")) for name in names
-    )
 
 
 def read(content: FileContent, model: ModelNames | None = None) -> AdapterWeights:

@@ -11,7 +11,7 @@ ComfyUI's ``comfy/lora.py``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,11 +29,6 @@ _CLIP_MODEL = "text_model_"
 _ENDS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 _TEXT_ENCODERS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 """Files of models with one text encoder have either of the first two."""
-
-
-def recognises(names: Collection[str]) -> bool:
-    """See ``Format.recognises``."""
-    return bool(names) and all(name.startswith((_DENOISER, _TEXT, *_DIFFUSERS)) for name in names)
 
 
 def read(content: FileContent, model: ModelNames) -> AdapterWeights:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -39,11 +39,6 @@ _NO_MATTER = {
     *("decompose_both", "decompose_factor"),
 }
 """Settings of LoHas and LoKrs that say how they were made or train, or what the shapes of their tensors tell."""
-
-
-def recognises(names: Collection[str]) -> bool:
-    """See ``Format.recognises``."""
-    return bool(names) and all(name.rpartition("/")[2].startswith(_MODEL) for name in names)
 
 
 def read(content: FileContent, model: ModelNames) -> AdapterWeights:

@@ -98,10 +98,8 @@ def test_alphas_are_told_where_the_format_has_them(tmp_path):
 
 
 @pytest.mark.parametrize("form", registry.names("lora.formats"))
-def test_formats_are_told_as_their_readers_tell_them(form):
+def test_formats_are_told_by_the_names_that_they_write(form):
     content = registry.load("lora.formats", form).write(weights(), model_of("sdxl"))
-    for each in registry.names("lora.formats"):
-        assert registry.load("lora.formats", each).recognises(content.tensors) == (each == form)
     assert format_of(content.tensors) == form
 
 
