@@ -12,15 +12,19 @@ import json
 import struct
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 
 from dreamlora.lora.settings import METADATA_KEY
+from dreamlora.reading import opened
 
 DATE = "modelspec.date"
 IMPLEMENTATION = "modelspec.implementation"
 _HASH, _HASH_OF_OTHERS = "modelspec.hash_sha256", "sshs_model_hash"
+_SAMPLED_FROM, _SAMPLED = 2**20, 2**16
+"""The bytes of a model that A1111's old hash was of."""
 TIMES = (DATE,)
 """What differs between files that are otherwise the same."""
 _OF_THE_BYTES = {_HASH, _HASH_OF_OTHERS, "sshs_legacy_hash", METADATA_KEY, "format"}
@@ -35,6 +39,19 @@ def now() -> str:
 def carried(metadata: Mapping[str, str]) -> dict[str, str]:
     """What is still true of a file's adapter when it is written in another format, precision or rank."""
     return {key: value for key, value in metadata.items() if key not in _OF_THE_BYTES}
+
+
+def hashes_of(model: Path) -> dict[str, str]:
+    """kohya's entries for a base model in one file: its SHA-256, and the short hash that A1111 had before.
+
+    Raises:
+        FileNotFoundError, UnreadableError: it cannot be read.
+    """
+    with opened(model) as stream:
+        whole = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(_SAMPLED_FROM)
+        short = hashlib.sha256(stream.read(_SAMPLED)).hexdigest()[:8]
+    return {"ss_new_sd_model_hash": whole, "ss_sd_model_hash": short}
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -10,13 +10,15 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from dreamlora import registry
 from dreamlora.credentials import masked_options
 from dreamlora.data.images import ImageRecord
-from dreamlora.lora.metadata import DATE, IMPLEMENTATION, now
+from dreamlora.lora.metadata import DATE, IMPLEMENTATION, hashes_of, now
 from dreamlora.lora.names import ModelNames, names_of
+from dreamlora.models.local import is_single_file
 from dreamlora.run import provenance
 from dreamlora.run.context import RunContext
 from dreamlora.training.loop import Run
@@ -73,13 +75,14 @@ def _kohya(context: RunContext, names: ModelNames, pictures: Sequence[ImageRecor
     """Those of kohya's keys that Civitai, Forge and lora managers show, or that mean here what they mean there."""
     config = context.config
     lora, optim, train, data = config.lora, config.optim, config.train, config.data
-    processes = context.accelerator.num_processes
+    processes, base = context.accelerator.num_processes, config.model.pretrained_model_name_or_path
     batch = train.train_batch_size or 1
     pairs = registry.load("adapters", lora.adapter).PAIRS
     return {
         "ss_output_name": _name(context),
         "ss_base_model_version": names.base_version,
         "ss_sd_model_name": context.source.model_id,
+        **(hashes_of(Path(base)) if is_single_file(base) else {}),
         "ss_network_module": "networks.lora" if pairs else "lycoris.kohya",
         "ss_network_args": None if pairs else {"algo": lora.adapter},
         "ss_network_dim": lora.rank,

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from dreamlora.lora.metadata import carried, serialised
+from dreamlora.lora.metadata import carried, hashes_of, serialised
 
 TENSORS = {"b.lora_A.weight": torch.arange(6.0).reshape(2, 3), "a.alpha": torch.tensor(2.0, dtype=torch.bfloat16)}
 DESCRIBED = {"modelspec.implementation": "diffusers", "ss_seed": "1", "modelspec.title": 'a "dog", größer'}
@@ -62,3 +62,14 @@ def test_tensors_that_share_memory_or_are_no_rows(tmp_path: Path):
     data = serialised({"a": both.T.clone().T, "b": both}, {})
     (tmp_path / "x.safetensors").write_bytes(data)
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], both)
+
+
+def test_a_base_model_in_one_file_has_kohyas_hashes(tmp_path):
+    """As its ``train_util.model_hash`` and ``calculate_sha256`` compute them."""
+    data = bytes(range(256)) * 4096 + b"x" * 0x10000 + b"rest"
+    file = tmp_path / "base.safetensors"
+    file.write_bytes(data)
+    assert hashes_of(file) == {
+        "ss_new_sd_model_hash": hashlib.sha256(data).hexdigest(),
+        "ss_sd_model_hash": hashlib.sha256(b"x" * 0x10000).hexdigest()[:8],
+    }
