@@ -48,10 +48,12 @@ def hashes_of(model: Path) -> dict[str, str]:
         FileNotFoundError, UnreadableError: it cannot be read.
     """
     with opened(model) as stream:
-        whole = hashlib.file_digest(stream, "sha256").hexdigest()
+        whole = hashlib.sha256()
+        while chunk := stream.read(2**20):
+            whole.update(chunk)
         stream.seek(_SAMPLED_FROM)
         short = hashlib.sha256(stream.read(_SAMPLED)).hexdigest()[:8]
-    return {"ss_new_sd_model_hash": whole, "ss_sd_model_hash": short}
+    return {"ss_new_sd_model_hash": whole.hexdigest(), "ss_sd_model_hash": short}
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
