@@ -46,18 +46,31 @@ def test_doctor_says_that_no_such_program_has_the_model(flags, tiny_folder) -> N
     assert diagnose(*parse_run([*flags, *more, "--save_format", "peft", "diffusers"]))["errors"] == []
 
 
-def test_a_layer_without_a_name_stops_the_run_before_anything_is_loaded(train, monkeypatch) -> None:
+@pytest.fixture
+def nothing_loaded(monkeypatch) -> None:
     get = parts.Parts.get
 
     def scheduler_alone(self: parts.Parts, role: Any) -> Any:
         assert role == "scheduler"
         return get(self, role)
 
+    monkeypatch.setattr(parts.Parts, "get", scheduler_alone)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_layer_without_a_name_stops_the_run_before_anything_is_loaded(train, monkeypatch) -> None:
     model = ModelNames("unet", LayerNames(same("conv_in")))
     monkeypatch.setattr(formats, "names_of", lambda family, config: model)
-    monkeypatch.setattr(parts.Parts, "get", scheduler_alone)
     with pytest.raises(UserError, match=r"--save_format comfyui: .*to_.* has no name there"):
         train("--save_format", "comfyui")
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("adapter", ["loha", "lokr"])
+def test_a_kind_that_a_format_cannot_hold_stops_the_run_before_anything_is_loaded(adapter, train, tmp_path) -> None:
+    with pytest.raises(UserError, match=f"--save_format diffusers: .*LoRAs and DoRAs alone, .* has a {adapter}"):
+        train("--adapter", adapter, "--train_text_encoder", "--save_format", "kohya", "comfyui", "peft", "diffusers")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_format_cannot_hold_stops_the_run_before_it_trains(train, monkeypatch) -> None:
