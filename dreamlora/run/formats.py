@@ -54,10 +54,10 @@ def _thin(kind: str, shape: Sequence[int]) -> LayerWeights:
     rows, *columns = shape
     if kind == "loha":
         up, down = torch.zeros(rows, 1), torch.zeros(1, math.prod(columns))
-        return LayerWeights(kind, {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up, "hada_w2_b": down}, 1.0)
+        return LayerWeights("loha", {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up, "hada_w2_b": down}, 1.0)
     if kind == "lokr":
         up, down = torch.zeros(rows, 1), torch.zeros(1, math.prod(columns))
-        return LayerWeights(kind, {"lokr_w1": torch.zeros(1, 1), "lokr_w2_a": up, "lokr_w2_b": down}, 1.0)
+        return LayerWeights("lokr", {"lokr_w1": torch.zeros(1, 1), "lokr_w2_a": up, "lokr_w2_b": down}, 1.0)
     up = torch.zeros(rows, 1, *(1 for _ in columns[1:]))
     return lora_weights(torch.zeros(1, *columns), up, magnitude=torch.zeros(rows) if kind == "dora" else None)
 
