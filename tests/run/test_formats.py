@@ -12,6 +12,7 @@ import torch
 from dreamlora.cli.parse import parse_run
 from dreamlora.commands.doctor.diagnosis import diagnose
 from dreamlora.errors import UserError
+from dreamlora.lora.embeddings import files_beside
 from dreamlora.lora.files import read_weights
 from dreamlora.lora.names import LayerNames, ModelNames, model_names, same
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
@@ -23,13 +24,16 @@ __all__ = ["cache", "flags", "photos", "train"]
 
 
 def test_the_result_and_the_best_are_in_all_formats(train, sd_folder: Path) -> None:
-    run = train("--save_format", "kohya", "comfyui", "peft", "diffusers", "--train_text_encoder")
+    more = ["--train_text_encoder", "--new_tokens", "sks=d"]
+    run = train("--save_format", "kohya", "comfyui", "peft", "diffusers", *more)
     model = model_names("sd", json.loads((sd_folder / "unet" / "config.json").read_text(encoding="utf-8")))
     for place in (run.path, run.best):
         names = {path.name for path in place.iterdir() if path.name.startswith("run_")}
         assert names == {"run_kohya.safetensors", "run_comfyui.safetensors", "run_peft"}
         own = read_weights(place / "pytorch_lora_weights.safetensors", model)
         assert own.keys() == {"unet", "text_encoder"}
+        for file in ("run_kohya.safetensors", "run_peft/adapter_model.safetensors"):
+            assert files_beside(place / file) == [place / "embeddings" / "sks.safetensors"]
         for name in names:
             found = read_weights(place / name, model)
             for component, adapters in own.items():
