@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dreamlora import registry
 from dreamlora.commands.written_lora import Written
 from dreamlora.errors import UserError
 from dreamlora.lora import exporting
+from dreamlora.lora.embeddings import files_beside
 from dreamlora.lora.exporting import is_folder, is_nameless
 from dreamlora.lora.files import LoraFile, read_lora, read_weights
 from dreamlora.lora.formats import FileContent
@@ -24,6 +26,8 @@ from dreamlora.runfolder import LORA_FILE
 
 _FREE = 2**24
 """Bytes that are left free on the disk."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def read_given(path: Path, names: ModelNames | None, family: str | None = None, 
         UserError: see ``read_weights``; or it fits several families, or none.
     """
     file = read_lora(path)
+    tell_of_embeddings(file)
     if names is None and family:
         names = model_names(family, {})
     if names is not None or is_nameless(file.format):
@@ -73,6 +78,16 @@ def read_given(path: Path, names: ModelNames | None, family: str | None = None, 
     if len(readings) > 1 and not (alike and (written in (None, file.format) or is_nameless(str(written)))):
         raise UserError(f"{file.path}: its layers may be those of {', '.join(families)}: give --family")
     return readings[0]
+
+
+def tell_of_embeddings(lora: LoraFile) -> None:
+    """Warn of those of new tokens that lie beside a LoRA: what is made of it has none."""
+    beside = files_beside(lora.path)
+    if beside:
+        logger.warning(
+            "%s needs the embeddings of its new tokens too, which stay where they are: %s",
+            *(lora.path, ", ".join(map(str, beside))),
+        )
 
 
 def refuse_unknown_kernels(lora: Given) -> None:

@@ -13,15 +13,19 @@ import numpy as np
 from dreamlora.compare.records import Record
 from dreamlora.compare.schema import Dropped, Edge
 from dreamlora.config.measuring import Encoders, Eval, Sample
+from dreamlora.config.publishing import Label
 from dreamlora.errors import UserError
 
 OWN_OF_A_RUN = {
     *("seed", "learning_rate", "text_encoder_lr", "optimizer", "optimizer_args"),
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "checkpointing_steps"),
     *("checkpoints_total_limit", "report_to", "logging_dir", "dataloader_num_workers", "push_to_hub", "hub_token"),
-    *("hub_model_id", "cache_dir", "latents_cache_dir", "class_data_dir", "sample_batch_size"),
+    *("hub_model_id", "cache_dir", "latents_cache_dir", "class_data_dir", "sample_batch_size", "save_format"),
     *("tracker_project_name", "tracker_run_name"),
-    *("prior_generation_precision", *(option.name for part in (Sample, Eval, Encoders) for option in fields(part))),
+    *(
+        "prior_generation_precision",
+        *(option.name for part in (Sample, Eval, Encoders, Label) for option in fields(part)),
+    ),
 } - {"eval_seed", "early_stopping"}
 """Options that may differ between runs of one method: the learning rate, the seed, and what training does not see."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamlora.lora.low_rank import Cut, kept, shape_of, spectrum_of
 from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
@@ -23,11 +23,13 @@ class Predecessor:
         file: that it was read from.
         content: what the file holds, in a few digits.
         adapters: by part of the pipeline and name of the layer there.
+        embeddings: of its new tokens: ``[n, d]`` by token and text encoder.
     """
 
     file: Path
     content: str
     adapters: AdapterWeights
+    embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[str]:

@@ -18,7 +18,8 @@ from dreamlora.archives import open_tensors
 from dreamlora.config.new_tokens import MOST_VECTORS, check_token, check_tokens, file_stem
 from dreamlora.errors import UserError
 from dreamlora.files import replacing
-from dreamlora.runfolder import EMBEDDINGS
+from dreamlora.lora.formats.peft import TENSORS
+from dreamlora.runfolder import EMBEDDINGS, LORA_FILE
 
 TOKEN = "token"
 """In the header of a file: the token that its vectors are of, where a file cannot be named so ("<style>")."""
@@ -44,8 +45,13 @@ def file_of(folder: Path, token: str) -> Path:
 
 
 def files_beside(lora: Path) -> list[Path]:
-    """The embeddings that belong to a LoRA file."""
-    return sorted((lora.parent / EMBEDDINGS).glob(f"*{_SUFFIX}"))
+    """The embeddings that belong to a LoRA file. A run's folder in PEFT's format lies beside its LoRA, and shares its
+    embeddings.
+    """
+    place = lora.parent
+    if lora.name == TENSORS and (place.parent / LORA_FILE).is_file():
+        place = place.parent
+    return sorted((place / EMBEDDINGS).glob(f"*{_SUFFIX}"))
 
 
 def write(folder: Path, vectors: Mapping[str, Mapping[str, Tensor]], keys: Mapping[str, str]) -> list[Path]:

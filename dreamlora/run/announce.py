@@ -81,17 +81,19 @@ def _lora(context: RunContext) -> str:
     where += f" in the blocks {' '.join(lora.lora_blocks)}" if lora.lora_blocks else ""
     if lora.train_text_encoder:
         where += "; and the text encoder" + (f" (rank {lora.text_encoder_rank})" if lora.text_encoder_rank else "")
-    where += "".join(f"; the new token {_token(new)}" for new in context.config.tokens.tokens)
+    there = context.predecessor.embeddings if context.predecessor else ()
+    where += "".join(f"; the new token {_token(new, new.token in there)}" for new in context.config.tokens.tokens)
     if context.predecessor:
         start = f", goes on from {lora.init_lora}: with its layers, ranks and alphas where no others are given"
     assisted = f"; with the frozen {lora.training_adapter} while training" if lora.training_adapter else ""
     return f"{kind}rank {lora.rank}{ranks}, alpha {alpha}{alphas}{start}; {where}" + assisted
 
 
-def _token(new: NewToken) -> str:
+def _token(new: NewToken, goes_on: bool) -> str:
     """Such as "sks (2 vectors, from dog)"."""
     count = f"{new.vectors} vectors" if new.vectors > 1 else "a vector"
-    return f"{new.token} ({count}, from {' '.join(new.words) or 'a random start'})"
+    start = "goes on from that LoRA's" if goes_on else f"from {' '.join(new.words) or 'a random start'}"
+    return f"{new.token} ({count}, {start})"
 
 
 def _images(context: RunContext, pictures: RunImages) -> str:

@@ -14,6 +14,7 @@ from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.applying import weights_for
 from dreamlora.lora.continuing import Predecessor, Resized, fresh, resized, with_magnitudes
+from dreamlora.lora.embeddings import digest_of, files_beside, read_all
 from dreamlora.lora.files import read_lora
 from dreamlora.lora.names import names_of
 from dreamlora.lora.targets import alpha_of, layer_names, rank_of, wanted_layers
@@ -57,9 +58,30 @@ def predecessor_of(
     if others:
         remedy = "give --train_text_encoder" if family.TEXT_ENCODERS else "only the denoiser is trained here"
         raise UserError(f"--init_lora: {file} is for the {others[0]} too, and that would be lost: {remedy}")
-    predecessor = Predecessor(file, content_of(file), adapters)
+    beside = files_beside(file)
+    embeddings = {each.token: each.vectors for each in read_all(beside, family.EMBEDDING_KEYS)}
+    content = digest_of([file, *beside]) if beside else content_of(file)
+    predecessor = Predecessor(file, content, adapters, embeddings)
     _check_kind(config, predecessor)
+    _check_tokens(config, predecessor)
     return predecessor
+
+
+def _check_tokens(config: RunConfig, predecessor: Predecessor) -> None:
+    asked = {new.token: new.vectors for new in config.tokens.tokens}
+    for token, vectors in predecessor.embeddings.items():
+        count = len(next(iter(vectors.values())))
+        remedy = f"give --new_tokens {token}" + (f":{count}" if count > 1 else "")
+        if token not in asked:
+            raise UserError(
+                f"--init_lora: {predecessor.file} has embeddings of the new token {token} too, and these would be "
+                f"lost: {remedy}"
+            )
+        if asked[token] != count:
+            raise UserError(
+                f"--init_lora: {predecessor.file} has {count} embeddings of the new token {token}, and --new_tokens "
+                f"asks for {asked[token]}: {remedy}"
+            )
 
 
 def _check_kind(config: RunConfig, predecessor: Predecessor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -22,7 +23,7 @@ from dreamlora.training.loop import Run
 
 
 def require_names(context: RunContext, denoiser: nn.Module, layers: Sequence[str]) -> None:
-    """Nothing, if the formats have names for all layers that are to be trained.
+    """Nothing, if the formats have names for all layers that are to be trained, and hold the kind of adapter.
 
     Args:
         context: with all options.
@@ -35,16 +36,30 @@ def require_names(context: RunContext, denoiser: nn.Module, layers: Sequence[str
     config, family = context.config, context.family
     if not config.train.save_format:
         return
-    weights = {family.DENOISER: {name: _thin(denoiser.get_submodule(name)) for name in layers}}
+    kind = config.lora.adapter
+    shapes = {name: cast(Tensor, denoiser.get_submodule(name).weight).shape for name in layers}
+    weights = {family.DENOISER: {name: _thin(kind, shape) for name, shape in shapes.items()}}
     for encoder in family.TEXT_ENCODERS if config.lora.train_text_encoder else ():
-        weights[encoder] = {"encoder.layers.0.mlp.fc1": lora_weights(torch.zeros(1, 1), torch.zeros(1, 1))}
+        weights[encoder] = {"encoder.layers.0.mlp.fc1": _thin(kind, (4, 4))}
     require(config.train.save_format, weights, family, context.source)
 
 
-def _thin(layer: nn.Module) -> LayerWeights:
-    """A LoRA of rank 1 that does nothing."""
-    rows, *columns = cast(Tensor, layer.weight).shape
-    return lora_weights(torch.zeros(1, *columns), torch.zeros(rows, 1, *(1 for _ in columns[1:])))
+def _thin(kind: str, shape: Sequence[int]) -> LayerWeights:
+    """An adapter of rank 1 that does nothing.
+
+    Args:
+        kind: name of the adapter.
+        shape: of the layer's weight.
+    """
+    rows, *columns = shape
+    if kind == "loha":
+        up, down = torch.zeros(rows, 1), torch.zeros(1, math.prod(columns))
+        return LayerWeights("loha", {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up, "hada_w2_b": down}, 1.0)
+    if kind == "lokr":
+        up, down = torch.zeros(rows, 1), torch.zeros(1, math.prod(columns))
+        return LayerWeights("lokr", {"lokr_w1": torch.zeros(1, 1), "lokr_w2_a": up, "lokr_w2_b": down}, 1.0)
+    up = torch.zeros(rows, 1, *(1 for _ in columns[1:]))
+    return lora_weights(torch.zeros(1, *columns), up, magnitude=torch.zeros(rows) if kind == "dora" else None)
 
 
 def require_held(context: RunContext, run: Run) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamlora import registry
 from dreamlora.credentials import masked_options
 from dreamlora.data.images import ImageRecord
 from dreamlora.lora.metadata import DATE, IMPLEMENTATION, hashes_of, now
@@ -27,6 +26,8 @@ SPEC = "1.0.1"
 MOST_TAGS = 1000
 """Of a data set: a thousand tags take some 20 KB, of captions that are sentences each is one."""
 _LONGEST_TAG = 200
+_LYCORIS = {"dora": {"algo": "lora", "dora_wd": "True"}, "loha": {"algo": "loha"}, "lokr": {"algo": "lokr"}}
+"""Arguments of LyCORIS' ``lycoris.kohya`` for adapters that kohya's own module does not have."""
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
@@ -46,11 +47,12 @@ def of_run(context: RunContext, run: Run, records: Sequence[ImageRecord]) -> Cal
     known = {**_kohya(context, names, records), **_own(context)}
     fixed = {f"modelspec.{key}": value for key, value in spec.items() if value}
     fixed |= {key: _text(value) for key, value in known.items()}
-    return functools.partial(_at, fixed)
+    return functools.partial(_at, fixed, run)
 
 
-def _at(fixed: dict[str, str], step: int) -> dict[str, str]:
-    return {**fixed, DATE: now(), "ss_steps": str(step), "dreamlora.step": str(step)}
+def _at(fixed: dict[str, str], run: Run, step: int) -> dict[str, str]:
+    average = {"dreamlora.ema_decay": str(run.config.optim.ema_decay)} if run.average and run.average.shown else {}
+    return {**fixed, **average, DATE: now(), "ss_steps": str(step), "dreamlora.step": str(step)}
 
 
 def _spec(context: RunContext, names: ModelNames, prediction: str) -> dict[str, str]:
@@ -67,8 +69,15 @@ def _spec(context: RunContext, names: ModelNames, prediction: str) -> dict[str, 
         "tags": wanted.metadata_tags or "",
         "resolution": f"{side}x{side}",
         "prediction_type": _PREDICTIONS.get(prediction, ""),
-        "trigger_phrase": (context.subject.name or "") if wanted.metadata_captions else "",
+        "trigger_phrase": _trigger(context) if wanted.metadata_captions else "",
     }
+
+
+def _trigger(context: RunContext) -> str:
+    """What is learned, as prompts name it, and new tokens."""
+    subject = context.subject.name or ""
+    new = [each.token for each in context.config.tokens.tokens if each.token not in subject.lower()]
+    return ", ".join([subject, *new] if subject else new)
 
 
 def _kohya(context: RunContext, names: ModelNames, pictures: Sequence[ImageRecord]) -> dict[str, Any]:
@@ -77,14 +86,13 @@ def _kohya(context: RunContext, names: ModelNames, pictures: Sequence[ImageRecor
     lora, optim, train, data = config.lora, config.optim, config.train, config.data
     processes, base = context.accelerator.num_processes, config.model.pretrained_model_name_or_path
     batch = train.train_batch_size or 1
-    pairs = registry.load("adapters", lora.adapter).PAIRS
     return {
         "ss_output_name": _name(context),
         "ss_base_model_version": names.base_version,
         "ss_sd_model_name": context.source.model_id,
         **(hashes_of(Path(base)) if is_single_file(base) else {}),
-        "ss_network_module": "networks.lora" if pairs else "lycoris.kohya",
-        "ss_network_args": None if pairs else {"algo": lora.adapter},
+        "ss_network_module": "lycoris.kohya" if lora.adapter in _LYCORIS else "networks.lora",
+        "ss_network_args": _LYCORIS.get(lora.adapter),
         "ss_network_dim": lora.rank,
         "ss_network_alpha": lora.rank * lora.scale(lora.rank, lora.lora_alpha or lora.rank),
         "ss_network_dropout": lora.lora_dropout,
@@ -121,6 +129,10 @@ def _own(context: RunContext) -> dict[str, Any]:
             "dreamlora.optimizer": optim.optimizer,
             "dreamlora.optimizer_args": list(optim.optimizer_args),
             "dreamlora.adapter": lora.adapter,
+            "dreamlora.adapter_args": list(lora.adapter_args),
+            "dreamlora.rank_pattern": list(lora.rank_pattern),
+            "dreamlora.alpha_pattern": list(lora.alpha_pattern),
+            "dreamlora.text_encoder_rank": lora.of_text_encoder.rank if lora.train_text_encoder else None,
             "dreamlora.init": lora.init,
         }
     )

@@ -96,11 +96,17 @@ class _Uses:
 
 
 def put_in(context: RunContext, text: Components) -> None:
-    """Give the text encoders of a run its new tokens, as ``context.new_tokens``; they stand at their start."""
+    """Give the text encoders of a run its new tokens, as ``context.new_tokens``; they stand at their start, or where
+    the LoRA that is gone on from has them.
+    """
     config, encoders = context.config, list(context.family.EMBEDDING_KEYS)
     if config.tokens.new_tokens:
         vectors = new_tokens.starts(text, encoders, config.tokens.tokens, config.train.seed)
         context.new_tokens = new_tokens.put_in(text, vectors)
+        if context.predecessor:
+            begun = {**vectors, **context.predecessor.embeddings}
+            for name, part in context.new_tokens.items():
+                part.rows.data.copy_(torch.cat([begun[token][name] for token in vectors]))
 
 
 def param_group(context: RunContext, model: Predictor) -> list[dict[str, Any]]:

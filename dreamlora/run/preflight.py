@@ -39,9 +39,8 @@ def check_inputs(config: RunConfig) -> None:
     """
     _check_places(config)
     check_model(config.model)
-    check_adapter(config)
+    check_methods(config)
     _check_formats(config)
-    defaults.check_average(config)
     data = config.data
     subject = Subject.of(data.subject_prompt, data.class_prompt)
     for file in (config.sample.sample_prompts, config.eval.eval_prompts):
@@ -54,6 +53,16 @@ def check_inputs(config: RunConfig) -> None:
             check_dataset(one.dataset_name)
         else:
             list_masks(list_images(one), one)
+
+
+def check_methods(config: RunConfig) -> None:
+    """Nothing, if adapter, start, optimizer and average go together.
+
+    Raises:
+        UserError: they do not.
+    """
+    check_adapter(config)
+    defaults.check_average(config)
 
 
 def _check_places(config: RunConfig) -> None:

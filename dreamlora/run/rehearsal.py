@@ -30,10 +30,14 @@ from dreamlora.training.loop import Predictor
 from dreamlora.training.stream import stack_conditioning
 
 LORA_BYTES = 16
-"""Per number of the LoRA: itself, its gradient and two moments of the optimizer, in float32."""
+"""Per number of the LoRA: itself, its gradient and two moments of the optimizer, in float32. As many are in a
+checkpoint, which has its LoRA twice and no gradient."""
+AVERAGE_BYTES = 8
+"""Of a moving average besides: itself, and the trained weights while it is shown. A checkpoint has one of them."""
 HOW = (
     "weights as they are held, and the most that the model's own code holds at a time in a passage without numbers; "
-    f"{LORA_BYTES} bytes per parameter of the LoRA; not the driver's and the kernels' own"
+    f"{LORA_BYTES} bytes per parameter of the LoRA, {AVERAGE_BYTES} more with --ema_decay; not the driver's and "
+    "the kernels' own"
 )
 """How memory is estimated, in words."""
 
@@ -104,7 +108,8 @@ class Rehearsal:
         encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
         kept = self._held("text", self._family.TEXT_ENCODERS) if config.encodes_in_training else 0
         images = Stage("encoding images", vae, *self._work(lambda: self._latents))
-        lora = LORA_BYTES * sum(each.parameters for each in self.trained()) + self._adapter_bytes
+        per_number = LORA_BYTES + (AVERAGE_BYTES if config.optim.ema_decay else 0)
+        lora = per_number * sum(each.parameters for each in self.trained()) + self._adapter_bytes
         shown = vae if self._images else 0
         training = Stage(
             "training",

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.config.publishing import Label
 from dreamlora.errors import UserError
 from dreamlora.run.context import RunContext
 from dreamlora.run.image_list import changes, fingerprint
@@ -29,7 +30,7 @@ FREE_ON_RESUME = {
     *("clip_model", "dino_model", "inception_weights"),
     *("train_data_dir", "subject", "style", "streaming", "parity_check", "mask_data_dir", "conditioning_data_dir"),
     *("captions_per_line", "dry_run", "validation_images", "training_adapter", "training_adapter_weight_name"),
-    *("init_lora", "init_lora_weight_name"),
+    *("init_lora", "init_lora_weight_name", "save_format", *(option.name for option in fields(Label))),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
 model's id, the images' hashes, the global batch size)."""
@@ -80,7 +81,8 @@ def require_same(checkpoint: Checkpoint, now: Mapping[str, Any], pictures: RunIm
         UserError: settings or images are others; the message says which.
     """
     usual = {name: value for name, value in as_flat_dict(RunConfig()).items() if name in now}
-    saved = usual | checkpoint.settings  # an older version knew fewer options
+    then = {name: value for name, value in checkpoint.settings.items() if name not in FREE_ON_RESUME}
+    saved = usual | then  # an older version knew fewer options, and compared more
     apart = {_IMAGES, _CLASSES}
     different = [
         f"{name}: {saved.get(name, 'none')!r} then, {now.get(name, 'none')!r} now"
@@ -112,8 +114,8 @@ def made(run: Run, pictures: RunImages) -> dict[str, Any]:
 
 
 def _wanted(config: RunConfig, pictures: RunImages) -> dict[str, Any]:
-    """How long a run is to be, and what it is to show and to measure; not how that is computed."""
-    groups = (config.sample, config.eval, config.encoders)
+    """How long a run is to be, and what it is to show, to measure and to say of itself; not how that is computed."""
+    groups = (config.sample, config.eval, config.encoders, config.about)
     names = {option.name for group in groups for option in fields(group)} - {"eval_batch_size"}
     shown = {name: value for name, value in as_flat_dict(config).items() if name in names}
     prompts = [*pictures.prompts, *pictures.eval_prompts]

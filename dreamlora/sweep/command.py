@@ -47,10 +47,20 @@ def main(argv: Sequence[str]) -> None:
     else:
         sweep = plan.sweep_of(config, training)
         preflight.check_inputs(parse_run(training, PROGRAMS[config.program], PROGRAM)[0])
+        for entry in sweep.entries:
+            _check_method(config, training, entry)
         with work_beside_output():
             root, comparison = sweep.root, Sweeper(sweep, config, command).run()
     lines = one_line(comparison["sentence"]), one_line(str(write_compare_report(root)))
     sys.stdout.write(f"\n{table(comparison)}\n\n" + "".join(f"{line}\n" for line in lines))
+
+
+def _check_method(config: CompareConfig, training: Sequence[str], entry: SweepMethod) -> None:
+    method, _ = parse_run([*training, *entry.words], PROGRAMS[config.program], PROGRAM)
+    try:
+        preflight.check_methods(method)
+    except UserError as error:
+        raise UserError(f"--optimizers {entry.label}: {error}") from None
 
 
 def _existing(config: CompareConfig, command: str) -> tuple[Path, Comparison]:

@@ -19,6 +19,9 @@ class MovingAverage:
     Args:
         parameters: by name; their values count when they are first put into ``train`` mode.
         decay: share of the average that a step leaves, once it has warmed up, in (0, 1).
+
+    Attributes:
+        shown: whether the parameters hold the average.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -27,24 +30,24 @@ class MovingAverage:
         self._decay = decay
         self._average: list[Tensor] = []
         self._trained: list[Tensor] = []
-        self._shown = False
+        self.shown = False
 
     @torch.no_grad()
     def train(self) -> None:
         """Put the trained weights into the parameters, from where the optimizer goes on."""
         if not self._average:
             self._begin()
-        if self._shown:
+        if self.shown:
             torch._foreach_copy_(self._parameters, self._trained)
-            self._shown = False
+            self.shown = False
 
     @torch.no_grad()
     def eval(self) -> None:
         """Put the average into the parameters, which is what to measure, draw and save."""
-        if self._average and not self._shown:
+        if self._average and not self.shown:
             torch._foreach_copy_(self._trained, self._parameters)
             torch._foreach_copy_(self._parameters, self._average)
-            self._shown = True
+            self.shown = True
 
     @torch.no_grad()
     def update(self, number: int) -> None:
@@ -66,7 +69,7 @@ class MovingAverage:
 
     def hidden(self) -> dict[str, Tensor]:
         """In ``eval`` mode, or before the first step: the trained weights by name."""
-        weights = self._trained if self._shown else [parameter.detach() for parameter in self._parameters]
+        weights = self._trained if self.shown else [parameter.detach() for parameter in self._parameters]
         return dict(zip(self._names, weights, strict=True))
 
     @torch.no_grad()
@@ -75,7 +78,7 @@ class MovingAverage:
         self._begin()
         for there, name in zip(self._trained, self._names, strict=True):
             there.copy_(trained[name])
-        self._shown = True
+        self.shown = True
 
     def _begin(self) -> None:
         self._average, self._trained = (

@@ -12,6 +12,7 @@ import torch
 from dreamlora.cli.parse import parse_run
 from dreamlora.commands.doctor.diagnosis import diagnose
 from dreamlora.errors import UserError
+from dreamlora.lora.embeddings import files_beside
 from dreamlora.lora.files import read_weights
 from dreamlora.lora.names import LayerNames, ModelNames, model_names, same
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
@@ -23,13 +24,16 @@ __all__ = ["cache", "flags", "photos", "train"]
 
 
 def test_the_result_and_the_best_are_in_all_formats(train, sd_folder: Path) -> None:
-    run = train("--save_format", "kohya", "comfyui", "peft", "diffusers", "--train_text_encoder")
+    more = ["--train_text_encoder", "--new_tokens", "sks=d"]
+    run = train("--save_format", "kohya", "comfyui", "peft", "diffusers", *more)
     model = model_names("sd", json.loads((sd_folder / "unet" / "config.json").read_text(encoding="utf-8")))
     for place in (run.path, run.best):
         names = {path.name for path in place.iterdir() if path.name.startswith("run_")}
         assert names == {"run_kohya.safetensors", "run_comfyui.safetensors", "run_peft"}
         own = read_weights(place / "pytorch_lora_weights.safetensors", model)
         assert own.keys() == {"unet", "text_encoder"}
+        for file in ("run_kohya.safetensors", "run_peft/adapter_model.safetensors"):
+            assert files_beside(place / file) == [place / "embeddings" / "sks.safetensors"]
         for name in names:
             found = read_weights(place / name, model)
             for component, adapters in own.items():
@@ -46,18 +50,31 @@ def test_doctor_says_that_no_such_program_has_the_model(flags, tiny_folder) -> N
     assert diagnose(*parse_run([*flags, *more, "--save_format", "peft", "diffusers"]))["errors"] == []
 
 
-def test_a_layer_without_a_name_stops_the_run_before_anything_is_loaded(train, monkeypatch) -> None:
+@pytest.fixture
+def nothing_loaded(monkeypatch) -> None:
     get = parts.Parts.get
 
     def scheduler_alone(self: parts.Parts, role: Any) -> Any:
         assert role == "scheduler"
         return get(self, role)
 
+    monkeypatch.setattr(parts.Parts, "get", scheduler_alone)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_layer_without_a_name_stops_the_run_before_anything_is_loaded(train, monkeypatch) -> None:
     model = ModelNames("unet", LayerNames(same("conv_in")))
     monkeypatch.setattr(formats, "names_of", lambda family, config: model)
-    monkeypatch.setattr(parts.Parts, "get", scheduler_alone)
     with pytest.raises(UserError, match=r"--save_format comfyui: .*to_.* has no name there"):
         train("--save_format", "comfyui")
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("adapter", ["loha", "lokr"])
+def test_a_kind_that_a_format_cannot_hold_stops_the_run_before_anything_is_loaded(adapter, train, tmp_path) -> None:
+    with pytest.raises(UserError, match=f"--save_format diffusers: .*LoRAs and DoRAs alone, .* has a {adapter}"):
+        train("--adapter", adapter, "--train_text_encoder", "--save_format", "kohya", "comfyui", "peft", "diffusers")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_format_cannot_hold_stops_the_run_before_it_trains(train, monkeypatch) -> None:

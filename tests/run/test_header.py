@@ -28,7 +28,8 @@ def metadata_of(file: Path) -> dict[str, str]:
 
 def test_a_file_says_how_it_was_trained(train: Callable[..., RunFolder], tmp_path: Path, no_report: None) -> None:
     about = ["--metadata_author", "Ada", "--metadata_license", "CC0-1.0", "--metadata_tags", "dog, photo"]
-    run = train(*SHORT, *about, "--optimizer", "sgd", "--optimizer_args", "momentum", "0.5")
+    lora = ["--use_rslora", "--lora_alpha", "2", "--rank_pattern", "attn2", "4", "--new_tokens", "<new>=d"]
+    run = train(*SHORT, *about, *lora, "--optimizer", "sgd", "--optimizer_args", "momentum", "0.5")
     found = metadata_of(run.lora_file)
     expected = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -40,11 +41,12 @@ def test_a_file_says_how_it_was_trained(train: Callable[..., RunFolder], tmp_pat
         "modelspec.tags": "dog, photo",
         "modelspec.resolution": "16x16",
         "modelspec.prediction_type": "epsilon",
-        "modelspec.trigger_phrase": "sks dog",
+        "modelspec.trigger_phrase": "sks dog, <new>",
         "ss_output_name": "run",
         "ss_base_model_version": "sd_v1",
         "ss_network_dim": "2",
-        "ss_network_alpha": "2.0",
+        "ss_network_alpha": str(2 * (2 / 2**0.5)),
+        "ss_network_module": "networks.lora",
         "ss_resolution": "(16, 16)",
         "ss_steps": "2",
         "ss_max_train_steps": "2",
@@ -53,6 +55,7 @@ def test_a_file_says_how_it_was_trained(train: Callable[..., RunFolder], tmp_pat
         "ss_text_encoder_lr": "None",
         "ss_seed": "0",
         "dreamlora.optimizer": "sgd",
+        "dreamlora.rank_pattern": '["attn2", "4"]',
         "dreamlora.step": "2",
     }
     assert {key: found.get(key) for key in expected} == expected
@@ -67,9 +70,14 @@ def test_a_file_says_how_it_was_trained(train: Callable[..., RunFolder], tmp_pat
 
 
 def test_captions_can_be_left_out(train: Callable[..., RunFolder], no_report: None) -> None:
-    found = metadata_of(train(*SHORT, "--no_metadata_captions").lora_file)
+    run = train(*SHORT, "--no_metadata_captions", "--adapter", "dora", "--ema_decay", "0.5", "--new_tokens", "sks=d")
+    found = metadata_of(run.lora_file)
     assert found["modelspec.title"] == "run"
     assert "sks" not in "\n".join(found.values())
+    assert found["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(found["ss_network_args"]) == {"algo": "lora", "dora_wd": "True"}
+    assert found["dreamlora.ema_decay"] == "0.5"
+    assert "dreamlora.ema_decay" not in metadata_of(run.raw / run.lora_file.name)
 
 
 def test_all_can_be_left_out(train: Callable[..., RunFolder], no_report: None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,22 @@ def test_if_every_run_fails_the_first_reason_is_told(compare: Any, fake: type[Fa
     fake.broken = ("adamw", "scaled_adamw")
     with pytest.raises(UserError, match="no run could be made; the first one ended with: it broke"):
         compare("--quick")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("scaled_adamw+adapter=loha", "--optimizer scaled_adamw works on pairs of factors"),
+        ("adamw+adapter=dora+init=pissa", "--init pissa starts away from zero, which --adapter dora cannot"),
+        ("schedulefree_adamw+ema_decay=0.9", "--ema_decay: --optimizer schedulefree_adamw keeps an average of its own"),
+    ],
+)
+def test_a_method_that_cannot_train_is_refused_before_any_run(
+    method: str, words: str, compare: Any, fake: type[FakePool], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"--optimizers {re.escape(method)}: {words}"):
+        compare("--optimizers", "adamw", method)
+    assert not fake.made and not (tmp_path / "out").exists()
 
 
 def test_two_calls_at_once_are_refused(compare: Any, tmp_path: Path) -> None:

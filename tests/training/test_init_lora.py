@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from dreamlora.cli.parse import parse_run
 from dreamlora.commands.doctor.diagnosis import diagnose
 from dreamlora.errors import UserError
 from dreamlora.families import sd
+from dreamlora.lora import embeddings
 from dreamlora.lora.files import read_weights
 from dreamlora.lora.formats import kohya
 from dreamlora.lora.names import names_of
@@ -61,14 +64,14 @@ EXACT = {
     "rsLoRA": ["--use_rslora"],
     "ranks by layer": ["--rank_pattern", "to_k", "3", "--alpha_pattern", "to_v", "5"],
     "convolutions": ["--lora_layers", "all"],
-    "text encoder": ["--train_text_encoder", "--text_encoder_rank", "3"],
+    "text encoder": ["--train_text_encoder", "--text_encoder_rank", "3", "--new_tokens", "sks:2=d,o"],
     "half precision": ["--mixed_precision", "bf16"],
     "DoRA": ["--adapter", "dora"],
     "LoHa": ["--adapter", "loha"],
     "LoKr": ["--adapter", "lokr"],
     "an average": ["--ema_decay", "0.5"],
 }
-TRAINED = ("--train_text_encoder", "--mixed_precision", "bf16")
+TRAINED = ("--train_text_encoder", "--mixed_precision", "bf16", "--new_tokens", "sks:2=d,o")
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -240,6 +243,30 @@ def test_a_text_encoder_begins_beside_a_lora_without_one(prepare, sd_folder, lor
     text = [layer for layer in tuned_layers(run.model) if layer.name.startswith("encoders")]
     assert {(layer.rank, layer.scaling) for layer in text} == {(2, 2.0)}
     torch.testing.assert_close(first_loss(run), same, rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_that_lie_beside_it_are_gone_on_from(prepare, sd_folder, lora, tmp_path) -> None:
+    """The base model, and the length that they are kept at, are by the words, as in the run that they are from."""
+    file, rows = Path(shutil.copy(lora.lora_file, tmp_path)), torch.full((2, 16), 0.5)
+    embeddings.write(tmp_path, {"sks": {"text_encoder": rows}}, sd.EMBEDDING_KEYS)
+    run = prepare(sd_folder, "--init_lora", str(file), "--new_tokens", "<other>=o", "sks:2=d,o")
+    [part] = run.new_tokens.values()
+    [other, *start] = part.start
+    assert torch.equal(part.rows[1:], rows) and torch.equal(part.rows[0], other)
+    assert not torch.equal(start[0], rows[0]) and torch.equal(start[1], other)
+    told = json.loads(run.folder.outline_file.read_text(encoding="utf-8"))["LoRA"]
+    assert "the new token <other> (a vector, from o)" in told
+    assert "the new token sks (2 vectors, goes on from that LoRA's)" in told
+    with base_model(run):
+        assert torch.equal(part.rows, part.start)
+    alone = prepare(sd_folder, "--init_lora", str(lora.path))
+    assert run.settings["LoRA that it began with"] != alone.settings["LoRA that it began with"]
+    for more, words in (
+        ([], "has embeddings of the new token sks too, and these would be lost: give --new_tokens sks:2"),
+        (["--new_tokens", "sks=d"], "has 2 embeddings of the new token sks, .*: give --new_tokens sks:2"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare(sd_folder, "--init_lora", str(file), *more)
 
 
 def test_a_missing_file_is_refused(flags, tmp_path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dreamlora.errors import UserError
@@ -144,7 +145,13 @@ def test_other_settings_are_refused_by_name(train: Train, flux_folder: Path) -> 
 def test_a_longer_run_goes_on_from_a_finished_one(train: Train, tmp_path: Path) -> None:
     whole = train("--output_dir", str(tmp_path / "whole" / "run"), "--checkpointing_steps", "2")
     train("--max_train_steps", "4")
-    assert same(weights(whole), weights(train("--resume_from_checkpoint", "latest")))
+    told = ["--save_format", "kohya", "--metadata_title", "another"]
+    longer = train("--resume_from_checkpoint", "latest", *told)
+    assert same(weights(whole), weights(longer)) and longer.exported("kohya").exists()
+    told[-1] = "a third"  # of what is complete
+    train("--resume_from_checkpoint", "latest", *told)
+    with safe_open(longer.lora_file, "pt") as opened:
+        assert opened.metadata()["modelspec.title"] == "a third"
 
 
 def test_checkpoints_rotate(train: Train) -> None:
@@ -337,6 +344,7 @@ def test_a_checkpoint_of_an_older_version_fits(train: Train) -> None:
     file = run.checkpoint_dir(2) / "settings.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     del settings["max_token_length"]
+    settings["save_format"] = []  # compared then
     file.write_text(json.dumps(settings), encoding="utf-8")
     run.images_file.unlink()
     assert train("--max_train_steps", "3", "--resume_from_checkpoint", "latest").checkpoint_steps()[-1] == 3

@@ -27,7 +27,7 @@ from dreamlora.run.context import RunContext
 from dreamlora.run.defaults import run_folder
 from dreamlora.run.encoding import latent_filling
 from dreamlora.run.images import RunImages
-from dreamlora.run.rehearsal import HOW, LORA_BYTES, Rehearsal
+from dreamlora.run.rehearsal import AVERAGE_BYTES, HOW, LORA_BYTES, Rehearsal
 from dreamlora.runfolder import RunFolder
 from dreamlora.scratch import Scratch
 
@@ -198,13 +198,14 @@ def _of_disk(context: RunContext, pictures: RunImages, rehearsal: Rehearsal, pro
     train, each = context.config.train, rehearsal.prompt_bytes
     parameters = sum(one.parameters for one in rehearsal.trained())
     every, total = train.checkpointing_steps, train.max_train_steps or 0
+    per_number = LORA_BYTES + (AVERAGE_BYTES // 2 if context.config.optim.ema_decay else 0)
     kept = min(-(-total // every), train.checkpoints_total_limit or total) if every else 0
     return {
         "latents": bytes_lacking(pictures.train, _preparations(context), latent_filling(context)),
         "prompts": None if each is None else prompts * each,
         "cache": str(context.cache.folder),
         "cache_free": checks.free_bytes(context.cache.folder),
-        "checkpoints": kept * LORA_BYTES * parameters,
+        "checkpoints": kept * per_number * parameters,
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dreamlora import registry
 from dreamlora.commands.export.flags import ExportConfig
+from dreamlora.commands.lora_files import tell_of_embeddings
 from dreamlora.commands.outside import way_in
 from dreamlora.commands.trained import TrainedRun, run_of
 from dreamlora.config import Model
@@ -34,6 +35,7 @@ def export(config: ExportConfig) -> Path:
             there is something at ``--output``.
     """
     lora = read_lora(config.lora)
+    tell_of_embeddings(lora)
     _refuse_what_lies_there(config, lora)
     model = model_for(config, lora)
     dtype = None if config.dtype is None else DTYPES["no" if config.dtype == "fp32" else config.dtype]

@@ -92,6 +92,19 @@ def test_what_is_trained_is_what_a_training_trains(model: Path, photos: Path, tm
         assert trained[name]["ranks"] == [3] and trained[name]["alphas"] == [6.0]
 
 
+def test_a_moving_average_takes_memory_and_disk(model: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    """Two copies of the LoRA, one of them in every checkpoint."""
+    given = [model, *flags(photos, tmp_path), "--max_train_steps", 2, "--checkpointing_steps", 1]
+    plain, averaged = (told(capsys, *given, *more) for more in ([], ["--ema_decay", 0.9]))
+    [trained] = plain["trained"]
+    held = [
+        {stage["stage"]: stage["held"] for stage in found["memory"]["stages"]}["training"]
+        for found in (plain, averaged)
+    ]
+    assert held[1] - held[0] == 8 * trained["parameters"]
+    assert averaged["disk"]["checkpoints"] - plain["disk"]["checkpoints"] == 2 * 4 * trained["parameters"]
+
+
 @pytest.fixture
 def prepared(photos: Path, tmp_path: Path):
     from accelerate.state import AcceleratorState

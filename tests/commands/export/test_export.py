@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from dreamlora.__main__ import dispatch
 from dreamlora.errors import UserError
 from dreamlora.jsonl import read_jsonl
+from dreamlora.lora import embeddings
 from dreamlora.lora.formats import diffusers
 from dreamlora.lora.saving import save_content
 from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
@@ -125,6 +126,17 @@ def test_the_header_says_where_it_is_from(case, tmp_path: Path) -> None:
 
 def lora(file: Path, weights: LayerWeights) -> Path:
     return save_content(file, diffusers.write({"unet": {"mid_block.attentions.0.proj_in": weights}}))
+
+
+@pytest.mark.parametrize("command", [["export", "--format", "kohya"], ["resize", "--rank", "1"]])
+def test_embeddings_of_new_tokens_stay_where_they_are_and_that_is_told(command, tmp_path: Path, caplog) -> None:
+    file = lora(tmp_path / "cat.safetensors", lora_weights(torch.ones(1, 4), torch.ones(4, 1)))
+    arguments = [command[0], str(file), *command[1:], "--family", "sd", "--output"]
+    dispatch([*arguments, str(tmp_path / "plain.safetensors")])
+    assert "embeddings" not in caplog.text
+    [beside] = embeddings.write(tmp_path, {"sks": {"text_encoder": torch.ones(1, 4)}}, {"text_encoder": "emb_params"})
+    dispatch([*arguments, str(tmp_path / "told.safetensors")])
+    assert f"needs the embeddings of its new tokens too, which stay where they are: {beside}" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "comfyui"])
