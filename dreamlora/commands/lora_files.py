@@ -134,8 +134,8 @@ def check_output(output: Path, needed: int = 0) -> None:
     free = shutil.disk_usage(place).free
     if free < needed + _FREE:
         raise UserError(
-            f"--output {output} takes {megabytes(needed)}, and the disk has room for {megabytes(free)}: make room "
-            "there, or name another place"
+            f"--output {output} needs {megabytes(needed + _FREE)} of free disk, and there are {megabytes(free)}: make "
+            "room there, or name another place"
         )
 
 

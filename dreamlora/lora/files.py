@@ -22,7 +22,7 @@ from dreamlora.lora.peft_folder import settings_beside, tensors_in
 from dreamlora.lora.recognise import format_of
 from dreamlora.lora.weights import AdapterWeights
 from dreamlora.lora.whole import ALPHA, MARKS, NO_ALPHA, PAIR, is_part, refuse_odd_values, refuse_other_parts
-from dreamlora.runfolder import LORA_FILE
+from dreamlora.runfolder import LORA_FILE, RunFolder
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _ALWAYS = 2**26
@@ -178,7 +178,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        files = [path / LORA_FILE] if (path / LORA_FILE).is_file() else sorted(path.glob("*.safetensors"))
+        if (path / LORA_FILE).is_file():
+            return path / LORA_FILE
+        if RunFolder(path).holds_run():
+            raise UserError(_unfinished(RunFolder(path)))
+        files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "no *.safetensors"
             raise UserError(f"{path}: expected {LORA_FILE}, found {names}; name the file itself")
@@ -188,6 +192,15 @@ def _find(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: LoRAs are read as .safetensors only, as pickles can run any code while they load")
     return path
+
+
+def _unfinished(run: RunFolder) -> str:
+    """What to give instead of a run without a result."""
+    best = [run.best] if (run.best / LORA_FILE).is_file() else []
+    there = [*best, *(run.checkpoint_dir(step) for step in run.checkpoint_steps()[-1:])]
+    if not there:
+        return f"{run.path} is a run without a LoRA yet: it has no checkpoint"
+    return f"{run.path} is a run that has not ended: give a checkpoint, such as {' or '.join(map(str, there))}"
 
 
 def _refuse_too_much(pipeline: Any, lora: LoraFile) -> None:

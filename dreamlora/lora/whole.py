@@ -98,7 +98,7 @@ def _refuse_odd_alpha(path: Path, key: str, tensor: Tensor) -> None:
     if not math.isfinite(alpha) or alpha > HIGHEST_ALPHA:
         raise UserError(f"{path}: {key} is {alpha:g}, and an alpha is finite and at most {HIGHEST_ALPHA:g}")
     if alpha <= 0:  # for some models diffusers would never come to an end
-        raise UserError(NO_ALPHA.format(path, key, alpha))
+        raise UserError(NO_ALPHA.format(path, key.removesuffix(".alpha"), alpha))
 
 
 def refuse(path: Path, unused: Collection[str], total: int) -> None:

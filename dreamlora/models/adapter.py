@@ -23,7 +23,7 @@ def find_adapter(name: str, weight_name: str | None, cache_dir: Path | None, fla
         UserError: there is none, several could be meant, or the hub cannot be reached.
     """
     local = Path(name)
-    if local.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if local.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".safetensors"):
         return local / weight_name if weight_name else local
     place = Place(name, None, cache_dir)
     if weight_name:

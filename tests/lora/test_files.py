@@ -156,6 +156,22 @@ def test_nothing_there(tmp_path):
         read_lora(tmp_path)
 
 
+def test_an_interrupted_run_says_what_it_has(tmp_path):
+    """And what a run keeps besides, such as its evaluation set, is not taken for a LoRA."""
+    (tmp_path / "config.yaml").write_text("{}", encoding="utf-8")
+    (tmp_path / "evalset.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is a run without a LoRA yet: it has no checkpoint"):
+        read_lora(tmp_path)
+    for step in (3, 6):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has not ended: give a checkpoint, such as .*checkpoints/step-000006$"):
+        read_lora(tmp_path)
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"such as .*/best or .*checkpoints/step-000006$"):
+        read_lora(tmp_path)
+
+
 def test_pickles_are_not_opened(tmp_path):
     class Bomb:
         def __reduce__(self):

@@ -103,6 +103,7 @@ def test_adapters_are_files_or_in_folders(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
     assert find_adapter(str(file), None, None) == file
+    assert find_adapter("typo.safetensors", None, None) == Path("typo.safetensors"), "no name of a repository"
     assert find_adapter(str(tmp_path), "a.safetensors", None) == file
     before = content_of(file)
     file.write_bytes(b"two")

@@ -8,7 +8,7 @@ from typing import Any
 
 from dreamlora import registry
 from dreamlora.commands.export.flags import ExportConfig
-from dreamlora.commands.lora_files import tell_of_embeddings
+from dreamlora.commands.lora_files import check_output, tell_of_embeddings
 from dreamlora.commands.outside import way_in
 from dreamlora.commands.trained import TrainedRun, run_of
 from dreamlora.config import Model
@@ -110,13 +110,14 @@ def _unknown(lora: LoraFile, run: TrainedRun | None) -> str:
     families = families_of(FileContent(lora.tensors(), lora.metadata), lora.format)
     told = f"its layers may be those of {', '.join(families)}" if families else "no model that is known has its layers"
     if run and _BASE in run.outside:
-        return f"{told}. Of its base model, {way_in(_BASE, run.outside[_BASE])}"
+        return f"{told}. Its base model is not opened: {way_in(_BASE, run.outside[_BASE])}"
     return f"{told}: give --family or --{_BASE}"
 
 
 def _refuse_what_lies_there(config: ExportConfig, lora: LoraFile) -> None:
     output = config.output
-    if not output.exists():
+    if not output.exists() and not output.is_symlink():
+        check_output(output)
         return
     if any(output.resolve() in (file.resolve(), *file.resolve().parents) for file in lora.files.values()):
         raise UserError(f"--output {output} is, or holds, the LoRA itself: give another")

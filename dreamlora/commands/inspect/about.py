@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from dreamlora.reading import json_of
 
+_VERSION = "dreamlora.version"
 _SAID: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("title", ("modelspec.title", "ss_output_name")),
     ("author", ("modelspec.author",)),
@@ -20,7 +21,7 @@ _SAID: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trigger", ("modelspec.trigger_phrase",)),
     ("token", ("token",)),
     ("resolution", ("modelspec.resolution", "ss_resolution")),
-    ("written by", ("dreamlora.version", "software", "modelspec.implementation")),
+    ("written by", (_VERSION, "software", "modelspec.implementation")),
     ("network", ("ss_network_module",)),
     ("network's arguments", ("ss_network_args",)),
     ("rank and alpha of most layers", ("ss_network_dim",)),
@@ -56,6 +57,8 @@ def about(metadata: Mapping[str, str]) -> dict[str, str]:
             continue
         alpha = metadata.get("ss_network_alpha", "")
         found[label] = f"{value}, {alpha}" if keys == ("ss_network_dim",) and alpha not in _NOTHING else value
+    if metadata.get(_VERSION, "") not in _NOTHING:
+        found["written by"] = f"dreamlora {metadata[_VERSION]}"
     tags = ", ".join(f"{tag} ({count})" for tag, count in _tags(metadata.get(_FREQUENCIES, "")).most_common(_TAGS))
     return found | ({"most frequent tags": tags} if tags else {})
 

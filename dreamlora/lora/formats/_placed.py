@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from dreamlora.lora.formats import _stacks
-from dreamlora.lora.names import LayerNames, LayerPlace
+from dreamlora.lora.names import LayerNames, LayerPlace, ModelNames
 from dreamlora.lora.weights import LayerWeights
+
+
+def unnamed(component: str, model: ModelNames) -> ValueError:
+    """The error of a part that a model of this family lacks, or that other programs have no LoRAs for."""
+    parts = ", ".join((model.denoiser, *model.text_encoders))
+    return ValueError(
+        f"there are no names for the {component}, only for the {parts}: is the LoRA for a model of another family?"
+    )
 
 
 def placed(weights: Mapping[str, LayerWeights], names: LayerNames) -> Iterator[tuple[str, LayerWeights]]:

@@ -85,7 +85,7 @@ def _named(
         yield from ((_DENOISER + name, adapter) for name, adapter in _placed.placed(adapters, model.layers))
         return
     if component not in model.text_encoders:
-        raise ValueError(f"there are no names for the {component}")
+        raise _placed.unnamed(component, model)
     for layer, adapter in adapters.items():
         before = _PROJECTIONS[component] if layer == "text_projection" else f"{component}.{_CLIP_MODEL}"
         yield before + layer, adapter

@@ -105,7 +105,7 @@ def _is_part(layer: str, model: ModelNames) -> bool:
 
 def _text_names(component: str, adapters: Mapping[str, LayerWeights], model: ModelNames) -> dict[str, LayerWeights]:
     if component not in model.text_encoders:
-        raise ValueError(f"there are no names for the {component}")
+        raise _placed.unnamed(component, model)
     before = f"lora_{model.text_encoders[component]}_"
     return {
         before + ("" if layer == "text_projection" else _CLIP_MODEL) + flat(layer): adapter

@@ -196,7 +196,8 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
         ("--format kohya --output a.safetensors --family nonsense", "unknown name 'nonsense'"),
         ("--format kohya --output a.safetensors", "may be those of sd, sdxl: give --family"),
         ("--format kohya --output a.safetensors --family sana", "has this model"),
-        ("--format comfyui --output a.safetensors --family z_image", "no names for the unet"),
+        ("--format comfyui --output a.safetensors --family z_image", "no names for the unet, only for the transformer"),
+        ("--format kohya --output cat.safetensors/a.safetensors --family sd", r"cat\.safetensors is a file, and no"),
         ("--format kohya --output a.safetensors --pretrained_model_name_or_path nowhere/at/all", "nowhere"),
     ],
 )
@@ -208,6 +209,15 @@ def test_mistakes_are_told_and_nothing_written(flags: str, words: str, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["cat.safetensors"]
 
 
+def test_a_link_to_nowhere_is_not_replaced_unasked(tmp_path: Path) -> None:
+    file, output = lora(tmp_path / "cat.safetensors", lora_weights(torch.ones(1, 4), torch.ones(4, 1))), tmp_path / "to"
+    link = output.with_suffix(".safetensors")
+    link.symlink_to(tmp_path / "unplugged" / "dog.safetensors")
+    with pytest.raises(UserError, match=r"is there already"):
+        export(file, "--format", "diffusers", "--output", link)
+    assert link.is_symlink()
+
+
 def test_a_strangers_run_does_not_have_its_model_opened(case, tmp_path: Path) -> None:
     family, model, run = case
     output = tmp_path / "out.safetensors"
@@ -215,7 +225,7 @@ def test_a_strangers_run_does_not_have_its_model_opened(case, tmp_path: Path) ->
         export(run, "--format", "kohya", "--output", output)
         assert output.exists()
         return
-    with pytest.raises(UserError, match=r"--trust_runs"):
+    with pytest.raises(UserError, match=r"sd, sdxl\. Its base model is not opened: give .*--trust_runs"):
         export(run, "--format", "kohya", "--output", output)
     export(run, "--format", "kohya", "--output", output, "--pretrained_model_name_or_path", model)
 

@@ -105,6 +105,7 @@ def test_formats_are_told_by_the_names_that_they_write(form):
 
 def test_the_text_is_whole_and_for_a_person(tmp_path, capsys):
     header = {"modelspec.title": "my\ndog", "ss_network_dim": "2", "ss_network_alpha": "2.0"}
+    header["dreamlora.version"] = "0.1.0"
     header["ss_tag_frequency"] = json.dumps({"1_dog": {"sks dog": 12, "grass ": 3}, "2_dog": {"sks dog": 5}})
     file = saved(tmp_path, written("kohya", header))
     assert main(["inspect", str(file)]) == 0
@@ -113,6 +114,7 @@ def test_the_text_is_whole_and_for_a_person(tmp_path, capsys):
     assert re.search(r"\n  format +kohya\n", printed)
     assert re.search(r"\n  unet +3 +3 of 794 +2 \(2\), 3 \(1\) +2 +F32 ", printed)
     assert re.search(r"\n  title +my\\ndog\n", printed)
+    assert re.search(r"\n  written by +dreamlora 0\.1\.0\n", printed)
     assert re.search(r"\n  most frequent tags +sks dog \(17\), grass \(3\)\n", printed)
     assert "warning" not in printed
 

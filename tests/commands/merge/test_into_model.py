@@ -312,7 +312,7 @@ def test_too_little_room(case, two, tmp_path: Path, monkeypatch, capsys) -> None
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**24 + 1000))
     base = ("--pretrained_model_name_or_path", case.folder)
     assert run(*two.files, *base, "--output", tmp_path / "merged") == 2
-    assert "the disk has room for" in capsys.readouterr().err
+    assert "of free disk, and there are 16.00 MiB" in capsys.readouterr().err
 
 
 def test_numbers_that_are_too_large(case, two, tmp_path: Path, capsys) -> None:
