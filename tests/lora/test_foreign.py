@@ -39,20 +39,29 @@ def lora(W: Tensor, alpha: float | None = 3.0) -> Made:
 
 def lora_change(tensors: Tensors, W: Tensor) -> Tensor:
     down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-    return (up.flatten(1) @ down.flatten(1)).reshape(W.shape) * float(tensors.get("alpha", R)) / R
+    scale = float(tensors.get("alpha", R)) / R
+    if "lora_mid.weight" in tensors:
+        return torch.einsum("or,rshw,si->oihw", up[:, :, 0, 0], tensors["lora_mid.weight"], down[:, :, 0, 0]) * scale
+    return (up.flatten(1) @ down.flatten(1)).reshape(W.shape) * scale
 
 
 def locon_with_core(W: Tensor) -> Made:
     down, up, mid = rand(R, W.shape[1], 1, 1), rand(W.shape[0], R, 1, 1), rand(R, R, *W.shape[2:])
-    change = torch.einsum("or,rshw,si->oihw", up[:, :, 0, 0], mid, down[:, :, 0, 0]) * (1.0 / R)
     tensors = {"lora_down.weight": down, "lora_up.weight": up, "lora_mid.weight": mid, "alpha": torch.tensor(1.0)}
-    return tensors, W + change
+    return tensors, W + lora_change(tensors, W)
 
 
 def dora(W: Tensor) -> Made:
     """LyCORIS' with magnitudes of outputs (wd_on_output)."""
-    tensors, changed = lora(W)
-    lengths = changed.flatten(1).norm(dim=1).reshape(-1, *(1 for _ in W.shape[1:]))
+    return _directed(*lora(W))
+
+
+def dora_with_core(W: Tensor) -> Made:
+    return _directed(*locon_with_core(W))
+
+
+def _directed(tensors: Tensors, changed: Tensor) -> Made:
+    lengths = changed.flatten(1).norm(dim=1).reshape(-1, *(1 for _ in changed.shape[1:]))
     magnitudes = lengths * (0.5 + torch.rand(lengths.shape))
     return {**tensors, "dora_scale": magnitudes}, magnitudes * changed / lengths
 
@@ -111,7 +120,7 @@ def lokr_with_core(W: Tensor) -> Made:
 
 
 LINEAR = [lora, dora, loha, lokr, lokr_of_whole_matrices, lokr_decomposed_both]
-CONVOLUTION = [*LINEAR, locon_with_core, loha_with_cores, lokr_with_core]
+CONVOLUTION = [*LINEAR, locon_with_core, dora_with_core, loha_with_cores, lokr_with_core]
 
 
 class Model:
@@ -210,7 +219,7 @@ def test_every_kind_is_what_its_numbers_say(sd, component, layer, kind, scale, t
     tensors, changed = kind(W)
     prefix = "lora_unet_" if component == "unet" else "lora_te_text_model_"
     file = written(tmp_path, {prefix + flat(layer): tensors})
-    if kind is dora:
+    if kind in (dora, dora_with_core):
         directions = W + scale * (lora_change(tensors, W))
         lengths = directions.flatten(1).norm(dim=1).reshape(tensors["dora_scale"].shape)
         expected = sd.with_weights({(component, layer): tensors["dora_scale"] * directions / lengths})
@@ -408,7 +417,9 @@ PAIR: dict[str, Tensors] = {LAYER: {"lora_down.weight": rand(2, 16), "lora_up.we
 CLIP_PAIR = {"lora_down.weight": rand(2, 16), "lora_up.weight": rand(16, 2)}
 REFUSED: dict[str, tuple[dict[str, Tensors], str]] = {
     "GLoRA": (one(LAYER, "a1.weight", "a2.weight", "b1.weight", "b2.weight"), "a GLoRA"),
-    "(IA)³": (one(LAYER, "weight", "on_input"), r"an \(IA\)³"),
+    "(IA)³": ({LAYER: {"weight": rand(16), "on_input": torch.tensor(False)}}, r"an \(IA\)³"),
+    "T-LoRA": (one(LAYER, "q_layer.weight", "p_layer.weight", "lambda_layer"), "a T-LoRA"),
+    "GLoRA of a model of diffusers": (one("lycoris_transformer", "a1.weight", "a2.weight"), "a GLoRA"),
     "OFT": ({LAYER: {"oft_blocks": rand(4, 4, 4), "alpha": torch.tensor(1.0)}}, "an OFT"),
     "BOFT": ({LAYER: {"oft_blocks": rand(2, 4, 4, 4), "rescale": rand(16, 1)}}, "an OFT"),
     "whole weights": (one(LAYER, "diff", "diff_b"), "whole weights"),

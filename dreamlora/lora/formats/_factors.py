@@ -107,7 +107,8 @@ def _with_core(layer: str, core: Tensor, down: Tensor) -> Tensor:
     """LoCon's Tucker decomposition ``B M A`` as ``B (M A)``, with M ``(r, r, h, w)`` and A ``(r, n, 1, 1)``."""
     if core.ndim != 4 or core.shape[:2] != (len(down), len(down)) or down[0, 0].numel() != 1:
         raise ValueError(f"{layer}: a core of {tuple(core.shape)} does not go with a factor of {tuple(down.shape)}")
-    return torch.einsum("rshw,sn->rnhw", core.float(), down.float().flatten(1)).to(down.dtype)
+    product = torch.einsum("rshw,sn->rnhw", core.float(), down.float().flatten(1))
+    return product.to(down.dtype).contiguous()  # PEFT's DoRA takes no other
 
 
 def _magnitude(layer: str, magnitude: Tensor, weights: LayerWeights) -> Tensor:
