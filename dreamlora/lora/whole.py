@@ -20,7 +20,7 @@ from dreamlora.lora.settings import HIGHEST_ALPHA
 PAIR = re.compile(r"lora(?:\d|_linear_layer)?[._](?:A|B|up|down)(?:\.default)?\.weight$")
 ALPHA = re.compile(r"(?P<layer>.*)[._]alpha$")
 """Names of a pair's factors and of alphas, in old files too."""
-MARKS = re.compile(r"lora|lycoris_|hada_|lokr_|oft_|\.diff|dora_scale|on_input$")
+MARKS = re.compile(r"lora|lycoris_|hada_|lokr_|oft_|\.diff(?:_b)?$|dora_scale|on_input$")
 """In names of what is trained in the place of a model's weights."""
 _KINDS = {
     r"dora_scale|magnitude_vector": "DoRA's magnitudes of a kind that is not known",

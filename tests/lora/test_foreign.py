@@ -51,6 +51,12 @@ def locon_with_core(W: Tensor) -> Made:
     return tensors, W + lora_change(tensors, W)
 
 
+def dylora(W: Tensor) -> Made:
+    """LyCORIS' DyLoRA, whose B has no kernel."""
+    tensors, changed = lora(W)
+    return {**tensors, "lora_up.weight": tensors["lora_up.weight"].flatten(1)}, changed
+
+
 def dora(W: Tensor) -> Made:
     """LyCORIS' with magnitudes of outputs (wd_on_output)."""
     return _directed(*lora(W))
@@ -120,7 +126,7 @@ def lokr_with_core(W: Tensor) -> Made:
 
 
 LINEAR = [lora, dora, loha, lokr, lokr_of_whole_matrices, lokr_decomposed_both]
-CONVOLUTION = [*LINEAR, locon_with_core, dora_with_core, loha_with_cores, lokr_with_core]
+CONVOLUTION = [*LINEAR, dylora, locon_with_core, dora_with_core, loha_with_cores, lokr_with_core]
 
 
 class Model:
@@ -460,6 +466,12 @@ def test_a_lora_of_another_model_says_of_which(sd, tmp_path):
     save_file(named, file, metadata={"ss_base_model_version": "sdxl_base_v1-0"})
     with pytest.raises(UserError, match=r"its header says 'sdxl_base_v1-0'"):
         sd.with_file(file)
+
+
+def test_a_model_is_no_lora(tmp_path):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    with pytest.raises(UserError, match=f"is not a LoRA: .*it has {name}"):
+        read_lora(written(tmp_path, {name.removesuffix(".weight"): {"weight": rand(4, 4)}}))
 
 
 @pytest.mark.parametrize("kind", ["oft_blocks", "a1.weight", "diff"])

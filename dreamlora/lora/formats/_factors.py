@@ -60,6 +60,8 @@ def weights_of(layer: str, factors: Mapping[str, Tensor]) -> LayerWeights:
             raise ValueError(f"{layer}: factors of {tuple(down.shape)} and {tuple(up.shape)} are no pair of one rank")
         if "lora_mid" in rest:
             down = _with_core(layer, rest["lora_mid"], down)
+        if up.ndim == 2 < down.ndim:  # LyCORIS' DyLoRA of a convolution
+            up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
         weights = lora_weights(down, up)
     else:
         weights = _whole(layer, LayerWeights(kind, rest, 1.0))
