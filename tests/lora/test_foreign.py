@@ -16,6 +16,7 @@ from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.files import read_lora, read_weights
+from dreamlora.lora.merging import fits
 from dreamlora.lora.names import flat, names_of
 from tests import tinymodels
 
@@ -236,6 +237,22 @@ def test_every_kind_is_what_its_numbers_say(sd, component, layer, kind, scale, t
     read = read_weights(file, sd.names)[component][layer]
     if read.magnitude is None:
         torch.testing.assert_close(read.delta().reshape(W.shape), changed - W, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [lora, dora], ids=lambda kind: kind.__name__)
+def test_a_linear_layer_that_is_a_convolution_elsewhere(sd, sdxl, kind, tmp_path):
+    """Stable Diffusion's proj_in is a 1 x 1 convolution, or linear: a file may have the one for the other."""
+    layer = "mid_block.attentions.0.proj_in"
+    for model in (sd, sdxl):
+        W = weight(model, "unet", layer)
+        tensors, changed = kind(W.flatten(1))
+        if W.ndim == 2:
+            tensors = {end: each[..., None, None] if "lora" in end else each for end, each in tensors.items()}
+        expected = model.with_weights({("unet", layer): changed.reshape(W.shape)})
+        file = written(tmp_path, {"lora_unet_" + flat(layer): tensors})
+        torch.testing.assert_close(model.with_file(file), expected, rtol=1e-3, atol=1e-4)
+        (read,) = read_weights(file, model.names)["unet"].values()
+        assert fits(read, tuple(W.shape)) and not fits(read, (W.shape[0], W.shape[1], 3, 3))
 
 
 def test_several_kinds_in_one_file(sd, tmp_path):
