@@ -61,7 +61,10 @@ def weights_for(pipeline: Any, path: Path, model: ModelNames | None = None) -> A
         for component, weights in read_weights(path, model, pipeline).items()
     }
     _check_fit(pipeline, path, adapters)
-    return adapters
+    return {
+        component: {layer: _for_layer(getattr(pipeline, component), layer, each) for layer, each in weights.items()}
+        for component, weights in adapters.items()
+    }
 
 
 def put_adapter(module: Any, weights: Mapping[str, LayerWeights], adapter: str = ADAPTER, dropout: float = 0.0) -> None:
@@ -148,6 +151,10 @@ def _in_module(module: Any, layer: str) -> str:
     return _CLIP_MODEL + layer if hasattr(module, "text_model") and layer != "text_projection" else layer
 
 
+def _for_layer(module: Any, name: str, weights: LayerWeights) -> LayerWeights:
+    return weights.with_sides(module.get_submodule(name).weight.ndim)
+
+
 def _check_fit(pipeline: Any, path: Path, adapters: AdapterWeights) -> None:
     """Refuse names and sizes that the pipeline does not have."""
     each = ((name, layer, weights) for name, layers in adapters.items() for layer, weights in layers.items())
@@ -179,6 +186,7 @@ def _problem(pipeline: Any, component: str, name: str, weights: LayerWeights) ->
 
 def _of_other_size(key: str, weights: LayerWeights, weight: tuple[int, ...]) -> str | None:
     if weights.kind == "lora":
+        weights = weights.with_sides(len(weight))
         rank = len(weights.down)
         wanted = {"lora_A": (rank, *weight[1:]), "lora_B": (weight[0], rank, *(1 for _ in weight[2:]))}
         found = {name: tuple(weights.tensors[name].shape) for name in wanted}

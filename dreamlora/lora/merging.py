@@ -45,9 +45,8 @@ def fits(adapter: LayerWeights, shape: tuple[int, ...]) -> bool:
     """Whether an adapter is for a weight of this shape; factors of a convolution may lack its kernel: those of a LoRA
     where it is 1 x 1.
     """
-    own, columns = shape_of(adapter), torch.Size(shape[1:]).numel()
-    plain = len(own) == 2 and own == (shape[0], columns)
-    return own == shape or (plain and (adapter.kind != "lora" or columns == shape[1]))
+    own, columns = shape_of(adapter.with_sides(len(shape))), torch.Size(shape[1:]).numel()
+    return own == shape or (adapter.kind != "lora" and own == (shape[0], columns))
 
 
 def concatenated(adapters: Sequence[Weighted]) -> LayerWeights:

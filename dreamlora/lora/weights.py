@@ -88,6 +88,16 @@ class LayerWeights:
         up = self.up * (self.alpha / alpha)
         return replace(self, tensors={**self.tensors, "lora_B": up}, alpha=alpha)
 
+    def with_sides(self, count: int) -> Self:
+        """The same LoRA for a linear layer (2) where it is for a 1 x 1 convolution (4), and the other way round: some
+        models have the same layer as either.
+        """
+        if self.kind != "lora" or self.down.ndim == count or self.down[0, 0].numel() > 1:
+            return self
+        kernel = (1,) * (count - 2)
+        tensors = {name: tensor.reshape(*tensor.shape[:2], *kernel) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
     def in_precision(self, dtype: torch.dtype) -> Self:
         """All in another precision."""
         magnitude = None if self.magnitude is None else self.magnitude.to(dtype)

@@ -20,7 +20,7 @@ from dreamlora.lora.settings import HIGHEST_ALPHA
 PAIR = re.compile(r"lora(?:\d|_linear_layer)?[._](?:A|B|up|down)(?:\.default)?\.weight$")
 ALPHA = re.compile(r"(?P<layer>.*)[._]alpha$")
 """Names of a pair's factors and of alphas, in old files too."""
-MARKS = re.compile(r"lora|hada_|lokr_|oft_|\.diff|dora_scale|on_input$")
+MARKS = re.compile(r"lora|lycoris_|hada_|lokr_|oft_|\.diff(?:_b)?$|dora_scale|on_input$")
 """In names of what is trained in the place of a model's weights."""
 _KINDS = {
     r"dora_scale|magnitude_vector": "DoRA's magnitudes of a kind that is not known",
@@ -33,6 +33,7 @@ _KINDS = {
     r"bias(?:_\w+)?$": "a bias",
     r"\.[abc][12]\.weight$|\.bm\.weight$": "a GLoRA",
     r"on_input$": "an (IA)³",
+    r"lambda_layer$|\.[pq]_layer\.weight$": "a T-LoRA",
     r"lora_[AB]\.(?!default\.|weight$)[^.]+\.weight$": "adapters with names of their own",
 }
 """What else trainers write, by a pattern of its names."""
@@ -59,7 +60,8 @@ def refuse_other_parts(path: Path, shapes: Mapping[str, Sequence[int]], read: Ca
     """
     others = [key for key in shapes if not is_part(key)]
     few = sum(math.prod(shapes[key]) for key in others) <= _MOST_ZEROS
-    refuse(path, [key for key in others if not (few and _is_zero(read(key)))], len(shapes))
+    if not (few and all(_is_zero(read(key)) for key in others)):
+        refuse(path, others, len(shapes))
 
 
 def is_part(name: str) -> bool:

@@ -16,6 +16,7 @@ from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.files import read_lora, read_weights
+from dreamlora.lora.merging import fits
 from dreamlora.lora.names import flat, names_of
 from tests import tinymodels
 
@@ -39,20 +40,35 @@ def lora(W: Tensor, alpha: float | None = 3.0) -> Made:
 
 def lora_change(tensors: Tensors, W: Tensor) -> Tensor:
     down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-    return (up.flatten(1) @ down.flatten(1)).reshape(W.shape) * float(tensors.get("alpha", R)) / R
+    scale = float(tensors.get("alpha", R)) / R
+    if "lora_mid.weight" in tensors:
+        return torch.einsum("or,rshw,si->oihw", up[:, :, 0, 0], tensors["lora_mid.weight"], down[:, :, 0, 0]) * scale
+    return (up.flatten(1) @ down.flatten(1)).reshape(W.shape) * scale
 
 
 def locon_with_core(W: Tensor) -> Made:
     down, up, mid = rand(R, W.shape[1], 1, 1), rand(W.shape[0], R, 1, 1), rand(R, R, *W.shape[2:])
-    change = torch.einsum("or,rshw,si->oihw", up[:, :, 0, 0], mid, down[:, :, 0, 0]) * (1.0 / R)
     tensors = {"lora_down.weight": down, "lora_up.weight": up, "lora_mid.weight": mid, "alpha": torch.tensor(1.0)}
-    return tensors, W + change
+    return tensors, W + lora_change(tensors, W)
+
+
+def dylora(W: Tensor) -> Made:
+    """LyCORIS' DyLoRA, whose B has no kernel."""
+    tensors, changed = lora(W)
+    return {**tensors, "lora_up.weight": tensors["lora_up.weight"].flatten(1)}, changed
 
 
 def dora(W: Tensor) -> Made:
     """LyCORIS' with magnitudes of outputs (wd_on_output)."""
-    tensors, changed = lora(W)
-    lengths = changed.flatten(1).norm(dim=1).reshape(-1, *(1 for _ in W.shape[1:]))
+    return _directed(*lora(W))
+
+
+def dora_with_core(W: Tensor) -> Made:
+    return _directed(*locon_with_core(W))
+
+
+def _directed(tensors: Tensors, changed: Tensor) -> Made:
+    lengths = changed.flatten(1).norm(dim=1).reshape(-1, *(1 for _ in changed.shape[1:]))
     magnitudes = lengths * (0.5 + torch.rand(lengths.shape))
     return {**tensors, "dora_scale": magnitudes}, magnitudes * changed / lengths
 
@@ -111,7 +127,7 @@ def lokr_with_core(W: Tensor) -> Made:
 
 
 LINEAR = [lora, dora, loha, lokr, lokr_of_whole_matrices, lokr_decomposed_both]
-CONVOLUTION = [*LINEAR, locon_with_core, loha_with_cores, lokr_with_core]
+CONVOLUTION = [*LINEAR, dylora, locon_with_core, dora_with_core, loha_with_cores, lokr_with_core]
 
 
 class Model:
@@ -210,7 +226,7 @@ def test_every_kind_is_what_its_numbers_say(sd, component, layer, kind, scale, t
     tensors, changed = kind(W)
     prefix = "lora_unet_" if component == "unet" else "lora_te_text_model_"
     file = written(tmp_path, {prefix + flat(layer): tensors})
-    if kind is dora:
+    if kind in (dora, dora_with_core):
         directions = W + scale * (lora_change(tensors, W))
         lengths = directions.flatten(1).norm(dim=1).reshape(tensors["dora_scale"].shape)
         expected = sd.with_weights({(component, layer): tensors["dora_scale"] * directions / lengths})
@@ -221,6 +237,22 @@ def test_every_kind_is_what_its_numbers_say(sd, component, layer, kind, scale, t
     read = read_weights(file, sd.names)[component][layer]
     if read.magnitude is None:
         torch.testing.assert_close(read.delta().reshape(W.shape), changed - W, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [lora, dora], ids=lambda kind: kind.__name__)
+def test_a_linear_layer_that_is_a_convolution_elsewhere(sd, sdxl, kind, tmp_path):
+    """Stable Diffusion's proj_in is a 1 x 1 convolution, or linear: a file may have the one for the other."""
+    layer = "mid_block.attentions.0.proj_in"
+    for model in (sd, sdxl):
+        W = weight(model, "unet", layer)
+        tensors, changed = kind(W.flatten(1))
+        if W.ndim == 2:
+            tensors = {end: each[..., None, None] if "lora" in end else each for end, each in tensors.items()}
+        expected = model.with_weights({("unet", layer): changed.reshape(W.shape)})
+        file = written(tmp_path, {"lora_unet_" + flat(layer): tensors})
+        torch.testing.assert_close(model.with_file(file), expected, rtol=1e-3, atol=1e-4)
+        (read,) = read_weights(file, model.names)["unet"].values()
+        assert fits(read, tuple(W.shape)) and not fits(read, (W.shape[0], W.shape[1], 3, 3))
 
 
 def test_several_kinds_in_one_file(sd, tmp_path):
@@ -408,7 +440,9 @@ PAIR: dict[str, Tensors] = {LAYER: {"lora_down.weight": rand(2, 16), "lora_up.we
 CLIP_PAIR = {"lora_down.weight": rand(2, 16), "lora_up.weight": rand(16, 2)}
 REFUSED: dict[str, tuple[dict[str, Tensors], str]] = {
     "GLoRA": (one(LAYER, "a1.weight", "a2.weight", "b1.weight", "b2.weight"), "a GLoRA"),
-    "(IA)³": (one(LAYER, "weight", "on_input"), r"an \(IA\)³"),
+    "(IA)³": ({LAYER: {"weight": rand(16), "on_input": torch.tensor(False)}}, r"an \(IA\)³"),
+    "T-LoRA": (one(LAYER, "q_layer.weight", "p_layer.weight", "lambda_layer"), "a T-LoRA"),
+    "GLoRA of a model of diffusers": (one("lycoris_transformer", "a1.weight", "a2.weight"), "a GLoRA"),
     "OFT": ({LAYER: {"oft_blocks": rand(4, 4, 4), "alpha": torch.tensor(1.0)}}, "an OFT"),
     "BOFT": ({LAYER: {"oft_blocks": rand(2, 4, 4, 4), "rescale": rand(16, 1)}}, "an OFT"),
     "whole weights": (one(LAYER, "diff", "diff_b"), "whole weights"),
@@ -449,6 +483,12 @@ def test_a_lora_of_another_model_says_of_which(sd, tmp_path):
     save_file(named, file, metadata={"ss_base_model_version": "sdxl_base_v1-0"})
     with pytest.raises(UserError, match=r"its header says 'sdxl_base_v1-0'"):
         sd.with_file(file)
+
+
+def test_a_model_is_no_lora(tmp_path):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    with pytest.raises(UserError, match=f"is not a LoRA: .*it has {name}"):
+        read_lora(written(tmp_path, {name.removesuffix(".weight"): {"weight": rand(4, 4)}}))
 
 
 @pytest.mark.parametrize("kind", ["oft_blocks", "a1.weight", "diff"])

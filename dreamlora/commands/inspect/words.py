@@ -128,7 +128,12 @@ def _values(counts: Mapping[str, int]) -> str:
 
 
 def _hashes(hashes: Mapping[str, Any]) -> Iterator[Sequence[str]]:
-    said = {True: "as its header says", False: "not what its header says: tensors were changed since", None: ""}
+    said = {
+        True: "as its header says",
+        # LyCORIS, and the merges of sd-scripts, hash the tensors in the order in which they had them
+        False: "not what its header says: tensors were changed since, or hashed in another order than the file's",
+        None: "",
+    }
     yield "SHA-256", hashes["sha256"]
     yield "AutoV2", hashes["AutoV2"]
     yield "AutoV3", f"{hashes['AutoV3']}  {said[hashes['header_agrees']]}".rstrip()

@@ -60,6 +60,8 @@ def weights_of(layer: str, factors: Mapping[str, Tensor]) -> LayerWeights:
             raise ValueError(f"{layer}: factors of {tuple(down.shape)} and {tuple(up.shape)} are no pair of one rank")
         if "lora_mid" in rest:
             down = _with_core(layer, rest["lora_mid"], down)
+        if up.ndim == 2 < down.ndim:  # LyCORIS' DyLoRA of a convolution
+            up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
         weights = lora_weights(down, up)
     else:
         weights = _whole(layer, LayerWeights(kind, rest, 1.0))
@@ -107,7 +109,8 @@ def _with_core(layer: str, core: Tensor, down: Tensor) -> Tensor:
     """LoCon's Tucker decomposition ``B M A`` as ``B (M A)``, with M ``(r, r, h, w)`` and A ``(r, n, 1, 1)``."""
     if core.ndim != 4 or core.shape[:2] != (len(down), len(down)) or down[0, 0].numel() != 1:
         raise ValueError(f"{layer}: a core of {tuple(core.shape)} does not go with a factor of {tuple(down.shape)}")
-    return torch.einsum("rshw,sn->rnhw", core.float(), down.float().flatten(1)).to(down.dtype)
+    product = torch.einsum("rshw,sn->rnhw", core.float(), down.float().flatten(1))
+    return product.to(down.dtype).contiguous()  # PEFT's DoRA takes no other
 
 
 def _magnitude(layer: str, magnitude: Tensor, weights: LayerWeights) -> Tensor:
