@@ -92,7 +92,7 @@ class LayerWeights:
         """The same LoRA for a linear layer (2) where it is for a 1 x 1 convolution (4), and the other way round: some
         models have the same layer as either.
         """
-        if self.kind != "lora" or self.down.ndim == count or self.down[0, 0].numel() > 1:
+        if self.kind != "lora" or {self.down.ndim, count} != {2, 4} or self.down[0, 0].numel() > 1:
             return self
         kernel = (1,) * (count - 2)
         tensors = {name: tensor.reshape(*tensor.shape[:2], *kernel) for name, tensor in self.tensors.items()}

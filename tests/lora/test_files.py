@@ -235,7 +235,7 @@ def with_alpha(alpha: torch.Tensor) -> dict[str, torch.Tensor]:
 HOSTILE = {
     "rank 0": lambda: pair((0, 16), (16, 0)),
     "nothing in it": lambda: pair((2, 0), (16, 2)),
-    "kernels for a linear layer": lambda: pair((2, 16, 1, 1), (16, 2, 1, 1)),
+    "kernels for a linear layer": lambda: pair((2, 16, 3, 3), (16, 2, 1, 1)),
     "one dimension": lambda: pair((16,), (16,)),
     "no dimension": lambda: pair((), ()),
     "twelve dimensions": lambda: pair((2, 16, *[1] * 10), (16, 2, *[1] * 10)),

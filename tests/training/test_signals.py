@@ -20,8 +20,8 @@ import pytest
 from dreamlora import interrupts
 from dreamlora.callbacks import best, evaluate, final, sample
 from dreamlora.callbacks.log import LogCallback
-from dreamlora.families import _parts
 from dreamlora.interrupts import Interrupted, deferred, heeded
+from dreamlora.lora import saving
 from dreamlora.run import assemble, ending
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, state
@@ -186,7 +186,7 @@ def test_where_the_trained_lora_lies_is_told(train: Train, caplog: pytest.LogCap
 
 def test_a_write_that_a_signal_stops_leaves_no_rest(train: Train, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted), heeded():
-        signal_in(patch, _parts, "_state", 1)
+        signal_in(patch, saving, "serialised", 1)
         train()
     assert not [file for file in (tmp_path / "run").rglob("*") if ".tmp" in file.name]
 
