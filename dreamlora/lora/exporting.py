@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dreamlora import __version__, registry
 from dreamlora.lora.files import LoraFile, read_lora, read_weights
-from dreamlora.lora.formats import FileContent, Format, peft
-from dreamlora.lora.metadata import carried
+from dreamlora.lora.formats import FileContent, Format, kohya, peft
+from dreamlora.lora.metadata import IMPLEMENTATION, carried
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.peft_folder import write_peft
 from dreamlora.lora.saving import save_content
@@ -43,7 +43,17 @@ def converted(path: Path, form: str, model: ModelNames | None = None, dtype: tor
     lora = read_lora(path)
     content = written(read_weights(path, model), form, model, dtype)
     told = {"from": lora.format, "to": form, "by": f"dreamlora {__version__}"}
-    return content._replace(metadata=_carried(lora) | {EXPORTED: json.dumps(told)} | content.metadata)
+    own = _carried(lora) | {EXPORTED: json.dumps(told)}
+    if IMPLEMENTATION in own:
+        own[IMPLEMENTATION] = _code_with_names_of(form, model)
+    return content._replace(metadata=own | content.metadata)
+
+
+def _code_with_names_of(form: str, model: ModelNames | None) -> str:
+    """ModelSpec's word for the code whose names of layers a format has."""
+    if is_nameless(form) or model is None or (form == registry.name_of(kohya) and model.kohya == OWN_FORMAT):
+        return OWN_FORMAT
+    return model.implementation
 
 
 def _carried(lora: LoraFile) -> dict[str, str]:

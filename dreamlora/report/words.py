@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dreamlora import figures
+from dreamlora import figures, registry
 from dreamlora.eval_loss.items import paired_difference
 from dreamlora.eval_loss.selection import difference_text
 from dreamlora.figures import loss, score
@@ -213,7 +213,9 @@ def health(facts: RunFacts) -> str | None:
 def setup(facts: RunFacts) -> str:
     """What was trained, in one line."""
     config = facts.config
-    parts = [f"LoRA of rank {config.get('rank', '?')} on {facts.model}", str(config.get("optimizer", "?"))]
+    adapter = config.get("adapter")
+    kind = registry.load("adapters", adapter).NAME if adapter in registry.names("adapters") else "LoRA"
+    parts = [f"{kind} of rank {config.get('rank', '?')} on {facts.model}", str(config.get("optimizer", "?"))]
     if config.get("learning_rate") is not None:
         parts.append(f"learning rate {config['learning_rate']:g}")
     of = "" if facts.total_steps in (None, facts.steps) else f" of {facts.total_steps}"

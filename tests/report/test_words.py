@@ -230,3 +230,14 @@ def test_nothing_is_told_of_an_average_that_is_none(make_run: Callable[..., RunF
     assert words.average(RunFacts(folder)) is None
     folder.raw_items_file.write_bytes(b"damaged")
     assert words.average(RunFacts(folder)) is None
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"), [("lora", "LoRA"), ("dora", "DoRA"), ("a stranger's", "LoRA"), (None, "LoRA")]
+)
+def test_the_kind_of_adapter_is_told(adapter: str | None, told: str, make_run: Callable[..., RunFolder]) -> None:
+    facts = RunFacts(make_run())
+    facts.config.pop("adapter", None)
+    if adapter:
+        facts.config["adapter"] = adapter
+    assert words.setup(facts).startswith(f"{told} of rank ")

@@ -57,12 +57,14 @@ def case(request, tiny_folder, tmp_path_factory) -> tuple[str, Path, Path]:
     run = tmp_path_factory.mktemp("outputs") / f"cat-{family}"
     pipeline = DiffusionPipeline.from_pretrained(model)
     content = diffusers.write(weights_for(pipeline, PARTS[family]))
-    save_content(
-        run / "pytorch_lora_weights.safetensors", content._replace(metadata={**content.metadata, "own": "kept"})
-    )
+    save_content(run / "pytorch_lora_weights.safetensors", content._replace(metadata={**content.metadata, **OWN}))
     options = f"pretrained_model_name_or_path: {model}\ninstance_prompt: a photo of sks cat\n"
     (run / "config.yaml").write_text(options, encoding="utf-8")
     return family, model, run
+
+
+OWN = {"own": "kept", "modelspec.implementation": "diffusers"}
+"""What the run's file says of itself."""
 
 
 def export(*argv: Any) -> None:
@@ -113,11 +115,13 @@ def content_of(file: Path) -> Any:
 
 
 def test_the_header_says_where_it_is_from(case, tmp_path: Path) -> None:
-    _, _, run = case
+    family, _, run = case
     file = tmp_path / "kohya.safetensors"
     export(run, "--format", "kohya", "--output", file, "--trust_runs", "--dtype", "bf16")
     content = content_of(file)
     assert content.metadata["own"] == "kept"
+    code = {"sd": "diffusers", "sdxl": "https://github.com/Stability-AI/generative-models"}  # kohya's SD has its names
+    assert content.metadata["modelspec.implementation"] == code.get(family, "https://github.com/Tongyi-MAI/Z-Image")
     told = json.loads(content.metadata["dreamlora.exported"])
     assert (told["from"], told["to"]) == ("diffusers", "kohya")
     assert "lora_adapter_metadata" not in content.metadata
