@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dreamlora.lora.metadata import DATE, IMPLEMENTATION, carried, now
+from dreamlora.lora.metadata import DATE, IMPLEMENTATION, SPEC, SPEC_VERSION, carried, now
 from dreamlora.lora.names import ModelNames
 from dreamlora.lora.weights import AdapterWeights
 
 MERGED_FROM = "modelspec.merged_from"
 _TRIGGER = "modelspec.trigger_phrase"
 _OF_THE_MODEL = (
-    *("sai_model_spec", "modelspec.architecture", IMPLEMENTATION, "modelspec.prediction_type", "modelspec.resolution"),
+    *(SPEC, "modelspec.architecture", IMPLEMENTATION, "modelspec.prediction_type", "modelspec.resolution"),
     *("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_v2"),
 )
 """Entries that are true of all LoRAs of a base model."""
@@ -57,7 +57,7 @@ def of_extracted(output: Path, names: ModelNames, base: str, tuned: str) -> dict
         base, tuned: names of the models, without folders.
     """
     return {
-        "sai_model_spec": "1.0.1",
+        SPEC: SPEC_VERSION,
         "modelspec.architecture": f"{names.architecture}/lora",
         IMPLEMENTATION: "diffusers",
         "modelspec.title": output.stem,

@@ -20,6 +20,8 @@ from torch import Tensor
 from dreamlora.lora.settings import METADATA_KEY
 from dreamlora.reading import opened
 
+SPEC = "modelspec.sai_model_spec"
+SPEC_VERSION = "1.0.1"
 DATE = "modelspec.date"
 IMPLEMENTATION = "modelspec.implementation"
 _HASH, _HASH_OF_OTHERS = "modelspec.hash_sha256", "sshs_model_hash"

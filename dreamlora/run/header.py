@@ -15,14 +15,13 @@ from typing import Any
 
 from dreamlora.credentials import masked_options
 from dreamlora.data.images import ImageRecord
-from dreamlora.lora.metadata import DATE, IMPLEMENTATION, hashes_of, now
+from dreamlora.lora.metadata import DATE, IMPLEMENTATION, SPEC, SPEC_VERSION, hashes_of, now
 from dreamlora.lora.names import ModelNames, names_of
 from dreamlora.models.local import is_single_file
 from dreamlora.run import provenance
 from dreamlora.run.context import RunContext
 from dreamlora.training.loop import Run
 
-SPEC = "1.0.1"
 MOST_TAGS = 1000
 """Of a data set: a thousand tags take some 20 KB, of captions that are sentences each is one."""
 _LONGEST_TAG = 200
@@ -59,7 +58,7 @@ def _spec(context: RunContext, names: ModelNames, prediction: str) -> dict[str, 
     config, wanted = context.config, context.config.about
     side = config.data.resolution
     return {
-        "sai_model_spec": SPEC,
+        SPEC.removeprefix("modelspec."): SPEC_VERSION,
         "architecture": f"{names.architecture}/lora",
         IMPLEMENTATION.removeprefix("modelspec."): "diffusers",
         "title": wanted.metadata_title or _name(context),

@@ -57,6 +57,7 @@ def test_lora_comes_back(case, tmp_path: Path) -> None:
     assert run(case.merged, *base, "--rank", "3", "--output", out) == 0
     found = read_given(out, None)
     assert found.file.format == "diffusers"
+    assert found.file.metadata["modelspec.sai_model_spec"] == "1.0.1", "else readers take it for older than ModelSpec"
     check(found.weights, case.weights, 1e-5)
 
 
