@@ -1,8 +1,11 @@
-"""Tables on a terminal."""
+"""What a command found, on a terminal: as tables, or as JSON for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -12,3 +15,11 @@ def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in rows:
         begin = "".join(f"  {cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=False))
         yield f"{begin}  {row[-1]}".rstrip()
+
+
+def tell(found: Any, lines_of: Callable[[Any], Iterable[str]], *, as_json: bool) -> None:
+    """Print what was found: in lines, or with ``--json`` as it is."""
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in lines_of(found))

@@ -16,12 +16,10 @@ from dreamlora.errors import UserError
 from dreamlora.lora.converter import unreadable
 from dreamlora.lora.files import read_weights
 from dreamlora.lora.fused import fuse
-from dreamlora.lora.names import ModelNames
+from dreamlora.lora.names import CLIP_MODEL, ModelNames
 from dreamlora.lora.pairs import ADAPTER, put_factors
 from dreamlora.lora.part_names import LOHA, LOKR
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
-
-_CLIP_MODEL = "text_model."
 
 
 def apply_lora(pipeline: Any, path: Path, scale: float = 1.0, model: ModelNames | None = None) -> None:
@@ -148,7 +146,7 @@ _KINDS = {
 
 def _in_module(module: Any, layer: str) -> str:
     """Name of a layer in a module: transformers may have CLIP's model inside another."""
-    return _CLIP_MODEL + layer if hasattr(module, "text_model") and layer != "text_projection" else layer
+    return CLIP_MODEL + layer if hasattr(module, "text_model") and layer != "text_projection" else layer
 
 
 def _for_layer(module: Any, name: str, weights: LayerWeights) -> LayerWeights:

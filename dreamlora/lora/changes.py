@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamlora.lora.pairs import AdaptedLayer, TunedLayer
+from dreamlora.lora.weights import hadamard_product, kronecker_halves
 
 
 class BaseRows(NamedTuple):
@@ -90,26 +91,12 @@ class Product:
 
     def _dense(self) -> Tensor:
         """ΔW without its scaling, on the device."""
-        p = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
-        halves = []
-        for i in "12":
-            a, b, core = p[f"hada_w{i}_a"], p[f"hada_w{i}_b"], p.get(f"hada_t{i}")
-            halves.append(a @ b if core is None else torch.einsum("ij...,ip,jr->pr...", core, a, b))
-        return halves[0] * halves[1]
+        return hadamard_product({name: tensor.to(self.device) for name, tensor in self.tensors.items()})
 
     def _vectors(self) -> tuple[Tensor, Tensor]:
         """``vec(W₁)`` as a column, ``vec(W₂)`` as a row, in float64."""
-        p = {name: tensor.double() for name, tensor in self.tensors.items()}
-        factors = []
-        for i in "12":
-            if f"lokr_w{i}" in p:
-                factor = p[f"lokr_w{i}"]
-            elif f"lokr_t{i}" in p:
-                factor = torch.einsum("ij...,ip,jr->pr...", p[f"lokr_t{i}"], p[f"lokr_w{i}_a"], p[f"lokr_w{i}_b"])
-            else:
-                factor = p[f"lokr_w{i}_a"] @ p[f"lokr_w{i}_b"]
-            factors.append(factor)
-        return factors[0].reshape(-1, 1), factors[1].reshape(1, -1)
+        one, other = kronecker_halves({name: tensor.double() for name, tensor in self.tensors.items()})
+        return one.reshape(-1, 1), other.reshape(1, -1)
 
 
 Change = AdaptedLayer | Product

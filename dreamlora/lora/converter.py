@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dreamlora.errors import UserError
 from dreamlora.lora.formats import _factors
+from dreamlora.lora.names import CLIP_MODEL
 from dreamlora.lora.weights import AdapterWeights
 from dreamlora.lora.whole import ALPHA, refuse
 
-_CLIP_MODEL = "text_model."
 _FIRST = ".lora_A.weight"
 
 
@@ -118,7 +118,7 @@ def _by_component(path: Path, state: Mapping[str, Tensor]) -> dict[str, dict[str
             named = _peft_names(component, tensors)
         except (ValueError, LookupError, AttributeError) as error:
             raise unreadable(path, error) from error
-        parts[component] = {name.removeprefix(_CLIP_MODEL): tensor for name, tensor in named.items()}
+        parts[component] = {name.removeprefix(CLIP_MODEL): tensor for name, tensor in named.items()}
         if len(parts[component]) != len(tensors):
             raise UserError(f"{path} names a factor of the {component} twice")
     return parts

@@ -182,6 +182,8 @@ def names_of(family: Any, config: Mapping[str, Any]) -> ModelNames:
     return found or ModelNames(family.DENOISER, LayerNames(()), kohya=None, comfyui=False)
 
 
+CLIP_MODEL = "text_model."
+"""Before a CLIP text encoder's layers but its projection. Not all models of transformers 5 have it, but files do."""
 CLIP = LayerNames(
     Original(name, (name,))
     for name in (

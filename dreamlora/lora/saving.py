@@ -15,12 +15,10 @@ from torch import nn
 from dreamlora.files import replacing
 from dreamlora.lora.formats import FileContent, diffusers, kohya
 from dreamlora.lora.metadata import serialised
-from dreamlora.lora.names import ModelNames
+from dreamlora.lora.names import CLIP_MODEL, ModelNames
 from dreamlora.lora.pairs import TunedLayer, tuned_layers
 from dreamlora.lora.weights import AdapterWeights, LayerWeights, lora_weights
 from dreamlora.runfolder import LORA_FILE
-
-_CLIP_MODEL = "text_model."
 
 
 def weights_of(modules: Mapping[str, nn.Module]) -> AdapterWeights:
@@ -34,7 +32,7 @@ def weights_of(modules: Mapping[str, nn.Module]) -> AdapterWeights:
     adapters: AdapterWeights = {}
     for component, module in modules.items():
         for layer in tuned_layers(module):
-            name = layer.name.removeprefix(_CLIP_MODEL)
+            name = layer.name.removeprefix(CLIP_MODEL)
             adapters.setdefault(component, {})[name] = _weights(layer)
     return adapters
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le, MaxLen
 from typing_extensions import TypedDict
 
+from dreamlora.lora.names import CLIP_MODEL
 from dreamlora.reading import Schema, json_of, shortened
 
 HIGHEST_ALPHA = 1e9
@@ -163,7 +164,7 @@ def _plain_name(pattern: str) -> str:
 
 def _value_of(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     """Of the first of the patterns that fits a layer."""
-    fits = patterns.keys() & set(_ends(layer.removeprefix("text_model.")))
+    fits = patterns.keys() & set(_ends(layer.removeprefix(CLIP_MODEL)))
     return next((patterns[name] for name in patterns if name in fits), default) if fits else default
 
 

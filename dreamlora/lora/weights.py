@@ -78,7 +78,7 @@ class LayerWeights:
         precise = {
             name: tensor if tensor.dtype == torch.float64 else tensor.float() for name, tensor in self.tensors.items()
         }
-        product = {"lora": _lora, "loha": _loha, "lokr": _lokr}[self.kind](precise)
+        product = {"lora": _lora, "loha": hadamard_product, "lokr": _lokr}[self.kind](precise)
         return product * self.scale
 
     def with_alpha(self, alpha: float) -> Self:
@@ -130,25 +130,30 @@ def product_of(up: Tensor, down: Tensor) -> Tensor:
     return torch.einsum("mrhw,rn->mnhw", up, down.flatten(1))
 
 
-def _loha(factors: Mapping[str, Tensor]) -> Tensor:
+def hadamard_product(factors: Mapping[str, Tensor]) -> Tensor:
     """``(W1a W1b) ⊙ (W2a W2b)``, of a Tucker decomposition with cores ``(r, r, h, w)``."""
-    halves = []
-    for number in (1, 2):
-        a, b = factors[f"hada_w{number}_a"], factors[f"hada_w{number}_b"]
-        core = factors.get(f"hada_t{number}")
-        halves.append(a @ b if core is None else torch.einsum("ijkl,jr,ip->prkl", core, b, a))
-    return halves[0] * halves[1]
+    one, other = (_product(factors, f"hada_w{number}", f"hada_t{number}") for number in (1, 2))
+    return one * other
 
 
 def _lokr(factors: Mapping[str, Tensor]) -> Tensor:
     """``W1 ⊗ W2``, each of which may be a product; of a convolution W2 has the spatial part."""
-    w1 = factors["lokr_w1"] if "lokr_w1" in factors else factors["lokr_w1_a"] @ factors["lokr_w1_b"]
-    if "lokr_w2" in factors:
-        w2 = factors["lokr_w2"]
-    elif "lokr_t2" in factors:
-        w2 = torch.einsum("ijkl,ip,jr->prkl", factors["lokr_t2"], factors["lokr_w2_a"], factors["lokr_w2_b"])
-    else:
-        w2 = factors["lokr_w2_a"] @ factors["lokr_w2_b"]
+    w1, w2 = kronecker_halves(factors)
     if w2.ndim > 2:
         w1 = w1[..., None, None]
     return torch.kron(w1, w2.contiguous())
+
+
+def kronecker_halves(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """W1 and W2 of a LoKr's factors."""
+    one, other = (
+        factors[name] if name in factors else _product(factors, name, f"lokr_t{name[-1]}")
+        for name in ("lokr_w1", "lokr_w2")
+    )
+    return one, other
+
+
+def _product(factors: Mapping[str, Tensor], name: str, core: str) -> Tensor:
+    """``a b``; with a core ``(r, s, h, w)`` of ``(r, m)`` and ``(s, n)``: ``(m, n, h, w)``."""
+    a, b = factors[f"{name}_a"], factors[f"{name}_b"]
+    return torch.einsum("ijkl,ip,jr->prkl", factors[core], a, b) if core in factors else a @ b

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from dreamlora.archives import open_tensors
 from dreamlora.errors import UserError
-from dreamlora.lora.names import LayerNames, LayerPlace, Original
+from dreamlora.lora.names import CLIP_MODEL, LayerNames, LayerPlace, Original
 from dreamlora.models.single_file.kinds import ClipEncoder
 from dreamlora.models.weights import MOST_TENSORS
 from dreamlora.reading import shortened
 
-CLIP_MODEL = "text_model."
-"""Before most names of CLIP's text encoders; not in all files."""
 _NUMBERS = ("F64", "F32", "F16", "BF16")
 _WEIGHT = ".weight"
 

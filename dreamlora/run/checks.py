@@ -118,11 +118,6 @@ def warnings(context: RunContext) -> Iterator[str]:
             )
 
 
-def part_named(context: RunContext, name: str) -> PartFiles:
-    """A part of the context's pipeline."""
-    return next(part for part in context.inventory if part.name == name)
-
-
 def free_bytes(folder: Path) -> int:
     """Of the disk that a folder is, or will be, on."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 
+from dreamlora.commands.columns import tell
 from dreamlora.commands.doctor.flags import parse
 
 
@@ -21,9 +20,6 @@ def main(argv: Sequence[str]) -> None:
     from dreamlora.commands.doctor.words import lines_of
 
     found = diagnose(training, options)
-    if config.json:
-        sys.stdout.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    else:
-        sys.stdout.writelines(f"{line}\n" for line in lines_of(found))
+    tell(found, lines_of, as_json=config.json)
     if not found["would_run"]:
         raise SystemExit(1)

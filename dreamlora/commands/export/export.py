@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ def model_for(config: ExportConfig, lora: LoraFile) -> ModelNames | None:
         UserError: they are needed, and the model is not known, or has none in other programs.
     """
     run = run_of(config.lora, config.trust_runs)
-    family, sizes = _told(config, run) or (_guessed(lora, run), {})
+    told = _told(config, run)
+    fitting = [] if told else families_of(FileContent(lora.tensors(), lora.metadata), lora.format)
+    family, sizes = told or (_only(fitting, run), {})
     model = model_names(family, sizes) if family else None
     if model is None and not (exporting.is_nameless(config.format) and lora.format == exporting.OWN_FORMAT):
         if family:
             raise UserError(f"--format {config.format}: what other programs call the layers of {family} is not known")
-        raise UserError(f"{lora.path}: {_unknown(lora, run)}")
+        raise UserError(f"{lora.path}: {_unknown(fitting, run)}")
     return model
 
 
@@ -93,9 +96,8 @@ def _of_base(config: ExportConfig, run: TrainedRun | None) -> tuple[str, dict[st
     return registry.name_of(family), read_config(source, family.DENOISER)
 
 
-def _guessed(lora: LoraFile, run: TrainedRun | None) -> str | None:
-    """The only family that has all layers of a file."""
-    families = families_of(FileContent(lora.tensors(), lora.metadata), lora.format)
+def _only(families: Sequence[str], run: TrainedRun | None) -> str | None:
+    """The only family that has all layers of a file, if one alone has."""
     if len(families) != 1:
         return None
     if run and _BASE in run.outside:
@@ -106,8 +108,7 @@ def _guessed(lora: LoraFile, run: TrainedRun | None) -> str | None:
     return families[0]
 
 
-def _unknown(lora: LoraFile, run: TrainedRun | None) -> str:
-    families = families_of(FileContent(lora.tensors(), lora.metadata), lora.format)
+def _unknown(families: Sequence[str], run: TrainedRun | None) -> str:
     told = f"its layers may be those of {', '.join(families)}" if families else "no model that is known has its layers"
     if run and _BASE in run.outside:
         return f"{told}. Its base model is not opened: {way_in(_BASE, run.outside[_BASE])}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 
 from dreamlora.cli.parse import Program, parse
+from dreamlora.commands.columns import tell
 from dreamlora.commands.extract.flags import ExtractConfig
 
 
@@ -21,7 +20,4 @@ def main(argv: Sequence[str]) -> None:
     from dreamlora.commands.extract.words import lines_of
 
     found = extract(config)
-    if config.json:
-        sys.stdout.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    else:
-        sys.stdout.writelines(f"{line}\n" for line in lines_of(found))
+    tell(found, lines_of, as_json=config.json)

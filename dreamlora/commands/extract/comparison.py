@@ -17,8 +17,8 @@ from dreamlora.commands.base_model import BaseModel
 from dreamlora.commands.kept_layers import KeptLayers
 from dreamlora.errors import UserError
 from dreamlora.lora.low_rank import Cut, Kept, kept, spectrum_of_matrix
-from dreamlora.lora.names import CLIP
-from dreamlora.models.checkpoint import CLIP_MODEL, LayerWeight
+from dreamlora.lora.names import CLIP, CLIP_MODEL
+from dreamlora.models.checkpoint import LayerWeight
 from dreamlora.models.weights import MOST_TENSORS
 
 Read: TypeAlias = Callable[[Path, str], Tensor]

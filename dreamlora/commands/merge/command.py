@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 
 from dreamlora.cli.parse import Program, parse
+from dreamlora.commands.columns import tell
 from dreamlora.commands.merge.flags import MergeConfig
 
 
@@ -21,7 +20,4 @@ def main(argv: Sequence[str]) -> None:
     from dreamlora.commands.merge.words import lines_of
 
     found = merge(config)
-    if config.json:
-        sys.stdout.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    else:
-        sys.stdout.writelines(f"{line}\n" for line in lines_of(found))
+    tell(found, lines_of, as_json=config.json)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
-from dreamlora.lora.formats import _stacks
+from dreamlora.lora.formats import FileContent, _factors, _stacks
 from dreamlora.lora.names import LayerNames, LayerPlace, ModelNames
-from dreamlora.lora.weights import LayerWeights
+from dreamlora.lora.weights import AdapterWeights, LayerWeights
+
+Place: TypeAlias = LayerPlace | tuple[str, str]
+"""Of a layer: in the original code, or component and name in diffusers and transformers."""
 
 
 def unnamed(component: str, model: ModelNames) -> ValueError:
@@ -15,6 +19,32 @@ def unnamed(component: str, model: ModelNames) -> ValueError:
     return ValueError(
         f"there are no names for the {component}, only for the {parts}: is the LoRA for a model of another family?"
     )
+
+
+def gathered(content: FileContent, denoiser: str, place_of: Callable[[str], Place]) -> AdapterWeights:
+    """All adapters of a file.
+
+    Args:
+        content: of it.
+        denoiser: the component that original layers are of.
+        place_of: the component and layer that a name in the file means, or where that is in the original code; raises
+            ValueError for a name that it does not know.
+
+    Raises:
+        ValueError: see ``Format.read``.
+    """
+    adapters: AdapterWeights = {}
+    places: list[tuple[LayerPlace, LayerWeights]] = []
+    for name, factors in _factors.by_layer(content.tensors).items():
+        adapter, place = _factors.weights_of(name, factors), place_of(name)
+        if isinstance(place, LayerPlace):
+            places.append((place, adapter))
+        else:
+            component, layer = place
+            adapters.setdefault(component, {})[layer] = adapter
+    for layer, adapter in unplaced(places):
+        adapters.setdefault(denoiser, {})[layer] = adapter
+    return adapters
 
 
 def placed(weights: Mapping[str, LayerWeights], names: LayerNames) -> Iterator[tuple[str, LayerWeights]]:

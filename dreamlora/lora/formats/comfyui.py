@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dreamlora.lora.formats import FileContent, _factors, _placed
-from dreamlora.lora.names import CLIP, LayerPlace, ModelNames
+from dreamlora.lora.names import CLIP, CLIP_MODEL, ModelNames
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
 _DENOISER = "diffusion_model."
@@ -28,7 +28,6 @@ _PROJECTIONS = {
     "text_encoder_2": "text_encoders.clip_g.transformer.",
 }
 """Before the name of a projection, for which it does not know diffusers'."""
-_CLIP_MODEL = "text_model."
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
 
@@ -38,25 +37,19 @@ def read(content: FileContent, model: ModelNames) -> AdapterWeights:
     Raises:
         ValueError: see there.
     """
-    adapters: AdapterWeights = {}
-    places: list[tuple[LayerPlace, LayerWeights]] = []
-    for name, factors in _factors.by_layer(content.tensors).items():
-        adapter = _factors.weights_of(name, factors)
-        if not name.startswith(_DENOISER):
-            component, layer = _text_layer(name, model)
-            adapters.setdefault(component, {})[layer] = adapter
-            continue
-        rest = name.removeprefix(_DENOISER)
-        place = model.layers.of_name(rest)
-        if place:
-            places.append((place, adapter))
-        elif model.layers.of_layer(rest):
-            adapters.setdefault(model.denoiser, {})[rest] = adapter
-        else:
-            raise ValueError(f"{name} is no layer of the {model.denoiser}")
-    for layer, adapter in _placed.unplaced(places):
-        adapters.setdefault(model.denoiser, {})[layer] = adapter
-    return adapters
+    return _placed.gathered(content, model.denoiser, lambda name: _place(name, model))
+
+
+def _place(name: str, model: ModelNames) -> _placed.Place:
+    if not name.startswith(_DENOISER):
+        return _text_layer(name, model)
+    rest = name.removeprefix(_DENOISER)
+    place = model.layers.of_name(rest)
+    if place:
+        return place
+    if model.layers.of_layer(rest):
+        return model.denoiser, rest
+    raise ValueError(f"{name} is no layer of the {model.denoiser}")
 
 
 def write(weights: AdapterWeights, model: ModelNames) -> FileContent:
@@ -87,7 +80,7 @@ def _named(
     if component not in model.text_encoders:
         raise _placed.unnamed(component, model)
     for layer, adapter in adapters.items():
-        before = _PROJECTIONS[component] if layer == "text_projection" else f"{component}.{_CLIP_MODEL}"
+        before = _PROJECTIONS[component] if layer == "text_projection" else f"{component}.{CLIP_MODEL}"
         yield before + layer, adapter
 
 
@@ -97,7 +90,7 @@ def _text_layer(name: str, model: ModelNames) -> tuple[str, str]:
     for clip, component_there in _CLIPS.items():
         if name.startswith(clip):
             component, layer = component_there, name.removeprefix(clip)
-    layer = layer.removeprefix(_CLIP_MODEL)
+    layer = layer.removeprefix(CLIP_MODEL)
     if component not in model.text_encoders or CLIP.of_layer(layer) is None:
         raise ValueError(f"{name} is no layer of a text encoder that can have an adapter here")
     return component, layer

@@ -11,14 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from dreamlora.lora.formats import FileContent, _factors
-from dreamlora.lora.names import ModelNames
+from dreamlora.lora.names import CLIP_MODEL, ModelNames
 from dreamlora.lora.settings import METADATA_KEY, Settings, settings_of, whole
 from dreamlora.lora.targets import patterns
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-CLIP_MODEL = "text_model."
-"""Before the layers of a CLIP text encoder. transformers 5 has it no more, but files do: diffusers takes both."""
 
 
 def read(content: FileContent, model: ModelNames | None = None) -> AdapterWeights:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dreamlora.lora.formats import FileContent, _factors, _placed
-from dreamlora.lora.names import CLIP, LayerPlace, ModelNames, flat
+from dreamlora.lora.names import CLIP, ModelNames, flat
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
 _DENOISER = "lora_unet_"
@@ -37,22 +37,7 @@ def read(content: FileContent, model: ModelNames) -> AdapterWeights:
     Raises:
         ValueError: see there.
     """
-    adapters: AdapterWeights = {}
-    places: list[tuple[LayerPlace, LayerWeights]] = []
-    for name, factors in _factors.by_layer(content.tensors).items():
-        adapter = _factors.weights_of(name, factors)
-        if name.startswith(_TEXT):
-            component, layer = _text_layer(name, model)
-            adapters.setdefault(component, {})[layer] = adapter
-            continue
-        place, of_original = _place(name, model)
-        if of_original:
-            places.append((place, adapter))
-        else:
-            adapters.setdefault(model.denoiser, {})[place.layers[place.part]] = adapter
-    for layer, adapter in _placed.unplaced(places):
-        adapters.setdefault(model.denoiser, {})[layer] = adapter
-    return adapters
+    return _placed.gathered(content, model.denoiser, lambda name: _place(name, model))
 
 
 def write(weights: AdapterWeights, model: ModelNames) -> FileContent:
@@ -113,19 +98,18 @@ def _text_names(component: str, adapters: Mapping[str, LayerWeights], model: Mod
     }
 
 
-def _place(name: str, model: ModelNames) -> tuple[LayerPlace, bool]:
-    """Of a name, and whether it is one of the original code."""
-    if name.startswith(_DENOISER):
-        rest = name.removeprefix(_DENOISER)
-        original, layer = model.layers.of_flat_name(rest), model.layers.of_flat_layer(rest)
-        first, second = ((layer, None), (original, layer))[model.kohya == "original"]
-        found = first or second
-    else:
-        rest = next(name.removeprefix(prefix) for prefix in _DIFFUSERS if name.startswith(prefix))
-        original, found = None, model.layers.of_flat_layer(rest)
-    if found is None:
+def _place(name: str, model: ModelNames) -> _placed.Place:
+    if name.startswith(_TEXT):
+        return _text_layer(name, model)
+    own = name.startswith(_DENOISER)
+    rest = next(name.removeprefix(prefix) for prefix in (_DENOISER, *_DIFFUSERS) if name.startswith(prefix))
+    original = model.layers.of_flat_name(rest) if own and model.kohya == "original" else None
+    layer = None if original else model.layers.of_flat_layer(rest)
+    if original:
+        return original
+    if layer is None:
         raise ValueError(f"{name} is no layer of the {model.denoiser}")
-    return found, original is not None and found is original
+    return model.denoiser, layer.layers[layer.part]
 
 
 def _text_layer(name: str, model: ModelNames) -> tuple[str, str]:

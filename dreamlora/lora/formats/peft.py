@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from dreamlora.lora.formats import FileContent, _factors, _kronecker, _placed
-from dreamlora.lora.names import LayerPlace, ModelNames
+from dreamlora.lora.names import CLIP_MODEL, LayerPlace, ModelNames
 from dreamlora.lora.settings import Settings, settings, whole
 from dreamlora.lora.weights import AdapterWeights, Kind, LayerWeights
 from dreamlora.reading import json_of
@@ -29,7 +29,6 @@ TENSORS = "adapter_model.safetensors"
 CONFIG_BYTES = 2**20
 _MODEL = "base_model.model."
 _TEXT = "text_encoder"
-_CLIP_MODEL = "text_model."
 _DENOISERS = ("", "unet/", "transformer/")
 """Folders that may hold the denoiser's; the others are those of PEFT's own example for DreamBooth."""
 _ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -76,7 +75,7 @@ def _read(
         if given is not None:
             adapter = _scaled(component, name, adapter, *given)
         if component != model.denoiser:
-            yield name.removeprefix(_CLIP_MODEL), adapter
+            yield name.removeprefix(CLIP_MODEL), adapter
         elif model.layers.of_layer(name):
             yield name, adapter
         elif place := model.layers.of_name(name):
@@ -133,7 +132,7 @@ def write(weights: AdapterWeights, model: ModelNames | None = None) -> FileConte
         except ValueError as error:
             raise ValueError(f"PEFT's folders cannot hold the adapter of the {component}: {error}") from None
         for layer, adapter in adapters.items():
-            for name in (layer, _CLIP_MODEL + layer) if text and layer != "text_projection" else (layer,):
+            for name in (layer, CLIP_MODEL + layer) if text and layer != "text_projection" else (layer,):
                 tensors |= {f"{folder}{_MODEL}{name}.{end}": tensor for end, tensor in _tensors(adapter)}
     return FileContent(tensors, metadata)
 
