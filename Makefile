@@ -35,10 +35,13 @@ check: $(READY)
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 # Only what constraints.txt pins: also what builds this package (setuptools), and no code of others that would build theirs.
+# bitsandbytes lies apart, for the tests that ask for it (tests/conftest.py): PEFT imports it wherever it is, which takes
+# every process two seconds.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(INSTALL) --only-binary :all: -c constraints.txt torch setuptools
 	$(BIN)/$(INSTALL) --only-binary :all: -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/$(INSTALL) --only-binary :all: -c constraints.txt --no-deps --target $(VENV)/optional bitsandbytes
 	touch $@
 
 $(OLDEST)/.ready: pyproject.toml constraints.txt

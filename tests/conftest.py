@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -45,6 +46,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DREAMLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+OPTIONAL = Path(sys.prefix, "optional")
+"""Packages that ``make install`` puts apart, as every process would be slower to start with them."""
+
+
+@pytest.fixture(scope="session")
+def bitsandbytes() -> Iterator[ModuleType]:
+    """Importable in this process and in those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(OPTIONAL)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(OPTIONAL), os.environ.get("PYTHONPATH")])))
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it lacks on a CPU
+        yield pytest.importorskip("bitsandbytes")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import Subject, read_prompts, sample_prompts, with_subject
 from dreamlora.sampling.sampler import SamplePlan, plan_of
 
-COMPUTED_WITH = ("mixed_precision", "allow_tf32")
+COMPUTED_WITH = ("mixed_precision", "allow_tf32", "base_precision", "text_encoder_precision")
 """Options of a run that decide what its model computes; the family's PROMPT_LENGTH is another."""
 DRAWN_WITH = ("resolution", "num_inference_steps", "sample_guidance_scale", "negative_prompt")
 """Those that decide an image besides."""
@@ -120,7 +120,8 @@ def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
     Raises:
         UserError: the run's lies outside its folder, and nobody has said that it may be opened.
     """
-    inherited = run.options if run and _takes_over(config, run) else {}
+    settings = run.options if run else {}
+    inherited = settings if run and _takes_over(config, run) else {}
     commit = run.base.get("revision") if run and inherited else None
     for name in (_BASE, _VAE):
         if run and inherited and name in run.outside and getattr(config, name) is None:
@@ -137,6 +138,8 @@ def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
         text_encoder_out_layers=tuple(inherited.get("text_encoder_out_layers") or ()),
         cache_dir=config.cache_dir,
         allow_pickle=config.allow_pickle,
+        base_precision=config.base_precision or settings.get("base_precision"),
+        text_encoder_precision=config.text_encoder_precision or settings.get("text_encoder_precision"),
     )
 
 

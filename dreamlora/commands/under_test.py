@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dreamlora import precision
 from dreamlora.commands.row_tokens import RowTokens, tokens_of
 from dreamlora.commands.rows import Row
 from dreamlora.commands.sample.flags import SampleConfig
@@ -153,7 +154,7 @@ class UnderTest:
     def made_of(self) -> dict[str, Any]:
         """What decides an image besides LoRA and plan, as JSON can say it."""
         return {
-            "model": self.source.predictor_id,
+            "model": self.source.drawer_id,
             "precision": self.precision,
             "prompt_length": self.prompt_length,
             "text_in_autocast": self._text_trained,
@@ -195,6 +196,8 @@ def prepared(
     """
     settings = run.options if run else {}
     source = source_of(config, run)
+    for flag in ("base_precision", "text_encoder_precision"):
+        precision.require(flag, getattr(source, flag), device.type)
     family = family_of(source, config.family or settings.get("family"))
     refuse_other_predictions([row.run for row in rows if row.run], source)
     notes = {}

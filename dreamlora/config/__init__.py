@@ -2,12 +2,11 @@
 
 from dreamlora.config.data import OWN_IMAGES, Data, DataSet, instance_prompt_of
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.config.model import EMBEDDED_MODEL, Model, Precision
 from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.programs import PROGRAMS, TextToImageConfig, program_of
 from dreamlora.config.run import (
-    EMBEDDED_MODEL,
     Lora,
-    Model,
     Optim,
     RunConfig,
     Scheduler,
@@ -29,6 +28,7 @@ __all__ = [
     "Model",
     "NewTokens",
     "Optim",
+    "Precision",
     "RunConfig",
     "Sample",
     "Scheduler",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.lora import Lora
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
+from dreamlora.config.model import EMBEDDED_MODEL, Model
 from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
@@ -28,50 +29,11 @@ from dreamlora.config.ranges import within as _within
 from dreamlora.config.times import check_times
 from dreamlora.errors import UserError
 
-EMBEDDED_MODEL = "tiny"
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Tracker = Literal[
     "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]  # fmt: skip
 """Those that accelerate knows."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """Which model is trained, and how it is held in memory."""
-
-    pretrained_model_name_or_path: str = EMBEDDED_MODEL
-    """A diffusers pipeline: a folder, a hub name, a whole model in one .safetensors file, or "tiny" for the embedded
-    model."""
-    family: str | None = None
-    """Model family; by default read from the pipeline's model_index.json."""
-    revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
-    variant: str | None = None
-    """Weight variant of the hub repository, such as fp16."""
-    pretrained_vae_model_name_or_path: str | None = None
-    """An autoencoder to use instead of the pipeline's own: a folder, a hub name or a .safetensors file."""
-    text_encoder_out_layers: tuple[int, ...] = ()
-    """Layers of the text encoder that make up FLUX.2's prompts. Default: the pipeline's; diffusers' [klein] script has
-    10 20 30."""
-    cache_dir: Path | None = None
-    """Where downloads from the hub, and what single files are converted to, are kept."""
-    allow_pickle: bool = False
-    """Accept .bin/.ckpt weights. They can run any code while they load: only for files you trust."""
-    gradient_checkpointing: bool = False
-    """Trade time for memory: recompute activations in the backward pass."""
-    enable_xformers_memory_efficient_attention: bool = False
-    """Use xformers' attention instead of torch's own."""
-    allow_tf32: bool = False
-    """Let Ampere and newer GPUs round fp32 matrix products and convolutions to TF32."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the frozen weights and the forward pass; LoRA weights stay fp32. Default: accelerate's setting."""
-
-    def __post_init__(self) -> None:
-        if self.family is not None:
-            _respell(self, "family", "families")
-        if any(layer < 0 for layer in self.text_encoder_out_layers):
-            raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ class ModelSource:
         prediction_type: what the denoiser predicts, where that is not what its scheduler's config says.
         text_layers: of the text encoder, whose states are a prompt's embedding; empty: the family's own.
         rescale_betas_zero_snr: whether the schedule ends in pure noise, whatever its config says.
+        base_precision: of the frozen denoiser, where that is not what it computes in (``precision``).
+        text_encoder_precision: of the text encoders, likewise.
     """
 
     path: str
@@ -58,6 +60,8 @@ class ModelSource:
     prediction_type: str | None = None
     text_layers: tuple[int, ...] = ()
     rescale_betas_zero_snr: bool = False
+    base_precision: str | None = None
+    text_encoder_precision: str | None = None
 
     @property
     def predictor_id(self) -> str:
@@ -65,6 +69,13 @@ class ModelSource:
         own = [self.prediction_type, "zero terminal SNR" if self.rescale_betas_zero_snr else None]
         words = " and ".join(word for word in own if word)
         return f"{self.model_id} with {words}" if words else self.model_id
+
+    @property
+    def drawer_id(self) -> str:
+        """How images name the model that drew them: with the precision of its weights too."""
+        own = {"weights": self.base_precision, "text encoders": self.text_encoder_precision}
+        words = " and ".join(f"{what} in {word}" for what, word in own.items() if word)
+        return f"{self.predictor_id}, {words}" if words else self.predictor_id
 
 
 class LatentSize(NamedTuple):

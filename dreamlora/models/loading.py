@@ -86,6 +86,8 @@ def resolve_source(
         prediction_type=prediction_type,
         text_layers=layers,
         rescale_betas_zero_snr=rescale_betas_zero_snr,
+        base_precision=model.base_precision,
+        text_encoder_precision=model.text_encoder_precision,
     )
 
 

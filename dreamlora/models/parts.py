@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dreamlora.interfaces import Components, Family, ModelSource, Role
+from dreamlora.precision import quantize
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROLES: tuple[Role, ...] = ("text", "vae", "denoiser", "scheduler")
@@ -38,10 +39,18 @@ class Parts:
         if role not in self._loaded:
             dtype = torch.float32 if role == "vae" else self._dtype
             self._loaded[role] = self.family.load(self.source, role, dtype)
+            self._quantize(role)
         for module in self._loaded[role].values():
             if isinstance(module, nn.Module):
                 module.to(self.device)
         return self._loaded[role]
+
+    def _quantize(self, role: Role) -> None:
+        words = {"denoiser": self.source.base_precision, "text": self.source.text_encoder_precision}
+        if word := words.get(role):
+            for module in self._loaded[role].values():
+                if isinstance(module, nn.Module):
+                    quantize(module, word, self.device)
 
     def free(self, *roles: Role) -> None:
         """Forget these parts; their memory is there for the next stage."""

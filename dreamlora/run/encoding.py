@@ -98,7 +98,9 @@ def _encoded(
         text = context.parts.get("text")
         return encoder(text, tokenized(context.family, text, prompts, length))
 
-    filling = context.filling(dtype=context.accelerator.mixed_precision, length=length, **key_parts)
+    own = context.source.text_encoder_precision
+    kept = {**key_parts, **({"text_encoder_precision": own} if own else {})}
+    filling = context.filling(dtype=context.accelerator.mixed_precision, length=length, **kept)
     table = encode_prompts(prompts, encode, replace(filling, length_axes=context.family.LENGTH_AXES))
     wait_for_everyone()
 

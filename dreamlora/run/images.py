@@ -194,7 +194,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
         return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(plan.negative_prompt)))
 
     with context.timed("class images"):
-        prior.make_class_images(images, plan, drawer, context.source.predictor_id, rank, world)
+        prior.make_class_images(images, plan, drawer, context.source.drawer_id, rank, world)
         base.free(*ROLES)
         wait_for_everyone()
     found = _class_images(context, images, plan, pictures)
@@ -210,7 +210,7 @@ def _class_images(context: RunContext, folder: Path, plan: SamplePlan, pictures:
     Raises:
         UserError: see ``prior.find_class_images`` and ``examine``; or there are images to learn among them.
     """
-    found = prior.find_class_images(folder, plan, context.source.predictor_id)
+    found = prior.find_class_images(folder, plan, context.source.drawer_id)
     if found.images is None:
         return found
     with main_first():
@@ -245,6 +245,6 @@ def class_folder(context: RunContext, folder: RunFolder) -> Path:
     if context.config.data.class_data_dir:
         return context.config.data.class_data_dir
     prompt = context.config.data.class_prompt or ""
-    kind = f"{prompt}/{context.source.predictor_id}/{context.config.data.resolution}"
+    kind = f"{prompt}/{context.source.drawer_id}/{context.config.data.resolution}"
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:40]
     return folder.path.parent / "class_images" / f"{slug}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"

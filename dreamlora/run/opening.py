@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dreamlora import precision
 from dreamlora.config import RunConfig
 from dreamlora.config.plausible import doubts
 from dreamlora.data.sets import epoch_length
@@ -44,6 +45,8 @@ def begin(config: RunConfig) -> RunContext:
     if config.train.push_to_hub:
         upload.check_hub(config)
     set_tf32(config.model.allow_tf32)
+    for flag in ("base_precision", "text_encoder_precision"):
+        precision.require(flag, getattr(config.model, flag), accelerator.device.type)
     source = resolve_source(config.model, config.train.prediction_type, None, config.train.rescale_betas_zero_snr)
     family = family_of(source, config.model.family)
     parts_on_disk = inventory(source, family)

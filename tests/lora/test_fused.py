@@ -72,10 +72,9 @@ def test_output_and_gradients_are_those_of_peft(shape, alpha, bias, fused_calls)
 def test_gradients_are_those_of_the_function():
     _, layer = layers(torch.float64)
     A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    W, b = layer.base_layer.weight, layer.base_layer.bias
 
     def function(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return fused._LoraLinear.apply(x, W, b, A, B)
+        return fused._LoraLinear.apply(x, layer.base_layer, A, B)
 
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     inputs = [t.detach().double().requires_grad_() for t in (x, A, B)]

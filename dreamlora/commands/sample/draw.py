@@ -45,7 +45,7 @@ def sample_loras(config: SampleConfig) -> Path:
         for number, row in enumerate(rows)
     ]
     note = f"{plan.num_inference_steps} denoising steps, guidance {plan.guidance_scale:g}, {under_test.precision}, "
-    note += f"base model {under_test.source.predictor_id}"
+    note += f"base model {under_test.source.drawer_id}"
     references = references_of(run.folder) if run else ()
     write_grid(output / "grid.png", grid_rows, _columns(plan), references, output.name, note)
     return output / "grid.png"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dreamlora.config.model import Precision
 from dreamlora.config.ranges import finite, short
 from dreamlora.errors import UserError
 
@@ -69,6 +70,10 @@ class SampleConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of denoiser and text encoders; LoRAs are fp32. Default: the first run's; for LoRAs without a run, bf16
     on a GPU that knows it, else fp16, and no on a CPU."""
+    base_precision: Precision | None = None
+    """Fewer bits for the denoiser's weights: fp8, int8, nf4 or bf16. Default: the first run's."""
+    text_encoder_precision: Precision | None = None
+    """The same for the text encoders. Default: the first run's."""
 
     def __post_init__(self) -> None:
         if not self.lora:

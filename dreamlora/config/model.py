@@ -1,0 +1,74 @@
+"""The options of the base model: which one, and how it is held and computed. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dreamlora.config.ranges import at_least as _at_least
+from dreamlora.config.ranges import respell as _respell
+from dreamlora.errors import UserError
+
+EMBEDDED_MODEL = "tiny"
+Precision = Literal["bf16", "fp8", "int8", "nf4"]
+"""Of frozen weights (``precision``)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model is trained, and how it is held in memory."""
+
+    pretrained_model_name_or_path: str = EMBEDDED_MODEL
+    """A diffusers pipeline: a folder, a hub name, a whole model in one .safetensors file, or "tiny" for the embedded
+    model."""
+    family: str | None = None
+    """Model family; by default read from the pipeline's model_index.json."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    variant: str | None = None
+    """Weight variant of the hub repository, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """An autoencoder to use instead of the pipeline's own: a folder, a hub name or a .safetensors file."""
+    text_encoder_out_layers: tuple[int, ...] = ()
+    """Layers of the text encoder that make up FLUX.2's prompts. Default: the pipeline's; diffusers' [klein] script has
+    10 20 30."""
+    cache_dir: Path | None = None
+    """Where downloads from the hub, and what single files are converted to, are kept."""
+    allow_pickle: bool = False
+    """Accept .bin/.ckpt weights. They can run any code while they load: only for files you trust."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory: recompute activations in the backward pass."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Use xformers' attention instead of torch's own."""
+    allow_tf32: bool = False
+    """Let Ampere and newer GPUs round fp32 matrix products and convolutions to TF32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the frozen weights and the forward pass; LoRA weights stay fp32. Default: accelerate's setting."""
+    base_precision: Precision | None = None
+    """Fewer bits for the weights of the frozen denoiser: fp8, int8, nf4 (4 bits, needs bitsandbytes) or bf16. They are
+    computed with in --mixed_precision; LoRA and optimizer stay fp32. Default: as --mixed_precision."""
+    text_encoder_precision: Precision | None = None
+    """The same for the text encoders. Default: as --mixed_precision."""
+    text_encoder_device: Literal["cpu"] | None = None
+    """Where text encoders that do not train work: cpu spares the GPU, and is slow. Default: with the rest."""
+    offload_blocks: int = 0
+    """Blocks of the denoiser whose frozen weights wait in the computer's memory and are copied to the GPU ahead of
+    their use; needs --gradient_checkpointing."""
+    vram: str | None = None
+    """Gigabytes that the GPU has for the training (such as 8, 12, 24), or auto for all that are free: sets precision,
+    checkpointing, offloading, batch and accumulation so that it fits. Flags that are given win."""
+    compile: bool = False
+    """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one."""
+    attention_backend: str | None = None
+    """Attention of the denoiser by diffusers' names, such as native, _native_cudnn, flash or xformers. Default: torch's
+    own choice."""
+    channels_last: bool = False
+    """Keep images with their channels innermost, which convolutions (SD, SDXL) compute faster with on some GPUs."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "offload_blocks")
+        if self.family is not None:
+            _respell(self, "family", "families")
+        if any(layer < 0 for layer in self.text_encoder_out_layers):
+            raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
