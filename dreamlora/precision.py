@@ -31,7 +31,7 @@ Packed = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightForm:
     """How a weight ``(m, n)`` is stored.
 
     Attributes:
@@ -249,15 +249,15 @@ _BLOCK, _NESTED_BLOCK = 64, 256
 """Of bitsandbytes: weights that share a scale, and scales that share one."""
 _ALL = frozenset({"cuda", "cpu", "xpu", "mps", "meta"})
 
-FORMS: dict[str, Form] = {
-    "bf16": Form(
+FORMS: dict[str, WeightForm] = {
+    "bf16": WeightForm(
         lambda weight: {"numbers": weight.bfloat16()},
         lambda packed, shape, dtype: packed["numbers"].to(dtype),
         lambda m, n: 2 * m * n,
         _ALL,
     ),
-    "fp8": Form(*_rows(448.0, torch.float8_e4m3fn), bytes=lambda m, n: m * n + 4 * m, devices=_ALL - {"mps"}),
-    "int8": Form(*_rows(127.0, torch.int8), bytes=lambda m, n: m * n + 4 * m, devices=_ALL),
-    "nf4": Form(_pack_nf4, _unpack_nf4, _nf4_bytes, _ALL - {"mps", "meta"}, needs="bitsandbytes"),
+    "fp8": WeightForm(*_rows(448.0, torch.float8_e4m3fn), bytes=lambda m, n: m * n + 4 * m, devices=_ALL - {"mps"}),
+    "int8": WeightForm(*_rows(127.0, torch.int8), bytes=lambda m, n: m * n + 4 * m, devices=_ALL),
+    "nf4": WeightForm(_pack_nf4, _unpack_nf4, _nf4_bytes, _ALL - {"mps", "meta"}, needs="bitsandbytes"),
 }
 """By the words of ``--base_precision`` and ``--text_encoder_precision``."""
