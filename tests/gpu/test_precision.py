@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dreamlora.precision import FORMS, QuantizedLinear, quantized_bytes
@@ -58,5 +59,6 @@ def test_a_run_learns(train: Train, device: torch.device, word: str, request: py
         request.getfixturevalue("bitsandbytes")
     run = train("bf16", "adamw", "--base_precision", word)
     losses = run.values("eval/loss")
-    assert losses[max(losses)] < losses[0]
+    assert losses[max(losses)] < losses[0] * (1 if device.type == "cuda" else 1.001), "a few weights learn little"
+    assert all(tensor.any() for name, tensor in load_file(run.folder.lora_file).items() if "lora_B" in name)
     assert run.unfused == 0
