@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from _children import diffusers_script
 
 HERE = Path(__file__).parent
 OURS, COMPILED, CAPPED, DIFFUSERS, PLAIN, BARE = "ours", "compile", "capped", "diffusers", "diffusers-plain", "bare"
@@ -133,9 +133,8 @@ def command(case: Case, program: str, places: Places, device: str) -> list[str]:
     if program in (DIFFUSERS, PLAIN):
         assert places.examples is not None
         script, fastest = SCRIPTS[case.model]
-        runner = [] if has_torchvision() else [str(HERE / "_with_standin.py")]
         own = ["--checkpointing_steps", "1000000", *(fastest if program == DIFFUSERS else [])]
-        return [*runner, str(places.examples / script), *common, *own]
+        return [*diffusers_script(places.examples / script), *common, *own]
     own = [
         *"--sample_steps 0 --eval_steps 0 --checkpointing_steps 0 --holdout 0 --no_parity_check".split(),
         *("--optimizer", "adamw", "--latents_cache_dir", str(places.scratch / "cache")),
@@ -152,16 +151,6 @@ def _form(case: Case) -> list[str]:
         *(["--gradient_checkpointing"] if case.checkpointing else []),
         *(["--base_precision", case.base_precision] if case.base_precision else []),
     ]
-
-
-def has_torchvision() -> bool:
-    """Without it, diffusers' scripts run with a stand-in."""
-    return importlib.util.find_spec("torchvision") is not None
-
-
-def python(words: list[str]) -> list[str]:
-    """This interpreter's command."""
-    return [sys.executable, *words]
 
 
 FASTER, SMALLER, LIMIT = 1.3, 0.8, 0.95

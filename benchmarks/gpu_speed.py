@@ -33,10 +33,10 @@ import _gpu_cases as plan
 import _machine
 import _random_pipelines
 import torch
+from _children import environment, python
 from _gpu_cases import BARE, CASES, COMPILED, CONTEXT_GIB, DIFFUSERS, OURS, PROGRAMS, Case, Found, Measured, Places
 from _watched import CAP
 from PIL import Image
-from train_speed import environment
 
 from dreamlora.run import provenance
 from dreamlora.tiny.subjects import write_instance_images
@@ -56,7 +56,7 @@ def measure(case: Case, program: str, places: Places, device: str, patience: flo
         shutil.rmtree(places.scratch / name, ignore_errors=True)
     result = places.scratch / "watched.json"
     result.unlink(missing_ok=True)
-    command = plan.python([str(HERE / "_watched.py"), str(result), *plan.command(case, program, places, device)])
+    command = python([str(HERE / "_watched.py"), str(result), *plan.command(case, program, places, device)])
     capped = program == plan.CAPPED and case.card_gib is not None
     own = {CAP: str(case.card_gib - CONTEXT_GIB)} if capped and case.card_gib else {}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
@@ -72,7 +72,11 @@ def measure(case: Case, program: str, places: Places, device: str, patience: flo
     watched = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     if status != 0:
         return {"failed": f"{status}: {_last_words(log, places)}", "wall_s": round(wall, 1)}
-    return {**figures(watched, case), "wall_s": round(wall, 1), "first_step_s": round(watched["first_step"] - started, 1)}
+    return {
+        **figures(watched, case),
+        "wall_s": round(wall, 1),
+        "first_step_s": round(watched["first_step"] - started, 1),
+    }
 
 
 def figures(watched: dict[str, Any], case: Case) -> Measured:
@@ -191,7 +195,9 @@ def _options() -> argparse.Namespace:
     programs = "; ".join(f"{name}: {words}" for name, words in PROGRAMS.items())
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=USUAL, help=programs)
-    parser.add_argument("--diffusers_examples", type=Path, dest="examples", help="diffusers' folder examples/dreambooth")
+    parser.add_argument(
+        "--diffusers_examples", type=Path, dest="examples", help="diffusers' folder examples/dreambooth"
+    )
     parser.add_argument("--folder", type=Path, help="for models and what is written; kept. Default: a temporary one")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -210,7 +216,7 @@ def _write_models(folder: Path, options: argparse.Namespace) -> None:
     missing = [name for name in names if not _random_pipelines.is_written(folder / name)]
     if missing:
         words = [str(folder), *missing, "--device", options.device, *(["--tiny"] if options.tiny else [])]
-        subprocess.run(plan.python([str(HERE / "_random_pipelines.py"), *words]), check=True)
+        subprocess.run(python([str(HERE / "_random_pipelines.py"), *words]), check=True)
 
 
 def _measure_all(options: argparse.Namespace, places: Places, result: Result, end: float) -> bool:
