@@ -136,8 +136,8 @@ def command(case: Case, program: str, places: Places, device: str) -> list[str]:
         own = ["--checkpointing_steps", "1000000", *(fastest if program == DIFFUSERS else [])]
         return [*diffusers_script(places.examples / script), *common, *own]
     own = [
-        *"--sample_steps 0 --eval_steps 0 --checkpointing_steps 0 --holdout 0 --no_parity_check".split(),
-        *("--optimizer", "adamw", "--latents_cache_dir", str(places.scratch / "cache")),
+        *("--sample_steps", "0", "--eval_steps", "0", "--checkpointing_steps", "0", "--holdout", "0"),
+        *("--no_parity_check", "--optimizer", "adamw", "--latents_cache_dir", str(places.scratch / "cache")),
         *(["--offload_blocks", str(case.offload)] if case.offload else []),
         *(["--compile"] if program == COMPILED else []),
     ]

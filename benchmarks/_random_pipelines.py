@@ -24,8 +24,8 @@ import transformers
 from _unets import SD15, SDXL, random_model
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from tests.tinymodels.chat import qwen_tokenizer  # noqa: E402
-from tests.tinymodels.parts import clip_tokenizer, t5_tokenizer  # noqa: E402
+from tests.tinymodels.chat import qwen_tokenizer
+from tests.tinymodels.parts import clip_tokenizer, t5_tokenizer
 
 CLIP_LENGTH = 77
 TINY_UNET: dict[str, Any] = {

@@ -30,29 +30,24 @@ class Watch:
 
     def __init__(self) -> None:
         self._marks: list[Any] = []
-        self._first: float | None = None
         register_optimizer_step_post_hook(self._mark)
 
     def _mark(self, *_: Any) -> None:
-        now = time.time()
-        if self._first is None:
-            self._first = now
         if not torch.cuda.is_initialized():
-            self._marks.append(1e3 * now)
+            self._marks.append(1e3 * time.perf_counter())
             return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append(event)
 
     def figures(self) -> dict[str, Any]:
-        """``first_step``: seconds since the epoch; ``ends_ms``: of every step, counted from the first's;
-        ``allocated_gib``, ``reserved_gib``: peaks by torch, None without a GPU; ``host_gib``: largest resident memory.
+        """``ends_ms``: when each step ended, counted from the first's end; ``allocated_gib``, ``reserved_gib``: peaks by
+        torch, None without a GPU; ``host_gib``: largest resident memory.
         """
         gpu = torch.cuda.is_initialized()
         if gpu:
             torch.cuda.synchronize()
         return {
-            "first_step": self._first,
             "ends_ms": [self._since_first(mark) for mark in self._marks],
             "allocated_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
             "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if gpu else None,

@@ -68,15 +68,13 @@ def measure(case: Case, program: str, places: Places, device: str, patience: flo
             status = subprocess.run(command, env=variables, stdout=said, stderr=said, timeout=patience).returncode
         except subprocess.TimeoutExpired:
             status = f"stopped after {patience:.0f} s"
-    wall = time.time() - started
-    watched = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    wall = {"wall_s": round(time.time() - started, 1)}
     if status != 0:
-        return {"failed": f"{status}: {_last_words(log, places)}", "wall_s": round(wall, 1)}
-    return {
-        **figures(watched, case),
-        "wall_s": round(wall, 1),
-        "first_step_s": round(watched["first_step"] - started, 1),
-    }
+        return {"failed": f"{status}: {_last_words(log, places)}", **wall}
+    try:
+        return {**figures(json.loads(result.read_text(encoding="utf-8")), case), **wall}
+    except ValueError as error:
+        return {"failed": str(error), **wall}
 
 
 def figures(watched: dict[str, Any], case: Case) -> Measured:
