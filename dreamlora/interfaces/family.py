@@ -47,6 +47,8 @@ class ModelSource:
         rescale_betas_zero_snr: whether the schedule ends in pure noise, whatever its config says.
         base_precision: of the frozen denoiser, where that is not what it computes in (``precision``).
         text_encoder_precision: of the text encoders, likewise.
+        attention_backend: of the denoiser, where it is not torch's own choice (``kernels``).
+        channels_last: whether the denoiser keeps the channels of images innermost.
     """
 
     path: str
@@ -62,6 +64,8 @@ class ModelSource:
     rescale_betas_zero_snr: bool = False
     base_precision: str | None = None
     text_encoder_precision: str | None = None
+    attention_backend: str | None = None
+    channels_last: bool = False
 
     @property
     def predictor_id(self) -> str:

@@ -38,7 +38,7 @@ class FusedLinear(Linear):
 
     def _factor(self, name: str) -> Any:
         # nn.Module's own look-up of a part takes as long as a small operation; there are thousands in a step
-        return self._modules[name]._modules[ADAPTER]._parameters["weight"]  # type: ignore[union-attr]
+        return self._modules[name]._modules[ADAPTER]._parameters["weight"]
 
     def _plain_precision(self, x: Tensor) -> torch.dtype | None:
         """What the fused pass computes in; None: it cannot."""

@@ -16,8 +16,10 @@ from torch import nn
 
 from dreamlora.errors import UserError
 
-SPARE = 8
-"""Graphs besides one for each shape: as many as torch makes by itself before it gives up."""
+MOST = 256
+"""Graphs that are made for a class of blocks; a batch of yet another shape is computed without one."""
+PER_SHAPE = 2
+"""Graphs for a shape: the first block's input has no gradient, and all others' has one."""
 
 
 def repeated_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
@@ -37,10 +39,10 @@ def compile_blocks(denoiser: nn.Module, shapes: int) -> None:
         shapes: of its inputs that are to come, at most; every further one is computed without a graph.
     """
     blocks = list(repeated_blocks(denoiser))
-    kinds = len({_layout(block) for block in blocks})
+    graphs = min(MOST, shapes * PER_SHAPE * len({_layout(block) for block in blocks}))
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, shapes * kinds + SPARE)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+    config.recompile_limit = max(config.recompile_limit, graphs)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, MOST)
     for block in blocks:
         block.forward = _in_training(block.forward)
 

@@ -88,6 +88,8 @@ def resolve_source(
         rescale_betas_zero_snr=rescale_betas_zero_snr,
         base_precision=model.base_precision,
         text_encoder_precision=model.text_encoder_precision,
+        attention_backend=model.attention_backend,
+        channels_last=model.channels_last,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dreamlora.interfaces import Components, Family, ModelSource, Role
+from dreamlora.models import kernels
 from dreamlora.precision import quantize
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,6 +41,8 @@ class Parts:
             dtype = torch.float32 if role == "vae" else self._dtype
             self._loaded[role] = self.family.load(self.source, role, dtype)
             self._quantize(role)
+            if role == "denoiser":
+                kernels.arrange(self._loaded[role][self.family.DENOISER], self.source)
         for module in self._loaded[role].values():
             if isinstance(module, nn.Module):
                 module.to(self.device)
