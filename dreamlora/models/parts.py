@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dreamlora.interfaces import Components, Family, ModelSource, Role
+from dreamlora.models import kernels
 from dreamlora.models.offload import Offload, waiting_blocks
 from dreamlora.precision import quantize
 
@@ -40,6 +41,8 @@ class Parts:
         if role not in self._loaded:
             dtype = torch.float32 if role == "vae" else self._dtype
             self._loaded[role] = self.family.load(self.source, role, dtype)
+            if role == "denoiser":
+                kernels.arrange(self._loaded[role][self.family.DENOISER], self.source)
             self._settle(role)
         for module in self._loaded[role].values():
             if isinstance(module, nn.Module):

@@ -15,6 +15,7 @@ from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.files import read_lora
+from dreamlora.models import compiling
 from dreamlora.models.adapter import find_adapter
 from dreamlora.models.inventory import inventory
 from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
@@ -48,6 +49,8 @@ def begin(config: RunConfig) -> RunContext:
     set_tf32(config.model.allow_tf32)
     for flag in ("base_precision", "text_encoder_precision"):
         precision.require(flag, getattr(config.model, flag), accelerator.device.type)
+    if config.model.compile:
+        compiling.require_compiler(accelerator.device)
     source = resolve_source(config.model, config.train.prediction_type, None, config.train.rescale_betas_zero_snr)
     family = family_of(source, config.model.family)
     parts_on_disk = inventory(source, family)
