@@ -47,6 +47,7 @@ class ModelSource:
         rescale_betas_zero_snr: whether the schedule ends in pure noise, whatever its config says.
         base_precision: of the frozen denoiser, where that is not what it computes in (``precision``).
         text_encoder_precision: of the text encoders, likewise.
+        text_encoder_device: where text encoders that do not train compute; None: where the rest does.
     """
 
     path: str
@@ -62,6 +63,7 @@ class ModelSource:
     rescale_betas_zero_snr: bool = False
     base_precision: str | None = None
     text_encoder_precision: str | None = None
+    text_encoder_device: str | None = None
 
     @property
     def predictor_id(self) -> str:

@@ -74,6 +74,8 @@ class SampleConfig:
     """Fewer bits for the denoiser's weights: fp8, int8, nf4 or bf16. Default: the first run's."""
     text_encoder_precision: Precision | None = None
     """The same for the text encoders. Default: the first run's."""
+    text_encoder_device: Literal["cpu"] | None = None
+    """Where text encoders work: cpu spares the GPU, and is slow. Default: as in the first run."""
 
     def __post_init__(self) -> None:
         if not self.lora:
