@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamlora.interfaces import Conditioning, Family
 from dreamlora.lora.applying import apply_lora
@@ -31,6 +31,7 @@ from dreamlora.lora.pairs import tuned_layers
 from dreamlora.models.new_tokens import Vectors, by_token, load_embeddings, put_for_a_while
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
+from dreamlora.precision import QuantizedLinear
 from dreamlora.randomness import generator
 from dreamlora.runfolder import LORA_FILE
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
@@ -40,6 +41,7 @@ from dreamlora.training.prompt_encoder import PromptEncoder
 
 MIDDLE = 0.5
 """Where in the schedule the call is made."""
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TF32 = 2**-10
 """Distance of neighbouring numbers in TF32, relative to them."""
 
@@ -133,7 +135,7 @@ def _precision(run: Run) -> float:
     return max(own, TF32) if tf32 and run.accelerator.device.type == "cuda" else own
 
 
-def check(parts: Parts, expected: ExpectedOutput, *, full: bool = True) -> dict[str, Any]:
+def check(parts: Parts, expected: ExpectedOutput, *, full: bool) -> dict[str, Any]:
     """Load the LoRA as a user would, do again what training did, and compare.
 
     Args:
@@ -216,6 +218,19 @@ def _answer(parts: Parts, expected: ExpectedOutput, conditioning: Conditioning) 
     conditioning = conditioning | {name: value.to(parts.device) for name, value in call.view.items()}
     noisy, times = (tensor.to(parts.device) for tensor in (call.noisy, call.times))
     return family.predict(denoiser, noisy, times, conditioning, call.guidance_scale).float().cpu()
+
+
+@torch.no_grad()
+def bits_of(module: nn.Module) -> int:
+    """Sum of a model's weights without adapters, their bits read as whole numbers: another one after any change of them
+    that does not cancel out.
+    """
+    total = 0
+    for part in module.modules():
+        stored = part.buffers(recurse=False) if isinstance(part, QuantizedLinear) else ()
+        for tensor in (*part.parameters(recurse=False), *stored):
+            total += int(tensor.detach().view(_WHOLE[tensor.element_size()]).sum(dtype=torch.int64))
+    return total
 
 
 def compare_calls(call: Call, with_lora: Tensor, without_lora: Tensor) -> dict[str, float]:
