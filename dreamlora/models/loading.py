@@ -91,6 +91,7 @@ def resolve_source(
         offload_blocks=model.offload_blocks,
         attention_backend=model.attention_backend,
         channels_last=model.channels_last,
+        text_encoder_device=model.text_encoder_device,
     )
 
 

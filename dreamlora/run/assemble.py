@@ -23,7 +23,6 @@ from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
 from dreamlora.models.compiling import compile_blocks
-from dreamlora.models.parts import ROLES
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run import (
     defaults,
@@ -51,7 +50,7 @@ from dreamlora.run.opening import Prelude, begin, decided, read
 from dreamlora.run.prompts import all_prompts, all_shown_prompts
 from dreamlora.run.trainable import optimizer_of, with_lora
 from dreamlora.runfolder import RunFolder
-from dreamlora.training import loop, start, state
+from dreamlora.training import loop, parity, start, state
 from dreamlora.training.ema import MovingAverage
 from dreamlora.training.loop import Run
 from dreamlora.training.stream import Layout, Source, Stream
@@ -101,9 +100,9 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
             ending.publish(context, folder)
         return
     ended = _trained(context, folder, options, prelude)
-    # The run has gone with the function that held it. Nothing else may hold its model when the next one is loaded.
+    # The run has gone with the function that held it. Nothing else may hold what its model had beside the base.
     context.accelerator.free_memory()
-    context.parts.free(*ROLES)
+    ending.release(context, ended)
     wait_for_everyone()  # for the last time: what is left to do takes long and is the main process's alone
     context.accelerator.trackers = []  # they stay open for the report
     context.accelerator.end_training()
@@ -196,6 +195,8 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     context.parts.free("vae")
     encode, text = _conditioning(context, pictures, store, material)  # some are of prompts and images
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
+    if ending.checks_in_base(context):
+        context.base_bits = parity.bits_of(components[context.family.DENOISER])
     model = with_lora(context, components, text)
     few, layers = layers_below_rank(model)
     if "rank" in config.given and layers and 2 * few >= layers:
