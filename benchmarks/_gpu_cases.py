@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from _children import diffusers_script
+from _children import diffusers_script, has_package
 
 HERE = Path(__file__).parent
 OURS, COMPILED, CAPPED, DIFFUSERS, PLAIN, BARE = "ours", "compile", "capped", "diffusers", "diffusers-plain", "bare"
@@ -104,16 +104,18 @@ class Places:
     examples: Path | None
 
 
-def programs_of(case: Case, asked: list[str], examples: Path | None) -> list[str]:
-    """Those that are asked for and have a meaning in this case."""
-    fastest = SCRIPTS[case.model][1]
+def programs_of(case: Case, asked: list[str], examples: Path | None, device: str) -> list[str]:
+    """Those that are asked for and can be had in this case."""
+    quantized = case.base_precision == "nf4"
+    has_form = not quantized or has_package("bitsandbytes")
+    theirs = case.beside and examples is not None
     told = {
-        OURS: True,
-        COMPILED: True,
-        CAPPED: case.card_gib is not None,
-        DIFFUSERS: case.beside and examples is not None,
-        PLAIN: case.beside and examples is not None and bool(fastest),
-        BARE: case.bare is None,
+        OURS: has_form,
+        COMPILED: has_form,
+        CAPPED: has_form and case.card_gib is not None,
+        DIFFUSERS: theirs,
+        PLAIN: theirs and bool(SCRIPTS[case.model][1]),
+        BARE: has_form and case.bare is None and not (quantized and device == "cpu"),  # diffusers wants a GPU for it
     }
     return [program for program in asked if told[program]]
 

@@ -46,6 +46,7 @@ USUAL = [OURS, DIFFUSERS, BARE]
 IMAGES = 8
 PATIENCE_S = 180.0
 """After which a program is given up."""
+LONGEST_MESSAGE = 800
 ROW_S = 20.0
 """So long a measurement is thought to take until one has taken longer."""
 
@@ -96,7 +97,7 @@ def figures(watched: dict[str, Any], case: Case) -> Measured:
 
 
 def _last_words(log: Path, places: Places) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")[-1500:]
+    text = log.read_text(encoding="utf-8", errors="replace")[-LONGEST_MESSAGE:]
     for place in (places.models, places.images, places.scratch, HERE.parent, Path.home()):
         text = text.replace(str(place), place.name)
     return text
@@ -223,7 +224,7 @@ def _measure_all(options: argparse.Namespace, places: Places, result: Result, en
     for name in options.cases:
         case = CASES[name].tiny() if options.tiny else CASES[name]
         _write_images(places.images, case.resolution)
-        for program in plan.programs_of(case, options.programs, places.examples):
+        for program in plan.programs_of(case, options.programs, places.examples, options.device):
             left = end - time.monotonic()
             if left < longest:
                 print(f"{name:17s} {program:15s} left out: no time was left", flush=True)
