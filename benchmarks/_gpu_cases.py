@@ -104,6 +104,11 @@ class Places:
     examples: Path | None
 
 
+def is_written(folder: Path) -> bool:
+    """Whether a whole model of ``_random_pipelines`` lies there: the index is written last."""
+    return (folder / "model_index.json").exists()
+
+
 def programs_of(case: Case, asked: list[str], examples: Path | None, device: str) -> list[str]:
     """Those that are asked for and can be had in this case."""
     quantized = case.base_precision == "nf4"

@@ -21,6 +21,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from _gpu_cases import is_written
 from _unets import SD15, SDXL, random_model
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
@@ -209,11 +210,6 @@ def _flow() -> Any:
 
 
 PIPELINES: dict[str, Callable[[Maker], Any]] = {"sd15": sd15, "sdxl": sdxl, "klein": klein, "flux": flux}
-
-
-def is_written(folder: Path) -> bool:
-    """Whether a whole pipeline lies there: the index is written last."""
-    return (folder / "model_index.json").exists()
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ from typing import Any
 
 import _gpu_cases as plan
 import _machine
-import _random_pipelines
 import torch
 from _children import environment, python
 from _gpu_cases import BARE, CASES, COMPILED, CONTEXT_GIB, DIFFUSERS, OURS, PROGRAMS, Case, Found, Measured, Places
@@ -212,7 +211,7 @@ def _options() -> argparse.Namespace:
 def _write_models(folder: Path, options: argparse.Namespace) -> None:
     """In a process of its own, which gives the GPU back."""
     names = dict.fromkeys(CASES[case].model for case in options.cases)
-    missing = [name for name in names if not _random_pipelines.is_written(folder / name)]
+    missing = [name for name in names if not plan.is_written(folder / name)]
     if missing:
         words = [str(folder), *missing, "--device", options.device, *(["--tiny"] if options.tiny else [])]
         subprocess.run(python([str(HERE / "_random_pipelines.py"), *words]), check=True)
