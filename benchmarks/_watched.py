@@ -41,8 +41,8 @@ class Watch:
         self._marks.append(event)
 
     def figures(self) -> dict[str, Any]:
-        """``ends_ms``: of each step, counted from the first's end; ``allocated_gib``, ``reserved_gib``: peaks by torch,
-        None without a GPU; ``host_gib``: largest resident memory.
+        """``ends_ms``: when each step ended, from the end of the first; ``allocated_gib``, ``reserved_gib``: peaks by
+        torch, None without a GPU; ``host_gib``: largest resident memory.
         """
         gpu = torch.cuda.is_initialized()
         if gpu:
