@@ -116,7 +116,7 @@ def programs_of(case: Case, asked: list[str], examples: Path | None, device: str
     theirs = case.beside and examples is not None
     told = {
         OURS: has_form,
-        COMPILED: has_form,
+        COMPILED: has_form and not case.offload,  # compiled code knows no weights that move
         CAPPED: has_form and case.card_gib is not None,
         DIFFUSERS: theirs,
         PLAIN: theirs and bool(SCRIPTS[case.model][1]),

@@ -175,13 +175,16 @@ def test_programs_get_the_same_settings(plan: Any, tmp_path: Path) -> None:
         assert bare[bare.index("--batch") + 1] == ours[ours.index("--train_batch_size") + 1]
 
 
-@pytest.mark.parametrize("name", ["sdxl1", "klein", "flux-nf4-offload", "flux-fp8", "sd15"])
-def test_this_program_knows_the_flags(plan: Any, tmp_path: Path, name: str) -> None:
-    places = plan.Places(tmp_path, tmp_path / "images", tmp_path / "scratch", None)
+def test_this_program_knows_the_flags(plan: Any, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    words = plan.command(plan.CASES[name], "compile", places, "cuda")[3:]
-    config, _ = parse_run(words)
-    assert config.model.compile and config.train.max_train_steps == plan.CASES[name].steps
+    places = plan.Places(tmp_path, tmp_path / "images", tmp_path / "scratch", None)
+    for case in plan.CASES.values():
+        for program in plan.programs_of(case, ["ours", "compile"], None, "cuda"):
+            config, _ = parse_run(plan.command(case, program, places, "cuda")[3:])
+            model, train = config.model, config.train
+            assert (model.base_precision, model.offload_blocks) == (case.base_precision, case.offload)
+            assert model.gradient_checkpointing == case.checkpointing and model.compile == (program == "compile")
+            assert (train.max_train_steps, train.train_batch_size) == (case.steps, case.batch)
 
 
 def test_what_has_no_meaning_is_not_run(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +198,7 @@ def test_what_has_no_meaning_is_not_run(plan: Any, tmp_path: Path, monkeypatch: 
     assert of("klein") == ["ours", "compile", "diffusers", "diffusers-plain", "bare"]
     assert of("sdxl1") == ["ours", "compile", "capped", "diffusers", "bare"], "its script has no faster way"
     assert of("klein", None) == ["ours", "compile", "bare"]
-    assert of("flux-nf4-offload") == ["ours", "compile", "capped"]
+    assert of("flux-nf4-offload") == ["ours", "capped"], "what moves is not compiled"
     assert "bare" in of("flux-nf4") and "bare" not in of("flux-nf4", device="cpu")
     monkeypatch.setattr(plan, "has_package", lambda name: name != "bitsandbytes")
     assert of("flux-nf4") == []
