@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from dreamlora.cli.parse import parse_run
 from dreamlora.config import Lora
@@ -132,9 +134,30 @@ def test_without_a_gpu_no_card_is_judged(plan: Any) -> None:
     assert {target.what for target in plan.targets(found)} == {"steps / diffusers", "peak / diffusers"}
 
 
+def test_the_estimate_is_judged_by_what_was_measured(plan: Any) -> None:
+    found = {
+        "klein": {"ours": measured(2.0, 10.0), "estimate": {"allocated_gib": 11.5}},
+        "sd15": {"ours": measured(2.0, 10.0), "estimate": {"allocated_gib": 8.4}},
+        "sdxl4": {"ours": {"failed": "out of memory", "wall_s": 9.0}, "estimate": {"allocated_gib": 8.4}},
+    }
+    targets = {target.case: (target.found, target.met) for target in plan.targets(found)}
+    assert targets == {"klein": (1.15, True), "sd15": (0.84, False)}
+
+
+def test_hollow_models_have_the_real_size_and_take_no_room(tmp_path: Path) -> None:
+    done = run("_random_pipelines.py", str(tmp_path), "flux", "--hollow")
+    assert done.returncode == 0, done.stderr[-2000:]
+    transformer = tmp_path / "flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with safe_open(transformer, "pt") as file:
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    assert sum(sizes) / 1e6 == pytest.approx(11901.4, abs=0.1)
+    assert sum(512 * path.stat().st_blocks for path in tmp_path.rglob("*")) < 10 * 2**20
+    assert (tmp_path / "flux" / "tokenizer_2" / "tokenizer_config.json").exists()
+
+
 def test_measurements_are_put_beside_earlier_ones(speed: ModuleType, tmp_path: Path) -> None:
-    speed.Result("gpu_speed_x", tmp_path, "cpu").add("klein", "ours", measured(2.0))
-    again = speed.Result("gpu_speed_x", tmp_path, "cpu")
+    speed.Result("gpu_speed_x", tmp_path, {"card": {"name": "A"}}).add("klein", "ours", measured(2.0))
+    again = speed.Result("gpu_speed_x", tmp_path, {"card": {"name": "A"}})
     again.add("sdxl1", "ours", measured(1.0))
     again.add("klein", "bare", measured(4.0))
     file = again.add("klein", "ours", measured(3.0))
@@ -146,7 +169,12 @@ def test_measurements_are_put_beside_earlier_ones(speed: ModuleType, tmp_path: P
 
 def test_the_table_has_a_line_for_each_case(speed: ModuleType, plan: Any) -> None:
     found = {
-        "sdxl1": {"ours": measured(2.6), "compile": measured(3.9), "bare": measured(2.5)},
+        "sdxl1": {
+            "ours": measured(2.6),
+            "compile": measured(3.9),
+            "bare": measured(2.5),
+            "estimate": {"allocated_gib": 4.4},
+        },
         "klein": {"ours": {"failed": "out of memory", "wall_s": 3.0}},
     }
     result = {
@@ -157,7 +185,7 @@ def test_the_table_has_a_line_for_each_case(speed: ModuleType, plan: Any) -> Non
     }
     lines = speed.table(result).splitlines()
     assert lines[0] == "**A** (torch 9):"
-    assert lines[4] == "| sdxl1 | 2.60 | 1.04 | – | 4.00 | – | 10 | – |"
+    assert lines[4] == "| sdxl1 | 2.60 | 1.04 | – | 4.00 | 4.40 | – | 10 | – |"
     assert lines[5].startswith("| sdxl1, compile | 3.90 |")
     assert lines[6].startswith("| klein | failed |")
     assert len({line.count("|") for line in lines[2:]}) == 1
