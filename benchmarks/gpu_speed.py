@@ -252,8 +252,11 @@ def estimate(file: Path) -> Result:
             words = plan.command(CASES[name], OURS, places, "cuda")[2:]
             variables = os.environ | environment(_machine.usable_cores())
             command = python([str(HERE / "_estimate.py"), *words])
-            said = subprocess.run(command, env=variables, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
-            stages = json.loads(said.splitlines()[-1])
+            done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8", check=False)
+            if done.returncode != 0:
+                print(f"{name:17s} left out: {done.stderr.splitlines()[-1]}", flush=True)
+                continue
+            stages = json.loads(done.stdout.splitlines()[-1])
             gib = {stage: round(size / 2**30, 3) for stage, size in stages.items()}
             result.add(name, plan.ESTIMATE, {"allocated_gib": max(gib.values()), "stages_gib": gib})
             print(f"{name:17s} {gib}", flush=True)
