@@ -23,9 +23,10 @@ def arrange(denoiser: Any, source: ModelSource) -> None:
             denoiser.set_attention_backend(source.attention_backend)
     if source.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    for processor in {type(processor) for processor in getattr(denoiser, "attn_processors", {}).values()}:
+    for processor in set(map(type, getattr(denoiser, "attn_processors", {}).values())):
         # diffusers' Attention asks for it at each call, and finding it anew takes longer than a small product
-        processor.__call__.__signature__ = inspect.signature(processor.__call__)
+        if call := vars(processor).get("__call__"):
+            call.__signature__ = inspect.signature(call)
 
 
 def require(family: Family, denoiser: nn.Module, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
