@@ -5,13 +5,12 @@
 
 A stack of layers goes forwards and backwards, in bf16 under autocast as in training, and in float32; the two kinds take
 turns. On a CPU that is the time of Python and of torch's dispatch, which a GPU waits for where its kernels are shorter.
-Prints one JSON object.
+Writes results/lora_layer_<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from typing import Any
@@ -79,7 +78,12 @@ def main() -> None:
         str(dtype).removeprefix("torch."): measure(given.device, dtype, given.layers, given.size, given.rounds)
         for dtype in (torch.float32, torch.bfloat16)
     }
-    print(json.dumps({"machine": _machine.describe(1), "microseconds_per_layer": found}, indent=1))
+    result = {
+        "command": _machine.command("lora_layer.py"),
+        "machine": _machine.describe(1),
+        "microseconds_per_layer": found,
+    }
+    print(_machine.write(f"lora_layer_{given.device}", result))
 
 
 if __name__ == "__main__":

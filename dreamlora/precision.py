@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,11 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None, device: tor
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
     """``x Wᵀ + b`` in the precision of x."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    if torch.compiler.is_compiling() and isinstance(layer, QuantizedLinear):
+        packed: Any = layer._buffers
+        shape = [layer.out_features, layer.in_features]
+        y = _packed_product(x, list(packed.values()), " ".join(packed), layer.precision, shape, True)
+        return y if bias is None else y + bias
     return F.linear(x, dense_weight(layer, x.dtype), bias)
 
 
@@ -140,6 +145,34 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:
         return gy @ dense_weight(ctx.layer, gy.dtype), None
+
+
+@torch.library.custom_op("dreamlora::packed_product", mutates_args=())
+def _packed_product(
+    x: Tensor, packed: Sequence[Tensor], names: str, word: str, shape: Sequence[int], transposed: bool
+) -> Tensor:
+    """``x Wᵀ``, or ``x W``, of a stored weight W: for torch.compile, which would keep what it sees unpacked."""
+    tensors = dict(zip(names.split(), packed, strict=True))
+    weight = FORMS[word].unpack(tensors, torch.Size(shape), x.dtype)
+    return x @ (weight.mT if transposed else weight)
+
+
+@_packed_product.register_fake
+def _(x: Tensor, packed: Sequence[Tensor], names: str, word: str, shape: Sequence[int], transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0 if transposed else 1])
+
+
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, *ctx.how = inputs
+    ctx.save_for_backward(*packed)
+
+
+def _packed_product_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    packed, (*how, transposed) = list(ctx.saved_tensors), ctx.how
+    return _packed_product(gy, packed, *how, not transposed), [None] * len(packed), None, None, None, None
+
+
+_packed_product.register_autograd(_packed_product_backward, setup_context=_keep_packed)
 
 
 def quantize(module: nn.Module, word: str, device: torch.device, waiting: Iterable[nn.Module] = ()) -> None:
@@ -213,8 +246,6 @@ def _rows(highest: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Packed
         numbers = packed["numbers"]
         if dtype.is_floating_point:
             numbers = numbers.to(wanted)  # exact; torch multiplies no float8
-        if torch.compiler.is_compiling():
-            return (numbers * packed["scale"]).to(wanted)
         # one pass, in float32, with nothing but the result in memory
         return torch.mul(numbers, packed["scale"], out=numbers.new_empty(shape, dtype=wanted))
 

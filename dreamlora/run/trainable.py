@@ -13,6 +13,7 @@ from dreamlora.interfaces import Components
 from dreamlora.lora.assistant import add_assistant, as_loras
 from dreamlora.lora.inject import add_lora, go_on
 from dreamlora.lora.targets import wanted_layers
+from dreamlora.models.checkpointing import enable_checkpointing
 from dreamlora.optimizers import group_without_pairs, lora_param_groups
 from dreamlora.run import checks, continuing, new_tokens
 from dreamlora.run.context import RunContext
@@ -31,7 +32,7 @@ def with_lora(context: RunContext, components: Components, text: Components | No
     for name, encoder in encoders.items() if config.lora.train_text_encoder else ():
         add_adapter(context, name, encoder)
     if config.model.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        enable_checkpointing(denoiser)
         for encoder in encoders.values():
             encoder.gradient_checkpointing_enable()
     if config.model.enable_xformers_memory_efficient_attention:

@@ -234,21 +234,23 @@ def _follow(run: Run, result: StepResult) -> None:
 def optimizer_step(run: Run, batches: list[Batch]) -> tuple[StepResult, list[Batch]]:
     """One optimizer step over all micro-batches; returns the next step's first one as well.
 
-    A micro-batch is several batches if its images have several sizes. The next one is read while a GPU still works on
-    this one; ``read`` afterwards is the only synchronisation. With the loss the processes tell each other whether a
-    signal asks one of them for the end.
+    A micro-batch is several batches if its images have several sizes. The next one is read while a GPU works on this
+    one: by a thread, which a CPU would miss in its own work. ``read`` afterwards is the only synchronisation. With the
+    loss the processes tell each other whether a signal asks one of them for the end.
     """
     started = time.perf_counter()
     accumulation = run.config.train.gradient_accumulation_steps
     loss = torch.zeros((), device=run.accelerator.device)
     names: list[str] = []
     for micro in range(accumulation):
-        last = micro == accumulation - 1
+        following = (run.step, micro + 1) if micro + 1 < accumulation else (run.step + 1, 0)
+        if run.accelerator.device.type != "cpu":
+            run.stream.read_ahead(*following)
         names += [name for batch in batches for name in batch.names]
         micro_loss = micro_batch_loss(run, batches, micro)
         run.accelerator.backward(micro_loss)
         loss += micro_loss.detach()
-        batches = next_batches(run, run.step + 1, 0) if last else next_batches(run, run.step, micro + 1)
+        batches = next_batches(run, *following)
     average_gradients(list(run.trainables.values()), run.accelerator)
     stop = torch.full_like(loss, bool(asked()))
     if run.accelerator.num_processes > 1:
@@ -280,10 +282,15 @@ def _seed_dropout(run: Run, micro: int, part: int) -> None:
     """Dropout draws from torch's global stream; seeding it by position leaves no state to save for a resume."""
     place = (run.step, micro, run.accelerator.process_index, *([part] if part else []))
     seed = seed_of(run.config.train.seed, "dropout", *place)
-    if run.accelerator.device.type == "cpu":
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for GPUs too, each time anew: 0.4 ms
-    else:
+    device = run.accelerator.device
+    if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(
+        seed
+    )  # torch.manual_seed looks for all kinds of devices, each time anew: 0.4 ms
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 def next_batches(run: Run, step: int, micro: int) -> list[Batch]:
