@@ -116,6 +116,42 @@ def moved(module: nn.Module) -> nn.Module:
     return module
 
 
+class Bus:
+    """What moves modules between the host's memory and a device that computes nothing with the host's tensors.
+
+    Attributes:
+        here: modules that are on the device.
+        seen: the classes of those that were there after each arrival.
+    """
+
+    def __init__(self) -> None:
+        self.here: list[nn.Module] = []
+        self.seen: list[tuple[str, ...]] = []
+
+    @property
+    def arrivals(self) -> int:
+        """How often a module came."""
+        return len(self.seen)
+
+    @property
+    def most(self) -> int:
+        """How many were there at the same time."""
+        return max(map(len, self.seen), default=0)
+
+    def move(self, module: nn.Module, device: torch.device) -> None:
+        """As ``models.turns.move``."""
+        if device.type == "cpu" and any(module is each for each in self.here):
+            self.here = [each for each in self.here if each is not module]
+            for part in module.modules():
+                for kept in (part._parameters, part._buffers):
+                    for name, tensor in kept.items():
+                        kept[name] = getattr(tensor, "inner", tensor)
+        elif device == MPS and not any(module is each for each in self.here):
+            self.here.append(module)
+            self.seen.append(tuple(type(each).__name__ for each in self.here))
+            moved(module)
+
+
 def on_mps(tensor: Tensor) -> Tensor:
     """A copy on the device."""
     return _wrapped(tensor.detach().clone())
