@@ -56,6 +56,8 @@ class MpsTensor(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (Tensor.data_ptr, Tensor.tolist):
             return function(args[0].inner)
+        if function == Tensor.data.__set__:  # type: ignore[attr-defined]
+            args[0].inner = args[1].inner
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
