@@ -185,7 +185,9 @@ def prepared(
     settings = run.options if run else {}
     source = source_of(config, run)
     precision.require("base_precision", source.base_precision, device.type)
-    precision.require("text_encoder_precision", source.text_encoder_precision, source.text_encoder_device or device.type)
+    precision.require(
+        "text_encoder_precision", source.text_encoder_precision, source.text_encoder_device or device.type
+    )
     family = family_of(source, config.family or settings.get("family"))
     refuse_other_predictions([row.run for row in rows if row.run], source)
     notes = {}

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from dreamlora.interfaces import Components, Family, ModelSource, Role
+from dreamlora.models import kernels
+from dreamlora.models.offload import Offload, waiting_blocks
 from dreamlora.models.turns import HOST, Turns, move
 from dreamlora.precision import quantize
 
@@ -71,7 +73,9 @@ class Parts:
         if role not in self._loaded:
             dtype = torch.float32 if role == "vae" else self._dtype
             self._loaded[role] = self.family.load(self.source, role, dtype)
-            self._quantize(role)
+            if role == "denoiser":
+                kernels.arrange(self._loaded[role][self.family.DENOISER], self.source)
+            self._settle(role)
             if role == "text":
                 self._take_turns()
         return self._loaded[role]
@@ -81,13 +85,18 @@ class Parts:
             if isinstance(module, nn.Module):
                 yield name, module
 
-    def _quantize(self, role: Role) -> None:
+    def _settle(self, role: Role) -> None:
+        """Weights in fewer bits, and blocks of the denoiser that wait in host memory."""
         words = {"denoiser": self.source.base_precision, "text": self.source.text_encoder_precision}
-        if word := words.get(role):
-            for _, module in self._modules(role):
-                quantize(module, word, self.text_device if role == "text" else self.device)
+        count = self.source.offload_blocks if role == "denoiser" else 0
+        for _, module in self._modules(role):
+            waiting = waiting_blocks(module, count)
+            if word := words.get(role):
+                quantize(module, word, self.text_device if role == "text" else self.device, waiting)
                 if role == "text":
                     move(module, HOST)
+            if waiting:
+                Offload(waiting, self.device)
 
     def _take_turns(self) -> None:
         frozen = [module for name, module in self._modules("text") if name not in self.training]

@@ -22,6 +22,7 @@ from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
+from dreamlora.models.compiling import compile_blocks
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run import (
     defaults,
@@ -145,7 +146,19 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
         with context.timed("starting the LoRA"):
             start.initialise(run, method_options("inits", lora.init, lora.init_args, {}))
     formats.require_held(context, run)
+    if context.config.model.compile:
+        compile_blocks(run.components[context.family.DENOISER], _shapes(run))
     return run, pictures
+
+
+def _shapes(run: Run) -> int:
+    """Of batches, at most: sizes of images, each in batches of every size if there are several, and of prompts."""
+    sources = run.stream.sources
+    sizes = sum(len(set(source.buckets or (0,))) for source in sources)
+    batches = 1 if sizes == 1 else len(sources) * run.stream.layout.batch_size
+    own_lengths = sources if run.family.LENGTH_AXES else ()
+    prompts = {caption for source in own_lengths for captions in source.store.captions for caption in captions}
+    return sizes * batches * max(1, len(prompts))
 
 
 def _claim_folder(context: RunContext) -> RunFolder:

@@ -15,6 +15,7 @@ from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.files import read_lora
+from dreamlora.models import compiling
 from dreamlora.models.adapter import find_adapter
 from dreamlora.models.inventory import PartFiles, inventory
 from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
@@ -44,10 +45,13 @@ def begin(config: RunConfig) -> RunContext:
         from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told now
     if config.train.push_to_hub:
         upload.check_hub(config)
+    config = defaults.checkpointing(config)
     set_tf32(config.model.allow_tf32)
     precision.require("base_precision", config.model.base_precision, accelerator.device.type)
     text_device = config.model.text_encoder_device or accelerator.device.type
     precision.require("text_encoder_precision", config.model.text_encoder_precision, text_device)
+    if config.model.compile:
+        compiling.require_compiler(accelerator.device)
     source = resolve_source(config.model, config.train.prediction_type, None, config.train.rescale_betas_zero_snr)
     family = family_of(source, config.model.family)
     parts_on_disk = inventory(source, family)
@@ -78,6 +82,7 @@ def begin(config: RunConfig) -> RunContext:
     if config.lora.training_adapter:
         context.training_adapter = _training_adapter(config)
     checks.require_layers(context)
+    checks.require_blocks(context)
     new_tokens.require(context)
     return context
 

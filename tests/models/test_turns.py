@@ -18,6 +18,7 @@ from dreamlora.models.turns import HOST, TOGETHER, Turns
 from tests import fakemps, tinymodels
 from tests.fakemps import Bus
 
+
 @torch.no_grad()
 def encoded(family: Family, text: Components, prompt: str) -> dict[str, Tensor]:
     return family.encode_tokens(text, tokenized(family, text, [prompt], None))

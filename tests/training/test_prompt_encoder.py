@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.config import Model
+from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.parts import Parts
 from dreamlora.training.prompt_encoder import PromptEncoder
 from tests.fakemps import MPS, Bus
