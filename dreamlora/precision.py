@@ -91,6 +91,12 @@ class QuantizedLinear(nn.Linear):
         """As a Linear's, with the precision."""
         return f"{super().extra_repr()}, precision={self.precision}"
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With a weight that is a shape without numbers: FLUX' loader of LoRAs looks for it there."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        shape = (self.out_features, self.in_features)
+        destination[f"{prefix}weight"] = torch.empty(shape, dtype=self.dtype, device="meta")
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves, and never turns into another type: what is stored is no number of the model's."""
         kept = {name: tensor.dtype for name, tensor in self._buffers.items() if tensor is not None}

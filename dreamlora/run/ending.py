@@ -17,6 +17,7 @@ from dreamlora.files import replacing_folder, write_atomically
 from dreamlora.interrupts import deferred, heed
 from dreamlora.lora.pairs import tuned_layers
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
+from dreamlora.models.configs import in_one_line
 from dreamlora.models.parts import DTYPES, ROLES, Parts, give_back_memory
 from dreamlora.report import write_report
 from dreamlora.run import formats, provenance, resume, trackers
@@ -210,7 +211,7 @@ def _parity(context: RunContext, expected: parity.ExpectedOutput | str) -> dict[
             return parity.check(Parts(context.family, context.source, accelerator.device, dtype), expected, full=True)
         changed = parity.bits_of(parts.get("denoiser")[context.family.DENOISER]) != context.base_bits
         return {**parity.check(parts, expected, full=False), "base_changed": changed}
-    except (UserError, OSError, RuntimeError, ValueError) as error:  # out of memory, ...: the report is still written
-        return {"reason": f"the check could not be made: {error}"}
+    except Exception as error:  # out of memory, or what a loader stumbles over: the report is still written
+        return {"reason": f"the check could not be made: {in_one_line(error)}"}
     finally:
         parts.free(*ROLES)
