@@ -146,6 +146,17 @@ def test_another_base_model_inherits_nothing(run: Any) -> None:
     assert (model.pretrained_model_name_or_path, model.revision, model.variant) == ("owner/other", None, None)
 
 
+def test_as_many_blocks_wait_as_in_the_run_unless_told_otherwise(run: Any, sd_folder: Path) -> None:
+    found = run_of(run("dog", offload_blocks=2), trusted=True)
+
+    def blocks(**flags: Any) -> int:
+        return model_of(SampleConfig(lora=(Path("dog"),), **flags), found).offload_blocks
+
+    assert (blocks(), blocks(offload_blocks=0), blocks(offload_blocks=1)) == (2, 0, 1)
+    assert blocks(pretrained_model_name_or_path="owner/other") == 0
+    assert model_of(SampleConfig(lora=(Path("dog"),)), run_of(run("older"), trusted=True)).offload_blocks == 0
+
+
 def test_the_schedule_is_that_of_the_run(run: Any) -> None:
     options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     found = under_test(run("zero", **options), run("alike", **options))
