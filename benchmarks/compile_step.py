@@ -5,7 +5,8 @@
 
 "tiny" is the embedded model's UNet; "unet" one like SDXL's and "dit" a transformer like FLUX.2's with a few million
 weights; "sd15" and "sdxl" have the size of the real models. All weights are random. Ways of computing take turns on
-copies of one model. A CPU's figures are those of one thread, and of its own time, so that other programs do not count.
+copies of one model. The case with checkpointing finds the graphs of the one before it. A CPU's figures are those of one
+thread, and of its own time, so that other programs do not count.
 Writes results/compile_step_<device>.json.
 """
 

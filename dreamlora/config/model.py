@@ -60,12 +60,14 @@ class Model:
     """Gigabytes that the GPU has for the training (such as 8, 12, 24), or auto for all that are free: sets precision,
     checkpointing, offloading, batch and accumulation so that it fits. Flags that are given win."""
     compile: bool = False
-    """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one."""
+    """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one for each size of
+    images. Needs a compiler: g++ on a CPU, Triton on a GPU."""
     attention_backend: str | None = None
-    """Attention of the denoiser by diffusers' names, such as native, _native_cudnn, flash or xformers. Default: torch's
-    own choice."""
+    """Attention of the transformer by diffusers' names, such as native, _native_cudnn, flash or xformers; not for SD
+    and SDXL. Default: torch's own choice."""
     channels_last: bool = False
-    """Keep images with their channels innermost, which convolutions (SD, SDXL) compute faster with on some GPUs."""
+    """Keep the denoiser's convolutions (SD, SDXL, Sana) with their channels innermost, which is faster on some
+    devices."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "offload_blocks")
