@@ -69,10 +69,15 @@ class QuantizedLinear(nn.Linear):
         for name, tensor in self._form.pack(layer.weight.detach()).items():
             self.register_buffer(name, tensor, persistent=False)
 
+    @property
+    def shape(self) -> torch.Size:
+        """``(m, n)`` of the weight."""
+        return torch.Size((self.out_features, self.in_features))
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight ``(m, n)``, as close as what is stored comes to it."""
         packed: Any = self._buffers
-        return self._form.unpack(packed, torch.Size((self.out_features, self.in_features)), dtype or self.dtype)
+        return self._form.unpack(packed, self.shape, dtype or self.dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -88,6 +93,11 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """As a Linear's, with the precision."""
         return f"{super().extra_repr()}, precision={self.precision}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With a weight that has a shape and no numbers: diffusers looks sizes up there when it loads a LoRA."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves, and never turns into another type: what is stored is no number of the model's."""
@@ -110,6 +120,12 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The weight of a linear layer in a precision, however it is stored."""
     return layer.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(dtype)
+
+
+def weight_shape(layer: Any) -> torch.Size:
+    """Of a linear layer or convolution, however it is stored: looking at ``weight`` may unpack it."""
+    shape: torch.Size = layer.shape if isinstance(layer, QuantizedLinear) else layer.weight.shape
+    return shape
 
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:

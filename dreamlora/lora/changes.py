@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dreamlora.lora.pairs import AdaptedLayer, TunedLayer
 from dreamlora.lora.weights import hadamard_product, kronecker_halves
+from dreamlora.precision import weight_shape
 
 
 class BaseRows(NamedTuple):
@@ -105,12 +107,14 @@ Change = AdaptedLayer | Product
 
 def change_of(layer: TunedLayer) -> Change:
     """The change of a layer, whose tensors are its own."""
-    pair, weight = layer.pair, layer.layer.base_layer.weight.detach()
+    pair = layer.pair
     if pair is None:
         tensors = {name: parameter.detach() for name, parameter in layer.parameters.items()}
-        return Product(layer.name, layer.scaling, tensors, next(iter(tensors.values())).device, weight.numel())
+        entries = math.prod(weight_shape(layer.layer.base_layer))
+        return Product(layer.name, layer.scaling, tensors, next(iter(tensors.values())).device, entries)
     if pair.magnitude is None:
         return pair
+    weight = layer.layer.base_layer.weight.detach()
     projected = weight.flatten(1).float() @ pair.A.detach().flatten(1).mT
     rows = BaseRows(pair.magnitude.detach().flatten(), pair.base_lengths().flatten(), projected)
     return Directed(**vars(pair), rows=rows)
