@@ -2,9 +2,9 @@
 
     python benchmarks/base_precision.py --work base_precision
 
-Two models learn a subject: the embedded one, and a transformer (a small Stable Diffusion 3) that is pretrained first, on
-the embedded model's world, as quantisation of weights that nobody trained says nothing. All bases of a model have the
-same images, stream of samples, rates and evaluation items. Besides the curve every LoRA is measured in the float32
+Two models learn a subject: the embedded one, and a transformer (a small Stable Diffusion 3) that is pretrained first,
+on the embedded model's world, as quantisation of weights that nobody trained says nothing. All bases of a model have
+the same images, stream of samples, rates and evaluation items. Besides the curve every LoRA is measured in the float32
 base, as people use what they trained on a small card. Whatever is done in --work is not done again.
 """
 
@@ -125,7 +125,10 @@ def _at(run: Mapping[str, Any], end: Any) -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """For the documents."""
-    rows = ["| Base | Weights are off by | Loss before, after | After, used in float32 | Cost |", "|---|---|---|---|---|"]
+    rows = [
+        "| Base | Weights are off by | Loss before, after | After, used in float32 | Cost |",
+        "|---|---|---|---|---|",
+    ]
     for model, found in result["models"].items():
         for word, each in found["summary"].items():
             off = found["weight_errors"].get(word)

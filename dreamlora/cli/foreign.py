@@ -86,7 +86,7 @@ ELSEWHERE: dict[str, str] = {
         ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap", "enable_block_swap"),
         "use --offload_blocks and the number of blocks, with --gradient_checkpointing",
     ),
-    "cpu_offload_checkpointing": "use --gradient_checkpointing and --offload_blocks; weights of blocks wait in host memory",
+    "cpu_offload_checkpointing": "use --gradient_checkpointing and --offload_blocks",
     **dict.fromkeys(("lowram", "highvram", "lowvram"), "use --vram and the gigabytes of the GPU, or --vram auto"),
     **dict.fromkeys(
         ("sdpa", "mem_eff_attn"), "torch's own attention is always used, unless --attention_backend names another"
@@ -106,7 +106,7 @@ ELSEWHERE: dict[str, str] = {
     "low_vram": "use --vram and the gigabytes of the GPU, or --vram auto",
     "layer_offloading": "use --offload_blocks and the number of blocks, with --gradient_checkpointing",
     # SimpleTuner
-    "base_model_precision": "use --base_precision int8, fp8 or nf4 (for int8-quanto, fp8-torchao, nf4-bnb and the like)",
+    "base_model_precision": "use --base_precision int8, fp8 or nf4",
     **dict.fromkeys(
         (f"text_encoder_{number}_precision" for number in (1, 2, 3, 4)), "use --text_encoder_precision for all of them"
     ),
