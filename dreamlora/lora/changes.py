@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dreamlora.lora.pairs import AdaptedLayer, TunedLayer
 from dreamlora.lora.weights import hadamard_product, kronecker_halves
-from dreamlora.precision import weight_shape
+from dreamlora.precision import dense_weight, weight_shape
 
 
 class BaseRows(NamedTuple):
@@ -107,14 +107,14 @@ Change = AdaptedLayer | Product
 
 def change_of(layer: TunedLayer) -> Change:
     """The change of a layer, whose tensors are its own."""
-    pair = layer.pair
+    pair, base = layer.pair, layer.layer.base_layer
     if pair is None:
         tensors = {name: parameter.detach() for name, parameter in layer.parameters.items()}
-        entries = math.prod(weight_shape(layer.layer.base_layer))
-        return Product(layer.name, layer.scaling, tensors, next(iter(tensors.values())).device, entries)
+        device, entries = next(iter(tensors.values())).device, math.prod(weight_shape(base))
+        return Product(layer.name, layer.scaling, tensors, device, entries)
     if pair.magnitude is None:
         return pair
-    weight = layer.layer.base_layer.weight.detach()
+    weight = dense_weight(base, device=pair.A.device).detach()
     projected = weight.flatten(1).float() @ pair.A.detach().flatten(1).mT
     rows = BaseRows(pair.magnitude.detach().flatten(), pair.base_lengths().flatten(), projected)
     return Directed(**vars(pair), rows=rows)

@@ -67,7 +67,10 @@ def _model(context: RunContext) -> str:
     words = [f"in {'fp32' if precision == 'no' else precision}"]
     words += [f"weights in {source.base_precision}"] if source.base_precision else []
     words += [f"text encoders in {source.text_encoder_precision}"] if source.text_encoder_precision else []
-    return f"{model_name(as_flat_dict(context.config))} ({', '.join([kind, *words])})"
+    text = f"{model_name(as_flat_dict(context.config))} ({', '.join([kind, *words])})"
+    if count := context.config.model.offload_blocks:
+        text += f"; the weights of {count} blocks wait in host memory, with gradient checkpointing"
+    return text
 
 
 def _lora(context: RunContext) -> str:
