@@ -84,7 +84,7 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("full_bf16", "full_fp16"), "use --mixed_precision; LoRA and optimizer stay float32"),
     **dict.fromkeys(
         ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap", "enable_block_swap"),
-        "use --offload_blocks and the number of blocks, with --gradient_checkpointing",
+        "use --offload_blocks and the number of blocks",
     ),
     "cpu_offload_checkpointing": "use --gradient_checkpointing and --offload_blocks",
     **dict.fromkeys(("lowram", "highvram", "lowvram"), "use --vram and the gigabytes of the GPU, or --vram auto"),
@@ -104,7 +104,7 @@ ELSEWHERE: dict[str, str] = {
     "qtype": "use --base_precision int8, fp8 or nf4",
     "qtype_te": "use --text_encoder_precision int8, fp8 or nf4",
     "low_vram": "use --vram and the gigabytes of the GPU, or --vram auto",
-    "layer_offloading": "use --offload_blocks and the number of blocks, with --gradient_checkpointing",
+    "layer_offloading": "use --offload_blocks and the number of blocks",
     # SimpleTuner
     "base_model_precision": "use --base_precision int8, fp8 or nf4",
     **dict.fromkeys(
@@ -112,7 +112,7 @@ ELSEWHERE: dict[str, str] = {
     ),
     "base_model_default_dtype": "use --mixed_precision",
     "quantize_via": "leave it out: weights are packed on the device, one layer after the other",
-    "enable_group_offload": "use --offload_blocks and the number of blocks, with --gradient_checkpointing",
+    "enable_group_offload": "use --offload_blocks and the number of blocks",
     "attention_mechanism": "use --attention_backend",
 }
 """Flags that are refused, with the reason or the flag to use."""

@@ -100,11 +100,12 @@ def test_every_adapter_trains_as_on_the_unpacked_weights(adapter: str, flags, un
 
 @pytest.mark.parametrize("word", ["nf4", "fp8", "int8"])
 def test_a_stock_pipeline_with_the_same_base_draws_what_training_drew(word: str, flags, request) -> None:
-    """With class images, gradient checkpointing and an average, in half precision."""
+    """With class images, gradient checkpointing and an average, in half precision; int8 in a fresh pipeline."""
     if word == "nf4":
         request.getfixturevalue("bitsandbytes")
     half = {"nf4": "bf16", "fp8": "fp16", "int8": "no"}[word]
     more = ["--gradient_checkpointing", "--ema_decay", "0.5", "--mixed_precision", half, *PRIOR]
+    more += ["--parity", "full"] if word == "int8" else []
     run = train_with([*flags, *WHOLE.split(), *more, "--base_precision", word, "--text_encoder_precision", word])
     found = summary(run)["parity"]
     assert found["call"]["effect"] > 1e-2 and found["call"]["error"] < 0.05 * found["call"]["effect"] + 1e-2, found
