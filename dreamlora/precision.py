@@ -69,12 +69,17 @@ class QuantizedLinear(nn.Linear):
         for name, tensor in self._form.pack(layer.weight.detach()).items():
             self.register_buffer(name, tensor, persistent=False)
 
+    @property
+    def shape(self) -> torch.Size:
+        """``(m, n)`` of the weight."""
+        return torch.Size((self.out_features, self.in_features))
+
     def dense(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """The weight ``(m, n)``, as close as what is stored comes to it; unpacked on the device, by default its own."""
         packed: Any = self._buffers
         if device is not None:
             packed = {name: tensor.to(device) for name, tensor in packed.items()}
-        return self._form.unpack(packed, torch.Size((self.out_features, self.in_features)), dtype or self.dtype)
+        return self._form.unpack(packed, self.shape, dtype or self.dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -92,10 +97,9 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, precision={self.precision}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """With a weight that is a shape without numbers: FLUX' loader of LoRAs looks for it there."""
+        """With a weight that has a shape and no numbers: diffusers looks sizes up there when it loads a LoRA."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        shape = (self.out_features, self.in_features)
-        destination[f"{prefix}weight"] = torch.empty(shape, dtype=self.dtype, device="meta")
+        destination[f"{prefix}weight"] = torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves, and never turns into another type: what is stored is no number of the model's."""
@@ -127,6 +131,12 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None, device: tor
     weight: Any = layer.weight
     dense: Tensor = weight.to(device, dtype)
     return dense
+
+
+def weight_shape(layer: Any) -> torch.Size:
+    """Of a linear layer or convolution, however it is stored: looking at ``weight`` may unpack it."""
+    shape: torch.Size = layer.shape if isinstance(layer, QuantizedLinear) else layer.weight.shape
+    return shape
 
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:

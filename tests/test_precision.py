@@ -110,6 +110,12 @@ def test_it_cannot_be_turned_into_another_type(word: str) -> None:
         QuantizedLinear(a_layer(), word).half()
 
 
+def test_its_state_has_a_weight_of_the_size_that_diffusers_looks_up(word: str) -> None:
+    plain = a_layer()
+    found = QuantizedLinear(plain, word).state_dict()["weight"]
+    assert found.is_meta and found.shape == plain.weight.shape
+
+
 class Block(nn.Module):
     """A projection outside of the blocks, and a block."""
 

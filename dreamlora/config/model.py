@@ -13,6 +13,11 @@ from dreamlora.errors import UserError
 EMBEDDED_MODEL = "tiny"
 Precision = Literal["bf16", "fp8", "int8", "nf4"]
 """Of frozen weights (``precision``)."""
+INSTEAD_OF_QUANTIZED = (
+    "files of quantized weights are not read here. Give the model that they were made from, in float32, bfloat16 or "
+    "float16; --base_precision (and --text_encoder_precision) nf4, int8 or fp8 holds it in as few bits"
+)
+"""What is told to whom has weights that others have quantized."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "sd in bf16 with new tokens": ("sd", [*SD, "--mixed_precision", "bf16", "--new_tokens", "sks:2", "--seed", "3"]),
     "flux with new tokens and a text encoder": ("flux", ["--new_tokens", "sks=d", "--train_text_encoder"]),
     "flux": ("flux", ["--guidance_scale", "2", "--max_sequence_length", "20"]),
+    "flux with weights in int8": ("flux", ["--base_precision", "int8", "--text_encoder_precision", "int8"]),
+    "sd in bf16 with weights in fp8": ("sd", [*SD, "--mixed_precision", "bf16", "--base_precision", "fp8"]),
     "flux in bf16": ("flux", ["--max_sequence_length", "20", "--mixed_precision", "bf16"]),
 }
 ROUNDING = 16
