@@ -30,9 +30,10 @@ from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pic
 from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.names import names_of
+from dreamlora.memory import StageMemory
 from dreamlora.models.loading import family_of
 from dreamlora.models.new_tokens import put_for_a_while
-from dreamlora.models.parts import Parts, computing_in
+from dreamlora.models.parts import Parts, computing_in, watch
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, embedding
@@ -52,6 +53,7 @@ class UnderTest:
         dtype: of denoiser and text encoders.
         notes: by a row's label, what of its run is not as it is done here.
         tokens: by a row's label, the new tokens that its prompts may have.
+        memory: that the stages take.
     """
 
     settings: dict[str, Any]
@@ -61,12 +63,15 @@ class UnderTest:
     dtype: torch.dtype
     notes: dict[str, list[str]]
     tokens: dict[str, RowTokens]
+    memory: StageMemory
     _encoded: dict[str, Conditioning] = field(default_factory=dict)
 
     @contextmanager
     def applied(self, row: Row) -> Iterator[Any]:
         """A pipeline with the row's LoRA and new tokens; afterwards the model is without."""
-        pipeline, text, tokens = self.parts.pipeline(), self.parts.get("text"), self.tokens[row.label]
+        with self.memory.stage("loading the model"):
+            pipeline, text = self.parts.pipeline(), self.parts.get("text")
+        tokens = self.tokens[row.label]
         self._encoded.clear()  # a LoRA may be of the text encoder too
         family = self.parts.family
         with put_for_a_while(text, tokens.vectors(text, family)):
@@ -97,7 +102,8 @@ class UnderTest:
     def _row(self, prompt: Prompt) -> Conditioning:
         key = prompt_key(prompt, {})
         if key not in self._encoded:
-            self._encoded[key] = self._encode(prompt)
+            with self.memory.stage("encoding prompts"):
+                self._encoded[key] = self._encode(prompt)
         return self._encoded[key]
 
     def warn_of_cut(self, texts: Sequence[str]) -> None:
@@ -179,7 +185,7 @@ class UnderTest:
 
 
 def prepared(
-    config: SampleConfig, rows: Sequence[Row], run: TrainedRun | None, device: torch.device, options: Sequence[str]
+    config: SampleConfig, rows: Sequence[Row], run: TrainedRun | None, memory: StageMemory, options: Sequence[str]
 ) -> UnderTest:
     """All rows in one model; nothing is loaded yet, but that GPUs round from now on as they did in the run.
 
@@ -187,7 +193,7 @@ def prepared(
         config: the flags.
         rows: with labels of their own.
         run: whose options hold where the flags leave something open.
-        device: of the model.
+        memory: of the program, on the device of the model.
         options: of a run that decide about what the rows are for: DRAWN_WITH, MEASURED_WITH.
 
     Raises:
@@ -197,7 +203,7 @@ def prepared(
     settings = run.options if run else {}
     source = source_of(config, run)
     for flag in ("base_precision", "text_encoder_precision"):
-        precision.require(flag, getattr(source, flag), device.type)
+        precision.require(flag, getattr(source, flag), memory.device.type)
     family = family_of(source, config.family or settings.get("family"))
     refuse_other_predictions([row.run for row in rows if row.run], source)
     notes = {}
@@ -207,6 +213,8 @@ def prepared(
         for note in dict.fromkeys(note for row_notes in notes.values() for note in row_notes):
             logger.warning(note)
     set_tf32(bool(settings.get("allow_tf32")))
-    dtype = dtype_of(config, settings, device)
+    dtype = dtype_of(config, settings, memory.device)
     tokens = {row.label: tokens_of(row, config.embeddings, settings, family) for row in rows}
-    return UnderTest(settings, rows, source, Parts(family, source, device, dtype), dtype, notes, tokens)
+    parts = Parts(family, source, memory.device, dtype)
+    watch(memory, parts)
+    return UnderTest(settings, rows, source, parts, dtype, notes, tokens, memory)

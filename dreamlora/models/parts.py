@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamlora.interfaces import Components, Family, ModelSource, Role
+from dreamlora.memory import StageMemory
 from dreamlora.precision import quantize
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,10 +43,22 @@ class Parts:
             dtype = torch.float32 if role == "vae" else self._dtype
             self._loaded[role] = self.family.load(self.source, role, dtype)
             self._quantize(role)
-        for module in self._loaded[role].values():
-            if isinstance(module, nn.Module):
-                module.to(self.device)
+        for module in _modules(self._loaded[role]):
+            module.to(self.device)
         return self._loaded[role]
+
+    def put_away(self, role: Role) -> None:
+        """Keep the part in the computer's memory until it is asked for again, if the device has one of its own."""
+        if self.device.type == "cpu":
+            return
+        for module in _modules(self._loaded.get(role, {})):
+            module.to("cpu")
+        give_back_memory()
+
+    def weights(self, role: Role) -> Iterator[Tensor]:
+        """What a part holds that is loaded; without what trains in it."""
+        for module in _modules(self._loaded.get(role, {})):
+            yield from (one for one in (*module.parameters(), *module.buffers()) if not one.requires_grad)
 
     def _quantize(self, role: Role) -> None:
         words = {"denoiser": self.source.base_precision, "text": self.source.text_encoder_precision}
@@ -62,6 +77,17 @@ class Parts:
     def pipeline(self) -> Any:
         """The whole base pipeline."""
         return self.family.pipeline({name: part for role in ROLES for name, part in self.get(role).items()})
+
+
+def _modules(components: Components) -> list[nn.Module]:
+    return [part for part in components.values() if isinstance(part, nn.Module)]
+
+
+def watch(memory: StageMemory, parts: Parts) -> None:
+    """Have the weights of these parts counted where memory does not suffice."""
+    names: dict[Role, str] = {"denoiser": "denoiser", "text": "text encoders", "vae": "autoencoder"}
+    for role, name in names.items():
+        memory.holds(name, parts, functools.partial(Parts.weights, role=role))
 
 
 def computing_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dreamlora.config import Sample
-from dreamlora.errors import UserError
+from dreamlora.errors import UserError, is_of_memory
 from dreamlora.interfaces import PICTURE, Conditioning, Family, ModelSource, SampleDefaults
+from dreamlora.models.tiling import can_tile, one_by_one, tiled
 from dreamlora.sampling.schedulers import deterministic
 from dreamlora.sampling.shown import Shown, digest
 
@@ -120,6 +121,29 @@ class SampleItem:
         return f"p{self.prompt_index:02d}_s{self.seed}"
 
 
+@dataclass
+class Room:
+    """What a call of the pipeline may take. Where memory does not suffice, it is lowered for all calls to come.
+
+    Attributes:
+        images: at a time, at most; None: as many as are wanted.
+        tiles: whether the autoencoder works in tiles (``models.tiling``); None: where it must.
+    """
+
+    images: int | None = None
+    tiles: bool | None = None
+
+    def lower(self, images: int, vae: Any) -> str:
+        """After a call for so many images: what is done differently from now on, in words; empty if nothing is left."""
+        if images > 1:
+            self.images = images // 2
+            return f"memory does not suffice for {images} images at a time: from now on {self.images} are drawn"
+        if self.tiles is None and can_tile(vae):
+            self.tiles = True
+            return "memory does not suffice for a whole image: from now on the autoencoder decodes large ones in tiles"
+        return ""
+
+
 @dataclass(frozen=True)
 class SamplePlan:
     """Which images are drawn, and how; the same plan gives the same noise at every step and for every optimizer.
@@ -134,6 +158,7 @@ class SamplePlan:
         width: in pixels; None: the pipeline's own.
         height: in pixels; None: the pipeline's own.
         shown: the image that each prompt edits; empty for models that do not edit.
+        room: what a call may take; the plans of a program share it.
     """
 
     prompts: tuple[str, ...]
@@ -146,6 +171,7 @@ class SamplePlan:
     width: int | None = None
     height: int | None = None
     shown: Shown = field(default_factory=dict)
+    room: Room = field(default_factory=Room, compare=False)
 
     @property
     def at_once(self) -> int:
@@ -236,15 +262,30 @@ def draw(pipeline: Any, plan: SamplePlan, asked: Asked, rank: int = 0, world: in
 
 
 def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], asked: Asked) -> list[Drawn]:
-    """Draw these images in one call of the pipeline.
+    """Draw these images in one call of the pipeline; in several where memory does not suffice for that.
 
     Raises:
         UserError: fewer steps are asked for than the pipeline can draw in.
     """
-    prompts = [item.prompt for item in items]
     _refuse_single_step(pipeline, plan)
-    options = _size(pipeline, plan)
-    with _untouched(pipeline):
+    drawn: list[Drawn] = []
+    while len(drawn) < len(items):
+        part = items[len(drawn) :][: plan.room.images]
+        try:
+            drawn += _call(pipeline, plan, part, asked)
+        except Exception as error:
+            changed = plan.room.lower(len(part), getattr(pipeline, "vae", None)) if is_of_memory(error) else ""
+            if not changed:
+                raise
+            logger.info(changed)
+    return drawn
+
+
+def _call(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], asked: Asked) -> list[Drawn]:
+    """Draw these images in one call of the pipeline."""
+    prompts = [item.prompt for item in items]
+    options, vae = _size(pipeline, plan), getattr(pipeline, "vae", None)
+    with _untouched(pipeline), one_by_one(vae), tiled(vae, plan.room.tiles):
         pixels = pipeline(
             **asked(prompts),
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dreamlora.config import RunConfig
-from dreamlora.errors import DivergedError
+from dreamlora.errors import DivergedError, is_of_memory
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
 from dreamlora.interrupts import Interrupted, asked, deferred, heed
+from dreamlora.memory import StageMemory
 from dreamlora.models.new_tokens import TokenEmbeddings
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
@@ -78,6 +79,8 @@ class Run:
             encoder trains), on the CPU.
         call_arguments: prompts to keyword arguments of the pipeline.
         vae: gives the autoencoder, which is loaded when the first sample is drawn.
+        put_away: takes it off the device again, until the next one is.
+        memory: that the stages take.
         settings: what a resumed run must share with this one.
         header: what the LoRA's files say of themselves at a step.
         step: steps done, those that were skipped included.
@@ -112,6 +115,8 @@ class Run:
     conditioning: Callable[[Sequence[str], Conditioning], Conditioning]
     call_arguments: Callable[[Sequence[str]], dict[str, Any]]
     vae: Callable[[], Components]
+    put_away: Callable[[], None]
+    memory: StageMemory
     total_steps: int
     average: MovingAverage | None = None
     begun_with: dict[str, Tensor] = field(default_factory=dict)
@@ -165,6 +170,16 @@ class Run:
         return self.accelerator.unwrap_model(self.model)(noisy, times, conditioning)
 
 
+def training_tensors(run: Run) -> Iterator[Tensor]:
+    """What training holds besides the model: what trains, its gradients, and the optimizer's state."""
+    for parameter in run.trainables.values():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    for state in run.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
 def is_due(run: Run, every: int | None, step: int | None = None) -> bool:
     """Whether what comes every so many steps (0, None: never) and at the end comes at a step; the run's by default."""
     step = run.step if step is None else step
@@ -182,13 +197,16 @@ def train(run: Run) -> None:
         DivergedError: the loss or a gradient is not finite: that update is not made; or the last update left weights
             that are not finite. What is in checkpoints is finite in any case.
         Interrupted: a signal came; there is a checkpoint then, unless nothing was trained yet, or the signal was a
-            second Ctrl-C amid a step.
+            second Ctrl-C amid a step. So there is where memory does not suffice for what follows on a step.
     """
     try:
         try:
             _train(run)
-        except RuntimeError:
+        except (RuntimeError, MemoryError) as error:
             heed()  # a signal comes to all processes: what they share fails where another has ended by it already
+            if is_of_memory(error) and run.accelerator.num_processes == 1:  # others wait for this one elsewhere
+                run.memory.note(error)
+                run.keep()
             raise
     except Interrupted:
         run.keep()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ from dreamlora.commands.evaluate.drawing import Job, Sheet, draw_sheet, share_of
 from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
 from dreamlora.commands.evaluate.losses import measure_losses
 from dreamlora.commands.evaluate.table import table
+from dreamlora.commands.less_memory import advice
 from dreamlora.commands.outside import way_in
 from dreamlora.commands.rows import Row, rows_of
 from dreamlora.commands.shown import with_shown
@@ -48,6 +50,7 @@ from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metric, measure
 from dreamlora.files import write_atomically
+from dreamlora.memory import StageMemory, shortage_told
 from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told before images are drawn
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
@@ -87,14 +90,14 @@ class EvaluationContext:
     Attributes:
         subject: that was learned.
         state: the processes.
-        device: of pipeline and encoders.
+        memory: that the stages take, on the device of pipeline and encoders.
     """
 
     config: EvaluateConfig
     subject: Subject
     real: Real
     state: PartialState
-    device: torch.device
+    memory: StageMemory
 
     @property
     def loss_asked(self) -> bool:
@@ -151,25 +154,37 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         ),
         real=_real_images(config, run),
         state=state,
-        device=state.device if state.device.type == "cuda" else torch.device("cpu"),
+        memory=StageMemory(state.device if state.device.type == "cuda" else torch.device("cpu")),
     )
+    under_test = _under_test(evaluation, loras, run) if loras else None
+    with shortage_told(evaluation.memory, functools.partial(advice, config, under_test)):
+        return _evaluated(evaluation, under_test, folders, run)
+
+
+def _evaluated(
+    evaluation: EvaluationContext, under_test: UnderTest | None, folders: Sequence[Path], run: TrainedRun | None
+) -> Path:
+    """What is known by now, measured; returns the file."""
+    config, state, memory = evaluation.config, evaluation.state, evaluation.memory
     galleries = {str(path): _folder_gallery(evaluation, path) for path in folders}
     facts: dict[str, Any] = {"problems": {}}
     losses: dict[str, Measurement] = {}
     of_runs: dict[str, list[str]] = {}
-    if loras:
-        under_test = _under_test(evaluation, loras, run)
+    if under_test:
         of_runs = under_test.notes
         facts |= {"base_model": under_test.source.predictor_id, "precision": under_test.precision}
         if evaluation.loss_asked:  # first, as it is quick, and what is wrong with its items should be told soon
-            losses = measure_losses(config, under_test, run.folder if run else None, _processes(state))
+            with memory.stage("evaluation loss"):
+                losses = measure_losses(config, under_test, run.folder if run else None, _processes(state))
         if evaluation.image_metrics:
-            drawn, of_drawing = _draw(evaluation, under_test, run)
+            with memory.stage("drawing samples"):
+                drawn, of_drawing = _draw(evaluation, under_test, run)
             facts |= of_drawing
             galleries = {**drawn, **galleries}
         under_test.parts.free(*ROLES)
-    embedded = bool(loras or run) and model_of(config, run).pretrained_model_name_or_path == EMBEDDED_MODEL
-    measurements = _measure(evaluation, galleries, Embedders(_encoders(config, run), embedded, _place(evaluation)))
+    embedded = bool(under_test or run) and model_of(config, run).pretrained_model_name_or_path == EMBEDDED_MODEL
+    with memory.stage("image metrics"):
+        measurements = _measure(evaluation, galleries, Embedders(_encoders(config, run), embedded, _place(evaluation)))
     for label, measured in losses.items():
         images = measurements.get(label, Measurement())
         measurements[label] = Measurement([*measured.values, *images.values], [*measured.notes, *images.notes])
@@ -196,7 +211,7 @@ def _under_test(evaluation: EvaluationContext, loras: tuple[Path, ...], run: Tra
     labels = [row.label for row in rows]
     rows = [replace(row, label=f"{row.label}\n{row.lora}") if labels.count(row.label) > 1 else row for row in rows]
     options = (DRAWN_WITH if evaluation.image_metrics else ()) + (MEASURED_WITH if evaluation.loss_asked else ())
-    return prepared(evaluation.config, rows, run, evaluation.device, options)
+    return prepared(evaluation.config, rows, run, evaluation.memory, options)
 
 
 def _holds_images(path: Path) -> bool:
@@ -343,7 +358,7 @@ def _encoders(config: EvaluateConfig, run: TrainedRun | None) -> Encoders:
 def _place(evaluation: EvaluationContext) -> EncoderPlace:
     config, state = evaluation.config, evaluation.state
     return EncoderPlace(
-        device=evaluation.device,
+        device=evaluation.memory.device,
         cache=TensorCache(cache_folder(config.latents_cache_dir)),
         downloads=config.cache_dir,
         processes=_processes(state),
