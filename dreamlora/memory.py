@@ -70,7 +70,8 @@ class ProcessMeter:
     def reset(self) -> None:
         """See ``Meter``."""
         try:
-            (self._folder / "clear_refs").write_text("5", encoding="ascii")
+            with (self._folder / "clear_refs").open("w", encoding="ascii") as file:
+                file.write("5")
         except OSError:  # another system, or a container that does not let: the most of all stages so far would count
             self._folder = Path(os.devnull)
 

@@ -157,7 +157,7 @@ class SampleCallback:
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             **({"negative_prompt": plan.negative_prompt} if plan.negative_prompt else {}),
             **({"conditioning": digest(plan.shown[item.prompt])} if plan.shown else {}),
-            **({"vae_tiling": True} if plan.room.tiles else {}),
+            **({"vae_tiling": True} if plan.limits.tiles else {}),
             **({"problem": drawn.problem} if drawn.problem else {}),
         }
 

@@ -52,11 +52,11 @@ from dreamlora.run.encoding import (
 from dreamlora.run.images import RunImages, for_classes, with_class_images
 from dreamlora.run.opening import Prelude, begin, decided, read
 from dreamlora.run.prompts import all_prompts, all_shown_prompts
-from dreamlora.run.trainable import optimizer_of, with_lora
+from dreamlora.run.trainable import optimizer_of, training_tensors, with_lora
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, start, state
 from dreamlora.training.ema import MovingAverage
-from dreamlora.training.loop import Run, training_tensors
+from dreamlora.training.loop import Run
 from dreamlora.training.stream import Layout, Source, Stream
 
 

@@ -27,8 +27,9 @@ from dreamlora.models.adapter import content_of
 from dreamlora.models.inventory import PartFiles
 from dreamlora.models.new_tokens import TokenEmbeddings
 from dreamlora.models.parts import Parts, watch
+from dreamlora.sampling.limits import CallLimits
 from dreamlora.sampling.prompts import Subject
-from dreamlora.sampling.sampler import Guidance, Room, SamplePlan, plan_of
+from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
 from dreamlora.sampling.shown import Shown
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class RunContext:
         new_tokens: their embeddings by text encoder, once they are put in.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         trackers: on the main process, once they have started.
-        room: what a call of the pipeline may take.
+        limits: what a call of the pipeline may take.
         timings: seconds by stage, for the report.
         memory: that the stages take.
         warnings: what the person should know, for the report.
@@ -64,14 +65,14 @@ class RunContext:
     new_tokens: dict[str, TokenEmbeddings] = field(default_factory=dict)
     shown: Shown = field(default_factory=dict)
     trackers: list[RunTracker] = field(default_factory=list)
-    room: Room = field(default_factory=Room)
+    limits: CallLimits = field(default_factory=CallLimits)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.memory = StageMemory(self.accelerator.device)
         watch(self.memory, self.parts)
-        self.room.tiles = self.config.model.vae_tiling
+        self.limits.tiles = self.config.model.vae_tiling
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -138,7 +139,7 @@ class RunContext:
         defaults = self.family.sample_defaults(self.source)
         plan = plan_of(self.config.sample, defaults, prompts, data.resolution, data.sample_batch_size)
         return replace(
-            plan, room=self.room, shown={prompt: image for prompt, image in self.shown.items() if prompt in prompts}
+            plan, limits=self.limits, shown={prompt: image for prompt, image in self.shown.items() if prompt in prompts}
         )
 
     def guidance(self, negative: str | None) -> Guidance:

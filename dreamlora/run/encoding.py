@@ -53,7 +53,7 @@ def in_tiles_if_need_be(context: RunContext, work: Callable[[], T]) -> T:
     except TilesNeededError:
         pass  # what the exception holds is free again now
     context.config = replace(context.config, model=replace(context.config.model, vae_tiling=True))
-    context.room.tiles = True
+    context.limits.tiles = True
     context.parts.free("vae")
     context.warn(
         "memory does not suffice for encoding whole images: they are encoded in tiles, which gives slightly other "

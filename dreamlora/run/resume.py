@@ -80,7 +80,7 @@ def take_over_latents(context: RunContext, checkpoint: Checkpoint) -> None:
     """Have them made in the same way again, whatever memory suffices for now."""
     tiles = bool(checkpoint.settings.get(_TILES))
     context.config = replace(context.config, model=replace(context.config.model, vae_tiling=tiles))
-    context.room.tiles = tiles or context.room.tiles
+    context.limits.tiles = tiles or context.limits.tiles
 
 
 def require_same(checkpoint: Checkpoint, now: Mapping[str, Any], pictures: RunImages) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from dreamlora.config import Sample
 from dreamlora.errors import UserError, is_of_memory
 from dreamlora.interfaces import PICTURE, Conditioning, Family, ModelSource, SampleDefaults
-from dreamlora.models.tiling import can_tile, one_by_one, tiled
+from dreamlora.models.tiling import one_by_one, tiled
+from dreamlora.sampling.limits import CallLimits
 from dreamlora.sampling.schedulers import deterministic
 from dreamlora.sampling.shown import Shown, digest
 
@@ -121,29 +122,6 @@ class SampleItem:
         return f"p{self.prompt_index:02d}_s{self.seed}"
 
 
-@dataclass
-class Room:
-    """What a call of the pipeline may take. Where memory does not suffice, it is lowered for all calls to come.
-
-    Attributes:
-        images: at a time, at most; None: as many as are wanted.
-        tiles: whether the autoencoder works in tiles (``models.tiling``); None: where it must.
-    """
-
-    images: int | None = None
-    tiles: bool | None = None
-
-    def lower(self, images: int, vae: Any) -> str:
-        """After a call for so many images: what is done differently from now on, in words; empty if nothing is left."""
-        if images > 1:
-            self.images = images // 2
-            return f"memory does not suffice for {images} images at a time: from now on {self.images} are drawn"
-        if self.tiles is None and can_tile(vae):
-            self.tiles = True
-            return "memory does not suffice for a whole image: from now on the autoencoder decodes large ones in tiles"
-        return ""
-
-
 @dataclass(frozen=True)
 class SamplePlan:
     """Which images are drawn, and how; the same plan gives the same noise at every step and for every optimizer.
@@ -158,7 +136,7 @@ class SamplePlan:
         width: in pixels; None: the pipeline's own.
         height: in pixels; None: the pipeline's own.
         shown: the image that each prompt edits; empty for models that do not edit.
-        room: what a call may take; the plans of a program share it.
+        limits: what a call may take; the plans of a program share it.
     """
 
     prompts: tuple[str, ...]
@@ -171,7 +149,7 @@ class SamplePlan:
     width: int | None = None
     height: int | None = None
     shown: Shown = field(default_factory=dict)
-    room: Room = field(default_factory=Room, compare=False)
+    limits: CallLimits = field(default_factory=CallLimits, compare=False)
 
     @property
     def at_once(self) -> int:
@@ -270,11 +248,11 @@ def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], ask
     _refuse_single_step(pipeline, plan)
     drawn: list[Drawn] = []
     while len(drawn) < len(items):
-        part = items[len(drawn) :][: plan.room.images]
+        part = items[len(drawn) :][: plan.limits.images]
         try:
             drawn += _call(pipeline, plan, part, asked)
         except Exception as error:
-            changed = plan.room.lower(len(part), getattr(pipeline, "vae", None)) if is_of_memory(error) else ""
+            changed = plan.limits.lower(len(part), getattr(pipeline, "vae", None)) if is_of_memory(error) else ""
             if not changed:
                 raise
             logger.info(changed)
@@ -285,7 +263,7 @@ def _call(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], asked: A
     """Draw these images in one call of the pipeline."""
     prompts = [item.prompt for item in items]
     options, vae = _size(pipeline, plan), getattr(pipeline, "vae", None)
-    with _untouched(pipeline), one_by_one(vae), tiled(vae, plan.room.tiles):
+    with _untouched(pipeline), one_by_one(vae), tiled(vae, plan.limits.tiles):
         pixels = pipeline(
             **asked(prompts),
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],

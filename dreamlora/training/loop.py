@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +78,7 @@ class Run:
         conditioning: captions, and what belongs to their images, to batched conditioning (or token ids, if the text
             encoder trains), on the CPU.
         call_arguments: prompts to keyword arguments of the pipeline.
-        vae: gives the autoencoder, which is loaded when the first sample is drawn.
-        put_away: takes it off the device again, until the next one is.
+        vae: gives the autoencoder, loaded when the first sample is drawn; ``put_away`` takes it off the device.
         memory: that the stages take.
         settings: what a resumed run must share with this one.
         header: what the LoRA's files say of themselves at a step.
@@ -170,16 +169,6 @@ class Run:
         return self.accelerator.unwrap_model(self.model)(noisy, times, conditioning)
 
 
-def training_tensors(run: Run) -> Iterator[Tensor]:
-    """What training holds besides the model: what trains, its gradients, and the optimizer's state."""
-    for parameter in run.trainables.values():
-        yield parameter
-        if parameter.grad is not None:
-            yield parameter.grad
-    for state in run.optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
 def is_due(run: Run, every: int | None, step: int | None = None) -> bool:
     """Whether what comes every so many steps (0, None: never) and at the end comes at a step; the run's by default."""
     step = run.step if step is None else step
@@ -205,7 +194,6 @@ def train(run: Run) -> None:
         except (RuntimeError, MemoryError) as error:
             heed()  # a signal comes to all processes: what they share fails where another has ended by it already
             if is_of_memory(error) and run.accelerator.num_processes == 1:  # others wait for this one elsewhere
-                run.memory.note(error)
                 run.keep()
             raise
     except Interrupted:

@@ -30,7 +30,8 @@ from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
 from dreamlora.randomness import generator
 from dreamlora.runfolder import LORA_FILE
-from dreamlora.sampling.sampler import Asked, Guidance, Room, SamplePlan, draw, embedding, prompting
+from dreamlora.sampling.limits import CallLimits
+from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
 from dreamlora.sampling.shown import Shown
 from dreamlora.training.loop import Run
 
@@ -161,7 +162,7 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
         seed=sample["seed"],
         width=seen.width,
         height=seen.height,
-        room=Room(tiles=sample.get("vae_tiling")),
+        limits=CallLimits(tiles=sample.get("vae_tiling")),
     )
     [drawn] = draw(pipeline, plan, _asked(fresh, expected))
     of_sample = {key: sample[key] for key in ("prompt", "seed", "step")}

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from dreamlora import registry
 from dreamlora.cache_folder import cache_folder
 from dreamlora.cli.saved import saved_group
-from dreamlora.commands.evaluate.drawing import Job, Sheet, draw_sheet, share_of
+from dreamlora.commands.evaluate.drawing import Sheet, draw_missing
 from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
 from dreamlora.commands.evaluate.losses import measure_losses
 from dreamlora.commands.evaluate.table import table
@@ -54,7 +53,7 @@ from dreamlora.memory import StageMemory, shortage_told
 from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told before images are drawn
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
-from dreamlora.processes import gather_lists, main_first, tell_everyone, wait_for_everyone
+from dreamlora.processes import gather_lists, main_first, wait_for_everyone
 from dreamlora.reading import lies_inside
 from dreamlora.run import provenance
 from dreamlora.run.launch import processes
@@ -284,7 +283,7 @@ def _draw(
     sheets = [
         _sheet(evaluation.output, row, plan, under_test.made_of | under_test.tokens[row.label].made_of) for row in rows
     ]
-    broken = _draw_missing(evaluation.state, under_test, sheets)
+    broken = draw_missing(evaluation.state, under_test, sheets)
     galleries = {
         row.label: _gallery(evaluation, sheet, sheets[0], broken) for row, sheet in zip(rows, sheets, strict=True)
     }
@@ -307,24 +306,6 @@ def _sheet(output: Path, row: Row, plan: SamplePlan, base: Mapping[str, Any]) ->
     made_of = {**base, "lora": lora, "scale": row.scale}
     slug = re.sub(r"[^\w.]+", "-", row.label).strip("-")
     return Sheet(output / "images" / slug, plan, made_of)
-
-
-def _draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[Sheet]) -> dict[Path, str]:
-    """Draw this process's share of what is missing; the images of all processes that came out wrong, with why."""
-    missing: list[Job] = [(number, item) for number, sheet in enumerate(sheets) for item in sheet.missing()]
-    # One process says what is missing: for the others it changes as soon as the first one draws.
-    share = share_of(tell_everyone(missing), state.process_index, state.num_processes)
-    total = sum(map(len, share.values()))
-    wrong: list[tuple[Path, str]] = []
-    with tqdm(total=total, desc="drawing", unit="image", disable=not (total and state.is_main_process)) as bar:
-        for number, items in share.items():
-            sheet = sheets[number]
-            with under_test.applied(under_test.rows[number]) as pipeline, under_test.computing():
-                for item, problem in draw_sheet(pipeline, sheet, items, under_test.asked(sheet.plan)):
-                    bar.update()
-                    if problem:
-                        wrong.append((sheet.file(item), problem))
-    return dict(gather_lists(wrong))
 
 
 def _gallery(evaluation: EvaluationContext, sheet: Sheet, base: Sheet, broken: Mapping[Path, str]) -> MeasuredImages:
