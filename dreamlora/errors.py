@@ -55,6 +55,7 @@ _PARTNER = re.compile(r"Connection (?:closed|reset) by peer|Broken pipe|Connecti
 """What gloo, torch's store and NCCL say in a process of a run when another one is there no more."""
 _MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|OUT_OF_MEMORY|ALLOC_FAILED|alloc_cpu\.cpp"
+    r"|killed by signal: Killed|out of shared memory"
     r"|Storage size calculation overflowed|integer multiplication overflow",
     re.IGNORECASE,
 )

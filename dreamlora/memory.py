@@ -24,7 +24,7 @@ ALLOCATED, RESERVED, RESIDENT = "allocated", "reserved", "resident"
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """What torch's allocator on GPUs reads from the environment, under its new name and its old one."""
 _SEGMENTS = "expandable_segments:True"
-_HOST = re.compile(r"DefaultCPUAllocator|alloc_cpu|can't allocate memory|Unable to allocate", re.IGNORECASE)
+_HOST = re.compile(r"DefaultCPUAllocator|alloc_cpu|can't allocate memory|killed by signal|shared memory", re.IGNORECASE)
 
 Owner = TypeVar("Owner")
 

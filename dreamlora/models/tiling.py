@@ -1,7 +1,8 @@
 """Autoencoders that take large images in tiles, and several images one by one: less memory for a little time.
 
-One by one (slicing) gives the same numbers. Tiles overlap and are blended, but what a convolution or a normalisation
-would see beyond a tile's border is lacking: the numbers differ a little. So nothing is tiled that fits as a whole.
+One by one (slicing) gives the same numbers, but for rounding. Tiles overlap and are blended, but what a convolution or
+a normalisation would see beyond a tile's border is lacking: the numbers differ a little. So nothing is tiled that fits
+as a whole.
 """
 
 from __future__ import annotations

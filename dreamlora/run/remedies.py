@@ -60,6 +60,8 @@ def _of_host(context: RunContext) -> Iterator[str]:
 
 
 def _of_images(context: RunContext) -> Iterator[str]:
+    if context.config.data.dataloader_num_workers:
+        yield "--dataloader_num_workers 0"
     if context.config.model.vae_tiling is False:
         yield "no --no_vae_tiling"
     yield f"a --resolution below {context.config.data.resolution}"
