@@ -49,7 +49,17 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 @pytest.fixture
 def train(photos: Path, sd_folder: Path, tmp_path: Path) -> Train:  # noqa: F811
-    few = "--resolution 32 --max_train_steps 4 --sample_steps 0 --eval_steps 0 --no_parity_check".split()
+    few = [
+        "--resolution",
+        "32",
+        "--max_train_steps",
+        "4",
+        "--sample_steps",
+        "0",
+        "--eval_steps",
+        "0",
+        "--no_parity_check",
+    ]
 
     def train(name: str, *more: Any) -> RunFolder:
         return train_with([*flags_of(photos, tmp_path / "cache", sd_folder, tmp_path / name), *few, *more])

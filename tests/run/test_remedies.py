@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +141,7 @@ def test_sample_and_evaluate_say_it_in_the_same_words(
     assert advice in said.splitlines()[-1] and "Traceback" not in said
 
 
-def test_a_run_of_a_comparison_records_it(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_run_of_a_comparison_records_it(flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loop, "optimizer_step", lacking)
     outcome = worker.make_run("dreambooth", flags[1:], tmp_path / "run", "adamw")
     assert outcome["status"] == "failed"
