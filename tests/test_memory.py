@@ -144,9 +144,13 @@ def test_the_sentence_says_all_that_is_known() -> None:
     ids=str,
 )
 def test_every_kind_is_told_once_in_the_same_words(error: Exception, memory: StageMemory) -> None:
-    with pytest.raises(LackOfMemoryError) as told, shortage_told(memory, lambda shortage: f"try {shortage.stage}"):
+
+    def fail() -> None:
         with memory.stage("outer"), memory.stage("training"):
             raise error
+
+    with pytest.raises(LackOfMemoryError) as told, shortage_told(memory, lambda shortage: f"try {shortage.stage}"):
+        fail()
     text = str(told.value)
     assert text.startswith("memory does not suffice in the stage 'training' (") and "try training" in text
 

@@ -52,7 +52,7 @@ def test_tiles_are_nearly_the_whole_image(case: tuple[Any, Any]) -> None:
         in_tiles = family.encode_images({"vae": vae}, pixels).mean
     with tiled(vae, None):
         assert torch.equal(family.encode_images({"vae": vae}, pixels).mean, plain), "as it was"
-    assert not torch.equal(in_tiles, plain) and likeness(in_tiles, plain) > 0.5, "of random weights"
+    assert not torch.equal(in_tiles, plain) and likeness(in_tiles, plain) > 0.3, "of random weights"
     first = family.encode_images({"vae": vae}, pixels[..., :tile, :tile]).mean
     torch.testing.assert_close(in_tiles[..., :1, :1], first[..., :1, :1])
 

@@ -100,6 +100,6 @@ def test_a_resumed_run_goes_on_with_its_own_latents(train: Train, memory: Memory
 
 
 def test_images_are_never_tiled_if_that_was_asked_for(train: Train, memory: Memory) -> None:
-    with pytest.raises(Exception, match="memory does not suffice in the stage 'encoding images'.*no --no_vae_tiling"):
+    with pytest.raises(Exception, match=r"in the stage 'encoding images'.*no --no_vae_tiling"):
         train("run", "--no_vae_tiling")
     assert memory.tiled == [False]
