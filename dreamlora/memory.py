@@ -58,31 +58,34 @@ class CudaMeter:
 
 
 class ProcessMeter:
-    """What Linux counts of this process, which can begin to count anew; other systems cannot, and nothing is counted.
+    """The most that this process ever had of the computer's memory, by Linux' count; other systems are not asked.
+
+    That mark can only rise (to lower it would spoil it for whoever else looks), so a stage is known to have come so far
+    only if it came farther than all before it.
 
     Args:
-        folder: of the process in Linux' account of them.
+        status: Linux' account of the process.
     """
 
-    def __init__(self, folder: Path = Path("/proc/self")) -> None:
-        self._folder = folder
+    def __init__(self, status: Path = Path("/proc/self/status")) -> None:
+        self._status = status
+        self._before = 0
 
     def reset(self) -> None:
         """See ``Meter``."""
-        try:
-            with (self._folder / "clear_refs").open("w", encoding="ascii") as file:
-                file.write("5")
-        except OSError:  # another system, or a container that does not let: the most of all stages so far would count
-            self._folder = Path(os.devnull)
+        self._before = self._mark()
 
     def peaks(self) -> dict[str, int]:
-        """See ``Meter``."""
+        """See ``Meter``; nothing where the mark has not risen."""
+        mark = self._mark()
+        return {RESIDENT: mark} if mark > self._before else {}
+
+    def _mark(self) -> int:
         try:
-            text = (self._folder / "status").read_text(encoding="utf-8")
+            found = re.search(r"^VmHWM:\s*(\d+) kB", self._status.read_text(encoding="utf-8"), re.MULTILINE)
         except OSError:
-            return {}
-        found = re.search(r"^VmHWM:\s*(\d+) kB", text, re.MULTILINE)
-        return {RESIDENT: int(found[1]) * 1024} if found else {}
+            return 0
+        return int(found[1]) * 1024 if found else 0
 
 
 def meters_of(device: torch.device) -> list[Meter]:
@@ -111,12 +114,12 @@ class Shortage:
 
     def __str__(self) -> str:
         """What was held, in a sentence; empty if nothing is known."""
+        parts = [f"{part} {_gib(size)}" for part, size in self.held.items() if size]
         if self.peak is None:
-            return ""
+            return f"Held were, in GiB: {', '.join(parts)}" if parts else ""
         of = f" of {_gib(self.total)}" if self.total else ""
         rest = max(self.peak - sum(self.held.values()), 0)
-        parts = ", ".join(f"{part} {_gib(size)}" for part, size in self.held.items() if size)
-        listed = f": {parts}, activations and all else {_gib(rest)}" if parts else ""
+        listed = f": {', '.join(parts)}, activations and all else {_gib(rest)}" if parts else ""
         where = "" if self.on_host else " on the GPU"
         return f"At most {_gib(self.peak)}{of} GiB were in use{where}{listed}"
 

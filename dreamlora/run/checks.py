@@ -18,8 +18,11 @@ from dreamlora.lora.applying import weights_for
 from dreamlora.lora.names import names_of
 from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
 from dreamlora.lora.weights import LayerWeights
+from dreamlora.models import kernels
 from dreamlora.models.inventory import PartFiles, empty_part, problems_of
 from dreamlora.models.loading import read_settings
+from dreamlora.models.offload import SLOTS, waiting_blocks
+from dreamlora.models.parts import DTYPES
 from dreamlora.run import continuing, formats
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
@@ -39,14 +42,16 @@ def require_parts(parts: Sequence[PartFiles]) -> None:
 
 def require_layers(context: RunContext) -> None:
     """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter; and what
-    patterns of ranks and alphas name.
+    patterns of ranks and alphas name; and can be computed as is asked for.
 
     Raises:
         UserError: it has none of a name that was given, or the training adapter is for another model; or one has no
-            name in a format that is asked for.
+            name in a format that is asked for; or see ``kernels.require``.
     """
     family, lora = context.family, context.config.lora
     module = empty_part(context.inventory, family.DENOISER)
+    device, precision = context.accelerator.device, DTYPES[context.accelerator.mixed_precision]
+    kernels.require(family, module, context.source, device, precision)
     found = {family.DENOISER: _layers(context, family.DENOISER, module)}
     if lora.rank_pattern or lora.alpha_pattern:
         encoders = family.TEXT_ENCODERS if lora.train_text_encoder else ()
@@ -57,6 +62,16 @@ def require_layers(context: RunContext) -> None:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
     formats.require_names(context, module, found[family.DENOISER])
+
+
+def require_blocks(context: RunContext) -> None:
+    """Nothing, if the denoiser has as many blocks as are to wait in host memory.
+
+    Raises:
+        UserError: it has not.
+    """
+    if count := context.config.model.offload_blocks:
+        waiting_blocks(empty_part(context.inventory, context.family.DENOISER), count)
 
 
 def _layers(context: RunContext, name: str, module: nn.Module) -> list[str]:
@@ -106,6 +121,11 @@ def require_room(context: RunContext, records: Sequence[ImageRecord], how: Prepa
 
 def warnings(context: RunContext) -> Iterator[str]:
     """What a person would hardly want, and the run does all the same; one sentence each."""
+    count = context.config.model.offload_blocks
+    if count and context.accelerator.device.type != "cuda":
+        yield f"--offload_blocks {count} saves nothing on this device, and costs copies: it is for GPUs of CUDA"
+    elif 0 < count <= SLOTS:
+        yield f"--offload_blocks {count} saves nothing: the ring on the GPU holds {SLOTS} blocks in any case"
     distilled = context.family.distilled(context.source)
     if distilled and not context.training_adapter:
         yield f"this model was distilled to few steps, and plain training undoes that: {distilled}"

@@ -21,6 +21,7 @@ from dreamlora.errors import is_of_memory
 from dreamlora.interfaces import PICTURE, Components, Conditioning, Latents
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.models.tiling import TILE, can_tile, tiled
+from dreamlora.models.turns import HOST, TOGETHER
 from dreamlora.processes import gather_lists, wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.run.images import RunImages
@@ -128,8 +129,7 @@ def encode_frozen(context: RunContext, prompts: Iterable[Prompt], text: Componen
         return _tokenized(context, text)
     own = {"new_tokens": " ".join(tokens)} if (tokens := context.config.tokens.new_tokens) else {}
     encode = _encoded(context, prompts, context.family.encode_frozen, part="frozen", **own)
-    for name in frozen:
-        del text[name]
+    context.parts.forget_frozen_text()
     return encode
 
 
@@ -145,10 +145,17 @@ def _encoded(
         text = context.parts.get("text")
         return encoder(text, tokenized(context.family, text, prompts, length))
 
-    own = context.source.text_encoder_precision
+    parts, own = context.parts, context.source.text_encoder_precision
     kept = {**key_parts, **({"text_encoder_precision": own} if own else {})}
-    filling = context.filling(dtype=context.accelerator.mixed_precision, length=length, **kept)
-    table = encode_prompts(prompts, encode, replace(filling, length_axes=context.family.LENGTH_AXES))
+    if parts.text_device != parts.device:
+        kept["text_encoder_device"] = parts.text_device.type  # it rounds otherwise, as TF32 does
+    filling = replace(
+        context.filling(dtype=context.accelerator.mixed_precision, length=length, **kept),
+        length_axes=context.family.LENGTH_AXES,
+        in_turns=parts.in_turns,
+        together=1 if parts.text_device == HOST else TOGETHER,
+    )
+    table = encode_prompts(prompts, encode, filling)
     wait_for_everyone()
 
     def encoded(captions: Sequence[str], views: Conditioning) -> Conditioning:

@@ -119,7 +119,7 @@ def made(photos: Path, cache: Path, sd_folder: Path, tmp_path_factory: pytest.Te
 
 
 COMMANDS = {
-    "loading": ("sample", under_test.Parts, "pipeline", "loading the model", "--base_precision int8"),
+    "loading": ("sample", under_test.Parts, "drawer", "loading the model", "--base_precision int8"),
     "encoding": ("sample", sd, "encode_tokens", "encoding prompts", "--text_encoder_precision int8"),
     "drawing": ("sample", draw, "draw", "drawing samples", "--mixed_precision bf16"),
     "loss": ("evaluate", losses, "evaluate_loss", "evaluation loss", "--eval_batch_size 1"),
