@@ -156,9 +156,12 @@ def test_a_broken_base_image_is_no_base(tmp_path: Path, monkeypatch: pytest.Monk
     run: Any = SimpleNamespace(
         folder=RunFolder(tmp_path), accelerator=accelerator, step=0, total_steps=1, memory=memory
     )
+    put_away: list[int] = []
+    monkeypatch.setattr(Embedders, "put_away", lambda self: put_away.append(run.step))
     callback.on_start(run)
     run.step = 1
     callback.on_step(run, None)  # type: ignore[arg-type]
+    assert put_away == [1], "once what can be measured is measured"
     (gallery,) = galleries
     assert len(gallery.generated) == 2 and not gallery.base
     assert notes == [

@@ -93,6 +93,7 @@ def test_draws_at_the_start_every_n_steps_and_at_the_end(tmp_path: Path, pipelin
         "lora_scale": 1.0,
         "scheduler": "DDIMScheduler",
     }
+    assert run.put_away_at == [0, 2, 4, 5], "the autoencoder leaves the device after each drawing"
     with Image.open(run.folder.timelapse_file) as film:
         assert film.n_frames == 4
     assert run.folder.grid_file.exists()
