@@ -54,7 +54,7 @@ def context_of(photos: Path, **data: Any) -> RunContext:
     )
     config = replace(RunConfig(), data=replace(given, **data))
     config = replace(config, sample=replace(config.sample, num_inference_steps=1, sample_guidance_scale=1.0))
-    source: Any = SimpleNamespace(predictor_id="model", text_encoder_device=None)
+    source: Any = SimpleNamespace(predictor_id="model", drawer_id="model", text_encoder_device=None)
     parts = Parts(sd, source, accelerator.device, torch.float32)
     return RunContext(config, accelerator, sd, source, parts)  # type: ignore[arg-type]
 
