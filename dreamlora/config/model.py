@@ -64,6 +64,9 @@ class Model:
     vram: str | None = None
     """Gigabytes that the GPU has for the training (such as 8, 12, 24), or auto for all that are free: sets precision,
     checkpointing, offloading, batch and accumulation so that it fits. Flags that are given win."""
+    vae_tiling: bool | None = None
+    """Have the autoencoder take images in overlapping tiles of at most 512 pixels: less memory, slightly other numbers.
+    Default: only where memory does not suffice for a whole image."""
     compile: bool = False
     """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one for each size of
     images. Needs a compiler: g++ on a CPU, Triton on a GPU."""

@@ -12,7 +12,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
-from dreamlora.errors import UserError
+from dreamlora.errors import UserError, is_of_memory
 from dreamlora.lora.converter import unreadable
 from dreamlora.lora.files import read_weights
 from dreamlora.lora.fused import fuse
@@ -38,6 +38,8 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0, model: ModelNames 
             put_adapter(getattr(pipeline, component), weights)
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         pipeline.unload_lora_weights()
+        if is_of_memory(error):
+            raise
         raise unreadable(path, error) from error
     pipeline.set_adapters([ADAPTER], [scale])
     for component in adapters:

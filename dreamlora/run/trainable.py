@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from dreamlora import registry
 from dreamlora.errors import UserError
@@ -17,7 +18,7 @@ from dreamlora.models.checkpointing import enable_checkpointing
 from dreamlora.optimizers import group_without_pairs, lora_param_groups
 from dreamlora.run import checks, continuing, new_tokens
 from dreamlora.run.context import RunContext
-from dreamlora.training.loop import Predictor
+from dreamlora.training.loop import Predictor, Run
 
 
 def with_lora(context: RunContext, components: Components, text: Components | None) -> Predictor:
@@ -85,3 +86,13 @@ def _groups(adapter: str, modules: list[nn.Module], lr: float | None, decay: flo
         return group_without_pairs(modules, lr=lr, weight_decay=decay)
     groups = lora_param_groups(modules, lr=lr, weight_decay=decay)
     return [group if group["lora_pairs"] else {**group, "weight_decay": 0.0} for group in groups]
+
+
+def training_tensors(run: Run) -> Iterator[Tensor]:
+    """What training holds besides the model: what trains, its gradients, and the optimizer's state."""
+    for parameter in run.trainables.values():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    for state in run.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dreamlora.config import RunConfig
-from dreamlora.errors import DivergedError
+from dreamlora.errors import DivergedError, is_of_memory
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
 from dreamlora.interrupts import Interrupted, asked, deferred, heed
+from dreamlora.memory import StageMemory
 from dreamlora.models.new_tokens import TokenEmbeddings
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
@@ -77,7 +78,8 @@ class Run:
         conditioning: captions, and what belongs to their images, to batched conditioning (or token ids, if the text
             encoder trains), on the CPU.
         call_arguments: prompts to keyword arguments of the pipeline.
-        vae: gives the autoencoder, which is loaded when the first sample is drawn.
+        vae: gives the autoencoder, loaded when the first sample is drawn; ``put_away`` takes it off the device.
+        memory: that the stages take.
         settings: what a resumed run must share with this one.
         header: what the LoRA's files say of themselves at a step.
         step: steps done, those that were skipped included.
@@ -112,6 +114,8 @@ class Run:
     conditioning: Callable[[Sequence[str], Conditioning], Conditioning]
     call_arguments: Callable[[Sequence[str]], dict[str, Any]]
     vae: Callable[[], Components]
+    put_away: Callable[[], None]
+    memory: StageMemory
     total_steps: int
     average: MovingAverage | None = None
     begun_with: dict[str, Tensor] = field(default_factory=dict)
@@ -182,13 +186,15 @@ def train(run: Run) -> None:
         DivergedError: the loss or a gradient is not finite: that update is not made; or the last update left weights
             that are not finite. What is in checkpoints is finite in any case.
         Interrupted: a signal came; there is a checkpoint then, unless nothing was trained yet, or the signal was a
-            second Ctrl-C amid a step.
+            second Ctrl-C amid a step. So there is where memory does not suffice for what follows on a step.
     """
     try:
         try:
             _train(run)
-        except RuntimeError:
+        except (RuntimeError, MemoryError) as error:
             heed()  # a signal comes to all processes: what they share fails where another has ended by it already
+            if is_of_memory(error) and run.accelerator.num_processes == 1:  # others wait for this one elsewhere
+                run.keep()
             raise
     except Interrupted:
         run.keep()

@@ -16,6 +16,7 @@ from dreamlora.commands.trained import DRAWN_WITH, TrainedRun, first_run, model_
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.errors import UserError
 from dreamlora.interfaces import SampleDefaults
+from dreamlora.memory import StageMemory
 from tests.hubcache import FakeHub
 
 DEFAULTS = SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
@@ -42,7 +43,7 @@ def run(sd_folder: Path, tmp_path: Path) -> Any:
 def under_test(*paths: Path, **flags: Any) -> UnderTest:
     config = SampleConfig(lora=paths, trust_runs=True, **flags)
     rows = [Row("base model"), *(Row(path.name, path / "lora", 1.0, run_of(path)) for path in paths)]
-    return prepared(config, rows, first_run(config), CPU, DRAWN_WITH)
+    return prepared(config, rows, first_run(config), StageMemory(CPU, []), DRAWN_WITH)
 
 
 def notes(*paths: Path, **flags: Any) -> dict[str, list[str]]:
