@@ -7,7 +7,7 @@ prompts of the same number of tokens, each encoded by itself. So a LoRA gives th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from dreamlora.commands.trained import (
     refuse_other_predictions,
     source_of,
 )
-from dreamlora.interfaces import ModelSource, SampleDefaults
+from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.names import names_of
 from dreamlora.lora.pairs import is_adapted
@@ -69,13 +69,12 @@ class UnderTest:
     memory: StageMemory
 
     @contextmanager
-    def applied(self, row: Row, ask: Callable[[Any], object], inputs: Sequence[Any]) -> Iterator[Any]:
+    def applied(self, row: Row, asked: Iterable[tuple[Sequence[str], Conditioning]]) -> Iterator[Any]:
         """A pipeline with the row's LoRA and new tokens, which draws from embeddings; afterwards the model is without.
 
         Args:
             row: whose LoRA.
-            ask: calls ``encode``.
-            inputs: of ``ask``: what is encoded before the denoiser comes.
+            asked: arguments of ``encode``: all that is encoded before the denoiser comes.
         """
         with self.memory.stage("loading the model"):
             whole, text, family = self.parts.resting_pipeline(), self.parts.text, self.parts.family
@@ -88,7 +87,7 @@ class UnderTest:
                 self.encode.forget()
             try:
                 with self.memory.stage("encoding prompts"):
-                    self.encode.prepare(ask, inputs)
+                    self.encode.prepare(asked)
                 with self.memory.stage("loading the model"):
                     pipeline = self.parts.drawer()
                 yield pipeline
@@ -99,7 +98,7 @@ class UnderTest:
 
     def drawing(self, row: Row, plan: SamplePlan, prompts: Iterable[str]) -> AbstractContextManager[Any]:
         """A pipeline with the row's LoRA and new tokens, to draw images of a plan with these of its prompts."""
-        return self.applied(row, self.asked(plan), [[prompt] for prompt in dict.fromkeys(prompts)])
+        return self.applied(row, self._guidance(plan).encoded(prompts))
 
     def computing(self) -> AbstractContextManager[Any]:
         """In here the denoiser computes as in training."""

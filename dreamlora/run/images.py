@@ -193,8 +193,9 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
 
     def drawer() -> prior.Drawer:
         encode = PromptEncoder(base, length=None)
-        asked = embedding(context.guidance(plan.negative_prompt), encode)
-        encode.prepare(asked, [plan.prompts])
+        guidance = context.guidance(plan.negative_prompt)
+        asked = embedding(guidance, encode)
+        encode.prepare(guidance.encoded(plan.prompts))
         base.free("text")
         loaded = base.drawer()
         return lambda items: draw_batch(loaded, plan, items, asked)

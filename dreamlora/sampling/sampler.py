@@ -12,7 +12,7 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +66,14 @@ class Guidance:
         """The pictures that the text encoder sees with these prompts; empty where it sees none."""
         picture = self.family.text_pictures(self.source)
         return {} if picture is None else {PICTURE: torch.stack([picture(self.shown[prompt]) for prompt in prompts])}
+
+    def encoded(self, prompts: Iterable[str]) -> Iterator[tuple[list[str], Conditioning]]:
+        """What ``embedding`` has encoded for these prompts."""
+        for prompt in prompts:
+            views = self.views([prompt])
+            yield [prompt], views
+            if self.encoded_negative is not None:
+                yield [self.encoded_negative], views
 
     @property
     def encoded_negative(self) -> str | None:

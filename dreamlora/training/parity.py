@@ -151,19 +151,20 @@ def check(parts: Parts, expected: ExpectedOutput, *, full: bool) -> dict[str, An
         ``compare_calls``; and ``loader``, if it is not diffusers'.
     """
     encode = PromptEncoder(parts, expected.call.prompt_length)
-    asked = _asked(parts, expected, encode, full=full)
+    guidance = _guidance(parts, expected)
+    reads = full and _reads_itself(parts, expected, guidance)
     prompts, views = [expected.sample["prompt"]], expected.call.view
     with put_for_a_while(parts.text, expected.call.start):
-        encode.prepare(lambda _: encode(prompts, views), [None])
+        encode.prepare([(prompts, views)])
         conditioning = encode(prompts, views)
     encode.forget()
     _load(parts.resting_pipeline(), parts.family, expected)
-    encode.prepare(lambda _: (encode(prompts, views), asked(prompts)), [None])
+    encode.prepare([(prompts, views), *(() if reads else guidance.encoded(prompts))])
     if not full:
         parts.free("text")
     pipeline = parts.pipeline() if full else parts.drawer()
     with_lora = _answer(parts, expected, encode(prompts, views))
-    drawn, seen = _draw(pipeline, expected, asked)
+    drawn, seen = _draw(pipeline, expected, prompting(guidance) if reads else embedding(guidance, encode))
     pipeline.unload_lora_weights()
     call = compare_calls(expected.call, with_lora, _answer(parts, expected, conditioning))
     of_sample = {key: expected.sample[key] for key in ("prompt", "seed", "step")}
@@ -199,17 +200,18 @@ def _draw(pipeline: Any, expected: ExpectedOutput, asked: Asked) -> tuple[Image.
     return drawn.image, seen
 
 
-def _asked(parts: Parts, expected: ExpectedOutput, encode: PromptEncoder, *, full: bool) -> Asked:
-    """A full pipeline reads the prompt itself, as a user's does, if it makes of it what training did: it knows no other
-    number of tokens and no other layers of the text encoder, and some know no negative prompt.
+def _guidance(parts: Parts, expected: ExpectedOutput) -> Guidance:
+    sample = expected.sample
+    return Guidance(parts.family, parts.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
+
+
+def _reads_itself(parts: Parts, expected: ExpectedOutput, guidance: Guidance) -> bool:
+    """Whether the pipeline makes of the prompt what training did, as it reads it for a user: it knows no other number
+    of tokens and no other layers of the text encoder, and some know no negative prompt.
     """
-    family, length, sample = parts.family, expected.call.prompt_length, expected.sample
-    guidance = Guidance(family, parts.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
     known = inspect.signature(parts.resting_pipeline().__call__).parameters
-    usual = length in (None, family.PROMPT_DEFAULT) and not parts.source.text_layers
-    if full and usual and (guidance.negative is None or "negative_prompt" in known):
-        return prompting(guidance)
-    return embedding(guidance, encode)
+    usual = expected.call.prompt_length in (None, parts.family.PROMPT_DEFAULT) and not parts.source.text_layers
+    return usual and (guidance.negative is None or "negative_prompt" in known)
 
 
 @torch.no_grad()

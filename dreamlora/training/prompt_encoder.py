@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pictures
-from dreamlora.interfaces import Components, Conditioning
+from dreamlora.interfaces import Conditioning
 from dreamlora.models.parts import Parts
 from dreamlora.training.stream import stack_conditioning
-
-
-def _nothing() -> None:
-    """There is room."""
 
 
 class PromptEncoder:
@@ -34,26 +30,26 @@ class PromptEncoder:
         self._length = length
         self._training = training
         self._encoded: dict[str, Conditioning] = {}
-        self._make_room: Callable[[], object] = _nothing
 
     def __call__(self, captions: Sequence[str], views: Conditioning) -> Conditioning:
         """On the denoiser's device."""
         rows = [self._row(prompt) for prompt in with_pictures(captions, views)]
         return stack_conditioning(rows, self._parts.family.LENGTH_AXES)
 
-    def prepare(self, ask: Callable[[Any], object], inputs: Sequence[Any]) -> None:
+    def prepare(self, asked: Iterable[tuple[Sequence[str], Conditioning]]) -> None:
         """Encode all that will be asked for, while nothing else of the model is on the device of the text encoders.
 
-        What is on it afterwards is nobody's: ``Parts.get`` and ``Parts.pipeline`` bring the other parts back.
+        Nothing of the model is on it afterwards: ``Parts.get`` and ``Parts.drawer`` bring the other parts back.
 
         Args:
-            ask: calls this encoder.
-            inputs: of ``ask``.
+            asked: arguments of the calls.
         """
-        with ExitStack() as stack:
-            self._make_room = lambda: stack.enter_context(self._parts.text_alone())
-            stack.callback(setattr, self, "_make_room", _nothing)
-            self._parts.in_turns(ask, inputs)
+        prompts = {prompt_key(prompt, {}): prompt for each in asked for prompt in with_pictures(*each)}
+        missing = {key: prompt for key, prompt in prompts.items() if key not in self._encoded}
+        if missing:
+            with self._parts.text_alone():
+                rows = self._parts.in_turns(self._encode, list(missing.values()))
+            self._encoded.update(zip(missing, rows, strict=True))
 
     def forget(self) -> None:
         """The text encoders have changed."""
@@ -62,17 +58,13 @@ class PromptEncoder:
     def _row(self, prompt: Prompt) -> Conditioning:
         key = prompt_key(prompt, {})
         if key not in self._encoded:
-            self._encoded[key] = self._encode(self._text(), prompt)
+            self._encoded[key] = self._encode(prompt)
         return self._encoded[key]
 
-    def _text(self) -> Components:
-        self._make_room()
-        self._make_room = _nothing
-        return self._parts.get("text")
-
     @torch.no_grad()
-    def _encode(self, text: Components, prompt: Prompt) -> Conditioning:
+    def _encode(self, prompt: Prompt) -> Conditioning:
         """A text encoder that trains is a part of what runs under autocast; one that does not has run before."""
+        text = self._parts.get("text")
         family, device = self._parts.family, self._parts.device
         tokens = tokenized(family, text, [prompt], self._length)
         with torch.autocast(device.type, enabled=False):

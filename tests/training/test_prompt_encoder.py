@@ -26,14 +26,14 @@ def test_what_is_prepared_needs_no_text_encoder_again(name: str, tiny_folder: An
     parts = parts_of(tiny_folder(name))
     encode = PromptEncoder(parts, None)
     [denoiser] = (part for key, part in parts.get("denoiser").items() if key == parts.family.DENOISER)
-    encode.prepare(lambda prompt: encode([prompt], {}), PROMPTS)
+    encode.prepare([([prompt], {}) for prompt in PROMPTS])
     assert not bus.here and bus.most == 1
     arrivals = bus.arrivals
     parts.get("denoiser")
     both = encode(PROMPTS, {})
     assert bus.here == [denoiser] and bus.arrivals == arrivals + 1
     assert all(len(value) == 2 and value.device == MPS for value in both.values())
-    encode.prepare(lambda prompt: encode([prompt], {}), PROMPTS)
+    encode.prepare([([prompt], {}) for prompt in PROMPTS])
     assert bus.here == [denoiser]  # nothing was to be made, and nobody had to go
     parts.free("text", "denoiser")
     one_by_one = PromptEncoder(parts, None)
@@ -57,6 +57,6 @@ def test_text_encoders_on_the_cpu_leave_the_device_alone(name: str, tiny_folder:
     encode = PromptEncoder(parts, None)
     parts.get("denoiser")
     here = list(bus.here)
-    encode.prepare(lambda prompt: encode([prompt], {}), PROMPTS)
+    encode.prepare([([prompt], {}) for prompt in PROMPTS])
     assert bus.here == here and bus.arrivals == 1
     assert all(value.device == MPS for value in encode(PROMPTS, {}).values())

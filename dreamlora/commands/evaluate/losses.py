@@ -73,14 +73,14 @@ def _losses(config: EvaluateConfig, under_test: UnderTest, items: EvalSet, proce
         raise UserError("the evaluation set has other times than this model's schedule: take that of a run with it")
     measured = Measured(predict, objective, under_test.encode, parts.device)
 
-    def encode(image: int) -> None:
-        views = {name: view[image : image + 1] for name, view in items.views.items()}
-        under_test.encode([items.captions[image]], views)
-
-    batch, images = config.eval_batch_size, range(len(items.captions))
+    asked = [
+        ([caption], {name: view[image : image + 1] for name, view in items.views.items()})
+        for image, caption in enumerate(items.captions)
+    ]
+    batch = config.eval_batch_size
     losses = []
     for row in tqdm(under_test.rows, desc="loss", unit="LoRA", disable=processes.rank > 0):
-        with under_test.applied(row, encode, images):
+        with under_test.applied(row, asked):
             losses.append(evaluate_loss(measured, items, batch_size=batch, rank=processes.rank, world=processes.world))
     return losses
 

@@ -93,4 +93,4 @@ def test_on_a_device_the_text_encoders_have_gone_when_the_denoiser_comes(
     with_text = [names for names in bus.seen if any("CLIP" in name or "T5" in name for name in names)]
     assert with_text and all(len(names) == 1 for names in with_text)
     drawn = 3 if more else 1  # a LoRA of the denoiser alone is drawn with the embeddings that there are
-    assert len(with_text) <= drawn * 2 * 3  # prompts, then negative ones, each through three encoders at most
+    assert len(with_text) <= drawn * 3
