@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,9 +123,22 @@ def product(x: Tensor, layer: nn.Linear) -> Tensor:
     return F.linear(x, dense_weight(layer, x.dtype), bias)
 
 
+class _FrozenProduct(torch.autograd.Function):
+    """``x Wᵀ + b``; backwards W is unpacked once more, where autograd would keep it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return product(x, layer)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:
+        return gy @ dense_weight(ctx.layer, gy.dtype), None
+
+
 @torch.library.custom_op("dreamlora::packed_product", mutates_args=())
 def _packed_product(
-    x: Tensor, packed: list[Tensor], names: str, word: str, shape: list[int], transposed: bool
+    x: Tensor, packed: Sequence[Tensor], names: str, word: str, shape: Sequence[int], transposed: bool
 ) -> Tensor:
     """``x Wᵀ``, or ``x W``, of a stored weight W: for torch.compile, which would keep what it sees unpacked."""
     tensors = dict(zip(names.split(), packed, strict=True))
@@ -134,7 +147,7 @@ def _packed_product(
 
 
 @_packed_product.register_fake
-def _(x: Tensor, packed: list[Tensor], names: str, word: str, shape: list[int], transposed: bool) -> Tensor:
+def _(x: Tensor, packed: Sequence[Tensor], names: str, word: str, shape: Sequence[int], transposed: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0 if transposed else 1])
 
 
@@ -149,19 +162,6 @@ def _packed_product_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
 
 
 _packed_product.register_autograd(_packed_product_backward, setup_context=_keep_packed)
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """``x Wᵀ + b``; backwards W is unpacked once more, where autograd would keep it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
-        ctx.layer = layer
-        return product(x, layer)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:
-        return gy @ dense_weight(ctx.layer, gy.dtype), None
 
 
 def quantize(module: nn.Module, word: str, device: torch.device) -> None:
