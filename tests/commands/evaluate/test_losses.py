@@ -106,8 +106,9 @@ def test_two_processes_equal_one(run: RunFolder, photos: Path, tmp_path: Path) -
         ["--mixed_precision", "bf16"],
         ["--mixed_precision", "bf16", "--train_text_encoder"],
         ["--prediction_type", "v_prediction", "--tokenizer_max_length", "5"],
+        ["--base_precision", "int8", "--text_encoder_precision", "fp8", "--train_text_encoder"],
     ],
-    ids=["bf16", "bf16 with a text encoder", "another prediction and short prompts"],
+    ids=["bf16", "bf16 with a text encoder", "another prediction and short prompts", "fewer bits"],
 )
 def test_it_is_measured_as_the_run_computed(
     more: list[str], sd_folder: Path, photos: Path, cache: Path, tmp_path: Path
