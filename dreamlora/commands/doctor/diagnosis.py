@@ -27,7 +27,7 @@ from dreamlora.run.context import RunContext
 from dreamlora.run.defaults import run_folder
 from dreamlora.run.encoding import latent_filling
 from dreamlora.run.images import RunImages
-from dreamlora.run.rehearsal import AVERAGE_BYTES, HOW, LORA_BYTES, Rehearsal
+from dreamlora.run.rehearsal import AVERAGE_BYTES, CHECKPOINT_BYTES, HOW, Rehearsal
 from dreamlora.runfolder import RunFolder
 from dreamlora.scratch import Scratch
 
@@ -181,7 +181,7 @@ def _of_rehearsal(context: RunContext, pictures: RunImages | None) -> dict[str, 
         drawn = min(config.data.sample_batch_size, len(context.sample_plan(pictures.prompts).items()))
     largest = max(sizes, key=_area)
     rehearsal = Rehearsal(context, max(prompts, key=len), largest, drawn)
-    trained = rehearsal.trained()
+    trained = rehearsal.passes.trained()
     stages = [
         {"stage": stage.name, "held": stage.held, "work": stage.work, "rough": stage.rough}
         for stage in rehearsal.stages()
@@ -195,10 +195,10 @@ def _of_rehearsal(context: RunContext, pictures: RunImages | None) -> dict[str, 
 
 def _of_disk(context: RunContext, pictures: RunImages, rehearsal: Rehearsal, prompts: int) -> dict[str, Any]:
     """Bytes that the cache lacks, and that checkpoints take."""
-    train, each = context.config.train, rehearsal.prompt_bytes
-    parameters = sum(one.parameters for one in rehearsal.trained())
+    train, each = context.config.train, rehearsal.passes.prompt_bytes
+    parameters = rehearsal.passes.parameters()
     every, total = train.checkpointing_steps, train.max_train_steps or 0
-    per_number = LORA_BYTES + (AVERAGE_BYTES // 2 if context.config.optim.ema_decay else 0)
+    per_number = CHECKPOINT_BYTES + (AVERAGE_BYTES // 2 if context.config.optim.ema_decay else 0)
     kept = min(-(-total // every), train.checkpoints_total_limit or total) if every else 0
     return {
         "latents": bytes_lacking(pictures.train, _preparations(context), latent_filling(context)),
