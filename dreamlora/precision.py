@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -71,9 +71,11 @@ class QuantizedLinear(nn.Linear):
         for name, tensor in self._form.pack(layer.weight.detach()).items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight ``(m, n)``, as close as what is stored comes to it."""
+    def dense(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """The weight ``(m, n)``, as close as what is stored comes to it; unpacked on the device, by default its own."""
         packed: Any = self._buffers
+        if device is not None:
+            packed = {name: tensor.to(device) for name, tensor in packed.items()}
         return self._form.unpack(packed, torch.Size((self.out_features, self.in_features)), dtype or self.dtype)
 
     @property
@@ -127,9 +129,18 @@ def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
 _AUTOCAST_ON_META: ContextVar[torch.dtype | None] = ContextVar("autocast_on_meta", default=None)
 
 
-def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The weight of a linear layer in a precision, however it is stored."""
-    return layer.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(dtype)
+def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """The weight of a layer in a precision, however and wherever it is stored.
+
+    Args:
+        layer: with a ``weight``.
+        dtype, device: None: the layer's own.
+    """
+    if isinstance(layer, QuantizedLinear):
+        return layer.dense(dtype, device)
+    weight: Any = layer.weight
+    dense: Tensor = weight.to(device, dtype)
+    return dense
 
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -151,19 +162,22 @@ class _FrozenProduct(torch.autograd.Function):
         return gy @ dense_weight(ctx.layer, gy.dtype), None
 
 
-def quantize(module: nn.Module, word: str, device: torch.device) -> None:
+def quantize(module: nn.Module, word: str, device: torch.device, waiting: Iterable[nn.Module] = ()) -> None:
     """Store a frozen model's linear layers in fewer bits, one after the other, each on the device.
 
     Args:
         module: of diffusers or transformers; what is not in its blocks (embedders, the last projection) stays as it is.
         word: of ``FORMS``.
         device: where layers are packed, and stay.
+        waiting: submodules whose layers go back to host memory, each before the next one is packed.
     """
+    elsewhere = {id(layer) for part in waiting for layer in part.modules()}
     for name, layer in list(packable(module)):
         if word == "bf16" and layer.weight.dtype == torch.bfloat16:
             continue
         parent, _, last = name.rpartition(".")
-        setattr(module.get_submodule(parent), last, QuantizedLinear(layer.to(device), word).train(layer.training))
+        packed = QuantizedLinear(layer.to(device), word).train(layer.training)
+        setattr(module.get_submodule(parent), last, packed.to("cpu") if id(layer) in elsewhere else packed)
 
 
 def packable(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -28,7 +28,7 @@ DRAWN_WITH = ("resolution", "num_inference_steps", "sample_guidance_scale", "neg
 MEASURED_WITH = ("guidance_scale",)
 """Those that decide the loss besides."""
 _BASE, _VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
-_TAKEN_OVER = (_BASE, _VAE, "family", "revision", "variant", *COMPUTED_WITH, *DRAWN_WITH, *MEASURED_WITH)
+_TAKEN_OVER = (_BASE, _VAE, "family", "revision", "variant", "offload_blocks", *COMPUTED_WITH, *DRAWN_WITH, *MEASURED_WITH)
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
     settings = run.options if run else {}
     inherited = settings if run and _takes_over(config, run) else {}
     commit = run.base.get("revision") if run and inherited else None
+    blocks = inherited.get("offload_blocks") if config.offload_blocks is None else config.offload_blocks
     for name in (_BASE, _VAE):
         if run and inherited and name in run.outside and getattr(config, name) is None:
             raise UserError(
@@ -140,6 +141,7 @@ def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
         allow_pickle=config.allow_pickle,
         base_precision=config.base_precision or settings.get("base_precision"),
         text_encoder_precision=config.text_encoder_precision or settings.get("text_encoder_precision"),
+        offload_blocks=blocks or 0,
     )
 
 

@@ -54,7 +54,8 @@ class Model:
     """Where text encoders that do not train work: cpu spares the GPU, and is slow. Default: with the rest."""
     offload_blocks: int = 0
     """Blocks of the denoiser whose frozen weights wait in the computer's memory and are copied to the GPU ahead of
-    their use; needs --gradient_checkpointing."""
+    their use: that saves the memory of all of them but two, and costs time where copying takes longer than computing.
+    Switches --gradient_checkpointing on."""
     vram: str | None = None
     """Gigabytes that the GPU has for the training (such as 8, 12, 24), or auto for all that are free: sets precision,
     checkpointing, offloading, batch and accumulation so that it fits. Flags that are given win."""
@@ -68,6 +69,11 @@ class Model:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "offload_blocks")
+        if self.compile and self.offload_blocks:
+            raise UserError(
+                "--compile cannot be combined with --offload_blocks: compiled code knows no weights that move. Give one "
+                "of them"
+            )
         if self.family is not None:
             _respell(self, "family", "families")
         if any(layer < 0 for layer in self.text_encoder_out_layers):

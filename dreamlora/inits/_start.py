@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dreamlora.errors import UserError
 from dreamlora.lora.pairs import AdaptedLayer
+from dreamlora.precision import dense_weight
 from dreamlora.randomness import generator, seed_of
 
 
@@ -71,7 +72,8 @@ class Target(AdaptedLayer):
 
     def weight(self) -> Tensor:
         """W₀ ``(m, n)`` as a float32 copy."""
-        return self.layer.base_layer.weight.detach().flatten(1).to(torch.float32, copy=True)
+        weight = dense_weight(self.layer.base_layer, device=self.A.device)
+        return weight.detach().flatten(1).to(torch.float32, copy=True)
 
 
 @dataclass(frozen=True)

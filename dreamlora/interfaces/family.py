@@ -47,6 +47,7 @@ class ModelSource:
         rescale_betas_zero_snr: whether the schedule ends in pure noise, whatever its config says.
         base_precision: of the frozen denoiser, where that is not what it computes in (``precision``).
         text_encoder_precision: of the text encoders, likewise.
+        offload_blocks: of the denoiser, that wait in host memory (``models.offload``).
     """
 
     path: str
@@ -62,6 +63,7 @@ class ModelSource:
     rescale_betas_zero_snr: bool = False
     base_precision: str | None = None
     text_encoder_precision: str | None = None
+    offload_blocks: int = 0
 
     @property
     def predictor_id(self) -> str:

@@ -17,7 +17,7 @@ from dreamlora.lora.converter import unreadable
 from dreamlora.lora.files import read_weights
 from dreamlora.lora.fused import fuse
 from dreamlora.lora.names import CLIP_MODEL, ModelNames
-from dreamlora.lora.pairs import ADAPTER, put_factors
+from dreamlora.lora.pairs import ADAPTER, device_of, put_factors
 from dreamlora.lora.part_names import LOHA, LOKR
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
 
@@ -92,6 +92,7 @@ def put_adapter(module: Any, weights: Mapping[str, LayerWeights], adapter: str =
             inject_adapter_in_model(config, module, adapter)
     for layer, each in weights.items():
         _KINDS[_kind(each)].put(module.get_submodule(layer), each, adapter)
+    module.to(device_of(module))  # PEFT puts an adapter where its layer waits
 
 
 def _kind(weights: LayerWeights) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dreamlora.lora.applying import put_adapter
 from dreamlora.lora.merging import added
-from dreamlora.lora.pairs import ADAPTER, bare
+from dreamlora.lora.pairs import ADAPTER, bare, device_of
 from dreamlora.lora.weights import LayerWeights, lora_weights
+from dreamlora.precision import dense_weight
 
 ASSISTANT = "assistant"
 """Name of the adapter. PEFT finds what belongs to an adapter by its name, which must not be in another's."""
@@ -46,13 +47,13 @@ def as_loras(module: nn.Module, weights: Mapping[str, LayerWeights]) -> dict[str
         weights: by layer.
     """
     return {
-        name: each if each.kind == "lora" and each.magnitude is None else _as_lora(module.get_submodule(name), each)
+        name: each if each.kind == "lora" and each.magnitude is None else _as_lora(module, name, each)
         for name, each in weights.items()
     }
 
 
-def _as_lora(layer: nn.Module, weights: LayerWeights) -> LayerWeights:
-    base: Tensor = layer.weight.detach().float()  # type: ignore[operator]
+def _as_lora(module: nn.Module, name: str, weights: LayerWeights) -> LayerWeights:
+    base = dense_weight(module.get_submodule(name), torch.float32, device_of(module)).detach()
     change = added(base, [(weights, 1.0)]) - base
     rows, columns = change.shape[:2]
     if change.ndim == 2 and columns < rows:

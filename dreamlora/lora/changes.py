@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dreamlora.lora.pairs import AdaptedLayer, TunedLayer
+from dreamlora.precision import dense_weight
 from dreamlora.lora.weights import hadamard_product, kronecker_halves
 
 
@@ -105,12 +106,13 @@ Change = AdaptedLayer | Product
 
 def change_of(layer: TunedLayer) -> Change:
     """The change of a layer, whose tensors are its own."""
-    pair, weight = layer.pair, layer.layer.base_layer.weight.detach()
+    pair, base = layer.pair, layer.layer.base_layer
     if pair is None:
         tensors = {name: parameter.detach() for name, parameter in layer.parameters.items()}
-        return Product(layer.name, layer.scaling, tensors, next(iter(tensors.values())).device, weight.numel())
+        return Product(layer.name, layer.scaling, tensors, next(iter(tensors.values())).device, base.weight.numel())
     if pair.magnitude is None:
         return pair
+    weight = dense_weight(base, device=pair.A.device).detach()
     projected = weight.flatten(1).float() @ pair.A.detach().flatten(1).mT
     rows = BaseRows(pair.magnitude.detach().flatten(), pair.base_lengths().flatten(), projected)
     return Directed(**vars(pair), rows=rows)

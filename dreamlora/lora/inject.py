@@ -14,7 +14,7 @@ from dreamlora.config import Lora
 from dreamlora.errors import UserError
 from dreamlora.lora.applying import put_adapter
 from dreamlora.lora.fused import fuse
-from dreamlora.lora.pairs import ADAPTER, reset_magnitudes, tuned_layers
+from dreamlora.lora.pairs import ADAPTER, device_of, reset_magnitudes, tuned_layers
 from dreamlora.lora.targets import alpha_of, layer_names, patterns, rank_of, target_layers
 from dreamlora.lora.weights import LayerWeights
 
@@ -43,6 +43,7 @@ def add_lora(module: Any, lora: Lora, layers: Sequence[str], part: str = "") -> 
         module.add_adapter(kind.config(_scale(lora, part, names), targets, options), adapter_name=ADAPTER)
     except ValueError as error:
         raise UserError(f"--lora_layers {' '.join(layers)}: PEFT cannot adapt these layers: {error}") from error
+    module.to(device_of(module))  # PEFT puts an adapter where its layer waits
     for parameter in trainable_parameters(module).values():
         parameter.data = parameter.data.float()
     reset_magnitudes(module)

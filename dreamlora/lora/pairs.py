@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dreamlora.lora import offset
 from dreamlora.lora.offset import FrozenStart
+from dreamlora.precision import dense_weight
 
 ADAPTER = "default"
 """Name of the adapter that trains."""
@@ -68,7 +69,7 @@ class AdaptedLayer:
         """Of W₀'s rows, in the shape of a DoRA's magnitudes, to the last bit as its forward pass computes them: that of
         PEFT takes linear weights to float32 (as its input is), and leaves convolutions in half precision.
         """
-        weight = self.layer.base_layer.weight.detach()
+        weight = dense_weight(self.layer.base_layer, device=self.A.device).detach()
         half = weight.dtype in (torch.float16, torch.bfloat16)
         plain = weight.float() if weight.ndim == 2 else weight
         as_trained = torch.autocast(weight.device.type, weight.dtype) if half and not weight.is_meta else nullcontext()
@@ -206,6 +207,11 @@ def restore_starts(module: nn.Module, saved: dict[str, dict[str, Tensor]]) -> No
     for layer in adapted_layers(module):
         if layer.name in saved:
             layer.with_start(**saved[layer.name])
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model computes: its first layer is in no block that waits in host memory."""
+    return next(module.parameters()).device
 
 
 def bare(module: nn.Module) -> Any:

@@ -88,6 +88,7 @@ def resolve_source(
         rescale_betas_zero_snr=rescale_betas_zero_snr,
         base_precision=model.base_precision,
         text_encoder_precision=model.text_encoder_precision,
+        offload_blocks=model.offload_blocks,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dreamlora.interfaces import Components, Family, ModelSource, Role
+from dreamlora.models.offload import Offload, waiting_blocks
 from dreamlora.precision import quantize
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,18 +40,23 @@ class Parts:
         if role not in self._loaded:
             dtype = torch.float32 if role == "vae" else self._dtype
             self._loaded[role] = self.family.load(self.source, role, dtype)
-            self._quantize(role)
+            self._settle(role)
         for module in self._loaded[role].values():
             if isinstance(module, nn.Module):
                 module.to(self.device)
         return self._loaded[role]
 
-    def _quantize(self, role: Role) -> None:
+    def _settle(self, role: Role) -> None:
+        """Weights in fewer bits, and blocks of the denoiser that wait in host memory."""
         words = {"denoiser": self.source.base_precision, "text": self.source.text_encoder_precision}
-        if word := words.get(role):
-            for module in self._loaded[role].values():
-                if isinstance(module, nn.Module):
-                    quantize(module, word, self.device)
+        count = self.source.offload_blocks if role == "denoiser" else 0
+        for module in self._loaded[role].values():
+            if isinstance(module, nn.Module):
+                waiting = waiting_blocks(module, count)
+                if word := words.get(role):
+                    quantize(module, word, self.device, waiting)
+                if waiting:
+                    Offload(waiting, self.device)
 
     def free(self, *roles: Role) -> None:
         """Forget these parts; their memory is there for the next stage."""

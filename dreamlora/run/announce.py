@@ -64,7 +64,10 @@ def outline_of(context: RunContext, folder: RunFolder, pictures: RunImages, begu
 def _model(context: RunContext) -> str:
     precision = context.accelerator.mixed_precision
     kind = read_model_index(context.source)["_class_name"]
-    return f"{model_name(as_flat_dict(context.config))} ({kind}, in {'fp32' if precision == 'no' else precision})"
+    text = f"{model_name(as_flat_dict(context.config))} ({kind}, in {'fp32' if precision == 'no' else precision})"
+    if count := context.config.model.offload_blocks:
+        text += f"; the weights of {count} blocks wait in host memory, with gradient checkpointing"
+    return text
 
 
 def _lora(context: RunContext) -> str:

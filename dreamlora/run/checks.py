@@ -20,6 +20,7 @@ from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
 from dreamlora.lora.weights import LayerWeights
 from dreamlora.models.inventory import PartFiles, empty_part, problems_of
 from dreamlora.models.loading import read_settings
+from dreamlora.models.offload import SLOTS, waiting_blocks
 from dreamlora.run import continuing, formats
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
@@ -57,6 +58,16 @@ def require_layers(context: RunContext) -> None:
         settings = read_settings(context.source, family.SETTINGS)
         assistant_of(context, {family.DENOISER: module, "settings": settings})
     formats.require_names(context, module, found[family.DENOISER])
+
+
+def require_blocks(context: RunContext) -> None:
+    """Nothing, if the denoiser has as many blocks as are to wait in host memory.
+
+    Raises:
+        UserError: it has not.
+    """
+    if count := context.config.model.offload_blocks:
+        waiting_blocks(empty_part(context.inventory, context.family.DENOISER), count)
 
 
 def _layers(context: RunContext, name: str, module: nn.Module) -> list[str]:
@@ -106,6 +117,11 @@ def require_room(context: RunContext, records: Sequence[ImageRecord], how: Prepa
 
 def warnings(context: RunContext) -> Iterator[str]:
     """What a person would hardly want, and the run does all the same; one sentence each."""
+    count = context.config.model.offload_blocks
+    if count and context.accelerator.device.type != "cuda":
+        yield f"--offload_blocks {count} saves nothing on this device, and costs copies: it is for GPUs of CUDA"
+    elif 0 < count <= SLOTS:
+        yield f"--offload_blocks {count} saves nothing: the ring on the GPU holds {SLOTS} blocks in any case"
     distilled = context.family.distilled(context.source)
     if distilled and not context.training_adapter:
         yield f"this model was distilled to few steps, and plain training undoes that: {distilled}"

@@ -226,6 +226,23 @@ def facts(
     )
 
 
+def checkpointing(config: RunConfig) -> RunConfig:
+    """Gradient checkpointing is on where blocks wait in host memory: backwards their weights have to come once more.
+
+    Raises:
+        UserError: it was switched off.
+    """
+    model = config.model
+    if not model.offload_blocks or model.gradient_checkpointing:
+        return config
+    if "gradient_checkpointing" in config.given:
+        raise UserError(
+            f"--offload_blocks {model.offload_blocks} needs --gradient_checkpointing, which was switched off: leave one "
+            "of the two out"
+        )
+    return replace(config, model=replace(model, gradient_checkpointing=True))
+
+
 def eval_price(config: RunConfig, images: ImageCounts, world: int) -> Price:
     """What the evaluation loss costs a run all of whose options are decided."""
     return _workload(config, images, world).price(config.eval.eval_steps or 0, config.eval.final_eval_items or 0)

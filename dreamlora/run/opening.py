@@ -44,6 +44,7 @@ def begin(config: RunConfig) -> RunContext:
         from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told now
     if config.train.push_to_hub:
         upload.check_hub(config)
+    config = defaults.checkpointing(config)
     set_tf32(config.model.allow_tf32)
     for flag in ("base_precision", "text_encoder_precision"):
         precision.require(flag, getattr(config.model, flag), accelerator.device.type)
@@ -75,6 +76,7 @@ def begin(config: RunConfig) -> RunContext:
     if config.lora.training_adapter:
         context.training_adapter = _training_adapter(config)
     checks.require_layers(context)
+    checks.require_blocks(context)
     new_tokens.require(context)
     return context
 

@@ -74,6 +74,9 @@ class SampleConfig:
     """Fewer bits for the denoiser's weights: fp8, int8, nf4 or bf16. Default: the first run's."""
     text_encoder_precision: Precision | None = None
     """The same for the text encoders. Default: the first run's."""
+    offload_blocks: int | None = None
+    """Blocks of the denoiser whose weights wait in the computer's memory and are copied to the GPU ahead of their use.
+    Default: the first run's."""
 
     def __post_init__(self) -> None:
         if not self.lora:
@@ -91,6 +94,7 @@ class SampleConfig:
             ("resolution", 8),
             ("sample_guidance_scale", 0),
             ("sample_seed", 0),
+            ("offload_blocks", 0),
         ):
             value = getattr(self, name)
             if value is not None and not lowest <= value < float("inf"):
