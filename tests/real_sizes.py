@@ -14,8 +14,15 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers import Flux2Transformer2DModel as Flux2
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3ForCausalLM
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 from benchmarks._unets import SD15, SDXL
 from tests.models.real_configs import OPENCLIP_BIG_G, QWEN3_4B, T5_XXL

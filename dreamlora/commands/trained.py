@@ -28,7 +28,17 @@ DRAWN_WITH = ("resolution", "num_inference_steps", "sample_guidance_scale", "neg
 MEASURED_WITH = ("guidance_scale",)
 """Those that decide the loss besides."""
 _BASE, _VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
-_TAKEN_OVER = (_BASE, _VAE, "family", "revision", "variant", "offload_blocks", *COMPUTED_WITH, *DRAWN_WITH, *MEASURED_WITH)
+_TAKEN_OVER = (
+    _BASE,
+    _VAE,
+    "family",
+    "revision",
+    "variant",
+    "offload_blocks",
+    *COMPUTED_WITH,
+    *DRAWN_WITH,
+    *MEASURED_WITH,
+)
 
 logger = logging.getLogger(__name__)
 

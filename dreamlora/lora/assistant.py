@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from dreamlora.lora.applying import put_adapter
 from dreamlora.lora.merging import added

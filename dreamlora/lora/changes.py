@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dreamlora.lora.pairs import AdaptedLayer, TunedLayer
-from dreamlora.precision import dense_weight
 from dreamlora.lora.weights import hadamard_product, kronecker_halves
+from dreamlora.precision import dense_weight
 
 
 class BaseRows(NamedTuple):

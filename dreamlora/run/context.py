@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -45,6 +46,7 @@ class RunContext:
         new_tokens: their embeddings by text encoder, once they are put in.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         trackers: on the main process, once they have started.
+        chosen: options that ``--vram`` decided.
         timings: seconds by stage, for the report.
         warnings: what the person should know, for the report.
     """
@@ -61,6 +63,7 @@ class RunContext:
     new_tokens: dict[str, TokenEmbeddings] = field(default_factory=dict)
     shown: Shown = field(default_factory=dict)
     trackers: list[RunTracker] = field(default_factory=list)
+    chosen: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -89,8 +89,8 @@ class Rehearsal:
                 for one is not gone through again for another.
         """
         config, passes = config or self._context.config, self.passes
-        kept, together = self._text(config)
-        base = self._denoiser(config) + kept + self._lora
+        _, together = self._text(config)
+        base = self.held(config)
         [autoencoder] = self._context.family.PARTS["vae"]
         vae = passes.stored[autoencoder].bytes(None)
         prompts = passes.prompts() if together else Work(0)
@@ -105,6 +105,10 @@ class Rehearsal:
             if config.train.parity_check:
                 stages.append(Stage("check at the end", base + vae, *self._drawing(config, 1), least))
         return stages
+
+    def held(self, config: RunConfig) -> int:
+        """Bytes that stay while it trains: weights, LoRA and optimizer."""
+        return self._denoiser(config) + self._text(config)[0] + self._lora
 
     @property
     def most_offloaded(self) -> int:
