@@ -1,4 +1,4 @@
-"""Pipelines as large as published models, on a few kilobytes of disk: real configs, and weights that are holes in files.
+"""Pipelines as large as published models on a few kilobytes of disk: real configs, and weights that are holes in files.
 
 What reads headers alone (``dreamlora doctor``) finds them whole; their numbers are all zero.
 """

@@ -5,6 +5,7 @@ Every piece runs the family's own code on torch's meta device (``models.footprin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -52,6 +53,14 @@ class Work(NamedTuple):
 
     peak: int | None
     rough: str = ""
+
+    def times(self, count: int) -> Work:
+        """Of so many samples or images: to within a few per cent everything is proportional to them."""
+        return self._replace(peak=None if self.peak is None else count * self.peak)
+
+    def plus(self, more: int) -> Work:
+        """With what comes on top."""
+        return self._replace(peak=None if self.peak is None else self.peak + more)
 
 
 class Passes:
@@ -131,34 +140,31 @@ class Passes:
         pixels = torch.empty(1, 3, height, width, device=META)
         return self._once(("encoding", width, height), lambda: self._autoencoder.encode(pixels))
 
-    def decoding(self, images: int, tiled: bool = False) -> Work:
-        """Of decoding images at once, or a tile of one, with what the other tiles have become."""
-        assert self._latents is not None  # sets self._decoded
+    def decoding(self, tiled: bool = False) -> Work:
+        """Of decoding one image, or a tile of it beside what the other tiles have become."""
+        assert self._latents is not None  # finds the latents' shape
         *before, height, width = self._decoded
         if tiled:
             width, height = (
                 -(-of * min(side, TILE) // side) for of, side in zip((width, height), self._size, strict=True)
             )
-        latents = torch.empty(images, *before, height, width, device=META)
-        work = self._once(("decoding", images, width, height), lambda: self._autoencoder.decode(latents))
-        whole = 3 * 3 * 4 * self._size[0] * self._size[1] if tiled else 0  # three images, three colours, float32
-        return Work(None if work.peak is None else work.peak + whole, work.rough)
+        latents = torch.empty(1, *before, height, width, device=META)
+        work = self._once(("decoding", width, height), lambda: self._autoencoder.decode(latents))
+        return work.plus(3 * 3 * 4 * self._size[0] * self._size[1] if tiled else 0)  # three images in float32
 
-    def call(self, images: int) -> Work:
-        """Of the denoiser's call for images that are drawn at once, with guidance."""
-        return self._once(("call", images), lambda: self._call(images), lambda: self._of_layers(images), autocast=True)
+    def call(self) -> Work:
+        """Of the denoiser's call for an image that is drawn, with guidance."""
+        return self._once(("call",), self._call, self._of_layers, autocast=True)
 
-    def step(self, checkpointing: bool, samples: int) -> Work:
-        """Of a micro-batch, forwards and backwards."""
-
-        def otherwise() -> int:
-            return samples * self._of_layers_kept(checkpointing)
+    def step(self, checkpointing: bool) -> Work:
+        """Of one sample, forwards and backwards."""
 
         def compute() -> None:
             self._set_checkpointing(checkpointing)
-            self._step(samples)
+            self._step()
 
-        return self._once(("step", checkpointing, samples), compute, otherwise, autocast=True, grad=True)
+        otherwise = functools.partial(self._of_layers_kept, checkpointing)
+        return self._once(("step", checkpointing), compute, otherwise, autocast=True, grad=True)
 
     def _once(
         self,
@@ -231,12 +237,13 @@ class Passes:
             else:
                 (any_module.gradient_checkpointing_enable if on else any_module.gradient_checkpointing_disable)()
 
-    def _of_layers(self, images: int) -> int:
+    def _of_layers(self) -> int:
         """What a call of the denoiser holds, roughly, where its code cannot be run without numbers: the widest layer's
         input and output, twice.
         """
+        guided = 1 + (self._context.guidance(self._context.config.sample.negative_prompt).encoded_negative is not None)
         widest = max(layer.in_features + layer.out_features for layer in self._linear)
-        return 2 * images * self._token_bytes * widest
+        return 2 * guided * self._token_bytes * widest
 
     def _of_layers_kept(self, checkpointing: bool) -> int:
         """The same of a sample in training, where every linear layer keeps its input, of every token (those that share
@@ -320,17 +327,17 @@ class Passes:
         with torch.no_grad():
             return self._family.encode_conditioning(self._parts["vae"], self._pixels)
 
-    def _step(self, samples: int) -> None:
+    def _step(self) -> None:
         config = self._context.config
         text = self._parts["text"] if config.encodes_in_training else None
         model = Predictor(self._family, self._trainable[self._family.DENOISER], text, config.train.guidance_scale)
-        prediction = model(*self._inputs(samples))
+        prediction = model(*self._inputs(1))
         torch.autograd.backward((prediction.float() ** 2).sum())
 
-    def _call(self, images: int) -> None:
+    def _call(self) -> None:
         config, family = self._context.config, self._family
         negative = self._context.guidance(config.sample.negative_prompt).encoded_negative
-        noisy, times, conditioning = self._inputs(images * (1 if negative is None else 2))
+        noisy, times, conditioning = self._inputs(1 if negative is None else 2)
         if config.encodes_in_training:
             conditioning = family.encode_tokens(self._parts["text"], conditioning)
         family.predict(self._modules[family.DENOISER], noisy, times, conditioning, config.train.guidance_scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -79,6 +79,7 @@ class Rehearsal:
     def __init__(self, context: RunContext, prompt: str, size: tuple[int, int], images: int) -> None:
         self._context = context
         self._images = images
+        self._about = (prompt, size, images)
         self.passes = Passes(context, prompt, size)
 
     def stages(self, config: RunConfig | None = None) -> list[Stage]:
@@ -109,6 +110,10 @@ class Rehearsal:
     def held(self, config: RunConfig) -> int:
         """Bytes that stay while it trains: weights, LoRA and optimizer."""
         return self._denoiser(config) + self._text(config)[0] + self._lora
+
+    def of(self, config: RunConfig) -> Rehearsal:
+        """Of the same run with any other options."""
+        return Rehearsal(replace(self._context, config=config), *self._about)
 
     @property
     def most_offloaded(self) -> int:
@@ -145,21 +150,16 @@ class Rehearsal:
         return int(per_number * self.passes.parameters()) + frozen
 
     def _step(self, config: RunConfig) -> Work:
-        """Of a micro-batch; every sample after the second takes what the second does."""
-        checkpointing = config.model.gradient_checkpointing
+        """Of a micro-batch."""
         samples = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
-        one = self.passes.step(checkpointing, 1)
-        peak = one.peak or 0
-        if samples > 1:
-            peak += (samples - 1) * ((self.passes.step(checkpointing, 2).peak or 0) - peak)
-        return Work(peak + self._unpacking(config), one.rough)
+        one = self.passes.step(config.model.gradient_checkpointing)
+        return one.times(samples).plus(self._unpacking(config))
 
     def _drawing(self, config: RunConfig, images: int, tiled: bool = False) -> Work:
         """Of a call of the denoiser, or of the decoding behind it, whichever is more."""
-        call, decoding = self.passes.call(images), self.passes.decoding(images, tiled)
-        if call.peak is None:
-            return call
-        return Work(max(call.peak + self._unpacking(config), decoding.peak or 0), call.rough)
+        call, decoding = self.passes.call().times(images), self.passes.decoding(tiled).times(images)
+        call = call.plus(self._unpacking(config))
+        return call if (call.peak or 0) >= (decoding.peak or 0) else Work(decoding.peak, call.rough)
 
     def _unpacking(self, config: RunConfig) -> int:
         """Of the denoiser's largest layer while it computes, where its weights are in fewer bits."""

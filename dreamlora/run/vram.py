@@ -8,13 +8,13 @@ The first row that fits is taken; each keeps what the ones before it have.
 | ``--gradient_checkpointing`` | a third of the speed; the same numbers |
 | fewer images at a time, as much more often | speed; the same step, but for rounding |
 | ``--base_precision int8`` | weights that are rounded to 1 part in 127 of a row's largest |
-| ``--offload_blocks``, a quarter of them, a half, three quarters, all but two | speed where a copy takes longer than \
-the blocks in between; the same numbers |
-| ``--base_precision nf4``, and then offloading again | weights in 16 steps, an error ten times that of int8 |
+| ``--offload_blocks``: a quarter of them, a half, three quarters, all but two | speed, where a copy takes longer than |
+| | the blocks in between; the same numbers |
+| ``--base_precision nf4``, then offloading again | weights in 16 steps, an error ten times that of int8 |
 
-int8 before offloading: copies of bf16 weights take twice as long as all of its rounding is worth. fp8 is not among them:
-it takes what int8 takes, and rounds three times as much. The text encoders, which are there before the training alone,
-are chosen by themselves: as they are, then in int8, then on the CPU.
+int8 comes before offloading, as it halves what is copied then. fp8 is not among them: it takes as much as int8, and
+rounds three times as far. The text encoders, which are there before the training alone, are chosen by themselves: as
+they are, then in int8, then on the CPU.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Fitted:
     @property
     def largest(self) -> Stage:
         """The stage that needs most."""
-        return max(self.stages, key=lambda stage: stage.needed)
+        return _largest(self.stages)
 
     @property
     def fits(self) -> bool:
@@ -259,8 +259,8 @@ def settle(context: RunContext, earlier: Options) -> None:
         raise UserError(_does_not_fit(context, vram, found, chosen))
     context.config = with_options(config, chosen)
     context.chosen = chosen
-    model = context.config.model
-    context.source = replace(context.source, **{flag: getattr(model, flag) for flag in (*_KEPT, "offload_blocks")})
+    known = {one.name for one in fields(context.source)} & {*_TEXT, *_BASE}
+    context.source = replace(context.source, **{name: getattr(context.config.model, name) for name in known})
     context.tell(_told(vram, found, chosen, rehearsal.stages(config)))
 
 
@@ -302,6 +302,36 @@ def rehearsal_of(context: RunContext) -> Rehearsal:
     config, side = context.config, context.config.data.resolution or 0
     images = 0 if config.sample.sample_steps == 0 else config.data.sample_batch_size
     return Rehearsal(context, PROMPT, (side, side), images)
+
+
+def table(context: RunContext, rehearsal: Rehearsal) -> Iterator[dict[str, Any]]:
+    """What ``--vram`` chooses for GPUs of several sizes, as JSON can say it; of the one that was given it has chosen.
+
+    Args:
+        context: with all that the model decides.
+        rehearsal: of the run.
+    """
+    config = context.config
+    if config.model.vram:
+        yield _row(config.model.vram, context.chosen, rehearsal.stages(), fits=True)
+        return
+    if config.model.mixed_precision == "no" and "mixed_precision" not in config.given:
+        config = with_options(config, {"mixed_precision": "bf16"})
+        rehearsal = rehearsal.of(config)
+    means = means_of(context, rehearsal)
+    for gigabytes in CARDS:
+        found = fit(rehearsal, config, config.given, means, room_of(gigabytes * GIB))
+        yield _row(str(gigabytes), found.options, found.stages, found.fits)
+
+
+def _row(gigabytes: str, options: Options, stages: Sequence[Stage], fits: bool) -> dict[str, Any]:
+    largest = _largest(stages)
+    flags = in_words(options)
+    return {"vram": gigabytes, "fits": fits, "flags": flags, "stage": largest.name, "needed": largest.needed}
+
+
+def _largest(stages: Sequence[Stage]) -> Stage:
+    return max(stages, key=lambda stage: stage.needed)
 
 
 def means_of(context: RunContext, rehearsal: Rehearsal) -> Means:
@@ -357,7 +387,7 @@ def _does_not_fit(context: RunContext, vram: str, found: Fitted, chosen: Options
     if given:
         remedy += f", or leave out {' and '.join(f'--{flag}' for flag in given)}"
     return (
-        f"--vram {vram}: this does not fit. {with_them}{stage.name} takes about {gibibytes(stage.needed)}, and with what "
-        f"the driver needs there is room for {gibibytes(found.room)}: give {remedy}; or leave out --vram to try it all "
+        f"--vram {vram}: this does not fit. {with_them}{stage.name} takes about {gibibytes(stage.needed)}, and beside "
+        f"the driver there is room for {gibibytes(found.room)}: give {remedy}; or leave out --vram to try it all "
         "the same"
     )
