@@ -124,3 +124,21 @@ def _write_holes(module: nn.Module, file: Path) -> None:
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + end)
+
+
+def wide(folder: Path) -> Path:
+    """A FLUX of six blocks whose real weights, and what it computes with, outweigh all that is fixed."""
+    save_flux(folder)
+    torch.manual_seed(0)
+    FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        axes_dims_rope=(16, 24, 24),
+        guidance_embeds=True,
+    ).save_pretrained(folder / "transformer")
+    return folder

@@ -172,19 +172,18 @@ def state_bytes(config: RunConfig) -> float:
     optim = config.optim
     common = {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_epsilon}
     options = method_options("optimizers", optim.optimizer, optim.optimizer_args, common)
-    module = nn.ModuleDict({"layer": nn.Linear(512, 512)}).requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=16, target_modules=["layer"]), module, adapter_name=ADAPTER)
-    parameters = trainable_parameters(module).values()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            optimizer = registry.load("optimizers", optim.optimizer).build(
-                lora_param_groups([module], lr=1e-4, weight_decay=0.0), options
-            )
+    with torch.random.fork_rng(devices=[]):
+        module = nn.ModuleDict({"layer": nn.Linear(512, 512)}).requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=16, target_modules=["layer"]), module, adapter_name=ADAPTER)
+        parameters = trainable_parameters(module).values()
+        groups = lora_param_groups([module], lr=1e-4, weight_decay=0.0)
+        try:
+            optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
             for parameter in parameters:
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
-    except (RuntimeError, NotImplementedError):  # its kernels are for GPUs alone
-        return _TWO_MOMENTS
+        except (RuntimeError, NotImplementedError):  # its kernels are for GPUs alone
+            return _TWO_MOMENTS
     held = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(list(optimizer.state.values())))
     return held / sum(parameter.numel() for parameter in parameters)
 
