@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,36 @@ def describe(threads: int) -> dict[str, Any]:
 def usable_cores() -> int:
     """Cores that this process may use, which can be fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def card(device: str) -> dict[str, Any]:
+    """What was measured on, with what decides its speed."""
+    if device == "cpu":
+        return {"name": "CPU", "mig": False}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "mig": "MIG" in properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _driver() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.split()
+    return lines[0] if lines else None
+
+
+def file_name(benchmark: str, name: str) -> str:
+    """Of its result on a card: of "gpu_check" and "NVIDIA H100 80GB HBM3" it is gpu_check_h100_80gb_hbm3."""
+    return f"{benchmark}_" + re.sub(r"[^a-z0-9]+", "_", name.lower().removeprefix("nvidia ")).strip("_")
 
 
 def command(script: str) -> str:

@@ -1,4 +1,4 @@
-"""UNets of the size of real models with random weights, made on the device that they run on: nothing is downloaded."""
+"""Models of the size of real ones with random weights, made on the device that they run on: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -38,13 +38,19 @@ def config_of(model: str) -> dict[str, Any]:
 def random_unet(
     config: dict[str, Any], device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> UNet2DConditionModel:
-    """A frozen UNet; its weights are drawn on the device and in its precision, so never more than these are there."""
+    """See ``random_model``."""
+    return random_model(UNet2DConditionModel, config, device, dtype)
+
+
+def random_model(kind: Any, config: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> Any:
+    """A frozen model of a class of diffusers; its weights are drawn on the device and in its precision, so never more
+    than these are there.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         torch.manual_seed(0)
         with torch.device(device):
-            unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
-        return unet.requires_grad_(False)
+            return kind.from_config(config).requires_grad_(False)
     finally:
         torch.set_default_dtype(before)

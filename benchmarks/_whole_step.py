@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _inputs import inputs_of
 from _unets import config_of, random_unet
 from optimizer_step import FUSED, OPTIMIZERS, ratios
 from peft.tuners.lora import Linear
@@ -57,7 +58,8 @@ class Step:
         self.unet.train()
         layers = [adapted.layer for adapted in adapted_layers(self.unet)]
         self.adapter = nn.ModuleList(nn.ModuleDict({"lora_A": la.lora_A, "lora_B": la.lora_B}) for la in layers)
-        self._inputs, self._target = _inputs(self.unet, self.load.batch, device)
+        side = self.unet.config.sample_size
+        self._inputs, self._target = inputs_of(self.unet, self.load.batch, side, TOKENS)
         self._device = device
 
     def use(self, layer: type[Linear]) -> None:
@@ -71,28 +73,8 @@ class Step:
         for parameter in self.adapter.parameters():
             parameter.grad = None
         with torch.autocast(self._device, torch.bfloat16):
-            prediction: Tensor = self.unet(**self._inputs).sample
+            prediction: Tensor = self.unet(**self._inputs)[0]
         F.mse_loss(prediction.float(), self._target).backward()
-
-
-def _inputs(unet: Any, batch: int, device: str) -> tuple[dict[str, Any], Tensor]:
-    """Keyword arguments of the UNet's call, and a target."""
-    config = unet.config
-    side = config.sample_size
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, device=device)
-
-    inputs: dict[str, Any] = {
-        "sample": noise(config.in_channels, side, side).bfloat16(),
-        "timestep": torch.randint(1000, (batch,), device=device),
-        "encoder_hidden_states": noise(TOKENS, config.cross_attention_dim).bfloat16(),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        times = torch.tensor([[8.0 * side, 8.0 * side, 0, 0, 8.0 * side, 8.0 * side]] * batch, device=device)
-        inputs["added_cond_kwargs"] = {"text_embeds": noise(pooled).bfloat16(), "time_ids": times}
-    return inputs, noise(config.out_channels, side, side)
 
 
 def measure(case: str, device: str, rounds: int) -> dict[str, Any]:

@@ -16,9 +16,6 @@ import argparse
 import functools
 import gc
 import json
-import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -39,36 +36,6 @@ TIER_SHARE = 0.6
 """Of the time, at most, for the tests."""
 ROW_S = 25.0
 """So long a row is thought to take until one has taken longer."""
-
-
-def card(device: str) -> dict[str, Any]:
-    """What was measured on, with what decides its speed."""
-    if device == "cpu":
-        return {"name": "CPU", "mig": False}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "mig": "MIG" in properties.name,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "multiprocessors": properties.multi_processor_count,
-        "capability": f"{properties.major}.{properties.minor}",
-        "driver": _driver(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-
-
-def _driver() -> str | None:
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, encoding="utf-8", check=False).stdout.split()
-    return lines[0] if lines else None
-
-
-def file_name(name: str) -> str:
-    """Of the result of a card: "NVIDIA H100 80GB HBM3" is gpu_check_h100_80gb_hbm3."""
-    return "gpu_check_" + re.sub(r"[^a-z0-9]+", "_", name.lower().removeprefix("nvidia ")).strip("_")
 
 
 Row = tuple[str, str, Callable[[], dict[str, Any]]]
@@ -162,14 +129,14 @@ def main() -> None:
     found = measured(rows(options.device, cases, rounds), end)
     result = {
         "command": _machine.command("gpu_check.py"),
-        "card": card(options.device),
+        "card": _machine.card(options.device),
         "tier": tier,
         "target": optimizer_step.judged(found["optimizer_step"], options.device),
         **found,
         "seconds": round(time.monotonic() - end + 60 * options.minutes, 1),
         "machine": _machine.describe(torch.get_num_threads()),
     }
-    file = _machine.write(file_name(result["card"]["name"]), result, options.results)
+    file = _machine.write(_machine.file_name("gpu_check", result["card"]["name"]), result, options.results)
     print(f"{table(result)}\n\nwrote {file}")
     sys.exit(1 if tier["status"] != 0 or found["failed"] else 0)
 

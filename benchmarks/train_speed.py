@@ -17,7 +17,6 @@ the processor time between the same two (all threads), which other programs on t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import statistics
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import IO
 
 import _machine
+from _children import diffusers_script, environment, has_torchvision, python
 
 from dreamlora import tiny
 from dreamlora.tiny.subjects import write_instance_images
@@ -156,23 +156,11 @@ def commands(options: argparse.Namespace, images: Path, scratch: Path) -> dict[s
     found = {OURS: ["-m", "dreamlora", "dreambooth", *common, *ours.split(), "--output_dir", f"{scratch / 'ours'}"]}
     found[OURS] += ["--latents_cache_dir", f"{scratch / 'cache'}"]
     if options.diffusers_script:
-        script = [] if _has_torchvision() else [str(HERE / "_with_standin.py")]
-        script += [str(options.diffusers_script)]
+        script = diffusers_script(options.diffusers_script)
         found[THEIRS] = [*script, *theirs, f"{scratch / 'theirs'}"]
         found[TUNED] = [*script, *theirs, f"{scratch / 'tuned'}", "--pre_compute_text_embeddings"]
     found[BARE] = [str(HERE / "_bare_step.py"), *bare.split()]
-    return {name: [sys.executable, *words] for name, words in found.items()}
-
-
-def environment(threads: int) -> dict[str, str]:
-    """What every program finds: its threads, and no network."""
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": path,
-    }
+    return {name: python(words) for name, words in found.items()}
 
 
 def ratios(rounds: list[dict[str, Measured]]) -> dict[str, float]:
@@ -222,7 +210,7 @@ def main() -> None:
     result = {
         "command": _machine.command("train_speed.py"),
         "settings": {name: getattr(options, name) for name in ("steps", "warmup_steps", "batch", "rank", "rounds")},
-        "torchvision": "installed" if _has_torchvision() else "missing: diffusers' script ran with a stand-in",
+        "torchvision": "installed" if has_torchvision() else "missing: diffusers' script ran with a stand-in",
         "medians": medians(rounds),
         "ratios": {name: round(value, 3) for name, value in found.items()},
         "targets": {name: f"{sign} {bound}" for name, (sign, bound) in TARGETS.items()},
@@ -256,10 +244,6 @@ def _wanted(name: str, found: dict[str, float]) -> str:
         return ""
     sign, bound = TARGETS[name]
     return f"(wanted {sign} {bound}: {'met' if verdicts(found)[name] else 'MISSED'})"
-
-
-def _has_torchvision() -> bool:
-    return importlib.util.find_spec("torchvision") is not None
 
 
 if __name__ == "__main__":

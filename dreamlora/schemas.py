@@ -161,6 +161,8 @@ class ParityFigures(TypedDict, total=False):
     max_abs: float
     mean_abs: float
     call: CallFigures | NoEffect | None
+    kind: Name
+    base_changed: bool
 
 
 class EvalPrice(TypedDict):

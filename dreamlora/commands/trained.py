@@ -21,7 +21,7 @@ from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import Subject, read_prompts, sample_prompts, with_subject
 from dreamlora.sampling.sampler import SamplePlan, plan_of
 
-COMPUTED_WITH = ("mixed_precision", "allow_tf32", "base_precision", "text_encoder_precision")
+COMPUTED_WITH = ("mixed_precision", "allow_tf32", "base_precision", "text_encoder_precision", "text_encoder_device")
 """Options of a run that decide what its model computes; the family's PROMPT_LENGTH is another."""
 DRAWN_WITH = ("resolution", "num_inference_steps", "sample_guidance_scale", "negative_prompt")
 """Those that decide an image besides."""
@@ -29,15 +29,8 @@ MEASURED_WITH = ("guidance_scale",)
 """Those that decide the loss besides."""
 _BASE, _VAE = "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"
 _TAKEN_OVER = (
-    _BASE,
-    _VAE,
-    "family",
-    "revision",
-    "variant",
-    "offload_blocks",
-    *COMPUTED_WITH,
-    *DRAWN_WITH,
-    *MEASURED_WITH,
+    *(_BASE, _VAE, "family", "revision", "variant", "offload_blocks"),
+    *(*COMPUTED_WITH, *DRAWN_WITH, *MEASURED_WITH),
 )
 
 logger = logging.getLogger(__name__)
@@ -152,6 +145,7 @@ def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
         base_precision=config.base_precision or settings.get("base_precision"),
         text_encoder_precision=config.text_encoder_precision or settings.get("text_encoder_precision"),
         offload_blocks=blocks or 0,
+        text_encoder_device=config.text_encoder_device or settings.get("text_encoder_device"),
     )
 
 

@@ -7,9 +7,10 @@ prompts of the same number of tokens, each encoded by itself. So a LoRA gives th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,17 +27,17 @@ from dreamlora.commands.trained import (
     refuse_other_predictions,
     source_of,
 )
-from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pictures
-from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
+from dreamlora.interfaces import ModelSource, SampleDefaults
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.names import names_of
+from dreamlora.lora.pairs import is_adapted
 from dreamlora.models.loading import family_of
 from dreamlora.models.new_tokens import put_for_a_while
 from dreamlora.models.parts import Parts, computing_in
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, embedding
-from dreamlora.training.stream import stack_conditioning
+from dreamlora.training.prompt_encoder import PromptEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class UnderTest:
         dtype: of denoiser and text encoders.
         notes: by a row's label, what of its run is not as it is done here.
         tokens: by a row's label, the new tokens that its prompts may have.
+        encode: captions, and what belongs to their images, to conditioning, by the text encoders as they are now.
     """
 
     settings: dict[str, Any]
@@ -61,44 +63,40 @@ class UnderTest:
     dtype: torch.dtype
     notes: dict[str, list[str]]
     tokens: dict[str, RowTokens]
-    _encoded: dict[str, Conditioning] = field(default_factory=dict)
+    encode: PromptEncoder
 
     @contextmanager
-    def applied(self, row: Row) -> Iterator[Any]:
-        """A pipeline with the row's LoRA and new tokens; afterwards the model is without."""
-        pipeline, text, tokens = self.parts.pipeline(), self.parts.get("text"), self.tokens[row.label]
-        self._encoded.clear()  # a LoRA may be of the text encoder too
-        family = self.parts.family
-        with put_for_a_while(text, tokens.vectors(text, family)):
-            if row.lora is None:
-                yield pipeline
-                return
-            apply_lora(pipeline, row.lora, row.scale, names_of(family, getattr(pipeline, family.DENOISER).config))
+    def applied(self, row: Row, ask: Callable[[Any], object], inputs: Sequence[Any]) -> Iterator[Any]:
+        """A pipeline with the row's LoRA and new tokens, which draws from embeddings; afterwards the model is without.
+
+        Args:
+            row: whose LoRA.
+            ask: calls ``encode``.
+            inputs: of ``ask``: what is encoded before the denoiser comes.
+        """
+        whole, text, family = self.parts.resting_pipeline(), self.parts.text, self.parts.family
+        vectors = self.tokens[row.label].vectors(text, family)
+        with put_for_a_while(text, vectors):
+            if row.lora is not None:
+                apply_lora(whole, row.lora, row.scale, names_of(family, getattr(whole, family.DENOISER).config))
+            of_its_own = bool(vectors) or any(map(is_adapted, text.values()))
+            if of_its_own:
+                self.encode.forget()
             try:
-                yield pipeline
+                self.encode.prepare(ask, inputs)
+                yield self.parts.drawer()
             finally:
-                pipeline.unload_lora_weights()
+                if of_its_own:
+                    self.encode.forget()
+                whole.unload_lora_weights()
+
+    def drawing(self, row: Row, plan: SamplePlan, prompts: Iterable[str]) -> AbstractContextManager[Any]:
+        """A pipeline with the row's LoRA and new tokens, to draw images of a plan with these of its prompts."""
+        return self.applied(row, self.asked(plan), [[prompt] for prompt in dict.fromkeys(prompts)])
 
     def computing(self) -> AbstractContextManager[Any]:
         """In here the denoiser computes as in training."""
         return computing_in(self.dtype, self.parts.device)
-
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str], views: Conditioning) -> Conditioning:
-        """Batched conditioning of captions, by the text encoders as they are now.
-
-        Args:
-            captions: of images.
-            views: what belongs to these.
-        """
-        rows = [self._row(prompt) for prompt in with_pictures(captions, views)]
-        return stack_conditioning(rows, self.parts.family.LENGTH_AXES)
-
-    def _row(self, prompt: Prompt) -> Conditioning:
-        key = prompt_key(prompt, {})
-        if key not in self._encoded:
-            self._encoded[key] = self._encode(prompt)
-        return self._encoded[key]
 
     def warn_of_cut(self, texts: Sequence[str]) -> None:
         """Tell how many of these are longer than the text encoder reads."""
@@ -153,29 +151,19 @@ class UnderTest:
     @property
     def made_of(self) -> dict[str, Any]:
         """What decides an image besides LoRA and plan, as JSON can say it."""
+        elsewhere = self.parts.text_device != self.parts.device
         return {
             "model": self.source.drawer_id,
             "precision": self.precision,
             "prompt_length": self.prompt_length,
-            "text_in_autocast": self._text_trained,
+            "text_in_autocast": _text_trained(self.settings),
             "tf32": bool(self.settings.get("allow_tf32")),
+            **({"text_encoder_device": self.parts.text_device.type} if elsewhere else {}),
         }
 
-    @property
-    def _text_trained(self) -> bool:
-        return bool(self.settings.get("train_text_encoder") or self.settings.get("new_tokens"))
 
-    def _encode(self, prompt: Prompt) -> Conditioning:
-        """A text encoder that trains is a part of what runs under autocast; one that does not has run before."""
-        family, text, device = self.parts.family, self.parts.get("text"), self.parts.device
-        tokens = tokenized(family, text, [prompt], self.prompt_length)
-        tokens = {name: value.to(device) for name, value in tokens.items()}
-        with torch.autocast(device.type, enabled=False):
-            if not self._text_trained:
-                return family.encode_tokens(text, tokens)
-            tokens = family.encode_frozen(text, tokens)
-        with self.computing():
-            return family.encode_tokens(text, tokens)
+def _text_trained(settings: Mapping[str, Any]) -> bool:
+    return bool(settings.get("train_text_encoder") or settings.get("new_tokens"))
 
 
 def prepared(
@@ -196,8 +184,10 @@ def prepared(
     """
     settings = run.options if run else {}
     source = source_of(config, run)
-    for flag in ("base_precision", "text_encoder_precision"):
-        precision.require(flag, getattr(source, flag), device.type)
+    precision.require("base_precision", source.base_precision, device.type)
+    precision.require(
+        "text_encoder_precision", source.text_encoder_precision, source.text_encoder_device or device.type
+    )
     family = family_of(source, config.family or settings.get("family"))
     refuse_other_predictions([row.run for row in rows if row.run], source)
     notes = {}
@@ -209,4 +199,8 @@ def prepared(
     set_tf32(bool(settings.get("allow_tf32")))
     dtype = dtype_of(config, settings, device)
     tokens = {row.label: tokens_of(row, config.embeddings, settings, family) for row in rows}
-    return UnderTest(settings, rows, source, Parts(family, source, device, dtype), dtype, notes, tokens)
+    trained = _text_trained(settings)
+    parts = Parts(family, source, device, dtype, family.TEXT_ENCODERS if trained and source.text_encoder_device else ())
+    computing = partial(computing_in, dtype, device)
+    encode = PromptEncoder(parts, settings.get(family.PROMPT_LENGTH), computing if trained else None)
+    return UnderTest(settings, rows, source, parts, dtype, notes, tokens, encode)

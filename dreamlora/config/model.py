@@ -74,8 +74,8 @@ class Model:
         _check_vram(self.vram)
         if self.compile and self.offload_blocks:
             raise UserError(
-                "--compile cannot be combined with --offload_blocks: compiled code knows no weights that move. Give one "
-                "of them"
+                "--compile cannot be combined with --offload_blocks: compiled code knows no weights that move. Give "
+                "one of them"
             )
         if self.family is not None:
             _respell(self, "family", "families")

@@ -156,7 +156,10 @@ class Train:
     guidance_scale: float = 3.5
     """Guidance embedding that guidance-distilled models (FLUX.1-dev) are trained with."""
     parity_check: bool = True
-    """At the end, compare what the saved LoRA does in a freshly loaded pipeline (all of it in memory) with training."""
+    """At the end, compare what the saved LoRA does in a stock pipeline with training."""
+    parity: Literal["lean", "full"] = "lean"
+    """How: lean loads the LoRA's file into the base model that is in memory; full loads a fresh pipeline, all of it at
+    once, which may need more memory than training."""
     report_to: Tracker | None = None
     """Tracker besides the run's own metrics.jsonl; all: every one that is installed."""
     logging_dir: Path = Path("logs")

@@ -44,6 +44,8 @@ class Filling:
         world: number of these processes. Each makes its share of the entries; the caller waits for all of them before
             it reads from a store.
         workers: processes that read and crop images; 0 for none besides this one.
+        in_turns: makes calls of the prompts' encoder, given it and what each is called with (``Parts.in_turns``).
+        together: how many calls at a time.
         batch_size: images or prompts per call of the encoder. Above 1 it is faster on some GPUs, but then the last bits
             of an entry depend on what happened to be in its batch, so on what the cache held before.
         ram_bytes: bound of what a store keeps in RAM.
@@ -58,6 +60,8 @@ class Filling:
     rank: int = 0
     world: int = 1
     workers: int = 0
+    in_turns: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map
+    together: int = 1
     batch_size: int = 1
     ram_bytes: int = RAM_BYTES
     latents: LatentSize | None = None
@@ -189,8 +193,10 @@ class _Prompts:
     def __init__(self, encode: Callable[[list[Any]], Conditioning], filling: Filling) -> None:
         self.layout: Layout | None = None
         self._encode = encode
+        self._filling = filling
         self._cache = filling.cache
         self._at_once = 1 if filling.length_axes else filling.batch_size
+        self._most = self._at_once * filling.together
         self._axes = filling.length_axes
         self._waiting: dict[str, Prompt] = {}
         self._believed: dict[str, Prompt] = {}
@@ -206,7 +212,7 @@ class _Prompts:
         elif not self._made and len(self._believed) < CHECKED_WHOLE:
             self._believed[key] = prompt
         self.layout = self.layout or found
-        if len(self._waiting) >= self._at_once:
+        if len(self._waiting) >= self._most:
             self.finish()
 
     def _look(self, wanted: Wanted, thorough: bool) -> Layout | None:
@@ -223,7 +229,7 @@ class _Prompts:
         """Encode what waits."""
         if not self._waiting:
             return
-        _store_prompts(self._waiting, self._encode, self._cache)
+        self._store()
         made = self._look(Wanted(next(iter(self._waiting)), None), thorough=False)
         self._waiting = {}
         if self._made or made == self.layout or self.layout is None:
@@ -236,23 +242,25 @@ class _Prompts:
         self.layout, self._made = made, True
         for key, prompt in self._believed.items():
             self._waiting[key] = prompt
-            if len(self._waiting) >= self._at_once:
+            if len(self._waiting) >= self._most:
                 self.finish()
         self._believed = {}
         self.finish()
 
+    def _store(self) -> None:
+        batches = list(_batches([list(self._waiting.items())], self._at_once))
+        for batch, rows in zip(batches, self._filling.in_turns(self._rows, batches), strict=True):
+            for row, (key, prompt) in enumerate(batch):
+                entry = {name: tensor[row : row + 1] for name, tensor in rows.items()}
+                _refuse_non_finite(
+                    entry, f"the text encoder gave numbers that are not finite for the prompt {text_of(prompt)!r}"
+                )
+                self._cache.put(key, entry)
 
-def _store_prompts(
-    waiting: Mapping[str, Prompt], encode: Callable[[list[Any]], Conditioning], cache: TensorCache
-) -> None:
-    """Encode prompts, given by key, in one call."""
-    rows = {name: tensor.detach().cpu() for name, tensor in encode(list(waiting.values())).items()}
-    for row, (key, prompt) in enumerate(waiting.items()):
-        entry = {name: tensor[row : row + 1] for name, tensor in rows.items()}
-        _refuse_non_finite(
-            entry, f"the text encoder gave numbers that are not finite for the prompt {text_of(prompt)!r}"
-        )
-        cache.put(key, entry)
+    def _rows(self, batch: Sequence[tuple[str, Prompt]]) -> Conditioning:
+        """Embeddings of prompts, given by key, in one call."""
+        encoded = self._encode([prompt for _, prompt in batch])
+        return {name: tensor.detach().cpu() for name, tensor in encoded.items()}
 
 
 Plan = list[tuple[Wanted, Variant]]

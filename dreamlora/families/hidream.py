@@ -132,7 +132,7 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
         return encoder(tokens[f"input_ids{end}"].to(encoder.device), **options)
 
     masks = {end: tokens[f"attention_mask{end}"].to(text[f"text_encoder{end}"].device) for end in ("_3", "_4")}
-    llama = encoded("_4", attention_mask=masks["_4"], output_hidden_states=True)
+    llama = encoded("_4", attention_mask=masks["_4"], output_hidden_states=True, use_cache=False)
     return {
         "prompt_embeds_t5": encoded("_3", attention_mask=masks["_3"]).last_hidden_state,
         "prompt_embeds_llama3": torch.stack(llama.hidden_states[1:], dim=1),

@@ -176,7 +176,7 @@ def encode_tokens(text: Components, tokens: Conditioning) -> Conditioning:
     states, pooled = _parts.clip_states(text["text_encoder"], text["tokenizer"], tokens, layer=-2)
     states_2, pooled_2 = _parts.clip_states(text["text_encoder_2"], text["tokenizer_2"], second, layer=-2)
     assert pooled is not None and pooled_2 is not None  # this class has a projection
-    t5, clip = tokens["t5_embeds"], torch.cat([states, states_2], dim=-1)
+    t5, clip = tokens["t5_embeds"].to(states.device), torch.cat([states, states_2], dim=-1)
     clip = functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
     return {
         "prompt_embeds": torch.cat([clip, t5], dim=1),

@@ -48,6 +48,9 @@ class ModelSource:
         base_precision: of the frozen denoiser, where that is not what it computes in (``precision``).
         text_encoder_precision: of the text encoders, likewise.
         offload_blocks: of the denoiser, that wait in host memory (``models.offload``).
+        attention_backend: of the denoiser, where it is not torch's own choice (``kernels``).
+        channels_last: whether the denoiser keeps the channels of images innermost.
+        text_encoder_device: where text encoders that do not train compute; None: where the rest does.
     """
 
     path: str
@@ -64,6 +67,9 @@ class ModelSource:
     base_precision: str | None = None
     text_encoder_precision: str | None = None
     offload_blocks: int = 0
+    attention_backend: str | None = None
+    channels_last: bool = False
+    text_encoder_device: str | None = None
 
     @property
     def predictor_id(self) -> str:

@@ -28,39 +28,45 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b + s·B A x`` of x ``(..., n)``: ``(..., m)``, in the precision of the base weights."""
-        if args or kwargs or not self._is_plain(x):
+        dtype = None if args or kwargs else self._plain_precision(x)
+        if dtype is None:
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
-        base, scale, dtype = self.base_layer, self.scaling[ADAPTER], self._precision
-        A, B = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        fused: Tensor = _LoraLinear.apply(x.to(dtype), base, A.to(dtype), (B if scale == 1 else scale * B).to(dtype))
-        return fused
+        base, scale = self._modules["base_layer"], self.scaling[ADAPTER]
+        A, B = self._factor("lora_A"), self._factor("lora_B")
+        return _product(x.to(dtype), base, A.to(dtype), (B if scale == 1 else scale * B).to(dtype))
 
-    @property
-    def _precision(self) -> torch.dtype:
-        """Of the base layer's computation."""
-        base = self.base_layer
-        return base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+    def _factor(self, name: str) -> Any:
+        # nn.Module's own look-up of a part takes as long as a small operation; there are thousands in a step
+        return self._modules[name]._modules[ADAPTER]._parameters["weight"]
 
-    def _is_plain(self, x: Tensor) -> bool:
-        if ADAPTER not in self.lora_A:
-            return False
-        base, device = self.base_layer, x.device.type
-        if not x.is_meta and torch.is_autocast_enabled(device):  # torch knows no autocast of meta tensors
-            same_precision = self._precision == torch.get_autocast_dtype(device)
-        else:
-            same_precision = x.dtype == self._precision == self.lora_A[ADAPTER].weight.dtype
-        return (
-            same_precision
-            and self.active_adapters == [ADAPTER]
-            and not self.disable_adapters
-            and not self.merged
-            and not self.lora_variant
-            and not (self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout))
-            and not any(parameter.requires_grad for parameter in base._parameters.values() if parameter is not None)
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-        )
+    def _plain_precision(self, x: Tensor) -> torch.dtype | None:
+        """What the fused pass computes in; None: it cannot."""
+        parts: Any = self._modules
+        base, weight = parts["base_layer"], parts["base_layer"]._parameters.get("weight")
+        if (
+            ADAPTER not in parts["lora_A"]._modules
+            or self._active_adapter not in _ALONE
+            or self._disable_adapters
+            or self.merged_adapters
+            or self.lora_variant
+            or (self.training and isinstance(parts["lora_dropout"]._modules[ADAPTER], nn.Dropout))
+            or base._forward_hooks
+            or base._forward_pre_hooks
+        ):
+            return None
+        for parameter in base._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return None
+        precision: torch.dtype = base.dtype if weight is None else weight.dtype
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):  # torch knows no autocast of meta tensors
+            return precision if precision == torch.get_autocast_dtype(device) else None
+        return precision if x.dtype == precision == self._factor("lora_A").dtype else None
+
+
+_ALONE = (ADAPTER, [ADAPTER])
+"""As PEFT holds the names of the adapters that are switched on, when that is ours alone."""
 
 
 def fuse(module: nn.Module) -> None:
@@ -72,6 +78,14 @@ def fuse(module: nn.Module) -> None:
             and not layer.fan_in_fan_out
         ):
             layer.__class__ = FusedLinear  # only the forward pass differs
+
+
+def _product(x: Tensor, base: Any, A: Tensor, B: Tensor) -> Tensor:
+    """``x Wᵀ + b + (x Aᵀ) Bᵀ``; torch.compile gets it in operations that it knows, and joins their passes itself."""
+    if torch.compiler.is_compiling():
+        return product(x, base) + F.linear(F.linear(x, A), B)
+    fused: Tensor = _LoraLinear.apply(x, base, A, B)
+    return fused
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dreamlora.lora import offset
@@ -154,6 +155,11 @@ class TunedLayer:
         else:
             for parameter in self.parameters.values():
                 parameter.data.zero_()
+
+
+def is_adapted(part: Any) -> bool:
+    """Whether a part of a pipeline has adapters, of whatever name."""
+    return isinstance(part, nn.Module) and any(isinstance(layer, BaseTunerLayer) for layer in part.modules())
 
 
 def tuned_layers(module: nn.Module, prefix: str = "") -> Iterator[TunedLayer]:

@@ -89,6 +89,9 @@ def resolve_source(
         base_precision=model.base_precision,
         text_encoder_precision=model.text_encoder_precision,
         offload_blocks=model.offload_blocks,
+        attention_backend=model.attention_backend,
+        channels_last=model.channels_last,
+        text_encoder_device=model.text_encoder_device,
     )
 
 

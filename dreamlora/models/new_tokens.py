@@ -170,7 +170,8 @@ class ExtendedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """``[..., d]`` in the precision of the model's own, of token ids ``[...]``."""
         known = self.own(ids.clamp(max=self._first - 1))
-        new = nn.functional.embedding((ids - self._first).clamp(min=0), self._tokens[0].rows)
+        rows = self._tokens[0].rows.to(known.device)  # of an encoder that has moved without them
+        new = nn.functional.embedding((ids - self._first).clamp(min=0), rows)
         return torch.where((ids >= self._first)[..., None], new.to(known.dtype), known)
 
 

@@ -127,8 +127,8 @@ class Offload:
             block.register_forward_pre_hook(functools.partial(self._before, number), prepend=True)
         largest = max(len(block.master) for block in self._blocks)
         buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(SLOTS, len(blocks)))]
-        for block in self._blocks:
-            block.places = [buffer[: len(block.master)] for buffer in buffers]
+        for held in self._blocks:
+            held.places = [buffer[: len(held.master)] for buffer in buffers]
         self._held: list[int | None] = [None] * len(buffers)
         self._used = 0
         self._last: tuple[Pass, int] | None = None

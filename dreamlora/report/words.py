@@ -125,6 +125,11 @@ def parity(facts: RunFacts) -> tuple[str, str]:
             "it is made at the end of a run" if not facts.finished else "no result was saved"
         )
         return "unknown", f"Not checked: {reason}."
+    if check.get("base_changed"):
+        return "bad", (
+            "The base model's own weights changed while the LoRA trained, so that the LoRA fits no base that others "
+            "have: this is a fault of dreamlora's, please report it."
+        )
     call: dict[str, float] = check.get("call") or {}
     same = _same_call(call)
     if same is False:
@@ -173,7 +178,12 @@ def _of_image(check: dict[str, Any], *, coarse: bool) -> tuple[str, str]:
 def _pipeline(check: dict[str, Any]) -> str:
     """What the file was loaded into, and by whom."""
     by_us = " by dreamlora itself, as diffusers' loader knows no adapters of this kind"
-    return "a stock diffusers pipeline" + (by_us if check.get("loader") == "dreamlora" else "")
+    pipelines = {
+        "full": "a freshly loaded stock diffusers pipeline",
+        "lean": "a stock diffusers pipeline around the base model of the training",
+    }
+    pipeline = pipelines.get(check.get("kind", ""), "a stock diffusers pipeline")
+    return pipeline + (by_us if check.get("loader") == "dreamlora" else "")
 
 
 def evaluation_price(facts: RunFacts) -> str | None:

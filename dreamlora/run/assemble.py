@@ -22,7 +22,7 @@ from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
-from dreamlora.models.parts import ROLES
+from dreamlora.models.compiling import compile_blocks
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run import (
     defaults,
@@ -50,7 +50,7 @@ from dreamlora.run.opening import Prelude, begin, decided, read
 from dreamlora.run.prompts import all_prompts, all_shown_prompts
 from dreamlora.run.trainable import optimizer_of, with_lora
 from dreamlora.runfolder import RunFolder
-from dreamlora.training import loop, start, state
+from dreamlora.training import loop, parity, start, state
 from dreamlora.training.ema import MovingAverage
 from dreamlora.training.loop import Run
 from dreamlora.training.stream import Layout, Source, Stream
@@ -100,9 +100,9 @@ def _train_in(context: RunContext, folder: RunFolder, options: Any) -> None:
             ending.publish(context, folder)
         return
     ended = _trained(context, folder, options, prelude)
-    # The run has gone with the function that held it. Nothing else may hold its model when the next one is loaded.
+    # The run has gone with the function that held it. Nothing else may hold what its model had beside the base.
     context.accelerator.free_memory()
-    context.parts.free(*ROLES)
+    ending.release(context, ended)
     wait_for_everyone()  # for the last time: what is left to do takes long and is the main process's alone
     context.accelerator.trackers = []  # they stay open for the report
     context.accelerator.end_training()
@@ -146,7 +146,19 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
         with context.timed("starting the LoRA"):
             start.initialise(run, method_options("inits", lora.init, lora.init_args, {}))
     formats.require_held(context, run)
+    if context.config.model.compile:
+        compile_blocks(run.components[context.family.DENOISER], _shapes(run))
     return run, pictures
+
+
+def _shapes(run: Run) -> int:
+    """Of batches, at most: sizes of images, each in batches of every size if there are several, and of prompts."""
+    sources = run.stream.sources
+    sizes = sum(len(set(source.buckets or (0,))) for source in sources)
+    batches = 1 if sizes == 1 else len(sources) * run.stream.layout.batch_size
+    own_lengths = sources if run.family.LENGTH_AXES else ()
+    prompts = {caption for source in own_lengths for captions in source.store.captions for caption in captions}
+    return sizes * batches * max(1, len(prompts))
 
 
 def _claim_folder(context: RunContext) -> RunFolder:
@@ -183,6 +195,8 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     context.parts.free("vae")
     encode, text = _conditioning(context, pictures, store, material)  # some are of prompts and images
     components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
+    if ending.checks_in_base(context):
+        context.base_bits = parity.bits_of(components[context.family.DENOISER])
     model = with_lora(context, components, text)
     few, layers = layers_below_rank(model)
     if "rank" in config.given and layers and 2 * few >= layers:

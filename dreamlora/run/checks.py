@@ -18,9 +18,11 @@ from dreamlora.lora.applying import weights_for
 from dreamlora.lora.names import names_of
 from dreamlora.lora.targets import layer_names, require_patterns, wanted_layers
 from dreamlora.lora.weights import LayerWeights
+from dreamlora.models import kernels
 from dreamlora.models.inventory import PartFiles, empty_part, problems_of
 from dreamlora.models.loading import read_settings
 from dreamlora.models.offload import SLOTS, waiting_blocks
+from dreamlora.models.parts import DTYPES
 from dreamlora.run import continuing, formats
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import latent_filling
@@ -40,14 +42,16 @@ def require_parts(parts: Sequence[PartFiles]) -> None:
 
 def require_layers(context: RunContext) -> None:
     """Nothing, if the denoiser has the layers that are to be trained, and those of the training adapter; and what
-    patterns of ranks and alphas name.
+    patterns of ranks and alphas name; and can be computed as is asked for.
 
     Raises:
         UserError: it has none of a name that was given, or the training adapter is for another model; or one has no
-            name in a format that is asked for.
+            name in a format that is asked for; or see ``kernels.require``.
     """
     family, lora = context.family, context.config.lora
     module = empty_part(context.inventory, family.DENOISER)
+    device, precision = context.accelerator.device, DTYPES[context.accelerator.mixed_precision]
+    kernels.require(family, module, context.source, device, precision)
     found = {family.DENOISER: _layers(context, family.DENOISER, module)}
     if lora.rank_pattern or lora.alpha_pattern:
         encoders = family.TEXT_ENCODERS if lora.train_text_encoder else ()

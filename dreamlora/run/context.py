@@ -44,6 +44,7 @@ class RunContext:
         training_adapter: file of the frozen LoRA that is active while training.
         eval_price: of the evaluation loss, once it is known how often it is measured.
         new_tokens: their embeddings by text encoder, once they are put in.
+        base_bits: ``parity.bits_of`` the denoiser before anything was put into it, where the check at the end needs it.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         trackers: on the main process, once they have started.
         chosen: options that ``--vram`` decided.
@@ -61,6 +62,7 @@ class RunContext:
     training_adapter: Path | None = None
     eval_price: Price | None = None
     new_tokens: dict[str, TokenEmbeddings] = field(default_factory=dict)
+    base_bits: int | None = None
     shown: Shown = field(default_factory=dict)
     trackers: list[RunTracker] = field(default_factory=list)
     chosen: dict[str, Any] = field(default_factory=dict)

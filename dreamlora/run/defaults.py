@@ -237,8 +237,8 @@ def checkpointing(config: RunConfig) -> RunConfig:
         return config
     if "gradient_checkpointing" in config.given:
         raise UserError(
-            f"--offload_blocks {model.offload_blocks} needs --gradient_checkpointing, which was switched off: leave one "
-            "of the two out"
+            f"--offload_blocks {model.offload_blocks} needs --gradient_checkpointing, which was switched off: leave "
+            "one of the two out"
         )
     return replace(config, model=replace(model, gradient_checkpointing=True))
 

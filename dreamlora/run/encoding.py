@@ -18,6 +18,7 @@ from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations, to_tensor
 from dreamlora.interfaces import PICTURE, Components, Conditioning, Latents
 from dreamlora.models.prompts import cut_prompts
+from dreamlora.models.turns import HOST, TOGETHER
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.run.images import RunImages
@@ -81,8 +82,7 @@ def encode_frozen(context: RunContext, prompts: Iterable[Prompt], text: Componen
         return _tokenized(context, text)
     own = {"new_tokens": " ".join(tokens)} if (tokens := context.config.tokens.new_tokens) else {}
     encode = _encoded(context, prompts, context.family.encode_frozen, part="frozen", **own)
-    for name in frozen:
-        del text[name]
+    context.parts.forget_frozen_text()
     return encode
 
 
@@ -98,10 +98,17 @@ def _encoded(
         text = context.parts.get("text")
         return encoder(text, tokenized(context.family, text, prompts, length))
 
-    own = context.source.text_encoder_precision
+    parts, own = context.parts, context.source.text_encoder_precision
     kept = {**key_parts, **({"text_encoder_precision": own} if own else {})}
-    filling = context.filling(dtype=context.accelerator.mixed_precision, length=length, **kept)
-    table = encode_prompts(prompts, encode, replace(filling, length_axes=context.family.LENGTH_AXES))
+    if parts.text_device != parts.device:
+        kept["text_encoder_device"] = parts.text_device.type  # it rounds otherwise, as TF32 does
+    filling = replace(
+        context.filling(dtype=context.accelerator.mixed_precision, length=length, **kept),
+        length_axes=context.family.LENGTH_AXES,
+        in_turns=parts.in_turns,
+        together=1 if parts.text_device == HOST else TOGETHER,
+    )
+    table = encode_prompts(prompts, encode, filling)
     wait_for_everyone()
 
     def encoded(captions: Sequence[str], views: Conditioning) -> Conditioning:

@@ -17,7 +17,7 @@ from dreamlora.files import replacing_folder, write_atomically
 from dreamlora.interrupts import deferred, heed
 from dreamlora.lora.pairs import tuned_layers
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
-from dreamlora.models.parts import DTYPES, Parts, give_back_memory
+from dreamlora.models.parts import DTYPES, ROLES, Parts, give_back_memory
 from dreamlora.report import write_report
 from dreamlora.run import formats, provenance, resume, trackers
 from dreamlora.run.context import RunContext
@@ -78,6 +78,23 @@ def conclude(context: RunContext, run: Run, pictures: RunImages) -> Conclusion:
         write_summary(context, run.folder, ended, {"reason": resume.UNCHECKED})
     heed()
     return replace(ended, expected=_expected_output(context, run))
+
+
+def checks_in_base(context: RunContext) -> bool:
+    """Whether this process checks the saved file in the base model that it has trained on."""
+    train = context.config.train
+    return context.accelerator.is_main_process and train.parity_check and train.parity == "lean"
+
+
+def release(context: RunContext, ended: Conclusion) -> None:
+    """Free the model, but for the denoiser if the saved file is checked in it: that is without adapters then."""
+    parts = context.parts
+    if not checks_in_base(context) or isinstance(ended.expected, str):
+        parts.free(*ROLES)
+        return
+    parts.get("denoiser")[context.family.DENOISER].unload_lora()
+    parts.training = ()
+    parts.free("text", "vae", "scheduler")
 
 
 def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:
@@ -186,9 +203,14 @@ def _parity(context: RunContext, expected: parity.ExpectedOutput | str) -> dict[
     """The figures of the check, or why there are none."""
     if isinstance(expected, str):
         return {"reason": expected}
-    accelerator = context.accelerator
-    fresh = Parts(context.family, context.source, accelerator.device, DTYPES[accelerator.mixed_precision])
+    accelerator, parts = context.accelerator, context.parts
     try:
-        return parity.check(fresh, expected)
+        if not checks_in_base(context):
+            dtype = DTYPES[accelerator.mixed_precision]
+            return parity.check(Parts(context.family, context.source, accelerator.device, dtype), expected, full=True)
+        changed = parity.bits_of(parts.get("denoiser")[context.family.DENOISER]) != context.base_bits
+        return {**parity.check(parts, expected, full=False), "base_changed": changed}
     except (UserError, OSError, RuntimeError, ValueError) as error:  # out of memory, ...: the report is still written
         return {"reason": f"the check could not be made: {error}"}
+    finally:
+        parts.free(*ROLES)

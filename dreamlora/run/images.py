@@ -24,9 +24,10 @@ from dreamlora.processes import main_first, wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.prompts import read_prompts, sample_prompts
-from dreamlora.sampling.sampler import SamplePlan, draw_batch, prompting
+from dreamlora.sampling.sampler import SamplePlan, draw_batch, embedding
 from dreamlora.sampling.shown import Shown, require_for_prompts, shown_with
 from dreamlora.training import prior
+from dreamlora.training.prompt_encoder import PromptEncoder
 
 SUBJECT_IMAGES = 40
 """Images drawn of a built-in subject; a fifth of them is held out."""
@@ -190,8 +191,12 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
     rank, world = context.accelerator.process_index, context.accelerator.num_processes
 
     def drawer() -> prior.Drawer:
-        loaded = base.pipeline()
-        return lambda items: draw_batch(loaded, plan, items, prompting(context.guidance(plan.negative_prompt)))
+        encode = PromptEncoder(base, length=None)
+        asked = embedding(context.guidance(plan.negative_prompt), encode)
+        encode.prepare(asked, [plan.prompts])
+        base.free("text")
+        loaded = base.drawer()
+        return lambda items: draw_batch(loaded, plan, items, asked)
 
     with context.timed("class images"):
         prior.make_class_images(images, plan, drawer, context.source.drawer_id, rank, world)

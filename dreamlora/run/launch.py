@@ -79,8 +79,9 @@ def _check_training(config: RunConfig) -> None:
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise UserError(
-            f"torch.compile is not supported (accelerate's dynamo_backend is {backend.lower()}): start with accelerate "
-            "launch --dynamo_backend no, or run accelerate config anew"
+            f"accelerate's dynamo_backend is {backend.lower()}, which would compile the model without its LoRA: give "
+            "--compile behind the script's name, and start with accelerate launch --dynamo_backend no, or run "
+            "accelerate config anew"
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision == "fp8" and config.model.mixed_precision is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +15,9 @@ from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.files import read_lora
+from dreamlora.models import compiling
 from dreamlora.models.adapter import find_adapter
-from dreamlora.models.inventory import inventory
+from dreamlora.models.inventory import PartFiles, inventory
 from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.models.tf32 import set_tf32
@@ -47,8 +48,11 @@ def begin(config: RunConfig) -> RunContext:
         upload.check_hub(config)
     config = defaults.checkpointing(config)
     set_tf32(config.model.allow_tf32)
-    for flag in ("base_precision", "text_encoder_precision"):
-        precision.require(flag, getattr(config.model, flag), accelerator.device.type)
+    precision.require("base_precision", config.model.base_precision, accelerator.device.type)
+    text_device = config.model.text_encoder_device or accelerator.device.type
+    precision.require("text_encoder_precision", config.model.text_encoder_precision, text_device)
+    if config.model.compile:
+        compiling.require_compiler(accelerator.device)
     source = resolve_source(config.model, config.train.prediction_type, None, config.train.rescale_betas_zero_snr)
     family = family_of(source, config.model.family)
     parts_on_disk = inventory(source, family)
@@ -58,6 +62,7 @@ def begin(config: RunConfig) -> RunContext:
             f"--train_text_encoder: the family of {' and '.join(family.PIPELINES)} has no text encoder that can be "
             "trained: leave the flag out, and --text_encoder_lr with it"
         )
+    _require_frozen_encoder(config, parts_on_disk, family)
     _require_images_to_edit(config, family, source)
     predecessor = continuing.predecessor_of(config, family, source, parts_on_disk)
     if predecessor:
@@ -71,9 +76,10 @@ def begin(config: RunConfig) -> RunContext:
     data = defaults.bucket_step(config.data, family.SIDE_MULTIPLE)
     data = defaults.prompt_length(data, family.PROMPT_LENGTH, family.PROMPT_DEFAULT)
     config = replace(config, data=data)
+    training = family.TEXT_ENCODERS if config.encodes_in_training else ()
 
     def parts_of(source: ModelSource) -> Parts:
-        return Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision])
+        return Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision], training)
 
     parts = parts_of(source)
     family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
@@ -87,6 +93,23 @@ def begin(config: RunConfig) -> RunContext:
     checks.require_blocks(context)
     new_tokens.require(context)
     return context
+
+
+def _require_frozen_encoder(config: RunConfig, parts: Sequence[PartFiles], family: Family) -> None:
+    """Nothing, if there is a text encoder that can work elsewhere than what trains, where that is asked for.
+
+    Raises:
+        UserError: all of them train.
+    """
+    if not (config.model.text_encoder_device and config.encodes_in_training):
+        return
+    encoders = [part.name for part in parts if part.role == "text" and part.size]
+    if all(name in family.TEXT_ENCODERS for name in encoders):
+        flag = "train_text_encoder" if config.lora.train_text_encoder else "new_tokens"
+        raise UserError(
+            f"--text_encoder_device {config.model.text_encoder_device}: with --{flag} the text encoders of this model "
+            "are a part of every step and work where the denoiser does: leave one of the two flags out"
+        )
 
 
 def _require_images_to_edit(config: RunConfig, family: Family, source: ModelSource) -> None:

@@ -28,8 +28,8 @@ FREE_ON_RESUME = {
     *("optimizer_args", "prior_generation_precision", "final_eval_items", "save_best", "early_stopping"),
     *("eval_metrics", "eval_metrics_steps", "eval_prompts", "eval_num_images"),
     *("clip_model", "dino_model", "inception_weights"),
-    *("train_data_dir", "subject", "style", "streaming", "parity_check", "mask_data_dir", "conditioning_data_dir"),
-    *("offload_blocks", "gradient_checkpointing", "vram"),
+    *("train_data_dir", "subject", "style", "streaming", "parity_check", "parity", "mask_data_dir"),
+    *("conditioning_data_dir", "offload_blocks", "gradient_checkpointing", "vram"),
     *("captions_per_line", "dry_run", "validation_images", "training_adapter", "training_adapter_weight_name"),
     *("init_lora", "init_lora_weight_name", "save_format", *(option.name for option in fields(Label))),
 }

@@ -1,4 +1,9 @@
-"""Train-to-deploy check: does the saved file do, in a fresh stock pipeline, what the LoRA did in training?
+"""Train-to-deploy check: does the saved file do, in a stock pipeline, what the LoRA did in training?
+
+The file is loaded as a user loads it. The pipeline is a fresh one, all of it in memory; or, so that the end of a run
+needs no more memory than its training, the base that has trained, after its adapters were taken out: that it is still
+the model that everybody has is told by the sum of its bits. Its prompts are encoded by text encoders that are loaded
+for that, and gone before the denoiser works.
 
 Two things are compared. One call of the denoiser, with and without the LoRA, tells whether the LoRA is there, whole and
 with the right scale, however little of it an image shows. An image tells whether all the rest is the same; in half
@@ -8,7 +13,6 @@ precision it differs by rounding that adds up over the denoising steps.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from dreamlora.data.shown_prompts import tokenized, with_pictures
-from dreamlora.interfaces import Conditioning
+from dreamlora.interfaces import Conditioning, Family
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.assistant import switch
 from dreamlora.lora.embeddings import files_beside
@@ -28,14 +31,17 @@ from dreamlora.lora.pairs import tuned_layers
 from dreamlora.models.new_tokens import Vectors, by_token, load_embeddings, put_for_a_while
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.pictures import own_picture
+from dreamlora.precision import QuantizedLinear
 from dreamlora.randomness import generator
 from dreamlora.runfolder import LORA_FILE
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
 from dreamlora.sampling.shown import Shown
 from dreamlora.training.loop import Run
+from dreamlora.training.prompt_encoder import PromptEncoder
 
 MIDDLE = 0.5
 """Where in the schedule the call is made."""
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TF32 = 2**-10
 """Distance of neighbouring numbers in TF32, relative to them."""
 
@@ -129,30 +135,55 @@ def _precision(run: Run) -> float:
     return max(own, TF32) if tf32 and run.accelerator.device.type == "cuda" else own
 
 
-def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
+def check(parts: Parts, expected: ExpectedOutput, *, full: bool) -> dict[str, Any]:
     """Load the LoRA as a user would, do again what training did, and compare.
 
     Args:
-        fresh: the untouched base model, not loaded yet.
+        parts: the base model; of ``full`` not loaded yet, else with the denoiser that has trained, without adapters.
         expected: what training showed.
+        full: whether the pipeline is whole, and reads the prompt itself; else it draws from ready embeddings.
 
     Embeddings of new tokens are loaded by ``load_textual_inversion``.
 
     Returns:
-        Prompt, seed and step; the figures of ``compare_images``; as ``call`` those of ``compare_calls``; and
-        ``loader``, if it is not diffusers'.
+        ``kind`` ("full" or "lean"), prompt, seed and step; the figures of ``compare_images``; as ``call`` those of
+        ``compare_calls``; and ``loader``, if it is not diffusers'.
     """
-    pipeline, sample = fresh.pipeline(), expected.sample
-    with put_for_a_while(fresh.get("text"), expected.call.start):
-        without_lora = _answer(fresh, expected)
-    load_embeddings(pipeline, files_beside(expected.lora_folder / LORA_FILE), fresh.family.EMBEDDING_KEYS)
+    encode = PromptEncoder(parts, expected.call.prompt_length)
+    asked = _asked(parts, expected, encode, full=full)
+    prompts, views = [expected.sample["prompt"]], expected.call.view
+    with put_for_a_while(parts.text, expected.call.start):
+        encode.prepare(lambda _: encode(prompts, views), [None])
+        conditioning = encode(prompts, views)
+    encode.forget()
+    _load(parts.resting_pipeline(), parts.family, expected)
+    encode.prepare(lambda _: (encode(prompts, views), asked(prompts)), [None])
+    if not full:
+        parts.free("text")
+    pipeline = parts.pipeline() if full else parts.drawer()
+    with_lora = _answer(parts, expected, encode(prompts, views))
+    drawn, seen = _draw(pipeline, expected, asked)
+    pipeline.unload_lora_weights()
+    call = compare_calls(expected.call, with_lora, _answer(parts, expected, conditioning))
+    of_sample = {key: expected.sample[key] for key in ("prompt", "seed", "step")}
+    loader = {} if expected.stock_loader else {"loader": "dreamlora"}
+    kind = {"kind": "full" if full else "lean"}
+    return {**kind, **of_sample, **compare_images(seen, drawn), "call": call, **loader}
+
+
+def _load(pipeline: Any, family: Family, expected: ExpectedOutput) -> None:
+    """Load what was saved into a pipeline."""
+    load_embeddings(pipeline, files_beside(expected.lora_folder / LORA_FILE), family.EMBEDDING_KEYS)
     if expected.stock_loader:
         pipeline.load_lora_weights(str(expected.lora_folder))
     else:
-        names = names_of(fresh.family, dict(getattr(pipeline, fresh.family.DENOISER).config))
+        names = names_of(family, dict(getattr(pipeline, family.DENOISER).config))
         apply_lora(pipeline, expected.lora_folder, model=names)
-    call = compare_calls(expected.call, _answer(fresh, expected), without_lora)
-    seen = own_picture(expected.image_file)
+
+
+def _draw(pipeline: Any, expected: ExpectedOutput, asked: Asked) -> tuple[Image.Image, Image.Image]:
+    """The image drawn again, and the one seen in training."""
+    sample, seen = expected.sample, own_picture(expected.image_file)
     plan = SamplePlan(
         prompts=(sample["prompt"],),
         num_inference_steps=sample["num_inference_steps"],
@@ -162,41 +193,44 @@ def check(fresh: Parts, expected: ExpectedOutput) -> dict[str, Any]:
         width=seen.width,
         height=seen.height,
     )
-    [drawn] = draw(pipeline, plan, _asked(fresh, expected))
-    of_sample = {key: sample[key] for key in ("prompt", "seed", "step")}
-    loader = {} if expected.stock_loader else {"loader": "dreamlora"}
-    return {**of_sample, **compare_images(seen, drawn.image), "call": call, **loader}
+    [drawn] = draw(pipeline, plan, asked)
+    return drawn.image, seen
 
 
-def _asked(fresh: Parts, expected: ExpectedOutput) -> Asked:
-    """The pipeline reads the prompt itself, as a user's does, if it makes of it what training did: it knows no other
+def _asked(parts: Parts, expected: ExpectedOutput, encode: PromptEncoder, *, full: bool) -> Asked:
+    """A full pipeline reads the prompt itself, as a user's does, if it makes of it what training did: it knows no other
     number of tokens and no other layers of the text encoder, and some know no negative prompt.
     """
-    family, text, length = fresh.family, fresh.get("text"), expected.call.prompt_length
-    sample = expected.sample
-    guidance = Guidance(family, fresh.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
-    known = inspect.signature(fresh.pipeline().__call__).parameters
-    usual = length in (None, family.PROMPT_DEFAULT) and not fresh.source.text_layers
-    if usual and (guidance.negative is None or "negative_prompt" in known):
+    family, length, sample = parts.family, expected.call.prompt_length, expected.sample
+    guidance = Guidance(family, parts.source, sample["guidance_scale"], sample.get("negative_prompt"), expected.shown)
+    known = inspect.signature(parts.resting_pipeline().__call__).parameters
+    usual = length in (None, family.PROMPT_DEFAULT) and not parts.source.text_layers
+    if full and usual and (guidance.negative is None or "negative_prompt" in known):
         return prompting(guidance)
-
-    @torch.no_grad()
-    def conditioning(prompts: Sequence[str], views: Conditioning) -> Conditioning:
-        return family.encode_tokens(text, tokenized(family, text, with_pictures(prompts, views), length))
-
-    return embedding(guidance, conditioning)
+    return embedding(guidance, encode)
 
 
 @torch.no_grad()
-def _answer(fresh: Parts, expected: ExpectedOutput) -> Tensor:
-    """The same call in the modules of the fresh pipeline, from the prompt's text, without autocast."""
-    family, call, text = fresh.family, expected.call, fresh.get("text")
-    denoiser = fresh.get("denoiser")[family.DENOISER]
-    prompts = with_pictures([expected.sample["prompt"]], call.view)
-    conditioning = family.encode_tokens(text, tokenized(family, text, prompts, call.prompt_length))
-    conditioning |= {name: value.to(fresh.device) for name, value in call.view.items()}
-    noisy, times = (tensor.to(fresh.device) for tensor in (call.noisy, call.times))
+def _answer(parts: Parts, expected: ExpectedOutput, conditioning: Conditioning) -> Tensor:
+    """The same call in these modules, without autocast."""
+    family, call = parts.family, expected.call
+    denoiser = parts.get("denoiser")[family.DENOISER]
+    conditioning = conditioning | {name: value.to(parts.device) for name, value in call.view.items()}
+    noisy, times = (tensor.to(parts.device) for tensor in (call.noisy, call.times))
     return family.predict(denoiser, noisy, times, conditioning, call.guidance_scale).float().cpu()
+
+
+@torch.no_grad()
+def bits_of(module: nn.Module) -> int:
+    """Sum of a model's weights without adapters, their bits read as whole numbers: another one after any change of them
+    that does not cancel out.
+    """
+    total = 0
+    for part in module.modules():
+        stored = part.buffers(recurse=False) if isinstance(part, QuantizedLinear) else ()
+        for tensor in (*part.parameters(recurse=False), *stored):
+            total += int(tensor.detach().view(_WHOLE[tensor.element_size()]).sum(dtype=torch.int64))
+    return total
 
 
 def compare_calls(call: Call, with_lora: Tensor, without_lora: Tensor) -> dict[str, float]:

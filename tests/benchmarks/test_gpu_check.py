@@ -114,8 +114,9 @@ def test_every_case_is_measured_whole_and_alone(check: ModuleType) -> None:
 
 
 def test_files_are_called_after_the_card(check: ModuleType) -> None:
-    assert check.file_name("NVIDIA H100 80GB HBM3") == "gpu_check_h100_80gb_hbm3"
-    assert check.file_name("NVIDIA A100-SXM4-40GB MIG 1g.5gb") == "gpu_check_a100_sxm4_40gb_mig_1g_5gb"
+    name = check._machine.file_name
+    assert name("gpu_check", "NVIDIA H100 80GB HBM3") == "gpu_check_h100_80gb_hbm3"
+    assert name("gpu_speed", "NVIDIA A100-SXM4-40GB MIG 1g.5gb") == "gpu_speed_a100_sxm4_40gb_mig_1g_5gb"
 
 
 def test_the_table(check: ModuleType) -> None:

@@ -73,7 +73,7 @@ def test_a_launch_that_shares_out_the_model_is_refused(
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "torch.compile is not supported (accelerate's dynamo_backend is ind"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "accelerate's dynamo_backend is inductor, which would compile"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision is fp8, which is not supported: give --mixed_precision"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps is 1: give --gradient_accumula"),
     ],

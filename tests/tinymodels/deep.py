@@ -30,6 +30,8 @@ def deepened(folder: Path, copy: Path) -> Path:
             config[key] = LAYERS
         elif key == "transformer_layers_per_block":
             config[key] = 2
+        elif key == "llama_layers":  # one for each block
+            config[key] = value * LAYERS
     torch.manual_seed(1)
     shutil.rmtree(copy / name)
     part.from_config(config).save_pretrained(copy / name)

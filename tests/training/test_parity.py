@@ -14,13 +14,16 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from dreamlora.lora.pairs import is_adapted
 from dreamlora.models.parts import ROLES, Parts
+from dreamlora.precision import quantize
 from dreamlora.report import words
 from dreamlora.report.facts import RunFacts
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import parity
+from dreamlora.training.loop import Run
 from dreamlora.training.parity import Call, compare_calls, compare_images
 
 Tensors = dict[str, Tensor]
@@ -59,33 +62,41 @@ def verdict_on(folder: RunFolder, found: dict[str, Any]) -> tuple[str, str]:
     return words.parity(RunFacts(folder))
 
 
-@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("lean", "no"), ("lean", "fp16"), ("lean", "bf16"), ("full", "no"), ("full", "bf16")]
+)
 @pytest.mark.parametrize("family", ["sd", "flux"])
 def test_a_good_file_passes_and_a_wrong_one_is_seen(
-    family: str, precision: str, train: Train, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    kind: str,
+    precision: str,
+    train: Train,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The figures that report/words.py cites come from here."""
     check, found = parity.check, {}
 
-    def check_others_too(fresh: Parts, expected: parity.ExpectedOutput) -> dict[str, Any]:
+    def check_others_too(parts: Parts, expected: parity.ExpectedOutput, *, full: bool) -> dict[str, Any]:
+        assert full == (kind == "full")
         good, wrong = RunFolder(expected.lora_folder), RunFolder(expected.lora_folder / "wrong")
         wrong.path.mkdir()
         for name, (change, _) in FAULTS.items():
             wrong.lora_file.write_bytes(good.lora_file.read_bytes())
             edit(wrong.lora_file, change)
-            found[name] = check(fresh, replace(expected, lora_folder=wrong.path))
-            fresh.free(*ROLES)
-        return check(fresh, expected)
+            found[name] = check(parts, replace(expected, lora_folder=wrong.path), full=full)
+            parts.free(*(ROLES if full else ("text", "vae", "scheduler")))
+        return check(parts, expected, full=full)
 
     monkeypatch.setattr(parity, "check", check_others_too)
     model = request.getfixturevalue(f"{family}_folder")
     run = train(
         *f"--pretrained_model_name_or_path {model} --mixed_precision {precision} --train_text_encoder --lora_alpha 4 "
-        f"--max_train_steps 3 --eval_steps 0 --sample_steps 3 --checkpointing_steps 0".split()
+        f"--max_train_steps 3 --eval_steps 0 --sample_steps 3 --checkpointing_steps 0 --parity {kind}".split()
     )
     good = json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]
     call = good["call"]
-    assert verdict_on(run, good)[0] == "good"
+    assert good["kind"] == kind and verdict_on(run, good)[0] == "good"
     assert call["error"] <= 0.7 * call["rounding"] and call["scale"] == pytest.approx(1, abs=0.02)
     assert (call["rounding"] * call["effect"] > 1e-4) == (precision != "no")
     for name, (_, least) in FAULTS.items():
@@ -93,6 +104,80 @@ def test_a_good_file_passes_and_a_wrong_one_is_seen(
         verdict, text = verdict_on(run, found[name])
         assert verdict == "bad" and "does not do what it did in training" in text, name
     assert any(found[name]["psnr_db"] > 40 for name in FAULTS) or family == "sd"  # the image alone would say: good
+
+
+ALIKE = {
+    "two text encoders": ("sdxl", "--train_text_encoder"),
+    "new tokens": ("sd", "--new_tokens sks:2 --no_train_text_encoder"),
+    "DoRA": ("sd", "--adapter dora --train_text_encoder"),
+    "LoHa": ("sdxl", "--adapter loha --train_text_encoder"),
+    "LoKr": ("flux", "--adapter lokr"),
+    "a start of its own": ("flux", "--init pissa --train_text_encoder"),
+    "an average": ("sd", "--ema_decay 0.5"),
+    "fewer bits": ("flux", "--base_precision int8 --text_encoder_precision int8"),
+    "checkpointing": ("flux", "--gradient_checkpointing --mixed_precision bf16"),
+    "T5 besides two": ("sd3", ""),
+    "four text encoders": ("hidream", ""),
+    "another number of tokens": ("flux", "--max_sequence_length 16"),
+}
+"""What a run can leave in its base: the model, and flags."""
+
+
+@pytest.mark.parametrize("what", ALIKE)
+def test_the_base_that_has_trained_does_what_a_fresh_one_does(
+    what: str, train: Train, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch, no_report: None
+) -> None:
+    check, full = parity.check, {}
+
+    def both(parts: Parts, expected: parity.ExpectedOutput, **kind: bool) -> dict[str, Any]:
+        assert parts.get("denoiser") and kind == {"full": False}
+        [denoiser] = (part for part in parts.get("denoiser").values() if isinstance(part, nn.Module))
+        assert not is_adapted(denoiser) and not any(p.requires_grad for p in denoiser.parameters())
+        found = check(parts, expected, **kind)
+        assert "text" not in parts._loaded  # gone before the denoiser works
+        fresh = Parts(parts.family, parts.source, parts.device, parts._dtype)
+        full.update(check(fresh, expected, full=True))
+        return found
+
+    monkeypatch.setattr(parity, "check", both)
+    model, flags = ALIKE[what]
+    run = train(
+        *f"--pretrained_model_name_or_path {tiny_folder(model)} --max_train_steps 2 --eval_steps 0 --sample_steps 2 "
+        f"--checkpointing_steps 0 {flags}".split()
+    )
+    lean = json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]
+    assert lean.pop("base_changed") is False and (lean.pop("kind"), full.pop("kind")) == ("lean", "full")
+    assert lean["call"] == pytest.approx(full["call"], rel=0.01, abs=1e-6)
+    assert lean["max_abs"] <= full["max_abs"] + 1
+    assert verdict_on(run, {**lean, "kind": "lean"})[0] == "good"
+
+
+def test_a_base_that_has_changed_in_training_is_seen(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = parity.ask
+
+    def one_bit(run: Run, *others: Any) -> Call:
+        call = ask(run, *others)
+        weight = run.accelerator.unwrap_model(run.model).denoiser.conv_in.weight
+        weight.view(torch.int32).bitwise_xor_(1)
+        return call
+
+    monkeypatch.setattr(parity, "ask", one_bit)
+    run = train("--max_train_steps", "1", "--eval_steps", "0", "--checkpointing_steps", "0")
+    verdict, text = words.parity(RunFacts(run))
+    assert verdict == "bad" and "own weights changed while the LoRA trained" in text
+
+
+def test_bits_are_those_of_every_weight_however_it_is_stored() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2)).requires_grad_(False)
+    seen = {parity.bits_of(model)}
+    model[1].weight.view(torch.int32)[0, 0] ^= 1
+    seen.add(parity.bits_of(model))
+    quantize(model, "int8", torch.device("cpu"))
+    seen.add(parity.bits_of(model))
+    model[0][0].numbers[1, 2] += 1
+    seen.add(parity.bits_of(model))
+    seen.add(parity.bits_of(model.to(torch.device("cpu"))))
+    assert len(seen) == 4
 
 
 def test_the_figures_of_a_call_follow_their_formulas() -> None:

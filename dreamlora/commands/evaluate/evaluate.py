@@ -304,7 +304,8 @@ def _draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[S
     with tqdm(total=total, desc="drawing", unit="image", disable=not (total and state.is_main_process)) as bar:
         for number, items in share.items():
             sheet = sheets[number]
-            with under_test.applied(under_test.rows[number]) as pipeline, under_test.computing():
+            prompts = [item.prompt for item in items]
+            with under_test.drawing(under_test.rows[number], sheet.plan, prompts) as pipeline, under_test.computing():
                 for item, problem in draw_sheet(pipeline, sheet, items, under_test.asked(sheet.plan)):
                     bar.update()
                     if problem:

@@ -62,9 +62,9 @@ def _losses(config: EvaluateConfig, under_test: UnderTest, items: EvalSet, proce
     """Every row's loss of every item, measured as the first run did it; with the family's settings if there is none."""
     parts, family = under_test.parts, under_test.parts.family
     train = Train(guidance_scale=under_test.settings.get("guidance_scale", Train.guidance_scale))
-    denoiser = parts.get("denoiser")[family.DENOISER]
 
     def predict(noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        denoiser = parts.get("denoiser")[family.DENOISER]
         with under_test.computing():
             return family.predict(denoiser, noisy, times, conditioning, train.guidance_scale)
 
@@ -72,10 +72,15 @@ def _losses(config: EvaluateConfig, under_test: UnderTest, items: EvalSet, proce
     if not items.suits(objective):
         raise UserError("the evaluation set has other times than this model's schedule: take that of a run with it")
     measured = Measured(predict, objective, under_test.encode, parts.device)
-    batch = config.eval_batch_size
+
+    def encode(image: int) -> None:
+        views = {name: view[image : image + 1] for name, view in items.views.items()}
+        under_test.encode([items.captions[image]], views)
+
+    batch, images = config.eval_batch_size, range(len(items.captions))
     losses = []
     for row in tqdm(under_test.rows, desc="loss", unit="LoRA", disable=processes.rank > 0):
-        with under_test.applied(row):
+        with under_test.applied(row, encode, images):
             losses.append(evaluate_loss(measured, items, batch_size=batch, rank=processes.rank, world=processes.world))
     return losses
 

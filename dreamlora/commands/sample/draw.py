@@ -54,7 +54,7 @@ def sample_loras(config: SampleConfig) -> Path:
 def _draw_row(under_test: UnderTest, plan: SamplePlan, number: int, output: Path) -> list[dict[str, Any]]:
     """Draw and write one row; its records for samples.jsonl."""
     row = under_test.rows[number]
-    with under_test.applied(row) as pipeline, under_test.computing():
+    with under_test.drawing(row, plan, plan.prompts) as pipeline, under_test.computing():
         return [
             _write(drawn, row, plan, output / f"row_{number:02d}" / f"{drawn.item.name}.png")
             for drawn in draw(pipeline, plan, under_test.asked(plan))

@@ -77,6 +77,8 @@ class SampleConfig:
     offload_blocks: int | None = None
     """Blocks of the denoiser whose weights wait in the computer's memory and are copied to the GPU ahead of their use.
     Default: the first run's."""
+    text_encoder_device: Literal["cpu"] | None = None
+    """Where text encoders work: cpu spares the GPU, and is slow. Default: as in the first run."""
 
     def __post_init__(self) -> None:
         if not self.lora:
