@@ -193,7 +193,7 @@ def quantized_bytes(layer: nn.Linear, word: str) -> int:
 
 
 def unpacking_bytes(layer: nn.Linear, word: str, dtype: torch.dtype) -> int:
-    """Of what is made besides while a layer computes in ``dtype``: its weight, and in fp8 its numbers before scaling."""
+    """Of what is made while a layer computes in ``dtype``: its weight, and in fp8 its numbers before scaling."""
     if word == "bf16" and dtype == torch.bfloat16:
         return 0
     copies = 2 if word == "fp8" else 1

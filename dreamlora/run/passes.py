@@ -137,8 +137,10 @@ class Passes:
     def encoding(self, tiled: bool = False) -> Work:
         """Of encoding one image, or a tile of it."""
         width, height = (min(side, TILE) if tiled else side for side in self._size)
+        if (width, height) == self._size:
+            return self._once(("encoding",), lambda: self._latents)
         pixels = torch.empty(1, 3, height, width, device=META)
-        return self._once(("encoding", width, height), lambda: self._autoencoder.encode(pixels))
+        return self._once(("encoding a tile",), lambda: self._family.encode_images(self._parts["vae"], pixels))
 
     def decoding(self, tiled: bool = False) -> Work:
         """Of decoding one image, or a tile of it beside what the other tiles have become."""

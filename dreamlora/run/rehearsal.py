@@ -104,7 +104,8 @@ class Rehearsal:
             least = self._drawing(config, 1, tiled=True).peak
             stages.append(Stage("drawing samples", base + vae, *self._drawing(config, self._images), least))
             if config.train.parity_check:
-                stages.append(Stage("check at the end", base + vae, *self._drawing(config, 1), least))
+                beside = self._all_text(config) if config.train.parity == "full" else 0
+                stages.append(Stage("check at the end", base + vae + beside, *self._drawing(config, 1), least))
         return stages
 
     def held(self, config: RunConfig) -> int:
@@ -140,6 +141,11 @@ class Rehearsal:
         if config.model.text_encoder_device:
             return kept, kept
         return kept, kept + max((size for name, size in sizes.items() if name not in trained), default=0)
+
+    def _all_text(self, config: RunConfig) -> int:
+        """Bytes of all text encoders, where they are on the device."""
+        word, device = config.model.text_encoder_precision, config.model.text_encoder_device
+        return 0 if device else sum(self.passes.stored[name].bytes(word) for name in self.passes.text_encoders)
 
     @cached_property
     def _lora(self) -> int:

@@ -57,7 +57,8 @@ def model(tmp_path_factory) -> Path:
 
 def begun(model: Path, *more: str) -> Any:
     flags = f"--pretrained_model_name_or_path {model} --instance_data_dir {model} --max_train_steps 2 --resolution 64"
-    return opening.begin(parse_run([*flags.split(), "--train_batch_size", "2", "--max_sequence_length", "64", *more])[0])
+    flags += " --train_batch_size 2 --max_sequence_length 64"
+    return opening.begin(parse_run([*flags.split(), *more])[0])
 
 
 def measured(context: Any, rehearsal: Rehearsal) -> int:

@@ -14,7 +14,7 @@ from dreamlora import registry
 from dreamlora.__main__ import main
 from dreamlora.archives import open_tensors
 from dreamlora.lora.inject import trainable_parameters
-from tests import tinymodels
+from tests import real_sizes, tinymodels
 from tests.tinymodels.flux import save as save_flux
 from tests.tinymodels.sd import save as save_sd
 
@@ -206,7 +206,7 @@ def test_a_distilled_model_is_told_of(tmp_path: Path, photos: Path, capsys) -> N
 def test_bf16_weights_in_fp16_are_told_of(copy: Path, capsys) -> None:
     from types import SimpleNamespace
 
-    from dreamlora.config import Model
+    from dreamlora.config import Model, RunConfig
     from dreamlora.models.inventory import inventory
     from dreamlora.models.loading import family_of, resolve_source
     from dreamlora.run import checks
@@ -216,6 +216,7 @@ def test_bf16_weights_in_fp16_are_told_of(copy: Path, capsys) -> None:
     source = resolve_source(Model(pretrained_model_name_or_path=str(copy)))
     family = family_of(source)
     context = SimpleNamespace(
+        config=RunConfig(),
         family=family,
         source=source,
         inventory=inventory(source, family),
@@ -229,6 +230,38 @@ def test_a_full_disk_is_told_before_anything_is_encoded(model, photos, tmp_path,
     monkeypatch.setattr("dreamlora.run.checks.free_bytes", lambda folder: 100)
     found = told(capsys, model, *flags(photos, tmp_path))
     assert "--latents_cache_dir on another disk" in " ".join(found["errors"])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """SD 1.5, as large as it is, without its numbers."""
+    return real_sizes.save("sd15", tmp_path_factory.mktemp("models") / "sd15")
+
+
+def test_what_vram_chooses_is_a_table(large: Path, capsys) -> None:
+    """Half precision without a word; the larger the GPU, the fewer flags; those that are given are not among them."""
+    found = told(capsys, large, "--train_batch_size", 16, "--resolution", 512)
+    rows = {row["vram"]: row for row in found["vram"]}
+    assert list(rows) == ["8", "10", "12", "16", "24"] and all(row["fits"] for row in rows.values())
+    assert rows["24"]["flags"] == "" and rows["16"]["flags"] == "--gradient_checkpointing"
+    assert rows["8"]["flags"].startswith("--gradient_checkpointing --base_precision int8")
+    assert all(row["needed"] < int(row["vram"]) * 2**30 / 1.1 for row in rows.values())
+    assert not any("batch" in row["flags"] for row in rows.values())
+
+
+def test_what_vram_has_chosen_is_what_the_stages_take(large: Path, capsys) -> None:
+    found = told(capsys, large, "--vram", 4)
+    [row] = found["vram"]
+    assert row["vram"] == "4" and row["flags"] == "--gradient_checkpointing"
+    assert row["needed"] == max(stage["needed"] for stage in found["memory"]["stages"])
+    assert main(["doctor", str(large), "--vram", "4"]) == 0
+    assert "  4       3.37 GiB  training  --gradient_checkpointing" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_would_not_run(large: Path, capsys) -> None:
+    found = told(capsys, large, "--vram", 4, "--resolution", 4096)
+    [error] = found["errors"]
+    assert "--vram 4: this does not fit" in error and "a smaller --resolution (now 4096)" in error
 
 
 def test_text_says_the_same(model: Path, photos: Path, tmp_path: Path, capsys) -> None:
