@@ -60,7 +60,8 @@ class Model:
     Switches --gradient_checkpointing on."""
     vram: str | None = None
     """Gigabytes that the GPU has for the training (such as 8, 12, 24), or auto for all that are free: sets precision,
-    checkpointing, offloading, batch and accumulation so that it fits. Flags that are given win."""
+    checkpointing, offloading, batch and accumulation so that it fits by the estimate that dreamlora doctor shows. Flags
+    that are given win."""
     compile: bool = False
     """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one."""
     attention_backend: str | None = None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from dreamlora.cli.parse import parse_run
 from dreamlora.errors import UserError
-from dreamlora.run import vram
+from dreamlora.precision import QuantizedLinear
+from dreamlora.run import opening, vram
 from dreamlora.run.vram import Means
+from tests import real_sizes
 
 PLAIN = {
     "gradient_checkpointing": False,
@@ -102,3 +106,90 @@ def test_words_are_flags() -> None:
     assert vram.in_words({**CHECKPOINTED, **ALONE}) == (
         "--gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 4"
     )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return real_sizes.wide(tmp_path_factory.mktemp("models") / "flux")
+
+
+@pytest.fixture
+def begun(model: Path, tmp_path: Path, monkeypatch) -> Callable[..., Any]:
+    """A run that has begun with --vram, of which so many bytes are left for it."""
+
+    def begin(room: int, *more: str) -> Any:
+        monkeypatch.setattr(vram, "room_of", lambda total: room)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = f"--pretrained_model_name_or_path {model} --instance_data_dir {model} --max_train_steps 2"
+        flags += " --resolution 32 --max_sequence_length 32 --vram 8 --mixed_precision no --latents_cache_dir"
+        return opening.begin(parse_run([*flags.split(), str(tmp_path / "cache"), *more])[0])
+
+    return begin
+
+
+def test_a_run_has_what_was_chosen(begun, caplog) -> None:
+    with caplog.at_level("INFO", "dreamlora"):
+        context = begun(30 * 2**20, "--train_batch_size", "2")
+    assert context.chosen == {"gradient_checkpointing": True, "base_precision": "int8"}
+    assert context.config.model.base_precision == context.source.base_precision == "int8"
+    assert context.config.model.gradient_checkpointing and context.parts.source is context.source
+    assert any(isinstance(layer, QuantizedLinear) for layer in context.parts.get("denoiser")["transformer"].modules())
+    assert "--vram 8 chooses: --gradient_checkpointing --base_precision int8. Estimated for the 30 MiB" in caplog.text
+    assert context.config.train.train_batch_size == 2
+
+
+def test_roomy_runs_are_left_alone(begun) -> None:
+    context = begun(2**40)
+    assert context.chosen == {} and context.source.base_precision is None
+
+
+def test_flags_that_were_given_win(begun) -> None:
+    flags = ["--base_precision", "fp8", "--no_gradient_checkpointing", "--gradient_accumulation_steps", "3"]
+    with pytest.raises(UserError, match=r"--vram 8: this does not fit.* leave out --base_precision and --grad") as error:
+        begun(2**20, *flags)
+    assert "with --text_encoder_precision int8" not in str(error.value) and "nf4" not in str(error.value)
+    assert "a smaller --resolution (now 32) or --rank (now 4)" in str(error.value)
+
+
+def test_a_cpu_does_not_tell_what_it_has_free(begun) -> None:
+    with pytest.raises(UserError, match=r"--vram auto: cpu does not tell .* such as --vram 8"):
+        begun(2**40, "--vram", "auto")
+
+
+def test_a_resumed_run_has_the_precision_that_it_had(begun, tmp_path: Path) -> None:
+    """On a roomier GPU too: other weights would be another run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("base_precision: int8\ntext_encoder_precision: null\n", encoding="utf-8")
+    where = ["--output_dir", str(run), "--resume_from_checkpoint", "latest"]
+    context = begun(2**40, *where)
+    assert context.config.model.base_precision == context.source.base_precision == "int8"
+    assert not context.config.model.gradient_checkpointing, "there is room for its numbers, which are the same"
+    assert begun(2**40, *where, "--base_precision", "fp8").config.model.base_precision == "fp8"
+
+
+def test_flags_are_advised_that_take_less_than_what_is_set(begun) -> None:
+    context = begun(2**40)
+    advice = vram.flags_that_fit(context, 0)
+    assert advice and advice.startswith("--gradient_checkpointing")
+    set_already = begun(2**40, "--gradient_checkpointing", "--base_precision", "int8")
+    advice = vram.flags_that_fit(set_already, 0)
+    assert advice and "--gradient_checkpointing" not in advice and "--base_precision" not in advice
+
+
+def test_no_advice_where_nothing_would_fit(begun, monkeypatch) -> None:
+    context = begun(2**40)
+    monkeypatch.setattr(vram, "room_of", lambda total: 2**10)
+    assert vram.flags_that_fit(context, 8 * 2**30) is None
+
+
+def test_bf16_is_taken_where_nothing_was_said_of_precision(monkeypatch) -> None:
+    def precision_of(*flags: str) -> str | None:
+        return vram.with_precision(parse_run(list(flags))[0]).model.mixed_precision
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert precision_of("--vram", "8") == "bf16"
+    assert precision_of("--vram", "8", "--mixed_precision", "no") == "no"
+    assert precision_of() is None
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert precision_of("--vram", "8") is None
