@@ -43,7 +43,7 @@ class Trained(NamedTuple):
     alphas: tuple[float, ...]
 
 
-class Work(NamedTuple):
+class Computing(NamedTuple):
     """What is held at most while something is computed.
 
     Attributes:
@@ -54,11 +54,11 @@ class Work(NamedTuple):
     peak: int | None
     rough: str = ""
 
-    def times(self, count: int) -> Work:
+    def times(self, count: int) -> Computing:
         """Of so many samples or images: to within a few per cent everything is proportional to them."""
         return self._replace(peak=None if self.peak is None else count * self.peak)
 
-    def plus(self, more: int) -> Work:
+    def plus(self, more: int) -> Computing:
         """With what comes on top."""
         return self._replace(peak=None if self.peak is None else self.peak + more)
 
@@ -82,7 +82,7 @@ class Passes:
         self._prompt = prompt
         self._size = size
         self._decoded: tuple[int, ...] = ()
-        self._found: dict[tuple[object, ...], Work] = {}
+        self._found: dict[tuple[object, ...], Computing] = {}
 
     @cached_property
     def stored(self) -> dict[str, Stored]:
@@ -130,11 +130,11 @@ class Passes:
         except Exception:  # see _work
             return None
 
-    def prompts(self) -> Work:
+    def prompts(self) -> Computing:
         """Of encoding one prompt."""
         return self._once(("prompts",), lambda: self._conditioning)
 
-    def encoding(self, tiled: bool = False) -> Work:
+    def encoding(self, tiled: bool = False) -> Computing:
         """Of encoding one image, or a tile of it."""
         width, height = (min(side, TILE) if tiled else side for side in self._size)
         if (width, height) == self._size:
@@ -142,7 +142,7 @@ class Passes:
         pixels = torch.empty(1, 3, height, width, device=META)
         return self._once(("encoding a tile",), lambda: self._family.encode_images(self._parts["vae"], pixels))
 
-    def decoding(self, tiled: bool = False) -> Work:
+    def decoding(self, tiled: bool = False) -> Computing:
         """Of decoding one image, or a tile of it beside what the other tiles have become."""
         assert self._latents is not None  # finds the latents' shape
         *before, height, width = self._decoded
@@ -154,11 +154,11 @@ class Passes:
         work = self._once(("decoding", width, height), lambda: self._autoencoder.decode(latents))
         return work.plus(3 * 3 * 4 * self._size[0] * self._size[1] if tiled else 0)  # three images in float32
 
-    def call(self) -> Work:
+    def call(self) -> Computing:
         """Of the denoiser's call for an image that is drawn, with guidance."""
         return self._once(("call",), self._call, self._of_layers, autocast=True)
 
-    def step(self, checkpointing: bool) -> Work:
+    def step(self, checkpointing: bool) -> Computing:
         """Of one sample, forwards and backwards."""
 
         def compute() -> None:
@@ -176,14 +176,14 @@ class Passes:
         *,
         autocast: bool = False,
         grad: bool = False,
-    ) -> Work:
+    ) -> Computing:
         if key not in self._found:
             self._found[key] = self._work(compute, otherwise, self.dtype if autocast else None, grad)
         return self._found[key]
 
     def _work(
         self, compute: Callable[[], Any], otherwise: Callable[[], int] | None, autocast: torch.dtype | None, grad: bool
-    ) -> Work:
+    ) -> Computing:
         for module in self._trainable.values():
             module.train(grad)
         try:
@@ -191,12 +191,12 @@ class Passes:
                 compute()
         except Exception as error:  # of the model's code, where it asks a tensor for a number that it does not have
             if otherwise is None:
-                return Work(None, in_one_line(error))
-            return Work(otherwise(), _SUM)
+                return Computing(None, in_one_line(error))
+            return Computing(otherwise(), _SUM)
         finally:
             for parameter in (one for module in self._trainable.values() for one in module.parameters()):
                 parameter.grad = None
-        return Work(footprint.peak)
+        return Computing(footprint.peak)
 
     @cached_property
     def _parts(self) -> dict[Role, Components]:

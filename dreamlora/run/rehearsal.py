@@ -21,7 +21,7 @@ from dreamlora.lora.pairs import ADAPTER
 from dreamlora.models.offload import SLOTS
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.run.context import RunContext
-from dreamlora.run.passes import Passes, Work
+from dreamlora.run.passes import Computing, Passes
 
 LORA_BYTES = 8
 """Per number of the LoRA: itself and its gradient, in float32; what the optimizer keeps comes on top."""
@@ -94,7 +94,7 @@ class Rehearsal:
         base = self.held(config)
         [autoencoder] = self._context.family.PARTS["vae"]
         vae = passes.stored[autoencoder].bytes(None)
-        prompts = passes.prompts() if together else Work(0)
+        prompts = passes.prompts() if together else Computing(0)
         stages = [
             Stage("encoding images", vae, *passes.encoding(), passes.encoding(tiled=True).peak),
             Stage("encoding prompts", together, *prompts),
@@ -155,17 +155,17 @@ class Rehearsal:
         frozen = 4 * sum(map(math.prod, read_lora(file).shapes.values())) if file else 0
         return int(per_number * self.passes.parameters()) + frozen
 
-    def _step(self, config: RunConfig) -> Work:
+    def _step(self, config: RunConfig) -> Computing:
         """Of a micro-batch."""
         samples = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
         one = self.passes.step(config.model.gradient_checkpointing)
         return one.times(samples).plus(self._unpacking(config))
 
-    def _drawing(self, config: RunConfig, images: int, tiled: bool = False) -> Work:
+    def _drawing(self, config: RunConfig, images: int, tiled: bool = False) -> Computing:
         """Of a call of the denoiser, or of the decoding behind it, whichever is more."""
         call, decoding = self.passes.call().times(images), self.passes.decoding(tiled).times(images)
         call = call.plus(self._unpacking(config))
-        return call if (call.peak or 0) >= (decoding.peak or 0) else Work(decoding.peak, call.rough)
+        return call if (call.peak or 0) >= (decoding.peak or 0) else Computing(decoding.peak, call.rough)
 
     def _unpacking(self, config: RunConfig) -> int:
         """Of the denoiser's largest layer while it computes, where its weights are in fewer bits."""

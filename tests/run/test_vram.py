@@ -145,7 +145,9 @@ def test_roomy_runs_are_left_alone(begun) -> None:
 
 def test_flags_that_were_given_win(begun) -> None:
     flags = ["--base_precision", "fp8", "--no_gradient_checkpointing", "--gradient_accumulation_steps", "3"]
-    with pytest.raises(UserError, match=r"--vram 8: this does not fit.* leave out --base_precision and --grad") as error:
+    with pytest.raises(
+        UserError, match=r"--vram 8: this does not fit.* leave out --base_precision and --grad"
+    ) as error:
         begun(2**20, *flags)
     assert "with --text_encoder_precision int8" not in str(error.value) and "nf4" not in str(error.value)
     assert "a smaller --resolution (now 32) or --rank (now 4)" in str(error.value)
