@@ -253,6 +253,19 @@ def test_what_vram_chooses_is_a_table(large: Path, capsys) -> None:
     assert any("does not fit, not even with --gradient_checkpointing --base_precision int8" in line for line in lines)
 
 
+PUBLISHED = [("sdxl", 1024, 2.6e9), ("flux", 512, 11.9e9), ("klein", 512, 3.9e9)]
+
+
+@pytest.mark.parametrize(("name", "side", "numbers"), PUBLISHED)
+def test_published_models_fit_on_the_gpus_that_people_own(name, side, numbers, tmp_path: Path, capsys) -> None:
+    found = told(capsys, real_sizes.save(name, tmp_path / name), "--resolution", side, "--rank", 16)
+    denoiser = next(part for part in found["parts"] if part["role"] == "denoiser")
+    assert denoiser["parameters"] == pytest.approx(numbers, rel=0.02)
+    assert all(row["fits"] for row in found["vram"]), found["vram"]
+    needs_int8 = {row["vram"] for row in found["vram"] if "--base_precision int8" in row["flags"]}
+    assert needs_int8 == {"sdxl": set(), "flux": {"8", "10", "12", "16", "24"}, "klein": {"8"}}[name]
+
+
 def test_what_vram_has_chosen_is_what_the_stages_take(large: Path, capsys) -> None:
     found = told(capsys, large, "--vram", 4, "--resolution", 512)
     [row] = found["vram"]
