@@ -41,7 +41,7 @@ def frozen_denoiser(folder: Path, device: str, dtype: torch.dtype, base: str | N
     options: dict[str, Any] = {"subfolder": part, "torch_dtype": dtype}
     if base == "nf4":
         options["quantization_config"] = diffusers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
     denoiser = getattr(diffusers, index[part][1]).from_pretrained(folder, **options)
     if base == "fp8":

@@ -17,12 +17,12 @@ def python(words: list[str]) -> list[str]:
 
 def diffusers_script(file: Path) -> list[str]:
     """One of diffusers' scripts as python is to run it: with a stand-in where torchvision is not installed."""
-    return [*([] if has_torchvision() else [str(HERE / "_with_standin.py")]), str(file)]
+    return [*([] if has_package("torchvision") else [str(HERE / "_with_standin.py")]), str(file)]
 
 
-def has_torchvision() -> bool:
+def has_package(name: str) -> bool:
     """Whether it is installed."""
-    return importlib.util.find_spec("torchvision") is not None
+    return importlib.util.find_spec(name) is not None
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -2,15 +2,18 @@
 real ones; nothing is downloaded.
 
     python benchmarks/_random_pipelines.py /dev/shm/models sdxl klein --device cuda
+    python benchmarks/_random_pipelines.py /tmp/hollow flux --hollow
 
 Denoiser and autoencoder are of full size, and drawn on the device. Text encoders have one layer, with outputs of the
 real size, and tokenizers one token per letter: they are no part of a step, and loading them no part of the question.
---tiny makes everything small.
+--tiny makes everything small; --hollow writes files of the real size without numbers, which take no room on the disk:
+for what reads their headers alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from _gpu_cases import is_written
 from _unets import SD15, SDXL, random_model
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
@@ -211,9 +215,29 @@ def _flow() -> Any:
 PIPELINES: dict[str, Callable[[Maker], Any]] = {"sd15": sd15, "sdxl": sdxl, "klein": klein, "flux": flux}
 
 
-def is_written(folder: Path) -> bool:
-    """Whether a whole pipeline lies there: the index is written last."""
-    return (folder / "model_index.json").exists()
+def save_hollow(pipeline: Any, folder: Path) -> None:
+    """A pipeline of modules without numbers."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            own = isinstance(part, diffusers.ModelMixin)
+            (part.save_config if own else part.config.save_pretrained)(folder / name)
+            file = "diffusion_pytorch_model.safetensors" if own else "model.safetensors"
+            _write_header(part, folder / name / file)
+        elif part is not None:
+            part.save_pretrained(folder / name)
+    pipeline.save_config(folder)
+
+
+def _write_header(module: torch.nn.Module, file: Path) -> None:
+    """A safetensors file of bf16 whose numbers are a hole."""
+    header, end = {}, 0
+    for name, tensor in module.state_dict().items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
 
 
 def main() -> None:
@@ -223,11 +247,17 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=PIPELINES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--hollow", action="store_true")
     options = parser.parse_args()
     for name in options.names:
         started = time.perf_counter()
-        if not is_written(options.folder / name):
-            PIPELINES[name](Maker(options.device, options.tiny)).save_pretrained(options.folder / name)
+        folder = options.folder / name
+        if is_written(folder):
+            continue
+        if options.hollow:
+            save_hollow(PIPELINES[name](Maker("meta", options.tiny)), folder)
+        else:
+            PIPELINES[name](Maker(options.device, options.tiny)).save_pretrained(folder)
             print(f"wrote {name} in {time.perf_counter() - started:.1f} s", flush=True)
 
 

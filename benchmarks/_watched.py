@@ -26,10 +26,13 @@ CAP = "WATCHED_MEMORY_GIB"
 
 
 class Watch:
-    """When the optimizer's steps ended."""
+    """When the optimizer's steps ended, and peaks of memory over all times that the program counted them anew."""
 
     def __init__(self) -> None:
         self._marks: list[Any] = []
+        self._peaks = [0, 0]
+        self._reset = torch.cuda.reset_peak_memory_stats
+        torch.cuda.reset_peak_memory_stats = self._count_anew
         register_optimizer_step_post_hook(self._mark)
 
     def _mark(self, *_: Any) -> None:
@@ -40,6 +43,14 @@ class Watch:
         event.record()
         self._marks.append(event)
 
+    def _count_anew(self, *given: Any, **named: Any) -> None:
+        self._see_peaks()
+        self._reset(*given, **named)
+
+    def _see_peaks(self) -> None:
+        now = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        self._peaks = [max(pair) for pair in zip(self._peaks, now, strict=True)]
+
     def figures(self) -> dict[str, Any]:
         """``ends_ms``: when each step ended, from the end of the first; ``allocated_gib``, ``reserved_gib``: peaks by
         torch, None without a GPU; ``host_gib``: largest resident memory.
@@ -47,10 +58,11 @@ class Watch:
         gpu = torch.cuda.is_initialized()
         if gpu:
             torch.cuda.synchronize()
+            self._see_peaks()
         return {
             "ends_ms": [self._since_first(mark) for mark in self._marks],
-            "allocated_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if gpu else None,
+            "allocated_gib": self._peaks[0] / 2**30 if gpu else None,
+            "reserved_gib": self._peaks[1] / 2**30 if gpu else None,
             "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             / (2**30 if sys.platform == "darwin" else 2**20),
         }

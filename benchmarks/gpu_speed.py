@@ -3,6 +3,7 @@
     python benchmarks/gpu_speed.py --diffusers_examples diffusers/examples/dreambooth --folder /dev/shm/gpu_speed
     python benchmarks/gpu_speed.py --folder /dev/shm/gpu_speed --cases sdxl1 klein --programs ours compile bare
     python benchmarks/gpu_speed.py --tiny --device cpu             # tries the program where there is no GPU
+    python benchmarks/gpu_speed.py --estimate results/gpu_speed_h100_80gb_hbm3.json     # needs no GPU
     python benchmarks/gpu_speed.py --table results/gpu_speed_h100_80gb_hbm3.json
 
 SD 1.5 at 512 pixels, SDXL at 1024, FLUX.2 [klein] 4B and FLUX.1 at 512, the latter at bf16, fp8, nf4 and with blocks in
@@ -25,13 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import _gpu_cases as plan
 import _machine
-import _random_pipelines
 import torch
 from _children import environment, python
 from _gpu_cases import BARE, CASES, COMPILED, CONTEXT_GIB, DIFFUSERS, OURS, PROGRAMS, Case, Found, Measured, Places
@@ -46,6 +47,7 @@ USUAL = [OURS, DIFFUSERS, BARE]
 IMAGES = 8
 PATIENCE_S = 180.0
 """After which a program is given up."""
+LONGEST_MESSAGE = 800
 ROW_S = 20.0
 """So long a measurement is thought to take until one has taken longer."""
 
@@ -96,20 +98,24 @@ def figures(watched: dict[str, Any], case: Case) -> Measured:
 
 
 def _last_words(log: Path, places: Places) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")[-1500:]
+    text = log.read_text(encoding="utf-8", errors="replace")[-LONGEST_MESSAGE:]
     for place in (places.models, places.images, places.scratch, HERE.parent, Path.home()):
         text = text.replace(str(place), place.name)
     return text
 
 
 class Result:
-    """The file of a card: what is measured is put beside what was."""
+    """The file of a card: what is measured is put beside what was.
 
-    def __init__(self, name: str, folder: Path, device: str) -> None:
+    Args:
+        about: card and machine; those of a file that is there hold on where they are not given.
+    """
+
+    def __init__(self, name: str, folder: Path, about: dict[str, Any]) -> None:
         self._name, self._folder = name, folder
         file = folder / f"{name}.json"
         self.content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cases": {}}
-        self.content |= {"card": _machine.card(device), "machine": _machine.describe(_machine.usable_cores())}
+        self.content |= about
 
     @property
     def found(self) -> Found:
@@ -134,7 +140,17 @@ class Result:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown, a line for each case."""
     found, ratios = result["cases"], result["ratios"]
-    head = ["", "steps/s", "× bare step", "× diffusers", "peak GiB", "× diffusers", "command, s", "× diffusers"]
+    head = [
+        "",
+        "steps/s",
+        "× bare step",
+        "× diffusers",
+        "peak GiB",
+        "estimated",
+        "× diffusers",
+        "command, s",
+        "× diffusers",
+    ]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
     for name, programs in found.items():
         for program in (OURS, COMPILED):
@@ -149,7 +165,9 @@ def _line(name: str, program: str, found: Found, ratios: dict[str, float]) -> li
     words = name if program == OURS else f"{name}, {program}"
     measured = found[name][program]
     if "failed" in measured:
-        return [words, "failed", *[""] * 6]
+        return [words, "failed", *[""] * 7]
+
+    expected = found[name].get(plan.ESTIMATE, {}).get("allocated_gib")
 
     def ratio(what: str) -> str:
         if program != OURS:
@@ -162,6 +180,7 @@ def _line(name: str, program: str, found: Found, ratios: dict[str, float]) -> li
         ratio("steps / bare"),
         ratio(f"steps / {DIFFUSERS}"),
         f"{plan.peak(measured):.2f}",
+        f"{expected:.2f}" if expected and program == OURS else "",
         ratio(f"peak / {DIFFUSERS}"),
         f"{measured['wall_s']:.0f}",
         ratio(f"wall time / {DIFFUSERS}"),
@@ -174,15 +193,19 @@ def main() -> None:
     if options.table:
         print(table(json.loads(options.table.read_text(encoding="utf-8"))))
         return
+    if options.estimate:
+        print(f"\n{table(estimate(options.estimate).content)}")
+        return
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         scratch = folder / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
         places = Places(folder / ("tiny" if options.tiny else "models"), folder / "images", scratch, options.examples)
-        _write_models(places.models, options)
-        card = _machine.card(options.device)["name"]
-        result = Result(_machine.file_name("gpu_speed", card), options.results, options.device)
+        _write_models(places.models, options.cases, ["--device", options.device, *(["--tiny"] if options.tiny else [])])
+        card = _machine.card(options.device)
+        about = {"card": card, "machine": _machine.describe(_machine.usable_cores())}
+        result = Result(_machine.file_name("gpu_speed", card["name"]), options.results, about)
         failed = _measure_all(options, places, result, end)
     print(f"\n{table(result.content)}" if result.found else "nothing was measured")
     sys.exit(1 if failed else 0)
@@ -202,19 +225,42 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small models, few steps: whether the program works")
     parser.add_argument("--results", type=Path, default=_machine.RESULTS, help="folder of the file")
     parser.add_argument("--table", type=Path, help="print the Markdown table of such a file, and do nothing else")
+    parser.add_argument("--estimate", type=Path, help="add the expected peaks to such a file, and do nothing else")
     options = parser.parse_args()
-    if not options.table and options.device == "cuda" and not torch.cuda.is_available():
+    if not (options.table or options.estimate) and options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --tiny tries the program without one")
     return options
 
 
-def _write_models(folder: Path, options: argparse.Namespace) -> None:
-    """In a process of its own, which gives the GPU back."""
-    names = dict.fromkeys(CASES[case].model for case in options.cases)
-    missing = [name for name in names if not _random_pipelines.is_written(folder / name)]
+def _write_models(folder: Path, cases: Iterable[str], flags: list[str]) -> None:
+    """Those of the cases that are not there, in a process of its own, which gives the GPU back."""
+    names = dict.fromkeys(CASES[case].model for case in cases)
+    missing = [name for name in names if not plan.is_written(folder / name)]
     if missing:
-        words = [str(folder), *missing, "--device", options.device, *(["--tiny"] if options.tiny else [])]
-        subprocess.run(python([str(HERE / "_random_pipelines.py"), *words]), check=True)
+        script = str(HERE / "_random_pipelines.py")
+        subprocess.run(python([script, str(folder), *missing, *flags]), check=True)
+
+
+def estimate(file: Path) -> Result:
+    """Put the peak that dreamlora expects of each case beside what was measured of it."""
+    result = Result(file.stem, file.parent, {})
+    with tempfile.TemporaryDirectory() as temporary:
+        places = Places(Path(temporary), Path(temporary) / "images", Path(temporary), None)
+        _write_models(places.models, result.found, ["--hollow"])
+        for name in list(result.found):
+            _write_images(places.images, CASES[name].resolution)
+            words = plan.command(CASES[name], OURS, places, "cuda")[2:]
+            variables = os.environ | environment(_machine.usable_cores())
+            command = python([str(HERE / "_estimate.py"), *words])
+            done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8", check=False)
+            if done.returncode != 0:
+                print(f"{name:17s} left out: {done.stderr.splitlines()[-1]}", flush=True)
+                continue
+            stages = json.loads(done.stdout.splitlines()[-1])
+            gib = {stage: round(size / 2**30, 3) for stage, size in stages.items()}
+            result.add(name, plan.ESTIMATE, {"allocated_gib": max(gib.values()), "stages_gib": gib})
+            print(f"{name:17s} {gib}", flush=True)
+    return result
 
 
 def _measure_all(options: argparse.Namespace, places: Places, result: Result, end: float) -> bool:
@@ -223,7 +269,7 @@ def _measure_all(options: argparse.Namespace, places: Places, result: Result, en
     for name in options.cases:
         case = CASES[name].tiny() if options.tiny else CASES[name]
         _write_images(places.images, case.resolution)
-        for program in plan.programs_of(case, options.programs, places.examples):
+        for program in plan.programs_of(case, options.programs, places.examples, options.device):
             left = end - time.monotonic()
             if left < longest:
                 print(f"{name:17s} {program:15s} left out: no time was left", flush=True)

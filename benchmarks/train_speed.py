@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO
 
 import _machine
-from _children import diffusers_script, environment, has_torchvision, python
+from _children import diffusers_script, environment, has_package, python
 
 from dreamlora import tiny
 from dreamlora.tiny.subjects import write_instance_images
@@ -210,7 +210,7 @@ def main() -> None:
     result = {
         "command": _machine.command("train_speed.py"),
         "settings": {name: getattr(options, name) for name in ("steps", "warmup_steps", "batch", "rank", "rounds")},
-        "torchvision": "installed" if has_torchvision() else "missing: diffusers' script ran with a stand-in",
+        "torchvision": "installed" if has_package("torchvision") else "missing: diffusers' script ran with a stand-in",
         "medians": medians(rounds),
         "ratios": {name: round(value, 3) for name, value in found.items()},
         "targets": {name: f"{sign} {bound}" for name, (sign, bound) in TARGETS.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dreamlora.credentials import masked
@@ -55,6 +55,7 @@ _PARTNER = re.compile(r"Connection (?:closed|reset) by peer|Broken pipe|Connecti
 """What gloo, torch's store and NCCL say in a process of a run when another one is there no more."""
 _MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|OUT_OF_MEMORY|ALLOC_FAILED|alloc_cpu\.cpp"
+    r"|killed by signal: Killed|out of shared memory"
     r"|Storage size calculation overflowed|integer multiplication overflow",
     re.IGNORECASE,
 )
@@ -73,6 +74,10 @@ class UserError(Exception):
 
 class DivergedError(UserError):
     """A loss, a gradient, or what an update made, is not finite. A comparison of optimizers records it and goes on."""
+
+
+class LackOfMemoryError(UserError):
+    """Memory does not suffice: the message says for what, and which flags take less. The exit status is 1."""
 
 
 class WriteError(UserError):
@@ -123,8 +128,8 @@ def os_error(error: BaseException) -> OSError | None:
 
 def explained(error: BaseException) -> str | None:
     """A sentence for an exception that the person can mend and the program has no words of its own for; else None."""
-    if _is_of_memory(error):
-        return f"{_first_line(error)}. {_LESS_MEMORY}"
+    if is_of_memory(error):
+        return lack_of_memory(error, "", [_LESS_MEMORY])
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
         return f"{error.strerror}. Free some space there, or name another folder in TMPDIR"
     if isinstance(error, FileNotFoundError) and not _has_working_folder():
@@ -141,14 +146,26 @@ def explained(error: BaseException) -> str | None:
 
 
 _LESS_MEMORY = (
-    "This does not fit into memory. Of a training: a smaller --resolution, --rank or --train_batch_size (with more "
+    "What takes less: of a training a smaller --resolution, --rank or --train_batch_size (with more "
     "--gradient_accumulation_steps), --gradient_checkpointing, --mixed_precision bf16, or smaller --sample_batch_size "
     "and --eval_batch_size; of other commands a smaller --resolution or batch size"
 )
 
 
-def _is_of_memory(error: BaseException) -> bool:
-    """Torch, CUDA, cuBLAS, Apple's Metal and numpy each say it their own way."""
+def lack_of_memory(error: BaseException, stage: str, told: Sequence[str]) -> str:
+    """What every program says where memory does not suffice.
+
+    Args:
+        error: as it was raised.
+        stage: of the program; "": none is known.
+        told: sentences without their ends: what is held, what to do.
+    """
+    where = f" in the stage '{stage}'" if stage else ""
+    return ". ".join([f"memory does not suffice{where} ({_first_line(error)})", *told])
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: torch, CUDA, cuBLAS, Apple's Metal and numpy each say it their own way."""
     if isinstance(error, MemoryError | OverflowError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return (isinstance(error, OSError) and error.errno == errno.ENOMEM) or (

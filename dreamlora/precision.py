@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -71,12 +71,17 @@ class QuantizedLinear(nn.Linear):
         for name, tensor in self._form.pack(layer.weight.detach()).items():
             self.register_buffer(name, tensor, persistent=False)
 
+    @property
+    def shape(self) -> torch.Size:
+        """``(m, n)`` of the weight."""
+        return torch.Size((self.out_features, self.in_features))
+
     def dense(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """The weight ``(m, n)``, as close as what is stored comes to it; unpacked on the device, by default its own."""
         packed: Any = self._buffers
         if device is not None:
             packed = {name: tensor.to(device) for name, tensor in packed.items()}
-        return self._form.unpack(packed, torch.Size((self.out_features, self.in_features)), dtype or self.dtype)
+        return self._form.unpack(packed, self.shape, dtype or self.dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -92,6 +97,11 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """As a Linear's, with the precision."""
         return f"{super().extra_repr()}, precision={self.precision}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With a weight that has a shape and no numbers: diffusers looks sizes up there when it loads a LoRA."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves, and never turns into another type: what is stored is no number of the model's."""
@@ -143,9 +153,20 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None, device: tor
     return dense
 
 
+def weight_shape(layer: Any) -> torch.Size:
+    """Of a linear layer or convolution, however it is stored: looking at ``weight`` may unpack it."""
+    shape: torch.Size = layer.shape if isinstance(layer, QuantizedLinear) else layer.weight.shape
+    return shape
+
+
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
     """``x Wᵀ + b`` in the precision of x."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    if torch.compiler.is_compiling() and isinstance(layer, QuantizedLinear):
+        packed: Any = layer._buffers
+        shape = [layer.out_features, layer.in_features]
+        y = _packed_product(x, list(packed.values()), " ".join(packed), layer.precision, shape, True)
+        return y if bias is None else y + bias
     return F.linear(x, dense_weight(layer, x.dtype), bias)
 
 
@@ -160,6 +181,34 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:
         return gy @ dense_weight(ctx.layer, gy.dtype), None
+
+
+@torch.library.custom_op("dreamlora::packed_product", mutates_args=())
+def _packed_product(
+    x: Tensor, packed: Sequence[Tensor], names: str, word: str, shape: Sequence[int], transposed: bool
+) -> Tensor:
+    """``x Wᵀ``, or ``x W``, of a stored weight W: for torch.compile, which would keep what it sees unpacked."""
+    tensors = dict(zip(names.split(), packed, strict=True))
+    weight = FORMS[word].unpack(tensors, torch.Size(shape), x.dtype)
+    return x @ (weight.mT if transposed else weight)
+
+
+@_packed_product.register_fake
+def _(x: Tensor, packed: Sequence[Tensor], names: str, word: str, shape: Sequence[int], transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0 if transposed else 1])
+
+
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, *ctx.how = inputs
+    ctx.save_for_backward(*packed)
+
+
+def _packed_product_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    packed, (*how, transposed) = list(ctx.saved_tensors), ctx.how
+    return _packed_product(gy, packed, *how, not transposed), [None] * len(packed), None, None, None, None
+
+
+_packed_product.register_autograd(_packed_product_backward, setup_context=_keep_packed)
 
 
 def quantize(module: nn.Module, word: str, device: torch.device, waiting: Iterable[nn.Module] = ()) -> None:
@@ -241,8 +290,6 @@ def _rows(highest: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Packed
         numbers = packed["numbers"]
         if dtype.is_floating_point:
             numbers = numbers.to(wanted)  # exact; torch multiplies no float8
-        if torch.compiler.is_compiling():
-            return (numbers * packed["scale"]).to(wanted)
         # one pass, in float32, with nothing but the result in memory
         return torch.mul(numbers, packed["scale"], out=numbers.new_empty(shape, dtype=wanted))
 

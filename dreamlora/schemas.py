@@ -17,6 +17,7 @@ Step = Annotated[int, Ge(0), Le(10**9)]
 Count = Annotated[int, Ge(0), Le(LARGEST)]
 Seed = Annotated[int, Ge(0), Le(2**64)]
 Seconds = Annotated[float, Ge(0), Le(10**12)]
+Gib = Annotated[float, Ge(0), Le(10**6)]
 Name = Annotated[str, MaxLen(1000)]
 Text = Annotated[str, MaxLen(2**16)]
 """Prompts, captions, sentences."""
@@ -79,6 +80,7 @@ class SampleRow(TypedDict):
     negative_prompt: NotRequired[Text | None]
     conditioning: NotRequired[Annotated[str, Predicate(_is_digest)]]
     problem: NotRequired[Text]
+    vae_tiling: NotRequired[bool]
 
 
 class ImageRow(TypedDict):
@@ -187,7 +189,8 @@ class SummaryFile(TypedDict, total=False):
     timings: Annotated[dict[Name, Seconds], MaxLen(100)]
     versions: Annotated[dict[Name, Name], MaxLen(100)]
     device: Name | None
-    peak_memory_gib: Annotated[float, Ge(0), Le(10**6)] | None
+    peak_memory_gib: Gib | None
+    peak_memory: Annotated[dict[Name, Annotated[dict[Name, Gib], MaxLen(10)]], MaxLen(100)]
     git_commit: Name | None
     warnings: Annotated[list[Text], MaxLen(1000)]
     data: Annotated[dict[Name, Count], MaxLen(1000)]

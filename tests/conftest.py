@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from dreamlora import interfaces, registry
+from dreamlora.models import parts as parts_module
+from dreamlora.models import turns
 from tests import tinymodels
+from tests.fakemps import Bus, FakeMps
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,6 +110,16 @@ def glow(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     names = registry.names
     monkeypatch.setattr(registry, "names", lambda kind: [*names(kind), *(["glow"] if kind == "metrics" else [])])
     return plugin
+
+
+@pytest.fixture
+def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
+    """The device of ``FakeMps``, and what ``Parts`` has there."""
+    bus = Bus()
+    monkeypatch.setattr(turns, "move", bus.move)
+    monkeypatch.setattr(parts_module, "move", bus.move)
+    with FakeMps():
+        yield bus
 
 
 @pytest.fixture(scope="module")

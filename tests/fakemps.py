@@ -56,6 +56,8 @@ class MpsTensor(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (Tensor.data_ptr, Tensor.tolist):
             return function(args[0].inner)
+        if function == Tensor.data.__set__:  # type: ignore[attr-defined]
+            args[0].inner = args[1].inner
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -114,6 +116,42 @@ def moved(module: nn.Module) -> nn.Module:
         for name, buffer in child._buffers.items():
             child._buffers[name] = None if buffer is None else on_mps(buffer)
     return module
+
+
+class Bus:
+    """What moves modules between the host's memory and a device that computes nothing with the host's tensors.
+
+    Attributes:
+        here: modules that are on the device.
+        seen: the classes of those that were there after each arrival.
+    """
+
+    def __init__(self) -> None:
+        self.here: list[nn.Module] = []
+        self.seen: list[tuple[str, ...]] = []
+
+    @property
+    def arrivals(self) -> int:
+        """How often a module came."""
+        return len(self.seen)
+
+    @property
+    def most(self) -> int:
+        """How many were there at the same time."""
+        return max(map(len, self.seen), default=0)
+
+    def move(self, module: nn.Module, device: torch.device) -> None:
+        """As ``models.turns.move``."""
+        if device.type == "cpu" and any(module is each for each in self.here):
+            self.here = [each for each in self.here if each is not module]
+            for part in module.modules():
+                for kept in (part._parameters, part._buffers):
+                    for name, tensor in kept.items():
+                        kept[name] = getattr(tensor, "inner", tensor)
+        elif device == MPS and not any(module is each for each in self.here):
+            self.here.append(module)
+            self.seen.append(tuple(type(each).__name__ for each in self.here))
+            moved(module)
 
 
 def on_mps(tensor: Tensor) -> Tensor:

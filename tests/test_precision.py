@@ -86,6 +86,19 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass(word: str) -> None:
     assert max(kept, default=0) < stored.weight.numel()
 
 
+def test_compiled_it_computes_the_same_in_one_piece_and_keeps_no_unpacked_weight(word: str) -> None:
+    stored = QuantizedLinear(a_layer(), word)
+    x = torch.randn(2, 3, 96, requires_grad=True)
+    compiled = torch.compile(stored, backend="aot_eager", fullgraph=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel() * t.itemsize) or t, lambda t: t):
+        y = compiled(x)
+    assert max(kept) <= precision.quantized_bytes(a_layer(), word)
+    torch.testing.assert_close(y, stored(x))
+    [gradient], [expected] = (torch.autograd.grad(each.square().sum(), x) for each in (y, stored(x)))
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_under_autocast_it_computes_in_that_precision(word: str) -> None:
     stored = QuantizedLinear(a_layer(torch.bfloat16), word)
     with torch.autocast("cpu", torch.bfloat16):
@@ -95,6 +108,12 @@ def test_under_autocast_it_computes_in_that_precision(word: str) -> None:
 def test_it_cannot_be_turned_into_another_type(word: str) -> None:
     with pytest.raises(TypeError, match=word):
         QuantizedLinear(a_layer(), word).half()
+
+
+def test_its_state_has_a_weight_of_the_size_that_diffusers_looks_up(word: str) -> None:
+    plain = a_layer()
+    found = QuantizedLinear(plain, word).state_dict()["weight"]
+    assert found.is_meta and found.shape == plain.weight.shape
 
 
 class Block(nn.Module):

@@ -106,7 +106,7 @@ def measure(run: Run, items: EvalSet) -> list[float]:
 
     started = time.perf_counter()
     run.model.eval()
-    with accelerator.autocast():
+    with run.memory.stage("evaluation loss"), accelerator.autocast():
         losses = evaluate_loss(
             Measured(run.predict, run.objective, conditioning, accelerator.device),
             items,

@@ -238,12 +238,15 @@ class ImageMetricsCallback:
         gallery = self._scenes.gallery(step, with_base=with_base)
         change = None
         try:
-            measurement = measure(names, gallery, self._embedders)
-            if step and with_base and any(value.name == clip_score.NAME for value in measurement.values):
-                change = self._change(gallery)
+            with run.memory.stage("image metrics"):
+                measurement = measure(names, gallery, self._embedders)
+                if step and with_base and any(value.name == clip_score.NAME for value in measurement.values):
+                    change = self._change(gallery)
         except UserError as error:  # every process has it; the training does not depend on these numbers
             self._say([f"no image metrics: {error}"])
             return
+        finally:
+            self._embedders.put_away()
         self._say(measurement.notes)
         if run.accelerator.is_main_process:
             self._log(run, step, measurement.values, change)

@@ -110,7 +110,11 @@ class SampleCallback:
 
     def _draw(self, run: Run, step: int) -> list[dict[str, Any]]:
         """Draw the plan with the model as it is, as the images of a step; their rows of samples.jsonl."""
-        rows = gather_lists(self._drawn(run, step))
+        with run.memory.stage("drawing samples"):
+            try:
+                rows = gather_lists(self._drawn(run, step))
+            finally:
+                run.put_away()
         if run.accelerator.is_main_process:
             self._store(run, rows)
         return rows
@@ -153,6 +157,7 @@ class SampleCallback:
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             **({"negative_prompt": plan.negative_prompt} if plan.negative_prompt else {}),
             **({"conditioning": digest(plan.shown[item.prompt])} if plan.shown else {}),
+            **({"vae_tiling": True} if plan.limits.tiles else {}),
             **({"problem": drawn.problem} if drawn.problem else {}),
         }
 

@@ -74,6 +74,46 @@ ELSEWHERE: dict[str, str] = {
     "ema_inv_gamma": "the warm-up of --ema_decay has no settings",
     "offload_ema": "the moving average stays on the device: it is as small as the LoRA",
     "ema_power": "the warm-up of --ema_decay has no settings",
+    # memory and speed: kohya's sd-scripts and musubi-tuner
+    "fp8_base": "use --base_precision fp8",
+    "fp8_base_unet": "use --base_precision fp8 alone",
+    "fp8_scaled": "use --base_precision fp8, which has a scale for every row",
+    **dict.fromkeys(
+        ("fp8_t5", "fp8_llm", "fp8_vl", "fp8_te", "fp8_text_encoder", "fp8_gemma2"), "use --text_encoder_precision fp8"
+    ),
+    **dict.fromkeys(("full_bf16", "full_fp16"), "use --mixed_precision; LoRA and optimizer stay float32"),
+    **dict.fromkeys(
+        ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap", "enable_block_swap"),
+        "use --offload_blocks and the number of blocks",
+    ),
+    "cpu_offload_checkpointing": "use --gradient_checkpointing and --offload_blocks",
+    **dict.fromkeys(("lowram", "highvram", "lowvram"), "use --vram and the gigabytes of the GPU, or --vram auto"),
+    **dict.fromkeys(
+        ("sdpa", "mem_eff_attn"), "torch's own attention is always used, unless --attention_backend names another"
+    ),
+    "xformers": "use --attention_backend xformers",
+    "flash_attn": "use --attention_backend flash",
+    "sage_attn": "sage attention has no backward pass: use --attention_backend for another",
+    **dict.fromkeys(("flash3", "attn_mode"), "use --attention_backend"),
+    "torch_compile": "use --compile",
+    "vae_batch_size": "leave it out: images are encoded one after the other, and once",
+    "no_half_vae": "leave it out: the autoencoder is always float32",
+    # ai-toolkit
+    "quantize": "use --base_precision int8, fp8 or nf4",
+    "quantize_te": "use --text_encoder_precision int8, fp8 or nf4",
+    "qtype": "use --base_precision int8, fp8 or nf4",
+    "qtype_te": "use --text_encoder_precision int8, fp8 or nf4",
+    "low_vram": "use --vram and the gigabytes of the GPU, or --vram auto",
+    "layer_offloading": "use --offload_blocks and the number of blocks",
+    # SimpleTuner
+    "base_model_precision": "use --base_precision int8, fp8 or nf4",
+    **dict.fromkeys(
+        (f"text_encoder_{number}_precision" for number in (1, 2, 3, 4)), "use --text_encoder_precision for all of them"
+    ),
+    "base_model_default_dtype": "use --mixed_precision",
+    "quantize_via": "leave it out: weights are packed on the device, one layer after the other",
+    "enable_group_offload": "use --offload_blocks and the number of blocks",
+    "attention_mechanism": "use --attention_backend",
 }
 """Flags that are refused, with the reason or the flag to use."""
 
@@ -82,5 +122,11 @@ UNNEEDED: dict[str, str] = {
     "cache_latents": "latents are always cached here",
     "upcast_before_saving": "LoRA weights are float32 here, in training and when saved",
     "offload": "the autoencoder, and text encoders that do not train, are always freed before training",
+    "cache_text_encoder_outputs": "embeddings of prompts are always cached here, unless the text encoder trains",
+    **dict.fromkeys(("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"), "caches are always on disk here"),
+    **dict.fromkeys(
+        ("enable_vae_tiling", "vae_tiling", "vae_enable_tiling", "enable_vae_slicing", "vae_enable_slicing"),
+        "the autoencoder works in tiles and on one image after the other where the memory asks for it",
+    ),
 }
 """Switches that are accepted with a note, since what they ask for is always so."""

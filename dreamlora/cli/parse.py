@@ -24,7 +24,7 @@ from dreamlora.cli.given import from_argv, from_yaml, near_names, value_of
 from dreamlora.cli.help import page, settings
 from dreamlora.cli.places import check_folders
 from dreamlora.config import RunConfig
-from dreamlora.errors import UserError, WriteError, explained
+from dreamlora.errors import LackOfMemoryError, UserError, WriteError, explained
 from dreamlora.escapes import message
 from dreamlora.interrupts import PIPE, Interrupted, deferred, heed, heeded
 
@@ -221,7 +221,7 @@ def _complaint(error: Exception) -> int:
         raise error
     with deferred():  # a reader who has gone changes nothing any more
         _say(f"error: {told}")
-    return 2 if isinstance(error, UserError) and not isinstance(error, WriteError) else 1
+    return 2 if isinstance(error, UserError) and not isinstance(error, WriteError | LackOfMemoryError) else 1
 
 
 def _farewell(stop: Interrupted) -> int:

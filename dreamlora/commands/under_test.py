@@ -31,9 +31,10 @@ from dreamlora.interfaces import ModelSource, SampleDefaults
 from dreamlora.lora.applying import apply_lora
 from dreamlora.lora.names import names_of
 from dreamlora.lora.pairs import is_adapted
+from dreamlora.memory import StageMemory
 from dreamlora.models.loading import family_of
 from dreamlora.models.new_tokens import put_for_a_while
-from dreamlora.models.parts import Parts, computing_in
+from dreamlora.models.parts import Parts, computing_in, watch
 from dreamlora.models.prompts import cut_prompts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, embedding
@@ -53,6 +54,7 @@ class UnderTest:
         dtype: of denoiser and text encoders.
         notes: by a row's label, what of its run is not as it is done here.
         tokens: by a row's label, the new tokens that its prompts may have.
+        memory: that the stages take.
         encode: captions, and what belongs to their images, to conditioning, by the text encoders as they are now.
     """
 
@@ -64,6 +66,7 @@ class UnderTest:
     notes: dict[str, list[str]]
     tokens: dict[str, RowTokens]
     encode: PromptEncoder
+    memory: StageMemory
 
     @contextmanager
     def applied(self, row: Row, ask: Callable[[Any], object], inputs: Sequence[Any]) -> Iterator[Any]:
@@ -74,7 +77,8 @@ class UnderTest:
             ask: calls ``encode``.
             inputs: of ``ask``: what is encoded before the denoiser comes.
         """
-        whole, text, family = self.parts.resting_pipeline(), self.parts.text, self.parts.family
+        with self.memory.stage("loading the model"):
+            whole, text, family = self.parts.resting_pipeline(), self.parts.text, self.parts.family
         vectors = self.tokens[row.label].vectors(text, family)
         with put_for_a_while(text, vectors):
             if row.lora is not None:
@@ -83,8 +87,11 @@ class UnderTest:
             if of_its_own:
                 self.encode.forget()
             try:
-                self.encode.prepare(ask, inputs)
-                yield self.parts.drawer()
+                with self.memory.stage("encoding prompts"):
+                    self.encode.prepare(ask, inputs)
+                with self.memory.stage("loading the model"):
+                    pipeline = self.parts.drawer()
+                yield pipeline
             finally:
                 if of_its_own:
                     self.encode.forget()
@@ -167,7 +174,7 @@ def _text_trained(settings: Mapping[str, Any]) -> bool:
 
 
 def prepared(
-    config: SampleConfig, rows: Sequence[Row], run: TrainedRun | None, device: torch.device, options: Sequence[str]
+    config: SampleConfig, rows: Sequence[Row], run: TrainedRun | None, memory: StageMemory, options: Sequence[str]
 ) -> UnderTest:
     """All rows in one model; nothing is loaded yet, but that GPUs round from now on as they did in the run.
 
@@ -175,7 +182,7 @@ def prepared(
         config: the flags.
         rows: with labels of their own.
         run: whose options hold where the flags leave something open.
-        device: of the model.
+        memory: of the program, on the device of the model.
         options: of a run that decide about what the rows are for: DRAWN_WITH, MEASURED_WITH.
 
     Raises:
@@ -184,9 +191,9 @@ def prepared(
     """
     settings = run.options if run else {}
     source = source_of(config, run)
-    precision.require("base_precision", source.base_precision, device.type)
+    precision.require("base_precision", source.base_precision, memory.device.type)
     precision.require(
-        "text_encoder_precision", source.text_encoder_precision, source.text_encoder_device or device.type
+        "text_encoder_precision", source.text_encoder_precision, source.text_encoder_device or memory.device.type
     )
     family = family_of(source, config.family or settings.get("family"))
     refuse_other_predictions([row.run for row in rows if row.run], source)
@@ -197,10 +204,11 @@ def prepared(
         for note in dict.fromkeys(note for row_notes in notes.values() for note in row_notes):
             logger.warning(note)
     set_tf32(bool(settings.get("allow_tf32")))
-    dtype = dtype_of(config, settings, device)
+    dtype = dtype_of(config, settings, memory.device)
     tokens = {row.label: tokens_of(row, config.embeddings, settings, family) for row in rows}
-    trained = _text_trained(settings)
+    trained, device = _text_trained(settings), memory.device
     parts = Parts(family, source, device, dtype, family.TEXT_ENCODERS if trained and source.text_encoder_device else ())
+    watch(memory, parts)
     computing = partial(computing_in, dtype, device)
     encode = PromptEncoder(parts, settings.get(family.PROMPT_LENGTH), computing if trained else None)
-    return UnderTest(settings, rows, source, parts, dtype, notes, tokens, encode)
+    return UnderTest(settings, rows, source, parts, dtype, notes, tokens, encode, memory)

@@ -15,6 +15,11 @@ LEAST_VRAM, MOST_VRAM = 4, 1024
 """Gigabytes of one GPU."""
 Precision = Literal["bf16", "fp8", "int8", "nf4"]
 """Of frozen weights (``precision``)."""
+INSTEAD_OF_QUANTIZED = (
+    "files of quantized weights are not read here. Give the model that they were made from, in float32, bfloat16 or "
+    "float16; --base_precision (and --text_encoder_precision) nf4, int8 or fp8 holds it in as few bits"
+)
+"""What is told to whom has weights that others have quantized."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,18 @@ class Model:
     """Gigabytes that the GPU has for the training (such as 8, 12, 24), or auto for all that are free: sets precision,
     checkpointing, offloading, batch and accumulation so that it fits by the estimate that dreamlora doctor shows. Flags
     that are given win."""
+    vae_tiling: bool | None = None
+    """Have the autoencoder take images in overlapping tiles of at most 512 pixels: less memory, slightly other numbers.
+    Default: only where memory does not suffice for a whole image."""
     compile: bool = False
-    """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one."""
+    """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one for each size of
+    images. Needs a compiler: g++ on a CPU, Triton on a GPU."""
     attention_backend: str | None = None
-    """Attention of the denoiser by diffusers' names, such as native, _native_cudnn, flash or xformers. Default: torch's
-    own choice."""
+    """Attention of the transformer by diffusers' names, such as native, _native_cudnn, flash or xformers; not for SD
+    and SDXL. Default: torch's own choice."""
     channels_last: bool = False
-    """Keep images with their channels innermost, which convolutions (SD, SDXL) compute faster with on some GPUs."""
+    """Keep the denoiser's convolutions (SD, SDXL, Sana) with their channels innermost, which is faster on some
+    devices."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "offload_blocks")

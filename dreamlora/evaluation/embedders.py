@@ -14,6 +14,7 @@ from dreamlora.evaluation.embed import ALONE, Embedder, Processes
 from dreamlora.evaluation.encoders import load_encoder
 from dreamlora.evaluation.inception import load_inception
 from dreamlora.interfaces import Encoder, EncoderRole
+from dreamlora.models.parts import give_back_memory
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 DINO_MODEL = "facebook/dino-vits16"
@@ -67,9 +68,16 @@ class Embedders:
             place = self._place
             encoder = place.processes.together(lambda: self._load(name))
             self._loaded[name] = Embedder(encoder, place.cache, place.processes, place.progress)
+        self._loaded[name].encoder.to(self._place.device)
         if role == "clip":
             self._loaded[name].encoder.texts([])  # now, with its message, rather than in the middle of the metrics
         return self._loaded[name]
+
+    def put_away(self) -> None:
+        """Keep the models in the computer's memory until they are asked for again."""
+        for embedder in self._loaded.values():
+            embedder.encoder.to(torch.device("cpu"))
+        give_back_memory()
 
     def free(self) -> None:
         """Forget the models: their memory is free, and they are loaded anew when asked for."""

@@ -139,6 +139,10 @@ class TransformersEncoder:
         parts = [self._texts(list(prompts[start : start + BATCH])) for start in range(0, len(prompts), BATCH)]
         return torch.cat(parts) if parts else torch.zeros(0, self.dim)
 
+    def to(self, device: torch.device) -> None:
+        """Compute there from now on."""
+        self._model.to(device)
+
     @property
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device

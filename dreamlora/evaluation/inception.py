@@ -232,6 +232,10 @@ class InceptionEncoder:
         """
         raise UserError("Inception knows no texts: a CLIP or SigLIP model is needed (--clip_model)")
 
+    def to(self, device: torch.device) -> None:
+        """Compute there from now on."""
+        self._network.to(device)
+
     def _features(self, batch: np.ndarray) -> Tensor:
         device = self._network.fc.weight.device
         pixels = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float()

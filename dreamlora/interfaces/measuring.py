@@ -10,6 +10,7 @@ import numpy as np
 from PIL.Image import Image
 
 if TYPE_CHECKING:  # plug-ins import this module, and what they say of themselves is read without torch
+    import torch
     from torch import Tensor
 
 EncoderRole = Literal["clip", "dino", "features"]
@@ -46,6 +47,9 @@ class Encoder(Protocol):
         Raises:
             UserError: the encoder knows no texts.
         """
+
+    def to(self, device: torch.device) -> None:
+        """Compute there from now on."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
-from dreamlora.errors import UserError
+from dreamlora.errors import UserError, is_of_memory
 from dreamlora.lora.converter import unreadable
 from dreamlora.lora.files import read_weights
 from dreamlora.lora.fused import fuse
@@ -20,6 +20,7 @@ from dreamlora.lora.names import CLIP_MODEL, ModelNames
 from dreamlora.lora.pairs import ADAPTER, device_of, put_factors
 from dreamlora.lora.part_names import LOHA, LOKR
 from dreamlora.lora.weights import AdapterWeights, LayerWeights
+from dreamlora.precision import weight_shape
 
 
 def apply_lora(pipeline: Any, path: Path, scale: float = 1.0, model: ModelNames | None = None) -> None:
@@ -37,6 +38,8 @@ def apply_lora(pipeline: Any, path: Path, scale: float = 1.0, model: ModelNames 
             put_adapter(getattr(pipeline, component), weights)
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         pipeline.unload_lora_weights()
+        if is_of_memory(error):
+            raise
         raise unreadable(path, error) from error
     pipeline.set_adapters([ADAPTER], [scale])
     for component in adapters:
@@ -151,7 +154,7 @@ def _in_module(module: Any, layer: str) -> str:
 
 
 def _for_layer(module: Any, name: str, weights: LayerWeights) -> LayerWeights:
-    return weights.with_sides(module.get_submodule(name).weight.ndim)
+    return weights.with_sides(len(weight_shape(module.get_submodule(name))))
 
 
 def _check_fit(pipeline: Any, path: Path, adapters: AdapterWeights) -> None:
@@ -179,7 +182,7 @@ def _problem(pipeline: Any, component: str, name: str, weights: LayerWeights) ->
         return (
             f"{key} has magnitudes (DoRA) with a {weights.kind}, or for a grouped convolution: PEFT has no such layer"
         )
-    weight = tuple(layer.weight.shape)
+    weight = tuple(weight_shape(layer))
     return _of_other_size(key, weights, weight)
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dreamlora.lora.pairs import AdaptedLayer, TunedLayer
 from dreamlora.lora.weights import hadamard_product, kronecker_halves
-from dreamlora.precision import dense_weight
+from dreamlora.precision import dense_weight, weight_shape
 
 
 class BaseRows(NamedTuple):
@@ -109,7 +110,8 @@ def change_of(layer: TunedLayer) -> Change:
     pair, base = layer.pair, layer.layer.base_layer
     if pair is None:
         tensors = {name: parameter.detach() for name, parameter in layer.parameters.items()}
-        return Product(layer.name, layer.scaling, tensors, next(iter(tensors.values())).device, base.weight.numel())
+        device, entries = next(iter(tensors.values())).device, math.prod(weight_shape(base))
+        return Product(layer.name, layer.scaling, tensors, device, entries)
     if pair.magnitude is None:
         return pair
     weight = dense_weight(base, device=pair.A.device).detach()

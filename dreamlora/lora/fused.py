@@ -34,7 +34,7 @@ class FusedLinear(Linear):
             return out
         base, scale = self._modules["base_layer"], self.scaling[ADAPTER]
         A, B = self._factor("lora_A"), self._factor("lora_B")
-        return _product(x.to(dtype), base, A.to(dtype), (B if scale == 1 else scale * B).to(dtype))
+        return _product(x.to(dtype), base, A, B, scale)
 
     def _factor(self, name: str) -> Any:
         # nn.Module's own look-up of a part takes as long as a small operation; there are thousands in a step
@@ -80,39 +80,45 @@ def fuse(module: nn.Module) -> None:
             layer.__class__ = FusedLinear  # only the forward pass differs
 
 
-def _product(x: Tensor, base: Any, A: Tensor, B: Tensor) -> Tensor:
-    """``x Wᵀ + b + (x Aᵀ) Bᵀ``; torch.compile gets it in operations that it knows, and joins their passes itself."""
+def _product(x: Tensor, base: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``x Wᵀ + b + s (x Aᵀ) Bᵀ``; torch.compile gets it in operations that it knows, and joins their passes itself."""
     if torch.compiler.is_compiling():
-        return product(x, base) + F.linear(F.linear(x, A), B)
-    fused: Tensor = _LoraLinear.apply(x, base, A, B)
+        return product(x, base) + F.linear(F.linear(x, A.to(x.dtype)), _scaled(B, scale).to(x.dtype))
+    fused: Tensor = _LoraLinear.apply(x, base, A, B, scale)
     return fused
 
 
 class _LoraLinear(torch.autograd.Function):
-    """``x Wᵀ + b + (x Aᵀ) Bᵀ`` for x ``(..., n)``, W ``(m, n)``, A ``(r, n)``, B ``(m, r)``; W and b are frozen.
+    """``x Wᵀ + b + s (x Aᵀ) Bᵀ`` for x ``(..., n)``, W ``(m, n)``, A ``(r, n)``, B ``(m, r)``; W and b are frozen.
 
-    W is asked for once more backwards: where it is stored in fewer bits, no unpacked one is kept in between.
+    A and B may be in a higher precision than x: they are rounded in here, where autograd would keep a record of each
+    rounding. W is asked for once more backwards: where it is stored in fewer bits, no unpacked one is kept in between.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Linear, A: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: nn.Linear, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.base, ctx.scale, ctx.precisions = base, scale, (A.dtype, B.dtype)
+        A, B = A.to(x.dtype), _scaled(B, scale).to(x.dtype)
         h = F.linear(x, A)
         y = product(x, base).contiguous()
         _rows(y).addmm_(_rows(h), B.mT)
-        ctx.base = base
         ctx.save_for_backward(x, A, B, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h = ctx.saved_tensors
-        for_x, _, for_A, for_B = ctx.needs_input_grad
+        for_x, _, for_A, for_B, _ = ctx.needs_input_grad
         gy = _rows(gy)
         gh = gy @ B
-        gA = gh.mT @ _rows(x) if for_A else None
-        gB = gy.mT @ _rows(h) if for_B else None
+        gA = (gh.mT @ _rows(x)).to(ctx.precisions[0]) if for_A else None
+        gB = _scaled((gy.mT @ _rows(h)).to(ctx.precisions[1]), ctx.scale) if for_B else None
         gx = (gy @ dense_weight(ctx.base, gy.dtype)).addmm_(gh, A).view(x.shape) if for_x else None
-        return gx, None, gA, gB
+        return gx, None, gA, gB, None
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else scale * tensor
 
 
 def _rows(x: Tensor) -> Tensor:

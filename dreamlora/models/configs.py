@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from dreamlora.config.model import INSTEAD_OF_QUANTIZED
 from dreamlora.errors import UserError
 from dreamlora.reading import Schema, UnreadableError, read_json, shortened
 
@@ -57,11 +58,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def _whole(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     if config.get("quantization_config") is not None:
-        raise UnreadableError(
-            file,
-            "its weights are quantized (quantization_config), and such models cannot be trained here yet: give the "
-            "model that it was made from, in float32, bfloat16 or float16",
-        )
+        raise UnreadableError(file, f"its weights are quantized (quantization_config): {INSTEAD_OF_QUANTIZED}")
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ def arrange(denoiser: Any, source: ModelSource) -> None:
             denoiser.set_attention_backend(source.attention_backend)
     if source.channels_last:
         denoiser.to(memory_format=torch.channels_last)
+    for processor in set(map(type, getattr(denoiser, "attn_processors", {}).values())):
+        # diffusers' Attention asks for it at each call, and finding it anew takes longer than a small product
+        if call := vars(processor).get("__call__"):
+            call.__signature__ = inspect.signature(call)
 
 
 def require(family: Family, denoiser: nn.Module, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:

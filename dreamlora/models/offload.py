@@ -121,9 +121,9 @@ class Offload:
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copies: Copies | None = None) -> None:
         self._copies = copies or (StreamCopies(device) if device.type == "cuda" else Copies())
-        self._blocks: list[_Block] = []
+        self._blocks: list[_WaitingBlock] = []
         for number, block in enumerate(blocks):
-            self._blocks.append(_Block(block, device))
+            self._blocks.append(_WaitingBlock(block, device))
             block.register_forward_pre_hook(functools.partial(self._before, number), prepend=True)
         largest = max(len(block.master) for block in self._blocks)
         buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(SLOTS, len(blocks)))]
@@ -185,7 +185,7 @@ class _Piece(NamedTuple):
         return held.view(self.tensor.dtype).view(self.tensor.shape)
 
 
-class _Block:
+class _WaitingBlock:
     """The tensors of one block: ``master`` has their bytes, ``places`` are the parts of the buffers that take them."""
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:

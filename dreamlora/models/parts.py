@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamlora.interfaces import Components, Family, ModelSource, Role
+from dreamlora.memory import StageMemory
 from dreamlora.models import kernels
 from dreamlora.models.offload import Offload, waiting_blocks
 from dreamlora.models.turns import HOST, Turns, move
@@ -79,6 +81,11 @@ class Parts:
             if role == "text":
                 self._take_turns()
         return self._loaded[role]
+
+    def weights(self, role: Role) -> Iterator[Tensor]:
+        """What a part holds that is loaded; without what trains in it."""
+        for _, module in self._modules(role) if role in self._loaded else ():
+            yield from (one for one in (*module.parameters(), *module.buffers()) if not one.requires_grad)
 
     def _modules(self, role: Role) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self._loaded[role].items():
@@ -166,6 +173,13 @@ class Parts:
 
     def _pipeline(self, part: Callable[[Role], Components], roles: Sequence[Role]) -> Any:
         return self.family.pipeline({name: each for role in roles for name, each in part(role).items()})
+
+
+def watch(memory: StageMemory, parts: Parts) -> None:
+    """Have the weights of these parts counted where memory does not suffice."""
+    names: dict[Role, str] = {"denoiser": "denoiser", "text": "text encoders", "vae": "autoencoder"}
+    for role, name in names.items():
+        memory.holds(name, parts, functools.partial(Parts.weights, role=role))
 
 
 def computing_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:

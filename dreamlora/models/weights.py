@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from typing_extensions import TypedDict
 
 from dreamlora.archives import open_tensors
+from dreamlora.config.model import INSTEAD_OF_QUANTIZED
 from dreamlora.errors import UserError
 from dreamlora.models.fetching import Place
 from dreamlora.reading import Schema, UnreadableError, read_json, shortened
@@ -156,9 +157,7 @@ def read_header(file: Path) -> dict[str, int]:
         sizes = {name: math.prod(tensor.get_shape()) for name, tensor in slices.items()}
     for name, kind in kinds.items():
         if kind not in _NUMBERS | _COUNTERS:
-            raise UnreadableError(
-                file, f"{shortened(name)} is of type {kind}: quantized weights cannot be trained here yet"
-            )
+            raise UnreadableError(file, f"{shortened(name)} is of type {kind}: {INSTEAD_OF_QUANTIZED}")
     return sizes
 
 

@@ -75,6 +75,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "changed": facts.options[0],
         "unchanged": facts.options[1],
         "timings": [(stage, words.duration(s), 100 * s / total if total else 0) for stage, s in timings],
+        "memory": words.peaks_of(facts),
         "versions": facts.summary.get("versions") or {},
         "grid": pictures.embedded(folder.grid_file, inside=folder.path),
         "references": pictures.references(folder.reference_dir, folder.path),

@@ -22,6 +22,12 @@ check takes for rounding; with twice or half the alpha it is above 0.35, without
 """
 _MOST_ROUNDING = 0.5
 """Where rounding makes half of what the LoRA does, one call cannot tell a good file from a bad one."""
+_MEMORY = {
+    "allocated": "in tensors on the GPU",
+    "reserved": "held of the GPU",
+    "resident": "of the process, where more than before",
+}
+"""Kinds of memory, as headings."""
 _COARSE = 1e-4
 """Rounding, as a share of the prediction, from which an image of many steps may differ visibly: not in fp32."""
 
@@ -260,6 +266,16 @@ def numbers(facts: RunFacts) -> list[tuple[str, str]]:
 def seconds_of(facts: RunFacts) -> list[tuple[str, float]]:
     """Stages and their seconds, in the order they ran."""
     return [(str(stage), float(value)) for stage, value in (facts.summary.get("timings") or {}).items()]
+
+
+def peaks_of(facts: RunFacts) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """What of memory was counted, as headings, and every stage's peaks of it in GiB; both empty if nothing was."""
+    peaks = facts.summary.get("peak_memory") or {}
+    kinds = [kind for kind in _MEMORY if any(kind in found for found in peaks.values())]
+    rows = [
+        (stage, [f"{found[kind]:.2f}" if kind in found else "" for kind in kinds]) for stage, found in peaks.items()
+    ]
+    return [_MEMORY[kind] for kind in kinds], rows if kinds else []
 
 
 def duration(seconds: float) -> str:

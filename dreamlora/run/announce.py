@@ -62,9 +62,12 @@ def outline_of(context: RunContext, folder: RunFolder, pictures: RunImages, begu
 
 
 def _model(context: RunContext) -> str:
-    precision = context.accelerator.mixed_precision
-    kind = read_model_index(context.source)["_class_name"]
-    text = f"{model_name(as_flat_dict(context.config))} ({kind}, in {'fp32' if precision == 'no' else precision})"
+    precision, source = context.accelerator.mixed_precision, context.source
+    kind = read_model_index(source)["_class_name"]
+    words = [f"in {'fp32' if precision == 'no' else precision}"]
+    words += [f"weights in {source.base_precision}"] if source.base_precision else []
+    words += [f"text encoders in {source.text_encoder_precision}"] if source.text_encoder_precision else []
+    text = f"{model_name(as_flat_dict(context.config))} ({', '.join([kind, *words])})"
     if count := context.config.model.offload_blocks:
         text += f"; the weights of {count} blocks wait in host memory, with gradient checkpointing"
     return text

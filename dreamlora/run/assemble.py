@@ -5,6 +5,7 @@ At no time are more models in memory than the stage needs: text encoder, then au
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from dreamlora.interfaces import Components
 from dreamlora.interrupts import Interrupted
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import layers_below_rank
+from dreamlora.memory import shortage_told
 from dreamlora.models.compiling import compile_blocks
 from dreamlora.processes import wait_for_everyone
 from dreamlora.run import (
@@ -32,6 +34,7 @@ from dreamlora.run import (
     image_list,
     new_tokens,
     provenance,
+    remedies,
     resume,
     schedule,
     trackers,
@@ -43,12 +46,13 @@ from dreamlora.run.encoding import (
     encode_frozen,
     encode_images,
     encode_texts,
+    in_tiles_if_need_be,
     pipeline_inputs,
 )
 from dreamlora.run.images import RunImages, for_classes, with_class_images
 from dreamlora.run.opening import Prelude, begin, decided, read
 from dreamlora.run.prompts import all_prompts, all_shown_prompts
-from dreamlora.run.trainable import optimizer_of, with_lora
+from dreamlora.run.trainable import optimizer_of, training_tensors, with_lora
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, parity, start, state
 from dreamlora.training.ema import MovingAverage
@@ -69,7 +73,8 @@ def train(config: RunConfig, options: Any) -> RunFolder:
     context = begin(config)
     folder = _claim_folder(context)
     try:
-        _train_in(context, folder, options)
+        with shortage_told(context.memory, functools.partial(remedies.of_run, context)):
+            _train_in(context, folder, options)
     except Interrupted:
         context.tell(resume.way_on(folder, provenance.command()))
         raise
@@ -130,13 +135,15 @@ def _trained(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
 def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prelude) -> tuple[Run, RunImages]:
     """All before the first step; a resumed run is where its checkpoint left it."""
     checkpoint = state.open_checkpoint(prelude.checkpoint) if prelude.checkpoint else None
+    if checkpoint:
+        resume.take_over_latents(context, checkpoint)
     announce(context, folder, prelude.pictures, begun=checkpoint.state["step"] if checkpoint else 0)
     pictures = with_class_images(context, folder, prelude.pictures)
     settings = resume.settings(context, pictures, options)
     if checkpoint:
         resume.require_same(checkpoint, settings, pictures)
     run = _build(context, folder, pictures, options)
-    run.settings = settings
+    run.settings = settings | resume.latents(context)
     if checkpoint:
         if context.predecessor:
             run.begun_with = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
@@ -188,16 +195,22 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
     config, accelerator = context.config, context.accelerator
     side = config.data.resolution or 0
     how = Preparations.of(config.data, side, config.train.seed)
-    with context.timed("encoding images"):
+
+    def encoded() -> tuple[LatentStore, LatentStore | None, schedule.Material]:
         store = encode_images(context, pictures.train, how)
         class_store = encode_images(context, pictures.classes, for_classes(context)) if pictures.classes else None
-        material = schedule.eval_material(context, pictures, how.fixed(side))
+        return store, class_store, schedule.eval_material(context, pictures, how.fixed(side))
+
+    with context.timed("encoding images"):
+        store, class_store, material = in_tiles_if_need_be(context, encoded)
+    config = context.config  # which says by now whether that was in tiles
     context.parts.free("vae")
     encode, text = _conditioning(context, pictures, store, material)  # some are of prompts and images
-    components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
-    if ending.checks_in_base(context):
-        context.base_bits = parity.bits_of(components[context.family.DENOISER])
-    model = with_lora(context, components, text)
+    with context.timed("loading the model"):
+        components: Components = {**context.parts.get("denoiser"), **context.parts.get("scheduler"), **(text or {})}
+        if ending.checks_in_base(context):
+            context.base_bits = parity.bits_of(components[context.family.DENOISER])
+        model = with_lora(context, components, text)
     few, layers = layers_below_rank(model)
     if "rank" in config.given and layers and 2 * few >= layers:
         context.warn(f"--rank {config.lora.rank} is more than {few} of the {layers} layers have inputs or outputs")
@@ -241,10 +254,13 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         conditioning=encode,
         call_arguments=pipeline_inputs(context, encode, text),
         vae=lambda: context.parts.get("vae"),
+        put_away=lambda: context.parts.rest("vae"),
+        memory=context.memory,
         total_steps=config.train.max_train_steps or 0,
         settle=new_tokens.settler(context),
         average=MovingAverage(trainables, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
+    context.memory.holds("LoRA, gradients and optimizer", run, training_tensors)
     run.header = header.of_run(context, run, pictures.train)
     run.callbacks = schedule.callbacks(context, run, pictures, material)
     return run

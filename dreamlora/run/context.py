@@ -23,10 +23,12 @@ from dreamlora.data.encode import Filling
 from dreamlora.eval_loss.price import Price
 from dreamlora.interfaces import Family, ModelSource
 from dreamlora.lora.continuing import Predecessor
+from dreamlora.memory import StageMemory
 from dreamlora.models.adapter import content_of
 from dreamlora.models.inventory import PartFiles
 from dreamlora.models.new_tokens import TokenEmbeddings
-from dreamlora.models.parts import Parts
+from dreamlora.models.parts import Parts, watch
+from dreamlora.sampling.limits import CallLimits
 from dreamlora.sampling.prompts import Subject
 from dreamlora.sampling.sampler import Guidance, SamplePlan, plan_of
 from dreamlora.sampling.shown import Shown
@@ -47,8 +49,10 @@ class RunContext:
         base_bits: ``parity.bits_of`` the denoiser before anything was put into it, where the check at the end needs it.
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         trackers: on the main process, once they have started.
+        limits: what a call of the pipeline may take.
         chosen: options that ``--vram`` decided.
         timings: seconds by stage, for the report.
+        memory: that the stages take.
         warnings: what the person should know, for the report.
     """
 
@@ -65,15 +69,22 @@ class RunContext:
     base_bits: int | None = None
     shown: Shown = field(default_factory=dict)
     trackers: list[RunTracker] = field(default_factory=list)
+    limits: CallLimits = field(default_factory=CallLimits)
     chosen: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.memory = StageMemory(self.accelerator.device)
+        watch(self.memory, self.parts)
+        self.limits.tiles = self.config.model.vae_tiling
+
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of a block to the timings."""
+        """Add the seconds of a block to the timings, and count its memory."""
         started = time.perf_counter()
-        yield
+        with self.memory.stage(name):
+            yield
         self.timings[name] = round(self.timings.get(name, 0.0) + time.perf_counter() - started, 2)
 
     def tell(self, text: str) -> None:
@@ -132,7 +143,9 @@ class RunContext:
         data = self.config.data
         defaults = self.family.sample_defaults(self.source)
         plan = plan_of(self.config.sample, defaults, prompts, data.resolution, data.sample_batch_size)
-        return replace(plan, shown={prompt: image for prompt, image in self.shown.items() if prompt in prompts})
+        return replace(
+            plan, limits=self.limits, shown={prompt: image for prompt, image in self.shown.items() if prompt in prompts}
+        )
 
     def guidance(self, negative: str | None) -> Guidance:
         """How samples are guided, by the run's flags.

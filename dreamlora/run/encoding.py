@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,10 +17,12 @@ from dreamlora.data.images import ImageRecord
 from dreamlora.data.shown_prompts import Prompt, tokenized, with_pictures
 from dreamlora.data.stores import LatentStore
 from dreamlora.data.transforms import Preparations, to_tensor
+from dreamlora.errors import is_of_memory
 from dreamlora.interfaces import PICTURE, Components, Conditioning, Latents
 from dreamlora.models.prompts import cut_prompts
+from dreamlora.models.tiling import TILE, can_tile, tiled
 from dreamlora.models.turns import HOST, TOGETHER
-from dreamlora.processes import wait_for_everyone
+from dreamlora.processes import gather_lists, wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.run.images import RunImages
 from dreamlora.sampling.sampler import Asked, embedding
@@ -30,31 +33,75 @@ MOST_NAMED = 100
 MOST_TOKENIZED = 1000
 """Captions whose token ids stay in memory while the text encoder trains."""
 
+T = TypeVar("T")
+
+
+class TilesNeededError(Exception):
+    """Memory does not suffice, in any process, for encoding an image as a whole."""
+
+
 Encode = Callable[[Sequence[str], Conditioning], Conditioning]
 """Captions, and what belongs to their images, to batched conditioning."""
 
 
+def in_tiles_if_need_be(context: RunContext, work: Callable[[], T]) -> T:
+    """What ``work`` gives, which encodes images; all of it in tiles where memory does not suffice for one as a whole.
+
+    The latents of a run are all made in one way, and a resumed run makes them in the same.
+    """
+    try:
+        return work()
+    except TilesNeededError:
+        pass  # what the exception holds is free again now
+    context.config = replace(context.config, model=replace(context.config.model, vae_tiling=True))
+    context.limits.tiles = True
+    context.parts.free("vae")
+    context.warn(
+        "memory does not suffice for encoding whole images: they are encoded in tiles, which gives slightly other "
+        "latents (--vae_tiling; --no_vae_tiling stops instead)"
+    )
+    return work()
+
+
 def encode_images(context: RunContext, records: Sequence[ImageRecord], how: Preparations) -> LatentStore:
-    """Latents of all images, made by the autoencoder where the cache lacks them."""
+    """Latents of all images, made by the autoencoder where the cache lacks them.
+
+    Raises:
+        TilesNeededError: see ``in_tiles_if_need_be``; all processes raise it.
+    """
 
     def encode(pixels: Tensor) -> Latents:
-        return context.family.encode_images(context.parts.get("vae"), pixels)
+        vae = context.parts.get("vae")
+        with tiled(vae["vae"], context.config.model.vae_tiling):
+            return context.family.encode_images(vae, pixels)
 
     picture = context.family.text_pictures(context.source)
 
     def encode_conditioning(crop: np.ndarray) -> Conditioning:
-        shown = context.family.encode_conditioning(context.parts.get("vae"), to_tensor(crop)[None])
+        vae = context.parts.get("vae")
+        with tiled(vae["vae"], context.config.model.vae_tiling):
+            shown = context.family.encode_conditioning(vae, to_tensor(crop)[None])
         return {**shown, PICTURE: picture(Image.fromarray(crop))[None]} if picture else shown
 
-    store = encode_dataset(records, how, encode, latent_filling(context), encode_conditioning)
-    wait_for_everyone()
+    store = None
+    try:
+        store = encode_dataset(records, how, encode, latent_filling(context), encode_conditioning)
+    except Exception as error:
+        if not is_of_memory(error) or not _may_tile(context):
+            raise
+    if not all(gather_lists([store is not None])) or store is None:
+        raise TilesNeededError
     return store
+
+
+def _may_tile(context: RunContext) -> bool:
+    return context.config.model.vae_tiling is None and can_tile(context.parts.get("vae")["vae"])
 
 
 def latent_filling(context: RunContext) -> Filling:
     """How the cache is filled with latents."""
     return replace(
-        context.filling(dtype="float32"),
+        context.filling(dtype="float32", **({"tiles": TILE} if context.config.model.vae_tiling else {})),
         latents=context.family.latent_size(context.source),
         describe=context.family.describe_views,
     )

@@ -9,15 +9,15 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from dreamlora import registry
 from dreamlora.errors import UserError
 from dreamlora.files import replacing_folder, write_atomically
 from dreamlora.interrupts import deferred, heed
 from dreamlora.lora.pairs import tuned_layers
+from dreamlora.memory import ALLOCATED, GIB, in_gib, in_words
 from dreamlora.metric_names import EVAL_LOSSES, FINAL_LOSS, GAP, comparable, relative
-from dreamlora.models.parts import DTYPES, ROLES, Parts, give_back_memory
+from dreamlora.models.configs import in_one_line
+from dreamlora.models.parts import DTYPES, ROLES, Parts, give_back_memory, watch
 from dreamlora.report import write_report
 from dreamlora.run import formats, provenance, resume, trackers
 from dreamlora.run.context import RunContext
@@ -104,6 +104,8 @@ def finish(context: RunContext, folder: RunFolder, ended: Conclusion) -> None:
     """
     with context.timed("parity check"):
         parity_result = _parity(context, ended.expected)
+    if told := in_words(context.memory.peaks()):
+        context.tell(told)
     write_summary(context, folder, ended, parity_result)
     give_back_memory()  # the charts' library would come on top of what the check has used
     publish(context, folder)
@@ -122,13 +124,14 @@ def publish(context: RunContext, folder: RunFolder) -> None:
 
 def write_summary(context: RunContext, folder: RunFolder, ended: Conclusion, parity_result: dict[str, Any]) -> None:
     """summary.json: what the report shows besides options and metrics."""
-    device = context.accelerator.device
+    device, peaks = context.accelerator.device, context.memory.peaks()
     summary = {
         "parity": parity_result,
         "timings": context.timings,
         "versions": provenance.versions(),
         "device": provenance.device_name(device),
-        "peak_memory_gib": _peak_memory(device),
+        "peak_memory_gib": _peak_memory(peaks),
+        "peak_memory": in_gib(peaks),
         "processes": context.accelerator.num_processes,
         "git_commit": provenance.git_commit(),
         "warnings": context.warnings,
@@ -158,9 +161,10 @@ def _price(context: RunContext, seconds: float) -> dict[str, Any]:
     }
 
 
-def _peak_memory(device: torch.device) -> float | None:
+def _peak_memory(peaks: dict[str, dict[str, int]]) -> float | None:
     """GiB that this process has had allocated on its GPU at most; None on other devices, which do not count."""
-    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if device.type == "cuda" else None
+    allocated = [kinds[ALLOCATED] for kinds in peaks.values() if ALLOCATED in kinds]
+    return round(max(allocated) / GIB, 3) if allocated else None
 
 
 def _eval_rows(folder: RunFolder) -> dict[str, Any]:
@@ -207,10 +211,12 @@ def _parity(context: RunContext, expected: parity.ExpectedOutput | str) -> dict[
     try:
         if not checks_in_base(context):
             dtype = DTYPES[accelerator.mixed_precision]
-            return parity.check(Parts(context.family, context.source, accelerator.device, dtype), expected, full=True)
+            fresh = Parts(context.family, context.source, accelerator.device, dtype)
+            watch(context.memory, fresh)
+            return parity.check(fresh, expected, full=True)
         changed = parity.bits_of(parts.get("denoiser")[context.family.DENOISER]) != context.base_bits
         return {**parity.check(parts, expected, full=False), "base_changed": changed}
-    except (UserError, OSError, RuntimeError, ValueError) as error:  # out of memory, ...: the report is still written
-        return {"reason": f"the check could not be made: {error}"}
+    except Exception as error:  # out of memory, or what a loader stumbles over: the report is still written
+        return {"reason": f"the check could not be made: {in_one_line(error)}"}
     finally:
         parts.free(*ROLES)

@@ -125,6 +125,8 @@ def _own(context: RunContext) -> dict[str, Any]:
         {
             "dreamlora.version": provenance.versions().get("dreamlora", ""),
             "dreamlora.base_model": context.source.model_id,
+            "dreamlora.base_precision": context.source.base_precision,
+            "dreamlora.text_encoder_precision": context.source.text_encoder_precision,
             "dreamlora.optimizer": optim.optimizer,
             "dreamlora.optimizer_args": list(optim.optimizer_args),
             "dreamlora.adapter": lora.adapter,

@@ -19,7 +19,7 @@ from dreamlora.data.images import ImageRecord, open_image
 from dreamlora.data.sets import load_sets
 from dreamlora.data.transforms import Preparations, enlargement
 from dreamlora.errors import UserError
-from dreamlora.models.parts import DTYPES, ROLES, Parts
+from dreamlora.models.parts import DTYPES, ROLES, Parts, watch
 from dreamlora.processes import main_first, wait_for_everyone
 from dreamlora.run.context import RunContext
 from dreamlora.runfolder import RunFolder
@@ -188,6 +188,7 @@ def with_class_images(context: RunContext, folder: RunFolder, pictures: RunImage
     found = _class_images(context, images, plan, pictures)
     context.tell(_what_is_found(images, found))
     base = Parts(context.family, context.source, context.accelerator.device, DTYPES[precision])
+    watch(context.memory, base)
     rank, world = context.accelerator.process_index, context.accelerator.num_processes
 
     def drawer() -> prior.Drawer:

@@ -22,14 +22,13 @@ from dreamlora.models.configs import in_one_line
 from dreamlora.models.footprint import META, Footprint, Stored, bytes_of
 from dreamlora.models.offload import blocks_of, waiting_blocks
 from dreamlora.models.parts import DTYPES, ROLES
+from dreamlora.models.tiling import TILE, can_tile
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import prompt_length
 from dreamlora.run.trainable import add_adapter
 from dreamlora.training.loop import Predictor
 from dreamlora.training.stream import stack_conditioning
 
-TILE = 512
-"""Pixels of a side that an autoencoder takes at a time where memory does not suffice for more."""
 _SUM = "a sum over the layers: the model's own code goes by the numbers in its tensors"
 
 
@@ -141,6 +140,11 @@ class Passes:
             return self._once(("encoding",), lambda: self._latents)
         pixels = torch.empty(1, 3, height, width, device=META)
         return self._once(("encoding a tile",), lambda: self._family.encode_images(self._parts["vae"], pixels))
+
+    @property
+    def can_tile(self) -> bool:
+        """Whether the autoencoder takes images in tiles."""
+        return can_tile(self._autoencoder)
 
     def decoding(self, tiled: bool = False) -> Computing:
         """Of decoding one image, or a tile of it beside what the other tiles have become."""

@@ -94,18 +94,20 @@ class Rehearsal:
         base = self.held(config)
         [autoencoder] = self._context.family.PARTS["vae"]
         vae = passes.stored[autoencoder].bytes(None)
+        may_tile = passes.can_tile and config.model.vae_tiling is not False
+        tiled = may_tile and config.model.vae_tiling is True
         prompts = passes.prompts() if together else Computing(0)
         stages = [
-            Stage("encoding images", vae, *passes.encoding(), passes.encoding(tiled=True).peak),
+            Stage("encoding images", vae, *passes.encoding(tiled), passes.encoding(may_tile).peak),
             Stage("encoding prompts", together, *prompts),
             Stage("training", base, *self._step(config)),
         ]
         if self._images:
-            least = self._drawing(config, 1, tiled=True).peak
-            stages.append(Stage("drawing samples", base + vae, *self._drawing(config, self._images), least))
+            least = self._drawing(config, 1, may_tile).peak
+            stages.append(Stage("drawing samples", base + vae, *self._drawing(config, self._images, tiled), least))
             if config.train.parity_check:
                 beside = self._all_text(config) if config.train.parity == "full" else 0
-                stages.append(Stage("check at the end", base + vae + beside, *self._drawing(config, 1), least))
+                stages.append(Stage("check at the end", base + vae + beside, *self._drawing(config, 1, tiled), least))
         return stages
 
     def held(self, config: RunConfig) -> int:
@@ -161,9 +163,9 @@ class Rehearsal:
         one = self.passes.step(config.model.gradient_checkpointing)
         return one.times(samples).plus(self._unpacking(config))
 
-    def _drawing(self, config: RunConfig, images: int, tiled: bool = False) -> Computing:
+    def _drawing(self, config: RunConfig, images: int, tiled: bool) -> Computing:
         """Of a call of the denoiser, or of the decoding behind it, whichever is more."""
-        call, decoding = self.passes.call().times(images), self.passes.decoding(tiled).times(images)
+        call, decoding = self.passes.call().times(images), self.passes.decoding(tiled).times(1 if tiled else images)
         call = call.plus(self._unpacking(config))
         return call if (call.peak or 0) >= (decoding.peak or 0) else Computing(decoding.peak, call.rough)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from dreamlora.config import RunConfig, as_flat_dict
@@ -31,6 +31,8 @@ FREE_ON_RESUME = {
     *("train_data_dir", "subject", "style", "streaming", "parity_check", "parity", "mask_data_dir"),
     *("conditioning_data_dir", "offload_blocks", "gradient_checkpointing", "vram"),
     *("captions_per_line", "dry_run", "validation_images", "training_adapter", "training_adapter_weight_name"),
+    *("gradient_checkpointing", "offload_blocks"),  # the same numbers with and without
+    *("vae_tiling",),  # see ``take_over_latents``
     *("init_lora", "init_lora_weight_name", "save_format", *(option.name for option in fields(Label))),
 }
 """Options that a resumed run may change: they do not touch the training, or are checked by what they stand for (the
@@ -39,7 +41,7 @@ model's id, the images' hashes, the global batch size)."""
 
 UNCHECKED = "the run was stopped before that"
 """Why there are no figures of a parity check that was still to come."""
-_IMAGES, _CLASSES = "training images", "class images"
+_IMAGES, _CLASSES, _TILES = "training images", "class images", "vae_tiling"
 
 
 def settings(context: RunContext, pictures: RunImages, options: Any) -> dict[str, Any]:
@@ -68,6 +70,18 @@ def settings(context: RunContext, pictures: RunImages, options: Any) -> dict[str
     if context.config.optim.lr_scheduler.startswith("constant"):
         del kept["max_train_steps"]  # a longer run of the same course
     return kept
+
+
+def latents(context: RunContext) -> dict[str, Any]:
+    """How the latents of a run were made, for the checkpoint: that was decided by what memory sufficed for."""
+    return {_TILES: context.config.model.vae_tiling}
+
+
+def take_over_latents(context: RunContext, checkpoint: Checkpoint) -> None:
+    """Have them made in the same way again, whatever memory suffices for now."""
+    tiles = bool(checkpoint.settings.get(_TILES))
+    context.config = replace(context.config, model=replace(context.config.model, vae_tiling=tiles))
+    context.limits.tiles = tiles or context.limits.tiles
 
 
 def require_same(checkpoint: Checkpoint, now: Mapping[str, Any], pictures: RunImages) -> None:
@@ -142,7 +156,8 @@ def complete(config: RunConfig, folder: RunFolder, settings: dict[str, Any], pic
     wanted = _wanted(config, pictures)
     if before["steps"] >= (config.train.max_train_steps or 0):
         wanted["max_train_steps"] = before["wanted"].get("max_train_steps")  # a longer run is complete too
-    same = before["wanted"] == wanted and {**before["settings"], _CLASSES: None} == {**settings, _CLASSES: None}
+    kept = {name: value for name, value in before["settings"].items() if name != _TILES}
+    same = before["wanted"] == wanted and {**kept, _CLASSES: None} == {**settings, _CLASSES: None}
     unchecked = summary.get("parity") == {"reason": UNCHECKED} and before["steps"] in folder.checkpoint_steps()
     if same and folder.lora_file.exists() and not unchecked:
         return (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from dreamlora import registry
 from dreamlora.errors import UserError
@@ -13,10 +14,11 @@ from dreamlora.interfaces import Components
 from dreamlora.lora.assistant import add_assistant, as_loras
 from dreamlora.lora.inject import add_lora, go_on
 from dreamlora.lora.targets import wanted_layers
+from dreamlora.models.checkpointing import enable_checkpointing
 from dreamlora.optimizers import group_without_pairs, lora_param_groups
 from dreamlora.run import checks, continuing, new_tokens
 from dreamlora.run.context import RunContext
-from dreamlora.training.loop import Predictor
+from dreamlora.training.loop import Predictor, Run
 
 
 def with_lora(context: RunContext, components: Components, text: Components | None) -> Predictor:
@@ -31,7 +33,7 @@ def with_lora(context: RunContext, components: Components, text: Components | No
     for name, encoder in encoders.items() if config.lora.train_text_encoder else ():
         add_adapter(context, name, encoder)
     if config.model.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        enable_checkpointing(denoiser)
         for encoder in encoders.values():
             encoder.gradient_checkpointing_enable()
     if config.model.enable_xformers_memory_efficient_attention:
@@ -84,3 +86,13 @@ def _groups(adapter: str, modules: list[nn.Module], lr: float | None, decay: flo
         return group_without_pairs(modules, lr=lr, weight_decay=decay)
     groups = lora_param_groups(modules, lr=lr, weight_decay=decay)
     return [group if group["lora_pairs"] else {**group, "weight_decay": 0.0} for group in groups]
+
+
+def training_tensors(run: Run) -> Iterator[Tensor]:
+    """What training holds besides the model: what trains, its gradients, and the optimizer's state."""
+    for parameter in run.trainables.values():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    for state in run.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))

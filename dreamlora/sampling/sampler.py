@@ -23,8 +23,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dreamlora.config import Sample
-from dreamlora.errors import UserError
+from dreamlora.errors import UserError, is_of_memory
 from dreamlora.interfaces import PICTURE, Conditioning, Family, ModelSource, SampleDefaults
+from dreamlora.models.tiling import one_by_one, tiled
+from dreamlora.sampling.limits import CallLimits
 from dreamlora.sampling.schedulers import deterministic
 from dreamlora.sampling.shown import Shown, digest
 
@@ -134,6 +136,7 @@ class SamplePlan:
         width: in pixels; None: the pipeline's own.
         height: in pixels; None: the pipeline's own.
         shown: the image that each prompt edits; empty for models that do not edit.
+        limits: what a call may take; the plans of a program share it.
     """
 
     prompts: tuple[str, ...]
@@ -146,6 +149,7 @@ class SamplePlan:
     width: int | None = None
     height: int | None = None
     shown: Shown = field(default_factory=dict)
+    limits: CallLimits = field(default_factory=CallLimits, compare=False)
 
     @property
     def at_once(self) -> int:
@@ -236,15 +240,30 @@ def draw(pipeline: Any, plan: SamplePlan, asked: Asked, rank: int = 0, world: in
 
 
 def draw_batch(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], asked: Asked) -> list[Drawn]:
-    """Draw these images in one call of the pipeline.
+    """Draw these images in one call of the pipeline; in several where memory does not suffice for that.
 
     Raises:
         UserError: fewer steps are asked for than the pipeline can draw in.
     """
-    prompts = [item.prompt for item in items]
     _refuse_single_step(pipeline, plan)
-    options = _size(pipeline, plan)
-    with _untouched(pipeline):
+    drawn: list[Drawn] = []
+    while len(drawn) < len(items):
+        part = items[len(drawn) :][: plan.limits.images]
+        try:
+            drawn += _call(pipeline, plan, part, asked)
+        except Exception as error:
+            changed = plan.limits.lower(len(part), getattr(pipeline, "vae", None)) if is_of_memory(error) else ""
+            if not changed:
+                raise
+            logger.info(changed)
+    return drawn
+
+
+def _call(pipeline: Any, plan: SamplePlan, items: Sequence[SampleItem], asked: Asked) -> list[Drawn]:
+    """Draw these images in one call of the pipeline."""
+    prompts = [item.prompt for item in items]
+    options, vae = _size(pipeline, plan), getattr(pipeline, "vae", None)
+    with _untouched(pipeline), one_by_one(vae), tiled(vae, plan.limits.tiles):
         pixels = pipeline(
             **asked(prompts),
             generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],

@@ -111,7 +111,6 @@ def _train(program: str, flags: list[str]) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     assemble.train(*parse_run(flags, PROGRAMS[program]))
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dreamlora.config import RunConfig
-from dreamlora.errors import DivergedError
+from dreamlora.errors import DivergedError, is_of_memory
 from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Family, Objective, StepResult
 from dreamlora.interrupts import Interrupted, asked, deferred, heed
+from dreamlora.memory import StageMemory
 from dreamlora.models.new_tokens import TokenEmbeddings
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
@@ -77,7 +78,8 @@ class Run:
         conditioning: captions, and what belongs to their images, to batched conditioning (or token ids, if the text
             encoder trains), on the CPU.
         call_arguments: prompts to keyword arguments of the pipeline.
-        vae: gives the autoencoder, which is loaded when the first sample is drawn.
+        vae: gives the autoencoder, loaded when the first sample is drawn; ``put_away`` takes it off the device.
+        memory: that the stages take.
         settings: what a resumed run must share with this one.
         header: what the LoRA's files say of themselves at a step.
         step: steps done, those that were skipped included.
@@ -112,6 +114,8 @@ class Run:
     conditioning: Callable[[Sequence[str], Conditioning], Conditioning]
     call_arguments: Callable[[Sequence[str]], dict[str, Any]]
     vae: Callable[[], Components]
+    put_away: Callable[[], None]
+    memory: StageMemory
     total_steps: int
     average: MovingAverage | None = None
     begun_with: dict[str, Tensor] = field(default_factory=dict)
@@ -182,13 +186,15 @@ def train(run: Run) -> None:
         DivergedError: the loss or a gradient is not finite: that update is not made; or the last update left weights
             that are not finite. What is in checkpoints is finite in any case.
         Interrupted: a signal came; there is a checkpoint then, unless nothing was trained yet, or the signal was a
-            second Ctrl-C amid a step.
+            second Ctrl-C amid a step. So there is where memory does not suffice for what follows on a step.
     """
     try:
         try:
             _train(run)
-        except RuntimeError:
+        except (RuntimeError, MemoryError) as error:
             heed()  # a signal comes to all processes: what they share fails where another has ended by it already
+            if is_of_memory(error) and run.accelerator.num_processes == 1:  # others wait for this one elsewhere
+                run.keep()
             raise
     except Interrupted:
         run.keep()
@@ -234,21 +240,23 @@ def _follow(run: Run, result: StepResult) -> None:
 def optimizer_step(run: Run, batches: list[Batch]) -> tuple[StepResult, list[Batch]]:
     """One optimizer step over all micro-batches; returns the next step's first one as well.
 
-    A micro-batch is several batches if its images have several sizes. The next one is read while a GPU still works on
-    this one; ``read`` afterwards is the only synchronisation. With the loss the processes tell each other whether a
-    signal asks one of them for the end.
+    A micro-batch is several batches if its images have several sizes. The next one is read while a GPU works on this
+    one: by a thread, which a CPU would miss in its own work. ``read`` afterwards is the only synchronisation. With the
+    loss the processes tell each other whether a signal asks one of them for the end.
     """
     started = time.perf_counter()
     accumulation = run.config.train.gradient_accumulation_steps
     loss = torch.zeros((), device=run.accelerator.device)
     names: list[str] = []
     for micro in range(accumulation):
-        last = micro == accumulation - 1
+        following = (run.step, micro + 1) if micro + 1 < accumulation else (run.step + 1, 0)
+        if run.accelerator.device.type != "cpu":
+            run.stream.read_ahead(*following)
         names += [name for batch in batches for name in batch.names]
         micro_loss = micro_batch_loss(run, batches, micro)
         run.accelerator.backward(micro_loss)
         loss += micro_loss.detach()
-        batches = next_batches(run, run.step + 1, 0) if last else next_batches(run, run.step, micro + 1)
+        batches = next_batches(run, *following)
     average_gradients(list(run.trainables.values()), run.accelerator)
     stop = torch.full_like(loss, bool(asked()))
     if run.accelerator.num_processes > 1:
@@ -280,10 +288,15 @@ def _seed_dropout(run: Run, micro: int, part: int) -> None:
     """Dropout draws from torch's global stream; seeding it by position leaves no state to save for a resume."""
     place = (run.step, micro, run.accelerator.process_index, *([part] if part else []))
     seed = seed_of(run.config.train.seed, "dropout", *place)
-    if run.accelerator.device.type == "cpu":
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for GPUs too, each time anew: 0.4 ms
-    else:
+    device = run.accelerator.device
+    if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(
+        seed
+    )  # torch.manual_seed looks for all kinds of devices, each time anew: 0.4 ms
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 def next_batches(run: Run, step: int, micro: int) -> list[Batch]:

@@ -34,6 +34,7 @@ from dreamlora.pictures import own_picture
 from dreamlora.precision import QuantizedLinear
 from dreamlora.randomness import generator
 from dreamlora.runfolder import LORA_FILE
+from dreamlora.sampling.limits import CallLimits
 from dreamlora.sampling.sampler import Asked, Guidance, SamplePlan, draw, embedding, prompting
 from dreamlora.sampling.shown import Shown
 from dreamlora.training.loop import Run
@@ -192,6 +193,7 @@ def _draw(pipeline: Any, expected: ExpectedOutput, asked: Asked) -> tuple[Image.
         seed=sample["seed"],
         width=seen.width,
         height=seen.height,
+        limits=CallLimits(tiles=sample.get("vae_tiling")),
     )
     [drawn] = draw(pipeline, plan, asked)
     return drawn.image, seen

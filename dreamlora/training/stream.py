@@ -16,6 +16,7 @@ import functools
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,9 +115,27 @@ class Stream:
         self._seed = seed
         self._noise_offset = noise_offset
         self._order = functools.lru_cache(maxsize=4)(self._order_of_epoch)
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._coming: tuple[tuple[int, int], Future[list[Batch]]] | None = None
+
+    def read_ahead(self, step: int, micro: int) -> None:
+        """Begin to read a micro-batch in a thread. Nothing else may read these stores until ``batches`` gave it."""
+        self._coming = (step, micro), self._reader.submit(self._read, step, micro)
 
     def batches(self, step: int, micro: int) -> list[Batch]:
-        """Micro-batch ``micro`` of step ``step`` (both from 0) of this process, on the CPU: a batch for every size."""
+        """Micro-batch ``micro`` of step ``step`` (both from 0) of this process, on the CPU: a batch for every size.
+
+        Raises:
+            UserError: a file of the cache was removed or damaged.
+        """
+        coming, self._coming = self._coming, None
+        if coming and coming[0] == (step, micro):
+            return coming[1].result()
+        if coming:
+            wait([coming[1]])  # stores are read by one thread at a time
+        return self._read(step, micro)
+
+    def _read(self, step: int, micro: int) -> list[Batch]:
         by_shape: dict[tuple[torch.Size, ...], list[_PlacedSample]] = defaultdict(list)
         for source in self.sources:
             for position in self.layout.positions(step, micro):

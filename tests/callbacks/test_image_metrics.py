@@ -9,13 +9,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate import PartialState
 from PIL import Image
 
 from dreamlora.callbacks import image_metrics
 from dreamlora.callbacks.image_metrics import CLIP_CHANGE, ImageMetricsCallback, Scenes
+from dreamlora.config import Encoders
+from dreamlora.data.cache import TensorCache
+from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.evaluation.measure import Measurement, Value
 from dreamlora.jsonl import append_jsonl
+from dreamlora.memory import StageMemory
 from dreamlora.metric_names import OTHER_IMAGES
 from dreamlora.metrics import clip_score, dino
 from dreamlora.runfolder import RunFolder
@@ -138,18 +143,25 @@ def test_a_broken_base_image_is_no_base(tmp_path: Path, monkeypatch: pytest.Monk
             Image.new("RGB", (8, 8)).save(tmp_path / file)
             problem = {} if step else {"problem": "black"}
             append_jsonl(tmp_path / "samples.jsonl", [{**ROW, "step": step, "file": file, **problem}])
+    cpu = torch.device("cpu")
+    place, memory = EncoderPlace(cpu, TensorCache(tmp_path)), StageMemory(cpu, [])
     galleries: list[Any] = []
     value = Value(clip_score.NAME, 0.3, "clip", 2, None)
     monkeypatch.setattr(
         image_metrics, "measure", lambda names, gallery, _: galleries.append(gallery) or Measurement([value])
     )
     notes: list[str] = []
-    callback = ImageMetricsCallback(["clip_score"], 1, scenes, None, notes.append)  # type: ignore[arg-type]
+    callback = ImageMetricsCallback(["clip_score"], 1, scenes, Embedders(Encoders(), True, place), notes.append)
     accelerator = SimpleNamespace(is_main_process=True, log=lambda *_, **__: None)
-    run: Any = SimpleNamespace(folder=RunFolder(tmp_path), accelerator=accelerator, step=0, total_steps=1)
+    run: Any = SimpleNamespace(
+        folder=RunFolder(tmp_path), accelerator=accelerator, step=0, total_steps=1, memory=memory
+    )
+    put_away: list[int] = []
+    monkeypatch.setattr(Embedders, "put_away", lambda self: put_away.append(run.step))
     callback.on_start(run)
     run.step = 1
     callback.on_step(run, None)  # type: ignore[arg-type]
+    assert put_away == [1], "once what can be measured is measured"
     (gallery,) = galleries
     assert len(gallery.generated) == 2 and not gallery.base
     assert notes == [

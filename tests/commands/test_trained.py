@@ -16,6 +16,7 @@ from dreamlora.commands.trained import DRAWN_WITH, TrainedRun, first_run, model_
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.errors import UserError
 from dreamlora.interfaces import SampleDefaults
+from dreamlora.memory import StageMemory
 from tests.hubcache import FakeHub
 
 DEFAULTS = SampleDefaults(num_inference_steps=30, guidance_scale=7.5)
@@ -42,7 +43,7 @@ def run(sd_folder: Path, tmp_path: Path) -> Any:
 def under_test(*paths: Path, **flags: Any) -> UnderTest:
     config = SampleConfig(lora=paths, trust_runs=True, **flags)
     rows = [Row("base model"), *(Row(path.name, path / "lora", 1.0, run_of(path)) for path in paths)]
-    return prepared(config, rows, first_run(config), CPU, DRAWN_WITH)
+    return prepared(config, rows, first_run(config), StageMemory(CPU, []), DRAWN_WITH)
 
 
 def notes(*paths: Path, **flags: Any) -> dict[str, list[str]]:
@@ -144,6 +145,17 @@ def test_another_base_model_inherits_nothing(run: Any) -> None:
     assert isinstance(found, TrainedRun)
     model = model_of(SampleConfig(lora=(Path("dog"),), pretrained_model_name_or_path="owner/other"), found)
     assert (model.pretrained_model_name_or_path, model.revision, model.variant) == ("owner/other", None, None)
+
+
+def test_as_many_blocks_wait_as_in_the_run_unless_told_otherwise(run: Any, sd_folder: Path) -> None:
+    found = run_of(run("dog", offload_blocks=2), trusted=True)
+
+    def blocks(**flags: Any) -> int:
+        return model_of(SampleConfig(lora=(Path("dog"),), **flags), found).offload_blocks
+
+    assert (blocks(), blocks(offload_blocks=0), blocks(offload_blocks=1)) == (2, 0, 1)
+    assert blocks(pretrained_model_name_or_path="owner/other") == 0
+    assert model_of(SampleConfig(lora=(Path("dog"),)), run_of(run("older"), trusted=True)).offload_blocks == 0
 
 
 def test_the_schedule_is_that_of_the_run(run: Any) -> None:

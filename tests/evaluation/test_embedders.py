@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dreamlora.config import Encoders
 from dreamlora.data.cache import TensorCache
 from dreamlora.errors import UserError
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
+from dreamlora.evaluation.encoders import TransformersEncoder, load_encoder
 
 
 @pytest.fixture
@@ -25,6 +27,19 @@ def test_the_embedded_clip_serves_the_embedded_model_for_everything(place: Encod
     assert embedders("dino") is clip and embedders("features") is clip
     embedders.free()
     assert embedders("clip") is not clip
+
+
+def test_models_leave_the_device_until_they_are_asked_for_again(
+    place: EncoderPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[torch.device] = []
+    embedders = Embedders(Encoders(), True, dataclasses.replace(place, device=torch.device("cuda", 7)))
+    monkeypatch.setattr(embedders, "_load", lambda name: load_encoder(name, torch.device("cpu")))
+    monkeypatch.setattr(TransformersEncoder, "to", lambda self, device: places.append(device))
+    embedders("clip")
+    embedders.put_away()
+    embedders("dino")
+    assert places == [torch.device("cuda", 7), torch.device("cpu"), torch.device("cuda", 7)]
 
 
 def test_options_win_and_errors_name_their_flag(place: EncoderPlace, encoder_folders: dict[str, Path]) -> None:

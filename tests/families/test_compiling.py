@@ -20,7 +20,9 @@ from tests.families.test_contract import case, drawn_times, encoded, parts, pred
 
 __all__ = ["case", "parts"]  # fixtures
 
-GAPS: dict[str, str] = {}
+FAMILIES = ("sd", "sd3", "flux2", "qwen_image", "hidream")
+"""Blocks in a UNet; in lists of which the class names none; and of which it does."""
+GAPS = {"hidream": "how many places an expert of its mixture gets is known when it is computed"}
 """Families whose blocks are compiled in several pieces, and why."""
 
 
@@ -43,15 +45,14 @@ def gradients(case: SimpleNamespace, parts: Components, inputs: dict[str, Any]) 
     return {name: p.grad for name, p in trainable_parameters(denoiser).items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_give_the_same_gradients_in_one_piece(case, parts, checkpointing: bool) -> None:
+@pytest.mark.parametrize("case", FAMILIES, indirect=True)
+def test_compiled_blocks_give_the_same_gradients_in_one_piece(case, parts) -> None:
     denoiser: Any = parts[case.family.DENOISER]
     add_lora(denoiser, Lora(rank=2), wanted_layers(Lora(), case.family))
     for name, parameter in trainable_parameters(denoiser).items():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    if checkpointing:
-        denoiser.enable_gradient_checkpointing()
+    denoiser.enable_gradient_checkpointing()
     denoiser.train()
     conditioning: Conditioning = {**encoded(case, parts, ["a cat", "a dog"]), **views(case, 2)}
     inputs = {"noisy": torch.randn(2, *case.tiny.latents), "times": drawn_times(case, parts, 2)}

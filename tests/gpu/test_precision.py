@@ -48,6 +48,7 @@ def test_a_layer_holds_no_more_than_its_numbers(device: torch.device, word: str)
     held = sum(buffer.numel() * buffer.element_size() for buffer in stored[0].buffers())
     assert held == quantized_bytes(plain, word)
     del plain
+    stored[0](x).float().sum().backward()  # the first product takes a workspace
     peak = peak_mib(device, lambda: stored[0](x).float().sum().backward())
     unpacked = side * side * 2 / 2**20
     assert peak <= 2.6 * unpacked + 2, "one unpacked weight at a time, and what makes it"

@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_function():
     A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
     def function(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return fused._LoraLinear.apply(x, layer.base_layer, A, B)
+        return fused._LoraLinear.apply(x, layer.base_layer, A, B, 0.5)
 
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     inputs = [t.detach().double().requires_grad_() for t in (x, A, B)]

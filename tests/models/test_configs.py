@@ -115,7 +115,7 @@ def test_defaults_of_the_classes_are_taken(part_class, tmp_path):
 
 def test_a_quantized_model_is_told_apart(tmp_path):
     file = written(tmp_path, SD_UNET | {"quantization_config": {"quant_method": "bitsandbytes"}})
-    with pytest.raises(UserError, match=r"quantized.*cannot be trained here yet: give the model that it was made from"):
+    with pytest.raises(UserError, match=r"quantized.*Give the model that they were made from.*--base_precision.*nf4"):
         configs.read_config(file)
 
 

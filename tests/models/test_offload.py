@@ -11,11 +11,21 @@ import weakref
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dreamlora import registry
+from dreamlora.config import Lora, Model
 from dreamlora.errors import UserError
+from dreamlora.inits._start import Target
+from dreamlora.lora.changes import change_of
+from dreamlora.lora.inject import add_lora, trainable_parameters
+from dreamlora.lora.pairs import adapted_layers, tuned_layers
+from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.offload import Offload, blocks_of, waiting_blocks
+from dreamlora.models.parts import Parts
+from dreamlora.precision import quantize
 from tests.delayed import Delayed
 
 CPU = torch.device("cpu")
@@ -165,6 +175,39 @@ def test_moving_the_model_leaves_what_waits_where_it_is() -> None:
     for block in moved.blocks:
         places = {tensor.device.type for tensor in (block.up.weight, block.down.bias, block.shift, block.count)}
         assert places == {"cpu" if block in blocks else "meta"}
+
+
+@pytest.mark.parametrize("adapter", registry.names("adapters"))
+def test_an_adapter_goes_to_where_the_model_computes_though_its_layer_waits(adapter: str, flux_folder) -> None:
+    model = FluxTransformer2DModel.from_pretrained(flux_folder, subfolder="transformer").requires_grad_(False)
+    Offload(blocks_of(model), CPU)
+    model.to("meta")
+    add_lora(model, Lora(rank=2, adapter=adapter), ["to_q", "ff.net.2"])
+    assert all(parameter.is_meta for parameter in trainable_parameters(model).values())
+    assert {layer.layer.base_layer.weight.device.type for layer in tuned_layers(model)} == {"cpu"}
+
+
+def test_a_weight_that_waits_is_read_where_the_adapter_is(flux_folder) -> None:
+    model = FluxTransformer2DModel.from_pretrained(flux_folder, subfolder="transformer").requires_grad_(False)
+    quantize(model, "int8", CPU, blocks_of(model)[:1])
+    Offload(blocks_of(model), CPU)
+    model.to("meta")
+    add_lora(model, Lora(rank=2, adapter="dora"), ["to_q", "ff.net.2"])
+    for layer in adapted_layers(model):
+        assert Target(**vars(layer), key=()).weight().is_meta and layer.base_lengths().is_meta
+        assert change_of(
+            next(tuned for tuned in tuned_layers(model) if tuned.name == layer.name)
+        ).rows.projected.is_meta
+
+
+def test_what_waits_never_goes_through_the_device_when_it_is_loaded(sd_folder) -> None:
+    source = resolve_source(Model(str(sd_folder), offload_blocks=2))
+    parts = Parts(family_of(source), source, torch.device("meta"), torch.float32)
+    for _ in range(2):
+        unet = parts.get("denoiser")["unet"]
+        waits = {parameter for block in waiting_blocks(unet, 2) for parameter in block.parameters()}
+        assert {parameter.device.type for parameter in waits} == {"cpu"} and all(p.any() for p in waits if p.ndim > 1)
+        assert all(parameter.is_meta for parameter in set(unet.parameters()) - waits)
 
 
 def test_without_checkpointing_autograd_refuses_rather_than_use_another_blocks_weights() -> None:

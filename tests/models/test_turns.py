@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +12,11 @@ from torch import Tensor, nn
 from dreamlora.config import Model
 from dreamlora.data.shown_prompts import tokenized
 from dreamlora.interfaces import Components, Family
-from dreamlora.models import parts as parts_module
-from dreamlora.models import turns
 from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.parts import Parts
 from dreamlora.models.turns import HOST, TOGETHER, Turns
 from tests import fakemps, tinymodels
-
-
-class Bus:
-    """What moves modules between the host's memory and a device that computes nothing with the host's tensors.
-
-    Attributes:
-        here: modules that are on the device.
-        most: encoders that were there at the same time.
-        arrivals: how often one came.
-    """
-
-    def __init__(self) -> None:
-        self.here: list[nn.Module] = []
-        self.most = self.arrivals = 0
-
-    def move(self, module: nn.Module, device: torch.device) -> None:
-        if device == HOST and any(module is each for each in self.here):
-            self.here = [each for each in self.here if each is not module]
-            for part in module.modules():
-                for kept in (part._parameters, part._buffers):
-                    for name, tensor in kept.items():
-                        kept[name] = getattr(tensor, "inner", tensor)
-        elif device == fakemps.MPS and not any(module is each for each in self.here):
-            self.here.append(module)
-            self.arrivals += 1
-            fakemps.moved(module)
-        self.most = max(self.most, len(self.here))
-
-
-@pytest.fixture
-def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
-    bus = Bus()
-    monkeypatch.setattr(turns, "move", bus.move)
-    monkeypatch.setattr(parts_module, "move", bus.move)
-    with fakemps.FakeMps():
-        yield bus
+from tests.fakemps import Bus
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ PROMPTS = ["a photo of sks creature", "a photo of sks creature on grass", "a <sc
 SUMMARY: dict[str, Any] = {
     "parity": {"prompt": PROMPTS[0], "seed": 42, "step": 300, "max_abs": 1.0, "mean_abs": 0.002, "psnr_db": 72.4},
     "timings": {"text encoder": 1.2, "images": 3.4, "class images": 21.0, "training": 64.5, "samples": 19.8},
+    "peak_memory": {"images": {"allocated": 1.5, "reserved": 2.0}, "training": {"allocated": 8.25, "reserved": 9.0}},
     "versions": {"python": "3.11.2", "torch": "2.13.0", "diffusers": "0.40.0", "peft": "0.20.0"},
     "device": "x86_64 CPU, 2 threads",
     "git_commit": "0123456789ab",

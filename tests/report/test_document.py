@@ -66,7 +66,12 @@ def run_with(folder: Any, text: str) -> Mapping[str, str]:
     options = {"max_train_steps": 300, "optimizer": text, "instance_prompt": text, "lora_layers": [text, text]}
     folder.config_file.write_text(yaml_text({**options, "pretrained_model_name_or_path": text}), encoding="utf-8")
     told = {"warnings": [text], "device": text, "git_commit": text, "ended_early": text, "command": f"x --a {text}"}
-    about = {"versions": {text: text}, "timings": {text: 1.5}, "eval_price": {"sentence": text, "seconds": 1.0}}
+    about = {
+        "versions": {text: text},
+        "timings": {text: 1.5},
+        "peak_memory": {text: {"resident": 1.5}},
+        "eval_price": {"sentence": text, "seconds": 1.0},
+    }
     summary = {**SUMMARY, **told, **about, "parity": {"reason": text}}
     folder.summary_file.write_text(json.dumps(summary), encoding="utf-8")
     folder.outline_file.write_text(json.dumps({"model": text, text: text}), encoding="utf-8")

@@ -156,6 +156,10 @@ def odd(**changes: Any) -> dict[str, Any]:
     ("changes", "named"),
     [
         ({"timings": {"training": "long"}}, "timings.training: Input should be a valid number (got 'long')"),
+        (
+            {"peak_memory": {"training": {"allocated": "much"}}},
+            "peak_memory.training.allocated: Input should be a valid",
+        ),
         ({"timings": [1, 2]}, "timings: Input should be a valid dictionary (got a list of 2)"),
         ({"lora": {"parameters": 10**18}}, "lora.parameters: Input should be less than or equal to"),
         ({"parity": {"psnr_db": "high"}}, "parity.psnr_db"),

@@ -69,6 +69,7 @@ def test_both_files_tell_the_facts(make_run: Callable[..., RunFolder]) -> None:
         assert "lower than the base model" in text
         assert "draws the image seen in training but for rounding" in text
         assert "scaled_adamw" in text and "1 min 50 s" in text
+        assert "in tensors on the GPU" in text and "8.25" in text and "held of the GPU" in text
         assert "hf_secret" not in text
         assert "moved the weights by ‖ΔW‖ = 2, 66% of it (of the square) in up_blocks. Stable rank" in text
     assert html.count('<svg role="img"') == 5

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dreamlora.config import Data, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.families import qwen_image, sd
+from dreamlora.models.parts import Parts
 from dreamlora.run import images
 from dreamlora.run.context import RunContext
 from dreamlora.run.images import RunImages, class_plan, read_images, with_class_images
@@ -48,12 +50,13 @@ def context_of(photos: Path, **data: Any) -> RunContext:
         instance_data_dir=photos, instance_prompt="sks", resolution=64, latents_cache_dir=photos.parent / "cache"
     )
     accelerator = SimpleNamespace(
-        is_main_process=True, process_index=0, num_processes=1, mixed_precision="no", device="cpu"
+        is_main_process=True, process_index=0, num_processes=1, mixed_precision="no", device=torch.device("cpu")
     )
     config = replace(RunConfig(), data=replace(given, **data))
     config = replace(config, sample=replace(config.sample, num_inference_steps=1, sample_guidance_scale=1.0))
-    source = SimpleNamespace(predictor_id="model")
-    return RunContext(config, accelerator, sd, source, None)  # type: ignore[arg-type]
+    source: Any = SimpleNamespace(predictor_id="model", drawer_id="model", text_encoder_device=None)
+    parts = Parts(sd, source, accelerator.device, torch.float32)
+    return RunContext(config, accelerator, sd, source, parts)  # type: ignore[arg-type]
 
 
 def told(context: RunContext, word: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dreamlora.cli.parse import parse_run
+from dreamlora.errors import UserError
 from dreamlora.run import opening
 from tests import tinymodels
 
@@ -46,3 +47,26 @@ def test_a_negative_prompt_at_a_guidance_that_is_off_is_told(tmp_path: Path) -> 
     for guidance, counts in (("1", False), ("2", True)):
         config = parse_run([*flags.split(), "--negative_prompt", "x", "--sample_guidance_scale", guidance])[0]
         assert ("negative_prompt" in opening.own_options(opening.begin(config))) is counts
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "refused"),
+    [
+        ("sdxl", ["--train_text_encoder"], "with --train_text_encoder the text encoders"),
+        ("sd", ["--new_tokens", "sks"], "with --new_tokens the text encoders"),
+        ("sd", [], None),
+        ("flux", ["--train_text_encoder"], None),  # T5 does not train
+        ("lumina2", [], None),
+    ],
+)
+def test_text_encoders_that_train_work_where_the_denoiser_does(
+    model: str, more: list[str], refused: str | None, tiny_folder: Any, tmp_path: Path
+) -> None:
+    flags = f"--pretrained_model_name_or_path {tiny_folder(model)} --instance_data_dir {tmp_path} --max_train_steps 2"
+    flags += f" --resolution {tinymodels.of(model).side} --text_encoder_device cpu"
+    config = parse_run([*flags.split(), *more, "--instance_prompt", "a photo of sks dog"])[0]
+    if refused is None:
+        assert opening.begin(config).parts.text_device.type == "cpu"
+    else:
+        with pytest.raises(UserError, match="--text_encoder_device cpu: " + refused):
+            opening.begin(config)

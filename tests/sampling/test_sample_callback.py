@@ -19,6 +19,7 @@ from dreamlora.callbacks.trackers import Beginning, RunTracker, Shown
 from dreamlora.data.folder import load_folder
 from dreamlora.data.images import ImageRecord
 from dreamlora.interfaces import StepResult
+from dreamlora.memory import StageMemory
 from dreamlora.runfolder import RunFolder
 from dreamlora.sampling.canvas import GAP, MARGIN
 from dreamlora.sampling.grid import CELL, GUTTER
@@ -38,10 +39,15 @@ class FakeRun:
         self.drawn = 0
         self.model = torch.nn.Module()
         self.model.denoiser = pipeline.unet
+        self.memory = StageMemory(torch.device("cpu"), [])
+        self.put_away_at: list[int] = []
         self._pipeline = pipeline
 
     def pipeline(self) -> Any:
         return self._pipeline
+
+    def put_away(self) -> None:
+        self.put_away_at.append(self.step)
 
     def call_arguments(self, prompts: list[str]) -> dict[str, Any]:
         self.drawn += len(prompts)
@@ -87,6 +93,7 @@ def test_draws_at_the_start_every_n_steps_and_at_the_end(tmp_path: Path, pipelin
         "lora_scale": 1.0,
         "scheduler": "DDIMScheduler",
     }
+    assert run.put_away_at == [0, 2, 4, 5], "the autoencoder leaves the device after each drawing"
     with Image.open(run.folder.timelapse_file) as film:
         assert film.n_frames == 4
     assert run.folder.grid_file.exists()

@@ -47,13 +47,23 @@ def deep_folder(tiny_folder, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def run_flux(deep_folder, photos, cache, tmp_path) -> Callable[..., RunFolder]:
-    """A complete run of a deep FLUX model in a folder of a name."""
-    return lambda name, *more: train_with(flux_flags(deep_folder, photos, cache, tmp_path, name, *more))
+def deep_flags(deep_folder, photos, cache, tmp_path) -> Callable[..., list[str]]:
+    """Of a complete run of a family's deep model in a folder of a name."""
+    return lambda family, name, *more: [
+        *flags_of(photos, cache, deep_folder(family), tmp_path / name),
+        *SHORT.split(),
+        *more,
+    ]
 
 
-def flux_flags(deep_folder, photos: Path, cache: Path, folder: Path, name: str, *more: str) -> list[str]:
-    return [*flags_of(photos, cache, deep_folder("flux"), folder / name), *SHORT.split(), *more]
+@pytest.fixture
+def run_deep(deep_flags) -> Callable[..., RunFolder]:
+    return lambda *words: train_with(deep_flags(*words))
+
+
+@pytest.fixture
+def run_flux(run_deep) -> Callable[..., RunFolder]:
+    return lambda *words: run_deep("flux", *words)
 
 
 def prepared(prepare: Callable[..., Run], folder: Path, name: str, *more: str) -> Run:
@@ -106,20 +116,20 @@ def test_every_family_trains_to_the_same_bits(name: str, deep_folder, prepare) -
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("word", [None, "int8", "nf4", "fp8"])
-def test_a_run_with_all_that_belongs_to_it_is_the_same(word: str | None, run_flux, request) -> None:
+@pytest.mark.parametrize(("family", "word"), [("flux", None), ("sd", "int8"), ("qwen_image", "nf4")])
+def test_a_run_with_all_that_belongs_to_it_is_the_same(family: str, word: str | None, run_deep, request) -> None:
     if word == "nf4":
         request.getfixturevalue("bitsandbytes")
     more = [*PRIOR, *(["--base_precision", word] if word else [])]
-    plain = run_flux("plain", *more, "--gradient_checkpointing")
-    waiting = run_flux("waiting", *more, "--offload_blocks", "8")
+    plain = run_deep(family, "plain", *more, "--gradient_checkpointing")
+    waiting = run_deep(family, "waiting", *more, "--offload_blocks", "3")
     same_runs(plain, waiting)
     parity = json.loads(waiting.summary_file.read_text(encoding="utf-8"))["parity"]
     assert parity["call"]["error"] < 1e-2 and parity["max_abs"] <= 2, parity
 
 
 def test_it_goes_with_a_text_encoder_that_trains_and_the_average_of_the_path(run_flux) -> None:
-    more = ("--train_text_encoder", "--ema_decay", "0.5", "--lora_dropout", "0.2", "--mixed_precision", "bf16")
+    more = ["--train_text_encoder", "--ema_decay", "0.5", "--lora_dropout", "0.2", "--mixed_precision", "bf16"]
     same_runs(run_flux("plain", *more, "--gradient_checkpointing"), run_flux("waiting", *more, "--offload_blocks", "8"))
 
 
@@ -134,13 +144,12 @@ def test_every_kind_of_adapter_trains_to_the_same_bits(adapter: str, deep_folder
 
 
 @pytest.mark.parametrize("init", registry.names("inits"))
-@pytest.mark.parametrize("name", ["flux", "sd"])
-def test_every_init_starts_from_the_same_bits(name: str, init: str, deep_folder, prepare) -> None:
+def test_every_init_starts_from_the_same_bits(init: str, deep_folder, prepare) -> None:
     plugin = registry.load("inits", init)
     few = ("--init_args", "draws", "2") if hasattr(plugin.Options(), "draws") else ()
     more = ("--init", init, "--rank", str(2 * plugin.RANK_MULTIPLE), *few)
-    plain = prepared(prepare, deep_folder(name), name, "--gradient_checkpointing", *more)
-    run = prepared(prepare, deep_folder(name), name, "--offload_blocks", str(most_blocks(plain)), *more)
+    plain = prepared(prepare, deep_folder("sd"), "sd", "--gradient_checkpointing", *more)
+    run = prepared(prepare, deep_folder("sd"), "sd", "--offload_blocks", "6", *more)
     assert equal(plain.trainables, run.trainables)
     starts = [starts_of(each.accelerator.unwrap_model(each.model).denoiser) for each in (plain, run)]
     assert starts[0].keys() == starts[1].keys()
@@ -155,10 +164,10 @@ def test_a_run_goes_on_with_other_blocks_waiting_or_none(run_flux) -> None:
         assert equal(load_file(run_flux(name, *LOOP.split(), *more).lora_file), load_file(whole.lora_file))
 
 
-def test_two_processes_train_what_they_would_without(deep_folder, photos, cache, tmp_path) -> None:
+def test_two_processes_train_what_they_would_without(deep_flags, tmp_path) -> None:
     flags = [*LOOP.split(), "--train_batch_size", "1"]
-    plain = flux_flags(deep_folder, photos, cache, tmp_path, "plain", *flags, "--gradient_checkpointing")
-    waiting = flux_flags(deep_folder, photos, cache, tmp_path, "waiting", *flags, "--offload_blocks", "8")
+    plain = deep_flags("flux", "plain", *flags, "--gradient_checkpointing")
+    waiting = deep_flags("flux", "waiting", *flags, "--offload_blocks", "8")
     assert in_two_processes(lambda: train_with(plain)) == [0, 0]
     assert in_two_processes(lambda: train_with(waiting)) == [0, 0]
     files = [RunFolder(tmp_path / name).lora_file for name in ("plain", "waiting")]

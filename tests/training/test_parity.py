@@ -25,6 +25,8 @@ from dreamlora.runfolder import RunFolder
 from dreamlora.training import parity
 from dreamlora.training.loop import Run
 from dreamlora.training.parity import Call, compare_calls, compare_images
+from tests.fakemps import MPS, Bus
+from tests.tinymodels.deep import deepened
 
 Tensors = dict[str, Tensor]
 Train = Callable[..., RunFolder]
@@ -115,6 +117,7 @@ ALIKE = {
     "a start of its own": ("flux", "--init pissa --train_text_encoder"),
     "an average": ("sd", "--ema_decay 0.5"),
     "fewer bits": ("flux", "--base_precision int8 --text_encoder_precision int8"),
+    "blocks that wait": ("flux", "--offload_blocks 2 --gradient_checkpointing"),
     "checkpointing": ("flux", "--gradient_checkpointing --mixed_precision bf16"),
     "T5 besides two": ("sd3", ""),
     "four text encoders": ("hidream", ""),
@@ -125,7 +128,7 @@ ALIKE = {
 
 @pytest.mark.parametrize("what", ALIKE)
 def test_the_base_that_has_trained_does_what_a_fresh_one_does(
-    what: str, train: Train, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch, no_report: None
+    what: str, train: Train, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch, no_report: None, tmp_path: Path
 ) -> None:
     check, full = parity.check, {}
 
@@ -141,8 +144,9 @@ def test_the_base_that_has_trained_does_what_a_fresh_one_does(
 
     monkeypatch.setattr(parity, "check", both)
     model, flags = ALIKE[what]
+    folder = deepened(tiny_folder(model), tmp_path / "deep") if "offload" in flags else tiny_folder(model)
     run = train(
-        *f"--pretrained_model_name_or_path {tiny_folder(model)} --max_train_steps 2 --eval_steps 0 --sample_steps 2 "
+        *f"--pretrained_model_name_or_path {folder} --max_train_steps 2 --eval_steps 0 --sample_steps 2 "
         f"--checkpointing_steps 0 {flags}".split()
     )
     lean = json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]
@@ -150,6 +154,36 @@ def test_the_base_that_has_trained_does_what_a_fresh_one_does(
     assert lean["call"] == pytest.approx(full["call"], rel=0.01, abs=1e-6)
     assert lean["max_abs"] <= full["max_abs"] + 1
     assert verdict_on(run, {**lean, "kind": "lean"})[0] == "good"
+
+
+@pytest.mark.parametrize(("model", "more"), [("sdxl", "--train_text_encoder"), ("flux", "")])
+def test_on_a_device_no_text_encoder_is_beside_the_denoiser(
+    model: str,
+    more: str,
+    train: Train,
+    tiny_folder: Any,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    no_report: None,
+) -> None:
+    check, found = parity.check, {}
+
+    def there_too(parts: Parts, expected: parity.ExpectedOutput, **kind: bool) -> dict[str, Any]:
+        bus: Bus = request.getfixturevalue("bus")
+        device = Parts(parts.family, parts.source, MPS, torch.float32)
+        device.get("denoiser")
+        found.update(check(device, expected, full=False), seen=bus.seen)
+        return check(parts, expected, **kind)
+
+    monkeypatch.setattr(parity, "check", there_too)
+    run = train(
+        *f"--pretrained_model_name_or_path {tiny_folder(model)} --max_train_steps 2 --eval_steps 0 --sample_steps 2 "
+        f"--checkpointing_steps 0 {more}".split()
+    )
+    text = [names for names in found["seen"] if any("CLIP" in name or "T5" in name for name in names)]
+    assert len(text) >= 2 and all(len(names) == 1 for names in text)
+    assert found["call"]["error"] < 1e-4 and found["max_abs"] <= 1
+    assert json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]["max_abs"] == 0
 
 
 def test_a_base_that_has_changed_in_training_is_seen(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

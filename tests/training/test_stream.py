@@ -1,10 +1,12 @@
 """The stream: what a sample is depends on its position alone."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dreamlora.errors import UserError
 from dreamlora.randomness import permutation
 from dreamlora.training.stream import Layout, Source, Stream, arranged
 
@@ -266,3 +268,51 @@ def test_masks_are_white_where_there_is_none():
     means = dict(zip(batch.names, batch.masks.flatten(1).mean(1).tolist(), strict=True))
     assert means == {"0.png": 1.0, "1.png": 0.25} and batch.masks.shape == (2, 1, 4, 4)
     assert make_stream().batches(0, 0)[0].masks is None
+
+
+def test_what_is_read_ahead_is_what_would_have_been_read():
+    ahead = make_stream(4, accumulation=2)
+    for step in range(3):
+        for micro in range(2):
+            ahead.read_ahead(step, micro)
+            [got], [expected] = ahead.batches(step, micro), make_stream(4, accumulation=2).batches(step, micro)
+            assert got.names == expected.names
+            for name in ("latents", "noise", "times", "weights"):
+                assert torch.equal(getattr(got, name), getattr(expected, name))
+
+
+def test_it_is_read_while_something_else_is_done(monkeypatch):
+    stream, begun, go_on = make_stream(), threading.Event(), threading.Event()
+    latents = stream.sources[0].store.latents
+
+    def slow(index, variant):
+        begun.set()
+        assert go_on.wait(10)
+        return latents(index, variant)
+
+    monkeypatch.setattr(stream.sources[0].store, "latents", slow)
+    stream.read_ahead(0, 0)
+    assert begun.wait(10)
+    go_on.set()
+    assert stream.batches(0, 0)[0].names == make_stream().batches(0, 0)[0].names
+
+
+def test_another_batch_than_the_one_that_was_read_ahead():
+    stream = make_stream()
+    stream.read_ahead(0, 0)
+    for step in (2, 0):
+        assert torch.equal(stream.batches(step, 0)[0].noise, make_stream().batches(step, 0)[0].noise)
+
+
+def test_what_goes_wrong_ahead_is_told_where_the_batch_is_asked_for(monkeypatch):
+    stream = make_stream()
+
+    def gone(*_):
+        raise UserError("removed")
+
+    monkeypatch.setattr(stream.sources[0].store, "latents", gone)
+    stream.read_ahead(0, 0)
+    with pytest.raises(UserError, match="removed"):
+        stream.batches(0, 0)
+    monkeypatch.undo()
+    assert stream.batches(0, 0)

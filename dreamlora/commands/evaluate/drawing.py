@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from tqdm import tqdm
+
+from dreamlora.commands.under_test import UnderTest
 from dreamlora.files import replacing
+from dreamlora.processes import gather_lists, tell_everyone
 from dreamlora.sampling.sampler import Asked, SampleItem, SamplePlan, draw_batch
 
 
@@ -47,6 +52,25 @@ def share_of(jobs: Sequence[Job], rank: int, world: int) -> dict[int, list[Sampl
     for number, item in jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]:
         share.setdefault(number, []).append(item)
     return share
+
+
+def draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[Sheet]) -> dict[Path, str]:
+    """Draw this process's share of what is missing; the images of all processes that came out wrong, with why."""
+    missing: list[Job] = [(number, item) for number, sheet in enumerate(sheets) for item in sheet.missing()]
+    # One process says what is missing: for the others it changes as soon as the first one draws.
+    share = share_of(tell_everyone(missing), state.process_index, state.num_processes)
+    total = sum(map(len, share.values()))
+    wrong: list[tuple[Path, str]] = []
+    with tqdm(total=total, desc="drawing", unit="image", disable=not (total and state.is_main_process)) as bar:
+        for number, items in share.items():
+            sheet = sheets[number]
+            prompts = [item.prompt for item in items]
+            with under_test.drawing(under_test.rows[number], sheet.plan, prompts) as pipeline, under_test.computing():
+                for item, problem in draw_sheet(pipeline, sheet, items, under_test.asked(sheet.plan)):
+                    bar.update()
+                    if problem:
+                        wrong.append((sheet.file(item), problem))
+    return dict(gather_lists(wrong))
 
 
 def draw_sheet(

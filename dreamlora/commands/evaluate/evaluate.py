@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,15 +15,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from dreamlora import registry
 from dreamlora.cache_folder import cache_folder
 from dreamlora.cli.saved import saved_group
-from dreamlora.commands.evaluate.drawing import Job, Sheet, draw_sheet, share_of
+from dreamlora.commands.evaluate.drawing import Sheet, draw_missing
 from dreamlora.commands.evaluate.flags import LOSS_METRIC, EvaluateConfig
 from dreamlora.commands.evaluate.losses import measure_losses
 from dreamlora.commands.evaluate.table import table
+from dreamlora.commands.less_memory import advice
 from dreamlora.commands.outside import way_in
 from dreamlora.commands.rows import Row, rows_of
 from dreamlora.commands.shown import with_shown
@@ -48,10 +49,11 @@ from dreamlora.evaluation.embed import Processes
 from dreamlora.evaluation.embedders import Embedders, EncoderPlace
 from dreamlora.evaluation.measure import MeasuredImages, Measurement, load_metric, measure
 from dreamlora.files import write_atomically
+from dreamlora.memory import StageMemory, shortage_told
 from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told before images are drawn
 from dreamlora.models.parts import ROLES
 from dreamlora.models.tf32 import set_tf32
-from dreamlora.processes import gather_lists, main_first, tell_everyone, wait_for_everyone
+from dreamlora.processes import gather_lists, main_first, wait_for_everyone
 from dreamlora.reading import lies_inside
 from dreamlora.run import provenance
 from dreamlora.run.launch import processes
@@ -87,14 +89,14 @@ class EvaluationContext:
     Attributes:
         subject: that was learned.
         state: the processes.
-        device: of pipeline and encoders.
+        memory: that the stages take, on the device of pipeline and encoders.
     """
 
     config: EvaluateConfig
     subject: Subject
     real: Real
     state: PartialState
-    device: torch.device
+    memory: StageMemory
 
     @property
     def loss_asked(self) -> bool:
@@ -151,25 +153,37 @@ def evaluate_loras(config: EvaluateConfig) -> Path:
         ),
         real=_real_images(config, run),
         state=state,
-        device=state.device if state.device.type == "cuda" else torch.device("cpu"),
+        memory=StageMemory(state.device if state.device.type == "cuda" else torch.device("cpu")),
     )
+    under_test = _under_test(evaluation, loras, run) if loras else None
+    with shortage_told(evaluation.memory, functools.partial(advice, config, under_test)):
+        return _evaluated(evaluation, under_test, folders, run)
+
+
+def _evaluated(
+    evaluation: EvaluationContext, under_test: UnderTest | None, folders: Sequence[Path], run: TrainedRun | None
+) -> Path:
+    """What is known by now, measured; returns the file."""
+    config, state, memory = evaluation.config, evaluation.state, evaluation.memory
     galleries = {str(path): _folder_gallery(evaluation, path) for path in folders}
     facts: dict[str, Any] = {"problems": {}}
     losses: dict[str, Measurement] = {}
     of_runs: dict[str, list[str]] = {}
-    if loras:
-        under_test = _under_test(evaluation, loras, run)
+    if under_test:
         of_runs = under_test.notes
         facts |= {"base_model": under_test.source.predictor_id, "precision": under_test.precision}
         if evaluation.loss_asked:  # first, as it is quick, and what is wrong with its items should be told soon
-            losses = measure_losses(config, under_test, run.folder if run else None, _processes(state))
+            with memory.stage("evaluation loss"):
+                losses = measure_losses(config, under_test, run.folder if run else None, _processes(state))
         if evaluation.image_metrics:
-            drawn, of_drawing = _draw(evaluation, under_test, run)
+            with memory.stage("drawing samples"):
+                drawn, of_drawing = _draw(evaluation, under_test, run)
             facts |= of_drawing
             galleries = {**drawn, **galleries}
         under_test.parts.free(*ROLES)
-    embedded = bool(loras or run) and model_of(config, run).pretrained_model_name_or_path == EMBEDDED_MODEL
-    measurements = _measure(evaluation, galleries, Embedders(_encoders(config, run), embedded, _place(evaluation)))
+    embedded = bool(under_test or run) and model_of(config, run).pretrained_model_name_or_path == EMBEDDED_MODEL
+    with memory.stage("image metrics"):
+        measurements = _measure(evaluation, galleries, Embedders(_encoders(config, run), embedded, _place(evaluation)))
     for label, measured in losses.items():
         images = measurements.get(label, Measurement())
         measurements[label] = Measurement([*measured.values, *images.values], [*measured.notes, *images.notes])
@@ -196,7 +210,7 @@ def _under_test(evaluation: EvaluationContext, loras: tuple[Path, ...], run: Tra
     labels = [row.label for row in rows]
     rows = [replace(row, label=f"{row.label}\n{row.lora}") if labels.count(row.label) > 1 else row for row in rows]
     options = (DRAWN_WITH if evaluation.image_metrics else ()) + (MEASURED_WITH if evaluation.loss_asked else ())
-    return prepared(evaluation.config, rows, run, evaluation.device, options)
+    return prepared(evaluation.config, rows, run, evaluation.memory, options)
 
 
 def _holds_images(path: Path) -> bool:
@@ -269,7 +283,7 @@ def _draw(
     sheets = [
         _sheet(evaluation.output, row, plan, under_test.made_of | under_test.tokens[row.label].made_of) for row in rows
     ]
-    broken = _draw_missing(evaluation.state, under_test, sheets)
+    broken = draw_missing(evaluation.state, under_test, sheets)
     galleries = {
         row.label: _gallery(evaluation, sheet, sheets[0], broken) for row, sheet in zip(rows, sheets, strict=True)
     }
@@ -292,25 +306,6 @@ def _sheet(output: Path, row: Row, plan: SamplePlan, base: Mapping[str, Any]) ->
     made_of = {**base, "lora": lora, "scale": row.scale}
     slug = re.sub(r"[^\w.]+", "-", row.label).strip("-")
     return Sheet(output / "images" / slug, plan, made_of)
-
-
-def _draw_missing(state: PartialState, under_test: UnderTest, sheets: Sequence[Sheet]) -> dict[Path, str]:
-    """Draw this process's share of what is missing; the images of all processes that came out wrong, with why."""
-    missing: list[Job] = [(number, item) for number, sheet in enumerate(sheets) for item in sheet.missing()]
-    # One process says what is missing: for the others it changes as soon as the first one draws.
-    share = share_of(tell_everyone(missing), state.process_index, state.num_processes)
-    total = sum(map(len, share.values()))
-    wrong: list[tuple[Path, str]] = []
-    with tqdm(total=total, desc="drawing", unit="image", disable=not (total and state.is_main_process)) as bar:
-        for number, items in share.items():
-            sheet = sheets[number]
-            prompts = [item.prompt for item in items]
-            with under_test.drawing(under_test.rows[number], sheet.plan, prompts) as pipeline, under_test.computing():
-                for item, problem in draw_sheet(pipeline, sheet, items, under_test.asked(sheet.plan)):
-                    bar.update()
-                    if problem:
-                        wrong.append((sheet.file(item), problem))
-    return dict(gather_lists(wrong))
 
 
 def _gallery(evaluation: EvaluationContext, sheet: Sheet, base: Sheet, broken: Mapping[Path, str]) -> MeasuredImages:
@@ -344,7 +339,7 @@ def _encoders(config: EvaluateConfig, run: TrainedRun | None) -> Encoders:
 def _place(evaluation: EvaluationContext) -> EncoderPlace:
     config, state = evaluation.config, evaluation.state
     return EncoderPlace(
-        device=evaluation.device,
+        device=evaluation.memory.device,
         cache=TensorCache(cache_folder(config.latents_cache_dir)),
         downloads=config.cache_dir,
         processes=_processes(state),

@@ -36,6 +36,8 @@ _SAID: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("schedule", ("ss_lr_scheduler",)),
     ("start", ("dreamlora.init",)),
     ("precision", ("ss_mixed_precision",)),
+    ("precision of the base model's weights", ("dreamlora.base_precision",)),
+    ("precision of the text encoders' weights", ("dreamlora.text_encoder_precision",)),
     ("seed", ("ss_seed",)),
     ("merged from", ("modelspec.merged_from",)),
     ("comment", ("ss_training_comment",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 
+from dreamlora.commands.less_memory import advice
 from dreamlora.commands.rows import Row, rows_of
 from dreamlora.commands.sample.flags import SampleConfig
 from dreamlora.commands.shown import with_shown
 from dreamlora.commands.trained import DRAWN_WITH, first_run, plan_for, prompts_of
 from dreamlora.commands.under_test import UnderTest, prepared
 from dreamlora.files import replacing, write_atomically
+from dreamlora.memory import StageMemory, shortage_told
 from dreamlora.sampling.grid import GridRow, references_of, write_grid
 from dreamlora.sampling.sampler import Drawn, SamplePlan, draw
 
@@ -30,14 +33,15 @@ def sample_loras(config: SampleConfig) -> Path:
     rows = rows_of(config)
     run = first_run(config)
     prompts = prompts_of(config, run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    under_test = prepared(config, rows, run, device, DRAWN_WITH)
+    memory = StageMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    under_test = prepared(config, rows, run, memory, DRAWN_WITH)
     plan = plan_for(config, under_test.settings, under_test.sample_defaults, prompts)
     plan = with_shown(plan, config, run, edits=under_test.edits, must=under_test.must_edit)
     under_test.warn_of_cut(prompts)
     under_test.warn_of_negative(plan)
     output = config.output_dir or Path("outputs") / f"sample-{Path(config.lora[0]).resolve().stem}"
-    drawn = [record for number in range(len(rows)) for record in _draw_row(under_test, plan, number, output)]
+    with shortage_told(memory, functools.partial(advice, config, under_test)), memory.stage("drawing samples"):
+        drawn = [record for number in range(len(rows)) for record in _draw_row(under_test, plan, number, output)]
     write_atomically(output / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in drawn))
     width = len(plan.items())
     grid_rows = [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreamlora.archives import open_tensors
+from dreamlora.config.model import INSTEAD_OF_QUANTIZED
 from dreamlora.errors import UserError
 from dreamlora.reading import UnreadableError, opened, shortened
 
@@ -71,22 +72,17 @@ def read_contents(file: Path) -> Contents:
     odd = next((name for name, kind in types.items() if kind not in _NUMBERS | _COUNTERS), None)
     odd = odd or next((name for name in shapes if any(mark in f".{name}" for mark in _QUANTIZED)), None)
     if odd is not None:
-        raise UserError(f"{file} is quantized ({shortened(odd)[1:-1]} is of type {types[odd]}): {_WHOLE_NUMBERS}")
+        raise UserError(f"{file} is quantized ({shortened(odd)[1:-1]} is of type {types[odd]}): {INSTEAD_OF_QUANTIZED}")
     if not shapes:
         raise UnreadableError(file, "it holds no tensors")
     return Contents(file, shapes, metadata)
-
-
-_WHOLE_NUMBERS = (
-    "such models cannot be trained here yet; give the file that it was made from, in float16, bfloat16 or float32"
-)
 
 
 def _refuse_other_kinds(file: Path) -> None:
     with opened(file) as stream:
         beginning = stream.read(9)
     if beginning.startswith(b"GGUF") or file.suffix.lower() == ".gguf":
-        raise UserError(f"{file} is quantized (GGUF): {_WHOLE_NUMBERS}")
+        raise UserError(f"{file} is quantized (GGUF): {INSTEAD_OF_QUANTIZED}")
     pickled = beginning.startswith(_PICKLED) and beginning[8:] != b"{"  # which is where safetensors' header begins
     if pickled or file.suffix.lower() in PICKLES:
         raise UserError(

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamlora.commands.sample import draw
 from dreamlora.commands.sample.command import main
 from dreamlora.jsonl import read_jsonl
 from dreamlora.runfolder import RunFolder
 from dreamlora.schemas import OBJECT
+from tests.fakemps import MPS, Bus
 from tests.training.conftest import cache, flags_of, photos, train_with
 
 __all__ = ["cache", "photos"]  # fixtures
@@ -31,6 +33,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "sd in bf16 with new tokens": ("sd", [*SD, "--mixed_precision", "bf16", "--new_tokens", "sks:2", "--seed", "3"]),
     "flux with new tokens and a text encoder": ("flux", ["--new_tokens", "sks=d", "--train_text_encoder"]),
     "flux": ("flux", ["--guidance_scale", "2", "--max_sequence_length", "20"]),
+    "flux with weights in int8": ("flux", ["--base_precision", "int8", "--text_encoder_precision", "int8"]),
+    "sd in bf16 with weights in fp8": ("sd", [*SD, "--mixed_precision", "bf16", "--base_precision", "fp8"]),
     "flux in bf16": ("flux", ["--max_sequence_length", "20", "--mixed_precision", "bf16"]),
 }
 ROUNDING = 16
@@ -57,3 +61,36 @@ def test_it_draws_the_very_images_that_training_drew(
         assert ours.keys() == theirs.keys()
         apart = max(int(abs(image - theirs[key]).max()) for key, image in ours.items())
         assert apart <= (ROUNDING if lora and "--init" in more else 0), f"step {step}"
+
+
+@pytest.mark.parametrize(
+    ("model", "more"), [("sdxl", ["--train_text_encoder"]), ("flux", ["--new_tokens", "sks"]), ("sd3", [])]
+)
+def test_on_a_device_the_text_encoders_have_gone_when_the_denoiser_comes(
+    model: str,
+    more: list[str],
+    photos: Path,
+    cache: Path,
+    tmp_path: Path,
+    tiny_folder: Any,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the base, for a LoRA in both, and for one of the denoiser alone."""
+    flags = [*flags_of(photos, cache, tiny_folder(model), tmp_path / "run"), *QUICK, *more]
+    run: RunFolder = train_with(flags)
+    asked = [str(run.path), "--trust_runs", "--lora_scales", "1", "0.5"]
+    main([*asked, "--output_dir", str(tmp_path / "cpu")])
+    bus: Bus = request.getfixturevalue("bus")
+    made = draw.prepared
+    monkeypatch.setattr(draw, "prepared", lambda config, rows, run, _, options: made(config, rows, run, MPS, options))
+    main([*asked, "--output_dir", str(tmp_path / "device")])
+    cpu, device = (
+        images(list(read_jsonl(tmp_path / name / "samples.jsonl", OBJECT)), tmp_path / name)
+        for name in ("cpu", "device")
+    )
+    assert cpu.keys() == device.keys() and max(int(abs(cpu[key] - device[key]).max()) for key in cpu) <= 1
+    with_text = [names for names in bus.seen if any("CLIP" in name or "T5" in name for name in names)]
+    assert with_text and all(len(names) == 1 for names in with_text)
+    drawn = 3 if more else 1  # a LoRA of the denoiser alone is drawn with the embeddings that there are
+    assert len(with_text) <= drawn * 2 * 3  # prompts, then negative ones, each through three encoders at most
