@@ -16,6 +16,8 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +115,28 @@ class QuantizedLinear(nn.Linear):
 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer computes in with this input: what autocast says, else the input's own."""
+    return autocast_dtype(x) or x.dtype
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in with this input; None: it is off."""
+    if x.is_meta:
+        return _AUTOCAST_ON_META.get()
     device = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@contextmanager
+def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
+    """In here layers take tensors without numbers for such that autocast is on for; torch has none for these."""
+    token = _AUTOCAST_ON_META.set(dtype)
+    try:
+        yield
+    finally:
+        _AUTOCAST_ON_META.reset(token)
+
+
+_AUTOCAST_ON_META: ContextVar[torch.dtype | None] = ContextVar("autocast_on_meta", default=None)
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
@@ -219,6 +239,14 @@ def packable(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 def quantized_bytes(layer: nn.Linear, word: str) -> int:
     """Of a layer's weight as it would be stored."""
     return FORMS[word].bytes(layer.out_features, layer.in_features)
+
+
+def unpacking_bytes(layer: nn.Linear, word: str, dtype: torch.dtype) -> int:
+    """Of what is made while a layer computes in ``dtype``: its weight, and in fp8 its numbers before scaling."""
+    if word == "bf16" and dtype == torch.bfloat16:
+        return 0
+    copies = 2 if word == "fp8" else 1
+    return copies * layer.out_features * layer.in_features * dtype.itemsize
 
 
 def require(flag: str, word: str | None, device: str) -> None:

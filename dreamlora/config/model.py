@@ -11,6 +11,8 @@ from dreamlora.config.ranges import respell as _respell
 from dreamlora.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
+LEAST_VRAM, MOST_VRAM = 4, 1024
+"""Gigabytes of one GPU."""
 Precision = Literal["bf16", "fp8", "int8", "nf4"]
 """Of frozen weights (``precision``)."""
 INSTEAD_OF_QUANTIZED = (
@@ -63,7 +65,8 @@ class Model:
     Switches --gradient_checkpointing on."""
     vram: str | None = None
     """Gigabytes that the GPU has for the training (such as 8, 12, 24), or auto for all that are free: sets precision,
-    checkpointing, offloading, batch and accumulation so that it fits. Flags that are given win."""
+    checkpointing, offloading, batch and accumulation so that it fits by the estimate that dreamlora doctor shows. Flags
+    that are given win."""
     vae_tiling: bool | None = None
     """Have the autoencoder take images in overlapping tiles of at most 512 pixels: less memory, slightly other numbers.
     Default: only where memory does not suffice for a whole image."""
@@ -79,6 +82,7 @@ class Model:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "offload_blocks")
+        _check_vram(self.vram)
         if self.compile and self.offload_blocks:
             raise UserError(
                 "--compile cannot be combined with --offload_blocks: compiled code knows no weights that move. Give "
@@ -88,3 +92,14 @@ class Model:
             _respell(self, "family", "families")
         if any(layer < 0 for layer in self.text_encoder_out_layers):
             raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
+
+
+def _check_vram(vram: str | None) -> None:
+    if vram in (None, "auto"):
+        return
+    try:
+        gigabytes = float(vram or "")
+    except ValueError:
+        gigabytes = 0
+    if not LEAST_VRAM <= gigabytes < MOST_VRAM:
+        raise UserError(f"--vram must be gigabytes, {LEAST_VRAM} or more, such as 12, or auto (got {vram})")

@@ -2,16 +2,18 @@
 
 The code that is measured is the model's own: each of its operations says how large its result is, and results are
 counted for as long as something holds them, among them what autograd keeps for the backward pass. Nothing is computed,
-so it takes a second for a model of any size, and no GPU. What it does not know: workspaces of kernels, fragmentation,
-the CUDA context, and what autocast copies.
+so it takes a second for a model of any size, and no GPU. Autocast, which torch does not have there, is done by hand as
+CUDA's is: products in half precision, norms in float32. What it does not know: workspaces of kernels, fragmentation and
+the CUDA context. So the peak is that of ``torch.cuda.max_memory_allocated``.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dreamlora.precision import autocast_on_meta, packable, quantized_bytes, unpacking_bytes
+
 META = torch.device("meta")
+_IN_HALF = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d")
+_IN_FULL = ("layer_norm", "group_norm", "rms_norm", "softmax")
+"""Functions of torch.nn.functional that CUDA's autocast computes in half precision, and in float32."""
 
 
 class Footprint:
@@ -32,13 +39,15 @@ class Footprint:
 
     Args:
         modules: whose weights are there already and do not count.
+        autocast: its precision; float32, None: it is off.
 
     Attributes:
         peak: bytes of all that was held at the worst moment.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], autocast: torch.dtype | None = None) -> None:
         self._counting = _Counting(tensor for module in modules for tensor in _tensors_of(module))
+        self._autocast = None if autocast == torch.float32 else autocast
         self._stack = ExitStack()
 
     @property
@@ -47,7 +56,11 @@ class Footprint:
         return self._counting.peak
 
     def __enter__(self) -> Footprint:
-        self._stack.enter_context(_fused_attention())
+        self._stack.enter_context(_replaced({"scaled_dot_product_attention": _fused_attention}))
+        if self._autocast:
+            self._stack.enter_context(autocast_on_meta(self._autocast))
+            half = dict.fromkeys((*_IN_HALF, "scaled_dot_product_attention"), _casting(self._autocast))
+            self._stack.enter_context(_replaced({**half, **dict.fromkeys(_IN_FULL, _casting(torch.float32))}))
         self._stack.enter_context(self._counting)
         return self
 
@@ -131,13 +144,27 @@ def _without_numbers(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_meta else torch.empty_like(tensor, device=META)
 
 
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Attention without the matrix of all tokens by all tokens, as GPUs compute it; meta tensors would have one.
+Function = Callable[..., Tensor]
 
-    In the place of torch's own: a mode for functions is off while a checkpoint computes again in the backward pass.
+
+@contextmanager
+def _replaced(replacements: Mapping[str, Callable[[Function], Function]]) -> Iterator[None]:
+    """Functions of torch.nn.functional are others in here, each made of the one that was there.
+
+    In their place: a mode for functions is off while a checkpoint computes again in the backward pass.
     """
-    original = F.scaled_dot_product_attention
+    originals = {name: getattr(F, name) for name in replacements}
+    for name, replacement in replacements.items():
+        setattr(F, name, replacement(originals[name]))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(F, name, original)
+
+
+def _fused_attention(original: Function) -> Function:
+    """Attention without the matrix of all tokens by all tokens, as GPUs compute it; meta tensors would have one."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not query.is_meta:
@@ -145,11 +172,23 @@ def _fused_attention() -> Iterator[None]:
         result: Tensor = _Attention.apply(query, key, value)
         return result
 
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = original
+    return attention
+
+
+def _casting(dtype: torch.dtype) -> Callable[[Function], Function]:
+    """What autocast does to a function: tensors without numbers get there in this precision."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_meta and tensor.is_floating_point() else tensor
+
+    def replacement(original: Function) -> Function:
+        def function(*args: Any, **kwargs: Any) -> Tensor:
+            args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+            return original(*args, **kwargs)
+
+        return function
+
+    return replacement
 
 
 class _Attention(torch.autograd.Function):
@@ -164,6 +203,35 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the weights of a module take, however its layers are stored (``precision``).
+
+    Attributes:
+        rest: bytes of all that stays as it is.
+        layers: that can be stored in fewer bits.
+    """
+
+    rest: int
+    layers: tuple[nn.Linear, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, inside: bool = False) -> Stored:
+        """Of a frozen model without a LoRA, or of a block that is ``inside`` one."""
+        layers = tuple(layer for _, layer in packable(nn.ModuleDict({"0": module}) if inside else module))
+        return cls(bytes_of(_tensors_of(module)) - bytes_of(layer.weight for layer in layers), layers)
+
+    def bytes(self, word: str | None) -> int:
+        """In a form of ``precision.FORMS``; None: as they are."""
+        if word is None:
+            return self.rest + bytes_of(layer.weight for layer in self.layers)
+        return self.rest + sum(quantized_bytes(layer, word) for layer in self.layers)
+
+    def unpacking(self, word: str | None, dtype: torch.dtype) -> int:
+        """Of the largest layer while it computes."""
+        return max((unpacking_bytes(layer, word, dtype) for layer in self.layers), default=0) if word else 0
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

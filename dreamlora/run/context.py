@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -49,6 +50,7 @@ class RunContext:
         shown: the images that the prompts of samples edit, once they are known; empty for models that do not edit.
         trackers: on the main process, once they have started.
         limits: what a call of the pipeline may take.
+        chosen: options that ``--vram`` decided.
         timings: seconds by stage, for the report.
         memory: that the stages take.
         warnings: what the person should know, for the report.
@@ -68,6 +70,7 @@ class RunContext:
     shown: Shown = field(default_factory=dict)
     trackers: list[RunTracker] = field(default_factory=list)
     limits: CallLimits = field(default_factory=CallLimits)
+    chosen: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -22,7 +22,7 @@ from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_
 from dreamlora.models.parts import DTYPES, Parts
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import main_first, tell_everyone
-from dreamlora.run import checks, continuing, defaults, new_tokens, resume, upload
+from dreamlora.run import checks, continuing, defaults, new_tokens, resume, upload, vram
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import warn_of_cut_texts
 from dreamlora.run.images import RunImages, read_images
@@ -40,6 +40,7 @@ def begin(config: RunConfig) -> RunContext:
     Raises:
         UserError: something is found that would keep the run from ending well.
     """
+    config = vram.with_precision(config)
     accelerator = accelerator_of(config)
     if config.eval.eval_steps != 0 or config.eval.eval_metrics:
         from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told now
@@ -76,12 +77,19 @@ def begin(config: RunConfig) -> RunContext:
     data = defaults.prompt_length(data, family.PROMPT_LENGTH, family.PROMPT_DEFAULT)
     config = replace(config, data=data)
     training = family.TEXT_ENCODERS if config.encodes_in_training else ()
-    parts = Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision], training)
+
+    def parts_of(source: ModelSource) -> Parts:
+        return Parts(family, source, accelerator.device, DTYPES[accelerator.mixed_precision], training)
+
+    parts = parts_of(source)
     family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
     context = RunContext(config, accelerator, family, source, parts, parts_on_disk, predecessor)
     if config.lora.training_adapter:
         context.training_adapter = _training_adapter(config)
     checks.require_layers(context)
+    if config.model.vram:
+        vram.settle(context, decided(context, lambda: vram.of_earlier_run(config)))
+        context.parts = parts_of(context.source)
     checks.require_blocks(context)
     new_tokens.require(context)
     return context

@@ -1,55 +1,40 @@
-"""A run gone through with a model without numbers: what would be trained, and how much memory every stage takes.
-
-Every stage runs the family's own code on torch's meta device (``models.footprint``); at no time is a weight loaded.
-"""
+"""How much memory every stage of a run takes, found without a weight (``run.passes``)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from dreamlora.errors import UserError
-from dreamlora.interfaces import Components, Conditioning, Role, View
+from dreamlora import registry
+from dreamlora.cli.parse import method_options
+from dreamlora.config import RunConfig
 from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import trainable_parameters
-from dreamlora.lora.pairs import tuned_layers
-from dreamlora.models.building import without_weights
-from dreamlora.models.configs import in_one_line
-from dreamlora.models.footprint import META, Footprint, bytes_of
-from dreamlora.models.parts import DTYPES, ROLES
+from dreamlora.lora.pairs import ADAPTER
+from dreamlora.models.offload import SLOTS
+from dreamlora.optimizers import lora_param_groups
 from dreamlora.run.context import RunContext
-from dreamlora.run.encoding import prompt_length
-from dreamlora.run.trainable import add_adapter
-from dreamlora.training.loop import Predictor
-from dreamlora.training.stream import stack_conditioning
+from dreamlora.run.passes import Computing, Passes
 
-LORA_BYTES = 16
-"""Per number of the LoRA: itself, its gradient and two moments of the optimizer, in float32. As many are in a
-checkpoint, which has its LoRA twice and no gradient."""
+LORA_BYTES = 8
+"""Per number of the LoRA: itself and its gradient, in float32; what the optimizer keeps comes on top."""
+CHECKPOINT_BYTES = 16
+"""The same in a checkpoint, which has the LoRA twice and no gradient, with two moments of the optimizer."""
 AVERAGE_BYTES = 8
 """Of a moving average besides: itself, and the trained weights while it is shown. A checkpoint has one of them."""
 HOW = (
     "weights as they are held, and the most that the model's own code holds at a time in a passage without numbers; "
-    f"{LORA_BYTES} bytes per parameter of the LoRA, {AVERAGE_BYTES} more with --ema_decay; not the driver's and "
-    "the kernels' own"
+    "the LoRA with its gradients, the optimizer's state and an average; as torch.cuda.max_memory_allocated counts, so "
+    "without the driver's own (about 0.5 GiB) and gaps between tensors"
 )
 """How memory is estimated, in words."""
-
-
-class Trained(NamedTuple):
-    """The adapter of one part: its layers and numbers, and the ranks and alphas that they were given."""
-
-    part: str
-    layers: int
-    parameters: int
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -60,12 +45,25 @@ class Stage:
         held: by weights that stay, and by LoRA and optimizer.
         work: by what is computed, at most; None: that cannot be told.
         rough: why it is only a sum over the layers, or why it cannot be told, in words.
+        least: ``work`` where memory does not suffice for it, and images are taken one by one and in tiles; None: it is
+            no less then.
     """
 
     name: str
     held: int
     work: int | None
     rough: str = ""
+    least: int | None = None
+
+    @property
+    def most(self) -> int:
+        """In all, where memory suffices; as far as it can be told."""
+        return self.held + (self.work or 0)
+
+    @property
+    def needed(self) -> int:
+        """In all, of what it cannot do without."""
+        return self.held + ((self.work or 0) if self.least is None else self.least)
 
 
 class Rehearsal:
@@ -80,227 +78,130 @@ class Rehearsal:
 
     def __init__(self, context: RunContext, prompt: str, size: tuple[int, int], images: int) -> None:
         self._context = context
-        self._family = context.family
-        self._prompt = prompt
-        self._size = size
         self._images = images
-        self._decoded: tuple[int, ...] = ()
+        self._about = (prompt, size, images)
+        self.passes = Passes(context, prompt, size)
 
-    def trained(self) -> list[Trained]:
-        """What gets a LoRA.
+    def stages(self, config: RunConfig | None = None) -> list[Stage]:
+        """The stages of a run, in their order.
 
-        Raises:
-            UserError: there are no such layers.
+        Args:
+            config: the same run with others of the options that ``--vram`` decides; None: as it is. What was found
+                for one is not gone through again for another.
         """
-        found = []
-        for name, module in self._trainable.items():
-            layers = list(tuned_layers(module))
-            ranks = tuple(sorted({layer.rank for layer in layers}))
-            alphas = tuple(sorted({round(layer.given, 6) for layer in layers}))
-            numbers = sum(parameter.numel() for parameter in trainable_parameters(module).values())
-            found.append(Trained(name, len(layers), numbers, ranks, alphas))
-        return found
-
-    def stages(self) -> list[Stage]:
-        """The stages of a run, in their order."""
-        text, vae, denoiser = (self._held(role) for role in ("text", "vae", "denoiser"))
-        config = self._context.config
-        encoding = Stage("encoding prompts", text, *self._work(lambda: self._conditioning))
-        kept = self._held("text", self._family.TEXT_ENCODERS) if config.encodes_in_training else 0
-        images = Stage("encoding images", vae, *self._work(lambda: self._latents))
-        per_number = LORA_BYTES + (AVERAGE_BYTES if config.optim.ema_decay else 0)
-        lora = per_number * sum(each.parameters for each in self.trained()) + self._adapter_bytes
-        shown = vae if self._images else 0
-        training = Stage(
-            "training",
-            denoiser + kept + lora + shown,
-            *self._work(self._step, lambda: self._of_layers(True), grad=True),
-        )
-        stages = [images, encoding, training]
+        config, passes = config or self._context.config, self.passes
+        _, together = self._text(config)
+        base = self.held(config)
+        [autoencoder] = self._context.family.PARTS["vae"]
+        vae = passes.stored[autoencoder].bytes(None)
+        may_tile = passes.can_tile and config.model.vae_tiling is not False
+        tiled = may_tile and config.model.vae_tiling is True
+        prompts = passes.prompts() if together else Computing(0)
+        stages = [
+            Stage("encoding images", vae, *passes.encoding(tiled), passes.encoding(may_tile).peak),
+            Stage("encoding prompts", together, *prompts),
+            Stage("training", base, *self._step(config)),
+        ]
         if self._images:
-            drawing = self._work(lambda: self._drawing(self._images), lambda: self._of_layers(False))
-            stages.append(Stage("drawing samples", denoiser + kept + lora + vae, *drawing))
+            least = self._drawing(config, 1, may_tile).peak
+            stages.append(Stage("drawing samples", base + vae, *self._drawing(config, self._images, tiled), least))
             if config.train.parity_check:
-                check = self._work(lambda: self._drawing(1), lambda: self._of_layers(False))
-                stages.append(Stage("check at the end", denoiser + text + vae, *check))
+                beside = self._all_text(config) if config.train.parity == "full" else 0
+                stages.append(Stage("check at the end", base + vae + beside, *self._drawing(config, 1, tiled), least))
         return stages
 
-    @property
-    def prompt_bytes(self) -> int | None:
-        """Of the embeddings of the longest prompt, as the cache keeps them; None: that cannot be told."""
-        try:
-            return bytes_of(self._conditioning.values())
-        except Exception:  # see _work
-            return None
+    def held(self, config: RunConfig) -> int:
+        """Bytes that stay while it trains: weights, LoRA and optimizer."""
+        return self._denoiser(config) + self._text(config)[0] + self._lora
+
+    def of(self, config: RunConfig) -> Rehearsal:
+        """Of the same run with any other options."""
+        return Rehearsal(replace(self._context, config=config), *self._about)
 
     @property
-    def _adapter_bytes(self) -> int:
-        """Of the frozen training adapter, in float32."""
-        file = self._context.training_adapter
-        return 4 * sum(map(math.prod, read_lora(file).shapes.values())) if file else 0
+    def most_offloaded(self) -> int:
+        """Blocks of the denoiser that can wait in the computer's memory."""
+        return max(0, len(self.passes.blocks) - SLOTS)
 
-    @cached_property
-    def _parts(self) -> dict[Role, Components]:
-        """The parts as the family loads them, without numbers."""
-        context, own = self._context, DTYPES[self._context.accelerator.mixed_precision]
-        with without_weights({part.place: part.weights for part in context.inventory}):
-            return {
-                role: self._family.load(context.source, role, torch.float32 if role == "vae" else own) for role in ROLES
-            }
+    def _denoiser(self, config: RunConfig) -> int:
+        """Bytes of its frozen weights on the device: with waiting blocks, those that stay and the ring."""
+        word, count = config.model.base_precision, config.model.offload_blocks
+        everything = self.passes.stored[self._context.family.DENOISER].bytes(word)
+        if not count:
+            return everything
+        waiting = [block.bytes(word) for block in self.passes.waiting(count)]
+        return everything - sum(waiting) + min(SLOTS, count) * max(waiting)
 
-    @cached_property
-    def _modules(self) -> dict[str, nn.Module]:
-        parts = (item for components in self._parts.values() for item in components.items())
-        return {name: part for name, part in parts if isinstance(part, nn.Module)}
-
-    @cached_property
-    def _trainable(self) -> dict[str, nn.Module]:
-        """The parts that train, with their LoRA."""
-        config, family = self._context.config, self._family
-        wanted = [family.DENOISER]
-        if config.lora.train_text_encoder:
-            wanted += [name for name in family.TEXT_ENCODERS if name in self._modules]
-        for name in wanted:
-            module: Any = self._modules[name]
-            dtype = next(module.parameters()).dtype
-            with META:
-                add_adapter(self._context, name, module)
-            for parameter in trainable_parameters(module).values():
-                parameter.data = parameter.data.to(dtype)  # where autocast would, which meta tensors do not have
-            if config.model.gradient_checkpointing:
-                of_text = name != family.DENOISER
-                (module.gradient_checkpointing_enable if of_text else module.enable_gradient_checkpointing)()
-        for name in family.EMBEDDING_KEYS if config.tokens.new_tokens else ():
-            encoder: Any = self._modules[name]
-            encoder.enable_input_require_grads()  # embeddings of new tokens
-        return {name: self._modules[name] for name in wanted}
-
-    def _held(self, role: Role, only: Collection[str] | None = None) -> int:
-        modules = {name: part for name, part in self._parts[role].items() if isinstance(part, nn.Module)}
-        return sum(
-            bytes_of((*module.parameters(), *module.buffers()))
-            for name, module in modules.items()
-            if only is None or name in only
-        )
-
-    def _work(
-        self, compute: Callable[[], Any], otherwise: Callable[[], int] | None = None, *, grad: bool = False
-    ) -> tuple[int | None, str]:
-        trainable = self._trainable
-        for module in trainable.values():
-            module.train(grad)
-        try:
-            with torch.set_grad_enabled(grad), Footprint(self._modules.values()) as footprint:
-                compute()
-        except Exception as error:  # of the model's code, where it asks a tensor for a number that it does not have
-            if otherwise is None:
-                return None, in_one_line(error)
-            return otherwise(), "a sum over the layers: the model's own code goes by the numbers in its tensors"
-        return footprint.peak, ""
-
-    def _of_layers(self, grad: bool) -> int:
-        """What a pass through the denoiser holds, roughly, where its code cannot be run without numbers.
-
-        In training every linear layer keeps its input, of every token (those that share one make up for what lies
-        between layers); with gradient checkpointing that is so for one block at a time, besides the input of each.
-        Without gradients the widest layer's input and output are held twice.
+    def _text(self, config: RunConfig) -> tuple[int, int]:
+        """Bytes of text encoders on the device: in training; and while prompts are encoded, by one that does not train
+        at a time.
         """
-        config, denoiser = self._context.config, self._modules[self._family.DENOISER]
-        patch = denoiser.config.get("patch_size") or 2  # type: ignore[union-attr, operator]
-        side = patch if isinstance(patch, int) else patch[-1]
-        length = max((value.shape[1] for value in self._conditioning.values() if value.dim() > 2), default=0)
-        tokens = self._latents.shape[-2] * self._latents.shape[-1] // side**2 + length
-        linear = [module for module in denoiser.modules() if isinstance(module, nn.Linear)]
-        size = next(denoiser.parameters()).element_size()
-        if not grad:
-            return 2 * tokens * size * max(layer.in_features + layer.out_features for layer in linear)
-        blocks = [block for child in denoiser.children() if isinstance(child, nn.ModuleList) for block in child]
-        widths = [
-            sum(layer.in_features for layer in block.modules() if isinstance(layer, nn.Linear)) for block in blocks
-        ]
-        batch = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
-        if config.model.gradient_checkpointing:
-            kept = max(widths, default=0) + len(blocks) * min((layer.in_features for layer in linear), default=0)
-        else:
-            kept = sum(layer.in_features for layer in linear)
-        return batch * tokens * size * kept
+        word = config.model.text_encoder_precision
+        sizes = {name: self.passes.stored[name].bytes(word) for name in self.passes.text_encoders}
+        trained = set(self._context.family.TEXT_ENCODERS) if config.encodes_in_training else set()
+        kept = sum(size for name, size in sizes.items() if name in trained)
+        if config.model.text_encoder_device:
+            return kept, kept
+        return kept, kept + max((size for name, size in sizes.items() if name not in trained), default=0)
+
+    def _all_text(self, config: RunConfig) -> int:
+        """Bytes of all text encoders, where they are on the device."""
+        word, device = config.model.text_encoder_precision, config.model.text_encoder_device
+        return 0 if device else sum(self.passes.stored[name].bytes(word) for name in self.passes.text_encoders)
 
     @cached_property
-    def _conditioning(self) -> Conditioning:
-        """Of one prompt: what training is given of it.
+    def _lora(self) -> int:
+        """Bytes of all that trains, with its optimizer; and of a frozen training adapter, in float32."""
+        config, file = self._context.config, self._context.training_adapter
+        per_number = LORA_BYTES + (AVERAGE_BYTES if config.optim.ema_decay else 0) + state_bytes(config)
+        frozen = 4 * sum(map(math.prod, read_lora(file).shapes.values())) if file else 0
+        return int(per_number * self.passes.parameters()) + frozen
 
-        Raises:
-            UserError: the text encoder sees an image with it, whose patches it counts by their numbers.
-        """
-        if self._family.text_pictures(self._context.source):
-            raise UserError("the text encoder sees the image before the edit too, which is not gone through")
-        with torch.no_grad():
-            tokens = self._family.tokenize(self._parts["text"], [self._prompt], prompt_length(self._context))
-            if self._context.config.encodes_in_training:
-                return self._family.encode_frozen(self._parts["text"], tokens)
-            return self._family.encode_tokens(self._parts["text"], tokens)
+    def _step(self, config: RunConfig) -> Computing:
+        """Of a micro-batch."""
+        samples = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
+        one = self.passes.step(config.model.gradient_checkpointing)
+        return one.times(samples).plus(self._unpacking(config))
 
-    @property
-    def _autoencoder(self) -> Any:
-        [name] = self._family.PARTS["vae"]
-        return self._modules[name]
+    def _drawing(self, config: RunConfig, images: int, tiled: bool) -> Computing:
+        """Of a call of the denoiser, or of the decoding behind it, whichever is more."""
+        call, decoding = self.passes.call().times(images), self.passes.decoding(tiled).times(1 if tiled else images)
+        call = call.plus(self._unpacking(config))
+        return call if (call.peak or 0) >= (decoding.peak or 0) else Computing(decoding.peak, call.rough)
 
-    @cached_property
-    def _latents(self) -> Tensor:
-        module = self._autoencoder
-        encode = module.encode
+    def _unpacking(self, config: RunConfig) -> int:
+        """Of the denoiser's largest layer while it computes, where its weights are in fewer bits."""
+        denoiser = self.passes.stored[self._context.family.DENOISER]
+        return denoiser.unpacking(config.model.base_precision, self.passes.dtype)
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            encoded = encode(*args, **kwargs)
-            posterior = getattr(encoded, "latent_dist", None)
-            plain: Any = getattr(encoded, "latents", None) if posterior is None else posterior.mean
-            self._decoded = tuple((encoded.latent if plain is None else plain).shape[1:])
-            return encoded
 
-        module.encode = noted
+def state_bytes(config: RunConfig) -> float:
+    """Bytes that the optimizer keeps for a number of the LoRA, found by a step with a small one."""
+    optim = config.optim
+    common = {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_epsilon}
+    options = method_options("optimizers", optim.optimizer, optim.optimizer_args, common)
+    with torch.random.fork_rng(devices=[]):
+        module = nn.ModuleDict({"layer": nn.Linear(512, 512)}).requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=16, target_modules=["layer"]), module, adapter_name=ADAPTER)
+        parameters = trainable_parameters(module).values()
+        groups = lora_param_groups([module], lr=1e-4, weight_decay=0.0)
         try:
-            with torch.no_grad():
-                return self._family.encode_images(self._parts["vae"], self._pixels).mean
-        finally:
-            module.encode = encode
+            optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        except (RuntimeError, NotImplementedError):  # its kernels are for GPUs alone
+            return _TWO_MOMENTS
+    held = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(list(optimizer.state.values())))
+    return held / sum(parameter.numel() for parameter in parameters)
 
-    @property
-    def _pixels(self) -> Tensor:
-        width, height = self._size
-        return torch.empty(1, 3, height, width, device=META)
 
-    @cached_property
-    def _shown(self) -> Conditioning:
-        """Of an image before its edit, for models that edit."""
-        if not self._family.shows_images(self._context.source):
-            return {}
-        with torch.no_grad():
-            return self._family.encode_conditioning(self._parts["vae"], self._pixels)
+_TWO_MOMENTS = 8.0
 
-    def _step(self) -> None:
-        """Forwards and backwards through one micro-batch."""
-        config = self._context.config
-        batch = (config.train.train_batch_size or 1) * (1 + config.data.with_prior_preservation)
-        text = self._parts["text"] if config.encodes_in_training else None
-        model = Predictor(self._family, self._trainable[self._family.DENOISER], text, config.train.guidance_scale)
-        prediction = model(*self._inputs(batch))
-        torch.autograd.backward((prediction.float() ** 2).sum())
 
-    def _drawing(self, images: int) -> None:
-        """A call of the denoiser for images with guidance, then their decoding."""
-        config, family = self._context.config, self._family
-        negative = self._context.guidance(config.sample.negative_prompt).encoded_negative
-        noisy, times, conditioning = self._inputs(images * (1 if negative is None else 2))
-        if config.encodes_in_training:
-            conditioning = family.encode_tokens(self._parts["text"], conditioning)
-        family.predict(self._modules[family.DENOISER], noisy, times, conditioning, config.train.guidance_scale)
-        self._autoencoder.decode(torch.empty(images, *self._decoded, device=META))
-
-    def _inputs(self, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
-        family, config, axes = self._family, self._context.config, self._family.LENGTH_AXES
-        objective = family.objective(self._parts["scheduler"]["scheduler"], config.train)
-        latents = self._latents
-        times = objective.spread_times(torch.tensor([0.5])).expand(batch)
-        views = family.describe_views([View(self._size, (0, 0), self._size)] * batch)
-        each: Mapping[str, Tensor] = stack_conditioning([{**self._conditioning, **self._shown}] * batch, axes)
-        return torch.empty(batch, *latents.shape[1:], device=META), times, {**each, **views}
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(one)

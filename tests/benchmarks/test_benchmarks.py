@@ -13,6 +13,7 @@ from PIL import Image
 
 from dreamlora.compare.records import read_record
 from tests.compare.synthetic import Curve, make_run
+from tests.tinymodels import save_sd
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -272,3 +273,15 @@ def test_robustness_asks_for_rates_and_commands_that_exist(tmp_path: Path) -> No
             assert (config.lora.rank, config.optim.learning_rate, config.train.seed) == (cell.rank, 0.1, 3)
     with pytest.raises(SystemExit, match="give the middle of its grid"):
         robustness.read_method("lion")
+
+
+def test_the_estimate_of_a_command_is_told_by_stage(tmp_path: Path) -> None:
+    model = save_sd(tmp_path / "sd")
+    words = ["dreambooth", "--pretrained_model_name_or_path", str(model), "--instance_data_dir", str(tmp_path)]
+    one, two = (
+        load("_estimate").estimated_peaks([*words, "--resolution", "16", "--train_batch_size", size]) for size in "12"
+    )
+    assert list(one) == [
+        *("encoding images", "encoding prompts", "training", "drawing samples", "check at the end"),
+    ]
+    assert 0 < one["training"] < two["training"]

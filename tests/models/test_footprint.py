@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dreamlora.models.footprint import META, Footprint, bytes_of
+from dreamlora.models.footprint import META, Footprint, Stored, bytes_of
+from dreamlora.precision import quantize
 
 BYTES = 4
 """Of a number in float32."""
@@ -95,3 +96,38 @@ def test_numbers_that_are_not_there_cannot_be_read() -> None:
 
 def test_bytes_are_those_of_the_types() -> None:
     assert bytes_of([on_meta(3, 5), on_meta(7, dtype=torch.bfloat16)]) == 4 * 15 + 2 * 7
+
+
+def test_autocast_is_that_of_cuda() -> None:
+    """Products in half precision, norms in float32, whatever they are given; what autograd keeps of them too."""
+    originals = F.linear, F.group_norm, F.scaled_dot_product_attention
+    half, full, weight = on_meta(1, 4, 8, dtype=torch.bfloat16), on_meta(1, 4, 8), on_meta(8, 8, dtype=torch.bfloat16)
+    with Footprint([], torch.bfloat16):
+        assert F.linear(full, weight).dtype == F.scaled_dot_product_attention(full, half, half).dtype == torch.bfloat16
+        assert F.group_norm(half, 2).dtype == F.layer_norm(half, (8,)).dtype == torch.float32
+        assert (half + full).dtype == torch.float32
+        assert F.linear(torch.ones(2, 8), torch.ones(8, 8)).dtype == torch.float32, "it has numbers: it is no work"
+    assert (F.linear, F.group_norm, F.scaled_dot_product_attention) == originals
+    with Footprint([], torch.float32):
+        assert F.group_norm(half, 2).dtype == torch.bfloat16, "there is no autocast to float32"
+
+
+def test_norms_keep_a_copy_in_float32() -> None:
+    x = on_meta(1, 4, 1000, dtype=torch.bfloat16, requires_grad=True)
+    peaks = []
+    for autocast in (None, torch.bfloat16):
+        with Footprint([], autocast) as footprint:
+            y = F.group_norm(x, 2)
+        assert y.requires_grad
+        peaks.append(footprint.peak)
+    assert peaks[1] >= peaks[0] + 4 * 1000 * BYTES
+
+
+@pytest.mark.parametrize("word", [None, "bf16", "fp8", "int8"])
+def test_what_weights_take_in_a_form_is_what_they_then_take(word: str | None) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 48), nn.LayerNorm(48)), nn.Linear(48, 64)).requires_grad_(False)
+    stored = Stored.of(model)
+    if word:
+        quantize(model, word, torch.device("cpu"))
+    assert stored.bytes(word) == bytes_of((*model.parameters(), *model.buffers()))
+    assert stored.unpacking(word, torch.float32) == {None: 0, "fp8": 2}.get(word, 1) * 48 * 64 * BYTES

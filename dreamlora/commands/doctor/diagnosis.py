@@ -21,13 +21,13 @@ from dreamlora.errors import UserError
 from dreamlora.figures import gibibytes
 from dreamlora.models.inventory import PartFiles, inventory, problems_of
 from dreamlora.models.loading import family_of, read_model_index, resolve_source
-from dreamlora.run import checks, opening, preflight
+from dreamlora.run import checks, opening, preflight, vram
 from dreamlora.run.announce import outline_of
 from dreamlora.run.context import RunContext
 from dreamlora.run.defaults import run_folder
 from dreamlora.run.encoding import latent_filling
 from dreamlora.run.images import RunImages
-from dreamlora.run.rehearsal import AVERAGE_BYTES, HOW, LORA_BYTES, Rehearsal
+from dreamlora.run.rehearsal import AVERAGE_BYTES, CHECKPOINT_BYTES, HOW, Rehearsal
 from dreamlora.runfolder import RunFolder
 from dreamlora.scratch import Scratch
 
@@ -181,24 +181,31 @@ def _of_rehearsal(context: RunContext, pictures: RunImages | None) -> dict[str, 
         drawn = min(config.data.sample_batch_size, len(context.sample_plan(pictures.prompts).items()))
     largest = max(sizes, key=_area)
     rehearsal = Rehearsal(context, max(prompts, key=len), largest, drawn)
-    trained = rehearsal.trained()
+    trained = rehearsal.passes.trained()
     stages = [
-        {"stage": stage.name, "held": stage.held, "work": stage.work, "rough": stage.rough}
+        {
+            "stage": stage.name,
+            "held": stage.held,
+            "work": stage.work,
+            "rough": stage.rough,
+            "needed": stage.needed,
+        }
         for stage in rehearsal.stages()
     ]
     return {
         "trained": [each._asdict() for each in trained],
         "memory": {"how": HOW, "device": context.accelerator.device.type, "stages": stages},
+        "vram": list(vram.table(context, rehearsal)),
         "disk": _of_disk(context, pictures, rehearsal, len(set(prompts))) if pictures else {},
     }
 
 
 def _of_disk(context: RunContext, pictures: RunImages, rehearsal: Rehearsal, prompts: int) -> dict[str, Any]:
     """Bytes that the cache lacks, and that checkpoints take."""
-    train, each = context.config.train, rehearsal.prompt_bytes
-    parameters = sum(one.parameters for one in rehearsal.trained())
+    train, each = context.config.train, rehearsal.passes.prompt_bytes
+    parameters = rehearsal.passes.parameters()
     every, total = train.checkpointing_steps, train.max_train_steps or 0
-    per_number = LORA_BYTES + (AVERAGE_BYTES // 2 if context.config.optim.ema_decay else 0)
+    per_number = CHECKPOINT_BYTES + (AVERAGE_BYTES // 2 if context.config.optim.ema_decay else 0)
     kept = min(-(-total // every), train.checkpoints_total_limit or total) if every else 0
     return {
         "latents": bytes_lacking(pictures.train, _preparations(context), latent_filling(context)),
@@ -228,10 +235,10 @@ def _short_of_memory(found: Mapping[str, Any]) -> Iterator[str]:
     stages = found.get("memory", {}).get("stages", ())
     if not torch.cuda.is_available() or not stages:
         return
-    needed, stage = max((stage["held"] + (stage["work"] or 0), stage["stage"]) for stage in stages)
+    needed, stage = max((stage["needed"], stage["stage"]) for stage in stages)
     there = torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         yield (
             f"{stage} takes about {gibibytes(needed)}, and the GPU has {gibibytes(there)}: "
-            "--gradient_checkpointing, --mixed_precision bf16, a smaller --resolution or --train_batch_size take less"
+            "--vram auto chooses what takes less, as far as that goes; a smaller --resolution or --rank does besides"
         )

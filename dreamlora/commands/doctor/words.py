@@ -36,6 +36,10 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield f"memory on the {found['memory']['device']}, an estimate: {found['memory']['how']}"
         yield from in_columns([("stage", "held", "computing", "in all"), *map(_stage, found["memory"]["stages"])])
+    if found.get("vram"):
+        yield ""
+        yield "what --vram chooses, by the gigabytes of the GPU:"
+        yield from in_columns([("--vram", "needs", "most in", "flags"), *map(_card, found["vram"])])
     if found.get("disk"):
         yield ""
         yield "disk:"
@@ -74,6 +78,12 @@ def _stage(stage: Mapping[str, Any]) -> tuple[str, ...]:
         return stage["stage"], gibibytes(stage["held"]), f"not known ({stage['rough']})"
     figures = map(gibibytes, (stage["held"], stage["work"], stage["held"] + stage["work"]))
     return stage["stage"], *figures, *(["(roughly)"] if stage["rough"] else [])
+
+
+def _card(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if not row["fits"]:
+        return row["vram"], gibibytes(row["needed"]), row["stage"], f"does not fit, not even with {row['flags']}"
+    return row["vram"], gibibytes(row["needed"]), row["stage"], row["flags"] or "no others"
 
 
 def _of_disk(disk: Mapping[str, Any]) -> Iterator[str]:

@@ -7,14 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dreamlora import registry
 from dreamlora.__main__ import main
 from dreamlora.archives import open_tensors
+from dreamlora.commands.doctor.words import lines_of
+from dreamlora.figures import gibibytes
 from dreamlora.lora.inject import trainable_parameters
-from tests import tinymodels
+from tests import real_sizes, tinymodels
 from tests.tinymodels.flux import save as save_flux
 from tests.tinymodels.sd import save as save_sd
 
@@ -42,6 +45,7 @@ def photos(tmp_path: Path) -> Path:
 
 def told(capsys, *words: object) -> dict:
     """What it says as JSON."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     status = 0
     try:
         status = main(["doctor", *map(str, words), "--json"])
@@ -107,8 +111,6 @@ def test_a_moving_average_takes_memory_and_disk(model: Path, photos: Path, tmp_p
 
 @pytest.fixture
 def prepared(photos: Path, tmp_path: Path):
-    from accelerate.state import AcceleratorState
-
     from dreamlora.cli.parse import parse_run
     from dreamlora.run import assemble
 
@@ -206,7 +208,7 @@ def test_a_distilled_model_is_told_of(tmp_path: Path, photos: Path, capsys) -> N
 def test_bf16_weights_in_fp16_are_told_of(copy: Path, capsys) -> None:
     from types import SimpleNamespace
 
-    from dreamlora.config import Model
+    from dreamlora.config import Model, RunConfig
     from dreamlora.models.inventory import inventory
     from dreamlora.models.loading import family_of, resolve_source
     from dreamlora.run import checks
@@ -216,6 +218,7 @@ def test_bf16_weights_in_fp16_are_told_of(copy: Path, capsys) -> None:
     source = resolve_source(Model(pretrained_model_name_or_path=str(copy)))
     family = family_of(source)
     context = SimpleNamespace(
+        config=RunConfig(),
         family=family,
         source=source,
         inventory=inventory(source, family),
@@ -229,6 +232,51 @@ def test_a_full_disk_is_told_before_anything_is_encoded(model, photos, tmp_path,
     monkeypatch.setattr("dreamlora.run.checks.free_bytes", lambda folder: 100)
     found = told(capsys, model, *flags(photos, tmp_path))
     assert "--latents_cache_dir on another disk" in " ".join(found["errors"])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """SD 1.5, as large as it is, without its numbers."""
+    return real_sizes.save("sd15", tmp_path_factory.mktemp("models") / "sd15")
+
+
+def test_what_vram_chooses_is_a_table(large: Path, capsys) -> None:
+    """In half precision, without a word of it; flags that are given are not among those that are chosen."""
+    found = told(capsys, large, "--train_batch_size", 24, "--resolution", 512)
+    rows = {row["vram"]: row for row in found["vram"]}
+    assert list(rows) == ["8", "10", "12", "16", "24"]
+    assert [row["vram"] for row in found["vram"] if not row["fits"]] == ["8"]
+    assert {rows[card]["flags"] for card in ("10", "12", "16", "24")} == {"--gradient_checkpointing"}
+    assert all(row["needed"] < int(row["vram"]) * 2**30 / 1.1 for row in rows.values() if row["fits"])
+    lines = [" ".join(line.split()) for line in lines_of(found)]
+    assert f"10 {gibibytes(rows['10']['needed'])} training --gradient_checkpointing" in lines
+    assert any("does not fit, not even with --gradient_checkpointing --base_precision int8" in line for line in lines)
+
+
+PUBLISHED = [("sdxl", 1024, 2.6e9), ("flux", 512, 11.9e9), ("klein", 512, 3.9e9)]
+
+
+@pytest.mark.parametrize(("name", "side", "numbers"), PUBLISHED)
+def test_published_models_fit_on_the_gpus_that_people_own(name, side, numbers, tmp_path: Path, capsys) -> None:
+    found = told(capsys, real_sizes.save(name, tmp_path / name), "--resolution", side, "--rank", 16)
+    denoiser = next(part for part in found["parts"] if part["role"] == "denoiser")
+    assert denoiser["parameters"] == pytest.approx(numbers, rel=0.02)
+    assert all(row["fits"] for row in found["vram"]), found["vram"]
+    needs_int8 = {row["vram"] for row in found["vram"] if "--base_precision int8" in row["flags"]}
+    assert needs_int8 == {"sdxl": set(), "flux": {"8", "10", "12", "16", "24"}, "klein": {"8"}}[name]
+
+
+def test_what_vram_has_chosen_is_what_the_stages_take(large: Path, capsys) -> None:
+    found = told(capsys, large, "--vram", 4, "--resolution", 512)
+    [row] = found["vram"]
+    assert row["vram"] == "4" and row["flags"].startswith("--gradient_checkpointing")
+    assert row["needed"] == max(stage["needed"] for stage in found["memory"]["stages"]) < 3.1 * 2**30
+
+
+def test_what_does_not_fit_would_not_run(large: Path, capsys) -> None:
+    found = told(capsys, large, "--vram", 4, "--resolution", 4096)
+    [error] = found["errors"]
+    assert "--vram 4: this does not fit" in error and "a smaller --resolution (now 4096)" in error
 
 
 def test_text_says_the_same(model: Path, photos: Path, tmp_path: Path, capsys) -> None:
