@@ -25,7 +25,7 @@ from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
 from dreamlora.training.ema import MovingAverage
 from dreamlora.training.gradients import average_gradients
-from dreamlora.training.stream import Stream
+from dreamlora.training.stream import Stream, moved
 
 MAX_SKIPPED_STEPS = 20
 """fp16 steps in a row that the gradient scaler may skip; it needs about 10 to settle, more means NaN."""
@@ -301,24 +301,7 @@ def _seed_dropout(run: Run, micro: int, part: int) -> None:
 
 def next_batches(run: Run, step: int, micro: int) -> list[Batch]:
     """A micro-batch of the stream on the run's device."""
-    return [_moved(batch, run.accelerator.device) for batch in run.stream.batches(step, micro)]
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return Batch(
-        latents=_onto(batch.latents, device),
-        noise=_onto(batch.noise, device),
-        times=_onto(batch.times, device),
-        conditioning={name: _onto(value, device) for name, value in batch.conditioning.items()},
-        weights=_onto(batch.weights, device),
-        names=batch.names,
-        masks=None if batch.masks is None else _onto(batch.masks, device),
-    )
-
-
-def _onto(tensor: Tensor, device: torch.device) -> Tensor:
-    """Only a copy from pinned memory does not wait for what the GPU was given before it."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return [moved(batch, run.accelerator.device) for batch in run.stream.batches(step, micro)]
 
 
 def clip_gradients(run: Run) -> Tensor:

@@ -256,3 +256,21 @@ def _padded(tensors: list[torch.Tensor], axis: int | None) -> list[torch.Tensor]
     longest = max(tensor.shape[axis] for tensor in tensors)
     after = [0] * (2 * (tensors[0].dim() - axis - 1) + 1)  # of the axes behind this one, and before its beginning
     return [torch.nn.functional.pad(tensor, [*after, longest - tensor.shape[axis]]) for tensor in tensors]
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, on its way there: whatever uses it there waits for it."""
+    return Batch(
+        latents=_onto(batch.latents, device),
+        noise=_onto(batch.noise, device),
+        times=_onto(batch.times, device),
+        conditioning={name: _onto(value, device) for name, value in batch.conditioning.items()},
+        weights=_onto(batch.weights, device),
+        names=batch.names,
+        masks=None if batch.masks is None else _onto(batch.masks, device),
+    )
+
+
+def _onto(tensor: Tensor, device: torch.device) -> Tensor:
+    """Only a copy from pinned memory does not wait for what the GPU was given before it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
