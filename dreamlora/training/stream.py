@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dreamlora.interfaces import Batch, Conditioning, Objective
 from dreamlora.randomness import generator, permutation
