@@ -5,8 +5,7 @@
 
 "tiny" is the embedded model's UNet; "unet" one like SDXL's and "dit" a transformer like FLUX.2's with a few million
 weights; "sd15" and "sdxl" have the size of the real models. All weights are random. Ways of computing take turns on
-copies of one model. The case with checkpointing finds the graphs of the one before it. A CPU's figures are those of one
-thread, and of its own time, so that other programs do not count.
+copies of one model. A CPU's figures are those of one thread, and of its own time, so that other programs do not count.
 Writes results/compile_step_<device>.json.
 """
 
@@ -95,6 +94,7 @@ def measure(case: str, device: str, checkpointing: bool, rounds: int) -> dict[st
         if checkpointing:
             model.enable_gradient_checkpointing()
         model.train()
+    torch._dynamo.reset()
     counters.clear()
     compile_blocks(ways[COMPILED], shapes=1)
     started = time.perf_counter()
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    torch._inductor.config.force_disable_caches = True  # or a second run of this would find what the first has made
     found: dict[str, Any] = {}
     for case in given.cases or ["tiny", "unet", "dit"]:
         for checkpointing in (False, True):
