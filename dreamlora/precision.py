@@ -13,7 +13,6 @@ layers keep every unpacked weight until the backward pass.
 from __future__ import annotations
 
 import importlib
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -324,8 +323,7 @@ def _unpack_nf4(packed: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dt
 
 
 def _bitsandbytes() -> Any:
-    """Its functions; it tells at its import which kernels it lacks on a CPU, which nobody can mend."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Its functions."""
     return importlib.import_module("bitsandbytes.functional")
 
 

@@ -43,6 +43,7 @@ def console_messages() -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it tells what a CPU lacks
     _open_closed_streams()
     try:
         with _tolerant("stdout"), _tolerant("stderr"):

@@ -72,6 +72,13 @@ def test_who_imports_the_package_has_its_loggers_as_they_were(root_handler: io.S
     assert root_handler.getvalue() == "a warning\n"
 
 
+def test_what_bitsandbytes_lacks_on_a_cpu_is_not_told(root_handler: io.StringIO) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+    with console_messages():
+        logging.getLogger("bitsandbytes.backends").warning("Failed to load CPU gemm_4bit_forward")
+    assert not root_handler.getvalue()
+
+
 def test_a_progress_bar_stays_in_one_piece(capsys: pytest.CaptureFixture[str]) -> None:
     with console_messages(), tqdm(total=2, desc="bar", ncols=40) as bar:
         bar.update()
