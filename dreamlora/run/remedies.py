@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dreamlora import precision
 from dreamlora.errors import UserError
 from dreamlora.memory import Shortage
+from dreamlora.run import vram
 from dreamlora.run.context import RunContext
 from dreamlora.run.resume import FREE_ON_RESUME
 from dreamlora.runfolder import RunFolder
@@ -16,11 +17,16 @@ SMALLER = ("int8", "nf4")
 
 
 def of_run(context: RunContext, shortage: Shortage) -> str:
-    """What to try, in a sentence without its end; and how to go on from what is there."""
+    """What to try, in sentences without the last one's end; and how to go on from what is there."""
     flags = list(_flags(context, shortage))
     folder = context.config.train.output_dir
     begun = folder is not None and bool(RunFolder(folder).checkpoint_steps())
     advice = in_a_sentence([f"{flag} (in a new run)" if begun and not _is_free(flag) else flag for flag in flags])
+    if shortage.total and not shortage.on_host and shortage.stage != "image metrics":
+        fitting = vram.flags_that_fit(context, shortage.total)
+        if fitting:
+            how = " in a new run" if begun and not _is_free(fitting) else ""
+            advice += f". By the estimate of dreamlora doctor it fits with {fitting}{how}"
     if begun:
         advice += ". What was written is whole: --resume_from_checkpoint latest goes on from it"
     return advice

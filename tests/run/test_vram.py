@@ -11,8 +11,9 @@ from accelerate.state import AcceleratorState
 
 from dreamlora.cli.parse import parse_run
 from dreamlora.errors import UserError
+from dreamlora.memory import Shortage
 from dreamlora.precision import QuantizedLinear
-from dreamlora.run import opening, vram
+from dreamlora.run import opening, remedies, vram
 from dreamlora.run.vram import Means
 from tests import real_sizes
 
@@ -177,6 +178,14 @@ def test_flags_are_advised_that_take_less_than_what_is_set(begun) -> None:
     set_already = begun(2**40, "--gradient_checkpointing", "--base_precision", "int8")
     advice = vram.flags_that_fit(set_already, 0)
     assert advice and "--gradient_checkpointing" not in advice and "--base_precision" not in advice
+
+
+def test_where_memory_was_short_the_flags_that_fit_are_told(begun) -> None:
+    context = begun(2**40)
+    told = remedies.of_run(context, Shortage("training", on_host=False, total=8 * 2**30))
+    assert f"it fits with {vram.flags_that_fit(context, 8 * 2**30)}" in told
+    assert "it fits with" not in remedies.of_run(context, Shortage("training", on_host=True, total=8 * 2**30))
+    assert "it fits with" not in remedies.of_run(context, Shortage("training", on_host=False))
 
 
 def test_no_advice_where_nothing_would_fit(begun, monkeypatch) -> None:
