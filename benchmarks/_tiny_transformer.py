@@ -22,6 +22,8 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModel
 from dreamlora.tiny import clip_path, pipeline_path, world
 
 PICTURES, BATCH, LEARNING_RATE, WARM_UP = 16_000, 32, 2e-3, 50
+T5_LENGTH = 8
+"""Zeros where T5's tokens would be, as the pipeline has them; the least that ``--max_sequence_length`` takes."""
 CAPTION_DROP = 0.1  # for classifier-free guidance
 JUDGED = 256  # pictures of held-out combinations that the transformer is judged by
 ABOUT = "pretraining.json"
@@ -174,7 +176,7 @@ def _errors(
 
 @torch.no_grad()
 def _embedded(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """As the pipeline makes them, without T5: one zero in its place."""
+    """As the pipeline makes them without T5."""
     states, pooled = [], []
     for encoder, tokenizer in (
         (pipeline.text_encoder, pipeline.tokenizer),
@@ -185,7 +187,7 @@ def _embedded(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[
         states.append(output.hidden_states[-2])
         pooled.append(output.text_embeds)
     embeds = torch.cat(states, -1)
-    return F.pad(embeds, (0, 0, 0, 1)), torch.cat(pooled, -1)
+    return F.pad(embeds, (0, 0, 0, T5_LENGTH)), torch.cat(pooled, -1)
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ SAME = (
 """Flags of all runs."""
 OWN = {
     "embedded": "--no_train_text_encoder --no_with_prior_preservation",
-    "transformer": "--lora_layers attn-mlp --max_sequence_length 1",
+    "transformer": f"--lora_layers attn-mlp --max_sequence_length {_tiny_transformer.T5_LENGTH}",
 }
 
 

@@ -68,6 +68,12 @@ def test_the_check_of_a_gpu(file: Path) -> None:
     assert found["tier"]["status"] == 0 and not found["failed"]
 
 
+@pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in RESULTS.glob("base_precision.json")])
+def test_the_cost_of_fewer_bits(file: Path) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert load("base_precision").table(found) in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
 def test_the_speed_of_training() -> None:
     found = results("train_speed")
     rows = table("README.md", "Training against")
