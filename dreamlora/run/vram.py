@@ -249,7 +249,8 @@ def settle(context: RunContext, earlier: Options) -> None:
     """
     config, vram = context.config, context.config.model.vram or ""
     room = _room(context, vram)
-    before = {flag: value for flag, value in earlier.items() if flag not in config.given}
+    now = options_in(config)
+    before = {flag: value for flag, value in earlier.items() if flag not in config.given and value != now[flag]}
     start = with_options(config, before)
     fixed = config.given | earlier.keys()
     rehearsal = rehearsal_of(context)

@@ -166,6 +166,7 @@ def test_a_resumed_run_has_the_precision_that_it_had(begun, tmp_path: Path) -> N
     (run / "config.yaml").write_text("base_precision: int8\ntext_encoder_precision: null\n", encoding="utf-8")
     where = ["--output_dir", str(run), "--resume_from_checkpoint", "latest"]
     context = begun(2**40, *where)
+    assert context.chosen == {"base_precision": "int8"}
     assert context.config.model.base_precision == context.source.base_precision == "int8"
     assert not context.config.model.gradient_checkpointing, "there is room for its numbers, which are the same"
     assert begun(2**40, *where, "--base_precision", "fp8").config.model.base_precision == "fp8"
