@@ -37,6 +37,7 @@ from dreamlora.config import Lora
 from dreamlora.lora.inject import add_lora
 from dreamlora.models.checkpointing import enable_checkpointing
 from dreamlora.models.compiling import compile_blocks
+from dreamlora.models.kernels import avoid_cudnn_attention
 from dreamlora.models.offload import Offload, waiting_blocks
 from dreamlora.precision import quantize
 
@@ -204,6 +205,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --tiny tries the program without one")
     end = time.monotonic() + 60 * options.minutes
+    avoid_cudnn_attention()  # as every run does
     models, found = Models(options.device, options.tiny), {}
     name = _machine.file_name("gpu_steps", _machine.card(options.device)["name"])
     for case in options.cases:

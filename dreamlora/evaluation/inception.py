@@ -111,7 +111,7 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-class Block(nn.Module):
+class InceptionBlock(nn.Module):
     """Branches side by side, and a pooling branch; their outputs are joined.
 
     Args:
@@ -163,17 +163,17 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, Step("", 64, _3), (1, 1))
         self.Conv2d_3b_1x1 = Conv(64, Step("", 80, _1), (0, 0))
         self.Conv2d_4a_3x3 = Conv(80, Step("", 192, _3), (0, 0))
-        self.Mixed_5b = Block(192, _a(), 32)
-        self.Mixed_5c = Block(256, _a(), 64)
-        self.Mixed_5d = Block(288, _a(), 64)
-        self.Mixed_6a = Block(288, _b(), 0)
-        self.Mixed_6b = Block(768, _c(128), 192)
-        self.Mixed_6c = Block(768, _c(160), 192)
-        self.Mixed_6d = Block(768, _c(160), 192)
-        self.Mixed_6e = Block(768, _c(192), 192)
-        self.Mixed_7a = Block(768, _d(), 0)
-        self.Mixed_7b = Block(1280, _e(), 192)
-        self.Mixed_7c = Block(2048, _e(), 192, largest=True)
+        self.Mixed_5b = InceptionBlock(192, _a(), 32)
+        self.Mixed_5c = InceptionBlock(256, _a(), 64)
+        self.Mixed_5d = InceptionBlock(288, _a(), 64)
+        self.Mixed_6a = InceptionBlock(288, _b(), 0)
+        self.Mixed_6b = InceptionBlock(768, _c(128), 192)
+        self.Mixed_6c = InceptionBlock(768, _c(160), 192)
+        self.Mixed_6d = InceptionBlock(768, _c(160), 192)
+        self.Mixed_6e = InceptionBlock(768, _c(192), 192)
+        self.Mixed_7a = InceptionBlock(768, _d(), 0)
+        self.Mixed_7b = InceptionBlock(1280, _e(), 192)
+        self.Mixed_7c = InceptionBlock(2048, _e(), 192, largest=True)
         self.fc = nn.Linear(DIM, CLASSES)  # not used; the weights have it
 
     def forward(self, pixels: Tensor) -> Tensor:

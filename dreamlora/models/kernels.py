@@ -29,6 +29,15 @@ def arrange(denoiser: Any, source: ModelSource) -> None:
             call.__signature__ = inspect.signature(call)
 
 
+def avoid_cudnn_attention() -> None:
+    """Leave cuDNN's attention, which torch prefers on Hopper and newer GPUs, to those who ask for it by name.
+
+    FLUX.1 in bf16 at batch 1 ended in an illegal memory access there (H200, torch 2.11, cuDNN 9; others report it for
+    other models: pytorch/pytorch#190321, #169849). Torch's next choice is FlashAttention.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def require(family: Family, denoiser: nn.Module, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
     """Nothing, if a denoiser can be computed as is asked for.
 

@@ -73,6 +73,7 @@ class Parts:
 
     def _load(self, role: Role) -> Components:
         if role not in self._loaded:
+            kernels.avoid_cudnn_attention()
             dtype = torch.float32 if role == "vae" else self._dtype
             self._loaded[role] = self.family.load(self.source, role, dtype)
             if role == "denoiser":

@@ -80,3 +80,15 @@ def test_convolutions_have_their_channels_innermost(sd_folder: Path) -> None:
 
 def test_models_without_convolutions_refuse_channels_last(flux_folder: Path) -> None:
     assert "FluxTransformer2DModel has none in its blocks" in refusal(loaded(flux_folder, channels_last=True))
+
+
+def test_cudnn_attention_is_only_for_those_who_name_it(flux_folder: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    loaded(flux_folder)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_signature_of_an_attention_processor_is_found_once(sd_folder: Path) -> None:
+    processors = set(map(type, loaded(sd_folder).denoiser.attn_processors.values()))
+    for processor in processors:
+        assert list(vars(processor)["__call__"].__signature__.parameters)[:2] == ["self", "attn"]
