@@ -68,9 +68,16 @@ def test_the_check_of_a_gpu(file: Path) -> None:
     assert found["tier"]["status"] == 0 and not found["failed"]
 
 
-@pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in RESULTS.glob("base_precision.json")])
-def test_the_cost_of_fewer_bits(file: Path) -> None:
-    found = json.loads(file.read_text(encoding="utf-8"))
+def test_training_on_a_gpu() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert load("gpu_speed").table(results("gpu_speed_h200")) in readme
+    other = results("gpu_speed_h200_other_host")["cases"]["sdxl1"]["ours"]
+    assert f"[{other['steps_per_s']:.2f}]" in readme
+    assert f"[{results('gpu_steps_h200')['forms']['flux-nf4']['peak_gib']:.2f}]" in readme
+
+
+def test_the_cost_of_fewer_bits() -> None:
+    found = results("base_precision")
     assert load("base_precision").table(found) in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 
 
