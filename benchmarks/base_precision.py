@@ -139,6 +139,24 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def draw(result: Mapping[str, Any], file: Path) -> None:
+    """The curves of all bases side by side, each the mean of its seeds, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, (model, found) in zip(
+        figure.subplots(1, len(result["models"]), squeeze=False)[0], result["models"].items(), strict=True
+    ):
+        for word, runs in found["runs"].items():
+            steps = [int(step) for step in next(iter(runs.values()))["losses"]]
+            curves = [list(run["losses"].values()) for run in runs.values()]
+            style = {"linewidth": 3.5, "color": "0.75"} if word == FULL else {"linewidth": 1.3}
+            axes.plot(steps, [statistics.mean(values) for values in zip(*curves, strict=True)], label=word, **style)
+        axes.set(title=f"{model}", xlabel="step", ylabel="evaluation loss, on its own base")
+        axes.legend()
+    figure.savefig(file, dpi=110)
+
+
 def measured(model: str, options: argparse.Namespace) -> dict[str, Any]:
     """All runs of one model."""
     images = options.work / "images"
@@ -177,14 +195,20 @@ def _linear_weights(flags: Sequence[str]) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Parse the flags, train all, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the pretrained transformer and of all runs")
+    parser.add_argument("--work", type=Path, help="folder of the pretrained transformer and of all runs")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pretraining_steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=_machine.usable_cores())
     parser.add_argument("--results", type=Path, default=_machine.RESULTS, help="folder of base_precision.json")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("JSON", "PICTURE"), help="draw a result's curves alone")
     options = parser.parse_args()
+    if options.plot:
+        draw(json.loads(options.plot[0].read_text(encoding="utf-8")), options.plot[1])
+        return
+    if not options.work:
+        parser.error("--work FOLDER is needed")
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     result = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.benchmarks.test_benchmarks import load
 
@@ -37,3 +40,10 @@ def test_fewer_bits_are_further_off(bench: ModuleType) -> None:
     weights = {"a": torch.randn(64, 64), "b": 5 * torch.randn(32, 128)}
     bf16, int8, fp8 = (bench.weight_error(word, weights) for word in ("bf16", "int8", "fp8"))
     assert 0 < bf16 < int8 < fp8 < 0.03
+
+
+def test_the_curves_of_the_committed_result_can_be_drawn(bench: ModuleType, tmp_path: Path) -> None:
+    found = json.loads((bench._machine.RESULTS / "base_precision.json").read_text(encoding="utf-8"))
+    bench.draw(found, tmp_path / "curves.webp")
+    with Image.open(tmp_path / "curves.webp") as picture:
+        assert picture.size == (990, 374) and len(picture.convert("RGB").getcolors(2**20) or ()) > 50
