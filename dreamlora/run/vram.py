@@ -10,7 +10,7 @@ The first row that fits is taken; each keeps what the ones before it have.
 | ``--base_precision int8`` | weights that are rounded to 1 part in 127 of a row's largest |
 | ``--offload_blocks``: a quarter of them, a half, three quarters, all but two | speed, where a copy takes longer than |
 | | the blocks in between; the same numbers |
-| ``--base_precision nf4``, then offloading again | weights in 16 steps, an error ten times that of int8 |
+| ``--base_precision nf4``, then offloading again | weights in 16 steps, an error more than ten times that of int8 |
 
 int8 comes before offloading, as it halves what is copied then. fp8 is not among them: it takes as much as int8, and
 rounds three times as far. The text encoders, which are there before the training alone, are chosen by themselves: as
