@@ -26,12 +26,12 @@ def tiled(vae: Any, on: bool | None) -> Iterator[None]:
     """In here it takes images in tiles, if that is wanted; afterwards it is as before."""
     with ExitStack() as stack:
         if on and can_tile(vae):
-            stack.enter_context(_set(vae, "use_tiling", True))
+            stack.enter_context(replaced(vae, "use_tiling", True))
             own = getattr(vae, "tile_sample_min_size", TILE)  # others have two sides, of at most 512
             if own > TILE:
                 latent = vae.tile_latent_min_size * TILE // own
-                stack.enter_context(_set(vae, "tile_sample_min_size", TILE))
-                stack.enter_context(_set(vae, "tile_latent_min_size", latent))
+                stack.enter_context(replaced(vae, "tile_sample_min_size", TILE))
+                stack.enter_context(replaced(vae, "tile_latent_min_size", latent))
         yield
 
 
@@ -40,12 +40,13 @@ def one_by_one(vae: Any) -> Iterator[None]:
     """In here several images are encoded and decoded one after the other, where the autoencoder knows how."""
     with ExitStack() as stack:
         if hasattr(vae, "use_slicing"):
-            stack.enter_context(_set(vae, "use_slicing", True))
+            stack.enter_context(replaced(vae, "use_slicing", True))
         yield
 
 
 @contextmanager
-def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """In here an attribute has another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

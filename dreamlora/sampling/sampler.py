@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dreamlora.config import Sample
 from dreamlora.errors import UserError, is_of_memory
 from dreamlora.interfaces import PICTURE, Conditioning, Family, ModelSource, SampleDefaults
-from dreamlora.models.tiling import one_by_one, tiled
+from dreamlora.models.tiling import one_by_one, replaced, tiled
 from dreamlora.sampling.limits import CallLimits
 from dreamlora.sampling.schedulers import deterministic
 from dreamlora.sampling.shown import Shown, digest
@@ -323,7 +323,7 @@ def _untouched(pipeline: Any) -> Iterator[None]:
         # Not inference mode: what a module caches under it (rotary tables, ...) would fail in the next training step.
         stack.enter_context(torch.no_grad())
         stack.enter_context(_forked_random_state())
-        stack.enter_context(_replaced(pipeline, "scheduler", scheduler))
+        stack.enter_context(replaced(pipeline, "scheduler", scheduler))
         stack.enter_context(_evaluating(_modules(pipeline)))
         stack.enter_context(_silenced(pipeline))
         stack.enter_context(_in_own_precision(getattr(pipeline, "vae", None)))
@@ -344,16 +344,6 @@ def _forked_random_state() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
