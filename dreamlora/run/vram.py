@@ -71,7 +71,7 @@ class Means:
     """What there is to choose from.
 
     Attributes:
-        offloaded: blocks that can wait in the computer's memory at most.
+        offloaded: blocks that can wait in the computer's memory at most; none where they are compiled.
         words: forms of the base's weights, the best first.
         text_words: the same of the text encoders.
         text_on_cpu: whether some of these need not be on the GPU.
@@ -340,7 +340,8 @@ def means_of(context: RunContext, rehearsal: Rehearsal) -> Means:
     words = [word for word in ("int8", "nf4") if _works(word, context.accelerator.device.type)]
     frozen = set(rehearsal.passes.text_encoders) - set(context.family.TEXT_ENCODERS)
     on_cpu = bool(frozen) or not context.config.encodes_in_training
-    return Means(rehearsal.most_offloaded, words, words[:1], on_cpu)
+    offloaded = 0 if context.config.model.compile else rehearsal.most_offloaded
+    return Means(offloaded, words, words[:1], on_cpu)
 
 
 def room_of(total_bytes: float) -> int:

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from dreamlora.cli.parse import parse_run
 from dreamlora.errors import UserError
 from dreamlora.memory import Shortage
+from dreamlora.models import compiling
 from dreamlora.precision import QuantizedLinear
 from dreamlora.run import opening, remedies, vram
 from dreamlora.run.vram import Means
@@ -137,6 +138,22 @@ def test_a_run_has_what_was_chosen(begun, caplog) -> None:
     assert any(isinstance(layer, QuantizedLinear) for layer in context.parts.get("denoiser")["transformer"].modules())
     assert "--vram 8 chooses: --gradient_checkpointing --base_precision int8. Estimated for the 30 MiB" in caplog.text
     assert context.config.train.train_batch_size == 2
+
+
+def test_what_the_chosen_model_holds_is_told_where_memory_is_short(begun) -> None:
+    context = begun(30 * 2**20)
+    context.parts.get("denoiser")
+    context.memory.note(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert context.memory.shortage.held["denoiser"] > 0
+
+
+def test_compiled_blocks_do_not_wait(begun, monkeypatch) -> None:
+    """The two flags exclude each other: nobody is told of one that was not given."""
+    monkeypatch.setattr(compiling, "require_compiler", lambda device: None)
+    with pytest.raises(UserError, match="--vram 8: this does not fit"):
+        begun(2**20, "--compile")
+    context = begun(2**40, "--compile")
+    assert "offload" not in (vram.flags_that_fit(context, 0) or "")
 
 
 def test_roomy_runs_are_left_alone(begun) -> None:
