@@ -182,7 +182,12 @@ class _FrozenProduct(torch.autograd.Function):
         return gy @ dense_weight(ctx.layer, gy.dtype), None
 
 
-@torch.library.custom_op("dreamlora::packed_product", mutates_args=())
+@torch.library.custom_op(
+    "dreamlora::packed_product",
+    mutates_args=(),
+    # which newer versions of torch alone find out by themselves
+    schema="(Tensor x, Tensor[] packed, str names, str word, SymInt[] shape, bool transposed) -> Tensor",
+)
 def _packed_product(
     x: Tensor, packed: Sequence[Tensor], names: str, word: str, shape: Sequence[int], transposed: bool
 ) -> Tensor:

@@ -211,9 +211,9 @@ class _WaitingBlock:
         flat = self.master if slot is None else self.places[slot]
         for piece in self._pieces:
             piece.tensor.data = piece.view(flat)
+            # Should autograd have kept it for the backward pass, where no checkpointing reads it anew, it must refuse
+            torch.autograd.graph.increment_version(piece.tensor)
         self._slot = slot
-        # Should autograd have kept one for the backward pass, where no checkpointing reads it anew, it must not use it
-        torch.autograd.graph.increment_version([piece.tensor for piece in self._pieces])
 
 
 def _this_pass() -> Pass:
