@@ -231,10 +231,13 @@ def _apply_to_others(block: Callable[[], Any], waiting: set[int], fn: Apply, rec
 def _host_memory(size: int, device: torch.device) -> Tensor:
     """Bytes that a GPU can read while the program goes on. Torch's own pinned memory is rounded up to a power of two,
     which for a large model is half as much again.
+
+    Raises:
+        MemoryError: the system does not give so many.
     """
     memory = torch.empty(size, dtype=torch.uint8)
-    if device.type == "cuda":
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)))
+    if device.type == "cuda" and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)):
+        raise MemoryError(f"{size} bytes of the computer's memory cannot be pinned for the GPU")
     return memory
 
 
