@@ -279,6 +279,15 @@ def require(flag: str, word: str | None, device: str) -> None:
             raise UserError(f"--{flag} {word}: {error}") from None
 
 
+def is_available(word: str, device: str) -> bool:
+    """Whether weights can be stored so: what ``require`` asks."""
+    try:
+        require("base_precision", word, device)
+    except UserError:
+        return False
+    return True
+
+
 def _rows(highest: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Packed], Any]:
     """Pack and unpack with one scale per row, whose largest number becomes ``highest``."""
     floor = torch.finfo(torch.float32).eps
