@@ -179,10 +179,11 @@ class _Piece(NamedTuple):
 
     tensor: Tensor
     offset: int
+    strides: tuple[int, ...]
 
     def view(self, flat: Tensor) -> Tensor:
         held = flat[self.offset : self.offset + self.tensor.nbytes]
-        return held.view(self.tensor.dtype).view(self.tensor.shape)
+        return held.view(self.tensor.dtype).as_strided(self.tensor.shape, self.strides)
 
 
 class _WaitingBlock:
@@ -193,7 +194,8 @@ class _WaitingBlock:
         ends = [0]
         for tensor in tensors:
             ends.append(ends[-1] + math.ceil(tensor.nbytes / _ALIGNED) * _ALIGNED)
-        self._pieces = list(map(_Piece, tensors, ends))
+        strides = [torch.empty_like(tensor, device="meta").stride() for tensor in tensors]  # as now, without gaps
+        self._pieces = list(map(_Piece, tensors, ends, strides))
         self.master = _host_memory(ends[-1], device)
         self.places: list[Tensor] = []
         self._slot: int | None = None

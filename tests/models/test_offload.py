@@ -220,6 +220,16 @@ def test_without_checkpointing_autograd_refuses_rather_than_use_another_blocks_w
         gradients(stack, 0)
 
 
+def test_weights_keep_the_order_of_their_numbers_in_memory() -> None:
+    """A convolution with its channels innermost is another kernel, which rounds otherwise."""
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last) for _ in range(3)]
+    weights = [block[0].weight for block in blocks]
+    before = [weight.clone() for weight in weights]
+    Offload(blocks, CPU)
+    assert equal(weights, before)
+    assert [weight.stride() for weight in weights] == [weight.stride() for weight in before]
+
+
 def test_memory_that_cannot_be_pinned_is_the_computers(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA says of it what it says of a GPU's: out of memory."""
     cuda = SimpleNamespace(cudaHostRegister=lambda *_: 2)
