@@ -212,6 +212,16 @@ def test_no_advice_where_nothing_would_fit(begun, monkeypatch) -> None:
     assert vram.flags_that_fit(context, 8 * 2**30) is None
 
 
+@pytest.mark.parametrize("name", ["qwen_image-edit", "flux-kontext"])
+def test_models_that_edit_are_estimated_too(name: str, begun, tiny_folder) -> None:
+    """Roughly, where prompts cannot be gone through, as the text encoder sees images with them."""
+    folder = tiny_folder(name)
+    context = begun(2**40, "--pretrained_model_name_or_path", str(folder), "--conditioning_data_dir", str(folder))
+    stages = {stage.name: stage for stage in vram.rehearsal_of(context).stages()}
+    assert stages["training"].work and stages["drawing samples"].work
+    remedies.of_run(context, Shortage("training", on_host=False, total=8 * 2**30))
+
+
 def test_bf16_is_taken_where_nothing_was_said_of_precision(monkeypatch) -> None:
     def precision_of(*flags: str) -> str | None:
         return vram.with_precision(parse_run(list(flags))[0]).model.mixed_precision
