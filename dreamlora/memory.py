@@ -8,11 +8,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dreamlora.errors import LackOfMemoryError, UserError, is_of_memory, lack_of_memory
 
@@ -204,10 +206,20 @@ class StageMemory:
             meter.reset()
 
 
+def made_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that have its memory: itself, or those inside of what optimizers keep in 8 bits."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from made_of(getattr(tensor, name))
+
+
 def _bytes_on(place: torch.device, tensors: Iterable[Tensor], seen: set[int]) -> int:
     """Of storages that were not seen yet."""
     size = 0
-    for tensor in tensors:
+    for tensor in chain.from_iterable(map(made_of, tensors)):
         if tensor.device.type != place.type:
             continue
         storage = tensor.untyped_storage()

@@ -182,7 +182,12 @@ class _FrozenProduct(torch.autograd.Function):
         return gy @ dense_weight(ctx.layer, gy.dtype), None
 
 
-@torch.library.custom_op("dreamlora::packed_product", mutates_args=())
+@torch.library.custom_op(
+    "dreamlora::packed_product",
+    mutates_args=(),
+    # which newer versions of torch alone find out by themselves
+    schema="(Tensor x, Tensor[] packed, str names, str word, SymInt[] shape, bool transposed) -> Tensor",
+)
 def _packed_product(
     x: Tensor, packed: Sequence[Tensor], names: str, word: str, shape: Sequence[int], transposed: bool
 ) -> Tensor:
@@ -272,6 +277,15 @@ def require(flag: str, word: str | None, device: str) -> None:
             check_installed((form.needs,), form.needs)
         except UserError as error:
             raise UserError(f"--{flag} {word}: {error}") from None
+
+
+def is_available(word: str, device: str) -> bool:
+    """Whether weights can be stored so: what ``require`` asks."""
+    try:
+        require("base_precision", word, device)
+    except UserError:
+        return False
+    return True
 
 
 def _rows(highest: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Packed], Any]:

@@ -121,6 +121,34 @@ def test_a_shortage_has_its_stage_and_what_is_held_by_part(counter: Counter, mem
     assert shortage.held == {"denoiser": 4 * 256**2, "autoencoder": 0}
 
 
+class Rounded(Tensor):
+    """As an optimizer's state in 8 bits: it has no memory but that of the tensors that it is made of."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> Rounded:
+        made: Rounded = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+        made.codes = codes  # type: ignore[attr-defined]
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: object) -> Rounded:
+        return cls(inner["codes"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: object, types: object, args: object = (), kwargs: object = None) -> None:
+        raise NotImplementedError
+
+
+def test_tensors_that_are_made_of_others_hold_what_these_hold(memory: StageMemory) -> None:
+    owner = nn.Module()
+    memory.holds("optimizer", owner, lambda _: [Rounded(torch.zeros(1000, dtype=torch.uint8)), torch.zeros(5)])
+    memory.note(MemoryError())
+    assert memory.shortage and memory.shortage.held == {"optimizer": 1020}
+
+
 def test_the_sentence_says_all_that_is_known() -> None:
     held = {"denoiser": 5 * GIB, "autoencoder": 0, "LoRA, gradients and optimizer": GIB}
     assert str(Shortage("training", False, 7 * GIB, 8 * GIB, held)) == (

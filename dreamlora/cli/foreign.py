@@ -125,7 +125,7 @@ UNNEEDED: dict[str, str] = {
     "cache_text_encoder_outputs": "embeddings of prompts are always cached here, unless the text encoder trains",
     **dict.fromkeys(("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"), "caches are always on disk here"),
     **dict.fromkeys(
-        ("enable_vae_tiling", "vae_tiling", "vae_enable_tiling", "enable_vae_slicing", "vae_enable_slicing"),
+        ("enable_vae_tiling", "vae_enable_tiling", "enable_vae_slicing", "vae_enable_slicing"),
         "the autoencoder works in tiles and on one image after the other where the memory asks for it",
     ),
 }

@@ -21,13 +21,17 @@ OWN_OF_A_RUN = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "checkpointing_steps"),
     *("checkpoints_total_limit", "report_to", "logging_dir", "dataloader_num_workers", "push_to_hub", "hub_token"),
     *("hub_model_id", "cache_dir", "latents_cache_dir", "class_data_dir", "sample_batch_size", "save_format"),
-    *("tracker_project_name", "tracker_run_name"),
+    *("tracker_project_name", "tracker_run_name", "parity_check", "parity"),
+    *("vram", "gradient_checkpointing", "offload_blocks", "text_encoder_device"),
+    *("compile", "attention_backend", "channels_last", "enable_xformers_memory_efficient_attention"),
     *(
         "prior_generation_precision",
         *(option.name for part in (Sample, Eval, Encoders, Label) for option in fields(part)),
     ),
 } - {"eval_seed", "early_stopping"}
-"""Options that may differ between runs of one method: the learning rate, the seed, and what training does not see."""
+"""Options that may differ between runs of one method: the learning rate, the seed, what training does not see, and
+where and how the same numbers are computed, but for rounding.
+"""
 
 
 @dataclass(frozen=True)

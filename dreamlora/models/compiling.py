@@ -40,9 +40,9 @@ def compile_blocks(denoiser: nn.Module, shapes: int) -> None:
     """
     blocks = list(repeated_blocks(denoiser))
     graphs = min(MOST, shapes * PER_SHAPE * len({_layout(block) for block in blocks}))
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, graphs)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, MOST)
+    config: Any = torch._dynamo.config  # by names of torch 2.6, which newer ones know beside their own
+    config.cache_size_limit = max(config.cache_size_limit, graphs)
+    config.accumulated_cache_size_limit = max(config.accumulated_cache_size_limit, MOST)
     for block in blocks:
         block.forward = _in_training(block.forward)
 

@@ -179,10 +179,11 @@ class _Piece(NamedTuple):
 
     tensor: Tensor
     offset: int
+    strides: tuple[int, ...]
 
     def view(self, flat: Tensor) -> Tensor:
         held = flat[self.offset : self.offset + self.tensor.nbytes]
-        return held.view(self.tensor.dtype).view(self.tensor.shape)
+        return held.view(self.tensor.dtype).as_strided(self.tensor.shape, self.strides)
 
 
 class _WaitingBlock:
@@ -193,7 +194,8 @@ class _WaitingBlock:
         ends = [0]
         for tensor in tensors:
             ends.append(ends[-1] + math.ceil(tensor.nbytes / _ALIGNED) * _ALIGNED)
-        self._pieces = list(map(_Piece, tensors, ends))
+        strides = [torch.empty_like(tensor, device="meta").stride() for tensor in tensors]  # as now, without gaps
+        self._pieces = list(map(_Piece, tensors, ends, strides))
         self.master = _host_memory(ends[-1], device)
         self.places: list[Tensor] = []
         self._slot: int | None = None
@@ -211,9 +213,9 @@ class _WaitingBlock:
         flat = self.master if slot is None else self.places[slot]
         for piece in self._pieces:
             piece.tensor.data = piece.view(flat)
+            # Should autograd have kept it for the backward pass, where no checkpointing reads it anew, it must refuse
+            torch.autograd.graph.increment_version(piece.tensor)
         self._slot = slot
-        # Should autograd have kept one for the backward pass, where no checkpointing reads it anew, it must not use it
-        torch.autograd.graph.increment_version([piece.tensor for piece in self._pieces])
 
 
 def _this_pass() -> Pass:
@@ -231,10 +233,13 @@ def _apply_to_others(block: Callable[[], Any], waiting: set[int], fn: Apply, rec
 def _host_memory(size: int, device: torch.device) -> Tensor:
     """Bytes that a GPU can read while the program goes on. Torch's own pinned memory is rounded up to a power of two,
     which for a large model is half as much again.
+
+    Raises:
+        MemoryError: the system does not give so many.
     """
     memory = torch.empty(size, dtype=torch.uint8)
-    if device.type == "cuda":
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)))
+    if device.type == "cuda" and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)):
+        raise MemoryError(f"{size} bytes of the computer's memory cannot be pinned for the GPU")
     return memory
 
 

@@ -210,10 +210,9 @@ def _parity(context: RunContext, expected: parity.ExpectedOutput | str) -> dict[
     accelerator, parts = context.accelerator, context.parts
     try:
         if not checks_in_base(context):
-            dtype = DTYPES[accelerator.mixed_precision]
-            fresh = Parts(context.family, context.source, accelerator.device, dtype)
-            watch(context.memory, fresh)
-            return parity.check(fresh, expected, full=True)
+            parts = Parts(context.family, context.source, accelerator.device, DTYPES[accelerator.mixed_precision])
+            watch(context.memory, parts)
+            return parity.check(parts, expected, full=True)
         changed = parity.bits_of(parts.get("denoiser")[context.family.DENOISER]) != context.base_bits
         return {**parity.check(parts, expected, full=False), "base_changed": changed}
     except Exception as error:  # out of memory, or what a loader stumbles over: the report is still written

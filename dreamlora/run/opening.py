@@ -19,7 +19,7 @@ from dreamlora.models import compiling
 from dreamlora.models.adapter import find_adapter
 from dreamlora.models.inventory import PartFiles, inventory
 from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_source
-from dreamlora.models.parts import DTYPES, Parts
+from dreamlora.models.parts import DTYPES, Parts, watch
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import main_first, tell_everyone
 from dreamlora.run import checks, continuing, defaults, new_tokens, resume, upload, vram
@@ -90,6 +90,7 @@ def begin(config: RunConfig) -> RunContext:
     if config.model.vram:
         vram.settle(context, decided(context, lambda: vram.of_earlier_run(config)))
         context.parts = parts_of(context.source)
+        watch(context.memory, context.parts)
     checks.require_blocks(context)
     new_tokens.require(context)
     return context

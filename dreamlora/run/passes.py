@@ -278,8 +278,16 @@ class Passes:
         denoiser = self._modules[self._family.DENOISER]
         patch = denoiser.config.get("patch_size") or 2  # type: ignore[union-attr, operator]
         side = patch if isinstance(patch, int) else patch[-1]
-        length = max((value.shape[1] for value in self._conditioning.values() if value.dim() > 2), default=0)
-        return (self._latents.shape[-2] * self._latents.shape[-1] // side**2 + length) * self.dtype.itemsize
+        tokens = self._latents.shape[-2] * self._latents.shape[-1] // side**2
+        return ((1 + self._edits) * tokens + self._prompt_tokens) * self.dtype.itemsize
+
+    @property
+    def _prompt_tokens(self) -> int:
+        """Of the longest prompt; where it cannot be gone through, as many as it is cut to."""
+        try:
+            return max((value.shape[1] for value in self._conditioning.values() if value.dim() > 2), default=0)
+        except Exception:  # see _work
+            return prompt_length(self._context) or 0
 
     @cached_property
     def _conditioning(self) -> Conditioning:
@@ -325,10 +333,15 @@ class Passes:
         width, height = self._size
         return torch.empty(1, 3, height, width, device=META)
 
+    @property
+    def _edits(self) -> bool:
+        """Whether the denoiser sees images before their edit."""
+        return any(one.conditioning_data_dir for one in self._context.config.data.each())
+
     @cached_property
     def _shown(self) -> Conditioning:
         """Of an image before its edit, if the run edits."""
-        if not any(one.conditioning_data_dir for one in self._context.config.data.each()):
+        if not self._edits:
             return {}
         with torch.no_grad():
             return self._family.encode_conditioning(self._parts["vae"], self._pixels)

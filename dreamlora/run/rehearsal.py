@@ -18,6 +18,7 @@ from dreamlora.config import RunConfig
 from dreamlora.lora.files import read_lora
 from dreamlora.lora.inject import trainable_parameters
 from dreamlora.lora.pairs import ADAPTER
+from dreamlora.memory import made_of
 from dreamlora.models.offload import SLOTS
 from dreamlora.optimizers import lora_param_groups
 from dreamlora.run.context import RunContext
@@ -201,7 +202,7 @@ _TWO_MOMENTS = 8.0
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        yield value
+        yield from made_of(value)
     elif isinstance(value, dict | list | tuple):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(one)

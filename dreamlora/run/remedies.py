@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dreamlora import precision
-from dreamlora.errors import UserError
 from dreamlora.memory import Shortage
 from dreamlora.run import vram
 from dreamlora.run.context import RunContext
 from dreamlora.run.resume import FREE_ON_RESUME
 from dreamlora.runfolder import RunFolder
-
-SMALLER = ("int8", "nf4")
-"""Weights in fewer bits, by what they cost in quality."""
 
 
 def of_run(context: RunContext, shortage: Shortage) -> str:
@@ -39,13 +35,8 @@ def in_a_sentence(flags: Sequence[str]) -> str:
 
 def smaller(flag: str, now: str | None, device: str) -> Iterator[str]:
     """The flag with every word that takes less than the present one, and that can be computed here."""
-    words = SMALLER[1:] if now in ("fp8", "int8") else () if now == "nf4" else SMALLER
-    for word in words:
-        try:
-            precision.require(flag, word, device)
-        except UserError:
-            continue
-        yield f"--{flag} {word}"
+    words = vram.SMALLER[1:] if now in ("fp8", "int8") else () if now == "nf4" else vram.SMALLER
+    yield from (f"--{flag} {word}" for word in words if precision.is_available(word, device))
 
 
 def _flags(context: RunContext, shortage: Shortage) -> Iterator[str]:
@@ -99,7 +90,8 @@ def _of_denoiser(context: RunContext, stage: str) -> Iterator[str]:
         yield "--mixed_precision bf16"
     yield from smaller("base_precision", config.model.base_precision, device)
     if device != "cpu" and not config.model.offload_blocks:
-        yield "--offload_blocks N with --gradient_checkpointing (N blocks wait in the computer's memory)"
+        instead = ", without --compile" if config.model.compile else ""
+        yield f"--offload_blocks N with --gradient_checkpointing (N blocks wait in the computer's memory){instead}"
     if stage == "drawing samples":
         yield "--sample_steps 0, and dreamlora sample afterwards"
     yield f"a --resolution below {config.data.resolution}"

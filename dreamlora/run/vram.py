@@ -31,6 +31,7 @@ from dreamlora import precision
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.errors import UserError
 from dreamlora.figures import gibibytes
+from dreamlora.memory import GIB
 from dreamlora.models.offload import SLOTS
 from dreamlora.processes import gather_lists
 from dreamlora.run.context import RunContext
@@ -41,7 +42,6 @@ from dreamlora.runfolder import RunFolder
 Options = Mapping[str, Any]
 """Values by flag."""
 
-GIB = 2**30
 DRIVER = int(0.6 * GIB)
 """What CUDA itself and the screen take of a GPU."""
 MARGIN = 1.1
@@ -50,6 +50,8 @@ CARDS = (8, 10, 12, 16, 24)
 """Gigabytes of the GPUs that people own, for the table of ``dreamlora doctor``."""
 PROMPT = "a photo of a dog on a beach in the evening sun, " * 4
 """Stands for the longest prompt where the captions are not known yet."""
+SMALLER = ("int8", "nf4")
+"""Weights in fewer bits, by what they cost in quality."""
 AMPERE = 8
 """The first of NVIDIA's generations that computes bf16; older ones go a slow way around."""
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -71,7 +73,7 @@ class Means:
     """What there is to choose from.
 
     Attributes:
-        offloaded: blocks that can wait in the computer's memory at most.
+        offloaded: blocks that can wait in the computer's memory at most; none where they are compiled.
         words: forms of the base's weights, the best first.
         text_words: the same of the text encoders.
         text_on_cpu: whether some of these need not be on the GPU.
@@ -337,10 +339,11 @@ def _largest(stages: Sequence[Stage]) -> Stage:
 
 def means_of(context: RunContext, rehearsal: Rehearsal) -> Means:
     """What can be chosen from with this model, on this device."""
-    words = [word for word in ("int8", "nf4") if _works(word, context.accelerator.device.type)]
+    words = [word for word in SMALLER if precision.is_available(word, context.accelerator.device.type)]
     frozen = set(rehearsal.passes.text_encoders) - set(context.family.TEXT_ENCODERS)
     on_cpu = bool(frozen) or not context.config.encodes_in_training
-    return Means(rehearsal.most_offloaded, words, words[:1], on_cpu)
+    offloaded = 0 if context.config.model.compile else rehearsal.most_offloaded
+    return Means(offloaded, words, words[:1], on_cpu)
 
 
 def room_of(total_bytes: float) -> int:
@@ -358,14 +361,6 @@ def _room(context: RunContext, vram: str) -> int:
             "--vram 8"
         )
     return int(min(gather_lists([torch.cuda.mem_get_info(device)[0]])) / MARGIN)  # CUDA has taken its own already
-
-
-def _works(word: str, device: str) -> bool:
-    try:
-        precision.require("base_precision", word, device)
-    except UserError:
-        return False
-    return True
 
 
 def _told(vram: str, found: Fitted, chosen: Options, before: Sequence[Stage]) -> str:

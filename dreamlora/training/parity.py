@@ -207,11 +207,12 @@ def _guidance(parts: Parts, expected: ExpectedOutput) -> Guidance:
 
 def _reads_itself(parts: Parts, expected: ExpectedOutput, guidance: Guidance) -> bool:
     """Whether the pipeline makes of the prompt what training did, as it reads it for a user: it knows no other number
-    of tokens and no other layers of the text encoder, and some know no negative prompt.
+    of tokens, no other layers of the text encoder and no other device of it, and some know no negative prompt.
     """
     known = inspect.signature(parts.resting_pipeline().__call__).parameters
     usual = expected.call.prompt_length in (None, parts.family.PROMPT_DEFAULT) and not parts.source.text_layers
-    return usual and (guidance.negative is None or "negative_prompt" in known)
+    together = parts.text_device == parts.device
+    return usual and together and (guidance.negative is None or "negative_prompt" in known)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from dreamlora.data.shown_prompts import Prompt, prompt_key, tokenized, with_pictures
 from dreamlora.interfaces import Conditioning
 from dreamlora.models.parts import Parts
+from dreamlora.models.turns import HOST
 from dreamlora.training.stream import stack_conditioning
 
 
@@ -34,7 +35,8 @@ class PromptEncoder:
     def __call__(self, captions: Sequence[str], views: Conditioning) -> Conditioning:
         """On the denoiser's device."""
         rows = [self._row(prompt) for prompt in with_pictures(captions, views)]
-        return stack_conditioning(rows, self._parts.family.LENGTH_AXES)
+        stacked = stack_conditioning(rows, self._parts.family.LENGTH_AXES)
+        return {name: value.to(self._parts.device) for name, value in stacked.items()}
 
     def prepare(self, asked: Iterable[tuple[Sequence[str], Conditioning]]) -> None:
         """Encode all that will be asked for, while nothing else of the model is on the device of the text encoders.
@@ -76,4 +78,4 @@ class PromptEncoder:
             encoded = {name: value.to(device) for name, value in encoded.items()}
             with self._training():
                 encoded = family.encode_tokens(text, encoded)
-        return {name: value.to(device) for name, value in encoded.items()}
+        return {name: value.to(HOST) for name, value in encoded.items()}  # up to 70 MB, and there may be hundreds

@@ -328,6 +328,18 @@ def test_what_is_measured_makes_no_method(tmp_path: Path) -> None:
     assert not any("differ in" in text for text in compared(tmp_path)["warnings"])
 
 
+def test_how_a_model_is_held_makes_no_method_and_what_its_weights_are_rounded_to_does(tmp_path: Path) -> None:
+    """Cards of several sizes make runs of one method; the numbers are the same, but for rounding at most."""
+    held = {"vram": "12", "gradient_checkpointing": True, "offload_blocks": 3, "text_encoder_device": "cpu"}
+    computed = {"compile": True, "attention_backend": "flash", "channels_last": True, "parity": "full"}
+    for seed, options in ((0, {}), (1, held), (2, computed | {"parity_check": False})):
+        make_run(tmp_path, "adamw", 2e-3, seed, **options)
+    make_run(tmp_path / "other", "adamw", 2e-3, 0, base_precision="nf4")
+    for file in tmp_path.rglob("outcome.json"):
+        file.unlink()  # runs that the comparison program has not made
+    assert [method["label"] for method in compared(tmp_path)["methods"]] == ["adamw", "adamw+base_precision=nf4"]
+
+
 def test_rates_are_judged_by_the_seeds_they_share(tmp_path: Path) -> None:
     for lr, seeds in ((2e-4, (0, 1)), (2e-3, (0, 1)), (2e-2, (0,))):
         for seed in seeds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +63,14 @@ def test_all_blocks_share_a_graph_for_each_shape_and_further_ones_are_computed_w
             x = torch.randn(rows, 4)
             assert torch.equal(model(x), plain(x))
     assert counters["stats"]["unique_graphs"] == 2 * compiling.PER_SHAPE
+
+
+def test_limits_have_names_that_the_oldest_torch_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    config = SimpleNamespace(cache_size_limit=8, accumulated_cache_size_limit=64)  # all that torch 2.6 has
+    monkeypatch.setattr(torch._dynamo, "config", config)
+    compiling.compile_blocks(Model(), shapes=100)
+    assert vars(config) == {"cache_size_limit": 200, "accumulated_cache_size_limit": compiling.MOST}
 
 
 def test_without_gradients_nothing_is_compiled(traced: None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from dreamlora.inits._start import Target
 from dreamlora.lora.changes import change_of
 from dreamlora.lora.inject import add_lora, trainable_parameters
 from dreamlora.lora.pairs import adapted_layers, tuned_layers
+from dreamlora.models import offload
 from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.offload import Offload, blocks_of, waiting_blocks
 from dreamlora.models.parts import Parts
@@ -216,6 +218,24 @@ def test_without_checkpointing_autograd_refuses_rather_than_use_another_blocks_w
     stack.checkpointing = False
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(stack, 0)
+
+
+def test_weights_keep_the_order_of_their_numbers_in_memory() -> None:
+    """A convolution with its channels innermost is another kernel, which rounds otherwise."""
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last) for _ in range(3)]
+    weights = [block[0].weight for block in blocks]
+    before = [weight.clone() for weight in weights]
+    Offload(blocks, CPU)
+    assert equal(weights, before)
+    assert [weight.stride() for weight in weights] == [weight.stride() for weight in before]
+
+
+def test_memory_that_cannot_be_pinned_is_the_computers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA says of it what it says of a GPU's: out of memory."""
+    cuda = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    with pytest.raises(MemoryError, match="8 bytes of the computer's memory cannot be pinned"):
+        offload._host_memory(8, torch.device("cuda"))
 
 
 def test_a_model_that_nobody_holds_is_gone_at_once_with_all_that_waits() -> None:

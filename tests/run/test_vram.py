@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from dreamlora.cli.parse import parse_run
 from dreamlora.errors import UserError
 from dreamlora.memory import Shortage
+from dreamlora.models import compiling
 from dreamlora.precision import QuantizedLinear
 from dreamlora.run import opening, remedies, vram
 from dreamlora.run.vram import Means
@@ -139,6 +140,22 @@ def test_a_run_has_what_was_chosen(begun, caplog) -> None:
     assert context.config.train.train_batch_size == 2
 
 
+def test_what_the_chosen_model_holds_is_told_where_memory_is_short(begun) -> None:
+    context = begun(30 * 2**20)
+    context.parts.get("denoiser")
+    context.memory.note(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert context.memory.shortage.held["denoiser"] > 0
+
+
+def test_compiled_blocks_do_not_wait(begun, monkeypatch) -> None:
+    """The two flags exclude each other: nobody is told of one that was not given."""
+    monkeypatch.setattr(compiling, "require_compiler", lambda device: None)
+    with pytest.raises(UserError, match="--vram 8: this does not fit"):
+        begun(2**20, "--compile")
+    context = begun(2**40, "--compile")
+    assert "offload" not in (vram.flags_that_fit(context, 0) or "")
+
+
 def test_roomy_runs_are_left_alone(begun) -> None:
     context = begun(2**40)
     assert context.chosen == {} and context.source.base_precision is None
@@ -193,6 +210,16 @@ def test_no_advice_where_nothing_would_fit(begun, monkeypatch) -> None:
     context = begun(2**40)
     monkeypatch.setattr(vram, "room_of", lambda total: 2**10)
     assert vram.flags_that_fit(context, 8 * 2**30) is None
+
+
+@pytest.mark.parametrize("name", ["qwen_image-edit", "flux-kontext"])
+def test_models_that_edit_are_estimated_too(name: str, begun, tiny_folder) -> None:
+    """Roughly, where prompts cannot be gone through, as the text encoder sees images with them."""
+    folder = tiny_folder(name)
+    context = begun(2**40, "--pretrained_model_name_or_path", str(folder), "--conditioning_data_dir", str(folder))
+    stages = {stage.name: stage for stage in vram.rehearsal_of(context).stages()}
+    assert stages["training"].work and stages["drawing samples"].work
+    remedies.of_run(context, Shortage("training", on_host=False, total=8 * 2**30))
 
 
 def test_bf16_is_taken_where_nothing_was_said_of_precision(monkeypatch) -> None:

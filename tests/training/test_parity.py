@@ -186,6 +186,25 @@ def test_on_a_device_no_text_encoder_is_beside_the_denoiser(
     assert json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]["max_abs"] == 0
 
 
+def test_a_whole_pipeline_is_given_embeddings_where_its_encoders_are_elsewhere(
+    train: Train, tiny_folder: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, no_report: None
+) -> None:
+    """A stock pipeline sends tokens to the device that it draws on."""
+    check, found = parity.check, {}
+
+    def there_too(parts: Parts, expected: parity.ExpectedOutput, **kind: bool) -> dict[str, Any]:
+        request.getfixturevalue("bus")
+        found.update(check(Parts(parts.family, parts.source, MPS, torch.float32), expected, full=True))
+        return {}
+
+    monkeypatch.setattr(parity, "check", there_too)
+    train(
+        *f"--pretrained_model_name_or_path {tiny_folder('sd')} --max_train_steps 2 --eval_steps 0 --sample_steps 2 "
+        "--checkpointing_steps 0 --text_encoder_device cpu --parity full".split()
+    )
+    assert found["call"]["error"] < 1e-4 and found["max_abs"] <= 1
+
+
 def test_a_base_that_has_changed_in_training_is_seen(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = parity.ask
 

@@ -10,6 +10,7 @@ import torch
 from dreamlora.config import Model
 from dreamlora.models.loading import family_of, resolve_source
 from dreamlora.models.parts import Parts
+from dreamlora.models.turns import HOST
 from dreamlora.training.prompt_encoder import PromptEncoder
 from tests.fakemps import MPS, Bus
 
@@ -39,6 +40,18 @@ def test_what_is_prepared_needs_no_text_encoder_again(name: str, tiny_folder: An
     one_by_one = PromptEncoder(parts, None)
     again = one_by_one(PROMPTS, {})
     assert all(torch.equal(value.inner, both[name].inner) for name, value in again.items())
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd"])
+def test_embeddings_wait_in_host_memory(name: str, tiny_folder: Any, bus: Bus) -> None:
+    """Of all captions of an evaluation set they would take more of a GPU than the model."""
+    parts = parts_of(tiny_folder(name))
+    encode = PromptEncoder(parts, None)
+    encode.prepare([([prompt], {}) for prompt in PROMPTS])
+    encode(["a third"], {})
+    kept = [value.device for row in encode._encoded.values() for value in row.values()]
+    assert len(kept) >= 3 and set(kept) == {HOST}
+    assert all(value.device == MPS for value in encode(PROMPTS, {}).values())
 
 
 def test_when_the_encoders_have_changed_they_are_asked_again(tiny_folder: Any) -> None:

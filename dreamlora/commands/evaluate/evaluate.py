@@ -171,7 +171,7 @@ def _evaluated(
     of_runs: dict[str, list[str]] = {}
     if under_test:
         of_runs = under_test.notes
-        facts |= {"base_model": under_test.source.predictor_id, "precision": under_test.precision}
+        facts |= {"base_model": under_test.source.drawer_id, "precision": under_test.precision}
         if evaluation.loss_asked:  # first, as it is quick, and what is wrong with its items should be told soon
             with memory.stage("evaluation loss"):
                 losses = measure_losses(config, under_test, run.folder if run else None, _processes(state))

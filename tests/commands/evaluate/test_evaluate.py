@@ -220,6 +220,8 @@ def test_images_of_another_prediction_are_other_images(run: RunFolder, tmp_path:
     result = evaluate(tmp_path / "out", moved.path, *asked)
     assert sum(drawn) == 8, "those that are there are of epsilon"
     assert result["base_model"].endswith(" with v_prediction") and result["precision"] == "float32"
+    result = evaluate(tmp_path / "out", moved.path, *asked, "--base_precision", "int8")
+    assert sum(drawn) == 12 and result["base_model"].endswith(" with v_prediction, weights in int8")
 
 
 def test_what_runs_do_not_share_is_told_with_their_values(run: RunFolder, tmp_path: Path) -> None:
