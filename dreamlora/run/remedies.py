@@ -99,7 +99,8 @@ def _of_denoiser(context: RunContext, stage: str) -> Iterator[str]:
         yield "--mixed_precision bf16"
     yield from smaller("base_precision", config.model.base_precision, device)
     if device != "cpu" and not config.model.offload_blocks:
-        yield "--offload_blocks N with --gradient_checkpointing (N blocks wait in the computer's memory)"
+        instead = " and without --compile" if config.model.compile else ""
+        yield f"--offload_blocks N with --gradient_checkpointing{instead} (N blocks wait in the computer's memory)"
     if stage == "drawing samples":
         yield "--sample_steps 0, and dreamlora sample afterwards"
     yield f"a --resolution below {config.data.resolution}"
