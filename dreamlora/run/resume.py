@@ -29,7 +29,7 @@ FREE_ON_RESUME = {
     *("eval_metrics", "eval_metrics_steps", "eval_prompts", "eval_num_images"),
     *("clip_model", "dino_model", "inception_weights"),
     *("train_data_dir", "subject", "style", "streaming", "parity_check", "parity", "mask_data_dir"),
-    *("conditioning_data_dir", "offload_blocks", "gradient_checkpointing", "vram"),
+    *("conditioning_data_dir", "vram"),
     *("captions_per_line", "dry_run", "validation_images", "training_adapter", "training_adapter_weight_name"),
     *("gradient_checkpointing", "offload_blocks"),  # the same numbers with and without
     *("vae_tiling",),  # see ``take_over_latents``
