@@ -77,8 +77,8 @@ class Model:
     """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one for each size of
     images. Needs a compiler: g++ on a CPU, Triton on a GPU."""
     attention_backend: str | None = None
-    """Attention of the transformer by diffusers' names, such as native, _native_cudnn, flash or xformers; not for SD
-    and SDXL. Default: torch's own choice."""
+    """Attention of the transformer by diffusers' names, such as native, _native_cudnn, flash or xformers; for FLUX,
+    Chroma, Qwen-Image, Krea 2 and Z-Image alone. Default: torch's own choice."""
     channels_last: bool = False
     """Keep the denoiser's convolutions (SD, SDXL, Sana) with their channels innermost, which is faster on some
     devices."""
