@@ -273,8 +273,8 @@ def in_words(peaks: dict[str, dict[str, int]]) -> str:
     """The peaks in a line; empty if nothing was counted."""
     kind = ALLOCATED if any(ALLOCATED in kinds for kinds in peaks.values()) else RESIDENT
     told = [f"{stage} {_gib(kinds[kind])}" for stage, kinds in peaks.items() if kind in kinds]
-    what = "on the GPU" if kind == ALLOCATED else "of this process"
-    return f"memory {what} at most, in GiB: {', '.join(told)}" if told else ""
+    where = ("on the GPU", "") if kind == ALLOCATED else ("of this process", ", where more than before")
+    return f"memory {where[0]} at most, in GiB{where[1]}: {', '.join(told)}" if told else ""
 
 
 def _gib(size: Any) -> str:

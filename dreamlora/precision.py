@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamlora.config.model import check_package
 from dreamlora.errors import UserError
-from dreamlora.registry import check_installed
 
 Packed = dict[str, Tensor]
 """A weight in fewer bits: tensors by name."""
@@ -40,14 +40,12 @@ class WeightForm:
         unpack: these tensors to a weight of a shape and dtype.
         bytes: of the tensors of a weight ``(m, n)``.
         devices: types that compute it; others are refused.
-        needs: the package that must be installed, with its extra of dreamlora; None: none.
     """
 
     pack: Callable[[Tensor], Packed]
     unpack: Callable[[Mapping[str, Tensor], torch.Size, torch.dtype], Tensor]
     bytes: Callable[[int, int], int]
     devices: frozenset[str]
-    needs: str | None = None
 
 
 class QuantizedLinear(nn.Linear):
@@ -272,11 +270,7 @@ def require(flag: str, word: str | None, device: str) -> None:
     if device not in form.devices:
         others = [other for other, one in FORMS.items() if device in one.devices]
         raise UserError(f"--{flag} {word} cannot be computed on {device}: give {' or '.join(others)}")
-    if form.needs:
-        try:
-            check_installed((form.needs,), form.needs)
-        except UserError as error:
-            raise UserError(f"--{flag} {word}: {error}") from None
+    check_package(flag, word)
 
 
 def is_available(word: str, device: str) -> bool:
@@ -359,6 +353,6 @@ FORMS: dict[str, WeightForm] = {
     ),
     "fp8": WeightForm(*_rows(448.0, torch.float8_e4m3fn), bytes=lambda m, n: m * n + 4 * m, devices=_ALL - {"mps"}),
     "int8": WeightForm(*_rows(127.0, torch.int8), bytes=lambda m, n: m * n + 4 * m, devices=_ALL),
-    "nf4": WeightForm(_pack_nf4, _unpack_nf4, _nf4_bytes, _ALL - {"mps", "meta"}, needs="bitsandbytes"),
+    "nf4": WeightForm(_pack_nf4, _unpack_nf4, _nf4_bytes, _ALL - {"mps", "meta"}),
 }
 """By the words of ``--base_precision`` and ``--text_encoder_precision``."""

@@ -99,7 +99,8 @@ def test_peaks_in_words_and_in_gib() -> None:
     peaks = {"training": {ALLOCATED: 3 * GIB, RESERVED: 4 * GIB, RESIDENT: GIB}}
     assert in_gib(peaks) == {"training": {ALLOCATED: 3.0, RESERVED: 4.0, RESIDENT: 1.0}}
     assert in_words(peaks) == "memory on the GPU at most, in GiB: training 3.00"
-    assert in_words({"training": {RESIDENT: GIB // 2}}) == "memory of this process at most, in GiB: training 0.50"
+    of_process = "memory of this process at most, in GiB, where more than before: training 0.50"
+    assert in_words({"training": {RESIDENT: GIB // 2}}) == of_process
 
 
 def weights(module: nn.Module) -> Iterator[Tensor]:

@@ -169,7 +169,7 @@ def test_a_lora_on_it_takes_the_fused_pass_and_trains(word: str) -> None:
 
 
 def test_what_is_missing_is_named_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "check_installed", _missing)
+    monkeypatch.setattr("dreamlora.config.model.check_installed", _missing)
     with pytest.raises(UserError, match=r"--base_precision nf4: .*pip install"):
         precision.require("base_precision", "nf4", "cuda")
     with pytest.raises(UserError, match=r"--base_precision fp8 cannot be computed on mps: give bf16 or int8"):

@@ -9,12 +9,15 @@ from typing import Literal
 from dreamlora.config.ranges import at_least as _at_least
 from dreamlora.config.ranges import respell as _respell
 from dreamlora.errors import UserError
+from dreamlora.registry import check_installed
 
 EMBEDDED_MODEL = "tiny"
 LEAST_VRAM, MOST_VRAM = 4, 1024
 """Gigabytes of one GPU."""
 Precision = Literal["bf16", "fp8", "int8", "nf4"]
 """Of frozen weights (``precision``)."""
+NEEDS: dict[str, str] = {"nf4": "bitsandbytes"}
+"""The package that must be installed for some of them, with the extra of that name."""
 INSTEAD_OF_QUANTIZED = (
     "files of quantized weights are not read here. Give the model that they were made from, in float32, bfloat16 or "
     "float16; --base_precision (and --text_encoder_precision) nf4, int8 or fp8 holds it in as few bits"
@@ -74,8 +77,8 @@ class Model:
     """Compile the denoiser's repeated blocks with torch.compile: faster steps after a slow first one for each size of
     images. Needs a compiler: g++ on a CPU, Triton on a GPU."""
     attention_backend: str | None = None
-    """Attention of the transformer by diffusers' names, such as native, _native_cudnn, flash or xformers; not for SD
-    and SDXL. Default: torch's own choice."""
+    """Attention of the transformer by diffusers' names, such as native, _native_cudnn, flash or xformers; for FLUX,
+    Chroma, Qwen-Image, Krea 2 and Z-Image alone. Default: torch's own choice."""
     channels_last: bool = False
     """Keep the denoiser's convolutions (SD, SDXL, Sana) with their channels innermost, which is faster on some
     devices."""
@@ -92,6 +95,23 @@ class Model:
             _respell(self, "family", "families")
         if any(layer < 0 for layer in self.text_encoder_out_layers):
             raise UserError("--text_encoder_out_layers must be at least 0, which are the embeddings of tokens")
+
+
+def check_package(flag: str, word: str | None) -> None:
+    """Nothing, if the package that weights of this precision need is installed.
+
+    Args:
+        flag: that asks, for messages.
+        word: of ``Precision``; None: as they are.
+
+    Raises:
+        UserError: it is not.
+    """
+    if package := NEEDS.get(word or ""):
+        try:
+            check_installed((package,), package)
+        except UserError as error:
+            raise UserError(f"--{flag} {word}: {error}") from None
 
 
 def _check_vram(vram: str | None) -> None:

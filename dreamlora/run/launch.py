@@ -51,6 +51,16 @@ def accelerator_of(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def before_accelerator() -> PartialState:
+    """The processes of a run before its precision is known, as ``accelerator_of`` will find them.
+
+    Raises:
+        UserError: see there.
+    """
+    _check_strategy()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def processes() -> PartialState:
     """The processes that share a piece of work, for a program that trains nothing.
 

@@ -22,11 +22,11 @@ from dreamlora.models.loading import SCHEDULER, family_of, read_config, resolve_
 from dreamlora.models.parts import DTYPES, Parts, watch
 from dreamlora.models.tf32 import set_tf32
 from dreamlora.processes import main_first, tell_everyone
-from dreamlora.run import checks, continuing, defaults, new_tokens, resume, upload, vram
+from dreamlora.run import checks, continuing, defaults, new_tokens, resume, unsaid_precision, upload, vram
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import warn_of_cut_texts
 from dreamlora.run.images import RunImages, read_images
-from dreamlora.run.launch import accelerator_of
+from dreamlora.run.launch import accelerator_of, before_accelerator
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import state
 from dreamlora.training.state import Checkpoint
@@ -40,7 +40,8 @@ def begin(config: RunConfig) -> RunContext:
     Raises:
         UserError: something is found that would keep the run from ending well.
     """
-    config = vram.with_precision(config)
+    earlier = _earlier(config)
+    config = unsaid_precision.with_precision(config, earlier)
     accelerator = accelerator_of(config)
     if config.eval.eval_steps != 0 or config.eval.eval_metrics:
         from dreamlora.metrics import _gathered  # noqa: F401 - torchmetrics: if it is broken, that is told now
@@ -88,12 +89,19 @@ def begin(config: RunConfig) -> RunContext:
         context.training_adapter = _training_adapter(config)
     checks.require_layers(context)
     if config.model.vram:
-        vram.settle(context, decided(context, lambda: vram.of_earlier_run(config)))
+        vram.settle(context, earlier)
         context.parts = parts_of(context.source)
         watch(context.memory, context.parts)
     checks.require_blocks(context)
     new_tokens.require(context)
     return context
+
+
+def _earlier(config: RunConfig) -> vram.Options:
+    """What ``--vram`` leaves as the run had it that is resumed."""
+    if config.model.vram is None:
+        return {}
+    return _of_main(before_accelerator().is_main_process, lambda: vram.of_earlier_run(config))
 
 
 def _require_frozen_encoder(config: RunConfig, parts: Sequence[PartFiles], family: Family) -> None:
@@ -217,8 +225,12 @@ def decided(context: RunContext, decide: Callable[[], T]) -> T:
     Raises:
         UserError: the main process did.
     """
+    return _of_main(context.accelerator.is_main_process, decide)
+
+
+def _of_main(is_main: bool, decide: Callable[[], T]) -> T:
     outcome: Any = None
-    if context.accelerator.is_main_process:
+    if is_main:
         try:
             outcome = decide()
         except UserError as error:

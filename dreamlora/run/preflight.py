@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dreamlora.config import RunConfig
 from dreamlora.config.adapting import check_adapter
+from dreamlora.config.model import check_package
 from dreamlora.data.dataset import list_images
 from dreamlora.data.hub import check_dataset
 from dreamlora.data.mask_files import list_masks
@@ -56,12 +57,14 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def check_methods(config: RunConfig) -> None:
-    """Nothing, if adapter, start, optimizer and average go together.
+    """Nothing, if adapter, start, optimizer and average go together, and the packages for weights are there.
 
     Raises:
         UserError: they do not.
     """
     check_adapter(config)
+    for flag in ("base_precision", "text_encoder_precision"):
+        check_package(flag, getattr(config.model, flag))
     defaults.check_average(config)
 
 

@@ -19,13 +19,11 @@ they are, then in int8, then on the CPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from accelerate.utils import is_bf16_available
 
 from dreamlora import precision
 from dreamlora.config import RunConfig, as_flat_dict
@@ -34,6 +32,7 @@ from dreamlora.figures import gibibytes
 from dreamlora.memory import GIB
 from dreamlora.models.offload import SLOTS
 from dreamlora.processes import gather_lists
+from dreamlora.run import unsaid_precision
 from dreamlora.run.context import RunContext
 from dreamlora.run.defaults import run_folder
 from dreamlora.run.rehearsal import Rehearsal, Stage
@@ -52,8 +51,6 @@ PROMPT = "a photo of a dog on a beach in the evening sun, " * 4
 """Stands for the longest prompt where the captions are not known yet."""
 SMALLER = ("int8", "nf4")
 """Weights in fewer bits, by what they cost in quality."""
-AMPERE = 8
-"""The first of NVIDIA's generations that computes bf16; older ones go a slow way around."""
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of the blocks that can wait."""
 _TEXT = ("text_encoder_precision", "text_encoder_device")
@@ -64,7 +61,7 @@ _BASE = (
     "train_batch_size",
     "gradient_accumulation_steps",
 )
-_KEPT = ("base_precision", *_TEXT)
+_KEPT = ("mixed_precision", "base_precision", *_TEXT)
 """Of an earlier run that is resumed: what changes its numbers."""
 
 
@@ -225,20 +222,6 @@ def in_words(options: Options) -> str:
     return " ".join(f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in options.items())
 
 
-def with_precision(config: RunConfig) -> RunConfig:
-    """With ``--vram``, bf16 where nothing was said of the precision and the device computes it."""
-    said = config.model.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-    if config.model.vram is None or said or not _computes_bf16():
-        return config
-    return replace(config, model=replace(config.model, mixed_precision="bf16"))
-
-
-def _computes_bf16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))[0] >= AMPERE
-    return is_bf16_available(ignore_tpu=True)
-
-
 def settle(context: RunContext, earlier: Options) -> None:
     """Decide what ``--vram`` leaves to the program, and tell of it.
 
@@ -251,13 +234,13 @@ def settle(context: RunContext, earlier: Options) -> None:
     """
     config, vram = context.config, context.config.model.vram or ""
     room = _room(context, vram)
-    now = options_in(config)
-    before = {flag: value for flag, value in earlier.items() if flag not in config.given and value != now[flag]}
+    flat = as_flat_dict(config)
+    before = {flag: value for flag, value in earlier.items() if flag not in config.given and value != flat[flag]}
     start = with_options(config, before)
     fixed = config.given | earlier.keys()
     rehearsal = rehearsal_of(context)
     found = fit(rehearsal, start, fixed, means_of(context, rehearsal), room)
-    chosen = {**before, **found.options}
+    chosen = {**unsaid_precision.chosen(config), **before, **found.options}
     if not found.fits:
         raise UserError(_does_not_fit(context, vram, found, chosen))
     context.config = with_options(config, chosen)
@@ -318,13 +301,14 @@ def table(context: RunContext, rehearsal: Rehearsal) -> Iterator[dict[str, Any]]
     if config.model.vram:
         yield _row(config.model.vram, context.chosen, rehearsal.stages(), fits=True)
         return
-    if config.model.mixed_precision == "no" and "mixed_precision" not in config.given:
-        config = with_options(config, {"mixed_precision": "bf16"})
-        rehearsal = rehearsal.of(config)
+    bf16 = config.model.mixed_precision == "no" and "mixed_precision" not in config.given
+    own: Options = {"mixed_precision": "bf16"} if bf16 else {}
+    config = with_options(config, own)
+    rehearsal = rehearsal.of(config)
     means = means_of(context, rehearsal)
     for gigabytes in CARDS:
         found = fit(rehearsal, config, config.given, means, room_of(gigabytes * GIB))
-        yield _row(str(gigabytes), found.options, found.stages, found.fits)
+        yield _row(str(gigabytes), {**own, **found.options}, found.stages, found.fits)
 
 
 def _row(gigabytes: str, options: Options, stages: Sequence[Stage], fits: bool) -> dict[str, Any]:
@@ -342,7 +326,7 @@ def means_of(context: RunContext, rehearsal: Rehearsal) -> Means:
     words = [word for word in SMALLER if precision.is_available(word, context.accelerator.device.type)]
     frozen = set(rehearsal.passes.text_encoders) - set(context.family.TEXT_ENCODERS)
     on_cpu = bool(frozen) or not context.config.encodes_in_training
-    offloaded = 0 if context.config.model.compile else rehearsal.most_offloaded
+    offloaded = 0 if context.config.model.compile else rehearsal.most_offloaded  # they exclude each other
     return Means(offloaded, words, words[:1], on_cpu)
 
 
@@ -379,7 +363,7 @@ def _does_not_fit(context: RunContext, vram: str, found: Fitted, chosen: Options
     stage, config = found.largest, context.config
     with_them = f"with {in_words(chosen)} " if chosen else ""
     remedy = f"a smaller --resolution (now {config.data.resolution}) or --rank (now {config.lora.rank})"
-    given = sorted(config.given & {*_TEXT, *_BASE})
+    given = sorted(config.given & {*_TEXT, *_BASE, "compile"})
     if given:
         remedy += f", or leave out {' and '.join(f'--{flag}' for flag in given)}"
     return (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from dreamlora.cli.parse import parse_run
@@ -119,12 +120,14 @@ def model(tmp_path_factory) -> Path:
 def begun(model: Path, tmp_path: Path, monkeypatch) -> Callable[..., Any]:
     """A run that has begun with --vram, of which so many bytes are left for it."""
 
-    def begin(room: int, *more: str) -> Any:
-        monkeypatch.setattr(vram, "room_of", lambda total: room)
+    def begin(room: int, *more: str, precision: str | None = "no", vram: str | None = "8") -> Any:
+        monkeypatch.setattr("dreamlora.run.vram.room_of", lambda total: room)
         AcceleratorState._reset_state(reset_partial_state=True)
         flags = f"--pretrained_model_name_or_path {model} --instance_data_dir {model} --max_train_steps 2"
-        flags += " --resolution 32 --max_sequence_length 32 --vram 8 --mixed_precision no --latents_cache_dir"
-        return opening.begin(parse_run([*flags.split(), str(tmp_path / "cache"), *more])[0])
+        flags += f" --resolution 32 --max_sequence_length 32 --latents_cache_dir {tmp_path / 'cache'}"
+        flags += f" --vram {vram}" if vram else ""
+        flags += f" --mixed_precision {precision}" if precision else ""
+        return opening.begin(parse_run([*flags.split(), *more])[0])
 
     return begin
 
@@ -169,6 +172,19 @@ def test_flags_that_were_given_win(begun) -> None:
         begun(2**20, *flags)
     assert "with --text_encoder_precision int8" not in str(error.value) and "nf4" not in str(error.value)
     assert "a smaller --resolution (now 32) or --rank (now 4)" in str(error.value)
+
+
+def test_blocks_do_not_wait_in_compiled_code(begun, monkeypatch) -> None:
+    """Not even in an advice: nobody who gave --compile alone is told that it cannot be combined with that."""
+    monkeypatch.setattr(compiling, "require_compiler", lambda device: None)
+    with pytest.raises(UserError, match=r"--vram 8: this does not fit.*leave out --compile") as error:
+        begun(2**20, "--compile")
+    assert "--base_precision int8" in str(error.value) and "--offload_blocks" not in str(error.value)
+    context = begun(2**40, "--compile")
+    assert "offload" not in (vram.flags_that_fit(context, 0) or "")
+    short = Shortage("training", on_host=False, total=8 * 2**30)
+    monkeypatch.setattr(context.accelerator.state, "device", torch.device("cuda"))
+    assert "--offload_blocks N with --gradient_checkpointing and without --compile" in remedies.of_run(context, short)
 
 
 def test_a_cpu_does_not_tell_what_it_has_free(begun) -> None:
@@ -222,13 +238,30 @@ def test_models_that_edit_are_estimated_too(name: str, begun, tiny_folder) -> No
     remedies.of_run(context, Shortage("training", on_host=False, total=8 * 2**30))
 
 
-def test_bf16_is_taken_where_nothing_was_said_of_precision(monkeypatch) -> None:
-    def precision_of(*flags: str) -> str | None:
-        return vram.with_precision(parse_run(list(flags))[0]).model.mixed_precision
+def test_the_precision_of_the_run_is_chosen_too_and_told(begun, caplog) -> None:
+    """Whoever goes on without --vram, by the flags that it told of, has the same."""
+    flags = ["--mixed_precision", "bf16"]
+    with caplog.at_level("INFO", "dreamlora"):
+        begun(2**40, *flags)
+    assert "--vram 8 chooses: no other options than were given" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", "dreamlora"):
+        context = begun(2**40, precision=None)
+    assert "--vram 8 chooses: --mixed_precision bf16. Estimated" in caplog.text
+    rows = list(vram.table(context, vram.rehearsal_of(context)))
+    assert [row["flags"] for row in rows] == ["--mixed_precision bf16"]
+    context = begun(2**40, precision=None, vram=None)
+    rows = list(vram.table(context, vram.rehearsal_of(context)))
+    assert {row["flags"] for row in rows} == {"--mixed_precision bf16"}
 
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert precision_of("--vram", "8") == "bf16"
-    assert precision_of("--vram", "8", "--mixed_precision", "no") == "no"
-    assert precision_of() is None
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert precision_of("--vram", "8") is None
+
+def test_a_resumed_run_computes_as_it_did(begun, tmp_path: Path) -> None:
+    """In bf16 it would be another run, which nobody has asked for who gives --vram since memory was short."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("mixed_precision: 'no'\n", encoding="utf-8")
+    where = ["--output_dir", str(run), "--resume_from_checkpoint", "latest"]
+    assert begun(2**40, *where, precision=None).config.model.mixed_precision == "no"
+    (run / "config.yaml").write_text("mixed_precision: bf16\n", encoding="utf-8")
+    assert begun(2**40, *where, precision=None).config.model.mixed_precision == "bf16"
+    assert begun(2**40, *where).config.model.mixed_precision == "no"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -176,6 +177,17 @@ def test_a_method_that_cannot_train_is_refused_before_any_run(
 ) -> None:
     with pytest.raises(UserError, match=f"--optimizers {re.escape(method)}: {words}"):
         compare("--optimizers", "adamw", method)
+    assert not fake.made and not (tmp_path / "out").exists()
+
+
+def test_weights_that_lack_their_package_are_refused_before_any_run(
+    compare: Any, fake: type[FakePool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    for flag in ("base_precision", "text_encoder_precision"):
+        with pytest.raises(UserError, match=rf'--optimizers adamw\+{flag}=nf4: --{flag} nf4: .*pip install "dreamlora'):
+            compare("--optimizers", "adamw", f"adamw+{flag}=nf4")
     assert not fake.made and not (tmp_path / "out").exists()
 
 

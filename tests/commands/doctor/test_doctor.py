@@ -241,16 +241,17 @@ def large(tmp_path_factory) -> Path:
 
 
 def test_what_vram_chooses_is_a_table(large: Path, capsys) -> None:
-    """In half precision, without a word of it; flags that are given are not among those that are chosen."""
+    """Half precision is chosen and told; flags that are given are not among those that are chosen."""
     found = told(capsys, large, "--train_batch_size", 24, "--resolution", 512)
     rows = {row["vram"]: row for row in found["vram"]}
     assert list(rows) == ["8", "10", "12", "16", "24"]
     assert [row["vram"] for row in found["vram"] if not row["fits"]] == ["8"]
-    assert {rows[card]["flags"] for card in ("10", "12", "16", "24")} == {"--gradient_checkpointing"}
+    flags = "--mixed_precision bf16 --gradient_checkpointing"
+    assert {rows[card]["flags"] for card in ("10", "12", "16", "24")} == {flags}
     assert all(row["needed"] < int(row["vram"]) * 2**30 / 1.1 for row in rows.values() if row["fits"])
     lines = [" ".join(line.split()) for line in lines_of(found)]
-    assert f"10 {gibibytes(rows['10']['needed'])} training --gradient_checkpointing" in lines
-    assert any("does not fit, not even with --gradient_checkpointing --base_precision int8" in line for line in lines)
+    assert f"10 {gibibytes(rows['10']['needed'])} training {flags}" in lines
+    assert any(f"does not fit, not even with {flags} --base_precision int8" in line for line in lines)
 
 
 PUBLISHED = [("sdxl", 1024, 2.6e9), ("flux", 512, 11.9e9), ("klein", 512, 3.9e9)]
@@ -269,7 +270,7 @@ def test_published_models_fit_on_the_gpus_that_people_own(name, side, numbers, t
 def test_what_vram_has_chosen_is_what_the_stages_take(large: Path, capsys) -> None:
     found = told(capsys, large, "--vram", 4, "--resolution", 512)
     [row] = found["vram"]
-    assert row["vram"] == "4" and row["flags"].startswith("--gradient_checkpointing")
+    assert row["vram"] == "4" and row["flags"].startswith("--mixed_precision bf16 --gradient_checkpointing")
     assert row["needed"] == max(stage["needed"] for stage in found["memory"]["stages"]) < 3.1 * 2**30
 
 
