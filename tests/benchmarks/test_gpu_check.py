@@ -49,7 +49,8 @@ def test_all_of_it_works_on_a_cpu(check: ModuleType, tmp_path: Path) -> None:
     counts = result["tier"]["counts"]
     assert counts["passed"] > 25 and "failed" not in counts
     reasons = {test["message"] for test in result["tier"]["tests"] if test["outcome"] == "skipped"}
-    assert all("fp16" in reason or "needs a CUDA device" in reason for reason in reasons), reasons
+    known = ("fp16", "needs a CUDA device", "a CPU has no memory of its own")
+    assert all(any(words in reason for words in known) for reason in reasons), reasons
     assert not result["left_out"] and not result["failed"]
     names = set(check.optimizer_step.OPTIMIZERS)
     assert set(result["optimizer_step"]["tiny/4"]["optimizers"]) == names

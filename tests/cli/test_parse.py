@@ -339,8 +339,12 @@ def test_a_mistake_ends_the_program_within_a_second_without_traceback() -> None:
             1,
             "error: cannot write a/x: Read-only. Choose",
         ),
-        (MemoryError(), 1, "error: MemoryError. This does not fit into memory. Of a training: a smaller --resolution"),
-        (OverflowError("int too big to convert"), 1, "does not fit into memory"),
+        (
+            MemoryError(),
+            1,
+            "error: memory does not suffice (MemoryError). What takes less: of a training a smaller --resolution",
+        ),
+        (OverflowError("int too big to convert"), 1, "memory does not suffice (int too big to convert)"),
         (UnicodeEncodeError("ascii", "ä", 0, 1, "ordinal not in range(128)"), 1, "Set PYTHONUTF8=1"),
     ],
 )

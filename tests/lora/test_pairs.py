@@ -76,4 +76,4 @@ def test_nobody_else_takes_layers_apart(word: str) -> None:
     """But those that compute a layer's output, and the optimizers, which know no PEFT."""
     computing = {"lora/pairs.py", "lora/fused.py", "lora/offset.py"}
     users = {str(file.relative_to(ROOT)) for file in ROOT.rglob("*.py") if word in file.read_text(encoding="utf-8")}
-    assert {user for user in users if not user.startswith("optimizers/")} == computing
+    assert "lora/pairs.py" in users and {user for user in users if not user.startswith("optimizers/")} <= computing
