@@ -13,6 +13,7 @@ from PIL import Image
 from dreamlora.commands.sample import draw
 from dreamlora.commands.sample.command import main
 from dreamlora.jsonl import read_jsonl
+from dreamlora.memory import StageMemory
 from dreamlora.runfolder import RunFolder
 from dreamlora.schemas import OBJECT
 from tests.fakemps import MPS, Bus
@@ -83,7 +84,8 @@ def test_on_a_device_the_text_encoders_have_gone_when_the_denoiser_comes(
     main([*asked, "--output_dir", str(tmp_path / "cpu")])
     bus: Bus = request.getfixturevalue("bus")
     made = draw.prepared
-    monkeypatch.setattr(draw, "prepared", lambda config, rows, run, _, options: made(config, rows, run, MPS, options))
+    there = StageMemory(MPS, meters=())
+    monkeypatch.setattr(draw, "prepared", lambda config, rows, run, _, options: made(config, rows, run, there, options))
     main([*asked, "--output_dir", str(tmp_path / "device")])
     cpu, device = (
         images(list(read_jsonl(tmp_path / name / "samples.jsonl", OBJECT)), tmp_path / name)
