@@ -73,15 +73,16 @@ def test_nothing_of_the_model_is_left_when_the_fresh_one_is_loaded(
             patch.setattr(torch.nn.Module, "cpu", lambda module: copied.append(module))
             return conclude(context, run, pictures)
 
-    def looking(*arguments: Any) -> dict[str, Any]:
+    def looking(*arguments: Any, **named: Any) -> dict[str, Any]:
         left.append(sum(held() is not None for held in watched))
-        return check(*arguments)
+        return check(*arguments, **named)
 
     monkeypatch.setattr(ending, "conclude", watching)
     monkeypatch.setattr(parity, "check", looking)
     model = request.getfixturevalue(f"{family}_folder")
     metrics = more.replace("--eval_metrics drift", "--eval_metrics drift --clip_model tiny").split()
-    train("--max_train_steps", "1", "--sample_steps", "1", "--pretrained_model_name_or_path", str(model), *metrics)
+    few = ["--max_train_steps", "1", "--sample_steps", "1", "--parity", "full"]
+    train(*few, "--pretrained_model_name_or_path", str(model), *metrics)
     assert len(watched) > 50 and left == [0] and not copied
 
 
@@ -158,7 +159,7 @@ def test_config_yaml_does_not_point_at_its_own_folder(train: Train) -> None:
 
 
 def test_a_parity_check_that_fails_does_not_lose_the_report(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(parity, "check", out_of_memory)
