@@ -20,6 +20,7 @@ from dreamlora.interfaces import Batch
 from dreamlora.optimizers import _kernels
 from dreamlora.training import loop
 from dreamlora.training.loop import Run
+from dreamlora.training.stream import moved
 from tests.training.conftest import with_optimizer
 
 OURS = ("adamw", "lora_plus", "sgd", "scaled_gd", "scaled_adamw", "lora_muon", "lora_rite", "muon")
@@ -172,7 +173,7 @@ def test_batches_are_pinned_and_copied_without_waiting(monkeypatch: pytest.Monke
         names = ("latents", "noise", "times", "weights")
         tensors = {name: Recorder() for name in names}
         text = Recorder()
-        loop._moved(Batch(**tensors, conditioning={"text": text}, names=()), torch.device(device))  # type: ignore[arg-type]
+        moved(Batch(**tensors, conditioning={"text": text}, names=()), torch.device(device))  # type: ignore[arg-type]
         assert [each.calls for each in (*tensors.values(), text)] == [calls] * 5
 
 
