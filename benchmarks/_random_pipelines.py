@@ -13,7 +13,6 @@ for what reads their headers alone.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from _unets import SD15, SDXL, random_model
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 from tests.tinymodels.chat import qwen_tokenizer
-from tests.tinymodels.parts import clip_tokenizer, t5_tokenizer
+from tests.tinymodels.parts import clip_tokenizer, t5_tokenizer, write_holes
 
 CLIP_LENGTH = 77
 TINY_UNET: dict[str, Any] = {
@@ -222,22 +221,10 @@ def save_hollow(pipeline: Any, folder: Path) -> None:
             own = isinstance(part, diffusers.ModelMixin)
             (part.save_config if own else part.config.save_pretrained)(folder / name)
             file = "diffusion_pytorch_model.safetensors" if own else "model.safetensors"
-            _write_header(part, folder / name / file)
+            write_holes(part.state_dict(), folder / name / file)
         elif part is not None:
             part.save_pretrained(folder / name)
     pipeline.save_config(folder)
-
-
-def _write_header(module: torch.nn.Module, file: Path) -> None:
-    """A safetensors file of bf16 whose numbers are a hole."""
-    header, end = {}, 0
-    for name, tensor in module.state_dict().items():
-        begin, end = end, end + 2 * tensor.numel()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ What reads headers alone (``dreamlora doctor``) finds them whole; their numbers 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from benchmarks._unets import SD15, SDXL
 from tests.models.real_configs import OPENCLIP_BIG_G, QWEN3_4B, T5_XXL
 from tests.tinymodels import flux2, save_flux, save_sd
 from tests.tinymodels import sdxl as tiny_sdxl
-from tests.tinymodels.parts import clip_tokenizer
+from tests.tinymodels.parts import clip_tokenizer, write_holes
 
 _BLOCKS: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -104,26 +103,14 @@ def save(name: str, folder: Path) -> Path:
             module: Any = build().bfloat16()
         if hasattr(module, "save_config"):
             module.save_config(folder / part)
-            _write_holes(module, folder / part / "diffusion_pytorch_model.safetensors")
+            write_holes(dict(module.named_parameters()), folder / part / "diffusion_pytorch_model.safetensors")
         else:
             module.config.save_pretrained(folder / part)
-            _write_holes(module, folder / part / "model.safetensors")
+            write_holes(dict(module.named_parameters()), folder / part / "model.safetensors")
     for tokenizer in folder.glob("tokenizer*"):
         if name != "klein" and (tokenizer / "vocab.json").exists():
             clip_tokenizer(77).save_pretrained(tokenizer)
     return folder
-
-
-def _write_holes(module: nn.Module, file: Path) -> None:
-    """A safetensors file of the module's weights whose numbers take no room on the disk."""
-    header, end = {}, 0
-    for name, parameter in module.named_parameters():
-        begin, end = end, end + 2 * parameter.numel()
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
 
 
 def wide(folder: Path) -> Path:
