@@ -3,8 +3,8 @@
 Only the storage is small. A layer computes as ever, in the precision of the run, with weights that are unpacked when
 they are used, forwards and again backwards, and let go. LoRA and optimizer know nothing of it.
 
-fp8 and int8 are the formats of torchao's weight-only configs (symmetric, one float32 scale per row), in two lines of
-torch that need no package and run on every device; the tests hold them against torchao's own. nf4 is bitsandbytes'
+fp8 and int8 are stored as torchao's weight-only configs store them (symmetric, one float32 scale per row), in a few
+lines of torch that need no package; the tests hold them against the steps of each row. nf4 is bitsandbytes'
 (blocks of 64, their scales in 8 bits), by its functions. The quantization configs that diffusers and transformers have
 for the same formats are not used: they refuse bitsandbytes without a GPU, load each in a way of its own, and torchao's
 layers keep every unpacked weight until the backward pass.

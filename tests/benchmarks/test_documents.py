@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dreamlora.models.footprint import Stored
 from tests.benchmarks.test_benchmarks import load
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,19 @@ def test_training_on_a_gpu() -> None:
     other = results("gpu_speed_h200_other_host")["cases"]["sdxl1"]["ours"]
     assert f"[{other['steps_per_s']:.2f}]" in readme
     assert f"[{results('gpu_steps_h200')['forms']['flux-nf4']['peak_gib']:.2f}]" in readme
+
+
+def test_the_weights_in_fewer_bits() -> None:
+    pipelines = load("_random_pipelines")
+    rows = table("docs/memory.md", "Weights of")
+    names = {"SD 1.5": "sd15", "SDXL": "sdxl", "FLUX.2": "klein", "FLUX.1": "flux"}
+    assert len(rows) == len(names)
+    for row, cells in rows.items():
+        [name] = [name for start, name in names.items() if row.startswith(start)]
+        pipeline = pipelines.PIPELINES[name](pipelines.Maker("meta", False))
+        stored = Stored.of(getattr(pipeline, "unet", None) or pipeline.transformer)
+        for cell, word in zip(cells, (None, "int8", "nf4"), strict=True):
+            assert cell == f"{stored.bytes(word) / 2**30:.1f}"
 
 
 def test_the_cost_of_fewer_bits() -> None:
