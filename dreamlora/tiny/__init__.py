@@ -13,6 +13,11 @@ def pipeline_path() -> Path:
     return _WEIGHTS / "pipeline"
 
 
+def flow_path() -> Path:
+    """The folder that `FluxPipeline.from_pretrained` loads: the second model, a flow transformer."""
+    return _WEIGHTS / "flow_pipeline"
+
+
 def clip_path() -> Path:
     """The folder that `CLIPModel.from_pretrained` loads (tokenizer and image processor included)."""
     return _WEIGHTS / "clip"

@@ -114,15 +114,19 @@ class Denoiser(nn.Module):
 
 
 class Captions:
-    """Token ids of freshly worded captions."""
+    """Freshly worded captions, and their token ids."""
 
     def __init__(self, scenes: list[world.Scene], words: CLIPTokenizer, seed: int) -> None:
         self.scenes, self.rng, self.words = scenes, random.Random(seed), words
 
     def __call__(self, indices: list[int]) -> torch.Tensor:
-        """(n, MAX_LENGTH) ids; CAPTION_DROP of the captions are empty."""
-        texts = ["" if self.rng.random() < CAPTION_DROP else world.describe(self.scenes[i], self.rng) for i in indices]
+        """(n, MAX_LENGTH) ids."""
+        texts = self.words_of(indices)
         return self.words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def words_of(self, indices: list[int]) -> list[str]:
+        """The captions; CAPTION_DROP of them are empty."""
+        return ["" if self.rng.random() < CAPTION_DROP else world.describe(self.scenes[i], self.rng) for i in indices]
 
 
 def train(folder: Path, minutes: float, device: torch.device) -> None:

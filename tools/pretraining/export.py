@@ -48,8 +48,8 @@ def export_pipeline(folder: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fresh = Path(scratch) / "pipeline"
         pipeline.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
-        _declare_float32(fresh / "text_encoder" / "config.json")
-        _replace(fresh, target)
+        declare_float32(fresh / "text_encoder" / "config.json")
+        replace(fresh, target)
 
 
 def export_clip(folder: Path, target: Path) -> None:
@@ -66,11 +66,11 @@ def export_clip(folder: Path, target: Path) -> None:
             image_mean=list(PIXEL_MEAN),
             image_std=list(PIXEL_STD),
         ).save_pretrained(fresh)
-        _declare_float32(fresh / "config.json")
-        _replace(fresh, target)
+        declare_float32(fresh / "config.json")
+        replace(fresh, target)
 
 
-def _declare_float32(config: Path) -> None:
+def declare_float32(config: Path) -> None:
     """Make transformers load the float16 file as float32: "auto" would leave it half and clash with the UNet."""
     settings = json.loads(config.read_text(encoding="utf-8"))
     for part in (settings, settings.get("text_config"), settings.get("vision_config")):
@@ -79,7 +79,7 @@ def _declare_float32(config: Path) -> None:
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _replace(fresh: Path, target: Path) -> None:
+def replace(fresh: Path, target: Path) -> None:
     """Put `fresh` where `target` is."""
     old = target.with_name(target.name + ".old")
     if target.exists():

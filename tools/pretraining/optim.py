@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,20 +56,20 @@ class Muon(torch.optim.Optimizer):
 
 
 class MuonAndAdamW:
-    """Muon on the hidden matrices and convolutions of some modules, AdamW on everything else."""
+    """Muon on the hidden matrices and convolutions of a module, AdamW on everything else."""
 
-    def __init__(self, modules: Iterable[nn.Module], muon_lr: float, adamw_lr: float) -> None:
+    def __init__(self, module: nn.Module, recipe: "PretrainingRecipe") -> None:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        for name, parameter in (pair for module in modules for pair in module.named_parameters()):
-            hidden = parameter.ndim > 1 and not any(part in name for part in FIRST_AND_LAST)
+        for name, parameter in module.named_parameters():
+            hidden = parameter.ndim > 1 and not any(part in name for part in recipe.not_for_muon)
             (matrices if hidden else others).append(parameter)
         self.parameters = matrices + others
         self.parts: list[torch.optim.Optimizer] = [
-            Muon(matrices, muon_lr),
-            torch.optim.AdamW(others, adamw_lr, betas=(0.9, 0.98), weight_decay=0.0),
+            Muon(matrices, recipe.muon_lr),
+            torch.optim.AdamW(others, recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.base_lrs = (muon_lr, adamw_lr)
+        self.base_lrs = (recipe.muon_lr, recipe.adamw_lr)
 
     def step(self, factor: float, clip: float = 1.0) -> None:
         """Clip the gradient norm, update with learning rates times `factor`, clear the gradients."""
@@ -136,15 +137,29 @@ class PretrainingRecipe:
     adamw_lr: float
     decay: float = 0.998  # of the moving average
     hold: float = 0.4  # share of the time before the learning rate falls
+    not_for_muon: tuple[str, ...] = FIRST_AND_LAST  # parts of parameters' names
 
 
 class PretrainingRun:
-    """One training run: optimizer, average, budget, log lines, and a checkpoint to resume from."""
+    """One training run: optimizer, average, budget, log lines, and a checkpoint to resume from.
 
-    def __init__(self, model: nn.Module, recipe: PretrainingRecipe, folder: Path, device: torch.device) -> None:
+    Attributes:
+        model: the weights, float32.
+        working: what the losses are computed with: the model, or the copy of it that the argument of that name makes,
+            for example in bfloat16; each update moves gradients from it and weights to it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: PretrainingRecipe,
+        folder: Path,
+        device: torch.device,
+        working: Callable[[Any], nn.Module] | None = None,
+    ) -> None:
         self.model, self.recipe, self.path = model.to(device), recipe, folder / f"{recipe.name}.pt"
         self.average = Average(model, recipe.decay)
-        self.optimizer = MuonAndAdamW([model], recipe.muon_lr, recipe.adamw_lr)
+        self.optimizer = MuonAndAdamW(model, recipe)
         self.step, self._saved, self._total = 0, 0.0, 0.0
         if self.path.exists():
             state = torch.load(self.path, map_location=device, weights_only=True)
@@ -153,6 +168,7 @@ class PretrainingRun:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = self.average.steps = state["step"]
             self._saved = state["spent"]
+        self.working = working(model) if working else model
         self.budget = Budget(recipe.minutes, recipe.hold, self._saved)
         torch.manual_seed(self.step)
 
@@ -164,7 +180,9 @@ class PretrainingRun:
     def update(self, loss: torch.Tensor, report: Callable[[], str] = str) -> None:
         """One step on the loss; now and then a log line, with what `report` adds, and a checkpoint."""
         loss.backward()
+        self._collect_gradients()
         self.optimizer.step(self.budget.factor(self.step))
+        self._hand_out_weights()
         self.average.update(self.model)
         self.step, self._total = self.step + 1, self._total + loss.item()
         if self.step % REPORT_EVERY == 0:
@@ -173,6 +191,17 @@ class PretrainingRun:
             logger.info("%s step %d, %.0f s, loss %.4f %s", *line)
         if self.budget.spent - self._saved > SAVE_SECONDS or not self.unfinished:
             self.save()
+
+    def _collect_gradients(self) -> None:
+        if self.working is not self.model:
+            for parameter, copied in zip(self.model.parameters(), self.working.parameters(), strict=True):
+                parameter.grad = None if copied.grad is None else copied.grad.to(parameter.dtype)
+                copied.grad = None
+
+    @torch.no_grad()
+    def _hand_out_weights(self) -> None:
+        if self.working is not self.model:
+            torch._foreach_copy_(list(self.working.parameters()), list(self.model.parameters()))
 
     def save(self) -> None:
         """Write the checkpoint: under a temporary name first, so that a killed run leaves the previous one whole."""

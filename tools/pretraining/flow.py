@@ -1,0 +1,204 @@
+"""Stages `flow` and `guidance`: the transformer of `tiny-flow` and its T5, on latents of the embedded autoencoder.
+
+`flow` trains rectified flow with dropped captions. `guidance` then teaches the transformer to do in one pass what
+classifier-free guidance does in two, with the scale as an input, as FLUX.1-dev was made.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+
+from dreamlora.families import _packed
+from dreamlora.tiny import pipeline_path
+from pretraining import data, flow_tokenizer
+from pretraining.denoiser import Captions
+from pretraining.optim import PretrainingRecipe, PretrainingRun
+
+HEADS, HEAD_WIDTH, DOUBLE, SINGLE = 5, 32, 2, 6
+T5_WIDTH, T5_LAYERS, CLIP_WIDTH = 128, 2, 96
+BATCH = 32
+MUON_LR, ADAMW_LR = 3e-3, 1.5e-3
+GUIDANCE_MUON_LR, GUIDANCE_ADAMW_LR = 1e-3, 5e-4
+GUIDANCE = (1.0, 5.0)  # the scales that `guidance` teaches
+PAIRS_AFTER = 0.1  # of the time: first single things, then two
+TIME_SPREAD = 1.2  # of the logits of the times
+# Muon is meant for hidden matrices only; a modulation's are many small ones side by side.
+NOT_FOR_MUON = ("embed", "norm", "shared", "relative", "transformer.proj_out")
+
+
+def build_t5(vocabulary: int) -> T5EncoderModel:
+    """An untrained text encoder for the tokenizer's number of tokens."""
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=T5_WIDTH,
+        d_kv=32,
+        d_ff=2 * T5_WIDTH,
+        num_layers=T5_LAYERS,
+        num_heads=4,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=32,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config)
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """An untrained transformer that predicts zero, each of its blocks the identity (as DiT starts)."""
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=DOUBLE,
+        num_single_layers=SINGLE,
+        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=HEADS,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=CLIP_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ("norm" in name or name == "proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+class FlowDenoiser(nn.Module):
+    """T5 and transformer as one module, so that they share an optimizer, an average and a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t5 = build_t5(len(flow_tokenizer.build()))
+        self.transformer = build_transformer()
+
+    def forward(self, noisy: Tensor, times: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor) -> Tensor:
+        """The predicted velocity, packed: (n, 64, 16).
+
+        Args:
+            noisy: packed latents (n, 64, 16).
+            times: (n,), 1 is noise.
+            tokens: of the captions, (n, MAX_LENGTH).
+            pooled: CLIP's summaries of them, (n, CLIP_WIDTH).
+            guidance: scales (n,).
+        """
+        dtype = self.transformer.dtype
+        prompts = self.t5(tokens)[0]
+        return self.transformer(
+            noisy.to(dtype),
+            encoder_hidden_states=prompts,
+            pooled_projections=pooled.to(dtype),
+            timestep=times.to(dtype),
+            guidance=guidance.to(dtype),
+            img_ids=_packed.image_ids(8, 8, noisy.device, dtype),
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=noisy.device, dtype=dtype),
+            return_dict=False,
+        )[0].float()
+
+
+@torch.no_grad()
+def encode_dataset(folder: Path, device: torch.device, batch: int = 64) -> None:
+    """Stage `flow_latents`: write the embedded autoencoder's latents of captioned.npy as flow_latents.pt, packed."""
+    vae = AutoencoderKL.from_pretrained(pipeline_path(), subfolder="vae", torch_dtype=torch.float32).to(device)
+    pictures = data.load_pictures(folder, "captioned")
+    latents = torch.empty(len(pictures), 64, 16, dtype=torch.float16)
+    for start in range(0, len(pictures), batch):
+        pixels = data.to_tensor(pictures[start : start + batch]).to(device)
+        latents[start : start + batch] = _packed.pack(vae.encode(pixels).latent_dist.mode()).half().cpu()
+    torch.save(latents, folder / "flow_latents.pt")
+
+
+class Summaries:
+    """CLIP's pooled embeddings, by the embedded model's own text encoder, which stays as it is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.words = CLIPTokenizer.from_pretrained(pipeline_path(), subfolder="tokenizer")
+        self._clip = CLIPTextModel.from_pretrained(pipeline_path(), subfolder="text_encoder").to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(n, CLIP_WIDTH) of token ids (n, 32)."""
+        return self._clip(tokens.to(self._clip.device)).pooler_output
+
+
+class Examples:
+    """Batches without end: packed latents, and what `FlowDenoiser` takes for their captions."""
+
+    def __init__(self, folder: Path, device: torch.device, seed: int) -> None:
+        self.latents, self.scenes = torch.load(folder / "flow_latents.pt", weights_only=True), data.load_scenes(folder)
+        self.singles = torch.tensor([i for i, scene in enumerate(self.scenes) if scene.relation is None])
+        self.summaries, self.device = Summaries(device), device
+        self.texts, self.words = Captions(self.scenes, self.summaries.words, seed), flow_tokenizer.build()
+
+    def batch(self, singles_alone: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (n, 64, 16), T5's tokens (n, 32) and CLIP's summaries (n, CLIP_WIDTH)."""
+        among = self.singles if singles_alone else torch.arange(len(self.latents))
+        chosen = among[torch.randint(len(among), (BATCH,))]
+        texts = self.texts.words_of(chosen.tolist())
+        return self.latents[chosen].to(self.device).float(), *self.read(texts)
+
+    def read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """T5's tokens and CLIP's summaries of texts."""
+        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        summaries = self.summaries(self.summaries.words(texts, **padded).input_ids)
+        return self.words(texts, **padded).input_ids.to(self.device), summaries
+
+
+def draw_times(count: int, device: torch.device) -> Tensor:
+    """Logit-normal times (n,), one per stratum: a less noisy loss. In bfloat16's steps, as the model reads them."""
+    strata = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
+    logits = TIME_SPREAD * torch.special.ndtri(strata.clamp(1e-4, 1 - 1e-4))
+    return logits.sigmoid().bfloat16().float()
+
+
+def noised(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, times and the velocity noise - latents."""
+    times, noise = draw_times(len(latents), latents.device), torch.randn_like(latents)
+    t = times.view(-1, 1, 1)
+    return (1 - t) * latents + t * noise, times, noise - latents
+
+
+def train(folder: Path, minutes: float, device: torch.device) -> None:
+    """Stage `flow`: train for `minutes`; checkpoint (and resume) as flow.pt in `folder`."""
+    torch.manual_seed(0)
+    recipe = PretrainingRecipe("flow", minutes, MUON_LR, ADAMW_LR, decay=0.999, not_for_muon=NOT_FOR_MUON)
+    run = PretrainingRun(FlowDenoiser(), recipe, folder, device, working=working_copy)
+    examples, ones = Examples(folder, device, run.step), torch.ones(BATCH, device=device)
+    while run.unfinished:
+        latents, tokens, pooled = examples.batch(singles_alone=run.budget.progress < PAIRS_AFTER)
+        noisy, times, velocity = noised(latents)
+        run.update(F.mse_loss(run.working(noisy, times, tokens, pooled, ones), velocity))
+
+
+def distil(folder: Path, minutes: float, device: torch.device) -> None:
+    """Stage `guidance`: train for `minutes` from flow.pt; checkpoint (and resume) as guidance.pt in `folder`."""
+    model = FlowDenoiser()
+    model.load_state_dict(torch.load(folder / "flow.pt", map_location="cpu", weights_only=True)["average"])
+    teacher = working_copy(model.to(device)).requires_grad_(False)
+    muon, adamw = GUIDANCE_MUON_LR, GUIDANCE_ADAMW_LR
+    recipe = PretrainingRecipe("guidance", minutes, muon, adamw, decay=0.999, hold=0.2, not_for_muon=NOT_FOR_MUON)
+    run = PretrainingRun(model, recipe, folder, device, working=working_copy)
+    examples, ones = Examples(folder, device, run.step), torch.ones(BATCH, device=device)
+    empty = [part.expand(BATCH, -1) for part in examples.read([""])]
+    low, high = GUIDANCE
+    while run.unfinished:
+        latents, tokens, pooled = examples.batch(singles_alone=False)
+        noisy, times, _ = noised(latents)
+        scales = (low + (high - low) * torch.rand(BATCH, device=device)).bfloat16().float()
+        with torch.no_grad():
+            without = teacher(noisy, times, *empty, ones)
+            target = without + scales.view(-1, 1, 1) * (teacher(noisy, times, tokens, pooled, ones) - without)
+        run.update(F.mse_loss(run.working(noisy, times, tokens, pooled, scales), target))
+
+
+def working_copy(model: FlowDenoiser) -> FlowDenoiser:
+    """A bfloat16 copy with compiled blocks: twice as fast on a CPU that multiplies bfloat16 (AMX)."""
+    copied = copy.deepcopy(model).bfloat16()
+    copied.transformer.set_attention_backend("_native_math")  # the CPU's flash attention is slow in bfloat16
+    copied.transformer.compile_repeated_blocks()
+    return copied
