@@ -279,9 +279,8 @@ def _named_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair, str | 
                 continue
             pair = LoraPair(head[1:], A, B, _named_scaling(module, head[1:], A))
             problem = "a third factor stands between the two" if f"{head}.lora_E." in parameters else None
-            if (
-                not tail and A.ndim == 2 and A.shape[0] > A.shape[1]
-            ):  # bare parameters, which some layers multiply from the other side
+            # Bare parameters do not tell from which side the layer multiplies.
+            if not tail and A.ndim == 2 and A.shape[0] > A.shape[1]:
                 problem = "the first factor is taller than wide (transposed?)"
             yield _adapter_of(name) or "default", pair, problem
             break
