@@ -28,7 +28,7 @@ import optimizer_step
 import peft
 import torch
 from peft.optimizers import create_riemannian_optimizer, riemannian
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig
+from peft.tuners.lora import config as lora_config
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -219,17 +219,18 @@ class Experts(nn.Module):
 def other_products() -> dict[str, float | str]:
     """``‖gA Aᵀ − Bᵀ gB‖`` relative, of what PEFT takes for a pair; or the error of its first step."""
     variants: dict[str, dict[str, Any]] = {
-        "plain": {"target_modules": ["1"]},
+        "plain": {},
         "experts": {"target_modules": [], "target_parameters": ["0.weight"]},
-        "BD-LoRA, A": {"target_modules": ["1"], "use_bdlora": BdLoraConfig(target_modules_bd_a=["1"], nblocks=2)},
-        "BD-LoRA, B": {"target_modules": ["1"], "use_bdlora": BdLoraConfig(target_modules_bd_b=["1"], nblocks=2)},
-        "KaSA": {"target_modules": ["1"], "kasa_config": KasaConfig()},
+        "BD-LoRA, A": {"use_bdlora": lora_config.BdLoraConfig(target_modules_bd_a=["1"], nblocks=2)},
+        "BD-LoRA, B": {"use_bdlora": lora_config.BdLoraConfig(target_modules_bd_b=["1"], nblocks=2)},
     }
+    if hasattr(lora_config, "KasaConfig"):
+        variants["KaSA"] = {"kasa_config": lora_config.KasaConfig()}
     found: dict[str, float | str] = {}
     for name, settings in variants.items():
         torch.manual_seed(0)
         model = nn.Sequential(Experts(), nn.Linear(6, 6))
-        peft.inject_adapter_in_model(peft.LoraConfig(r=2, **settings), model)
+        peft.inject_adapter_in_model(peft.LoraConfig(**{"r": 2, "target_modules": ["1"], **settings}), model)
         with torch.no_grad():
             for key, p in model.named_parameters():
                 if ".lora_" in key:
