@@ -1,7 +1,7 @@
 """Finding LoRA pairs in modules and turning them into parameter groups.
 
 PEFT's layers are recognised by what they have (``lora_A``, ``lora_B``, ``scaling``), so PEFT is not imported; modules
-of other makers are recognised by parameter names.
+of other makers are recognised by parameter names: kohya's, torchtune's, and bare parameters as in loralib and litgpt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Names of the two factors where there is no PEFT layer: (A, B). "down"/"up" alone are also names of UNet blocks, hence
 # the check for "lora" in the owner's name.
-_NAME_PAIRS = ((".lora_A.", ".lora_B."), (".lora_down.", ".lora_up."), (".down.", ".up."))
+_NAME_PAIRS = ((".lora_A.", ".lora_B."), (".lora_a.", ".lora_b."), (".lora_down.", ".lora_up."), (".down.", ".up."))
 _ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.([^.]+)(?=\.|$)")
 
 
@@ -64,8 +64,8 @@ def find_lora_pairs(module: nn.Module, adapter_names: Collection[str] | None = N
         candidates = list(_named_candidates(module))
     if adapter_names is not None:
         adapter_names = _as_set(adapter_names)
-        candidates = [(adapter, pair) for adapter, pair in candidates if adapter in adapter_names]
-    return _accept([pair for _, pair in candidates])
+        candidates = [candidate for candidate in candidates if candidate[0] in adapter_names]
+    return _accept([(pair, problem) for _, pair, problem in candidates])
 
 
 def lora_param_groups(
@@ -97,7 +97,7 @@ def lora_param_groups(
     """
     modules = [model] if isinstance(model, nn.Module) else list(model)
     adapter_names = None if adapter_names is None else _as_set(adapter_names)
-    pairs = _accept([pair for module in modules for pair in find_lora_pairs(module, adapter_names)])
+    pairs = _accept([(pair, None) for module in modules for pair in find_lora_pairs(module, adapter_names)])
     if not pairs:
         chosen = "" if adapter_names is None else f" of the adapters {sorted(adapter_names)}"
         raise ValueError(
@@ -209,7 +209,7 @@ def check_compatibility(model: nn.Module | Iterable[LoraPair]) -> dict[str, floa
     """Relative size of ``gA Aᵀ − Bᵀ gB`` per pair, from the gradients of a backward pass just done.
 
     Both terms are ``s BᵀGAᵀ`` with ``G`` the gradient of the full weight, so the difference is rounding (below 1e-5 in
-    float32, 1e-3 in bfloat16) if and only if the factors belong together: linear, convolution, DoRA, dropout and
+    float32, 1e-2 in bfloat16) if and only if the factors belong together: linear, convolution, DoRA, dropout and
     global-norm clipping included. Clipping per tensor breaks it. Pairs without gradients, or with B at zero, give 0.
 
     Raises:
@@ -240,8 +240,8 @@ def _is_peft_layer(layer: nn.Module) -> bool:
     return has_factors and isinstance(getattr(layer, "scaling", None), Mapping)
 
 
-def _peft_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair]]:
-    """(adapter, pair) of every PEFT LoRA layer; embeddings keep bare parameters."""
+def _peft_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair, str | None]]:
+    """(adapter, pair, why it is none) of every PEFT LoRA layer; embeddings keep bare parameters."""
     for name, layer in module.named_modules():
         if not _is_peft_layer(layer):
             continue
@@ -253,27 +253,45 @@ def _peft_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair]]:
                     continue
                 A, B = (getattr(x, "weight", x) for x in (As[adapter], Bs[adapter]))
                 label = name if adapter == "default" else f"{name}[{adapter}]"
-                yield adapter, LoraPair(label, A, B, float(layer.scaling[adapter]))
+                pair = LoraPair(label, A, B, float(layer.scaling[adapter]))
+                yield adapter, pair, _other_product(layer, adapter, As[adapter])
 
 
-def _named_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair]]:
-    """(adapter, pair) by parameter names, for layers that are not PEFT's."""
-    # The leading dot lets a name match that is not nested in any module.
-    parameters = {f".{name}": p for name, p in module.named_parameters(remove_duplicate=False)}
+def _other_product(layer: Any, adapter: str, A: Any) -> str | None:
+    """Why a PEFT layer moves its weight by another product than ``B A``, or None: variants keep the factors' names."""
+    if getattr(layer, "num_experts", 1) > 1:
+        return "every expert has factors of its own in one tensor"
+    if adapter in getattr(layer, "lora_diag", ()):
+        return "a third factor stands between the two (KaSA)"
+    return "a factor is block-diagonal (BD-LoRA)" if hasattr(A, "nblocks") else None
+
+
+def _named_candidates(module: nn.Module) -> Iterator[tuple[str, LoraPair, str | None]]:
+    """(adapter, pair, why it is none) by parameter names, for layers that are not PEFT's."""
+    # The dots let a name match that is not nested in any module, or has nothing nested in it.
+    parameters = {f".{name}.": p for name, p in module.named_parameters(remove_duplicate=False)}
     for name, A in parameters.items():
         for mark_a, mark_b in _NAME_PAIRS:
             head, mark, tail = name.rpartition(mark_a)
             # Only the last occurrence is replaced: a block may itself be called "down" or "lora_A".
-            B = parameters.get(head + mark_b + tail) if mark and tail.endswith("weight") else None
+            B = parameters.get(head + mark_b + tail) if mark and (not tail or tail.endswith("weight.")) else None
             if B is None or (mark_a == ".down." and "lora" not in head):
                 continue
-            yield _adapter_of(name) or "default", LoraPair(head[1:], A, B, _named_scaling(module, head[1:], A))
+            pair = LoraPair(head[1:], A, B, _named_scaling(module, head[1:], A))
+            problem = "a third factor stands between the two" if f"{head}.lora_E." in parameters else None
+            # Bare parameters do not tell from which side the layer multiplies.
+            if not tail and A.ndim == 2 and A.shape[0] > A.shape[1]:
+                problem = "the first factor is taller than wide (transposed?)"
+            yield _adapter_of(name) or "default", pair, problem
             break
 
 
 def _named_scaling(module: nn.Module, owner: str, A: Tensor) -> float:
-    """``alpha/r`` if the module that holds the factors has an ``alpha`` (kohya, diffusers' old layers)."""
-    alpha = getattr(module.get_submodule(owner), "alpha", None)
+    """What the module that holds the factors says: ``scaling`` (loralib), or ``alpha`` (kohya, torchtune) / rank."""
+    layer = module.get_submodule(owner)
+    scaling, alpha = getattr(layer, "scaling", None), getattr(layer, "alpha", None)
+    if isinstance(scaling, (int, float)):
+        return float(scaling)
     return float(alpha) / A.shape[0] if isinstance(alpha, (int, float, Tensor)) else 1.0
 
 
@@ -283,16 +301,20 @@ def _adapter_of(name: str) -> str | None:
     return None if not names or names[-1] in ("weight", "bias") else names[-1]
 
 
-def _accept(candidates: list[LoraPair]) -> list[LoraPair]:
-    """The candidates that can be preconditioned; the others are reported once, by reason."""
-    unique = {(id(pair.A), id(pair.B)): pair for pair in candidates}
-    uses = Counter(id(factor) for pair in unique.values() for factor in (pair.A, pair.B))
+def _accept(candidates: list[tuple[LoraPair, str | None]]) -> list[LoraPair]:
+    """The candidates that can be preconditioned; the others are reported once, by reason.
+
+    Args:
+        candidates: and what else is wrong with them, if anything.
+    """
+    unique = {(id(pair.A), id(pair.B)): (pair, problem) for pair, problem in candidates}
+    uses = Counter(id(factor) for pair, _ in unique.values() for factor in (pair.A, pair.B))
     accepted: list[LoraPair] = []
     refused: Counter[str] = Counter()
-    for pair in unique.values():
+    for pair, problem in unique.values():
         if not (pair.A.requires_grad or pair.B.requires_grad):
             continue
-        reason = pair_problem(pair.A, pair.B)
+        reason = problem or pair_problem(pair.A, pair.B)
         if not (pair.A.requires_grad and pair.B.requires_grad):
             reason = "a factor is frozen"
         elif reason is None and max(uses[id(pair.A)], uses[id(pair.B)]) > 1:

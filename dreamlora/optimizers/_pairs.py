@@ -21,6 +21,12 @@ from dreamlora.optimizers._states import own_state, sign
 # mapped anew, and their page faults cost more than the arithmetic), and they are few. GPU: few large launches.
 _BATCH_BYTES = {"cpu": 2**22}
 _BATCH_BYTES_DEFAULT = 64 * 2**20
+# FSDP2 does not synchronise what it ignores: every process would train a LoRA of its own.
+_AVERAGED = "and average their gradients over the processes before each step (torch.distributed.all_reduce)"
+_HIDDEN_PAIRS = (
+    "FSDP1 and DeepSpeed ZeRO flatten parameters and ZeroRedundancyOptimizer deals them out to processes, which hides "
+    f"the pairs: train with DDP, or with FSDP2 and the LoRA parameters ignored, {_AVERAGED}"
+)
 
 Group = dict[str, Any]
 
@@ -244,22 +250,21 @@ def _check_pairs(params: list[Tensor], group: Group) -> None:
     """Raise ValueError unless ``params`` are [A1, B1, A2, B2, ...] that can be updated as pairs."""
     if any(hasattr(p, "device_mesh") for p in params):
         raise ValueError(
-            "LoRA factors are sharded (DTensor): a factor must be whole to be preconditioned. Leave the LoRA "
-            "parameters out of FSDP (ignored_params), or train with DDP; they are small"
+            "LoRA factors are sharded (DTensor): a factor must be whole to be preconditioned. Train with DDP, or leave "
+            f"the LoRA parameters out of FSDP (ignored_params), {_AVERAGED}; they are small"
         )
     names = group.get("pair_names") or [f"number {i}" for i in range(len(params) // 2)]
     flat = any(p.ndim < 2 for p in params)
     if flat or len(params) % 2:
         raise ValueError(
             f"a group of LoRA pairs must be [A1, B1, A2, B2, ...], got {len(params)} tensors"
-            f"{', some of them 1-D' if flat else ''}. FSDP1 and DeepSpeed ZeRO flatten parameters, which hides the "
-            "pairs: train with DDP or with FSDP2 and the LoRA parameters ignored"
+            f"{', some of them 1-D' if flat else ''}. {_HIDDEN_PAIRS}"
         )
     if len({id(p) for p in params}) < len(params):
         raise ValueError("a parameter is in more than one LoRA pair: shared factors go to a group without pairs")
     for key in ("scalings", "pair_names"):
         if group.get(key) and len(group[key]) != len(params) // 2:
-            raise ValueError(f"{key}: got {len(group[key])} values for {len(params) // 2} LoRA pairs")
+            raise ValueError(f"{key}: got {len(group[key])} values for {len(params) // 2} LoRA pairs. {_HIDDEN_PAIRS}")
     for name, A, B in zip(names, params[0::2], params[1::2], strict=True):
         problem = pair_problem(A, B)
         if problem:
