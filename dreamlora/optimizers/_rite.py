@@ -111,6 +111,7 @@ class LoRARITE(LoraPairOptimizer):
         super().validate_group(group)
         for name in ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust"):
             _checks.at_least_zero(name, group[name])
+        _checks.switch("apply_escape", group["apply_escape"])
 
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         square = (rank, rank)

@@ -70,6 +70,8 @@ def check(options: Mapping[str, Any]) -> None:
         ValueError: a value is out of range, or two exclude each other; the message names them.
     """
     _checks.at_least_zero("damping", options["damping"])
+    _checks.switch("transport_momentum", options["transport_momentum"])
+    _checks.switch("scale_correction", options["scale_correction"])
     for name, choices in _CHOICES.items():
         _checks.one_of(name, options[name], get_args(choices))
     for name, value, other, other_value, why in _EXCLUDED:

@@ -47,6 +47,8 @@ class Options:
         _checks.two_fractions("betas", self.betas)
         for name in ("eps", "clip_unmagnified_grad", "update_skipping", "update_capping", "trust", "fallback_lr"):
             _checks.at_least_zero(name, getattr(self, name))
+        _checks.switch("apply_escape", self.apply_escape)
+        _checks.switch("scale_correction", self.scale_correction)
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
