@@ -82,6 +82,14 @@ class LoraPairOptimizer(Optimizer):
         if group.get("differentiable"):
             raise ValueError("differentiable: got True, must be False (gradients of the update are not supported)")
 
+    def added_settings(self, saved: Group) -> Group:
+        """Settings that earlier versions did not have, as they were without them.
+
+        Args:
+            saved: a group of a state that may be such a version's.
+        """
+        return {}
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, checked; see the class for its keys.
 

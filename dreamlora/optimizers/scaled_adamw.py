@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dreamlora.optimizers import _checks
-from dreamlora.optimizers._scaled_options import ScaledOptions, check_adamw
+from dreamlora.optimizers._scaled_options import BiasCorrection, ScaledOptions, check_adamw
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -30,6 +30,8 @@ class Options(ScaledOptions):
     """Decay of the first and the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    bias_correction: BiasCorrection = "torch"
+    """absolute: torch's, as in the paper's program for DreamBooth; folded into the rate (GPT-2's); none (others')."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
