@@ -53,6 +53,8 @@ class FactorMuon(LoraPairOptimizer):
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
         _checks.fraction("momentum", group["momentum"])
+        _checks.switch("nesterov", group["nesterov"])
+        _checks.whole_number("ns_steps", group["ns_steps"], 1, _checks.MOST_NS_STEPS)
         _checks.one_of("adjust_lr_fn", group["adjust_lr_fn"], ("original", "match_rms_adamw"))
 
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from dreamlora.linalg import gram_dtype
+from dreamlora.optimizers._scaled_options import BiasCorrection
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -107,12 +108,19 @@ def adamw_(params: list[Tensor], directions: list[Tensor], states: list[dict[str
 
 
 def published_adamw_(
-    params: list[Tensor], directions: list[Tensor], states: list[dict[str, Any]], hyper: AdamWHyper
+    params: list[Tensor],
+    directions: list[Tensor],
+    states: list[dict[str, Any]],
+    hyper: AdamWHyper,
+    bias_correction: BiasCorrection,
 ) -> None:
-    """One step of the AdamW in the code of arXiv 2402.02347, with ``adamw_``'s arguments and states.
+    """One step of an AdamW in the code of arXiv 2402.02347, with ``adamw_``'s arguments and states.
 
-    ``p ← p − η √(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``, then ``p ← p − η·wd·p``: unlike in torch, ``ε`` is not divided by the
-    bias correction, and the weight decays after the update.
+    ``p ← p − η · step``, then ``p ← p − η·wd·p``: unlike in torch the weight decays after the update. The step is
+
+    * torch: ``m̂/(√v̂ + ε)`` with ``m̂ = m/(1−β₁ᵗ)``, ``v̂ = v/(1−β₂ᵗ)``;
+    * folded: ``√(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + ε)``, so that ``ε`` is not divided by the bias correction;
+    * none: ``m/(√v + ε)``.
     """
     if not params:
         return
@@ -125,13 +133,18 @@ def published_adamw_(
     torch._foreach_lerp_(means, signed, 1 - first)
     torch._foreach_mul_(squares, second)
     torch._foreach_addcmul_(squares, signed, signed, 1 - second)
-    divisors = torch._foreach_sqrt(squares)
-    torch._foreach_add_(divisors, hyper.eps)
     # β₂ᵗ is close to 1, and its difference from 1 counts.
     t = torch.stack(steps).to(gram_dtype(steps[0].device))
-    rates = ((1 - second**t).sqrt() / (1 - first**t) * hyper.lr).unbind()
+    of_mean, of_root = 1 - first**t, (1 - second**t).sqrt()
+    if bias_correction == "none":
+        of_mean, of_root = torch.ones_like(t), torch.ones_like(t)
+    divisors = torch._foreach_sqrt(squares)
+    if bias_correction == "torch":
+        torch._foreach_div_(divisors, list(of_root.unbind()))
+        of_root = torch.ones_like(t)
+    torch._foreach_add_(divisors, hyper.eps)
     moves = torch._foreach_div(means, divisors)
-    torch._foreach_mul_(moves, list(rates))
+    torch._foreach_mul_(moves, list((of_root / of_mean * hyper.lr).unbind()))
     torch._foreach_sub_(work.params, moves)
     torch._foreach_mul_(work.params, 1 - as_number(hyper.lr) * hyper.weight_decay)
     work.write_back(params)

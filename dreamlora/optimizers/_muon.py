@@ -31,17 +31,18 @@ class LoRAMuon(LoraPairOptimizer):
     whatever the width and the factors' scale. The path of ``BA`` is the same for every factorisation of the start.
     State: one momentum.
 
-    Where B has hardly any length, the published step of A is many times A itself (without end at ``B = 0``). Here
-    ``trust`` bounds it, and a direction of B that is mere rounding has no step; ``trust=0`` is the published step.
+    Where B has hardly any length, the paper's step of A is many times A itself (its runs start with both factors at
+    random). Here ``trust`` bounds it, and a direction of B that is mere rounding has no step. With ``trust=0`` and
+    ``rank_power=0`` the step is that of its algorithm 1, up to the whitening: there ``1e-5·‖K‖_F`` is added to ``K``.
 
     Args:
         params: groups of ``lora_param_groups``. Groups without pairs train by AdamW with their own lr: give them one
             (``lora_param_groups(..., fallback_lr=1e-4)``).
         lr: bound of the spectral norm of the change of ``BA`` per step, at rank 1.
-        rank_power: ``p`` of ``r^-p``, by which steps get shorter as the rank grows. With 0, as published, all singular
+        rank_power: ``p`` of ``r^-p``, by which steps get shorter as the rank grows. With 0 (the paper's) all singular
             values of a factor's step are ``lr/2``, so that its Frobenius norm grows with ``√r`` and the best rate
             falls with the rank; with ½ the Frobenius norm would be the same. See ``benchmarks/robustness.py``.
-        momentum: share of the running mean of gradients that is kept. Published: 0.95.
+        momentum: share of the running mean of gradients that is kept.
         weight_decay: of the product.
         damping: added to the partners' Gram matrices, a fraction of their mean eigenvalue: shortens steps that a nearly
             singular partner would magnify, at the price of exact invariance.

@@ -52,8 +52,10 @@ class LoraPairOptimizer(Optimizer):
 
     def __init__(self, params: list[Group], defaults: dict[str, Any]) -> None:
         groups = [dict(group) if isinstance(group, dict) else group for group in params]
+        defaults = {"lora_pairs": None, "lr_ratio_B": 1.0, **defaults}
+        self.validate_group(defaults)  # also where every group has values of its own
         self._reset()
-        super().__init__(groups, {"lora_pairs": None, "lr_ratio_B": 1.0, **defaults})
+        super().__init__(groups, defaults)
         if not any(group["lora_pairs"] for group in self.param_groups):
             raise ValueError(
                 f"{type(self).__name__} got no group of LoRA pairs: pass lora_param_groups(model) as parameters"
@@ -69,15 +71,30 @@ class LoraPairOptimizer(Optimizer):
         raise NotImplementedError
 
     def validate_group(self, group: Group) -> None:
-        """Raise ValueError for hyper-parameters out of range; subclasses add their own."""
+        """Raise ValueError for hyper-parameters out of range; subclasses add their own.
+
+        Args:
+            group: a group with all its values, or the defaults, which have no parameters.
+        """
         for name in ("lr", "eps", "weight_decay"):
             _checks.at_least_zero(name, group[name])
         _checks.above_zero("lr_ratio_B", group["lr_ratio_B"])
         _checks.two_fractions("betas", group["betas"])
+        _checks.all_finite("scalings", group.get("scalings") or [])
+        for name in ("maximize", "scale_correction", "differentiable"):
+            _checks.switch(name, group.get(name, False))
         if group.get("scale_correction") and not all(group.get("scalings") or [1.0]):
             raise ValueError("scale_correction: got True with a scaling (alpha/r) of 0, must be all other than 0")
         if group.get("differentiable"):
             raise ValueError("differentiable: got True, must be False (gradients of the update are not supported)")
+
+    def added_settings(self, saved: Group) -> Group:
+        """Settings that earlier versions did not have, as they were without them.
+
+        Args:
+            saved: a group of a state that may be such a version's.
+        """
+        return {}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, checked; see the class for its keys.

@@ -23,6 +23,7 @@ class PreconditionerRecipe:
     Attributes:
         damping: ``δ`` (relative) or ``λ`` (absolute).
         absolute: damping is ``λ``.
+        unscaled_below: absolute: where the Frobenius norm of ``K`` is at most this, the scaling is the identity.
         split: half of the scaling before the moments, half behind them.
         balanced: RefLoRA's geometric mean instead of the other factor's Gram matrix.
         normalise: divide Gram matrices by their mean eigenvalue (for methods that normalise their step anyway).
@@ -30,6 +31,7 @@ class PreconditionerRecipe:
 
     damping: float
     absolute: bool
+    unscaled_below: float
     split: bool
     balanced: bool
     normalise: bool
@@ -39,7 +41,8 @@ class PreconditionerRecipe:
         """The recipe of a parameter group, for a method that ``normalises`` its step or not."""
         absolute, split = group["damping_mode"] == "absolute", group["variant"] == "split"
         balanced = group["geometry"] == "balanced"
-        return cls(group["damping"], absolute, split, balanced, normalises and not (absolute or split))
+        normalise = normalises and not (absolute or split)
+        return cls(group["damping"], absolute, group["unscaled_below"], split, balanced, normalise)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ def scalings(KB: Tensor, KA: Tensor, recipe: PreconditionerRecipe) -> tuple[Scal
     one = K.new_ones(len(K), 1, 1)
     if recipe.absolute:
         P, failed = linalg.absolute_inverse(K, recipe.damping)
+        if recipe.unscaled_below:
+            small = K.norm(dim=(-2, -1)) <= recipe.unscaled_below
+            identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+            P, failed = torch.where(small[:, None, None], identity, P), failed & ~small
         both = Scaling(P, None, one, torch.zeros_like(one))
     else:
         M, tau = linalg.relative(K, recipe.damping)

@@ -8,14 +8,15 @@ For ``A`` (for ``B`` with the roles swapped), with ``Q = B Eᵀ`` an orthonormal
     M = β₁ P M + (1 − β₁) (V^½ + ε)⁻¹ Ū     momentum of the preconditioned direction
     A ← A − η (Eᵀ M + wd·A)
 
-with ``β = β(1 − β^{t−1})/(1 − β^t)`` in place of a bias correction. What differs from the published code:
+with ``β = β(1 − β^{t−1})/(1 − β^t)`` in place of a bias correction. What differs from the authors' code (in PyTorch;
+the original in JAX was not found):
 
 * no basis is stored, so the state is half of AdamW's: what ``P`` needs is formed while the factors before and after
   the step are both at hand;
 * the basis comes from a Cholesky factor instead of QR and pseudo-inverse, the root from Newton-Schulz instead of
   eigenvalues; all pairs of a rank at once;
 * by default the step of A is bounded where B has hardly any length (``trust``), without which runs from B = 0 with
-  more ranks than gradient directions learn little; ``trust=0`` is the published step;
+  more ranks than gradient directions learn little; ``trust=0`` is their step;
 * convolutions, bfloat16 parameters, AdamW for parameters outside of pairs, and counters of what was clipped.
 
 Nothing else may change the factors between two steps (an average of weights must put them back).
@@ -75,11 +76,11 @@ class LoRARITE(LoraPairOptimizer):
         clip_unmagnified_grad: bound of the norm of all ``Ū`` together; 0 is none. ``stats`` counts its use. It acts
             behind, and in other units than, clipping of ``p.grad``.
         update_skipping: a factor whose ``Ū`` has a larger root mean square than this counts as without gradient; 0,
-            the default, is never (the published 1 can silently stop layers; ``stats`` counts).
+            the default, is never (their 1 can silently stop layers; ``stats`` counts).
         update_capping: bound of the root mean square of ``M``; 0 is none.
         apply_escape: keep second moment that leaves the basis as a multiple of the identity.
         scale_correction: divide steps by ``s``, so that lr does not depend on alpha.
-        trust: by how much of its length a step may change a direction of A; 0, as published, is without bound.
+        trust: by how much of its length a step may change a direction of A; 0, as theirs, is without bound.
         maximize: ascend.
 
     Raises:
@@ -111,6 +112,7 @@ class LoRARITE(LoraPairOptimizer):
         super().validate_group(group)
         for name in ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust"):
             _checks.at_least_zero(name, group[name])
+        _checks.switch("apply_escape", group["apply_escape"])
 
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         square = (rank, rank)

@@ -8,7 +8,7 @@ What differs from the published methods, and why:
   ``B = 0`` enormous, and they stay in the second moment for 1/(1 − beta2) steps;
 * both preconditioners come from the factors at which the gradient was taken (``order="jacobi"``).
 
-``damping_mode="absolute"`` is the update as published.
+``damping_mode="absolute"`` is the step of the programs that came with the paper, which differ: see ``ScaledAdamW``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from torch import Tensor
 from dreamlora.optimizers._kernels import EXP_AVG, MOMENTUM, AdamWHyper, SGDHyper, adamw_, published_adamw_, sgd_
 from dreamlora.optimizers._pairs import Group
 from dreamlora.optimizers._scaled_base import ScaledBase
-from dreamlora.optimizers._scaled_options import DampingMode, Geometry, Order, Variant, check_adamw, check_gd
+from dreamlora.optimizers._scaled_options import (
+    BiasCorrection,
+    DampingMode,
+    Geometry,
+    Order,
+    Variant,
+    check_adamw,
+    check_gd,
+)
 
 
 class ScaledAdamW(ScaledBase):
@@ -34,10 +42,15 @@ class ScaledAdamW(ScaledBase):
         params: groups of ``lora_param_groups``.
         lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``; may be set per group.
         damping: ``δ``, a fraction of the mean eigenvalue, or the published ``λ`` in absolute mode.
-        damping_mode: "relative"; or "absolute", the step of the paper's code: ``P = (K + λI)⁻¹``, eps not divided by
-            the bias correction, weight decay after the update.
-        order: "jacobi", both factors from the same point, as in the paper's equations and its DreamBooth code; or
-            "gauss_seidel", B scaled by the A just updated, as in its other code and in AltLoRA.
+        damping_mode: "relative"; or "absolute", the step of the paper's programs: ``P = (K + λI)⁻¹``, weight decay
+            after the update. Which of them it is, say the next three.
+        bias_correction: of the moments, in absolute mode. "torch", ``m̂/(√v̂ + eps)``, in the program for DreamBooth;
+            "folded", ``√(1−β₂ᵗ)/(1−β₁ᵗ) · m/(√v + eps)``, in that for GPT-2; "none" in those for Mistral and
+            Mix-of-Show. Where eps rules, as with the published ``λ`` of a million, the first steps of these differ
+            by up to ``1/√(1−β₂)``, 32 times.
+        unscaled_below: in absolute mode, ``P`` is the identity while ``‖K‖_F`` is at most this; DreamBooth: 1e-6.
+        order: "jacobi", both factors from the same point, as in the paper's equations and its program for DreamBooth;
+            or "gauss_seidel", B scaled by the A just updated, as in its others and in AltLoRA.
         variant: "gradient"; or "split", ``P^½ → AdamW's step → P^½`` with ``P = (K + δτI)⁻¹``. The step then does not
             depend on how large A is and how small B: a scalar moved from one factor to the other changes nothing. lr
             is in other units: to begin with, 0.6 times AdamW's where A starts as in PEFT (uniform, Kaiming).
@@ -65,6 +78,8 @@ class ScaledAdamW(ScaledBase):
         weight_decay: float = 1e-2,
         damping: float = 0.1,
         damping_mode: DampingMode = "relative",
+        bias_correction: BiasCorrection = "torch",
+        unscaled_below: float = 0.0,
         order: Order = "jacobi",
         variant: Variant = "gradient",
         geometry: Geometry = "product",
@@ -79,6 +94,8 @@ class ScaledAdamW(ScaledBase):
             "weight_decay": weight_decay,
             "damping": damping,
             "damping_mode": damping_mode,
+            "bias_correction": bias_correction,
+            "unscaled_below": unscaled_below,
             "order": order,
             "variant": variant,
             "geometry": geometry,
@@ -92,10 +109,16 @@ class ScaledAdamW(ScaledBase):
         super().validate_group(group)
         check_adamw(group)
 
+    def added_settings(self, saved: Group) -> Group:
+        folded = saved.get("damping_mode") == "absolute"
+        return {**super().added_settings(saved), "bias_correction": "folded" if folded else "torch"}
+
     def descend(self, group: Group, params: list[Tensor], directions: list[Tensor], states: list[Any]) -> None:
         hyper = AdamWHyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["maximize"])
-        update = published_adamw_ if group["damping_mode"] == "absolute" else adamw_
-        update(params, directions, states, hyper)
+        if group["damping_mode"] == "absolute":
+            published_adamw_(params, directions, states, hyper, group["bias_correction"])
+        else:
+            adamw_(params, directions, states, hyper)
 
 
 class ScaledGD(ScaledBase):
@@ -109,7 +132,7 @@ class ScaledGD(ScaledBase):
             (``lora_param_groups(..., fallback_lr=1e-4)``), as the rates of the two methods are orders apart.
         lr: in units of the natural step, not AdamW's.
         momentum: of the scaled gradient.
-        damping, damping_mode, order, transport_momentum: see ``ScaledAdamW``.
+        damping, damping_mode, unscaled_below, order, transport_momentum: see ``ScaledAdamW``.
         variant: "gradient"; or "split", momentum between two half scalings (without momentum there is no difference).
         geometry: see ``ScaledAdamW``. "tangent" is LoRA-Pro's SGD mode. "balanced" moves B by about ‖B‖: from
             ``B = 0`` it leaves slowly.
@@ -132,6 +155,7 @@ class ScaledGD(ScaledBase):
         momentum: float = 0.0,
         damping: float = 1e-2,
         damping_mode: DampingMode = "relative",
+        unscaled_below: float = 0.0,
         order: Order = "jacobi",
         variant: Variant = "gradient",
         geometry: Geometry = "product",
@@ -150,6 +174,7 @@ class ScaledGD(ScaledBase):
             "weight_decay": weight_decay,
             "damping": damping,
             "damping_mode": damping_mode,
+            "unscaled_below": unscaled_below,
             "order": order,
             "variant": variant,
             "geometry": geometry,

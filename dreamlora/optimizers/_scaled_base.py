@@ -79,6 +79,9 @@ class ScaledBase(LoraPairOptimizer):
         super().validate_group(group)
         _scaled_options.check(group)
 
+    def added_settings(self, saved: Group) -> Group:
+        return {**super().added_settings(saved), "unscaled_below": 0.0}
+
     @property
     def stats(self) -> dict[str, int]:
         """``fallbacks``: inversions so far that failed and left a gradient unscaled. Reading it waits for a GPU."""

@@ -12,6 +12,7 @@ DampingMode = Literal["relative", "absolute"]
 Order = Literal["jacobi", "gauss_seidel"]
 Variant = Literal["gradient", "split"]
 Geometry = Literal["product", "tangent", "balanced"]
+BiasCorrection = Literal["torch", "folded", "none"]
 
 _CHOICES = {"damping_mode": DampingMode, "order": Order, "variant": Variant, "geometry": Geometry}
 # (option, value, other option, its value, why they exclude each other)
@@ -34,6 +35,8 @@ _EXCLUDED = (
         "the transport belongs to the projections on the other factor",
     ),
 )
+# what the published step is made of, to which alone ``unscaled_below`` belongs
+_PUBLISHED = {"damping_mode": "absolute", "geometry": "product", "transport_momentum": False}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class ScaledOptions:
     damping: float = 0.1
     """Added to the Gram matrices before inversion; with relative damping a fraction of their mean eigenvalue."""
     damping_mode: DampingMode = "relative"
-    """relative: no constant to tune per model; absolute: the update as published, to reproduce papers."""
+    """relative: no constant to tune per model; absolute: the step of the paper's programs, to reproduce them."""
+    unscaled_below: float = 0.0
+    """absolute: gradients stay unscaled while the Frobenius norm of the other factor's Gram matrix is at most this."""
     order: Order = "jacobi"
     """jacobi: both factors step from the same point; gauss_seidel: B is scaled by the A that has just been updated."""
     variant: Variant = "gradient"
@@ -69,16 +74,35 @@ def check(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a value is out of range, or two exclude each other; the message names them.
     """
-    _checks.at_least_zero("damping", options["damping"])
+    for name in ("damping", "unscaled_below"):
+        _checks.at_least_zero(name, options[name])
+    _checks.switch("transport_momentum", options["transport_momentum"])
+    _checks.switch("scale_correction", options["scale_correction"])
     for name, choices in _CHOICES.items():
         _checks.one_of(name, options[name], get_args(choices))
     for name, value, other, other_value, why in _EXCLUDED:
         if options[name] == value and options[other] == other_value:
             raise ValueError(f"{name}: got {value!r} with {other} {other_value!r}, must be one or the other: {why}")
+    for other, published in _PUBLISHED.items():
+        below, found = options["unscaled_below"], options[other]
+        if below and found != published:
+            raise ValueError(
+                f"unscaled_below: got {below} with {other} {found!r}, must be 0, or {other} {published!r}: it belongs "
+                "to the published step"
+            )
 
 
 def check_adamw(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for options of Scaled AdamW that do nothing without its first moment."""
+    """Raise ValueError for a bias correction of Scaled AdamW that is none, or without the step that it belongs to; and
+    for options that do nothing without its first moment.
+    """
+    correction, mode = options["bias_correction"], options["damping_mode"]
+    _checks.one_of("bias_correction", correction, get_args(BiasCorrection))
+    if correction != "torch" and mode != "absolute":
+        raise ValueError(
+            f"bias_correction: got {correction!r} with damping_mode {mode!r}, must be 'torch', or damping_mode "
+            "'absolute': it belongs to the published steps"
+        )
     if options["transport_momentum"] and not options["betas"][0]:
         raise ValueError("transport_momentum: got True with betas[0] 0, must have betas[0] > 0: there is none to carry")
 

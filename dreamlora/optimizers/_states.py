@@ -53,10 +53,16 @@ def own_state(optimizer: Optimizer, state_dict: State) -> State:
             "the model, the rank and the optimizer that it was written with"
         )
     groups = [
-        {**saved, **{key: group[key] for key in _OF_THE_MODEL if key in group}}
+        {**_completed(optimizer, saved), **{key: group[key] for key in _OF_THE_MODEL if key in group}}
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     ]
     return {**state_dict, "param_groups": groups}
+
+
+def _completed(optimizer: Optimizer, saved: State) -> State:
+    """A saved group with the settings that were added since it was written."""
+    added_settings = getattr(optimizer, "added_settings", None)
+    return {**added_settings(saved), **saved} if added_settings else saved
 
 
 def _problems(optimizer: Optimizer, state_dict: Any) -> Iterator[str]:
@@ -99,6 +105,7 @@ def _problems_of_parameters(group: State, saved: State) -> Iterator[str]:
 
 def _problems_of_settings(optimizer: Optimizer, group: State, saved: State, signed: bool) -> Iterator[str]:
     validate = getattr(optimizer, "validate_group", None)
+    saved = _completed(optimizer, saved)
     # Other packages' flags come and go with their versions; they fill in what is missing.
     needed = {name for name, value in optimizer.defaults.items() if validate or not isinstance(value, bool | None)}
     if missing := sorted(needed & group.keys() - saved.keys()):

@@ -29,8 +29,8 @@ class Options:
     """Bound of the root mean square of an update, in units of its learning rate."""
 
     def __post_init__(self) -> None:
-        if not -1 <= self.beta2_decay <= 0:
-            raise ValueError(f"beta2_decay: got {self.beta2_decay}, must be in [-1, 0]")
+        if not (isinstance(self.beta2_decay, float | int) and -1 <= self.beta2_decay <= 0):
+            raise ValueError(f"beta2_decay: got {self.beta2_decay!r}, must be in [-1, 0]")
         _checks.above_zero("d", self.d)
 
 

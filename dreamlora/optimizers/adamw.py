@@ -34,6 +34,8 @@ class Options:
     def __post_init__(self) -> None:
         _checks.two_fractions("betas", self.betas)
         _checks.at_least_zero("eps", self.eps)
+        _checks.switch("amsgrad", self.amsgrad)
+        _checks.switch("fused", self.fused)
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:

@@ -25,11 +25,11 @@ class Options:
     """
 
     momentum: float = 0.7
-    """Share of the running mean of gradients that is kept (published: 0.95)."""
+    """Share of the running mean of gradients that is kept."""
     damping: float = 0.0
     """Added to the Gram matrices, a fraction of their mean eigenvalue: shortens steps in weak directions."""
     rank_power: float = 0.25
-    """Steps shrink with the rank to the power of minus this, as the best rate does; 0 (published) is not at all."""
+    """Steps shrink with the rank to the power of minus this, as the best rate does; 0 (the paper's) is not at all."""
     scale_correction: bool = True
     """Divide steps by alpha/rank, so that the learning rate does not depend on alpha."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -37,7 +37,7 @@ class Options:
     eps: float = 1e-8
     """eps of the AdamW that trains what is not in a LoRA pair."""
     trust: float = 0.1
-    """By how much of its length a step may change a direction of A; 0 (published) is without bound."""
+    """By how much of its length a step may change a direction of A; 0 (the paper's) is without bound."""
     fallback_lr: float = 1e-4
     """Learning rate of the AdamW that trains what is not in a LoRA pair."""
 
@@ -46,6 +46,7 @@ class Options:
         _checks.two_fractions("betas", self.betas)
         for name in ("damping", "rank_power", "trust", "eps", "fallback_lr"):
             _checks.at_least_zero(name, getattr(self, name))
+        _checks.switch("scale_correction", self.scale_correction)
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:

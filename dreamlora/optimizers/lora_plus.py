@@ -37,6 +37,7 @@ class Options:
         _checks.above_zero("ratio", self.ratio)
         _checks.two_fractions("betas", self.betas)
         _checks.at_least_zero("eps", self.eps)
+        _checks.switch("fused", self.fused)
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:

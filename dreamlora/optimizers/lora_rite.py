@@ -31,7 +31,7 @@ class Options:
     clip_unmagnified_grad: float = 1.0
     """Bound of the norm of all whitened gradients together; 0 is none."""
     update_skipping: float = 0.0
-    """A factor whose whitened gradient has a larger root mean square is skipped (published: 1); 0 skips none."""
+    """A factor whose whitened gradient has a larger root mean square is skipped (authors' code: 1); 0 is none."""
     update_capping: float = 0.0
     """Bound of the root mean square of a factor's whitened momentum; 0 is none."""
     apply_escape: bool = False
@@ -39,7 +39,7 @@ class Options:
     scale_correction: bool = True
     """Divide steps by alpha/rank, so that the learning rate does not depend on alpha."""
     trust: float = 0.1
-    """By how much of its length a step may change a direction of A; 0 (published) is without bound."""
+    """By how much of its length a step may change a direction of A; 0 (the authors' code) is without bound."""
     fallback_lr: float = 1e-4
     """Learning rate of the AdamW that trains what is not in a LoRA pair."""
 
@@ -47,6 +47,8 @@ class Options:
         _checks.two_fractions("betas", self.betas)
         for name in ("eps", "clip_unmagnified_grad", "update_skipping", "update_capping", "trust", "fallback_lr"):
             _checks.at_least_zero(name, getattr(self, name))
+        _checks.switch("apply_escape", self.apply_escape)
+        _checks.switch("scale_correction", self.scale_correction)
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:

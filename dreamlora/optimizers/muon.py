@@ -38,7 +38,8 @@ class Options:
 
     def __post_init__(self) -> None:
         _checks.fraction("momentum", self.momentum)
-        _checks.above_zero("ns_steps", self.ns_steps)
+        _checks.switch("nesterov", self.nesterov)
+        _checks.whole_number("ns_steps", self.ns_steps, 1, _checks.MOST_NS_STEPS)
         _checks.one_of("adjust_lr_fn", self.adjust_lr_fn, ("original", "match_rms_adamw"))
         _checks.two_fractions("betas", self.betas)
         _checks.at_least_zero("eps", self.eps)

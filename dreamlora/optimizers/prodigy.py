@@ -51,8 +51,11 @@ class Options:
         _checks.fraction("beta3", self.beta3)
         for name in ("eps", "d0", "d_coef"):
             _checks.above_zero(name, getattr(self, name))
-        if not self.growth_rate > 1:  # inf is no bound, nan is a mistake
-            raise ValueError(f"growth_rate: got {self.growth_rate}, must be above 1")
+        for name in ("decouple", "use_bias_correction", "safeguard_warmup"):
+            _checks.switch(name, getattr(self, name))
+        # inf is no bound, nan is a mistake
+        if not (isinstance(self.growth_rate, float | int) and self.growth_rate > 1):
+            raise ValueError(f"growth_rate: got {self.growth_rate!r}, must be above 1")
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:

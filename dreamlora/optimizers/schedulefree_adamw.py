@@ -40,8 +40,9 @@ class Options:
     def __post_init__(self) -> None:
         _checks.two_fractions("betas", self.betas)
         _checks.above_zero("first of betas", self.betas[0])
-        for name in ("eps", "warmup_steps", "r", "weight_lr_power"):
+        for name in ("eps", "r", "weight_lr_power"):
             _checks.at_least_zero(name, getattr(self, name))
+        _checks.whole_number("warmup_steps", self.warmup_steps, 0)
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:

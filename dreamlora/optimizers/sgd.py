@@ -30,6 +30,7 @@ class Options:
 
     def __post_init__(self) -> None:
         _checks.fraction("momentum", self.momentum)
+        _checks.switch("nesterov", self.nesterov)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: got True with momentum 0, must have momentum > 0")
 

@@ -134,6 +134,7 @@ def test_layers_that_see_fewer_rows_than_the_rank_are_an_error():
         ("lora_ga", {"draws": 0}),
         ("lora_ga", {"iterations": -1}),
         ("lora_ga", {"oversampling": 0.5}),
+        ("lora_ga", {"norm_clip": "no"}),
         ("eva", {"tau": 1.0}),
         ("eva", {"draws": 0}),
     ],

@@ -85,6 +85,42 @@ def test_the_factors_are_scaled_alike_and_use_other_directions():
         torch.testing.assert_close(start.B.mT @ start.B, size**2 * torch.eye(RANK), rtol=1e-4, atol=1e-5)
 
 
+def authors_clip(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the largest entry of s B A is above that of W₀, both factors shrink by the root of what is too much."""
+    ratio = weight.abs().max() / (SCALE * B @ A).abs().max()
+    return (A * ratio**0.5, B * ratio**0.5) if ratio < 1 else (A, B)
+
+
+@pytest.mark.parametrize("gamma", [0.01, 6.0, 1e4])
+def test_the_norm_clip_is_the_authors(gamma):
+    """A small gamma is a large start: all layers are clipped at the first, some at the second, none at the last."""
+    made = problem()
+    weights = [target.weight() for target in made.targets]
+    free = problem().start("lora_ga", gamma=gamma, **EVERYTHING)
+    clipped = made.start("lora_ga", gamma=gamma, norm_clip=True, **EVERYTHING)
+    expected = [authors_clip(weight, start.A, start.B) for weight, start in zip(weights, free, strict=True)]
+    for start, (A, B), weight in zip(clipped, expected, weights, strict=True):
+        torch.testing.assert_close(start.A, A)
+        torch.testing.assert_close(start.B, B)
+        assert (SCALE * start.B @ start.A).abs().max() <= weight.abs().max() * (1 + 1e-5)
+    changed = sum(not torch.equal(one.A, other.A) for one, other in zip(clipped, free, strict=True))
+    assert changed == {0.01: 3, 6.0: 2, 1e4: 0}[gamma]
+
+
+def test_a_clipped_start_leaves_the_model_unchanged():
+    made = problem()
+    made.start("lora_ga", gamma=0.01, norm_clip=True, **EVERYTHING)
+    assert torch.equal(made.net(made.batches[0]), made.base(made.batches[0]))
+
+
+def test_a_weight_of_zeros_cannot_be_clipped_to_and_is_named_before_any_pass():
+    made = problem()
+    made.net.get_submodule("square").base_layer.weight.data.zero_()
+    made.probe = replace(made.probe, loss=lambda number: pytest.fail("a pass was made"))
+    with pytest.raises(UserError, match=r"norm_clip: the weight of square is zero"):
+        made.start("lora_ga", norm_clip=True, **EVERYTHING)
+
+
 def test_the_scale_of_the_loss_does_not_matter():
     plain, made = problem(), problem()
     made.probe = replace(made.probe, loss=lambda number: 1e-3 * loss_of(made.net, made.batches[number]))

@@ -22,7 +22,7 @@ WITH_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("scaled_adamw", {"damping": 0.0, "variant": "split"}),
     ("scaled_adamw", {"damping": 1e-3, "geometry": "balanced"}),
     ("scaled_adamw", {"geometry": "tangent", "transport_momentum": True}),
-    ("scaled_adamw", {"damping": 1e-6, "damping_mode": "absolute"}),
+    ("scaled_adamw", {"damping": 1e-6, "damping_mode": "absolute", "unscaled_below": 1e-6}),
     ("scaled_gd", {"damping": 1e-6}),
 ]
 

@@ -145,58 +145,6 @@ def test_large_relative_damping_is_adamw():
     assert_same_path(((6, 5, 3), (4, 7, 2)), 1e-6, adamw_eps=1e-8 * (1 + 1e-8), eps=1e-16, damping=1e8)
 
 
-def papers_adamw(pairs, wanted, steps, *, lr, betas, eps, wd, reg, order="jacobi", precondition=True):
-    """arXiv 2402.02347, algorithm 1, as its code computes it, written out for one pair after the other."""
-    result = []
-    for (A, B), W in zip(pairs, wanted, strict=True):
-        a, b = A.detach().clone(), B.detach().clone()
-        exp_avg = {"a": torch.zeros_like(a), "b": torch.zeros_like(b)}
-        exp_avg_sq = {"a": torch.zeros_like(a), "b": torch.zeros_like(b)}
-        eye = torch.eye(a.shape[0], dtype=a.dtype)
-
-        def step(name, p, grad, t, m=exp_avg, v=exp_avg_sq):
-            m[name] = m[name] * betas[0] + grad * (1 - betas[0])
-            v[name] = v[name] * betas[1] + grad * grad * (1 - betas[1])
-            step_size = lr * (1 - betas[1] ** t) ** 0.5 / (1 - betas[0] ** t)
-            p = p - step_size * m[name] / (v[name].sqrt() + eps)
-            return p - lr * wd * p
-
-        for t in range(1, steps + 1):
-            G = b @ a - W
-            gA, gB = b.T @ G, G @ a.T
-            old_a, old_b = a, b
-            scaled = torch.linalg.inv(old_b.T @ old_b + reg * eye) @ gA if precondition else gA
-            a = step("a", a, scaled, t)
-            partner = a if order == "gauss_seidel" else old_a
-            scaled = gB @ torch.linalg.inv(partner @ partner.T + reg * eye) if precondition else gB
-            b = step("b", b, scaled, t)
-        result += [a, b]
-    return result
-
-
-@pytest.mark.parametrize("order", ["jacobi", "gauss_seidel"])
-@pytest.mark.parametrize("zero_B", [False, True])
-def test_absolute_damping_is_the_papers_code_for_fifty_steps(order, zero_B):
-    pairs = make_pairs(zero_B=zero_B)
-    settings = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6}
-    expected = papers_adamw(pairs, targets(pairs), 50, **settings, wd=0.1, reg=0.3, order=order)
-    common = {"damping_mode": "absolute", "order": order}
-    optimizer = ScaledAdamW([pair_group(pairs)], **settings, weight_decay=0.1, damping=0.3, **common)
-    descend(pairs, optimizer, 50)
-    for found, wanted in zip(factors(pairs), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-
-
-def test_the_papers_damping_of_a_million_is_adamw_with_a_large_eps():
-    pairs = make_pairs(zero_B=True)
-    settings = {"lr": 0.02, "betas": (0.9, 0.999)}
-    expected = papers_adamw(pairs, targets(pairs), 8, **settings, eps=1e-2, wd=0.1, reg=0.0, precondition=False)
-    common = {"damping": 1e6, "damping_mode": "absolute", "weight_decay": 0.1}
-    descend(pairs, ScaledAdamW([pair_group(pairs)], **settings, eps=1e-8, **common), 8)
-    for found, wanted in zip(factors(pairs), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
 def rms_step_of_A(make_optimizer, at: int) -> float:
     """RMS(δA)/lr at step ``at``: rank-8 target with singular values 1 to 0.03, noisy gradients, B = 0."""
     generator = torch.Generator().manual_seed(0)
