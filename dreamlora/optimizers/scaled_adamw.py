@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # The best rate was 2-4 times AdamW's wherever both were swept (GPT-2 in the paper; our embedded model).
 DEFAULT_LR: float = 2e-4
+START_LR: float = 8e-4
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 NEEDS_PAIRS: bool = True
 
