@@ -87,8 +87,8 @@ def in_units(optimizer: _Optimizer) -> _Optimizer:
     """Have an optimizer of any package work in the units of its groups; those of this package do by themselves.
 
     Parameters and gradients are scaled in place around ``step``, ``train`` and ``eval``, and are the usual ones before
-    and after. The optimizer becomes one of a subclass of its own class: a step hook would be called twice where a
-    ``step`` calls its base class's, and not at all after a step that failed.
+    and after, for step hooks too. The optimizer becomes one of a subclass of its own class: a step hook would be called
+    twice where a ``step`` calls its base class's, and not at all after a step that failed.
 
     Args:
         optimizer: over groups of ``lora_param_groups(..., units="start")``; before a learning rate scheduler is made.
@@ -113,9 +113,11 @@ def in_units(optimizer: _Optimizer) -> _Optimizer:
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"in_units: {cls.__name__} evaluates the model within its step, which sees other parameters")
     members: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": cls.__module__, "knows_units": True}
-    members["step"] = _scaled_step(cls.step)
+    # without the step hooks that torch puts around it, so that they come outside and see the usual parameters
+    members["step"] = _scaled_step(cls.step.__wrapped__)
     members |= {name: _scaled_switch(getattr(cls, name)) for name in _SWITCHES if hasattr(cls, name)}
     optimizer.__class__ = type(cls.__name__, (cls,), members)
+    optimizer._patch_step_function()
     optimizer.register_load_state_dict_pre_hook(_refuse_other_units)
     return optimizer
 

@@ -470,6 +470,18 @@ def test_a_scheduler_after_it_sets_the_rate() -> None:
     assert distance(*paths) < 1e-9
 
 
+@pytest.mark.parametrize("make", [foreign, lambda net: built("scaled_adamw", net)])
+def test_step_hooks_of_others_see_the_usual_parameters(make: Callable[[Net], Any]) -> None:
+    net = Net(16.0)
+    optimizer, seen = make(net), []
+    trained(net, optimizer, 1)
+    before, update = [p.detach().clone() for p in net.parameters()], net.updates
+    optimizer.register_step_pre_hook(lambda *_: seen.append([p.detach().clone() for p in net.parameters()]))
+    optimizer.register_step_post_hook(lambda *_: seen.append(update()))
+    trained(net, optimizer, 1)
+    assert len(seen) == 2 and all(map(torch.equal, seen[0], before)) and all(map(torch.equal, seen[1], update()))
+
+
 def test_a_gradient_scaler_goes_along() -> None:
     usual, scaled = Net(16.0, dtype=torch.float32), Net(16.0, dtype=torch.float32)
     for fused in (False, True):

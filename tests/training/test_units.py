@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name: str, train: Train, tmp
     assert same(weights(whole), weights(resumed))
     assert values(whole) == values(resumed)
     assert bool(scales(whole, 2)) == (name != "lora_muon")
-    assert json.loads(whole.config_file.read_text(encoding="utf-8"))["lora_units"] == "start"
+    assert whole.config()["lora_units"] == "start"
 
 
 def test_alpha_drops_out_of_a_whole_run(train: Train, tmp_path: Path) -> None:
