@@ -39,6 +39,8 @@ def test_every_optimizer_keeps_the_contract(name: str) -> None:
     module = registry.load("optimizers", name)
     assert module.DEFAULT_LR > 0 and callable(module.build) and module.Options()
     assert module.__doc__
+    # its rate in units of the start, or that it has such units by itself
+    assert getattr(module, "START_LR", 0) > 0 or module.UNITS_FREE
 
 
 @pytest.fixture

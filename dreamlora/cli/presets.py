@@ -44,7 +44,7 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
             preset |= _subject_prompts(given["subject"])
     by_optimizer = _rates(RunConfig.PRESET) | preset.pop("by_optimizer", {})
     optimizer = (given.get("optimizer") or "adamw").lower().replace("-", "_")  # a wrong name is found later
-    preset |= by_optimizer.get(optimizer, {})
+    preset |= _in_units(by_optimizer.get(optimizer, {}), given.get("lora_units"))
     if preset.get("sample_prompts"):
         preset["sample_prompts"] = str(tiny.PRESETS / preset["sample_prompts"])
     if given.get("sample_steps") == 0 and all(given.get(flag) is None for flag in IMAGES_FOR_METRICS):
@@ -53,6 +53,12 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
         if any(given.get(flag) is not None for flag in flags):
             preset.pop(entry, None)
     return preset
+
+
+def _in_units(of_optimizer: dict[str, Any], units: str | None) -> dict[str, Any]:
+    """What is set for one optimizer, with the learning rate of the units that were chosen."""
+    in_start_units = of_optimizer.pop("start_lr", None)
+    return {**of_optimizer, "learning_rate": in_start_units} if units == "start" and in_start_units else of_optimizer
 
 
 def _rates(file: str) -> dict[str, Any]:

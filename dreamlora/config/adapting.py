@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dreamlora import registry
-from dreamlora.config.run import Lora, RunConfig
+from dreamlora.config.run import Lora, Optim, RunConfig
 from dreamlora.errors import UserError
 
 
@@ -35,6 +35,8 @@ def check_adapter(config: RunConfig) -> None:
             f"--lora_dropout drops inputs of A, and {own}: give --adapter_args rank_dropout {lora.lora_dropout:g} or "
             f"module_dropout {lora.lora_dropout:g}"
         )
+    if config.optim.lora_units != Optim.lora_units:
+        raise UserError(f"--lora_units {config.optim.lora_units} is about A and B, and {own}: leave it out")
     if _needs_pairs(config.optim.optimizer):
         others = [name for name in registry.names("optimizers") if not _needs_pairs(name)]
         raise UserError(

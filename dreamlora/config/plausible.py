@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from dreamlora import registry
+from dreamlora.config.rates import in_start_units, own_rate
 from dreamlora.config.run import RunConfig, as_flat_dict
 from dreamlora.config.times import sampling_of
 
@@ -82,6 +83,11 @@ _IDLE = (
         ("lr_warmup_steps",),
         lambda c: c.optim.lr_scheduler != "constant" or not c.optim.lr_warmup_steps,
         "--lr_scheduler constant has no warm-up; constant_with_warmup has one",
+    ),
+    _Idle(
+        ("lora_units",),
+        lambda c: in_start_units(c.optim),
+        "the steps of --optimizer lora_rite and lora_muon depend neither on alpha nor on the scale of the start",
     ),
     _Idle(
         ("logit_mean", "logit_std"),
@@ -276,18 +282,18 @@ def _unusual(config: RunConfig) -> Iterator[str]:
 
 def _rates(config: RunConfig) -> Iterator[str]:
     method, optim = _optimizer(config), config.optim
-    lowest = method.DEFAULT_LR / RATE_FACTOR, method.DEFAULT_LR * RATE_FACTOR
-    low, high = getattr(method, "USUAL_LR", lowest)
+    own, units = own_rate(optim), " in units of the start" if in_start_units(optim) else ""
     for flag in ("learning_rate", "text_encoder_lr"):
         rate = getattr(optim, flag)
-        if flag not in config.given or rate is None:
+        if flag not in config.given or rate is None or own is None:
             continue
+        low, high = getattr(method, "USUAL_LR", (own / RATE_FACTOR, own * RATE_FACTOR))
         if not rate:
             yield f"--{flag} 0: what it belongs to learns nothing"
         elif not low < rate < high:
             yield (
                 f"--{flag} {_as_typed(rate)} is far from what --optimizer {optim.optimizer} needs: its own default is "
-                f"{_as_typed(method.DEFAULT_LR)}, and rates of different optimizers are in different units"
+                f"{_as_typed(own)}{units}, and rates of different optimizers are in different units"
             )
     if getattr(method, "OWN_SCHEDULE", False) and "lr_scheduler" in config.given and optim.lr_scheduler != "constant":
         yield f"--lr_scheduler {optim.lr_scheduler}: {optim.optimizer} averages in place of a schedule: leave it out"

@@ -48,6 +48,9 @@ class Optim:
     """Learning rate. Default: the optimizer's own."""
     text_encoder_lr: float | None = None
     """Learning rate of the text encoder's LoRA. Default: --learning_rate."""
+    lora_units: Literal["plain", "start"] = "plain"
+    """Units of the LoRA's learning rates: plain, each entry of A and B as it is; or start, in which a rate depends
+    neither on --lora_alpha nor on how A starts, and hardly on --rank. The optimizers' own rates differ between them."""
     scale_lr: bool = False
     """Multiply the learning rate by processes x accumulation x batch size."""
     lr_scheduler: Scheduler = "constant"

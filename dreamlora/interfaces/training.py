@@ -47,7 +47,8 @@ class StepResult:
     Attributes:
         step: number of the step just done, from 1.
         loss: mean training loss over the step's micro-batches and processes.
-        grad_norm: norm of the gradients before clipping; not finite in a step that fp16 skipped.
+        grad_norm: norm of the gradients before clipping, in the optimizer's units; not finite in a step that fp16
+            skipped.
         learning_rate: of the first parameter group.
         seconds: wall time of the step.
     """

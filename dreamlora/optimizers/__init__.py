@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dreamlora.optimizers._pairs import LoraPairOptimizer
     from dreamlora.optimizers._rite import LoRARITE
     from dreamlora.optimizers._scaled import ScaledAdamW, ScaledGD
+    from dreamlora.optimizers._units import grad_norm, in_units
 
 _HOME = {
     "LoRAMuon": "_muon",
@@ -34,7 +35,9 @@ _HOME = {
     "ScaledGD": "_scaled",
     "check_compatibility": "_groups",
     "find_lora_pairs": "_groups",
+    "grad_norm": "_units",
     "group_without_pairs": "_groups",
+    "in_units": "_units",
     "lora_param_groups": "_groups",
 }
 
@@ -47,7 +50,9 @@ __all__ = [
     "ScaledGD",
     "check_compatibility",
     "find_lora_pairs",
+    "grad_norm",
     "group_without_pairs",
+    "in_units",
     "lora_param_groups",
 ]
 

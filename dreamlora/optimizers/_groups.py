@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamlora.optimizers._units import UNIT_SCALES, Units, check_units, unit_scales
+
 logger = logging.getLogger(__name__)
 
 # Names of the two factors where there is no PEFT layer: (A, B). "down"/"up" alone are also names of UNet blocks, hence
@@ -68,7 +70,7 @@ def find_lora_pairs(module: nn.Module, adapter_names: Collection[str] | None = N
     return _accept([(pair, problem) for _, pair, problem in candidates])
 
 
-def lora_param_groups(
+def lora_param_groups(  # noqa: PLR0913 - keywords, each a setting of the groups
     model: nn.Module | Sequence[nn.Module],
     *,
     lr: float | Tensor | None = None,
@@ -76,6 +78,7 @@ def lora_param_groups(
     adapter_names: Collection[str] | None = None,
     loraplus_ratio: float = 1.0,
     fallback_lr: float | Tensor | None = None,
+    units: Units = "plain",
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model with LoRA layers: one of pairs, one of whatever else trains (if anything does).
 
@@ -87,14 +90,19 @@ def lora_param_groups(
         adapter_names: train only these adapters; None is all whose parameters require gradients.
         loraplus_ratio: learning rate of the B factors divided by that of the A factors (LoRA+, arXiv 2402.12354).
         fallback_lr: of the second group; None is ``lr``.
+        units: of the pairs' learning rate. "start": as they are now is their start, by which the rate is normalised, so
+            that it depends neither on alpha nor on how A was initialised, and hardly on the rank. Optimizers of other
+            packages then have to go through ``in_units``.
 
     Returns:
         ``{"params": [A1, B1, A2, B2, ...], "lora_pairs": True, "pair_names": [...], "scalings": [...],
-        "lr_ratio_B": ...}`` and ``{"params": [...], "names": [...], "lora_pairs": False}``.
+        "lr_ratio_B": ...}``, with "unit_scales" of all parameters in units of the start, and
+        ``{"params": [...], "names": [...], "lora_pairs": False}``.
 
     Raises:
-        ValueError: there is no trainable pair.
+        ValueError: there is no trainable pair, or no such units.
     """
+    check_units(units)
     modules = [model] if isinstance(model, nn.Module) else list(model)
     adapter_names = None if adapter_names is None else _as_set(adapter_names)
     pairs = _accept([(pair, None) for module in modules for pair in find_lora_pairs(module, adapter_names)])
@@ -116,6 +124,9 @@ def lora_param_groups(
             **common,
         }
     ]
+    if units == "start":
+        scales = [unit_scales(pair.A, pair.B, pair.scaling) for pair in pairs]
+        groups[0][UNIT_SCALES] = [scale for both in scales for scale in both]
     rest = _other_trainables(modules, {id(p) for p in groups[0]["params"]}, adapter_names)
     if rest:
         lr_of_rest: dict[str, Any] = {} if fallback_lr is None else {"lr": fallback_lr}
@@ -148,13 +159,13 @@ def plain_groups(param_groups: list[dict[str, Any]], default_lr: float) -> list[
     plain: list[dict[str, Any]] = []
     for group in param_groups:
         kept: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay") if key in group}
-        params, ratio, names = group["params"], group.get("lr_ratio_B", 1.0), names_of(group)
+        ratio = group.get("lr_ratio_B", 1.0)
         if ratio == 1.0:
-            plain.append({"params": list(params), **_named(names), **kept})
+            plain.append({**_of_parameters(group, slice(None)), **kept})
         else:
             of_B = {**kept, "lr": kept.get("lr", default_lr) * ratio}
-            plain.append({"params": params[0::2], **_named(names[0::2]), **kept})
-            plain.append({"params": params[1::2], **_named(names[1::2]), **of_B})
+            plain.append({**_of_parameters(group, slice(0, None, 2)), **kept})
+            plain.append({**_of_parameters(group, slice(1, None, 2)), **of_B})
     return plain
 
 
@@ -164,8 +175,10 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
     return list(group.get("names") or [f"{name}.lora_{factor}" for name in pairs for factor in "AB"])
 
 
-def _named(names: list[str]) -> dict[str, list[str]]:
-    return {"names": names} if names else {}
+def _of_parameters(group: Mapping[str, Any], which: slice) -> dict[str, Any]:
+    """What a group says of single parameters, for some of them."""
+    lists = {"params": group["params"], "names": names_of(group), UNIT_SCALES: group.get(UNIT_SCALES)}
+    return {key: list(values[which]) for key, values in lists.items() if values}
 
 
 def with_fallback_lr(param_groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from dreamlora.optimizers._clipping import clip_lora_grad_norm_
 from dreamlora.optimizers._groups import pair_problem
 from dreamlora.optimizers._kernels import EXP_AVG, EXP_AVG_SQ, STEP, AdamWHyper, adamw_, compute_dtype
 from dreamlora.optimizers._states import own_state, sign
+from dreamlora.optimizers._units import UNIT_SCALES, problem_of_units, scaled_for_step, scaling_in_units
 
 # Largest batch, in bytes of stacked factors. CPU: the allocator reuses temporaries of this size (much larger ones are
 # mapped anew, and their page faults cost more than the arithmetic), and they are few. GPU: few large launches.
@@ -35,8 +36,8 @@ class LoraPairOptimizer(Optimizer):
     """An optimizer over LoRA pairs, with AdamW for whatever else trains.
 
     It takes parameter groups, as ``lora_param_groups`` makes them: ``{"params": [A1, B1, A2, B2, ...], "lora_pairs":
-    True}`` (optional keys: "scalings", "lr_ratio_B") and ``{"params": [...], "lora_pairs": False}``. Pairs are found by
-    position in "params", so that frameworks may move or replace parameters.
+    True}`` (optional keys: "scalings", "lr_ratio_B", "unit_scales") and ``{"params": [...], "lora_pairs": False}``.
+    Pairs are found by position in "params", so that frameworks may move or replace parameters.
 
     A subclass gives ``update_pairs`` (or ``update_all_pairs``), ``pair_state_shapes`` if it does not keep AdamW's
     moments, and in ``defaults`` at least lr, betas, eps, weight_decay and maximize (the fallback AdamW uses them too).
@@ -49,6 +50,8 @@ class LoraPairOptimizer(Optimizer):
         ValueError: no pair group; a group without "lora_pairs"; factors that do not belong together; a hyper-parameter
             out of range; sharded or flattened parameters (FSDP, DeepSpeed ZeRO), which hide the pairs.
     """
+
+    knows_units = True
 
     def __init__(self, params: list[Group], defaults: dict[str, Any]) -> None:
         groups = [dict(group) if isinstance(group, dict) else group for group in params]
@@ -189,6 +192,7 @@ class LoraPairOptimizer(Optimizer):
             # A step inside an autocast region would otherwise multiply in half precision.
             for device in sorted({p.device.type for _, group in groups for p in group["params"]}):
                 stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(scaled_for_step(self))
             self.update_all_pairs(pairs)
             for _, group in groups:
                 if not group["lora_pairs"]:
@@ -226,7 +230,7 @@ class LoraPairOptimizer(Optimizer):
     def _batches_with_gradients(self, index: int, group: Group) -> list[PairBatch]:
         """Batches of the pairs that have a gradient; cached while parameters keep shape, dtype and device."""
         params = group["params"]
-        signature = [(id(p), p.shape, p.dtype, p.device) for p in params]
+        signature = [(id(p), p.shape, p.dtype, p.device) for p in params], group.get(UNIT_SCALES)
         cached = self._batches.get(index)
         if cached is None or cached[0] != signature:
             _check_pairs(params, group)
@@ -239,12 +243,14 @@ class LoraPairOptimizer(Optimizer):
 
     def _reset(self) -> None:
         """Forget what is derived from the parameters."""
-        self._batches: dict[int, tuple[list[Any], list[PairBatch]]] = {}
+        self._batches: dict[int, tuple[Any, list[PairBatch]]] = {}
 
 
 def _pairs_of(group: Group) -> list[tuple[Tensor, Tensor, float]]:
     params = group["params"]
     scalings = group.get("scalings") or [1.0] * (len(params) // 2)
+    if units := group.get(UNIT_SCALES):
+        scalings = [scaling_in_units(*each) for each in zip(scalings, units[0::2], units[1::2], strict=True)]
     return list(zip(params[0::2], params[1::2], scalings, strict=True))
 
 
@@ -282,6 +288,8 @@ def _check_pairs(params: list[Tensor], group: Group) -> None:
     for key in ("scalings", "pair_names"):
         if group.get(key) and len(group[key]) != len(params) // 2:
             raise ValueError(f"{key}: got {len(group[key])} values for {len(params) // 2} LoRA pairs. {_HIDDEN_PAIRS}")
+    if problem := problem_of_units({**group, "params": params}, group):
+        raise ValueError(problem)
     for name, A, B in zip(names, params[0::2], params[1::2], strict=True):
         problem = pair_problem(A, B)
         if problem:

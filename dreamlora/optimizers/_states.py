@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dreamlora.optimizers._groups import names_of
+from dreamlora.optimizers._units import problem_of_units
 
 State = dict[str, Any]
 
@@ -101,6 +102,8 @@ def _problems_of_parameters(group: State, saved: State) -> Iterator[str]:
             yield f"it has values for {one} where {other} stands (another model, or another order)"
     if saved.get("scalings") and group.get("scalings") and list(saved["scalings"]) != list(group["scalings"]):
         yield "it was written with another alpha / rank"
+    if problem := problem_of_units(group, saved):
+        yield problem
 
 
 def _problems_of_settings(optimizer: Optimizer, group: State, saved: State, signed: bool) -> Iterator[str]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # Multiplied by the root mean square of the parameter (at least 1e-3), and at most 1/sqrt(step).
 DEFAULT_LR: float = 1e-2
+# B's first steps are as long as with DEFAULT_LR at rank 16 and alpha 16; later both move in proportion to themselves.
+START_LR: float = 2e-2
 DEFAULT_WEIGHT_DECAY: float = 0.0
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 DEFAULT_LR: float = 1e-4
+# DEFAULT_LR at rank 16 and alpha 16, whose units have the geometric mean ¼; so for all that step like AdamW.
+START_LR: float = 4e-4
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 
 

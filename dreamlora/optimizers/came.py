@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 NEEDS = (("pytorch_optimizer",), "pytorch-optimizer")
 DEFAULT_LR: float = 1e-4
+START_LR: float = 4e-4
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 NEEDS = (("pytorch_optimizer",), "pytorch-optimizer")
 # Every entry moves by lr: 3 to 10 times less than AdamW's, with as much more weight decay.
 DEFAULT_LR: float = 3e-5
+START_LR: float = 1.2e-4
 DEFAULT_WEIGHT_DECAY: float = 3e-2
 
 

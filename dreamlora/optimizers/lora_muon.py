@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_LR: float = 1e-2
 DEFAULT_WEIGHT_DECAY: float = 0.0
 NEEDS_PAIRS: bool = True
+UNITS_FREE: bool = True
 
 
 @dataclass(frozen=True)

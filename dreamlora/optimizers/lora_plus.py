@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # Of the A factors. About half of AdamW's, since B moves faster.
 DEFAULT_LR: float = 5e-5
+START_LR: float = 2e-4
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 NEEDS_PAIRS: bool = True
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 DEFAULT_LR: float = 1e-3
+START_LR: float = 4e-3
 DEFAULT_WEIGHT_DECAY: float = 0.0
 NEEDS_PAIRS: bool = True
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 DEFAULT_LR: float = 2e-4
+START_LR: float = 8e-4
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 NEEDS_PAIRS: bool = True
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # GPT-2 in arXiv 2402.02347 used 2e-2; the embedded model likes 1. Gradients of a mean loss are small: sweep upwards.
 DEFAULT_LR: float = 1e-1
+# DEFAULT_LR at rank 8 and alpha 8: the weight moves by the square of the scale, which is 1/rank in these units.
+START_LR: float = 6.4
 DEFAULT_WEIGHT_DECAY: float = 0.0
 NEEDS_PAIRS: bool = True
 

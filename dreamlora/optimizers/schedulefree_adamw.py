@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 NEEDS = (("schedulefree",), "schedulefree")
 # 1 to 10 times AdamW's, as its authors found.
 DEFAULT_LR: float = 3e-4
+START_LR: float = 1.2e-3
 OWN_SCHEDULE = True
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 

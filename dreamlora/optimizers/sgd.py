@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # GPT-2 in arXiv 2402.02347 used 9e-2; the embedded model likes 3. Gradients of a mean loss are small: sweep upwards.
 DEFAULT_LR: float = 1e-1
+# DEFAULT_LR at rank 16 and alpha 16: in these units a step is c_A c_B = 1/16 as long.
+START_LR: float = 1.6
 DEFAULT_WEIGHT_DECAY: float = 0.0
 
 

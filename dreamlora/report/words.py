@@ -233,7 +233,8 @@ def setup(facts: RunFacts) -> str:
     kind = registry.load("adapters", adapter).NAME if adapter in registry.names("adapters") else "LoRA"
     parts = [f"{kind} of rank {config.get('rank', '?')} on {facts.model}", str(config.get("optimizer", "?"))]
     if config.get("learning_rate") is not None:
-        parts.append(f"learning rate {config['learning_rate']:g}")
+        units = " in units of the start" if config.get("lora_units") == "start" else ""
+        parts.append(f"learning rate {config['learning_rate']:g}{units}")
     of = "" if facts.total_steps in (None, facts.steps) else f" of {facts.total_steps}"
     parts.append(f"{facts.steps}{of} steps")
     if facts.summary.get("device"):

@@ -10,6 +10,7 @@ from dreamlora import registry
 from dreamlora.compare.records import model_name
 from dreamlora.config import Data, as_flat_dict
 from dreamlora.config.new_tokens import NewToken
+from dreamlora.config.rates import in_start_units
 from dreamlora.data.caption_text import tidy
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.sets import epoch_length
@@ -163,6 +164,7 @@ def _size(context: RunContext) -> str:
 def _optimizer(context: RunContext) -> str:
     optim = context.config.optim
     text = f"{optim.optimizer}, learning rate {optim.learning_rate:g}"
+    text += " in units of the start" if in_start_units(optim) else ""
     if context.config.lora.train_text_encoder:
         text += f" (text encoder {optim.text_encoder_lr:g})"
     tokens = context.config.tokens

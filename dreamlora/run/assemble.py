@@ -52,7 +52,7 @@ from dreamlora.run.encoding import (
 from dreamlora.run.images import RunImages, for_classes, with_class_images
 from dreamlora.run.opening import Prelude, begin, decided, read
 from dreamlora.run.prompts import all_prompts, all_shown_prompts
-from dreamlora.run.trainable import optimizer_of, training_tensors, with_lora
+from dreamlora.run.trainable import measure_start, optimizer_of, training_tensors, with_lora
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, parity, start, state
 from dreamlora.training.ema import MovingAverage
@@ -152,6 +152,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
         lora = context.config.lora
         with context.timed("starting the LoRA"):
             start.initialise(run, method_options("inits", lora.init, lora.init_args, {}))
+            measure_start(run)
     formats.require_held(context, run)
     if context.config.model.compile:
         compile_blocks(run.components[context.family.DENOISER], _shapes(run))

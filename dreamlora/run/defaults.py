@@ -17,6 +17,7 @@ from dreamlora.cli.places import DEFAULT_OUTPUTS, check_folders, image_folders, 
 from dreamlora.config import Data, Lora, RunConfig
 from dreamlora.config.adapting import check_adapter
 from dreamlora.config.plausible import Facts
+from dreamlora.config.rates import default_rate
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import Price, Workload, affordable
@@ -52,7 +53,8 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
     method = registry.load("optimizers", config.optim.optimizer)
     start = registry.load("inits", config.lora.init)
-    learning_rate = _first(config.optim.learning_rate, method.DEFAULT_LR)
+    rate = config.optim.learning_rate
+    learning_rate = default_rate(config.optim) if rate is None else rate
     # Decay pulls B A to zero; where it is counted from another start, that is no way back to the base model.
     default_decay = 0.0 if start.OFFSET else method.DEFAULT_WEIGHT_DECAY
     weight_decay = _first(config.optim.adam_weight_decay, default_decay)

@@ -129,6 +129,7 @@ def _own(context: RunContext) -> dict[str, Any]:
             "dreamlora.text_encoder_precision": context.source.text_encoder_precision,
             "dreamlora.optimizer": optim.optimizer,
             "dreamlora.optimizer_args": list(optim.optimizer_args),
+            "dreamlora.lora_units": optim.lora_units,
             "dreamlora.adapter": lora.adapter,
             "dreamlora.adapter_args": list(lora.adapter_args),
             "dreamlora.rank_pattern": list(lora.rank_pattern),

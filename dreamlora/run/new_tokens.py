@@ -10,6 +10,7 @@ import torch
 
 from dreamlora import registry
 from dreamlora.config.new_tokens import NewToken
+from dreamlora.config.rates import rate_outside_pairs
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.models import new_tokens
@@ -120,7 +121,7 @@ def param_group(context: RunContext, model: Predictor) -> list[dict[str, Any]]:
             "params": [part.rows for part in context.new_tokens.values()],
             "names": [f"new_tokens.{name}" for name in context.new_tokens],
             "lora_pairs": False,
-            "lr": optim.learning_rate if rate is None else rate,
+            "lr": rate_outside_pairs(optim, optim.learning_rate or 0.0) if rate is None else rate,
             "own_lr": rate is not None,
             "weight_decay": options.new_tokens_weight_decay,
         }

@@ -9,13 +9,17 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from dreamlora import registry
+from dreamlora.config import Optim
+from dreamlora.config.rates import in_start_units, rate_outside_pairs
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Components
 from dreamlora.lora.assistant import add_assistant, as_loras
 from dreamlora.lora.inject import add_lora, go_on
+from dreamlora.lora.pairs import adapted_layers
 from dreamlora.lora.targets import wanted_layers
 from dreamlora.models.checkpointing import enable_checkpointing
-from dreamlora.optimizers import group_without_pairs, lora_param_groups
+from dreamlora.optimizers import _units, group_without_pairs, in_units, lora_param_groups
+from dreamlora.optimizers._units import Units, has_units
 from dreamlora.run import checks, continuing, new_tokens
 from dreamlora.run.context import RunContext
 from dreamlora.training.loop import Predictor, Run
@@ -63,12 +67,17 @@ def add_adapter(context: RunContext, name: str, module: Any) -> None:
 def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
     """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
     optim, lora = context.config.optim, context.config.lora
-    groups = _groups(lora.adapter, [model.denoiser], optim.learning_rate, optim.adam_weight_decay)
+    groups = _groups(lora.adapter, optim, [model.denoiser], optim.learning_rate, optim.adam_weight_decay)
     if lora.train_text_encoder:
         decay = optim.adam_weight_decay_text_encoder
-        groups += _groups(lora.adapter, list(model.encoders.values()), optim.text_encoder_lr, decay)
+        groups += _groups(lora.adapter, optim, list(model.encoders.values()), optim.text_encoder_lr, decay)
     groups += new_tokens.param_group(context, model)
     optimizer = registry.load("optimizers", optim.optimizer).build(groups, options)
+    if in_start_units(optim):
+        try:
+            optimizer = in_units(optimizer)
+        except ValueError as error:
+            raise UserError(f"--lora_units start: --optimizer {optim.optimizer} cannot work in them: {error}") from None
     lr_scheduler = get_scheduler(
         optim.lr_scheduler,
         optimizer,
@@ -80,11 +89,22 @@ def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[A
     return context.accelerator.prepare(optimizer), lr_scheduler
 
 
-def _groups(adapter: str, modules: list[nn.Module], lr: float | None, decay: float | None) -> list[dict[str, Any]]:
+def measure_start(run: Run) -> None:
+    """Take the LoRA as it is now for the start, to which the units of an optimizer belong that was made before."""
+    if has_units(run.optimizer):
+        layers = adapted_layers(run.accelerator.unwrap_model(run.model))
+        _units.measure_start(run.optimizer, [(layer.A, layer.B, layer.scaling) for layer in layers])
+
+
+def _groups(
+    adapter: str, optim: Optim, modules: list[nn.Module], lr: float | None, decay: float | None
+) -> list[dict[str, Any]]:
     """Parameter groups of modules; magnitudes of a DoRA do not decay, as that would shrink the base model's weights."""
     if not registry.load("adapters", adapter).PAIRS:
         return group_without_pairs(modules, lr=lr, weight_decay=decay)
-    groups = lora_param_groups(modules, lr=lr, weight_decay=decay)
+    units: Units = "start" if in_start_units(optim) else "plain"
+    other_lr = rate_outside_pairs(optim, lr or 0.0)
+    groups = lora_param_groups(modules, lr=lr, weight_decay=decay, fallback_lr=other_lr, units=units)
     return [group if group["lora_pairs"] else {**group, "weight_decay": 0.0} for group in groups]
 
 

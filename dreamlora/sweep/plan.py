@@ -16,6 +16,7 @@ from dreamlora.cli.parse import parse_run
 from dreamlora.compare.methods import OWN_OF_A_RUN
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.config.programs import PROGRAMS
+from dreamlora.config.rates import default_rate
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import FINAL_SIZES
 from dreamlora.files import write_atomically
@@ -218,10 +219,9 @@ def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig]) ->
     for flag in flags:
         words += _flag_words(text, flag, options_of(trained))
     config, _ = parse_run([*training, *words], trained, PROGRAM)
-    method = registry.load("optimizers", optimizer)
     label = optimizer + (":" + ",".join(f"{key}={value}" for key, value in args) if args else "")
     label += "".join(f"+{flag}" for flag in flags)
-    return SweepMethod(label, tuple(words), config.optim.learning_rate or method.DEFAULT_LR)
+    return SweepMethod(label, tuple(words), config.optim.learning_rate or default_rate(config.optim))
 
 
 def check_settings(sweep: Sweep) -> None:

@@ -20,6 +20,7 @@ from dreamlora.interfaces import Batch, Callback, Components, Conditioning, Fami
 from dreamlora.interrupts import Interrupted, asked, deferred, heed
 from dreamlora.memory import StageMemory
 from dreamlora.models.new_tokens import TokenEmbeddings
+from dreamlora.optimizers import grad_norm
 from dreamlora.processes import gather_lists
 from dreamlora.randomness import seed_of
 from dreamlora.runfolder import RunFolder
@@ -304,14 +305,15 @@ def next_batches(run: Run, step: int, micro: int) -> list[Batch]:
 
 
 def clip_gradients(run: Run) -> Tensor:
-    """Clip as ``--max_grad_norm`` says. The norm of all gradients before ``()``: finite only if all of them are.
+    """Clip as ``--max_grad_norm`` says. The norm of all gradients before ``()``, in the optimizer's units: finite only
+    if all of them are.
 
     In fp16 the gradients are unscaled first; the same on all processes, whose gradients were averaged.
     """
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.unscale_(run.optimizer.optimizer)
     parameters = list(run.trainables.values())
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = grad_norm(parameters, run.optimizer)
     if run.config.optim.max_grad_norm:
         clip_grads_with_norm_(parameters, run.config.optim.max_grad_norm, norm)
     return norm

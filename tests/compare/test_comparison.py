@@ -320,6 +320,17 @@ def test_options_make_methods_of_one_optimizer(tmp_path: Path) -> None:
     assert any("differ in rank (adamw: 4, adamw+rank=16: 16)" in text for text in found["warnings"])
 
 
+def test_units_make_methods_of_one_optimizer(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        make_run(tmp_path / "a", "adamw", 2e-3, seed)
+        make_run(tmp_path / "b", "adamw", 6e-3, seed, lora_units="start")
+    for file in tmp_path.rglob("outcome.json"):
+        file.unlink()  # runs that the comparison program has not made
+    found = compared(tmp_path)
+    assert [method["label"] for method in found["methods"]] == ["adamw", "adamw+lora_units=start"]
+    assert any("differ in lora_units (adamw: plain, " in text for text in found["warnings"])
+
+
 def test_what_is_measured_makes_no_method(tmp_path: Path) -> None:
     """Runs that choose a rate draw and keep less than those that are compared."""
     for seed, options in ((0, {"save_best": False, "eval_metrics": []}), (1, {"eval_metrics": ["dino"]})):

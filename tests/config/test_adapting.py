@@ -49,6 +49,7 @@ def test_starts_away_from_zero_are_for_lora_alone(init: str) -> None:
     ("flags", "why"),
     [
         ("--adapter loha --use_rslora", "--use_rslora is for LoRA and DoRA, and --adapter loha"),
+        ("--adapter loha --lora_units start", "--lora_units start is about A and B, and --adapter loha has no pair"),
         ("--adapter lokr --training_adapter x/y", "--training_adapter is a LoRA, .*--adapter lokr"),
         ("--adapter lokr --lora_dropout 0.1", "--lora_dropout .*--adapter_args rank_dropout 0.1 or module_dropout 0.1"),
         (

@@ -185,20 +185,26 @@ def test_numbers_far_from_the_usual_are_told_and_defaults_are_usual(flag: str) -
         assert [doubt for doubt in found if f"is far from what is usual ({usual})" in doubt], (value, found)
 
 
+@pytest.mark.parametrize("units", ["plain", "start"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_knows_its_rates(name: str) -> None:
+def test_every_optimizer_knows_its_rates(name: str, units: str) -> None:
     plugin = registry.load("optimizers", name)
     try:
         registry.check_needs("optimizers", name)
     except Exception:
         pytest.skip("not installed")
-    preset = parse_run(["--optimizer", name])[0].optim.learning_rate
-    for usual in (plugin.DEFAULT_LR, plugin.DEFAULT_LR * 5, plugin.DEFAULT_LR / 5, preset):
-        assert not told(f"{STEPS}--optimizer {name} --learning_rate {usual}")
-    for far in (plugin.DEFAULT_LR * 1000, plugin.DEFAULT_LR / 1000):
-        (doubt,) = told(f"{STEPS}--optimizer {name} --learning_rate {far}")
+    idle = getattr(plugin, "UNITS_FREE", False) and units == "start"
+    own = plugin.START_LR if units == "start" and not idle else plugin.DEFAULT_LR
+    flags = f"{STEPS}--optimizer {name} --lora_units {units} --learning_rate"
+    preset = parse_run(["--optimizer", name, "--lora_units", units])[0].optim.learning_rate
+    for usual in (own, own * 5, own / 5, preset):
+        assert [doubt for doubt in told(f"{flags} {usual}") if "lora_units" not in doubt] == []
+    for far in (own * 1000, own / 1000):
+        doubt = told(f"{flags} {far}")[-1]
         assert doubt.startswith(f"--learning_rate {far:g} is far from what --optimizer {name} needs")
-    assert "learns nothing" in told(f"{STEPS}--optimizer {name} --learning_rate 0")[0]
+        assert ("in units of the start" in doubt) == (units == "start" and not idle)
+    assert "learns nothing" in told(f"{flags} 0")[-1]
+    assert any(doubt.startswith("--lora_units has no effect") for doubt in told(f"{flags} {own}")) == idle
 
 
 @pytest.mark.parametrize("name", ["prodigy", "sgd", "scaled_gd", "lora_muon", "adafactor"])

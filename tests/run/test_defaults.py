@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dreamlora import registry
 from dreamlora.cli.parse import parse_run
 from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.config.rates import rate_outside_pairs
 from dreamlora.errors import UserError
 from dreamlora.interfaces import SampleDefaults
 from dreamlora.run import defaults, preflight
@@ -42,6 +44,28 @@ def test_class_images_and_processes_count_as_training() -> None:
         for config, world in ((plain, 1), (plain, 2), (prior, 1))
     )
     assert two == with_prior == 2 * one
+
+
+@pytest.mark.parametrize("name", registry.names("optimizers"))
+def test_the_units_decide_the_learning_rate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "check_needs", lambda kind, name: None)
+    plugin = registry.load("optimizers", name)
+    model = ["--pretrained_model_name_or_path", "some/model", "--optimizer", name]
+    for units, own in (("plain", plugin.DEFAULT_LR), ("start", getattr(plugin, "START_LR", plugin.DEFAULT_LR))):
+        config, _ = parse_run([*model, "--lora_units", units, "--train_text_encoder"])
+        decided = defaults.by_model(config, 512, SampleDefaults(20, 3.0), world=1).optim
+        assert (decided.learning_rate, decided.text_encoder_lr) == (own, own)
+        # what is in no pair is in plain units whatever the LoRA is in
+        assert rate_outside_pairs(decided, own) == pytest.approx(plugin.DEFAULT_LR)
+
+
+def test_a_plug_in_without_a_rate_in_these_units_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(registry.load("optimizers", "sgd"), "START_LR")
+    flags = ["--pretrained_model_name_or_path", "some/model", "--optimizer", "sgd", "--lora_units", "start"]
+    with pytest.raises(UserError, match=r"--lora_units start: --optimizer sgd names no .*: give --learning_rate"):
+        defaults.by_model(parse_run(flags)[0], 512, SampleDefaults(20, 3.0), world=1)
+    config = defaults.by_model(parse_run([*flags, "--learning_rate", "2"])[0], 512, SampleDefaults(20, 3.0), world=1)
+    assert config.optim.learning_rate == 2
 
 
 def test_decided_options_stay() -> None:

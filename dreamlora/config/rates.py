@@ -1,0 +1,42 @@
+"""Learning rates that nobody gave, and the units that they are in. No torch here."""
+
+from __future__ import annotations
+
+from dreamlora import registry
+from dreamlora.config.run import Optim
+from dreamlora.errors import UserError
+
+
+def in_start_units(optim: Optim) -> bool:
+    """Whether the learning rate is in units of the start; some methods have such by themselves (``UNITS_FREE``)."""
+    free = getattr(registry.load("optimizers", optim.optimizer), "UNITS_FREE", False)
+    return optim.lora_units == "start" and not free
+
+
+def own_rate(optim: Optim) -> float | None:
+    """The optimizer's own learning rate in the units that were chosen; None: it names none in units of the start."""
+    method = registry.load("optimizers", optim.optimizer)
+    rate: float | None = getattr(method, "START_LR", None) if in_start_units(optim) else method.DEFAULT_LR
+    return rate
+
+
+def default_rate(optim: Optim) -> float:
+    """The learning rate of a run that was given none.
+
+    Raises:
+        UserError: the optimizer names none in the units that were chosen.
+    """
+    rate = own_rate(optim)
+    if rate is None:
+        raise UserError(
+            f"--lora_units start: --optimizer {optim.optimizer} names no learning rate in these units (START_LR): give "
+            "--learning_rate"
+        )
+    return rate
+
+
+def rate_outside_pairs(optim: Optim, rate: float) -> float:
+    """``rate`` for what is in no pair, and so in plain units: as much smaller as the optimizer's own is there."""
+    method = registry.load("optimizers", optim.optimizer)
+    own: float = method.DEFAULT_LR
+    return rate * own / getattr(method, "START_LR", own) if in_start_units(optim) else rate
