@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from dreamlora.optimizers._pairs import LoraPairOptimizer
     from dreamlora.optimizers._rite import LoRARITE
     from dreamlora.optimizers._scaled import ScaledAdamW, ScaledGD
+    from dreamlora.optimizers._tsd import LoRATSD
 
 _HOME = {
     "LoRAMuon": "_muon",
     "LoRARITE": "_rite",
+    "LoRATSD": "_tsd",
     "LoraPair": "_groups",
     "LoraPairOptimizer": "_pairs",
     "ScaledAdamW": "_scaled",
@@ -41,6 +43,7 @@ _HOME = {
 __all__ = [
     "LoRAMuon",
     "LoRARITE",
+    "LoRATSD",
     "LoraPair",
     "LoraPairOptimizer",
     "ScaledAdamW",

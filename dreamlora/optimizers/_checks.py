@@ -34,3 +34,9 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is among ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, must be one of {', '.join(choices)}")
+
+
+def whole(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a whole number >= 1."""
+    if not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{name}: got {value}, must be a whole number >= 1")

@@ -1,0 +1,129 @@
+"""The tangent space of the matrices of rank r at ``BA``, in orthonormal coordinates: pure, batched, no synchronisation.
+
+``U = B E_Bᵀ`` and ``Vᵀ = E_A A`` span the columns of B and the rows of A, ``Q_B`` and ``Q_A`` what a gradient has outside
+of these. A tangent direction is ``[U, Q_B] T [V, Q_A]ᵀ`` with
+
+    T = [[C, N], [P, 0]]        (2r × 2r)
+
+and to project a matrix in these bases on the tangent space is to set the last block to zero. B is taken as its transpose,
+so that both factors are alike: ``X`` is A or Bᵀ, ``M`` the gradient of it, ``r`` rows each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dreamlora import linalg
+
+_FLAT = 0.03
+"""Least singular value of a projected direction that still becomes 1; in practice they lie between 0.5 and 1.2."""
+
+
+class Frame(NamedTuple):
+    """One factor ``X`` of ``k`` pairs and its gradient ``M``; all are ``(k, r, r)``.
+
+    Attributes:
+        own: ``E``: the rows of ``E X`` are orthonormal.
+        partner: ``E`` of the other factor: ``partner·M`` are honest units.
+        core: ``partner·M`` in the rows of ``E X``.
+        outer: the rows of ``outer·(partner·M − core·E X)`` are orthonormal.
+        edge: ``partner·M − core·E X`` in those rows.
+        failed: ``(k,)`` bool, a matrix could not be factored; there is zero for what comes from it.
+    """
+
+    own: Tensor
+    partner: Tensor
+    core: Tensor
+    outer: Tensor
+    edge: Tensor
+    failed: Tensor
+
+
+def frames(of_A: Tensor, of_B: Tensor, level: float) -> tuple[Frame, Frame]:
+    """Both factors' frames.
+
+    Args:
+        of_A: Gram matrices ``(k, 2r, 2r)`` of ``[A; mA]``, in ``linalg.gram_dtype``.
+        of_B: of ``[B, mB]``.
+        level: ``linalg.rounding_level`` of the factors.
+    """
+    r = of_A.shape[-1] // 2
+    (E_A, failed_A), (E_B, failed_B) = (_coordinates(H[:, :r, :r], level) for H in (of_A, of_B))
+    failed = failed_A | failed_B
+    return _frame(E_A, E_B, of_A, level, failed), _frame(E_B, E_A, of_B, level, failed)
+
+
+def _coordinates(K: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """``linalg.orthonormal_coordinates`` without the directions that are rounding."""
+    E, failed = linalg.orthonormal_coordinates(K, level)
+    return linalg.range_projection(E, K) @ E, failed
+
+
+def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor) -> Frame:
+    r = own.shape[-1]
+    core = partner @ H[:, r:, :r] @ own.mT
+    whole = linalg.symmetric(partner @ H[:, r:, r:] @ partner.mT)
+    rest = whole - core @ core.mT
+    # Rounding is a share of the whole, not of the rest, which may be nothing else.
+    tau = linalg.mean_eigenvalue(whole)
+    zero = tau <= linalg.TAU_MIN
+    tau = torch.where(zero, 1.0, tau)
+    identity = torch.eye(r, dtype=rest.dtype, device=rest.device)
+    _, outer, unfactored = linalg.cholesky(rest / tau + level * identity)
+    outer = torch.where(zero | unfactored[:, None, None], 0.0, outer * tau.rsqrt())
+    return Frame(own, partner, core, outer, rest @ outer.mT, failed | unfactored)
+
+
+def tangent(C: Tensor, N: Tensor, P: Tensor) -> Tensor:
+    """``[[C, N], [P, 0]]`` ``(k, 2r, 2r)``."""
+    return torch.cat([torch.cat([C, N], -1), torch.cat([P, torch.zeros_like(C)], -1)], -2)
+
+
+def flattened(T: Tensor, floor: float, projections: int) -> Tensor:
+    """``X_τ`` of ``X_{t+1} = P_T(msign(X_t))``, ``X₀ = T``: all singular values about 1, and ``√2`` at most.
+
+    Args:
+        T: ``(k, 2r, 2r)``, tangent.
+        floor: singular values of ``T``, as a share of its Frobenius norm, from which on they become 1. Those below fade
+            out with their third power: a plain matrix sign in every round would make rounding as large as the rest.
+        projections: ``τ >= 1``.
+    """
+    r = T.shape[-1] // 2
+    norm = torch.linalg.matrix_norm(T, keepdim=True)
+    X = T / torch.where(norm == 0, 1.0, norm)
+    for t in range(projections):
+        X = linalg.polar_factor(X / math.sqrt(2), _FLAT) if t else linalg.polar_factor(X, floor)
+        X = X @ (X.mT @ X)
+        X[:, r:, r:] = 0.0
+    return X
+
+
+def step_of(frame: Frame, core: Tensor, edge: Tensor, shorten: Tensor | None = None) -> Tensor:
+    """``(k, r, 2r)``: the matrix whose product with ``[X; M]`` moves the factor along a tangent direction.
+
+    Args:
+        frame: of the factor.
+        core, edge: blocks of the direction that the factor is to follow, with rows in the partner's basis.
+        shorten: applied to the rows of the direction.
+    """
+    along = edge @ frame.outer
+    step = torch.cat([(core - along @ frame.core) @ frame.own, along @ frame.partner], -1)
+    return frame.partner.mT @ (step if shorten is None else shorten @ step)
+
+
+def bounded(S: Tensor, c: Tensor) -> Tensor:
+    """``D = W (W + c²I)⁻¹`` with ``W = S Sᵀ``: ``‖S⁻¹D‖ <= 1/(2c)``, and the identity where S is longer than c.
+
+    Args:
+        S: ``(k, r, r)``.
+        c: ``(k, 1, 1)``, >= 0.
+    """
+    W, c2 = linalg.symmetric(S @ S.mT), c.square()
+    scale = linalg.mean_eigenvalue(W) + c2
+    scale = torch.where(scale <= linalg.TAU_MIN, 1.0, scale)
+    W = W / scale
+    return W @ linalg.spd_inverse(W + c2 / scale * torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)).P
