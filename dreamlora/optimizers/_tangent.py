@@ -19,9 +19,8 @@ from torch import Tensor
 
 from dreamlora import linalg
 
-_FLAT = 0.03
-"""Least singular value of a projected direction that still becomes 1; in practice they lie between 0.5 and 1.2."""
-
+_FLOOR = 1e-3
+"""Singular values of a direction that become 1, as a share of its Frobenius norm."""
 
 class Frame(NamedTuple):
     """One factor ``X`` of ``k`` pairs and its gradient ``M``; all are ``(k, r, r)``.
@@ -43,24 +42,34 @@ class Frame(NamedTuple):
     failed: Tensor
 
 
-def frames(of_A: Tensor, of_B: Tensor, level: float) -> tuple[Frame, Frame]:
+def frames(of_A: Tensor, of_B: Tensor, dtype: torch.dtype) -> tuple[Frame, Frame]:
     """Both factors' frames.
 
     Args:
         of_A: Gram matrices ``(k, 2r, 2r)`` of ``[A; mA]``, in ``linalg.gram_dtype``.
         of_B: of ``[B, mB]``.
-        level: ``linalg.rounding_level`` of the factors.
+        dtype: precision of the factors.
     """
-    r = of_A.shape[-1] // 2
+    r, level = of_A.shape[-1] // 2, linalg.rounding_level(dtype, of_A.dtype)
     (E_A, failed_A), (E_B, failed_B) = (_coordinates(H[:, :r, :r], level) for H in (of_A, of_B))
     failed = failed_A | failed_B
+    level = max(level, linalg.root_damping(dtype))
     return _frame(E_A, E_B, of_A, level, failed), _frame(E_B, E_A, of_B, level, failed)
 
 
 def _coordinates(K: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """``linalg.orthonormal_coordinates`` without the directions that are rounding."""
     E, failed = linalg.orthonormal_coordinates(K, level)
-    return linalg.range_projection(E, K) @ E, failed
+    return _sharpened(E, K), failed
+
+
+def _sharpened(E: Tensor, K: Tensor) -> Tensor:
+    """``E`` with ``E K Eᵀ = I − εM`` made orthonormal up to ``ε²`` where ε is small, and zero where ``E K Eᵀ`` is.
+
+    What is outside of a span is found by subtraction: any shortness of a basis would pass for it.
+    """
+    F = E @ K @ E.mT
+    F4 = linalg.range_projection(E, K)
+    return (5.5 * F4 - 4.5 * F4 @ F) @ E
 
 
 def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor) -> Frame:
@@ -72,9 +81,9 @@ def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor
     tau = linalg.mean_eigenvalue(whole)
     zero = tau <= linalg.TAU_MIN
     tau = torch.where(zero, 1.0, tau)
-    identity = torch.eye(r, dtype=rest.dtype, device=rest.device)
-    _, outer, unfactored = linalg.cholesky(rest / tau + level * identity)
-    outer = torch.where(zero | unfactored[:, None, None], 0.0, outer * tau.rsqrt())
+    _, outer, unfactored = linalg.cholesky(rest / tau + level * torch.eye(r, dtype=rest.dtype, device=rest.device))
+    outer = _sharpened(outer, rest / tau) * tau.rsqrt()
+    outer = torch.where(zero | unfactored[:, None, None], 0.0, outer)
     return Frame(own, partner, core, outer, rest @ outer.mT, failed | unfactored)
 
 
@@ -83,20 +92,21 @@ def tangent(C: Tensor, N: Tensor, P: Tensor) -> Tensor:
     return torch.cat([torch.cat([C, N], -1), torch.cat([P, torch.zeros_like(C)], -1)], -2)
 
 
-def flattened(T: Tensor, floor: float, projections: int) -> Tensor:
+def flattened(T: Tensor, projections: int) -> Tensor:
     """``X_τ`` of ``X_{t+1} = P_T(msign(X_t))``, ``X₀ = T``: all singular values about 1, and ``√2`` at most.
+
+    Those of ``X_t`` below ``_FLOOR`` fade out with their third power: a plain matrix sign in every round would make
+    rounding as large as the rest.
 
     Args:
         T: ``(k, 2r, 2r)``, tangent.
-        floor: singular values of ``T``, as a share of its Frobenius norm, from which on they become 1. Those below fade
-            out with their third power: a plain matrix sign in every round would make rounding as large as the rest.
         projections: ``τ >= 1``.
     """
     r = T.shape[-1] // 2
     norm = torch.linalg.matrix_norm(T, keepdim=True)
     X = T / torch.where(norm == 0, 1.0, norm)
     for t in range(projections):
-        X = linalg.polar_factor(X / math.sqrt(2), _FLAT) if t else linalg.polar_factor(X, floor)
+        X = linalg.polar_factor(X / math.sqrt(2) if t else X, _FLOOR)
         X = X @ (X.mT @ X)
         X[:, r:, r:] = 0.0
     return X

@@ -26,9 +26,6 @@ from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
 from dreamlora.optimizers._rank_space import Side, count
 from dreamlora.optimizers._tangent import Frame, bounded, flattened, frames, step_of, tangent
 
-_FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Singular values of a direction, as a share of its Frobenius norm, from which they become 1; others fade out."""
-
 
 class LoRATSD(LoraPairOptimizer):
     """LoRA-TSD (arXiv 2609.02734), for starts at ``B = 0`` too.
@@ -130,13 +127,12 @@ class LoRATSD(LoraPairOptimizer):
     def _steps(self, group: Group, batches: list[PairBatch], of_A: Tensor, of_B: Tensor) -> tuple[Tensor, Tensor]:
         """``(k, r, 2r)`` for all A and all B: what their ``[X, mX]`` are to be multiplied with."""
         p = batches[0].A[0]
-        dtype = compute_dtype(p.dtype)
-        frame_A, frame_B = frames(of_A, of_B, linalg.rounding_level(p.dtype, of_A.dtype))
+        frame_A, frame_B = frames(of_A, of_B, p.dtype)
         count(self._fallbacks, frame_A.failed | frame_B.failed)
         # What both factors could follow is B's, as published, unless B is not trained.
         theirs = _column([float(q.grad is not None) for b in batches for q in b.B], of_A)
         T = tangent(torch.lerp(frame_A.core, frame_B.core.mT, theirs), frame_A.edge, frame_B.edge.mT)
-        T = flattened(T.to(dtype), _FLOOR[dtype], group["projections"]).to(of_A.dtype)
+        T = flattened(T.to(compute_dtype(p.dtype)), group["projections"]).to(of_A.dtype)
         r = p.shape[0]
         C, N, P = T[:, :r, :r], T[:, :r, r:], T[:, r:, :r]
         per_scaling = [1 / abs(s) if group["scale_correction"] else 1.0 for b in batches for s in b.scalings]
