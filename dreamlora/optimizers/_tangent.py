@@ -1,12 +1,12 @@
-"""The tangent space of the matrices of rank r at ``BA``, in orthonormal coordinates: pure, batched, no synchronisation.
+"""The tangent space of the matrices of rank r at ``BA``, in orthonormal coordinates: pure, batched, without waiting.
 
-``U = B E_Bᵀ`` and ``Vᵀ = E_A A`` span the columns of B and the rows of A, ``Q_B`` and ``Q_A`` what a gradient has outside
-of these. A tangent direction is ``[U, Q_B] T [V, Q_A]ᵀ`` with
+``U = B E_Bᵀ`` and ``Vᵀ = E_A A`` span the columns of B and the rows of A, ``Q_B`` and ``Q_A`` what a gradient has
+outside of these. A tangent direction is ``[U, Q_B] T [V, Q_A]ᵀ`` with
 
     T = [[C, N], [P, 0]]        (2r × 2r)
 
-and to project a matrix in these bases on the tangent space is to set the last block to zero. B is taken as its transpose,
-so that both factors are alike: ``X`` is A or Bᵀ, ``M`` the gradient of it, ``r`` rows each.
+and to project a matrix in these bases on the tangent space is to set the last block to zero. B is taken as its
+transpose, so that both factors are alike: ``X`` is A or Bᵀ, ``M`` its gradient, ``r`` rows each.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from torch import Tensor
 
 from dreamlora import linalg
 
+_LEVEL = 1e-8
+"""Relative damping, at least: the square root of float64's precision. Products with two inverse roots of something that
+was damped by it are as exact."""
 _FLOOR = 1e-3
-"""Singular values of a direction that become 1, as a share of its Frobenius norm."""
+"""Least singular value of a direction that becomes 1, as a share of its Frobenius norm."""
+
 
 class Frame(NamedTuple):
     """One factor ``X`` of ``k`` pairs and its gradient ``M``; all are ``(k, r, r)``.
 
     Attributes:
         own: ``E``: the rows of ``E X`` are orthonormal.
-        partner: ``E`` of the other factor: ``partner·M`` are honest units.
-        core: ``partner·M`` in the rows of ``E X``.
+        partner: ``E`` of the other factor: ``partner·M`` is the gradient of the product along U or V.
+        core: its part within the rows of ``E X``.
         outer: the rows of ``outer·(partner·M − core·E X)`` are orthonormal.
         edge: ``partner·M − core·E X`` in those rows.
-        failed: ``(k,)`` bool, a matrix could not be factored; there is zero for what comes from it.
+        failed: ``(k,)`` bool: a matrix could not be factored; what comes from it is zero.
     """
 
     own: Tensor
@@ -50,10 +54,9 @@ def frames(of_A: Tensor, of_B: Tensor, dtype: torch.dtype) -> tuple[Frame, Frame
         of_B: of ``[B, mB]``.
         dtype: precision of the factors.
     """
-    r, level = of_A.shape[-1] // 2, linalg.rounding_level(dtype, of_A.dtype)
+    r, level = of_A.shape[-1] // 2, max(linalg.rounding_level(dtype, of_A.dtype), _LEVEL)
     (E_A, failed_A), (E_B, failed_B) = (_coordinates(H[:, :r, :r], level) for H in (of_A, of_B))
     failed = failed_A | failed_B
-    level = max(level, linalg.root_damping(dtype))
     return _frame(E_A, E_B, of_A, level, failed), _frame(E_B, E_A, of_B, level, failed)
 
 
@@ -63,13 +66,13 @@ def _coordinates(K: Tensor, level: float) -> tuple[Tensor, Tensor]:
 
 
 def _sharpened(E: Tensor, K: Tensor) -> Tensor:
-    """``E`` with ``E K Eᵀ = I − εM`` made orthonormal up to ``ε²`` where ε is small, and zero where ``E K Eᵀ`` is.
+    """``F^-½ E`` up to ``(1 − F)³`` where ``F = E K Eᵀ`` is nearly 1, and as good as zero where it is nearly 0.
 
-    What is outside of a span is found by subtraction: any shortness of a basis would pass for it.
+    What is outside of a span is found by subtraction: what a basis lacks in length would pass for it.
     """
-    F = E @ K @ E.mT
-    F4 = linalg.range_projection(E, K)
-    return (5.5 * F4 - 4.5 * F4 @ F) @ E
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    X = identity - E @ K @ E.mT
+    return linalg.range_projection(E, K) @ (identity + X @ (4.5 * identity + 12.375 * X)) @ E
 
 
 def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor) -> Frame:

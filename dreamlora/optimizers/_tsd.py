@@ -5,9 +5,9 @@
     δB = −η X_τ A⁺         δA = −η B⁺ X_τ (I − P_A)         so that δB A + B δA = −η X_τ
     X ← c X + δX/c,  c = √(1 − η·wd)
 
-``P_T(G)`` needs no more of ``G`` than ``mA = BᵀG`` and ``mB = G Aᵀ``. In orthonormal coordinates (see ``_tangent``) every ``X_t`` is a
-``2r × 2r`` matrix, and ``P_T`` sets a quarter of it to zero. So however many projections there are, the long matrices are
-read twice: for one Gram matrix of ``[X, mX]`` per factor, and for the step, which is a combination of ``X`` and ``mX``.
+``P_T(G)`` needs no more of ``G`` than ``mA = BᵀG`` and ``mB = G Aᵀ``. In orthonormal coordinates (``_tangent``) every
+``X_t`` is a ``2r × 2r`` matrix, and ``P_T`` sets a quarter of it to zero. So however many projections there are, the
+long matrices are read twice: for the Gram matrix of ``[X, mX]``, and for the step, which is a combination of these two.
 """
 
 from __future__ import annotations
