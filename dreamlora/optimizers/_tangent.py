@@ -55,24 +55,11 @@ def frames(of_A: Tensor, of_B: Tensor, dtype: torch.dtype) -> tuple[Frame, Frame
         dtype: precision of the factors.
     """
     r, level = of_A.shape[-1] // 2, max(linalg.rounding_level(dtype, of_A.dtype), _LEVEL)
-    (E_A, failed_A), (E_B, failed_B) = (_coordinates(H[:, :r, :r], level) for H in (of_A, of_B))
+    (E_A, failed_A), (E_B, failed_B) = (
+        _coordinates(K, linalg.mean_eigenvalue(K), level) for K in (of_A[:, :r, :r], of_B[:, :r, :r])
+    )
     failed = failed_A | failed_B
     return _frame(E_A, E_B, of_A, level, failed), _frame(E_B, E_A, of_B, level, failed)
-
-
-def _coordinates(K: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    E, failed = linalg.orthonormal_coordinates(K, level)
-    return _sharpened(E, K), failed
-
-
-def _sharpened(E: Tensor, K: Tensor) -> Tensor:
-    """``F^-½ E`` up to ``(1 − F)³`` where ``F = E K Eᵀ`` is nearly 1, and as good as zero where it is nearly 0.
-
-    What is outside of a span is found by subtraction: what a basis lacks in length would pass for it.
-    """
-    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    X = identity - E @ K @ E.mT
-    return linalg.range_projection(E, K) @ (identity + X @ (4.5 * identity + 12.375 * X)) @ E
 
 
 def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor) -> Frame:
@@ -81,13 +68,23 @@ def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor
     whole = linalg.symmetric(partner @ H[:, r:, r:] @ partner.mT)
     rest = whole - core @ core.mT
     # Rounding is a share of the whole, not of the rest, which may be nothing else.
-    tau = linalg.mean_eigenvalue(whole)
+    outer, unfactored = _coordinates(rest, linalg.mean_eigenvalue(whole), level)
+    return Frame(own, partner, core, outer, rest @ outer.mT, failed | unfactored)
+
+
+def _coordinates(K: Tensor, tau: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """``E`` with ``E K Eᵀ = I`` but for directions shorter than ``level·τ``, where it is zero; and where there is none.
+
+    The inverse Cholesky factor of ``K + level·τ``, short by a share ``X`` of its length, is corrected up to ``X³``: what
+    is outside of a span is found by subtraction, and what the basis lacks in length would pass for it.
+    """
     zero = tau <= linalg.TAU_MIN
     tau = torch.where(zero, 1.0, tau)
-    _, outer, unfactored = linalg.cholesky(rest / tau + level * torch.eye(r, dtype=rest.dtype, device=rest.device))
-    outer = _sharpened(outer, rest / tau) * tau.rsqrt()
-    outer = torch.where(zero | unfactored[:, None, None], 0.0, outer)
-    return Frame(own, partner, core, outer, rest @ outer.mT, failed | unfactored)
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    _, E, failed = linalg.cholesky(torch.where(zero, identity, K / tau) + level * identity)
+    X = level * E @ E.mT
+    E = torch.linalg.matrix_power(identity - X, 4) @ (identity + X @ (4.5 * identity + 12.375 * X)) @ E * tau.rsqrt()
+    return torch.where(zero | failed[:, None, None], 0.0, E), failed
 
 
 def tangent(C: Tensor, N: Tensor, P: Tensor) -> Tensor:

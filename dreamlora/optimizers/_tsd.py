@@ -20,11 +20,40 @@ from torch import Tensor
 
 from dreamlora import linalg
 from dreamlora.optimizers import _checks
-from dreamlora.optimizers._batch import PairBatch, moves_of
+from dreamlora.optimizers._batch import PairBatch, moves_of, stack
 from dreamlora.optimizers._kernels import MOMENTUM, compute_dtype
 from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
-from dreamlora.optimizers._rank_space import Side, count
+from dreamlora.optimizers._rank_space import count
 from dreamlora.optimizers._tangent import Frame, bounded, flattened, frames, step_of, tangent
+
+
+class _Stack:
+    """A factor of ``b`` pairs beside its gradients: ``[A; mA]`` ``(b, 2r, n)`` or ``[B, mB]`` ``(b, m, 2r)``.
+
+    Attributes:
+        params: the factors.
+        wide: whether these are the A.
+    """
+
+    def __init__(self, params: list[Tensor], wide: bool, gradients: list[Tensor]) -> None:
+        self.params, self.wide = params, wide
+        self._both = torch.cat([stack(params), stack(gradients)], 1 if wide else 2)
+
+    def gram(self) -> Tensor:
+        """``(b, 2r, 2r)`` in ``linalg.gram_dtype``."""
+        x = self._both.to(linalg.gram_dtype(self._both.device))
+        return x @ x.mT if self.wide else x.mT @ x
+
+    def move(self, step: Tensor, keep: float, factor: float) -> None:
+        """``X ← keep·X + factor·step·[X; mX]`` for what has a gradient; ``step`` ``(b, r, 2r)``."""
+        x, r, step = self._both, step.shape[1], step.to(self._both.dtype)
+        if self.wide:
+            new = torch.baddbmm(x[:, :r], step, x, beta=keep, alpha=factor)
+        else:
+            new = torch.baddbmm(x[:, :, :r], x, step.mT, beta=keep, alpha=factor)
+        moves = moves_of(self.params, new)
+        if moves:
+            torch._foreach_copy_([p for p, _ in moves], [after for _, after in moves])
 
 
 class LoRATSD(LoraPairOptimizer):
@@ -103,26 +132,29 @@ class LoRATSD(LoraPairOptimizer):
 
     def _update(self, group: Group, batches: list[PairBatch]) -> None:
         """Pairs of one rank, device and dtype."""
-        sides = [Side(b.A, True, b.scalings) for b in batches], [Side(b.B, False, b.scalings) for b in batches]
-        stacked = [[self._with_momentum(group, side) for side in one] for one in sides]
-        wide = linalg.gram_dtype(batches[0].A[0].device)
-        grams = [
-            torch.cat([side.gram(x, x) for side, x in zip(one, (x.to(wide) for x in xs), strict=True)])
-            for one, xs in zip(sides, stacked, strict=True)
+        sides = [
+            [_Stack(b.A, True, self._gradients(group, b.A)) for b in batches],
+            [_Stack(b.B, False, self._gradients(group, b.B)) for b in batches],
         ]
-        steps = self._steps(group, batches, *grams)
-        for one, xs, all_of_them in zip(sides, stacked, steps, strict=True):
-            parts = all_of_them.to(xs[0].dtype).split([len(side.params) for side in one])
-            for side, x, step in zip(one, xs, parts, strict=True):
-                _descend(group, side, x, step)
+        of_A, of_B = (torch.cat([one.gram() for one in side]) for side in sides)
+        for side, steps in zip(sides, self._steps(group, batches, of_A, of_B), strict=True):
+            for one, step in zip(side, steps.split([len(one.params) for one in side]), strict=True):
+                lr = float(group["lr"]) * (1.0 if one.wide else group["lr_ratio_B"])
+                c = math.sqrt(1 - lr * group["weight_decay"])
+                one.move(step, keep=c, factor=(lr if group["maximize"] else -lr) / c)
 
-    def _with_momentum(self, group: Group, side: Side) -> Tensor:
-        """``[A; mA]`` ``(b, 2r, n)`` or ``[B, mB]`` ``(b, m, 2r)``; the momentum now holds the gradient."""
-        beta, m = group["momentum"], side.gradients()
-        if beta:
-            m = torch.lerp(side.momenta(self, MOMENTUM), m, 1 - beta)
-            side.keep_momenta(self, MOMENTUM, m)
-        return torch.cat([side.stack(side.params), m], 1 if side.wide else 2)
+    def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
+        """The running means, with this step's gradients in them; a missing one counts as zero."""
+        dtype, beta = compute_dtype(params[0].dtype), group["momentum"]
+        gradients = [torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype) for p in params]
+        if not beta:
+            return gradients
+        for p in params:
+            if MOMENTUM not in self.state[p]:
+                self.state[p][MOMENTUM] = torch.zeros_like(p, dtype=dtype)
+        momenta = [self.state[p][MOMENTUM] for p in params]
+        torch._foreach_lerp_(momenta, gradients, 1 - beta)
+        return momenta
 
     def _steps(self, group: Group, batches: list[PairBatch], of_A: Tensor, of_B: Tensor) -> tuple[Tensor, Tensor]:
         """``(k, r, 2r)`` for all A and all B: what their ``[X, mX]`` are to be multiplied with."""
@@ -157,18 +189,6 @@ def _trusted(group: Group, A: Frame, of_A: Tensor, of_B: Tensor, length: Tensor)
     D = bounded(A.partner @ K_B @ K_A @ A.own.mT, float(group["lr"]) / (2 * group["trust"]) * length)
     identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
     return torch.where(linalg.mean_eigenvalue(K_A) <= linalg.TAU_MIN, identity, D)
-
-
-def _descend(group: Group, side: Side, stacked: Tensor, step: Tensor) -> None:
-    """``X ← c X − lr/c·step·[X; mX]`` for what has a gradient."""
-    r = step.shape[1]
-    lr = float(group["lr"]) * (1.0 if side.wide else group["lr_ratio_B"])
-    c = math.sqrt(1 - lr * group["weight_decay"])
-    old = stacked[:, :r] if side.wide else stacked[:, :, :r]
-    new = side.combine(old, step, stacked, keep=c, factor=(lr if group["maximize"] else -lr) / c)
-    moves = moves_of(side.params, new)
-    if moves:
-        torch._foreach_copy_([p for p, _ in moves], [x for _, x in moves])
 
 
 def _column(numbers: list[float], like: Tensor) -> Tensor:
