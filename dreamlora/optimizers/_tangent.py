@@ -26,7 +26,7 @@ _FLOOR = 1e-3
 """Least singular value of a direction that becomes 1, as a share of its Frobenius norm."""
 
 
-class Frame(NamedTuple):
+class TangentFrame(NamedTuple):
     """One factor ``X`` of ``k`` pairs and its gradient ``M``; all are ``(k, r, r)``.
 
     Attributes:
@@ -46,7 +46,7 @@ class Frame(NamedTuple):
     failed: Tensor
 
 
-def frames(of_A: Tensor, of_B: Tensor, dtype: torch.dtype) -> tuple[Frame, Frame]:
+def frames(of_A: Tensor, of_B: Tensor, dtype: torch.dtype) -> tuple[TangentFrame, TangentFrame]:
     """Both factors' frames.
 
     Args:
@@ -62,20 +62,20 @@ def frames(of_A: Tensor, of_B: Tensor, dtype: torch.dtype) -> tuple[Frame, Frame
     return _frame(E_A, E_B, of_A, level, failed), _frame(E_B, E_A, of_B, level, failed)
 
 
-def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor) -> Frame:
+def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor) -> TangentFrame:
     r = own.shape[-1]
     core = partner @ H[:, r:, :r] @ own.mT
     whole = linalg.symmetric(partner @ H[:, r:, r:] @ partner.mT)
     rest = whole - core @ core.mT
     # Rounding is a share of the whole, not of the rest, which may be nothing else.
     outer, unfactored = _coordinates(rest, linalg.mean_eigenvalue(whole), level)
-    return Frame(own, partner, core, outer, rest @ outer.mT, failed | unfactored)
+    return TangentFrame(own, partner, core, outer, rest @ outer.mT, failed | unfactored)
 
 
 def _coordinates(K: Tensor, tau: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """``E`` with ``E K Eᵀ = I`` but for directions shorter than ``level·τ``, where it is zero; and where there is none.
 
-    The inverse Cholesky factor of ``K + level·τ``, short by a share ``X`` of its length, is corrected up to ``X³``: what
+    The inverse Cholesky factor of ``K + level·τ``, short by a share ``X`` of its length, corrected up to ``X³``: what
     is outside of a span is found by subtraction, and what the basis lacks in length would pass for it.
     """
     zero = tau <= linalg.TAU_MIN
@@ -112,7 +112,7 @@ def flattened(T: Tensor, projections: int) -> Tensor:
     return X
 
 
-def step_of(frame: Frame, core: Tensor, edge: Tensor, shorten: Tensor | None = None) -> Tensor:
+def step_of(frame: TangentFrame, core: Tensor, edge: Tensor, shorten: Tensor | None = None) -> Tensor:
     """``(k, r, 2r)``: the matrix whose product with ``[X; M]`` moves the factor along a tangent direction.
 
     Args:

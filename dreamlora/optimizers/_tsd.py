@@ -24,7 +24,7 @@ from dreamlora.optimizers._batch import PairBatch, moves_of, stack
 from dreamlora.optimizers._kernels import MOMENTUM, compute_dtype
 from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
 from dreamlora.optimizers._rank_space import count
-from dreamlora.optimizers._tangent import Frame, bounded, flattened, frames, step_of, tangent
+from dreamlora.optimizers._tangent import TangentFrame, bounded, flattened, frames, step_of, tangent
 
 
 class _Stack:
@@ -180,7 +180,7 @@ class LoRATSD(LoraPairOptimizer):
         self._fallbacks: dict[torch.device, Any] = {}
 
 
-def _trusted(group: Group, A: Frame, of_A: Tensor, of_B: Tensor, length: Tensor) -> Tensor:
+def _trusted(group: Group, A: TangentFrame, of_A: Tensor, of_B: Tensor, length: Tensor) -> Tensor:
     """``D`` ``(k, r, r)``, which shortens steps of A where ``BA`` is shorter than a step; see ``RankSpace``.
 
     The identity where A is zero: there ``BA`` is as well, and A has no length that could be changed too much.
