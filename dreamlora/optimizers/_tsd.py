@@ -71,7 +71,7 @@ class LoRATSD(LoraPairOptimizer):
         params: groups of ``lora_param_groups``. Groups without pairs train by AdamW with their own lr: give them one
             (``lora_param_groups(..., fallback_lr=1e-4)``).
         lr: spectral norm of the change of ``BA`` per step, at rank 1.
-        momentum: share of the running mean of gradients that is kept. The authors' scripts: 0.95.
+        momentum: share of the running mean of gradients that is kept. The paper names none.
         projections: ``τ``, how often the direction is made flat and projected. With 1 it is that of Riemannion (arXiv
             2507.12142); the paper takes 3 to 5.
         weight_decay: of the product.

@@ -25,7 +25,7 @@ class Options:
     """
 
     momentum: float = 0.9
-    """Share of the running mean of gradients that is kept (the authors' scripts: 0.95)."""
+    """Share of the running mean of gradients that is kept (the paper names none)."""
     projections: int = 3
     """How often the step is made flat and projected on the tangent space (tau; 1 is Riemannion's step)."""
     rank_power: float = 0.25
