@@ -23,7 +23,7 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from dreamlora.optimizers import LoRAMuon, LoRARITE, ScaledAdamW, ScaledGD, lora_param_groups
+from dreamlora.optimizers import LoRAMuon, LoRARITE, LoRATSD, ScaledAdamW, ScaledGD, lora_param_groups
 
 
 def attention_shapes(widths: list[tuple[int, int]], text_width: int) -> list[tuple[int, int]]:
@@ -47,6 +47,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "scaled_adamw, split": lambda m: ScaledAdamW(lora_param_groups(m), lr=1e-4, variant="split"),
     "lora_rite": lambda m: LoRARITE(lora_param_groups(m), lr=1e-4),
     "lora_muon": lambda m: LoRAMuon(lora_param_groups(m), lr=1e-4),
+    "lora_tsd": lambda m: LoRATSD(lora_param_groups(m), lr=1e-4),
     PEFT: lambda m: create_riemannian_optimizer(m, AdamW, lr=1e-4),
 }
 WARM_UP = 2

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from dreamlora.optimizers._pairs import LoraPairOptimizer
     from dreamlora.optimizers._rite import LoRARITE
     from dreamlora.optimizers._scaled import ScaledAdamW, ScaledGD
+    from dreamlora.optimizers._tsd import LoRATSD
     from dreamlora.optimizers._units import grad_norm, in_units
 
 _HOME = {
     "LoRAMuon": "_muon",
     "LoRARITE": "_rite",
+    "LoRATSD": "_tsd",
     "LoraPair": "_groups",
     "LoraPairOptimizer": "_pairs",
     "ScaledAdamW": "_scaled",
@@ -44,6 +46,7 @@ _HOME = {
 __all__ = [
     "LoRAMuon",
     "LoRARITE",
+    "LoRATSD",
     "LoraPair",
     "LoraPairOptimizer",
     "ScaledAdamW",

@@ -9,7 +9,7 @@ from dreamlora.cli.parse import parse_run
 from dreamlora.config.adapting import check_adapter
 from dreamlora.errors import UserError
 
-IN_PAIRS = ["lora_muon", "lora_plus", "lora_rite", "muon", "peft_riemannian", "scaled_adamw", "scaled_gd"]
+IN_PAIRS = ["lora_muon", "lora_plus", "lora_rite", "lora_tsd", "muon", "peft_riemannian", "scaled_adamw", "scaled_gd"]
 
 
 def check(flags: str) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dreamlora.optimizers import LoRAMuon, LoRARITE
+from dreamlora.optimizers import LoRAMuon, LoRARITE, LoRATSD
 from tests.optimizers.lora_problems import Pairs, general, pair_group, regauge, relative_distance
 
-METHODS = {"lora_rite": (LoRARITE, 1e-2), "lora_muon": (LoRAMuon, 3e-2)}
+METHODS = {
+    "lora_rite": (LoRARITE, 1e-2),
+    "lora_muon": (LoRAMuon, 3e-2),
+    "lora_tsd": (partial(LoRATSD, momentum=0.7), 6e-2),
+}
 RANK = 8
 
 

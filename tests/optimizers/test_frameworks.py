@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dreamlora.optimizers import LoRAMuon, LoRARITE, ScaledAdamW, ScaledGD, find_lora_pairs, lora_param_groups
+from dreamlora.optimizers import LoRAMuon, LoRARITE, LoRATSD, ScaledAdamW, ScaledGD, find_lora_pairs, lora_param_groups
 from tests.optimizers.lora_problems import make_pairs, pair_group, quadratic_gradients, targets
 
 
@@ -76,8 +76,9 @@ def test_factors_sharded_by_fsdp2_are_refused_before_and_after_construction(one_
         (ScaledGD, {"momentum": 0.9, "geometry": "tangent"}),
         (LoRARITE, {}),
         (LoRAMuon, {}),
+        (LoRATSD, {}),
     ],
-    ids=["adamw", "split", "gd-tangent", "rite", "muon"],
+    ids=["adamw", "split", "gd-tangent", "rite", "muon", "tsd"],
 )
 def test_a_compiled_step_is_the_step(cls, options):
     results = []

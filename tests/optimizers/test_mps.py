@@ -18,6 +18,7 @@ from tests.inits.problems import on_device, problem
 WITH_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in registry.names("optimizers")),
     ("lora_muon", {"trust": 0.0}),
+    ("lora_tsd", {"trust": 0.0, "projections": 1}),
     ("lora_rite", {"apply_escape": True, "update_skipping": 1.0}),
     ("scaled_adamw", {"damping": 0.0, "variant": "split"}),
     ("scaled_adamw", {"damping": 1e-3, "geometry": "balanced"}),

@@ -30,9 +30,20 @@ def distance(pairs) -> float:
     return sum(float((B @ A - W).detach().square().sum()) for (A, B), W in zip(pairs, targets(pairs), strict=True))
 
 
-PROMISED = {"adamw", "sgd", "scaled_gd", "scaled_adamw", "lora_rite", "lora_muon", "muon", "lora_plus", "adafactor"}
+PROMISED = {
+    "adamw",
+    "sgd",
+    "scaled_gd",
+    "scaled_adamw",
+    "lora_rite",
+    "lora_muon",
+    "lora_tsd",
+    "muon",
+    "lora_plus",
+    "adafactor",
+}
 PROMISED |= {"adamw8bit", "prodigy", "schedulefree_adamw", "lion", "came", "peft_riemannian"}
-RATES = {"lora_muon": 0.2, "muon": 0.1, "lora_plus": 5e-3, "adafactor": 0.1, "prodigy": 1.0}
+RATES = {"lora_muon": 0.2, "lora_tsd": 0.2, "muon": 0.1, "lora_plus": 5e-3, "adafactor": 0.1, "prodigy": 1.0}
 """For the quadratic; others take 2e-2."""
 
 
@@ -86,6 +97,7 @@ def test_options_are_frozen_documented_and_of_defaults_in_range(name):
         ("lora_rite", {"update_capping": -1.0}),
         ("lora_rite", {"fallback_lr": -1.0}),
         ("lora_muon", {"damping": -1.0}),
+        ("lora_tsd", {"projections": 0}),
         ("muon", {"ns_steps": 0}),
         ("muon", {"adjust_lr_fn": "none"}),
         ("lora_plus", {"ratio": 0.0}),
@@ -160,7 +172,7 @@ def test_the_package_names_what_it_exports():
         _ = optimizers.nothing
 
 
-@pytest.mark.parametrize("name", ["lora_rite", "lora_muon"])
+@pytest.mark.parametrize("name", ["lora_rite", "lora_muon", "lora_tsd"])
 def test_methods_with_other_units_give_the_fallback_its_own_rate(name):
     plugin = registry.load("optimizers", name)
     groups, _, _ = groups_and_pairs(lr=1.0)

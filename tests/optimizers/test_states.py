@@ -15,7 +15,7 @@ from tests.optimizers.lora_problems import SHAPES, make_pairs, pair_group, quadr
 from tests.optimizers.test_plugins import RATES, load
 
 NAMES = registry.names("optimizers")
-OURS = ("lora_muon", "lora_rite", "muon", "scaled_adamw", "scaled_gd")
+OURS = ("lora_muon", "lora_rite", "lora_tsd", "muon", "scaled_adamw", "scaled_gd")
 every = pytest.mark.parametrize("name", NAMES)
 WITH_STATE = {"sgd": {"momentum": 0.9}, "scaled_gd": {"momentum": 0.9}}
 """Settings of those that keep nothing by default."""

@@ -19,7 +19,7 @@ from tests.training.test_run import same, values, weights
 
 Train = Callable[..., RunFolder]
 ELSEWHERE = {"adamw", "sgd", "scaled_gd", "scaled_adamw"}
-RATES = {"prodigy": "1", "lora_muon": "3e-2"}
+RATES = {"prodigy": "1", "lora_muon": "3e-2", "lora_tsd": "3e-2"}
 """Others take that of the flags fixture."""
 QUICK = [
     *("--max_train_steps", "3", "--sample_steps", "0", "--checkpointing_steps", "2", "--eval_steps", "3"),

@@ -23,7 +23,7 @@ from dreamlora.training.loop import Run
 from dreamlora.training.stream import moved
 from tests.training.conftest import with_optimizer
 
-OURS = ("adamw", "lora_plus", "sgd", "scaled_gd", "scaled_adamw", "lora_muon", "lora_rite", "muon")
+OURS = ("adamw", "lora_plus", "sgd", "scaled_gd", "scaled_adamw", "lora_muon", "lora_rite", "lora_tsd", "muon")
 """Those of other packages wait as they like."""
 FAMILIES = ("sd", "flux")
 clipped_or_not = pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
