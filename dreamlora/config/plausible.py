@@ -87,7 +87,7 @@ _IDLE = (
     _Idle(
         ("lora_units",),
         lambda c: in_start_units(c.optim),
-        "the steps of --optimizer lora_rite, lora_muon and lora_tsd depend neither on alpha nor on the scale of the start",
+        "steps of --optimizer lora_rite, lora_muon and lora_tsd depend neither on alpha nor on the scale of the start",
     ),
     _Idle(
         ("logit_mean", "logit_std"),
