@@ -48,6 +48,7 @@ class Options:
         _checks.two_fractions("betas", self.betas)
         for name in ("rank_power", "trust", "eps", "fallback_lr"):
             _checks.at_least_zero(name, getattr(self, name))
+        _checks.switch("scale_correction", self.scale_correction)
 
 
 def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
