@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.lora import Lora
@@ -30,7 +30,7 @@ from dreamlora.config.times import check_times
 from dreamlora.errors import UserError
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-AUTO = "auto"
+AUTO: Final = "auto"
 """A learning rate that a test before the first step decides."""
 Tracker = Literal[
     "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -88,8 +88,7 @@ class Optim:
         _pairs(self, "optimizer_args")
         if self.scale_lr and self.learning_rate == AUTO:
             raise UserError(
-                "--scale_lr multiplies a learning rate that is given, and --learning_rate auto finds one: leave --scale_lr "
-                "out"
+                "--scale_lr multiplies a learning rate that is given, and --learning_rate auto finds one: leave it out"
             )
 
 
