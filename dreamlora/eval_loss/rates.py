@@ -31,8 +31,10 @@ USUAL = 5
 """... and as many where the best rate is near."""
 SHARE = 0.01
 """Of the training, that a test takes where that is enough for ``LEAST_STEPS``."""
-LEAST_STEPS = 16
-"""Of a short run: with fewer the loss has hardly moved."""
+LEAST_STEPS = 12
+"""Of a short run: with fewer the lowest loss is a matter of chance."""
+ITEMS = 32
+"""Measured after each: paired, half of the curve's tell as much."""
 EXPONENT = 1 / 3
 """A run of 8 times the steps gets half the rate."""
 CLEAR = 2.0
@@ -90,18 +92,18 @@ def vertex(losses: Mapping[int, float]) -> float:
 
 
 @dataclass(frozen=True)
-class Tested:
+class RangeTest:
     """The short runs of a test.
 
     Attributes:
-        first: the rate where the search began.
+        own: the optimizer's own rate. The search begins where it would be the best of a run of ``total`` steps.
         steps: of each of them.
         total: of the run itself, as if all of its steps had the highest rate of its schedule.
         start: ``[items]`` losses before the first step.
         items: ``[items]`` losses by power of ``RATIO``, in the order in which they were tried; None: the run broke off.
     """
 
-    first: float
+    own: float
     steps: int
     total: float
     start: np.ndarray
@@ -114,7 +116,7 @@ class Tested:
 
     def rate(self, power: float) -> float:
         """What a power stands for, to three digits."""
-        return float(f"{self.first * RATIO**power:.3g}")
+        return float(f"{self.own * self.shortening * RATIO**power:.3g}")
 
     def against_start(self, power: int) -> Difference | None:
         """How the losses at a rate differ from those before the first step; None: the run broke off."""
@@ -139,8 +141,8 @@ class Tested:
         return "lowest" if best == min(self.items) else "highest" if best == max(self.items) else ""
 
     def proposal(self) -> float:
-        """The rate to train with; where nothing was learnt, the one where the search began."""
-        return self.rate(vertex(self.losses) - math.log(self.shortening, RATIO)) if self.learns else self.first
+        """The rate to train with; where nothing was learnt, the optimizer's own."""
+        return self.rate(vertex(self.losses) - math.log(self.shortening, RATIO)) if self.learns else self.own
 
     def reason(self, metric: str) -> str:
         """Why, in a few sentences.
@@ -155,12 +157,12 @@ class Tested:
         if apart is None or not self.learns:
             return (
                 f"The test cannot tell: none of {tried} has clearly lowered {metric} ({loss(self.start.mean())} before "
-                f"the first step), so the optimizer's own {rate(self.first)} stays."
+                f"the first step), so the optimizer's own {rate(self.own)} stays."
             )
         broke = [self.rate(power) for power in sorted(losses) if not math.isfinite(losses[power])]
         sentences = [
-            f"Of {tried}, {metric} fell furthest at {rate(self.rate(best))}: to {loss(losses[best])} from "
-            f"{loss(self.start.mean())}, {difference_text(apart)}."
+            f"Of {tried}, {metric} on {len(self.start)} items fell furthest at {rate(self.rate(best))}: to "
+            f"{loss(losses[best])} from {loss(self.start.mean())}, {difference_text(apart)}."
         ]
         if broke:
             sentences.append(f"{' and '.join(map(rate, broke))} diverged.")
@@ -194,6 +196,7 @@ class Tested:
             "evalset_id": evalset_id,
             "n": len(self.start),
             "steps": self.steps,
+            "exponent": EXPONENT,
             "start": float(self.start.mean(dtype=np.float64)),
             "tried": [self._row(power) for power in sorted(self.items)],
         }

@@ -22,7 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from dreamlora.callbacks.evaluate import measure
 from dreamlora.errors import DivergedError
 from dreamlora.eval_loss.evalset import EvalSet
-from dreamlora.eval_loss.rates import USUAL, Tested, next_power, steps_of
+from dreamlora.eval_loss.rates import ITEMS, USUAL, RangeTest, next_power, steps_of
 from dreamlora.figures import loss, rate
 from dreamlora.files import write_atomically
 from dreamlora.interrupts import Interrupted
@@ -38,15 +38,16 @@ def settle(context: RunContext, run: Run, items: EvalSet, metric: str, options: 
     """Find the learning rate of a run that stands before its first step, and give it to the run.
 
     Args:
-        context: whose ``open_rates`` say which options get it, and are none afterwards; until then they have the rate
-            where the search begins.
+        context: whose ``open_rates`` say which options get it, and are none afterwards. Until then they have the rate
+            that is the optimizer's own.
         run: with the LoRA as it starts. Its optimizer and its schedule are made anew.
-        items: to measure on.
+        items: of the evaluation, of which some are measured.
         metric: what that is called.
         options: of the optimizer.
     """
     assert context.eval_price is not None
     training, started = context.eval_price.training, time.perf_counter()
+    items = items.subset(ITEMS, context.config.eval.eval_seed, "range test")
     per_step, measured = training / run.total_steps, len(items.times)
     steps = steps_of(per_step, run.total_steps, measured)
 
@@ -54,8 +55,8 @@ def settle(context: RunContext, run: Run, items: EvalSet, metric: str, options: 
         return (runs * (steps * per_step + measured) + measured) / training
 
     context.tell(
-        f"--learning_rate auto: a test finds it, by some {USUAL} runs of {steps} steps with {metric} after each, "
-        f"{share(USUAL):.2g} times what the training costs"
+        f"--learning_rate auto: a test finds it, by some {USUAL} runs of {steps} steps and {metric} on {measured} "
+        f"items after each: {share(USUAL):.1%} of what the training costs"
     )
     with context.timed("learning rate test"), _untouched(run):
         tested = _tested(context, run, items, options, steps)
@@ -69,11 +70,11 @@ def settle(context: RunContext, run: Run, items: EvalSet, metric: str, options: 
     context.tell(f"{found['reason']} The test took {found['seconds']:.0f} s")
 
 
-def _tested(context: RunContext, run: Run, items: EvalSet, options: Any, steps: int) -> Tested:
+def _tested(context: RunContext, run: Run, items: EvalSet, options: Any, steps: int) -> RangeTest:
     """All short runs, the next where those before it point to."""
-    first: Any = context.config.optim.learning_rate
+    own: Any = context.config.optim.learning_rate
     by_power: dict[int, np.ndarray | None] = {}
-    tested = Tested(first, steps, _whole_steps(run), _measured(run, items), by_power)
+    tested = RangeTest(own, steps, _whole_steps(run), _measured(run, items), by_power)
     while (power := next_power(tested.losses)) is not None:
         tried = copy.copy(context)
         tried.config = defaults.with_rate(context.config, context.open_rates, tested.rate(power))
