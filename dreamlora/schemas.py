@@ -144,6 +144,7 @@ class RangeTestFile(TypedDict):
     evalset_id: NotRequired[Name]
     n: NotRequired[Count]
     steps: NotRequired[Step]
+    length: NotRequired[Annotated[float, Ge(0), Le(10**9)]]
     exponent: NotRequired[Annotated[float, Ge(0), Le(10)]]
     start: NotRequired[Number]
     tried: NotRequired[Annotated[list[TriedRate], MaxLen(100)]]

@@ -196,6 +196,7 @@ class RangeTest:
             "evalset_id": evalset_id,
             "n": len(self.start),
             "steps": self.steps,
+            "length": self.total,
             "exponent": EXPONENT,
             "start": float(self.start.mean(dtype=np.float64)),
             "tried": [self._row(power) for power in sorted(self.items)],

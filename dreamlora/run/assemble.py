@@ -155,7 +155,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     formats.require_held(context, run)
     if context.config.model.compile:
         compile_blocks(run.components[context.family.DENOISER], _shapes(run))
-    if context.open_rates:
+    if context.open_rates and not checkpoint:
         items = schedule.eval_set(context, run, material.measured)
         range_test.settle(context, run, items, schedule.eval_metric(pictures), options)
         if context.accelerator.is_main_process:

@@ -15,6 +15,8 @@ import yaml
 from dreamlora.__main__ import dispatch
 from dreamlora.errors import DivergedError, UserError
 from dreamlora.eval_loss import rates
+from dreamlora.eval_loss.evalset import EvalSet
+from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.run import range_test
 from dreamlora.run.opening import begin
 from dreamlora.runfolder import RunFolder
@@ -75,15 +77,18 @@ def test_the_run_is_that_of_the_rate_it_found(more: str, train: Train, tmp_path:
 
 def test_the_record_tells_what_was_tried(train: Train, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    run = train(*AUTO)
+    run = train(*AUTO, "--lr_scheduler", "cosine", "--lr_warmup_steps", "0")
     record = found(run)
     tried = record["tried"]
     assert record["metric"] == "eval/loss" and record["steps"] == 6, "no longer than the run itself"
     assert [row["learning_rate"] for row in tried] == sorted(row["learning_rate"] for row in tried)
     assert len(tried) >= rates.USUAL and record["share"] > 0
-    base = next(row["value"] for row in run.metrics() if row["name"] == "eval/loss" and row["step"] == 0)
-    assert record["start"] == pytest.approx(base, rel=1e-6), "the same items as the curve's"
-    assert record["evalset_id"] == json.loads(run.evalset_file.read_text(encoding="utf-8"))["evalset_id"]
+    assert record["n"] == rates.ITEMS and record["length"] == pytest.approx(3.5), "a cosine counts half, and its first step"
+    items = EvalSet.load(run.evalset_file).subset(rates.ITEMS, 1234, "range test")
+    assert record["evalset_id"] == items.id != EvalSet.load(run.evalset_file).id
+    losses = ItemLosses.load(run.eval_items_file).rows[0]
+    chosen = [EvalSet.load(run.evalset_file).noise_keys.index(key) for key in items.noise_keys]
+    assert record["start"] == pytest.approx(losses[chosen].mean(), rel=1e-6), "some of the curve's items"
     assert record["reason"] in caplog.text and "learning rate auto" in caplog.text
     assert f"learning rate {record['learning_rate']:g}" in run.outline()["optimizer"]
     assert run.summary()["timings"]["learning rate test"] > 0
@@ -102,6 +107,8 @@ def test_a_resumed_run_has_the_rate_and_makes_no_second_test(
     resumed = train(*AUTO, *stopped, "--resume_from_checkpoint", "latest")
     assert_equal_runs(whole, resumed)
     assert resumed.range_test_file.read_bytes() == record
+    again = train(*AUTO, *stopped, "--resume_from_checkpoint", "latest")
+    assert same(weights(again), weights(resumed)), "it is complete"
     elsewhere = str(resumed.checkpoint_dir(4))
     adopted = train(*AUTO, "--output_dir", str(tmp_path / "third"), "--resume_from_checkpoint", elsewhere)
     assert same(weights(whole), weights(adopted)) and adopted.range_test() == resumed.range_test()
@@ -164,7 +171,7 @@ def test_what_follows_the_rate_follows_it_and_what_has_its_own_keeps_it(flags: l
 
 def test_without_held_out_images_it_measures_on_training_images(train: Train) -> None:
     run = train(*AUTO, "--holdout", "0", "--eval_steps", "0", "--sample_steps", "0", "--checkpointing_steps", "0")
-    assert found(run)["metric"] == "eval/loss_train" and found(run)["n"] >= 64
+    assert found(run)["metric"] == "eval/loss_train" and found(run)["n"] == rates.ITEMS
 
 
 def test_the_scaler_of_fp16_is_as_it_was(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
