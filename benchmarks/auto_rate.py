@@ -10,8 +10,8 @@ loss its rate reaches, along a line between the rates that were run ("reached").
 by which the best rate of the test's short runs would have to be divided to give the best of the run.
 
 A method is written as for dreamlora compare: scaled_adamw:variant=split, adamw+lora_alpha=1. LoRA is on the attention
-layers, with batches of 2 and without class images. Finished runs are kept in --runs, so that the command can be stopped
-and given again.
+layers, with batches of 2 and without class images. Finished runs are kept in --runs, and finished cells in the results,
+so that the command can be stopped and given again, or given for a few cells at a time.
 """
 
 from __future__ import annotations
@@ -155,6 +155,11 @@ def of_cell(cell: Row, lengths: Sequence[int], runs: Runs) -> list[Row]:
     return rows
 
 
+def named(row: Row) -> tuple[Any, ...]:
+    """What a row is about."""
+    return row["subject"], row["rank"], row["method"], row["steps"]
+
+
 def result(rows: Sequence[Row]) -> Row:
     """All rows, and the worst and the middle of them."""
     apart = [max(row["times"], 1 / row["times"]) for row in rows]
@@ -164,7 +169,7 @@ def result(rows: Sequence[Row]) -> Row:
         "worst_reached": min(row["reached"] for row in rows),
         "median_reached": round(statistics.median(row["reached"] for row in rows), 3),
         "median_exponent": round(statistics.median(row["exponent"] for row in rows), 3),
-        "rows": list(rows),
+        "rows": sorted(rows, key=named),
     }
 
 
@@ -181,15 +186,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=_machine.RESULTS, help="folder of auto_rate.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    runs, rows = Runs(options.runs), []
+    runs, file = Runs(options.runs), options.results / "auto_rate.json"
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = {named(row): row for row in before}
     for subject, rank, method in itertools.product(options.subjects, options.ranks, options.methods):
         cell = {"method": method, "subject": subject, "rank": rank}
         for row in of_cell(cell, options.lengths, runs):
-            rows.append(row)
+            rows[named(row)] = row
             print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-        settings = {name: list(getattr(options, name)) for name in ("methods", "subjects", "ranks", "lengths")}
-        about = {"command": _machine.command("auto_rate.py"), "settings": settings}
-        file = _machine.write("auto_rate", {**about, **result(rows), "machine": _machine.describe(1)}, options.results)
+        about = {"command": _machine.command("auto_rate.py"), **result(list(rows.values()))}
+        _machine.write("auto_rate", {**about, "machine": _machine.describe(1)}, options.results)
     print(f"wrote {file}")
 
 
