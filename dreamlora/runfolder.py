@@ -58,6 +58,7 @@ class RunFolder:
         self.eval_items_file = self.path / "eval_items.npz"
         self.raw_items_file = self.path / "eval_items_raw.npz"
         self.final_items_file = self.path / "eval_final_items.npz"
+        self.range_test_file = self.path / "learning_rate_test.json"
         self.evalset_file = self.path / "evalset.json"
         self.evalset_tensors = self.path / "evalset.safetensors"
         self.final_evalset_file = self.path / "evalset_final.json"
@@ -117,6 +118,10 @@ class RunFolder:
         """Which checkpoint lies in best/ and why (selection.json); empty if there is none."""
         return _told(self._found(self.selection_file, schemas.SELECTION))
 
+    def range_test(self) -> dict[str, Any]:
+        """How the learning rate was found (learning_rate_test.json); empty if it was given."""
+        return _told(self._found(self.range_test_file, schemas.RANGE_TEST))
+
     def outcome(self) -> dict[str, Any]:
         """How the run ended (outcome.json); empty if that is not known."""
         return _told(self._found(self.outcome_file, schemas.OUTCOME))
@@ -162,6 +167,7 @@ class RunFolder:
             (self.summary_file, schemas.SUMMARY),
             (self.outcome_file, schemas.OUTCOME),
             (self.selection_file, schemas.SELECTION),
+            (self.range_test_file, schemas.RANGE_TEST),
             (self.base_model_file, schemas.BASE_MODEL),
             (self.outline_file, schemas.OUTLINE),
             (self.trackers_file, schemas.TRACKERS),

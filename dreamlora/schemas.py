@@ -17,6 +17,7 @@ Step = Annotated[int, Ge(0), Le(10**9)]
 Count = Annotated[int, Ge(0), Le(LARGEST)]
 Seed = Annotated[int, Ge(0), Le(2**64)]
 Seconds = Annotated[float, Ge(0), Le(10**12)]
+Rate = Annotated[float, Ge(0), Le(1e9)]
 Gib = Annotated[float, Ge(0), Le(10**6)]
 Name = Annotated[str, MaxLen(1000)]
 Text = Annotated[str, MaxLen(2**16)]
@@ -124,6 +125,33 @@ class SelectionFile(TypedDict):
     best_product: NotRequired[dict[str, Any] | None]
 
 
+class TriedRate(TypedDict):
+    """A short run of a range test: its loss, and how far that lies above the loss before the first step."""
+
+    learning_rate: Rate
+    value: Number
+    difference: Number
+    standard_error: Number
+
+
+class RangeTestFile(TypedDict):
+    """learning_rate_test.json."""
+
+    schema_version: NotRequired[Count]
+    learning_rate: Rate
+    reason: NotRequired[Text]
+    metric: NotRequired[Name]
+    evalset_id: NotRequired[Name]
+    n: NotRequired[Count]
+    steps: NotRequired[Step]
+    length: NotRequired[Annotated[float, Ge(0), Le(10**9)]]
+    exponent: NotRequired[Annotated[float, Ge(0), Le(10)]]
+    start: NotRequired[Number]
+    tried: NotRequired[Annotated[list[TriedRate], MaxLen(100)]]
+    share: NotRequired[Annotated[float, Ge(0), Le(10**9)]]
+    seconds: NotRequired[Seconds]
+
+
 class OutcomeFile(TypedDict):
     """outcome.json."""
 
@@ -205,6 +233,7 @@ METRIC_ROW = Schema(MetricRow)
 SAMPLE_ROW = Schema(SampleRow)
 IMAGE_ROW = Schema(ImageRow)
 SELECTION = Schema(SelectionFile)
+RANGE_TEST = Schema(RangeTestFile)
 OUTCOME = Schema(OutcomeFile)
 BASE_MODEL = Schema(BaseModelFile)
 SUMMARY = Schema(SummaryFile)

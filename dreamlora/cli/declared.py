@@ -69,7 +69,7 @@ class Option:
     Attributes:
         kind: the type of one value: int, float, str, Path or bool; or a dataclass, for a list of entries that only
             a YAML file can hold.
-        choices: the allowed words, or empty for any.
+        choices: the allowed words, or empty for any; of a number, words that stand beside it.
         several: whether it takes a list of values.
         count: how many values exactly; 0 for any number.
         default: ``dataclasses.MISSING`` if it must be given.
@@ -99,9 +99,9 @@ class Option:
         """What it takes, in words."""
         if self.entries:
             return "a list of entries, each with keys and values, in a --config file"
-        if self.choices:
+        if self.choices and self.kind is str:
             return f"one of {', '.join(self.choices)}"
-        noun = _KINDS[self.kind].noun
+        noun = " or ".join([_KINDS[self.kind].noun, *self.choices])
         return f"{self.count or 'any number of'} values, each {noun}" if self.several else noun
 
     @property
@@ -109,7 +109,8 @@ class Option:
         """What it takes, for the help text."""
         if self.entries:
             return "(in a --config file)"
-        one = f"{{{','.join(self.choices)}}}" if self.choices else _KINDS[self.kind].metavar
+        words = [] if self.choices and self.kind is str else [_KINDS[self.kind].metavar]
+        one = f"{{{','.join([*words, *self.choices])}}}" if self.choices else words[0]
         return " ".join([one] * self.count) if self.count else f"{one} ..." if self.several else one
 
     @property
@@ -153,8 +154,9 @@ class Option:
         if len(word) > MOST_CHARACTERS:
             raise ValueError(f"takes {self.takes} of at most {MOST_CHARACTERS:,} characters (got {len(word):,})")
         try:
-            if self.choices:  # case does not matter
-                return self.choices[[choice.lower() for choice in self.choices].index(word.lower())]
+            lowered = [choice.lower() for choice in self.choices]  # case does not matter
+            if word.lower() in lowered or (self.choices and self.kind is str):
+                return self.choices[lowered.index(word.lower())]
             value = _KINDS[self.kind].read(word)
         except ValueError:
             near = get_close_matches(word.lower(), self.choices, n=1)
@@ -222,8 +224,9 @@ def _option(declared: Field[Any], annotation: Any, text: str) -> Option:
     several = get_origin(inner) is tuple
     parts = get_args(inner) if several else (inner,)
     one = parts[0] if parts else None
-    choices = get_args(one) if get_origin(one) is Literal else ()
-    kind = str if choices else one
+    number, words = _number_or_words(one)
+    choices = get_args(words)
+    kind = number or (str if choices else one)
     known = (kind in _KINDS or is_dataclass(kind)) and all(isinstance(choice, str) for choice in choices)
     if not known or any(part not in (one, Ellipsis) for part in parts):
         raise TypeError(f"{declared.name}: no word of a command line can become a {annotation}")
@@ -233,9 +236,20 @@ def _option(declared: Field[Any], annotation: Any, text: str) -> Option:
 
 def _without_none(annotation: Any) -> Any:
     """``X`` of ``X | None``."""
-    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    own = [part for part in parts if part is not type(None)]
-    return own[0] if len(own) == 1 else annotation
+    own = tuple(part for part in _alternatives(annotation) if part is not type(None))
+    return Union[own]  # noqa: UP007 - of one alone it is that one
+
+
+def _number_or_words(annotation: Any) -> tuple[Any, Any]:
+    """``float`` and ``Literal[...]`` of ``float | Literal[...]``; None for what it has not."""
+    parts = _alternatives(annotation)
+    words = next((part for part in parts if get_origin(part) is Literal), None)
+    number = next((part for part in parts if part in (int, float)), None)
+    return (number, words) if {number, words} == {*parts} or words is annotation else (None, None)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
 @functools.cache

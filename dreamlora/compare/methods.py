@@ -77,13 +77,18 @@ class Group:
 
     @property
     def tuned(self) -> bool:
-        """Whether more than one rate was tried."""
-        return len(self.rates) > 1
+        """Whether more than one rate was tried, by the method's own runs if they do that by themselves."""
+        return len(self.rates) > 1 or self.tests
+
+    @property
+    def tests(self) -> bool:
+        """Whether each of its runs found its rate by a range test. The one rate of ``rates`` is the middle of these."""
+        return bool(self.records) and all(record.tested for record in self.records)
 
     @property
     def edge(self) -> Edge | None:
         """Whether the best rate is the lowest or the highest that was tried, so that a better one may lie beyond."""
-        if self.best is None or not self.tuned:
+        if self.best is None or len(self.rates) < 2:
             return None
         return "low" if self.best is self.rates[0] else "high" if self.best is self.rates[-1] else None
 
@@ -110,10 +115,10 @@ def labelled(records: Sequence[Record]) -> dict[str, list[Record]]:
     """
     by_optimizer: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        by_optimizer[_optimizer_label(record.config)].append(record)
+        by_optimizer[_optimizer_label(record)].append(record)
     methods: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        label = _optimizer_label(record.config)
+        label = _optimizer_label(record)
         alike = by_optimizer[label]
         usual = {name: _most_common(alike, name) for name in _varying(alike)}
         own = [
@@ -144,7 +149,7 @@ def group(label: str, records: Sequence[Record], fresh_seeds: Collection[int] | 
     """Choose the best learning rate of a method and the runs that speak for it.
 
     Every rate is judged by the same seeds: those that all rates have. A run with another seed, at a rate that is not
-    the best, is dropped.
+    the best, is dropped. Runs that found their rates themselves are taken together: their rates are the method's doing.
 
     Args:
         label: of the method.
@@ -155,8 +160,10 @@ def group(label: str, records: Sequence[Record], fresh_seeds: Collection[int] | 
         UserError: no seed is common to all rates.
     """
     at: dict[float, dict[int, Record]] = defaultdict(dict)
+    together = bool(records) and all(record.tested for record in records)
+    middle = float(f"{np.median([record.lr for record in records]):.3g}") if together else None
     for record in sorted(records, key=lambda record: (record.lr, record.seed, record.id)):
-        at[record.lr][record.seed] = record
+        at[middle or record.lr][record.seed] = record
     if fresh_seeds is None:
         rates_of = Counter(seed for runs in at.values() for seed in runs)
         fresh_seeds = {seed for seed, count in rates_of.items() if count == 1} if len(at) > 1 else set()
@@ -177,7 +184,7 @@ def group(label: str, records: Sequence[Record], fresh_seeds: Collection[int] | 
     headline = {} if best is None else {seed: run for seed, run in at[best.lr].items() if seed in fresh_seeds}
     fresh = bool(headline)
     if best is not None and not fresh:
-        headline = dict(at[best.lr])
+        headline, fresh = dict(at[best.lr]), together
     used = {record.id for rate in rates for record in rate.records} | {record.id for record in headline.values()}
     dropped = tuple(
         Dropped(run=record.id, reason="its seed was not run at all learning rates of its method")
@@ -187,11 +194,13 @@ def group(label: str, records: Sequence[Record], fresh_seeds: Collection[int] | 
     return Group(label, tuple(records), rates, best, headline, fresh, dropped=dropped)
 
 
-def _optimizer_label(config: Mapping[str, Any]) -> str:
-    """``scaled_adamw:variant=split`` from the options ``optimizer`` and ``optimizer_args``."""
+def _optimizer_label(record: Record) -> str:
+    """``scaled_adamw:variant=split`` from the options ``optimizer`` and ``optimizer_args``, and how it has its rate."""
+    config = record.config
     args = [str(word) for word in config.get("optimizer_args") or ()]
     pairs = [f"{name}={value}" for name, value in zip(args[::2], args[1::2], strict=False)]
-    return str(config.get("optimizer", "?")) + (":" + ",".join(pairs) if pairs else "")
+    own = (":" + ",".join(pairs) if pairs else "") + ("+learning_rate=auto" if record.tested else "")
+    return str(config.get("optimizer", "?")) + own
 
 
 def _varying(records: Sequence[Record]) -> list[str]:

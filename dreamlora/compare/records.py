@@ -54,6 +54,7 @@ class Record:
         steps, losses: the evaluation's curve; a loss that was not finite is NaN.
         seconds: of training at each of ``steps``, without evaluations and samples.
         octiles: mean loss of the last evaluation in each eighth of the timesteps.
+        tested: whether it found its learning rate by a range test.
         at_end: the larger set, with rows for the base model and the last step; None if it was not measured.
         images: image metrics by name; of a run that was resumed with other prompts or encoders, the last ones alone.
         scalars: last value of every other metric.
@@ -75,6 +76,7 @@ class Record:
     octiles: tuple[float, ...]
     eval_images: int
     eval_items: int
+    tested: bool = False
     at_end: ItemLosses | None = None
     images: Mapping[str, Sequence[ImageValue]] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -198,6 +200,7 @@ def read_record(path: Path, name: str) -> Record:
         octiles=items.octiles,
         eval_images=items.images,
         eval_items=items.count,
+        tested=bool(folder.range_test()),
         at_end=_at_end(folder, steps),
         images={name: _image_values(rows) for name, rows in more.items() if is_image_metric(name)},
         scalars={name: points[max(points)] for name, points in values.items() if points},

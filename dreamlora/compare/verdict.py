@@ -75,6 +75,13 @@ def budget(groups: Sequence[Group], baseline: Group, metric: str, task: Task) ->
     """The fixed text of every report: the tuning budget, what was selected on what, what this cannot show."""
     lines = []
     for group in groups:
+        if group.tests:
+            found = sorted(record.lr for record in group.records)
+            lines.append(
+                f"{group.label}: {len(group.records)} runs, each at the rate that its own range test found "
+                f"({found[0]:g} to {found[-1]:g}), {len(group.headline)} of them headline runs."
+            )
+            continue
         rates = ", ".join(f"{rate.lr:g}" for rate in group.rates)
         seeds = len(group.rates[0].records) if group.rates else 0
         lines.append(

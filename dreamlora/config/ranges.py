@@ -63,8 +63,10 @@ def folder_names(part: Any, *names: str) -> None:
 
 
 def at_least(part: Any, lowest: float, *names: str) -> None:
-    """``lowest <= value < inf`` for these options."""
+    """``lowest <= value < inf`` for these options, where they are no words."""
     for name, value in _given(part, names):
+        if isinstance(value, str):
+            continue
         if not value >= lowest or value == float("inf"):
             _fail(part, name, f"at least {lowest}")
 

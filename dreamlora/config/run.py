@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.lora import Lora
@@ -30,6 +30,8 @@ from dreamlora.config.times import check_times
 from dreamlora.errors import UserError
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+AUTO: Final = "auto"
+"""A learning rate that a test before the first step decides."""
 Tracker = Literal[
     "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]  # fmt: skip
@@ -44,8 +46,9 @@ class Optim:
     """Optimizer: {optimizers}."""
     optimizer_args: tuple[str, ...] = ()
     """Settings of the optimizer itself as name value pairs, e.g. damping 0.03. A wrong name lists the right ones."""
-    learning_rate: float | None = None
-    """Learning rate. Default: the optimizer's own."""
+    learning_rate: float | Literal["auto"] | None = None
+    """Learning rate; auto: the one that a range test finds before the first step, by the evaluation loss. Default: the
+    optimizer's own."""
     text_encoder_lr: float | None = None
     """Learning rate of the text encoder's LoRA. Default: --learning_rate."""
     lora_units: Literal["plain", "start"] = "plain"
@@ -86,6 +89,10 @@ class Optim:
         _finite(self, "lr_power")
         _within(self, 0, 1, "adam_beta1", "adam_beta2", "ema_decay")
         _pairs(self, "optimizer_args")
+        if self.scale_lr and self.learning_rate == AUTO:
+            raise UserError(
+                "--scale_lr multiplies a learning rate that is given, and --learning_rate auto finds one: leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.eval_loss.price import curve_times, final_design
 from dreamlora.files import replacing, write_atomically
 from dreamlora.interfaces import Conditioning, Objective
-from dreamlora.randomness import generator
+from dreamlora.randomness import generator, permutation
 from dreamlora.reading import LARGEST, Schema, UnreadableError, read_json, shortened
 
 SCHEMA_VERSION = 1
@@ -76,6 +76,16 @@ class EvalSet:
             return self
         more = replace(self, masks=masks, views=views)
         return replace(more, id=_identity(more))
+
+    def subset(self, count: int, *key: int | str) -> EvalSet:
+        """So many of the items, drawn by ``key``; itself where there are no more."""
+        if count >= len(self.noise_keys):
+            return self
+        chosen = sorted(permutation(len(self.noise_keys), *key)[:count])
+        image, times, position = (tensor[chosen] for tensor in (self.image, self.times, self.position))
+        keys = tuple(self.noise_keys[item] for item in chosen)
+        fewer = replace(self, image=image, times=times, position=position, noise_keys=keys)
+        return replace(fewer, id=_identity(fewer))
 
     def noise(self, items: Sequence[int]) -> Tensor:
         """``[len(items), C, h, w]`` float32; drawn anew each time, so that it need not be stored."""

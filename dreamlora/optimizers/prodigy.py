@@ -16,6 +16,7 @@ NEEDS = (("prodigyopt",), "prodigy")
 # A factor on the rate that Prodigy finds.
 DEFAULT_LR: float = 1.0
 START_LR: float = 1.0
+FINDS_RATE = True
 USUAL_LR = (0.05, 20.0)
 DEFAULT_WEIGHT_DECAY: float = 1e-2
 

@@ -151,6 +151,11 @@ class RunFacts:
         return self.folder.selection()
 
     @cached_property
+    def range_test(self) -> dict[str, Any]:
+        """What learning_rate_test.json says; empty if the rate was given."""
+        return self.folder.range_test()
+
+    @cached_property
     def image_metrics(self) -> list[ImageMetricCurve]:
         """The metrics of drawn images, in the order they were logged."""
         rows = {row["name"]: row for row in self.folder.metrics() if row.get("encoder_id") and "n" in row}

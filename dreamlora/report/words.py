@@ -112,6 +112,21 @@ def final_table(facts: RunFacts) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def range_table(facts: RunFacts) -> list[tuple[str, str, str]]:
+    """The short runs of the range test in rows: learning rate, loss, against the loss before the first step; empty if
+    the rate was given.
+    """
+    start = facts.range_test.get("start")
+    return [
+        (
+            figures.rate(row["learning_rate"]),
+            "diverged" if row["value"] is None else loss(row["value"]),
+            figures.change(row["value"], start) if start and row["value"] is not None else figures.NONE,
+        )
+        for row in facts.range_test.get("tried") or []
+    ]
+
+
 def image_table(facts: RunFacts) -> list[tuple[str, str, str, str, str]]:
     """Image metrics in rows: name, base model, last value, number of images, encoder; empty if there are none."""
     rows = []

@@ -35,11 +35,17 @@ def announce(context: RunContext, folder: RunFolder, pictures: RunImages, begun:
     """
     if not context.accelerator.is_main_process:
         return
-    outline = outline_of(context, folder, pictures, begun)
-    write_atomically(folder.outline_file, json.dumps(outline, indent=1, ensure_ascii=False))
+    outline = write_outline(context, folder, pictures, begun)
     width = max(map(len, outline))
     for name, text in outline.items():
         context.tell(f"{name:<{width}}  {text}")
+
+
+def write_outline(context: RunContext, folder: RunFolder, pictures: RunImages, begun: int) -> dict[str, str]:
+    """Put the same into the run's folder, for the report."""
+    outline = outline_of(context, folder, pictures, begun)
+    write_atomically(folder.outline_file, json.dumps(outline, indent=1, ensure_ascii=False))
+    return outline
 
 
 def outline_of(context: RunContext, folder: RunFolder, pictures: RunImages, begun: int) -> dict[str, str]:
@@ -163,9 +169,10 @@ def _size(context: RunContext) -> str:
 
 def _optimizer(context: RunContext) -> str:
     optim = context.config.optim
-    text = f"{optim.optimizer}, learning rate {optim.learning_rate:g}"
+    open_rates = context.open_rates
+    text = f"{optim.optimizer}, learning rate {'auto' if open_rates else format(optim.learning_rate, 'g')}"
     text += " in units of the start" if in_start_units(optim) else ""
-    if context.config.lora.train_text_encoder:
+    if context.config.lora.train_text_encoder and "text_encoder_lr" not in open_rates:
         text += f" (text encoder {optim.text_encoder_lr:g})"
     tokens = context.config.tokens
     text += "" if tokens.new_tokens_lr is None else f" (embeddings {tokens.new_tokens_lr:g})"

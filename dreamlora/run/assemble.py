@@ -34,12 +34,13 @@ from dreamlora.run import (
     image_list,
     new_tokens,
     provenance,
+    range_test,
     remedies,
     resume,
     schedule,
     trackers,
 )
-from dreamlora.run.announce import announce
+from dreamlora.run.announce import announce, write_outline
 from dreamlora.run.context import RunContext
 from dreamlora.run.encoding import (
     Encode,
@@ -142,8 +143,7 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     settings = resume.settings(context, pictures, options)
     if checkpoint:
         resume.require_same(checkpoint, settings, pictures)
-    run = _build(context, folder, pictures, options)
-    run.settings = settings | resume.latents(context)
+    run, material = _build(context, folder, pictures, options)
     if checkpoint:
         if context.predecessor:
             run.begun_with = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
@@ -156,6 +156,15 @@ def _prepare(context: RunContext, folder: RunFolder, options: Any, prelude: Prel
     formats.require_held(context, run)
     if context.config.model.compile:
         compile_blocks(run.components[context.family.DENOISER], _shapes(run))
+    if context.open_rates and not checkpoint:
+        items = schedule.eval_set(context, run, material.measured)
+        range_test.settle(context, run, items, schedule.eval_metric(pictures), options)
+        if context.accelerator.is_main_process:
+            write_outline(context, folder, prelude.pictures, begun=0)
+        settings = resume.settings(context, pictures, options)
+    run.settings = settings | resume.latents(context)
+    run.header = header.of_run(context, run, pictures.train)
+    run.callbacks = schedule.callbacks(context, run, pictures, material)
     return run, pictures
 
 
@@ -191,8 +200,10 @@ def _claim_folder(context: RunContext) -> RunFolder:
     return folder
 
 
-def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options: Any) -> Run:
-    """Encode everything once, then load the denoiser, inject the LoRA and put the run together."""
+def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options: Any) -> tuple[Run, schedule.Material]:
+    """Encode everything once, then load the denoiser, inject the LoRA and put the run together; what its evaluation
+    measures on comes with it.
+    """
     config, accelerator = context.config, context.accelerator
     side = config.data.resolution or 0
     how = Preparations.of(config.data, side, config.train.seed)
@@ -262,9 +273,7 @@ def _build(context: RunContext, folder: RunFolder, pictures: RunImages, options:
         average=MovingAverage(trainables, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
     context.memory.holds("LoRA, gradients and optimizer", run, training_tensors)
-    run.header = header.of_run(context, run, pictures.train)
-    run.callbacks = schedule.callbacks(context, run, pictures, material)
-    return run
+    return run, material
 
 
 def _conditioning(

@@ -51,6 +51,7 @@ class RunContext:
         trackers: on the main process, once they have started.
         limits: what a call of the pipeline may take.
         chosen: options that ``--vram`` decided.
+        open_rates: options whose value is only the optimizer's own, until a range test gives them another.
         timings: seconds by stage, for the report.
         memory: that the stages take.
         warnings: what the person should know, for the report.
@@ -71,6 +72,7 @@ class RunContext:
     trackers: list[RunTracker] = field(default_factory=list)
     limits: CallLimits = field(default_factory=CallLimits)
     chosen: dict[str, Any] = field(default_factory=dict)
+    open_rates: tuple[str, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -18,6 +18,7 @@ from dreamlora.config import Data, Lora, RunConfig
 from dreamlora.config.adapting import check_adapter
 from dreamlora.config.plausible import Facts
 from dreamlora.config.rates import default_rate
+from dreamlora.config.run import AUTO
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import Price, Workload, affordable
@@ -46,15 +47,17 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
         world: number of processes.
 
     Raises:
-        UserError: see ``check_adapter`` and ``check_average``; or a prompt has a ``{}`` and nothing is known for it.
+        UserError: see ``check_adapter``, ``check_average`` and ``check_rate``; or a prompt has a ``{}`` and nothing is
+            known for it.
     """
     check_adapter(config)
     check_average(config)
+    check_rate(config)
     batch_size = config.train.train_batch_size or max(1, DEFAULT_BATCH // world)
     method = registry.load("optimizers", config.optim.optimizer)
     start = registry.load("inits", config.lora.init)
-    rate = config.optim.learning_rate
-    learning_rate = default_rate(config.optim) if rate is None else rate
+    given = config.optim.learning_rate
+    learning_rate = given if isinstance(given, int | float) else default_rate(config.optim)
     # Decay pulls B A to zero; where it is counted from another start, that is no way back to the base model.
     default_decay = 0.0 if start.OFFSET else method.DEFAULT_WEIGHT_DECAY
     weight_decay = _first(config.optim.adam_weight_decay, default_decay)
@@ -103,6 +106,34 @@ def check_average(config: RunConfig) -> None:
             f"--ema_decay: --optimizer {optim.optimizer} keeps an average of its own, which is what is measured, drawn "
             "and saved. Leave --ema_decay out, or take another optimizer"
         )
+
+
+def check_rate(config: RunConfig) -> None:
+    """Nothing, if the optimizer has a learning rate to look for where that is asked for.
+
+    Raises:
+        UserError: it finds one by itself.
+    """
+    optim = config.optim
+    if optim.learning_rate == AUTO and getattr(registry.load("optimizers", optim.optimizer), "FINDS_RATE", False):
+        raise UserError(
+            f"--learning_rate auto: --optimizer {optim.optimizer} finds its rate by itself as it trains, and "
+            "--learning_rate is a factor on what it finds: leave it out, or take another optimizer"
+        )
+
+
+def open_rates(config: RunConfig) -> tuple[str, ...]:
+    """The options that a range test gives their rate: ``--learning_rate auto``, and what follows it; empty: none."""
+    if config.optim.learning_rate != AUTO:
+        return ()
+    follows = config.lora.train_text_encoder and config.optim.text_encoder_lr is None
+    return RATES if follows else RATES[:1]
+
+
+def with_rate(config: RunConfig, names: Collection[str], rate: float) -> RunConfig:
+    """The run with one rate for all options of these names."""
+    rates: dict[str, Any] = dict.fromkeys(names, rate)
+    return replace(config, optim=replace(config.optim, **rates))
 
 
 def bucket_step(data: Data, multiple: int) -> Data:
@@ -291,6 +322,33 @@ def run_folder(config: RunConfig) -> RunFolder:
         )
     folder.refuse_links_out()
     return folder
+
+
+def resumed_folder(config: RunConfig) -> RunFolder | None:
+    """The folder of the run that is resumed; None: none is. Main process only.
+
+    Raises:
+        UserError: see ``run_folder``.
+    """
+    which = config.train.resume_from_checkpoint
+    if not which:
+        return None
+    folder = run_folder(config)
+    if which != "latest":
+        folder = RunFolder(folder.named_checkpoint(which).parent.parent)
+    return folder if folder.holds_run() else None
+
+
+def resumed_rate(config: RunConfig) -> float | None:
+    """The learning rate of the run that is resumed, if that has got so far that it goes on. Main process only.
+
+    Raises:
+        UserError: see ``run_folder``.
+    """
+    folder = resumed_folder(config)
+    if folder is None or not (folder.checkpoint_steps() or folder.holds_result()):
+        return None
+    return folder.config().get("learning_rate")
 
 
 def _refuse_images_in(folder: RunFolder, config: RunConfig) -> None:

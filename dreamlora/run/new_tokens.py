@@ -115,13 +115,13 @@ def param_group(context: RunContext, model: Predictor) -> list[dict[str, Any]]:
     options, optim = context.config.tokens, context.config.optim
     if not len(model.new_tokens):
         return []
-    rate = options.new_tokens_lr
+    rate, rate_of_lora = options.new_tokens_lr, float(optim.learning_rate or 0.0)  # a number by now
     return [
         {
             "params": [part.rows for part in context.new_tokens.values()],
             "names": [f"new_tokens.{name}" for name in context.new_tokens],
             "lora_pairs": False,
-            "lr": rate_outside_pairs(optim, optim.learning_rate or 0.0) if rate is None else rate,
+            "lr": rate_outside_pairs(optim, rate_of_lora) if rate is None else rate,
             "own_lr": rate is not None,
             "weight_decay": options.new_tokens_weight_decay,
         }

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from dreamlora import precision
 from dreamlora.config import RunConfig
 from dreamlora.config.plausible import doubts
+from dreamlora.config.run import AUTO
 from dreamlora.data.sets import epoch_length
 from dreamlora.data.transforms import Preparations
 from dreamlora.errors import UserError
@@ -68,6 +69,8 @@ def begin(config: RunConfig) -> RunContext:
     predecessor = continuing.predecessor_of(config, family, source, parts_on_disk)
     if predecessor:
         config = continuing.settled(config, predecessor)
+    config = _with_resumed_rate(config, accelerator.is_main_process)
+    open_rates = defaults.open_rates(config)
     config = defaults.by_model(
         config, family.resolution(source), family.sample_defaults(source), accelerator.num_processes
     )
@@ -84,7 +87,7 @@ def begin(config: RunConfig) -> RunContext:
 
     parts = parts_of(source)
     family.objective(parts.get("scheduler")["scheduler"], config.train)  # options of others are refused here
-    context = RunContext(config, accelerator, family, source, parts, parts_on_disk, predecessor)
+    context = RunContext(config, accelerator, family, source, parts, parts_on_disk, predecessor, open_rates=open_rates)
     if config.lora.training_adapter:
         context.training_adapter = _training_adapter(config)
     checks.require_layers(context)
@@ -102,6 +105,14 @@ def _earlier(config: RunConfig) -> vram.Options:
     if config.model.vram is None:
         return {}
     return _of_main(before_accelerator().is_main_process, lambda: vram.of_earlier_run(config))
+
+
+def _with_resumed_rate(config: RunConfig, is_main: bool) -> RunConfig:
+    """With the learning rate of the run that is resumed in place of ``auto``: it was tested once."""
+    if config.optim.learning_rate != AUTO:
+        return config
+    rate = _of_main(is_main, lambda: defaults.resumed_rate(config))
+    return config if rate is None else defaults.with_rate(config, ("learning_rate",), rate)
 
 
 def _require_frozen_encoder(config: RunConfig, parts: Sequence[PartFiles], family: Family) -> None:

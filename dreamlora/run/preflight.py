@@ -66,6 +66,7 @@ def check_methods(config: RunConfig) -> None:
     for flag in ("base_precision", "text_encoder_precision"):
         check_package(flag, getattr(config.model, flag))
     defaults.check_average(config)
+    defaults.check_rate(config)
 
 
 def _check_places(config: RunConfig) -> None:

@@ -73,10 +73,10 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
         callback_list.append(NewTokensCallback(every, config.tokens.new_tokens_end))
     if every:
         callback_list.append(HealthCallback(every))
-    metric = EVAL_LOSS if pictures.held_out else EVAL_LOSS_TRAIN
+    metric = eval_metric(pictures)
     evaluate = None
     if config.eval.eval_steps:
-        items = _eval_set(context, run, material.measured)
+        items = eval_set(context, run, material.measured)
         evaluate = EvaluateCallback(items, config.eval.eval_steps, metric, config.eval.early_stopping)
         callback_list.append(evaluate)
         if run.average:
@@ -96,6 +96,11 @@ def callbacks(context: RunContext, run: Run, pictures: RunImages, material: Mate
     run.occasions = tuple(steps for steps in long if steps)
     saved_every = config.train.checkpointing_steps
     return [*callback_list, CheckpointCallback(saved_every), MeetCallback(saved_every)]
+
+
+def eval_metric(pictures: RunImages) -> str:
+    """What the evaluation loss of a run is called."""
+    return EVAL_LOSS if pictures.held_out else EVAL_LOSS_TRAIN
 
 
 def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[Any]:
@@ -127,16 +132,17 @@ def _image_metrics(context: RunContext, run: Run, pictures: RunImages) -> list[A
 def _final(context: RunContext, run: Run, material: Material) -> FinalCallback:
     options = context.config.eval
     items = build_final_set(
-        _eval_set(context, run, material.measured),
+        eval_set(context, run, material.measured),
         material.measured.content_hashes,
         run.objective,
         seed=options.eval_seed,
         n_items=options.final_eval_items or 0,
     )
-    return FinalCallback(items, _eval_set(context, run, material.learned) if material.learned else None)
+    return FinalCallback(items, eval_set(context, run, material.learned) if material.learned else None)
 
 
-def _eval_set(context: RunContext, run: Run, images: LatentStore) -> EvalSet:
+def eval_set(context: RunContext, run: Run, images: LatentStore) -> EvalSet:
+    """The frozen items of these images."""
     return build_eval_set(
         torch.stack([images.latents(index, 0)[0] for index in range(len(images))]),
         [captions[0] for captions in images.captions],

@@ -65,9 +65,16 @@ def add_adapter(context: RunContext, name: str, module: Any) -> None:
 
 
 def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
+    """The optimizer, as accelerate prepares it, and its schedule."""
+    optimizer, lr_scheduler = bare_optimizer_of(context, model, options)
+    return context.accelerator.prepare(optimizer), lr_scheduler
+
+
+def bare_optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[Any, Any]:
     """The optimizer and its schedule. The schedule counts optimizer steps, whatever the processes and micro-batches."""
     optim, lora = context.config.optim, context.config.lora
-    groups = _groups(lora.adapter, optim, [model.denoiser], optim.learning_rate, optim.adam_weight_decay)
+    learning_rate: Any = optim.learning_rate  # a number by now
+    groups = _groups(lora.adapter, optim, [model.denoiser], learning_rate, optim.adam_weight_decay)
     if lora.train_text_encoder:
         decay = optim.adam_weight_decay_text_encoder
         groups += _groups(lora.adapter, optim, list(model.encoders.values()), optim.text_encoder_lr, decay)
@@ -86,7 +93,7 @@ def optimizer_of(context: RunContext, model: Predictor, options: Any) -> tuple[A
         num_cycles=optim.lr_num_cycles,
         power=optim.lr_power,
     )
-    return context.accelerator.prepare(optimizer), lr_scheduler
+    return optimizer, lr_scheduler
 
 
 def measure_start(run: Run) -> None:

@@ -34,9 +34,8 @@ from dreamlora.models.offload import SLOTS
 from dreamlora.processes import gather_lists
 from dreamlora.run import unsaid_precision
 from dreamlora.run.context import RunContext
-from dreamlora.run.defaults import run_folder
+from dreamlora.run.defaults import resumed_folder
 from dreamlora.run.rehearsal import Rehearsal, Stage
-from dreamlora.runfolder import RunFolder
 
 Options = Mapping[str, Any]
 """Values by flag."""
@@ -256,13 +255,8 @@ def of_earlier_run(config: RunConfig) -> Options:
     Raises:
         UserError: see ``run_folder``.
     """
-    which = config.train.resume_from_checkpoint
-    if not which:
-        return {}
-    folder = run_folder(config)
-    if which != "latest":
-        folder = RunFolder(folder.named_checkpoint(which).parent.parent)
-    saved = folder.config() if folder.holds_run() else {}
+    folder = resumed_folder(config)
+    saved = folder.config() if folder else {}
     return {flag: saved[flag] for flag in _KEPT if flag in saved}
 
 

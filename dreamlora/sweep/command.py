@@ -211,7 +211,7 @@ class Sweeper:
 def _line(ended: Ended) -> str:
     """What is said of a run that ended."""
     job = ended.job
-    text = f"{job.method}  lr {job.lr:g}  seed {job.seed}: "
+    text = f"{job.method}  lr {job.rate}  seed {job.seed}: "
     if ended.status != "finished":
         return text + f"{ended.status} after {ended.seconds:.0f} s. {ended.message}"
     record = read_record(job.folder, job.folder.name)

@@ -19,7 +19,7 @@ PROGRAM = "dreamlora compare"
 DECIDED_HERE = {
     "optimizer": "give --optimizers",
     "optimizer_args": "give them with the optimizer: --optimizers scaled_adamw:variant=split",
-    "learning_rate": "give --learning_rates",
+    "learning_rate": "give --learning_rates, or for a range test a method adamw+learning_rate=auto",
     "seed": "give --seeds",
     "resume_from_checkpoint": "the same command goes on where it was stopped",
     "overwrite_output_dir": "give another --output_dir, or remove the old one",

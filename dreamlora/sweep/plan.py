@@ -17,6 +17,7 @@ from dreamlora.compare.methods import OWN_OF_A_RUN
 from dreamlora.config import RunConfig, as_flat_dict
 from dreamlora.config.programs import PROGRAMS
 from dreamlora.config.rates import default_rate
+from dreamlora.config.run import AUTO
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.price import FINAL_SIZES
 from dreamlora.files import write_atomically
@@ -58,11 +59,13 @@ class SweepMethod:
         label: "adamw", "scaled_adamw:variant=split", "adamw+rank=16".
         words: the training flags that make it this method.
         usual_lr: the learning rate that it has when none is given.
+        tests: whether each of its runs finds its rate by a range test ("adamw+learning_rate=auto").
     """
 
     label: str
     words: tuple[str, ...]
     usual_lr: float
+    tests: bool = False
 
     @property
     def slug(self) -> str:
@@ -76,13 +79,14 @@ class Job:
 
     Attributes:
         program: that trains, one of ``PROGRAMS``.
+        rate: its learning rate, as the command line has it.
         argv: its flags, without the folder.
         folder: of the run; the same for the same method, rate and seed, whatever they are run for.
     """
 
     program: str
     method: str
-    lr: float
+    rate: str
     seed: int
     argv: tuple[str, ...]
     folder: Path
@@ -124,7 +128,10 @@ class Sweep:
 
         Without ``--learning_rates`` all grids lie on one lattice, that of the first method's usual rate, and each is
         centred on the point nearest to the method's own usual rate: so that there are rates which several tried.
+        A method that finds its rates has no grid: one entry stands for all that it finds.
         """
+        if entry.tests:
+            return [entry.usual_lr]
         if self.rates:
             return sorted(self.rates)
         anchor = self.entries[0].usual_lr
@@ -144,9 +151,10 @@ class Sweep:
         return [self._job(entry, lr, seed, whole) for seed in self.headline_seeds]
 
     def _job(self, entry: SweepMethod, lr: float, seed: int, more: tuple[str, ...]) -> Job:
-        own = ("--learning_rate", f"{lr:g}", "--seed", str(seed), *more)
-        folder = self.runs / entry.slug / f"lr{lr:.6g}" / f"seed{seed}"
-        return Job(self.program, entry.label, lr, seed, (*self.training, *entry.words, *own), folder)
+        rate = AUTO if entry.tests else f"{lr:g}"
+        own = ("--learning_rate", rate, "--seed", str(seed), *more)
+        folder = self.runs / entry.slug / f"lr{rate if entry.tests else format(lr, '.6g')}" / f"seed{seed}"
+        return Job(self.program, entry.label, rate, seed, (*self.training, *entry.words, *own), folder)
 
 
 def extended(grid: Sequence[float], edge: str, count: int) -> list[float]:
@@ -221,7 +229,10 @@ def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig]) ->
     config, _ = parse_run([*training, *words], trained, PROGRAM)
     label = optimizer + (":" + ",".join(f"{key}={value}" for key, value in args) if args else "")
     label += "".join(f"+{flag}" for flag in flags)
-    return SweepMethod(label, tuple(words), config.optim.learning_rate or default_rate(config.optim))
+    rate = config.optim.learning_rate
+    if rate == AUTO:
+        return SweepMethod(label, tuple(words), default_rate(config.optim), tests=True)
+    return SweepMethod(label, tuple(words), rate or default_rate(config.optim))
 
 
 def check_settings(sweep: Sweep) -> None:
@@ -252,7 +263,8 @@ def _pair(text: str, pair: str) -> tuple[str, str]:
 def _flag_words(text: str, flag: str, options: Mapping[str, Option]) -> list[str]:
     spelled, equals, value = flag.partition("=")
     name = spelled.replace("-", "_")
-    if name in DECIDED_HERE or name == "output_dir":
+    tests = name == "learning_rate" and value.lower() == AUTO
+    if (name in DECIDED_HERE and not tests) or name == "output_dir":
         raise UserError(f"--optimizers {text}: {name} cannot differ between methods")
     if name in options and options[name].several and equals:
         return [f"--{name}", *value.split(",")]

@@ -79,7 +79,13 @@ def copy(file: Path, target: Path, inside: Path) -> None:
 
 def _single_files(other: RunFolder) -> Iterator[Path]:
     """Those that a run names itself."""
-    yield from (other.metrics_file, other.eval_items_file, other.raw_items_file, other.final_items_file)
+    yield from (
+        other.range_test_file,
+        other.metrics_file,
+        other.eval_items_file,
+        other.raw_items_file,
+        other.final_items_file,
+    )
     yield from (other.reference_dir / f"{number:02d}.png" for number in range(MAX_REFERENCES))
     for step in other.candidate_steps():
         place = other.candidate_dir(step)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -273,6 +276,39 @@ def test_robustness_asks_for_rates_and_commands_that_exist(tmp_path: Path) -> No
             assert (config.lora.rank, config.optim.learning_rate, config.train.seed) == (cell.rank, 0.1, 3)
     with pytest.raises(SystemExit, match="give the middle of its grid"):
         robustness.read_method("lion")
+
+
+def test_the_best_rate_that_a_proposal_is_compared_with_lies_between_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are parabolas whose lowest point is at 4e-3 after 100 steps and at 1e-3 after 300."""
+    auto_rate = load("auto_rate")
+
+    def make(cell: dict[str, Any], steps: int, rate: str) -> dict[str, Any]:
+        if rate == "auto":
+            found = {100: 2e-3, 300: 1e-3}[steps]
+            return {"learning_rate": found, "steps": 12, "exponent": 0.5, "tried": [None] * 5, "share": 0.1}
+        octaves = {step: math.log2(float(rate) / best) for step, best in ((100, 4e-3), (300, 1e-3))}
+        return {"losses": {"0": 0.5, **{str(step): 0.4 + 0.01 * far**2 for step, far in octaves.items()}}}
+
+    monkeypatch.setattr(auto_rate, "make", make)
+    cell, file = {"method": "adamw", "subject": "bannerfish", "rank": 4}, tmp_path / "runs.jsonl"
+    rows = auto_rate.of_cell(cell, (100, 300), auto_rate.Runs(file))
+    assert [(row["best"], row["times"], row["reached"]) for row in rows] == [(4e-3, 0.5, 0.9), (1e-3, 1.0, 1.0)]
+    assert rows[1]["exponent"] == pytest.approx(0.5, abs=1e-3)
+    monkeypatch.setattr(auto_rate, "make", lambda *args: pytest.fail("made twice"))
+    assert auto_rate.of_cell(cell, (100, 300), auto_rate.Runs(file)) == rows
+    assert auto_rate.result(rows)["worst_factor"] == 2 and auto_rate.result(rows)["worst_reached"] == 0.9
+
+
+def test_the_runs_of_a_proposal_are_commands_that_exist(tmp_path: Path) -> None:
+    from dreamlora.cli.parse import parse_run
+
+    auto_rate = load("auto_rate")
+    for method, rank in itertools.product(auto_rate.METHODS, auto_rate.RANKS):
+        cell = {"method": method, "subject": auto_rate.SUBJECTS[0], "rank": rank}
+        config, _ = parse_run(auto_rate.flags(cell, 300, "auto", tmp_path / "run"))
+        assert (config.optim.optimizer, config.lora.rank, config.optim.learning_rate) == (method, rank, "auto")
 
 
 def test_the_estimate_of_a_command_is_told_by_stage(tmp_path: Path) -> None:

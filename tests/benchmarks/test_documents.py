@@ -43,6 +43,15 @@ def assert_told(text: str, *values: float) -> None:
     assert told(text) == [pytest.approx(round(value, n)) for value, n in zip(values, digits, strict=True)], text
 
 
+def test_what_an_automatic_rate_is_worth() -> None:
+    found, rows = results("auto_rate"), table("docs/training.md", "proposed for")
+    assert len(rows) == len(found["rows"])
+    for row in found["rows"]:
+        cells = rows[f"{row['method']}, {row['subject']}, rank {row['rank']}, {row['steps']} steps"]
+        assert_told(" ".join(cells[:3]), row["proposed"], row["best"], row["times"])
+        assert_told(cells[3], 100 * row["reached"])
+
+
 def test_the_time_of_a_step() -> None:
     found = results("optimizer_step_cpu")["cases"]
     names = {

@@ -25,6 +25,7 @@ class Example:
     names: tuple[str, ...] = ()
     scales: tuple[float, ...] = (1.0, 0.5)
     place: Path | None = None
+    rate: float | Literal["auto"] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def test_help_is_the_docstring_under_the_field() -> None:
         ("names", "any number of values, each a text", "TEXT ...", ""),
         ("scales", "any number of values, each a number", "FLOAT ...", "1.0 0.5"),
         ("place", "a path", "PATH", "None"),
+        ("rate", "a number or auto", "{FLOAT,auto}", "None"),
     ],
     # MISSING's own text differs from process to process
-    ids=["needed", "mode", "switch", "pair", "names", "scales", "place"],
+    ids=["needed", "mode", "switch", "pair", "names", "scales", "place", "rate"],
 )
 def test_options_in_words(name: str, takes: str, metavar: str, default: str) -> None:
     option = OPTIONS[name]
@@ -84,6 +86,8 @@ def test_options_in_words(name: str, takes: str, metavar: str, default: str) -> 
         ("names", "", ()),
         ("place", "a/b", Path("a/b")),
         ("place", "None", Path("None")),
+        ("rate", "Auto", "auto"),
+        ("rate", "1", 1.0),
     ],
 )
 def test_words_become_values(name: str, words: str, value: Any) -> None:
@@ -104,6 +108,7 @@ def test_words_become_values(name: str, words: str, value: Any) -> None:
         ("pair", ["1"], r"takes 2 values \(got 1: 1\)"),
         ("pair", ["1", "x"], r"takes 2 values, each a number \(got 'x'\)"),
         ("place", [""], r"takes a path \(got ''\)"),
+        ("rate", ["automatic"], r"takes a number or auto \(got 'automatic'\)"),
     ],
 )
 def test_words_that_do_not_fit_are_refused(name: str, words: list[str], expected: str) -> None:
@@ -112,7 +117,17 @@ def test_words_that_do_not_fit_are_refused(name: str, words: list[str], expected
 
 
 @pytest.mark.parametrize(
-    "annotation", [dict[str, int], int | str, tuple[int, float], Literal[1, 2], list[int], tuple[()], int | str | None]
+    "annotation",
+    [
+        dict[str, int],
+        int | str,
+        tuple[int, float],
+        Literal[1, 2],
+        list[int],
+        tuple[()],
+        int | str | None,
+        Literal["a"] | str,
+    ],
 )
 def test_a_type_that_no_word_can_stand_for_fails_at_once(annotation: Any) -> None:
     odd = make_dataclass("Odd", [("name", annotation)])

@@ -38,7 +38,9 @@ def edges_of(option: Option) -> list[Any]:
     """Values of an option that are easily lost on their way."""
     if option.entries:
         return [(), entries_of(option), (*entries_of(option), *entries_of(option))]
-    values = [True, False] if option.switch else list(option.choices) or EDGES[option.kind]
+    values = [True, False] if option.switch else list(option.choices)
+    if not values or option.kind is float:
+        values += EDGES[option.kind]
     if option.count:
         return [(value,) * option.count for value in values]
     if option.several:

@@ -534,3 +534,19 @@ def test_rates_that_differ_by_rounding_are_the_same(tmp_path: Path) -> None:
     config = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))
     folder.config_file.write_text(yaml.safe_dump({**config, "learning_rate": 0.0020000000001}), encoding="utf-8")
     assert read_record(folder.path, "run").lr == 2e-3
+
+
+def test_runs_that_find_their_rates_are_one_method_and_nothing_was_chosen_for_them(tmp_path: Path) -> None:
+    for seed, rate in enumerate((1.8e-3, 2.1e-3, 2.4e-3, 1.6e-3)):
+        make_run(tmp_path, "adamw", 2e-3, seed)
+        folder = make_run(tmp_path, "adamw+learning_rate=auto", rate, seed)
+        folder.range_test_file.write_text(json.dumps({"learning_rate": rate}), encoding="utf-8")
+        for run in (folder, RunFolder(tmp_path / "runs" / "adamw" / "lr0.002" / f"seed{seed}")):
+            run.outcome_file.unlink()  # who made them is not known
+    comparison = compared(tmp_path)
+    method = by_label(comparison)["adamw+learning_rate=auto"]
+    assert method["best_lr"] == 1.95e-3 and method["headline_seeds"] == [0, 1, 2, 3]
+    assert (method["tuned"], method["at_grid_edge"], method["n_runs"]) == (True, None, 4)
+    (line,) = [line for line in comparison["budget"] if line.startswith("adamw+learning_rate=auto")]
+    assert "the rate that its own range test found (0.0016 to 0.0024)" in line
+    assert not any("adamw+learning_rate=auto was run at one" in text for text in comparison["warnings"])

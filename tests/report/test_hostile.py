@@ -27,6 +27,8 @@ from tests.fuzzing import CASES, as_json, changed, damaged, fuzzed, harmless
 from tests.report.conftest import SUMMARY, compare_example, write_comparison, write_run
 
 SELECTION = {"schema_version": 1, "step": 225, "reason": "the lowest loss", "vetoed": {"100": "why"}}
+TRIED = {"learning_rate": 2e-3, "value": 0.4, "difference": -0.1, "standard_error": 0.01}
+RANGE_TEST = {"learning_rate": 1e-3, "reason": "the lowest loss", "start": 0.5, "steps": 12, "tried": [TRIED, TRIED]}
 OUTLINE = {"model": "the embedded model", "images": "5 images"}
 OUTCOME = {"status": "finished", "message": "", "method": "adamw"}
 PRICE = {"forwards": 10, "share": 0.1, "sentence": "10 forwards.", "seconds": 2.0}
@@ -53,7 +55,13 @@ def everything(folder: RunFolder) -> list[Any]:
     facts = RunFacts(folder)
     told: list[Any] = [facts.warnings, facts.options, facts.command, facts.model, facts.prompts, facts.speed]
     told += [words.headline(facts), words.spread(facts), words.setup(facts), words.numbers(facts), words.best(facts)]
-    told += [words.final_table(facts), words.image_table(facts), words.parity(facts), words.evaluation_price(facts)]
+    told += [
+        words.final_table(facts),
+        words.image_table(facts),
+        words.range_table(facts),
+        words.parity(facts),
+        words.evaluation_price(facts),
+    ]
     told += [words.health(facts), words.seconds_of(facts), facts.outline, read_record(folder.path, "run")]
     return told
 
@@ -117,6 +125,7 @@ def test_fuzz_config(run: RunFolder, data: st.DataObject) -> None:
     [
         ("summary_file", WHOLE),
         ("selection_file", SELECTION),
+        ("range_test_file", RANGE_TEST),
         ("outline_file", OUTLINE),
         ("outcome_file", OUTCOME),
         ("base_model_file", {"id": "a", "revision": None}),

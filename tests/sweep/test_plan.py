@@ -126,6 +126,17 @@ def test_class_images_are_shared() -> None:
     assert parse_run(without.headline(without.entries[0], 1.0)[0].argv)[0].data.class_data_dir is None
 
 
+def test_a_method_can_find_its_rates() -> None:
+    found = sweep("--optimizers", "adamw", "adamw+learning_rate=Auto")
+    given, entry = found.entries
+    assert (given.tests, entry.tests) == (False, True) and entry.label == "adamw+learning_rate=Auto"
+    assert len(found.grid(entry)) == 1, "there is nothing to choose from"
+    jobs = [*found.tuning(entry, found.grid(entry)), *found.headline(entry, 0.1)]
+    assert [parse_run(job.argv)[0].optim.learning_rate for job in jobs] == ["auto"] * 8
+    assert {job.rate for job in jobs} == {"auto"} and len({job.folder for job in jobs}) == 8
+    assert jobs[0].folder == found.runs / entry.slug / "lrauto" / "seed0"
+
+
 def test_grids_grow_at_the_edge() -> None:
     assert plan.extended([1e-3, 3.16e-3, 1e-2], "high", 2) == [0.0316, 0.1]
     assert plan.extended([1e-3, 3.16e-3, 1e-2], "low", 1) == [0.000316]
@@ -148,6 +159,8 @@ def test_grids_grow_at_the_edge() -> None:
         (["--optimizers", "adamw", "--program", "text-to-image", "--subject", "x"], "here there is --style"),
         (["--optimizers", "adamw", "--program", "evaluate"], "--program takes one of dreambooth, text-to-image"),
         (["--optimizers", "adamw", "--learning_rate", "1"], "give --learning_rates"),
+        (["--optimizers", "adamw", "--learning_rate", "auto"], "a method adamw+learning_rate=auto"),
+        (["--optimizers", "adamw+learning_rate=1"], "learning_rate cannot differ between methods"),
         (["--optimizers", "adamw", "--seed", "1"], "give --seeds"),
         (["--optimizers", "adamw", "--optimizer=sgd"], "give --optimizers"),
         (["--optimizers", "adamw", "--learning_rates", "0"], "--learning_rates must be above 0"),

@@ -68,7 +68,9 @@ def worker(tmp_path: Path) -> list[str]:
 
 
 def jobs_of(tmp_path: Path, *kinds: str) -> list[Job]:
-    return [Job("dreambooth", "adamw", 1e-3, seed, (kind,), tmp_path / f"run{seed}") for seed, kind in enumerate(kinds)]
+    return [
+        Job("dreambooth", "adamw", "0.001", seed, (kind,), tmp_path / f"run{seed}") for seed, kind in enumerate(kinds)
+    ]
 
 
 def made(jobs: list[Job], seats: list[Seat], tmp_path: Path, worker: list[str]) -> dict[int, Ended]:
