@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from dreamlora import tiny
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.lora import Lora
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
-from dreamlora.config.model import EMBEDDED_MODEL, Model
+from dreamlora.config.model import Model
 from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
@@ -199,7 +200,7 @@ class RunConfig:
 
     Attributes:
         COMMAND: the program's name.
-        PRESET: file in ``tiny/`` with what is set for the embedded model.
+        PRESET: file in ``tiny/`` with what is set for the embedded models.
         NOT_OFFERED: options that belong to another program, with what to do here instead.
     """
 
@@ -260,8 +261,8 @@ class RunConfig:
 
     @property
     def embedded(self) -> bool:
-        """Whether the embedded model is trained."""
-        return self.model.pretrained_model_name_or_path == EMBEDDED_MODEL
+        """Whether an embedded model is trained."""
+        return self.model.pretrained_model_name_or_path in tiny.MODELS
 
 
 def as_flat_dict(config: RunConfig) -> dict[str, Any]:
