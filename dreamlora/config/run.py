@@ -1,7 +1,7 @@
 """What can be set: every option once, with its default, its help text and its range.
 
 The docstring under a field *is* the text of ``--help``. Names and meanings are those of diffusers' training scripts
-wherever those have the option. ``None`` means "decided later": from the model, the embedded model's preset or the
+wherever those have the option. ``None`` means "decided later": from the model, an embedded model's preset or the
 length of the run, as the text says. Nothing here imports torch.
 """
 
