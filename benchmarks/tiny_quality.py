@@ -401,7 +401,9 @@ def main() -> None:
     _machine.write(file_name(options.model), report, options.output)
     print(json.dumps({"results": measured["results"], "passed": passed}, indent=2))
     files = {model: options.output / f"{file_name(model)}.json" for model in tiny.MODELS}
-    print(table({model: json.loads(file.read_text("utf-8")) for model, file in files.items() if file.exists()}))
+    print(
+        table({model: json.loads(file.read_text(encoding="utf-8")) for model, file in files.items() if file.exists()})
+    )
 
 
 if __name__ == "__main__":

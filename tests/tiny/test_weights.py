@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def test_everything_fits_the_size_budget_and_is_safetensors() -> None:
         sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         assert sum(sizes.values()) <= MAX_BYTES[name], name
         assert {path.suffix for path, size in sizes.items() if size > 200_000} == {".safetensors"}
+
+
+def test_the_package_has_all_of_it() -> None:
+    root = Path(__file__).parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packed = {file for pattern in declared["package-data"]["dreamlora"] for file in (root / "dreamlora").glob(pattern)}
+    assert {file for file in tiny.PRESETS.rglob("*.*") if file.suffix not in (".py", ".pyc")} <= packed
 
 
 def assert_draws_a_red_circle(pipeline: Any, **options: Any) -> None:
