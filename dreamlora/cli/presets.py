@@ -47,7 +47,8 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
             preset |= _subject_prompts(given["subject"])
     by_optimizer: dict[str, Any] = {}  # DreamBooth's rates hold wherever a preset names no others
     for rates in (_read(RunConfig.PRESET), preset, of_model):
-        by_optimizer |= rates.pop("by_optimizer", {})
+        for name, own in rates.pop("by_optimizer", {}).items():
+            by_optimizer[name] = by_optimizer.get(name, {}) | own
     preset |= of_model
     optimizer = (given.get("optimizer") or "adamw").lower().replace("-", "_")  # a wrong name is found later
     preset |= by_optimizer.get(optimizer, {})
