@@ -444,8 +444,8 @@ def test_the_presets_know_every_optimizers_learning_rate(model: str, optimizer: 
 def test_another_embedded_model_has_the_same_preset_but_for_what_its_own_says(program: type[RunConfig]) -> None:
     default, flow = (as_flat_dict(parse_run(argv, program)[0]) for argv in ([], FLOW))
     own = yaml.safe_load((tiny.PRESETS / "preset_flow.yaml").read_text(encoding="utf-8"))
-    rates = own.pop("by_optimizer", {}).get("adamw", {})
-    expected = {**default, "pretrained_model_name_or_path": "tiny-flow", **own, **rates}
+    rate = float(own.pop("by_optimizer")["adamw"]["learning_rate"])
+    expected = {**default, "pretrained_model_name_or_path": "tiny-flow", **own, "learning_rate": rate}
     assert flow == expected and flow["max_sequence_length"] == 32
     config, _ = parse_run([*FLOW, "--dataset_name", "owner/name", "--max_sequence_length", "64"], program)
     assert config.embedded and config.data.subject is config.data.style is config.sample.sample_prompts is None
