@@ -1,33 +1,38 @@
-"""How good is the embedded model? Held-out captions, reconstruction, retrieval; writes JSON and a contact sheet.
+"""How good is an embedded model? Held-out captions, reconstruction, retrieval; writes JSON and contact sheets.
 
     python benchmarks/tiny_quality.py
+    python benchmarks/tiny_quality.py --model tiny-flow
     python benchmarks/tiny_quality.py --captions 64 --output somewhere/      # a quick look
 
 Kind and colour are read by a small classifier that this script trains on rendered pictures (not by the embedded CLIP);
 background and, as a second opinion, colour are read from pixels. Every judge is also applied to real renders of the
-same captions and to their autoencoder reconstructions, which bound what the samples can reach.
+same captions and to their autoencoder reconstructions, which bound what the samples can reach. Samples are drawn by the
+stock pipeline, as the model's preset says.
 """
 
 import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import _machine
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
+from dreamlora import tiny
+from dreamlora.cli import presets
+from dreamlora.config import RunConfig
 from dreamlora.tiny import clip_path, pipeline_path, scenery, subjects, world
 
-STEPS, GUIDANCE = 20, 3.0
 TARGETS = {
     "colour": 0.97,
     "colour_by_pixels": 0.97,
@@ -38,6 +43,13 @@ TARGETS = {
     "psnr_subjects": 24.0,
     "clip_retrieval_at_1": 0.90,
 }
+JUDGED = {
+    "colour is the caption's, by a classifier trained on renders": "colour",
+    "colour, by comparing pixels with renders": "colour_by_pixels",
+    "background, by pixels": "background",
+    "kind, by the classifier": "class",
+}
+GROUP = 64  # captions that the CLIP chooses from
 KIND_NAMES, BACKGROUND_NAMES = tuple(world.KINDS), tuple(world.BACKGROUNDS)
 COLOUR_NAMES = tuple(world.COLOURS)
 CLASSIFIER_PICTURES, CLASSIFIER_BATCH = 40_000, 64
@@ -225,21 +237,27 @@ def judge_pairs(judge: PixelJudge, pictures: np.ndarray, scenes: list[world.Scen
     return round(float(np.mean(right)), 4)
 
 
-def sample(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, batch: int = 32) -> np.ndarray:
+def call_of(model: str) -> dict[str, Any]:
+    """What the model's pipeline is called with, by the preset that runs have."""
+    preset = presets.embedded({"pretrained_model_name_or_path": model}, RunConfig.PRESET)
+    call = {"num_inference_steps": preset["num_inference_steps"], "guidance_scale": preset["sample_guidance_scale"]}
+    length = preset.get("max_sequence_length")
+    return call | dict.fromkeys(("height", "width"), world.SIZE) | ({"max_sequence_length": length} if length else {})
+
+
+def sample(pipeline: Any, call: dict[str, Any], captions: list[str], seed: int, batch: int = 32) -> np.ndarray:
     """One picture per caption: (n, 64, 64, 3)."""
     images: list[Image.Image] = []
     for start in range(0, len(captions), batch):
         generators = [
             torch.Generator().manual_seed(seed + start + i) for i in range(len(captions[start : start + batch]))
         ]
-        images += pipeline(
-            captions[start : start + batch], num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators
-        ).images
+        images += pipeline(captions[start : start + batch], generator=generators, **call).images
     return to_array(images)
 
 
 @torch.no_grad()
-def reconstruct(pipeline: StableDiffusionPipeline, pictures: np.ndarray, batch: int = 32) -> np.ndarray:
+def reconstruct(pipeline: Any, pictures: np.ndarray, batch: int = 32) -> np.ndarray:
     """The autoencoder's version of the pictures, 0 to 255."""
     outputs = []
     for start in range(0, len(pictures), batch):
@@ -255,7 +273,7 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def clip_retrieval(pictures: np.ndarray, captions: list[str], group: int = 64) -> float:
+def clip_retrieval(pictures: np.ndarray, captions: list[str], group: int = GROUP) -> float:
     """How often a picture's own caption is the most similar of `group` captions (equal captions count as own)."""
     model, words = CLIPModel.from_pretrained(clip_path()).eval(), CLIPTokenizer.from_pretrained(clip_path())
     hits = []
@@ -294,9 +312,9 @@ def _wrap(text: str, width: int) -> list[str]:
     return lines
 
 
-def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> dict:
+def measure(model: str, count: int, pairs: int, classifier_pictures: int, folder: Path) -> dict:
     """All figures; the contact sheets go to `folder`."""
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_path())
+    pipeline, call = DiffusionPipeline.from_pretrained(pipeline_path(model)), call_of(model)
     pipeline.set_progress_bar_config(disable=True)
     judge, classifier = PixelJudge(), train_classifier(classifier_pictures)
     rng = random.Random(2026)
@@ -307,11 +325,11 @@ def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> d
     figures = [subjects.render(name, i, "holdout")[0] for name in subjects.SUBJECTS for i in range(32)]
     decoded = reconstruct(pipeline, real)
     start = time.perf_counter()
-    made = sample(pipeline, captions, seed=0)
+    made = sample(pipeline, call, captions, seed=0)
     seconds = time.perf_counter() - start
-    made_pairs = sample(pipeline, pair_captions, seed=10_000)
-    contact_sheet(folder / "tiny_quality_samples.png", made[:64], captions[:64])
-    contact_sheet(folder / "tiny_quality_pairs.png", made_pairs[:32], pair_captions[:32])
+    made_pairs = sample(pipeline, call, pair_captions, seed=10_000)
+    contact_sheet(folder / f"{file_name(model)}_samples.png", made[:64], captions[:64])
+    contact_sheet(folder / f"{file_name(model)}_pairs.png", made_pairs[:32], pair_captions[:32])
     scores = judge_singles(judge, classifier, made, singles)
     figures_array = to_array(figures)
     results = {name: scores[name] for name in ("colour", "colour_by_pixels", "background", "class")}
@@ -330,9 +348,43 @@ def measure(count: int, pairs: int, classifier_pictures: int, folder: Path) -> d
     return {"results": results, **extra, "bounds": bounds}
 
 
+def file_name(model: str) -> str:
+    """Where the figures of a model stand, and how those of its pictures begin."""
+    return f"{model.replace('-', '_')}_quality"
+
+
+def table(found: Mapping[str, dict]) -> str:
+    """As in docs/embedded-model.md.
+
+    Args:
+        found: what was measured of every model, by its name; bounds are the same for all, and the first's are told.
+    """
+    results = [of["results"] for of in found.values()]
+    first, bounds = results[0], next(iter(found.values()))["bounds"]
+    real, decoded = bounds["real"], bounds["reconstructed"]
+    nothing = [""] * len(results)
+    rows = [["Judged", *(f"`{model}`" for model in found), "Real renders", "Their reconstructions"]]
+    rows.append(["---"] * len(rows[0]))
+    for title, key in JUDGED.items():
+        rows.append([title, *(_percent(of[key]) for of in (*results, real, decoded))])
+    pairs = [_percent(of["pair_colours"]) for of in results]
+    rows.append(["both colours of two things on the right sides, by pixels", *pairs])
+    rows[-1] += [_percent(bounds["real_pair_colours"]), ""]
+    restored = f"{first['psnr_held_out']:.1f} dB, {first['psnr_subjects']:.1f} dB"
+    rows.append(["reconstruction: held-out pictures, subjects", *nothing, "", restored])
+    retrieved = _percent(first["clip_retrieval_at_1"])
+    rows.append([f"the CLIP finds the caption of a picture among {GROUP}", *nothing, retrieved, ""])
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
 def main() -> None:
     """Parse the flags, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tiny.MODELS, default="tiny")
     parser.add_argument("--captions", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--classifier_pictures", type=int, default=CLASSIFIER_PICTURES)
@@ -341,13 +393,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
-    measured = measure(options.captions, options.pairs, options.classifier_pictures, options.output)
+    measured = measure(options.model, options.captions, options.pairs, options.classifier_pictures, options.output)
     passed = {name: measured["results"][name] >= target for name, target in TARGETS.items()}
-    settings = {"captions": options.captions, "pairs": options.pairs, "ddim_steps": STEPS, "guidance": GUIDANCE}
+    settings = {"captions": options.captions, "pairs": options.pairs, **call_of(options.model)}
     report = {"command": _machine.command("tiny_quality.py"), "settings": settings, **measured}
     report |= {"targets": TARGETS, "passed": passed, "machine": _machine.describe(options.threads)}
-    _machine.write("tiny_quality", report, options.output)
+    _machine.write(file_name(options.model), report, options.output)
     print(json.dumps({"results": measured["results"], "passed": passed}, indent=2))
+    files = {model: options.output / f"{file_name(model)}.json" for model in tiny.MODELS}
+    print(
+        table({model: json.loads(file.read_text(encoding="utf-8")) for model, file in files.items() if file.exists()})
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from pretraining import autoencoder, clip, data, denoiser, export, flow, flow_export
 
-from dreamlora.tiny import clip_path, flow_path, pipeline_path
+from dreamlora.tiny import clip_path, pipeline_path
 
 TRAINERS = {
     "autoencoder": autoencoder.train,
@@ -44,7 +44,7 @@ def run_stage(stage: str, options: argparse.Namespace, device: torch.device) -> 
     elif stage == "flow_latents":
         flow.encode_dataset(options.folder, device)
     elif stage == "flow_export":
-        flow_export.export_pipeline(options.folder, flow_path())
+        flow_export.export_pipeline(options.folder, pipeline_path("tiny-flow"))
     elif stage == "export":
         if (options.folder / "unet.pt").exists():
             export.export_pipeline(options.folder, pipeline_path())

@@ -2,7 +2,7 @@
 
 python train_scripts/compare_optimizers.py --optimizers adamw scaled_adamw
 
-It starts a process per GPU, or per core for the embedded model, itself: accelerate launch is not needed.
+It starts a process per GPU, or per core for an embedded model, itself: accelerate launch is not needed.
 """
 
 import sys

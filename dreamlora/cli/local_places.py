@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dreamlora import tiny
 from dreamlora.cli.declared import options_of
-from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.config.programs import PROGRAMS
 
 FOLDER_OR_HUB = (
@@ -22,7 +22,7 @@ PATHS = {name for program in PROGRAMS.values() for name, option in options_of(pr
 
 def is_local(name: str) -> bool:
     """Whether it stands for a place on this machine: it is there, or can be no ``owner/name`` of the hub."""
-    if name == EMBEDDED_MODEL:
+    if name in tiny.MODELS:
         return False
     return _is_path(name) or name.count("/") > 1 or name.startswith(".") or ":" in name
 

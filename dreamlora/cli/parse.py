@@ -1,7 +1,7 @@
 """Command lines: the flags that a dataclass declares become that dataclass, mistakes become one clear message.
 
 A flag's value comes from the first of these that has one: the command line, the --config files (the last first), the
-preset of the embedded model, the dataclass. Each is read once, into values of the declared types.
+preset of an embedded model, the dataclass. Each is read once, into values of the declared types.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is set for the embedded model unless the user says otherwise."""
+"""What is set for the embedded models unless the user says otherwise."""
 
 from __future__ import annotations
 
@@ -25,24 +25,31 @@ def brings_images(given: Mapping[str, Any]) -> bool:
 
 
 def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """What ``file`` sets for the embedded model unless the user says otherwise; nothing for other models.
+    """What is set for an embedded model unless the user says otherwise; nothing for other models.
 
     Args:
         given: what the user says, by option.
+        file: of the program; what the model has otherwise wins over it.
 
     Raises:
         UserError: there is no such built-in subject or style.
     """
     _check_built_in(given)
-    if given.get("pretrained_model_name_or_path") not in (None, EMBEDDED_MODEL):
+    model = given.get("pretrained_model_name_or_path") or EMBEDDED_MODEL
+    if model not in tiny.MODELS:
         return {}
-    preset: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text(encoding="utf-8"))
+    preset = _read(file)
+    of_model = _read(tiny.MODELS[model].preset)
     built_in = preset.pop("built_in")
     if not brings_images(given):
         preset |= built_in
         if given.get("subject"):
             preset |= _subject_prompts(given["subject"])
-    by_optimizer = _rates(RunConfig.PRESET) | preset.pop("by_optimizer", {})
+    by_optimizer: dict[str, Any] = {}  # DreamBooth's rates hold wherever a preset names no others
+    for rates in (_read(RunConfig.PRESET), preset, of_model):
+        for name, own in rates.pop("by_optimizer", {}).items():
+            by_optimizer[name] = by_optimizer.get(name, {}) | own
+    preset |= of_model
     optimizer = (given.get("optimizer") or "adamw").lower().replace("-", "_")  # a wrong name is found later
     preset |= _in_units(by_optimizer.get(optimizer, {}), given.get("lora_units"))
     if preset.get("sample_prompts"):
@@ -61,10 +68,9 @@ def _in_units(of_optimizer: dict[str, Any], units: str | None) -> dict[str, Any]
     return {**of_optimizer, "learning_rate": in_start_units} if units == "start" and in_start_units else of_optimizer
 
 
-def _rates(file: str) -> dict[str, Any]:
-    """What a preset sets for single optimizers; those of DreamBooth hold wherever a preset names no others."""
-    rates: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text(encoding="utf-8"))["by_optimizer"]
-    return rates
+def _read(file: str | None) -> dict[str, Any]:
+    entries: dict[str, Any] = yaml.safe_load((tiny.PRESETS / file).read_text(encoding="utf-8")) if file else {}
+    return entries
 
 
 def _check_built_in(given: Mapping[str, Any]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from dreamlora.cli import presets
 from dreamlora.commands.outside import outside, way_in
 from dreamlora.commands.sample.flags import SampleConfig
-from dreamlora.config import EMBEDDED_MODEL, Model, Sample, instance_prompt_of
+from dreamlora.config import EMBEDDED_MODEL, Model, RunConfig, Sample, instance_prompt_of
 from dreamlora.errors import UserError
 from dreamlora.interfaces import ModelSource, SampleDefaults
 from dreamlora.models.loading import SCHEDULER, read_config, resolve_source
@@ -147,6 +148,14 @@ def model_of(config: SampleConfig, run: TrainedRun | None) -> Model:
         offload_blocks=blocks or 0,
         text_encoder_device=config.text_encoder_device or settings.get("text_encoder_device"),
     )
+
+
+def settings_of(config: SampleConfig, run: TrainedRun | None) -> dict[str, Any]:
+    """The run's options, by flag; without a run those that an embedded model draws and is measured with by itself."""
+    if run:
+        return run.options
+    preset = presets.embedded({_BASE: config.pretrained_model_name_or_path}, RunConfig.PRESET)
+    return {name: preset[name] for name in (*DRAWN_WITH, *MEASURED_WITH, "max_sequence_length") if name in preset}
 
 
 def prompts_of(config: SampleConfig, run: TrainedRun | None) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from dreamlora.commands.trained import (
     differences,
     dtype_of,
     refuse_other_predictions,
+    settings_of,
     source_of,
 )
 from dreamlora.interfaces import Conditioning, ModelSource, SampleDefaults
@@ -48,7 +49,7 @@ class UnderTest:
     """The base model and LoRAs that are drawn with or measured.
 
     Attributes:
-        settings: options of the first run among them, by flag; empty if there is none.
+        settings: options of the first run among them, by flag; see ``settings_of``.
         rows: the base model first.
         source, parts: the model.
         dtype: of denoiser and text encoders.
@@ -188,7 +189,7 @@ def prepared(
         UserError: there is no such model, or no model fits all LoRAs; or embeddings of new tokens are damaged, or for
             another kind of model.
     """
-    settings = run.options if run else {}
+    settings = settings_of(config, run)
     source = source_of(config, run)
     precision.require("base_precision", source.base_precision, memory.device.type)
     precision.require(

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from dreamlora import tiny
 from dreamlora.archives import open_tensors
 from dreamlora.compare.schema import Status
 from dreamlora.compare.stats import log_auc, steps_to_target
-from dreamlora.config import EMBEDDED_MODEL
 from dreamlora.errors import UserError
 from dreamlora.eval_loss.items import ItemLosses
 from dreamlora.metric_names import DW_NORM, EVAL_LOSSES, STEPS_PER_SECOND, comparable, is_image_metric
@@ -221,7 +221,7 @@ def data_name(config: Mapping[str, Any]) -> str:
 def model_name(config: Mapping[str, Any]) -> str:
     """The base model's name, for a person."""
     name = str(config.get("pretrained_model_name_or_path", "?"))
-    return "the embedded model" if name == EMBEDDED_MODEL else name
+    return tiny.MODELS[name].title if name in tiny.MODELS else name
 
 
 def lora_norm(file: Path, scale: float) -> float:

@@ -83,11 +83,11 @@ class Data:
     train_data_dir: Path | None = None
     """Folder with captioned images. Captions lie beside them (name.txt, .caption, .json), or in metadata."""
     style: str | None = None
-    """A built-in style of the embedded model, drawn with captions on demand; used when no images are given."""
+    """A built-in style of the embedded models, drawn with captions on demand; used when no images are given."""
     instance_data_dir: Path | None = None
     """Folder with the images to learn. Captions may lie beside them (name.txt, .caption, .json), or in metadata."""
     subject: str | None = None
-    """A built-in subject of the embedded model, drawn on demand; used when no images are given."""
+    """A built-in subject of the embedded models, drawn on demand; used when no images are given."""
     instance_prompt: str | None = None
     """Caption of every image that has none of its own, such as "a photo of sks dog"."""
     dataset_name: str | None = None
@@ -220,7 +220,7 @@ class Data:
 
     @property
     def brings_images(self) -> bool:
-        """Whether a person's images are named: none means those of the embedded model."""
+        """Whether a person's images are named: none means those of the embedded models."""
         return any(getattr(self, name) for name in OWN_IMAGES)
 
     @property

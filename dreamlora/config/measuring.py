@@ -89,8 +89,10 @@ class Encoders:
     """The models in whose eyes images are compared. Values by different ones must not be compared."""
 
     clip_model: str | None = None
-    """CLIP or SigLIP model: folder, hub name or "tiny". Default: openai/clip-vit-base-patch32, tiny for tiny."""
+    """CLIP or SigLIP model: folder, hub name or "tiny". Default: openai/clip-vit-base-patch32; of embedded
+    models: tiny."""
     dino_model: str | None = None
-    """DINO or DINOv2 model, or any CLIP: folder, hub name or "tiny". Default: facebook/dino-vits16, tiny for tiny."""
+    """DINO or DINOv2 model, or any CLIP: folder, hub name or "tiny". Default: facebook/dino-vits16; of embedded
+    models: tiny."""
     inception_weights: Path | None = None
     """File weights-inception-2015-12-05-6726825d.pth of torch-fidelity: fid and kid then use Inception, not DINO."""

@@ -30,8 +30,8 @@ class Model:
     """Which model is trained, and how it is held in memory."""
 
     pretrained_model_name_or_path: str = EMBEDDED_MODEL
-    """A diffusers pipeline: a folder, a hub name, a whole model in one .safetensors file, or "tiny" for the embedded
-    model."""
+    """A diffusers pipeline: a folder, a hub name, a whole model in one .safetensors file, or an embedded model:
+    "tiny", or "tiny-flow" for a FLUX in miniature."""
     family: str | None = None
     """Model family; by default read from the pipeline's model_index.json."""
     revision: str | None = None

@@ -65,7 +65,7 @@ def _draws_built_in(c: RunConfig) -> bool:
 
 
 def _epochs_count(c: RunConfig) -> bool:
-    """Whether anything goes by the length of an epoch: the embedded model's preset has a number of steps."""
+    """Whether anything goes by the length of an epoch: the embedded models' presets have a number of steps."""
     by_steps = "max_train_steps" in c.given or (c.embedded and "num_train_epochs" not in c.given)
     return not by_steps or c.sample.validation_epochs is not None
 

@@ -1,7 +1,7 @@
 """What can be set: every option once, with its default, its help text and its range.
 
 The docstring under a field *is* the text of ``--help``. Names and meanings are those of diffusers' training scripts
-wherever those have the option. ``None`` means "decided later": from the model, the embedded model's preset or the
+wherever those have the option. ``None`` means "decided later": from the model, an embedded model's preset or the
 length of the run, as the text says. Nothing here imports torch.
 """
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
+from dreamlora import tiny
 from dreamlora.config.data import Data, DataSet
 from dreamlora.config.lora import Lora
 from dreamlora.config.measuring import IMAGES_FOR_METRICS, Encoders, Eval, Sample
-from dreamlora.config.model import EMBEDDED_MODEL, Model
+from dreamlora.config.model import Model
 from dreamlora.config.new_tokens import NewTokens
 from dreamlora.config.publishing import Label
 from dreamlora.config.ranges import above as _above
@@ -209,7 +210,7 @@ class RunConfig:
 
     Attributes:
         COMMAND: the program's name.
-        PRESET: file in ``tiny/`` with what is set for the embedded model.
+        PRESET: file in ``tiny/`` with what is set for the embedded models.
         NOT_OFFERED: options that belong to another program, with what to do here instead.
     """
 
@@ -270,8 +271,8 @@ class RunConfig:
 
     @property
     def embedded(self) -> bool:
-        """Whether the embedded model is trained."""
-        return self.model.pretrained_model_name_or_path == EMBEDDED_MODEL
+        """Whether an embedded model is trained."""
+        return self.model.pretrained_model_name_or_path in tiny.MODELS
 
 
 def as_flat_dict(config: RunConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Embedders:
 
     Args:
         choice: the options.
-        embedded: whether the embedded model is measured: its CLIP then serves for whatever the options leave open.
+        embedded: whether an embedded model is measured: their CLIP then serves for whatever the options leave open.
         place: see there.
     """
 

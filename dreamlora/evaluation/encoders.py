@@ -71,14 +71,18 @@ def load_encoder(name: str, device: torch.device, cache_dir: Path | None = None)
     """The encoder called ``name``, frozen, in float32; random states are left as they were.
 
     Args:
-        name: a folder written by ``save_pretrained``, a hub repository, or "tiny" for the embedded CLIP.
+        name: a folder written by ``save_pretrained``, a hub repository, or "tiny" for the embedded CLIP, the only one:
+            the other embedded models' names stand for it as well.
         device: where it computes.
         cache_dir: where downloads are kept.
 
     Raises:
         UserError: it cannot be found or read, has no safetensors, or is of no supported type.
     """
-    path = str(tiny.clip_path()) if name == EMBEDDED_MODEL else name
+    if name in tiny.MODELS:
+        name, path = EMBEDDED_MODEL, str(tiny.clip_path())
+    else:
+        path = name
     place = Place(path, commit_of(path, CONFIG, None, cache_dir), cache_dir)
     model_type = read_config(place.file(CONFIG)).get("model_type")
     kind = KINDS.get(model_type) if isinstance(model_type, str) else None

@@ -1,4 +1,4 @@
-"""Where a pipeline's parts come from: a folder, the hub or the embedded model. Safetensors only by default."""
+"""Where a pipeline's parts come from: a folder, the hub or an embedded model. Safetensors only by default."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils.logging import disable_progress_bar
 
-from dreamlora import registry
-from dreamlora.config import EMBEDDED_MODEL, Model
+from dreamlora import registry, tiny
+from dreamlora.config import Model
 from dreamlora.errors import UserError
 from dreamlora.interfaces import Classes, Components, Family, ModelSource, Role, Settings
 from dreamlora.models import configs
@@ -59,7 +59,7 @@ def resolve_source(
         folder, own_id = pipeline_of(Path(name), cache, prediction_type)
         path, revision, variant = str(folder), None, None
     else:
-        path = _embedded() if name == EMBEDDED_MODEL else name
+        path = str(tiny.pipeline_path(name)) if name in tiny.MODELS else name
         revision = commit_of(path, INDEX, model.revision, cache)
         own_id = identity(name, path, revision)
     parts = [own_id, *([variant] if variant else [])]
@@ -372,9 +372,3 @@ def check_vocabulary(tokenizer: Any, encoder: Any, path: str) -> None:
 
 
 _MAPPING = Schema(Annotated[dict[str, Any], Len(0, 1000)])
-
-
-def _embedded() -> str:
-    from dreamlora import tiny  # only looked for when it is used
-
-    return str(tiny.pipeline_path())

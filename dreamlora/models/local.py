@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 
-from dreamlora.config import EMBEDDED_MODEL, Model
+from dreamlora import tiny
+from dreamlora.config import Model
 from dreamlora.errors import UserError
 from dreamlora.models.single_file.contents import read_contents
 from dreamlora.models.single_file.kinds import recognize
@@ -25,7 +28,7 @@ def check_model(model: Model) -> None:
     path, vae = model.pretrained_model_name_or_path, model.pretrained_vae_model_name_or_path
     if is_single_file(path):
         recognize(read_contents(Path(path)))
-    elif path != EMBEDDED_MODEL:
+    elif path not in tiny.MODELS:
         local_file(path, INDEX)
     if vae and is_single_file(vae):
         check_autoencoder(read_contents(Path(vae)))
@@ -35,14 +38,15 @@ def check_model(model: Model) -> None:
 
 def is_single_file(path: str) -> bool:
     """Whether it is a file of this machine; the hub has no names for single ones."""
-    return path != EMBEDDED_MODEL and Path(path).is_file()
+    return path not in tiny.MODELS and Path(path).is_file()
 
 
 def local_file(path: str, name: str) -> Path | None:
     """A file of a folder; None if ``path`` can be a hub repository.
 
     Raises:
-        UserError: there is no such folder or file, or the path is a file, or can only be one.
+        UserError: there is no such folder or file, or the path is a file, or can only be one, or it is the name of
+            an embedded model or nearly so.
     """
     local = Path(path)
     if local.is_file():
@@ -55,7 +59,24 @@ def local_file(path: str, name: str) -> Path | None:
         raise UserError(f"no such file: {path}")
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise UserError(f"no such folder: {path}")
+    if path in tiny.MODELS:
+        raise UserError(f"{path} is an embedded model, and a folder or the name of a hub repository is needed here")
+    if meant := _nearly_embedded(path):
+        raise UserError(f"there is no folder {path}, and no embedded model of that name. Did you mean {meant}?")
     return None
+
+
+def _nearly_embedded(path: str) -> str | None:
+    """The embedded model that somebody may have meant; names of the hub have owners."""
+    if "/" in path:
+        return None
+    letters = {_letters(name): name for name in tiny.MODELS}
+    near = difflib.get_close_matches(_letters(path), letters, n=1, cutoff=0.75)
+    return letters[near[0]] if near else None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def vae_file(path: str) -> str:

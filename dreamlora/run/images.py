@@ -151,7 +151,7 @@ def _eval_prompts(context: RunContext, captions: Sequence[str]) -> tuple[str, ..
 
 
 def _draw_built_in(context: RunContext, folder: RunFolder) -> Data:
-    """Images of a built-in subject or style of the embedded model, as files, so that they go the way of a person's."""
+    """Images of a built-in subject or style of the embedded models, as files, so that they go the way of a person's."""
     data, images = context.config.data, folder.instance_images
     if context.accelerator.is_main_process:
         from dreamlora.tiny import styles, subjects

@@ -9,8 +9,8 @@ from pathlib import Path
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from dreamlora import registry
-from dreamlora.config import EMBEDDED_MODEL, RunConfig
+from dreamlora import registry, tiny
+from dreamlora.config import RunConfig
 from dreamlora.errors import UserError
 from dreamlora.files import write_atomically
 from dreamlora.lora.embeddings import file_of
@@ -116,7 +116,7 @@ def _tokens_told(config: RunConfig) -> str:
 
 def _hub_name(model: str) -> str | None:
     """The name of a model of the hub; None for a folder."""
-    if model == EMBEDDED_MODEL or Path(model).exists():
+    if model in tiny.MODELS or Path(model).exists():
         return None
     try:
         local_file(model, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dreamlora import compare, figures
+from dreamlora import compare, figures, tiny
 from dreamlora.cli.messages import work_beside_output
 from dreamlora.cli.parse import parse_run
 from dreamlora.compare.comparison import ComparisonPlan
@@ -17,7 +17,7 @@ from dreamlora.compare.methods import Group, group
 from dreamlora.compare.records import Record, read_record
 from dreamlora.compare.schema import Comparison
 from dreamlora.compare.verdict import EDGES, table
-from dreamlora.config import EMBEDDED_MODEL, PROGRAMS
+from dreamlora.config import PROGRAMS
 from dreamlora.credentials import command_line
 from dreamlora.errors import UserError
 from dreamlora.escapes import message, one_line
@@ -120,7 +120,7 @@ class Sweeper:
     def _make_all(self) -> None:
         """Tune, extend the grids where the best lies at an edge, then make the runs that are compared."""
         sweep = self._sweep
-        embedded = sweep.settings["pretrained_model_name_or_path"] == EMBEDDED_MODEL
+        embedded = sweep.settings["pretrained_model_name_or_path"] in tiny.MODELS
         places = seats(self._config.workers, embedded, self._config.processes_per_run)
         total = len(self._tuning()) + len(sweep.entries) * len(sweep.headline_seeds)
         with (

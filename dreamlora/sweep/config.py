@@ -56,7 +56,7 @@ class CompareConfig:
     output_dir: Path | None = None
     """Where runs and report go. Default: outputs/<names of the methods>, with --runs outputs/comparison."""
     workers: int | None = None
-    """Runs at the same time. Default: one per GPU; without one, one per core for the embedded model and else one;
+    """Runs at the same time. Default: one per GPU; without one, one per core for an embedded model and else one;
     fewer with --processes_per_run."""
     processes_per_run: int = 1
     """Processes that share a run, each with a GPU of its own (or on the CPU): for runs that are too slow on one. As

@@ -29,9 +29,9 @@ def seats(workers: int | None, embedded: bool, processes: int = 1) -> list[Seat]
     """Where runs can go: the GPUs, else the cores.
 
     Args:
-        workers: how many are wanted; None: as many as there are GPUs for; without one, one per core for the embedded
+        workers: how many are wanted; None: as many as there are GPUs for; without one, one per core for an embedded
             model, else one. The cores are shared out as threads, unless OMP_NUM_THREADS says how many a process gets.
-        embedded: whether the embedded model is trained, of which several copies fit into any memory.
+        embedded: whether an embedded model is trained, of which several copies fit into any memory.
         processes: that share a run.
 
     Raises:

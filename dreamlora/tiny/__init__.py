@@ -1,5 +1,8 @@
-"""The embedded default: a miniature Stable Diffusion pipeline and CLIP, pretrained on a procedural world."""
+"""The embedded models: miniature pipelines and a CLIP, pretrained on a procedural world."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
 PRESETS = Path(__file__).parent
@@ -8,14 +11,31 @@ PRESETS = Path(__file__).parent
 _WEIGHTS = PRESETS / "weights"
 
 
-def pipeline_path() -> Path:
-    """The folder that `StableDiffusionPipeline.from_pretrained` loads."""
-    return _WEIGHTS / "pipeline"
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A pipeline that travels with the package.
+
+    Attributes:
+        title: what it is called in reports.
+        folder: of the pipeline, below that of the weights.
+        preset: the file with what is set for it otherwise than for the default, in all programs; None for the default.
+    """
+
+    title: str
+    folder: str
+    preset: str | None = None
 
 
-def flow_path() -> Path:
-    """The folder that `FluxPipeline.from_pretrained` loads: the second model, a flow transformer."""
-    return _WEIGHTS / "flow_pipeline"
+MODELS = {
+    "tiny": EmbeddedModel("the embedded model", "pipeline"),
+    "tiny-flow": EmbeddedModel("the embedded flow transformer", "flow_pipeline", "preset_flow.yaml"),
+}
+"""By the name that stands for a model wherever a folder or a name of the hub can stand; the default first."""
+
+
+def pipeline_path(name: str = "tiny") -> Path:
+    """The folder that `DiffusionPipeline.from_pretrained` loads; ``name`` is one of ``MODELS``."""
+    return _WEIGHTS / MODELS[name].folder
 
 
 def clip_path() -> Path:

@@ -418,7 +418,10 @@ def test_values_of_common_flags_are_checked_by_the_optimizer_too() -> None:
         method_options("optimizers", "adamw", [], {"betas": (0.9, 2.0), "unknown": 1})
 
 
-# The embedded model's preset
+# The embedded models' presets
+
+
+FLOW = ["--pretrained_model_name_or_path", "tiny-flow"]
 
 
 def test_the_preset_is_for_the_embedded_model_only() -> None:
@@ -431,8 +434,22 @@ def test_the_preset_is_for_the_embedded_model_only() -> None:
 
 
 @pytest.mark.parametrize("optimizer", registry.names("optimizers"))
-def test_the_preset_knows_every_optimizers_learning_rate(optimizer: str) -> None:
-    assert presets.embedded({"optimizer": optimizer.upper()}, RunConfig.PRESET)["learning_rate"]
+@pytest.mark.parametrize("model", tiny.MODELS)
+def test_the_presets_know_every_optimizers_learning_rate(model: str, optimizer: str) -> None:
+    given = {"optimizer": optimizer.upper(), "pretrained_model_name_or_path": model}
+    assert presets.embedded(given, RunConfig.PRESET)["learning_rate"]
+
+
+@pytest.mark.parametrize("program", [RunConfig, TextToImageConfig])
+def test_another_embedded_model_has_the_same_preset_but_for_what_its_own_says(program: type[RunConfig]) -> None:
+    default, flow = (as_flat_dict(parse_run(argv, program)[0]) for argv in ([], FLOW))
+    own = yaml.safe_load((tiny.PRESETS / "preset_flow.yaml").read_text(encoding="utf-8"))
+    rate = float(own.pop("by_optimizer")["adamw"]["learning_rate"])
+    expected = {**default, "pretrained_model_name_or_path": "tiny-flow", **own, "learning_rate": rate}
+    assert flow == expected and flow["max_sequence_length"] == 32
+    config, _ = parse_run([*FLOW, "--dataset_name", "owner/name", "--max_sequence_length", "64"], program)
+    assert config.embedded and config.data.subject is config.data.style is config.sample.sample_prompts is None
+    assert (config.data.resolution, config.data.max_sequence_length) == (64, 64)
 
 
 def test_the_embedded_model_measures_its_samples_if_there_are_any() -> None:

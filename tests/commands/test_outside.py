@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dreamlora import tiny
 from dreamlora.commands.evaluate import evaluate as evaluating
 from dreamlora.commands.evaluate.flags import EvaluateConfig
 from dreamlora.commands.outside import outside
@@ -87,6 +88,15 @@ def test_names_of_the_hub_and_what_lies_in_the_run_are_no_places_outside(tmp_pat
         "datasets": [{"dataset_name": "owner/photos", "instance_prompt": "/etc"}],
     }
     assert outside(options, tmp_path) == {}
+
+
+@pytest.mark.parametrize("model", tiny.MODELS)
+def test_an_embedded_model_is_no_place_even_where_a_folder_is_called_so(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / model).mkdir()
+    assert outside({"pretrained_model_name_or_path": model}, tmp_path / "run") == {}
 
 
 def test_the_model_needs_a_flag_and_the_message_has_it(theirs: Callable[..., Path]) -> None:

@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 
+from dreamlora import tiny
+from dreamlora.cli.parse import parse_run
 from dreamlora.commands.rows import Row
 from dreamlora.commands.sample.flags import SampleConfig
-from dreamlora.commands.trained import DRAWN_WITH, TrainedRun, first_run, model_of, plan_for, run_of
+from dreamlora.commands.trained import DRAWN_WITH, TrainedRun, first_run, model_of, plan_for, run_of, settings_of
 from dreamlora.commands.under_test import UnderTest, prepared
+from dreamlora.config import Train
 from dreamlora.errors import UserError
 from dreamlora.interfaces import SampleDefaults
 from dreamlora.memory import StageMemory
@@ -145,6 +148,21 @@ def test_another_base_model_inherits_nothing(run: Any) -> None:
     assert isinstance(found, TrainedRun)
     model = model_of(SampleConfig(lora=(Path("dog"),), pretrained_model_name_or_path="owner/other"), found)
     assert (model.pretrained_model_name_or_path, model.revision, model.variant) == ("owner/other", None, None)
+
+
+@pytest.mark.parametrize("model", [None, *tiny.MODELS])
+def test_without_a_run_an_embedded_model_draws_as_in_its_own_runs(model: str | None, run: Any) -> None:
+    """FLUX's pipelines know nothing of a model's size and length of prompts: 512 pixels and 512 tokens."""
+    config = SampleConfig(lora=(Path("file"),), pretrained_model_name_or_path=model)
+    trained = parse_run(["--pretrained_model_name_or_path", model] if model else [])[0]
+    settings = settings_of(config, None)
+    plan = plan_for(config, settings, DEFAULTS, ("a cat",))
+    drawn = (plan.width, plan.height, plan.num_inference_steps, plan.guidance_scale)
+    assert drawn == (64, 64, trained.sample.num_inference_steps, trained.sample.sample_guidance_scale)
+    assert settings.get("max_sequence_length") == trained.data.max_sequence_length
+    assert settings.get("guidance_scale", Train.guidance_scale) == trained.train.guidance_scale
+    assert settings_of(config, found := run_of(run("dog"))) == found.options, "a run's are all that counts"
+    assert settings_of(SampleConfig(lora=(Path("file"),), pretrained_model_name_or_path="some/model"), None) == {}
 
 
 def test_as_many_blocks_wait_as_in_the_run_unless_told_otherwise(run: Any, sd_folder: Path) -> None:

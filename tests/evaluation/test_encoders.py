@@ -128,6 +128,7 @@ def test_the_id_tells_other_weights(encoder_folders: dict[str, Path], tmp_path: 
 
 def test_the_embedded_clip_knows_a_red_circle_from_a_blue_square() -> None:
     encoder = load_encoder("tiny", CPU)
+    assert load_encoder("tiny-flow", CPU).id == encoder.id, "there is one CLIP for all embedded models"
     assert encoder.id.startswith("tiny@") and str(tiny.clip_path()) not in encoder.id
     from dreamlora.tiny import world
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dreamlora import tiny
 from dreamlora.config import Model, Train
 from dreamlora.errors import UserError
 from dreamlora.families import _parts, flux, sd
@@ -77,10 +78,36 @@ def test_other_autoencoder(sd_folder, tmp_path):
     assert len(ids) == 3
 
 
-def test_embedded_model(sd_folder, monkeypatch):
-    monkeypatch.setattr(loading, "_embedded", lambda: str(sd_folder))
-    found = loading.resolve_source(Model())
-    assert found.path == str(sd_folder)
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_embedded_models(name):
+    found = source(name)
+    assert found.path == str(tiny.pipeline_path(name)) and found.model_id.startswith(f"{name}@")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((name, "tiny-flow") for name in ("tiny_flow", "tinyflow", "Tiny-Flow", "tiny flow", "tiny-flux")),
+        *((name, "tiny") for name in ("Tiny", "tinny", "tiny_")),
+    ],
+)
+def test_nearly_the_name_of_an_embedded_model(name, meant):
+    with pytest.raises(UserError, match=f"there is no folder {name}, .* Did you mean {meant}\\?$"):
+        source(name)
+
+
+def test_names_that_only_look_like_those_of_embedded_models(sd_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_flow").symlink_to(sd_folder)
+    assert source("tiny_flow").path == "tiny_flow"
+    for name in ("owner/tiny", "gpt2"):
+        with pytest.raises(UserError, match="the hub cannot be reached"):
+            source(name)
+
+
+def test_an_embedded_model_is_no_autoencoder(sd_folder):
+    with pytest.raises(UserError, match="tiny is an embedded model, and a folder or the name of a hub repository"):
+        source(sd_folder, pretrained_vae_model_name_or_path="tiny")
 
 
 def test_pickles_are_refused_unless_allowed(folder):

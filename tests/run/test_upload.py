@@ -15,7 +15,8 @@ from diffusers.utils import hub_utils
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from dreamlora.config import EMBEDDED_MODEL, NewTokens, RunConfig
+from dreamlora import tiny
+from dreamlora.config import NewTokens, RunConfig
 from dreamlora.errors import UserError
 from dreamlora.run import upload
 from dreamlora.run.upload import check_hub, push_to_hub
@@ -143,7 +144,7 @@ def test_nor_from_a_folder_behind_one(place: str, run: RunFolder, hub: Hub, tmp_
     assert set(hub.sent) == {name for name in MADE if not name.startswith(place)}
 
 
-@pytest.mark.parametrize("model", ["{}", "{}/none", "./model", "models/sd", "../a/b", "~/model", EMBEDDED_MODEL])
+@pytest.mark.parametrize("model", ["{}", "{}/none", "./model", "models/sd", "../a/b", "~/model", *tiny.MODELS])
 def test_no_local_path_is_in_the_card(
     model: str, run: RunFolder, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

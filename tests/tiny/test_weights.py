@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer, T5Tokenizer
 
+from dreamlora import tiny
+from dreamlora.families import flux
 from dreamlora.tiny import clip_path, pipeline_path, subjects, world
 
-MAX_BYTES = 16_000_000
+MAX_BYTES = {"pipeline": 13_000_000, "clip": 2_000_000, "flow_pipeline": 12_000_000}
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
@@ -27,30 +32,78 @@ def held_out(count: int) -> tuple[list[Image.Image], list[str]]:
     return [world.render(scene, rng) for scene in scenes], [world.describe(scene) for scene in scenes]
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_path())
+def loaded(pipeline_class: Any, folder: Path) -> Any:
+    pipeline = pipeline_class.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    return loaded(StableDiffusionPipeline, pipeline_path())
+
+
+@pytest.fixture(scope="module")
+def flow_pipeline() -> FluxPipeline:
+    return loaded(FluxPipeline, pipeline_path("tiny-flow"))
+
+
 def test_everything_fits_the_size_budget_and_is_safetensors() -> None:
-    files = [path for path in pipeline_path().parent.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
-    assert {path.suffix for path in files if path.stat().st_size > 200_000} == {".safetensors"}
+    folders = {path.name: path for path in pipeline_path().parent.iterdir() if path.is_dir()}
+    assert folders.keys() == MAX_BYTES.keys()
+    for name, folder in folders.items():
+        sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        assert sum(sizes.values()) <= MAX_BYTES[name], name
+        assert {path.suffix for path, size in sizes.items() if size > 200_000} == {".safetensors"}
 
 
-def test_stock_pipeline_loads_in_float32_and_draws(pipeline: StableDiffusionPipeline) -> None:
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
-    assert pipeline.safety_checker is None
+def test_the_package_has_all_of_it() -> None:
+    root = Path(__file__).parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packed = {file for pattern in declared["package-data"]["dreamlora"] for file in (root / "dreamlora").glob(pattern)}
+    assert {file for file in tiny.PRESETS.rglob("*.*") if file.suffix not in (".py", ".pyc")} <= packed
+
+
+def assert_draws_a_red_circle(pipeline: Any, **options: Any) -> None:
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert {parameter.dtype for module in modules for parameter in module.parameters()} == {torch.float32}
     generator = torch.Generator().manual_seed(0)
     (image,) = pipeline(
-        "a photo of a red circle", num_inference_steps=8, guidance_scale=3.0, generator=generator
+        "a photo of a red circle", num_inference_steps=8, guidance_scale=3.0, generator=generator, **options
     ).images
     assert image.size == (64, 64)
     centre = np.asarray(image)[26:38, 26:38].reshape(-1, 3).mean(0)
     assert centre[0] > centre[1] + 60 and centre[0] > centre[2] + 60, f"not red: {centre}"
+
+
+def test_stock_pipeline_loads_in_float32_and_draws(pipeline: StableDiffusionPipeline) -> None:
+    assert pipeline.safety_checker is None
+    assert_draws_a_red_circle(pipeline)
+
+
+def test_the_stock_flow_pipeline_does_too_if_told_what_flux_does_not_know(flow_pipeline: FluxPipeline) -> None:
+    """Of its size and of the length of its prompts the files of a FLUX say nothing."""
+    assert_draws_a_red_circle(flow_pipeline, height=64, width=64, max_sequence_length=32)
+
+
+def test_the_flow_transformers_guidance_is_distilled(flow_pipeline: FluxPipeline) -> None:
+    """One pass with a scale as its input predicts what classifier-free guidance with that scale makes of two."""
+    pictures, captions = held_out(16)
+    scale, times = 3.0, torch.linspace(0.4, 0.9, len(captions))
+    noise = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def velocity(texts: list[str], guidance: float) -> torch.Tensor:
+        embeds, pooled, _ = flow_pipeline.encode_prompt(texts, texts, max_sequence_length=32)
+        conditioning = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        return flux.predict(flow_pipeline.transformer, noisy, times, conditioning, guidance)
+
+    with torch.no_grad():
+        latents, t = flow_pipeline.vae.encode(to_tensor(pictures)).latent_dist.mode(), times.view(-1, 1, 1, 1)
+    noisy = (1 - t) * latents + t * noise
+    plain, without = velocity(captions, 1.0), velocity([""] * len(captions), 1.0)
+    effect = (scale - 1) * (plain - without)
+    assert (velocity(captions, scale) - (plain + effect)).norm() < 0.6 * effect.norm()
 
 
 def psnr(pipeline: StableDiffusionPipeline, images: list[Image.Image]) -> float:
@@ -58,6 +111,13 @@ def psnr(pipeline: StableDiffusionPipeline, images: list[Image.Image]) -> float:
     with torch.no_grad():
         output = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     return (10 * torch.log10(4 / (output - pixels).square().mean((1, 2, 3)))).mean().item()
+
+
+def test_the_flow_pipeline_shares_the_others_autoencoder_and_clip() -> None:
+    """So that pictures, captions and bars are the same, and what differs between the two is the denoiser."""
+    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        first, second = (load_file(pipeline_path(name) / part) for name in tiny.MODELS)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_autoencoder_keeps_held_out_pictures_and_subjects(pipeline: StableDiffusionPipeline) -> None:
@@ -75,11 +135,19 @@ def test_latents_are_standardised(pipeline: StableDiffusionPipeline) -> None:
     assert (posterior.mean.std((0, 2, 3)) - 1).abs().max() < 0.15
 
 
-@pytest.mark.parametrize("folder", [pipeline_path() / "tokenizer", clip_path()], ids=["pipeline", "clip"])
-def test_every_word_of_the_world_is_one_token(folder: Path) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    split = [word for word in world.vocabulary() if len(tokenizer(word).input_ids) != 3]
+@pytest.mark.parametrize(
+    ("tokenizer_class", "folder", "marks"),
+    [
+        pytest.param(CLIPTokenizer, pipeline_path() / "tokenizer", 2, id="pipeline"),
+        pytest.param(CLIPTokenizer, clip_path(), 2, id="clip"),
+        pytest.param(T5Tokenizer, pipeline_path("tiny-flow") / "tokenizer_2", 1, id="flow"),
+    ],
+)
+def test_every_word_of_the_world_is_one_token(tokenizer_class: Any, folder: Path, marks: int) -> None:
+    tokenizer = tokenizer_class.from_pretrained(folder)
+    split = [word for word in world.vocabulary() if len(tokenizer(word).input_ids) != 1 + marks]
     assert split == []
+    assert tokenizer.unk_token_id not in tokenizer(" ".join(world.vocabulary())).input_ids[:-1]
     assert "sks" in world.vocabulary()
     rng = random.Random(0)
     longest = max((world.describe(world.sample_pair(rng)) for _ in range(200)), key=len)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from dreamlora import registry
+from dreamlora import registry, tiny
 from dreamlora.cache_folder import cache_folder
 from dreamlora.cli.saved import saved_group
 from dreamlora.commands.evaluate.drawing import Sheet, draw_missing
@@ -37,7 +37,7 @@ from dreamlora.commands.trained import (
     prompts_of,
 )
 from dreamlora.commands.under_test import UnderTest, prepared
-from dreamlora.config import EMBEDDED_MODEL, OWN_IMAGES, Data, Encoders, instance_prompt_of
+from dreamlora.config import OWN_IMAGES, Data, Encoders, instance_prompt_of
 from dreamlora.data.cache import TensorCache
 from dreamlora.data.dataset import examine, split_holdout
 from dreamlora.data.folder import load_folder
@@ -181,7 +181,7 @@ def _evaluated(
             facts |= of_drawing
             galleries = {**drawn, **galleries}
         under_test.parts.free(*ROLES)
-    embedded = bool(under_test or run) and model_of(config, run).pretrained_model_name_or_path == EMBEDDED_MODEL
+    embedded = bool(under_test or run) and model_of(config, run).pretrained_model_name_or_path in tiny.MODELS
     with memory.stage("image metrics"):
         measurements = _measure(evaluation, galleries, Embedders(_encoders(config, run), embedded, _place(evaluation)))
     for label, measured in losses.items():
