@@ -34,3 +34,9 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is among ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, must be one of {', '.join(choices)}")
+
+
+def whole_number(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless ``value`` is a whole number from ``least`` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value}, must be a whole number >= {least}")
