@@ -136,7 +136,9 @@ class RankSpace:
         K = self.of_partners(own)
         level = linalg.rounding_level(self.params[0].dtype, self.gram_dtype)
         E, failed = linalg.orthonormal_coordinates(K, max(self.group["damping"], level))
-        return Coordinates(K, E, linalg.symmetric(E @ K @ E.mT), failed)
+        # the power makes up for ``E``, which is largest just where K is mere rounding
+        square = torch.linalg.matrix_power(linalg.symmetric(E @ K @ E.mT), 4)
+        return Coordinates(K, E, square, failed)
 
     def whitened(self, stacked: list[Tensor], whitening: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gradient-like matrices in partner coordinates, by side, and their Gram matrices ``(k, r, r)``.
@@ -154,9 +156,7 @@ class RankSpace:
         Args:
             row_norms: by side, how long a rank direction of the whitened step is; ``_trusted`` makes ``D`` of it.
         """
-        # ``share`` to the fourth makes up for ``E``, which is largest just where K is mere rounding
-        square = at.share @ at.share
-        back = at.E.mT @ (square @ square)
+        back = at.E.mT @ at.share
         if not self.group["trust"]:
             return back
         for_A, for_B = back.chunk(2)

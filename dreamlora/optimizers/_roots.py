@@ -32,7 +32,7 @@ _ITERATION_LIMIT = {torch.float32: 1e4, torch.float64: 1e12}
 FLOOR = 1e-3
 """``inverse_root`` in float32 takes directions for none that are this short beside the length of all together."""
 _FLOOR_PRECISION = 2e-3  # of the length of a direction above it: that of a step, of which it is below a percent
-_ROOT_DAMPING = 1e-12
+_FLOOR_DOUBLE = 1e-6
 
 
 def damped_condition(r: int, damping: float) -> float:
@@ -73,24 +73,25 @@ def spd_roots(M: Tensor, condition: float) -> Roots:
 def inverse_root(V: Tensor, eps: float, dtype: torch.dtype) -> linalg.Inverse:
     """``(V^½ + εI)⁻¹`` of positive semi-definite ``V`` ``(..., r, r)`` without eigenvalues.
 
-    Where V has fewer directions than rows, the others are rounding, and are not to be enlarged to the size of the rest.
-    For data of float64 a fraction of 1e-12 of V's mean eigenvalue is added first. For others, directions whose share of
-    V's trace is below ``FLOOR²`` count as none, in multiplications of float32 alone: ``σ/√(σ² + FLOOR²)`` and its third
-    power are what becomes of a direction of length ``σ``.
+    Where V has fewer directions than rows, the others are rounding, and are not to be enlarged to the size of the rest:
+    in place of ``V^-½`` stands ``V (V + fI)^-3/2``, with ``f`` 1e-12 of V's trace for data of float64 and ``FLOOR²``
+    of it for others, for which it is made in multiplications of float32 alone.
 
     Args:
         V: any precision.
         eps: ``ε >= 0``.
         dtype: precision of the data that ``V`` was made of.
     """
-    tau = linalg.mean_eigenvalue(V)
-    bad = ~torch.isfinite(tau)
-    zero = bad | (tau <= linalg.TAU_MIN)
+    trace = V.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    bad = ~torch.isfinite(trace)
+    zero = bad | (trace <= linalg.TAU_MIN)
     identity = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
-    scale = torch.where(zero, 1.0, tau)
+    scale = torch.where(zero, 1.0, trace)
     W = torch.where(zero, identity, V / scale)
-    root, failed = _exact_inverse_root(W) if dtype == torch.float64 else (_short_inverse_root(W), bad[..., 0, 0])
-    root = root * scale.rsqrt().to(root.dtype)
+    floor, make = (_FLOOR_DOUBLE, _precise_root) if dtype == torch.float64 else (FLOOR, _quick_root)
+    X, failed = make(W + floor**2 * identity)
+    # I − f X² is V/(V + f): nothing of what is rounding alone
+    root = linalg.symmetric(X - floor**2 * (X @ X @ X)) * scale.rsqrt().to(X.dtype)
     if eps:
         root = linalg.symmetric(root @ linalg.spd_inverse(identity.to(root.dtype) + eps * root).P)
     # A zero V has the root 1/eps; what it multiplies is zero, so it may as well be zero (eps may be too).
@@ -98,27 +99,20 @@ def inverse_root(V: Tensor, eps: float, dtype: torch.dtype) -> linalg.Inverse:
     return linalg.Inverse(torch.where(zero | failed[..., None, None], 0.0, root), failed)
 
 
-def _exact_inverse_root(W: Tensor) -> tuple[Tensor, Tensor]:
-    """``W^-½`` of mean eigenvalue 1, and where there is none.
+def _precise_root(W: Tensor) -> tuple[Tensor, Tensor]:
+    """``W^-½`` of eigenvalues in [``_FLOOR_DOUBLE²``, 1], and where there is none.
 
     With Cholesky ``W = L Lᵀ`` and polar decomposition ``Lᵀ = U H``: ``H = W^½`` and ``W^-½ = L⁻ᵀU``, which loses half as
     many digits as an iteration on ``W`` does.
     """
-    rank = W.shape[-1]
-    identity = torch.eye(rank, dtype=W.dtype, device=W.device)
-    L, L_inverse, failed = linalg.cholesky(W + _ROOT_DAMPING * identity)
-    U = polar_factor(L.mT / math.sqrt(rank + _ROOT_DAMPING), math.sqrt(_ROOT_DAMPING / (2 * rank)))
-    return linalg.symmetric(L_inverse.mT @ U), failed
+    L, L_inverse, failed = linalg.cholesky(W)
+    return linalg.symmetric(L_inverse.mT @ polar_factor(L.mT, _FLOOR_DOUBLE)), failed
 
 
-def _short_inverse_root(W: Tensor) -> Tensor:
-    """``W^-½`` in float32 of mean eigenvalue 1, without the directions below ``FLOOR``."""
-    rank = W.shape[-1]
-    identity = torch.eye(rank, dtype=torch.float32, device=W.device)
-    P = (W / rank).float() + FLOOR**2 * identity
-    _, X = _coupled(P, quintic_steps(FLOOR, _FLOOR_PRECISION), inverse_alone=True)
-    # X² is 1/FLOOR² where there was nothing: what rounding put there goes
-    return linalg.symmetric(X @ (identity - FLOOR**2 * (X @ X))) * rank**-0.5
+def _quick_root(W: Tensor) -> tuple[Tensor, Tensor]:
+    """``W^-½`` of eigenvalues in [``FLOOR²``, 1] by the fewest multiplications in float32; it fails nowhere."""
+    _, X = _coupled(W.float(), quintic_steps(FLOOR, _FLOOR_PRECISION), inverse_alone=True)
+    return X, torch.zeros(W.shape[:-2], dtype=torch.bool, device=W.device)
 
 
 def _coupled(P: Tensor, steps: tuple[tuple[float, float, float], ...], inverse_alone: bool = False) -> tuple[Tensor, Tensor]:
