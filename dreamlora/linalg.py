@@ -107,7 +107,7 @@ def wide(x: Tensor) -> Tensor:
     return decomposable(x).double()
 
 
-_ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-8}
+_ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-8}
 _ROUNDING_LOW = 1e-4
 _ROUNDING_SINGLE_GRAM = 1e-5
 
@@ -123,7 +123,21 @@ def rounding_level(dtype: torch.dtype, gram: torch.dtype) -> float:
     return level if gram == torch.float64 else max(level, _ROUNDING_SINGLE_GRAM)
 
 
-def orthonormal_coordinates(K: Tensor, damping: float) -> Inverse:
+class Coordinates(NamedTuple):
+    """A batch of orthonormal coordinates ``(..., r, r)``.
+
+    Attributes:
+        E: lower triangular; zero where ``failed``.
+        share: ``E K Eᵀ``: the identity, but for directions that the damping shortens.
+        failed: ``(...)`` bool; ``K`` was not positive definite in this precision, or not finite.
+    """
+
+    E: Tensor
+    share: Tensor
+    failed: Tensor
+
+
+def orthonormal_coordinates(K: Tensor, damping: float) -> Coordinates:
     """``E`` with ``E K Eᵀ = I``: for ``K = BᵀB`` the columns of ``B Eᵀ`` are an orthonormal basis of B's columns.
 
     ``E`` is the inverse Cholesky factor of ``K + δτI``; a direction with eigenvalue ``λ`` is so only ``λ/(λ + δτ)``
@@ -132,16 +146,15 @@ def orthonormal_coordinates(K: Tensor, damping: float) -> Inverse:
     Args:
         K: Gram matrices ``(..., r, r)``.
         damping: ``δ > 0``, a fraction of the mean eigenvalue.
-
-    Returns:
-        ``P``: ``E``, lower triangular; zero where ``failed``.
     """
     tau = mean_eigenvalue(K)
     zero = tau <= TAU_MIN
     identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     _, E, failed = cholesky(torch.where(zero, identity, K / torch.where(zero, 1.0, tau) + damping * identity))
-    dead = zero | failed[..., None, None]
-    return Inverse(torch.where(dead, 0.0, E * torch.where(zero, 1.0, tau).rsqrt()), failed)
+    E = torch.where(zero | failed[..., None, None], 0.0, E)
+    # not E K Eᵀ: where E is largest, that is the rounding of K
+    share = identity - damping * (E @ E.mT)
+    return Coordinates(E * torch.where(zero, 1.0, tau).rsqrt(), share, failed)
 
 
 def symmetric(M: Tensor) -> Tensor:
@@ -168,6 +181,7 @@ def eigenvalues(M: Tensor) -> Tensor:
 
 __all__ = [
     "TAU_MIN",
+    "Coordinates",
     "Inverse",
     "absolute_inverse",
     "cholesky",

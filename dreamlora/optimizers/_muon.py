@@ -107,7 +107,7 @@ class LoRAMuon(RefreshingOptimizer):
         """Make the matrices of the partners anew."""
         at = space.coordinates()
         count(self._fallbacks, at.failed)
-        space.keep(self, WHITENING, at.whitening())
+        space.keep(self, WHITENING, at.whitening)
         space.keep(self, BACK, space.back(at, [size] * len(space.sides)))
 
     def _momenta(self, space: RankSpace) -> list[Tensor]:

@@ -94,22 +94,16 @@ class Coordinates:
 
     Attributes:
         K: the partners' Gram matrices.
-        E: ``linalg.orthonormal_coordinates`` of ``K``.
-        share: ``E K Eᵀ``: how much of a direction is more than rounding; else the identity.
+        whitening: ``E`` with ``E K Eᵀ = I``, which makes gradients to those in partner coordinates. It is zero in
+            directions in which the partner has no length: there the gradient is rounding.
+        back: ``Eᵀ``, from steps in partner coordinates to steps of the factors; zero there, too.
         failed: ``(k,)``: the partner's Gram matrix could not be factored; ``E`` is zero there.
     """
 
     K: Tensor
-    E: Tensor
-    share: Tensor
+    whitening: Tensor
+    back: Tensor
     failed: Tensor
-
-    def whitening(self) -> Tensor:
-        """What makes gradients to those in partner coordinates; zero in directions in which the partner has no length.
-
-        There the gradient is rounding, which ``E`` alone would enlarge to the size of the rest.
-        """
-        return self.share @ self.E
 
 
 class RankSpace:
@@ -132,13 +126,18 @@ class RankSpace:
     def coordinates(self) -> Coordinates:
         """Of the partners as they are now."""
         factors = (side.stack(self.gram_dtype) for side in self.sides)
-        own = torch.cat([side.gram(x, x) for side, x in zip(self.sides, factors, strict=True)])
-        K = self.of_partners(own)
-        level = linalg.rounding_level(self.params[0].dtype, self.gram_dtype)
-        E, failed = linalg.orthonormal_coordinates(K, max(self.group["damping"], level))
+        K_A, K_B = torch.cat([side.gram(x, x) for side, x in zip(self.sides, factors, strict=True)]).chunk(2)
+        damping = max(self.group["damping"], linalg.rounding_level(self.params[0].dtype, self.gram_dtype))
+        of_A = linalg.orthonormal_coordinates(K_A, damping)
+        # The coordinates of B are found where the rows of A are orthonormal: what is damped there is a direction of the
+        # product, while the short directions of B alone are others in every factorisation.
+        identity = torch.eye(self.rank, dtype=K_A.dtype, device=self.device)
+        F = torch.where(linalg.mean_eigenvalue(K_A) <= linalg.TAU_MIN, identity, of_A.E @ K_A)
+        of_B = linalg.orthonormal_coordinates(linalg.symmetric(F @ K_B @ F.mT), damping)
+        E, failed = torch.cat([of_B.E @ F, of_A.E]), torch.cat([of_B.failed | of_A.failed, of_A.failed])
         # the power makes up for ``E``, which is largest just where K is mere rounding
-        square = torch.linalg.matrix_power(linalg.symmetric(E @ K @ E.mT), 4)
-        return Coordinates(K, E, square, failed)
+        share = torch.linalg.matrix_power(torch.cat([of_B.share, of_A.share]), 4)
+        return Coordinates(torch.cat([K_B, K_A]), share @ E, E.mT @ share, failed)
 
     def whitened(self, stacked: list[Tensor], whitening: Tensor) -> tuple[list[Tensor], Tensor]:
         """Gradient-like matrices in partner coordinates, by side, and their Gram matrices ``(k, r, r)``.
@@ -151,15 +150,14 @@ class RankSpace:
         return parts, torch.cat([side.gram(u, u) for side, u in zip(self.sides, parts, strict=True)])
 
     def back(self, at: Coordinates, row_norms: list[float]) -> Tensor:
-        """``(k, r, r)``: from whitened directions to steps of the factors, ``Eᵀ D`` with damped directions left out.
+        """``(k, r, r)``: from whitened directions to steps of the factors, ``Eᵀ D``.
 
         Args:
             row_norms: by side, how long a rank direction of the whitened step is; ``_trusted`` makes ``D`` of it.
         """
-        back = at.E.mT @ at.share
         if not self.group["trust"]:
-            return back
-        for_A, for_B = back.chunk(2)
+            return at.back
+        for_A, for_B = at.back.chunk(2)
         return torch.cat([for_A @ self._trusted(at, row_norms), for_B])
 
     def _trusted(self, at: Coordinates, row_norms: list[float]) -> Tensor:
@@ -171,7 +169,7 @@ class RankSpace:
         and not the factors', this is the same for every factorisation. B needs no bound: A starts with length in every
         direction. Where A is zero, D is the identity.
         """
-        (K, own), E = at.K.chunk(2), at.E.chunk(2)[0]
+        (K, own), E = at.K.chunk(2), at.whitening.chunk(2)[0]
         identity = torch.eye(self.rank, dtype=own.dtype, device=own.device)
         steps = [self.rates(side)[0] * norm for side, norm in zip(self.sides, row_norms, strict=True) if side.wide]
         c2 = self.per_factor([step / (2 * self.group["trust"]) for step in steps]).square()

@@ -165,13 +165,13 @@ class LoRARITE(RefreshingOptimizer):
         at = space.coordinates()
         count(self._counts["fallbacks"], at.failed)
         basis, old = self._small(space, BASIS), self._small(space, SECOND_MOMENT)
-        P = at.E @ basis
+        P = at.whitening @ basis
         carried = linalg.symmetric(P @ old @ P.mT)
         if space.group["apply_escape"]:
             escaped = self._small(space, ESCAPED, ())
             escaped += escaping(carried, old)[:, 0, 0]
         space.keep(self, SECOND_MOMENT, carried, space.gram_dtype)
-        space.keep(self, WHITENING, at.whitening())
+        space.keep(self, WHITENING, at.whitening)
         for side, T in zip(space.sides, space.split(P.to(space.dtype)), strict=True):
             M = side.state(self, EXP_AVG)
             M.copy_(side.product(T, M.flatten(2)).view(M.shape))
@@ -249,7 +249,7 @@ class LoRARITE(RefreshingOptimizer):
             partners = space.of_partners(torch.cat(crosses))
         # Several steps later, the partners of this step stand for those of the last: directions that grew meanwhile
         # shorten the moments, and never lengthen them.
-        space.keep(self, BASIS, partners @ at.E.mT, space.gram_dtype)
+        space.keep(self, BASIS, partners @ at.whitening.mT, space.gram_dtype)
 
     def _small(self, space: RankSpace, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A state in the precision of Gram matrices: an ``r × r`` matrix of every factor, or of another shape."""
