@@ -126,7 +126,9 @@ class RankSpace:
     def coordinates(self) -> Coordinates:
         """Of the partners as they are now."""
         factors = (side.stack(self.gram_dtype) for side in self.sides)
-        K_A, K_B = torch.cat([side.gram(x, x) for side, x in zip(self.sides, factors, strict=True)]).chunk(2)
+        K = torch.cat([side.gram(x, x) for side, x in zip(self.sides, factors, strict=True)])
+        broken = ~torch.isfinite(linalg.mean_eigenvalue(K))
+        K_A, K_B = torch.where(broken, 0.0, K).chunk(2)
         damping = max(self.group["damping"], linalg.rounding_level(self.params[0].dtype, self.gram_dtype))
         of_A = linalg.orthonormal_coordinates(K_A, damping)
         # The coordinates of B are found where the rows of A are orthonormal: what is damped there is a direction of the
@@ -135,6 +137,7 @@ class RankSpace:
         F = torch.where(linalg.mean_eigenvalue(K_A) <= linalg.TAU_MIN, identity, of_A.E @ K_A)
         of_B = linalg.orthonormal_coordinates(linalg.symmetric(F @ K_B @ F.mT), damping)
         E, failed = torch.cat([of_B.E @ F, of_A.E]), torch.cat([of_B.failed | of_A.failed, of_A.failed])
+        failed = failed | self.of_partners(broken)[:, 0, 0]
         # the power makes up for ``E``, which is largest just where K is mere rounding
         share = torch.linalg.matrix_power(torch.cat([of_B.share, of_A.share]), 4)
         return Coordinates(torch.cat([K_B, K_A]), share @ E, E.mT @ share, failed)

@@ -74,7 +74,7 @@ def inverse_root(V: Tensor, eps: float, dtype: torch.dtype) -> linalg.Inverse:
     """``(V^½ + εI)⁻¹`` of positive semi-definite ``V`` ``(..., r, r)`` without eigenvalues.
 
     Where V has fewer directions than rows, the others are rounding, and are not to be enlarged to the size of the rest:
-    in place of ``V^-½`` stands ``V (V + fI)^-3/2``, with ``f`` 1e-12 of V's trace for data of float64 and ``FLOOR²``
+    in place of ``V^-½`` stands ``V² (V + fI)^-5/2``, with ``f`` 1e-12 of V's trace for data of float64 and ``FLOOR²``
     of it for others, for which it is made in multiplications of float32 alone.
 
     Args:
@@ -90,8 +90,8 @@ def inverse_root(V: Tensor, eps: float, dtype: torch.dtype) -> linalg.Inverse:
     W = torch.where(zero, identity, V / scale)
     floor, make = (_FLOOR_DOUBLE, _precise_root) if dtype == torch.float64 else (FLOOR, _quick_root)
     X, failed = make(W + floor**2 * identity)
-    # I − f X² is V/(V + f): nothing of what is rounding alone
-    root = linalg.symmetric(X - floor**2 * (X @ X @ X)) * scale.rsqrt().to(X.dtype)
+    some = identity.to(X.dtype) - floor**2 * (X @ X)  # V/(V + f)
+    root = linalg.symmetric(X @ some @ some) * scale.rsqrt().to(X.dtype)
     if eps:
         root = linalg.symmetric(root @ linalg.spd_inverse(identity.to(root.dtype) + eps * root).P)
     # A zero V has the root 1/eps; what it multiplies is zero, so it may as well be zero (eps may be too).
