@@ -147,14 +147,14 @@ def orthonormal_coordinates(K: Tensor, damping: float) -> Coordinates:
         K: Gram matrices ``(..., r, r)``.
         damping: ``δ > 0``, a fraction of the mean eigenvalue.
     """
-    tau = mean_eigenvalue(K)
-    zero = tau <= TAU_MIN
+    M, tau = relative(K, damping)
     identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    _, E, failed = cholesky(torch.where(zero, identity, K / torch.where(zero, 1.0, tau) + damping * identity))
-    E = torch.where(zero | failed[..., None, None], 0.0, E)
+    _, E, failed = cholesky(M)
+    dead = (mean_eigenvalue(K) <= TAU_MIN) | failed[..., None, None]
+    E = torch.where(dead, 0.0, E)
     # not E K Eᵀ: where E is largest, that is the rounding of K
     share = identity - damping * (E @ E.mT)
-    return Coordinates(E * torch.where(zero, 1.0, tau).rsqrt(), share, failed)
+    return Coordinates(torch.where(dead, 0.0, E * tau.rsqrt()), share, failed)
 
 
 def symmetric(M: Tensor) -> Tensor:

@@ -246,7 +246,7 @@ class LoRARITE(RefreshingOptimizer):
             # in full precision: coordinates of weak directions magnify what is lost here by the root of rounding_level
             now = (side.stack(space.gram_dtype) for side in space.sides)
             crosses = [side.gram(x, y) for side, x, y in zip(space.sides, now, before, strict=True)]
-            partners = space.of_partners(torch.cat(crosses))
+            partners = torch.where(at.failed[:, None, None], 0.0, space.of_partners(torch.cat(crosses)))
         # Several steps later, the partners of this step stand for those of the last: directions that grew meanwhile
         # shorten the moments, and never lengthen them.
         space.keep(self, BASIS, partners @ at.whitening.mT, space.gram_dtype)

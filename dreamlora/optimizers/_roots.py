@@ -31,7 +31,7 @@ class Roots(NamedTuple):
 _ITERATION_LIMIT = {torch.float32: 1e4, torch.float64: 1e12}
 FLOOR = 1e-3
 """``inverse_root`` in float32 takes directions for none that are this short beside the length of all together."""
-_FLOOR_PRECISION = 2e-3  # of the length of a direction above it: that of a step, of which it is below a percent
+_FLOOR_PRECISION = 3e-3  # of the length of a direction above it: that of a step, of which it is below a percent
 _FLOOR_DOUBLE = 1e-6
 
 
@@ -164,7 +164,7 @@ def quintic_steps(floor: float, precision: float) -> tuple[tuple[float, float, f
     while 1 - low > precision:
         a, b, c, error = _closest_to_one(low)
         # The first ones rise steeply behind 1, and would enlarge what rounding puts there.
-        margin = 1.01 if low < 0.5 else 1.0
+        margin = 1.001 if low < 0.5 else 1.0
         a, b, c = a / margin / (1 + error), b / margin**3 / (1 + error), c / margin**5 / (1 + error)
         steps.append((a, b, c))
         low *= a + b * low**2 + c * low**4
