@@ -5,7 +5,9 @@
     X ← c X + δX/c,  c = √(1 − η·wd)
 
 ``msign(Z) = Z (ZᵀZ)^-½`` has all singular values 1. In place of ``K^-½`` stands the inverse Cholesky factor: the two
-differ by a rotation, which ``msign`` passes through. ``c`` makes the product ``BA`` decay by exactly ``1 − η·wd``.
+differ by a rotation, which ``msign`` passes through. It stays valid while the partner moves: a factor of an earlier K
+differs in the same way in every factorisation. So it is made in float64, but only every few steps; ``msign``, which any
+function of ``ZZᵀ`` may stand for without harm to that, is made in float32 by few multiplications. ``c`` makes the product ``BA`` decay by exactly ``1 − η·wd``.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class LoRAMuon(RefreshingOptimizer):
 
     To first order a step changes the weight ``BA`` by at most ``lr`` (times ``r^-rank_power``) in spectral norm,
     whatever the width and the factors' scale. The path of ``BA`` is the same for every factorisation of the start.
-    State: one momentum.
+    State: one momentum and, per factor, two ``r × r`` matrices. Nothing else may change the factors between two steps
+    (an average of weights must put them back), unless ``refresh`` is 1.
 
     Where B has hardly any length, the published step of A is many times A itself (without end at ``B = 0``). Here
     ``trust`` bounds it, and a direction of B that is mere rounding has no step; ``trust=0`` is the published step.
@@ -47,6 +50,9 @@ class LoRAMuon(RefreshingOptimizer):
         damping: added to the partners' Gram matrices, a fraction of their mean eigenvalue: shortens steps that a nearly
             singular partner would magnify, at the price of exact invariance.
         trust: by how much of its length a step may change a direction of A; 0 is without bound. Exactly invariant.
+        refresh: the matrices of the partners serve for so many steps, after the first 20, which make them anew each;
+            1 always does. The path stays independent of the factorisation, and to first order the bound may be passed
+            by what the partner has changed meanwhile.
         scale_correction: divide steps by ``s``, so that lr bounds the change of the effective weight ``s·BA``.
         betas, eps: of the AdamW for groups without pairs.
         maximize: ascend.

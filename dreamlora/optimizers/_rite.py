@@ -12,8 +12,8 @@ with ``β = β(1 − β^{t−1})/(1 − β^t)`` in place of a bias correction. W
 
 * no basis is stored, so the state is half of AdamW's: what ``P`` needs is formed while the factors before and after
   the step are both at hand;
-* the basis comes from a Cholesky factor instead of QR and pseudo-inverse, the root from Newton-Schulz instead of
-  eigenvalues; all pairs of a rank at once;
+* the basis comes from a Cholesky factor instead of QR and pseudo-inverse, and is kept for several steps (``refresh``);
+  the root comes from Newton-Schulz iterations instead of eigenvalues; all pairs of a rank at once;
 * by default the step of A is bounded where B has hardly any length (``trust``), without which runs from B = 0 with
   more ranks than gradient directions learn little; ``trust=0`` is the published step;
 * convolutions, bfloat16 parameters, AdamW for parameters outside of pairs, and counters of what was clipped.
@@ -86,6 +86,8 @@ class LoRARITE(RefreshingOptimizer):
         apply_escape: keep second moment that leaves the basis as a multiple of the identity.
         scale_correction: divide steps by ``s``, so that lr does not depend on alpha.
         trust: by how much of its length a step may change a direction of A; 0, as published, is without bound.
+        refresh: the basis of the partners serves for so many steps, after the first 20, which make it anew each; 1, as
+            published, always does.
         maximize: ascend.
 
     Raises:

@@ -115,7 +115,9 @@ def _quick_root(W: Tensor) -> tuple[Tensor, Tensor]:
     return X, torch.zeros(W.shape[:-2], dtype=torch.bool, device=W.device)
 
 
-def _coupled(P: Tensor, steps: tuple[tuple[float, float, float], ...], inverse_alone: bool = False) -> tuple[Tensor, Tensor]:
+def _coupled(
+    P: Tensor, steps: tuple[tuple[float, float, float], ...], inverse_alone: bool = False
+) -> tuple[Tensor, Tensor]:
     """``P^½`` and ``P^-½`` by ``Y ← Y q(ZY)``, ``Z ← q(ZY) Z`` from ``Y = P``, ``Z = I``; symmetric but for rounding.
 
     Every step turns the singular values ``σ`` of the polar factor that it approaches into ``σ q(σ²)``.
@@ -135,7 +137,9 @@ def _coupled(P: Tensor, steps: tuple[tuple[float, float, float], ...], inverse_a
         Z = Q if Z is None else Q @ Z
         if not (inverse_alone and i == len(steps) - 1):
             Y = Y @ Q
-    return Y.view(shape), (torch.eye(shape[-1], dtype=P.dtype, device=P.device).expand(shape) if Z is None else Z.view(shape))
+    return Y.view(shape), (
+        torch.eye(shape[-1], dtype=P.dtype, device=P.device).expand(shape) if Z is None else Z.view(shape)
+    )
 
 
 def polar_factor(X: Tensor, floor: float) -> Tensor:

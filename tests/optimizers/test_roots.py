@@ -150,7 +150,8 @@ def test_each_quintic_is_the_closest_to_one(low):
 
 
 @pytest.mark.parametrize(
-    ("floor", "precision", "number"), [(1e-3, 3e-3, 6), (1e-2, 3e-3, 5), (1e-4, 3e-3, 8), (1e-3, 1e-7, 7), (1e-6, 1e-15, 13)]
+    ("floor", "precision", "number"),
+    [(1e-3, 3e-3, 6), (1e-2, 3e-3, 5), (1e-4, 3e-3, 8), (1e-3, 1e-7, 7), (1e-6, 1e-15, 13)],
 )
 def test_quintic_steps_bring_everything_above_the_floor_to_one(floor, precision, number):
     steps = quintic_steps(floor, precision)
