@@ -6,7 +6,8 @@
 A case is a model and a rank. All optimizers of a case work on the same factors and gradients and take turns, so that a
 busy machine slows all of them alike; the figure is the median over the rounds, and what counts is its ratio to fused
 AdamW. LoRA-RITE and LoRA-Muon do more in every fourth step than in the others: of them it is the mean of the medians of
-the four, as after their first steps (in which they do it always). --cpu_time counts the processor's time instead of the clock's (for one thread on a shared machine).
+the four, as after their first steps (in which they do it always). --cpu_time counts the processor's time instead of the
+clock's (for one thread on a shared machine).
 """
 
 from __future__ import annotations

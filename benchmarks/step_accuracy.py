@@ -2,9 +2,9 @@
 
     python benchmarks/step_accuracy.py
 
-Factors of rank 64 of a layer 640 → 768, in float32, in the situations that are hard for a matrix root. Three ways to the
-same step: the one that ``LoRAMuon`` takes; every Gram matrix in float64 and its root by eigenvalues; and Gram matrices
-in float32 alone. By way and situation:
+Factors of rank 64 of a layer 640 → 768, in float32, in the situations that are hard for a matrix root. Three ways to
+the same step: the one that ``LoRAMuon`` takes; every Gram matrix in float64 and its root by eigenvalues; and Gram
+matrices in float32 alone. By way and situation:
 
 * error: relative Frobenius distance of the step of ``BA`` from that of float64 data and eigenvalues;
 * gauge: how much it changes when the factors are replaced by ``(BR, R⁻¹A)`` with a random R of condition 30;
@@ -39,7 +39,7 @@ def taken(factors: Factors, gA: Tensor, gB: Tensor) -> Factors:
 
 
 def by_eigenvalues(dtype: torch.dtype) -> Way:
-    """The published step with the bound on A, from Gram matrices of ``dtype`` by eigenvalues floored at its rounding."""
+    """The published step with the bound on A, by eigenvalues of Gram matrices of ``dtype``, floored at its rounding."""
 
     def step(factors: Factors, gA: Tensor, gB: Tensor) -> Factors:
         A, B, gA, gB = (x.to(dtype) for x in (*factors, gA, gB))

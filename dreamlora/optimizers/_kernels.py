@@ -55,16 +55,17 @@ def without_tf32() -> Iterator[None]:
 
     In TF32 weak directions of a Gram matrix are lost, and iterations for its root may diverge.
     """
-    matmul = torch.backends.cuda.matmul
+    matmul: Any = torch.backends.cuda.matmul
+    setting: tuple[str, Any] = ("allow_tf32", False)
     try:
-        name, full, before = "allow_tf32", False, matmul.allow_tf32
+        before = matmul.allow_tf32
     except RuntimeError:  # the program has set fp32_precision, and torch takes no mix of the two
-        name, full, before = "fp32_precision", "ieee", matmul.fp32_precision
-    setattr(matmul, name, full)
+        setting, before = ("fp32_precision", "ieee"), matmul.fp32_precision
+    setattr(matmul, *setting)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        setattr(matmul, setting[0], before)
 
 
 @dataclass

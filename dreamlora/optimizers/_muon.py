@@ -5,9 +5,10 @@
     X ← c X + δX/c,  c = √(1 − η·wd)
 
 ``msign(Z) = Z (ZᵀZ)^-½`` has all singular values 1. In place of ``K^-½`` stands the inverse Cholesky factor: the two
-differ by a rotation, which ``msign`` passes through. It stays valid while the partner moves: a factor of an earlier K
-differs in the same way in every factorisation. So it is made in float64, but only every few steps; ``msign``, which any
-function of ``ZZᵀ`` may stand for without harm to that, is made in float32 by few multiplications. ``c`` makes the product ``BA`` decay by exactly ``1 − η·wd``.
+differ by a rotation, which ``msign`` passes through. That of a K of some steps ago does as well, as it changes with the
+factorisation in the same way; so it is made in float64, but only every few steps. ``msign`` is made in float32, by few
+multiplications: any function of ``ZZᵀ`` in its place is the same in every factorisation. ``c`` makes the product ``BA``
+decay by exactly ``1 − η·wd``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Optimizers whose ``r × r`` matrices serve for several steps: when they are made anew, and where they lie meanwhile."""
+"""Optimizers whose ``r × r`` matrices serve for several steps: when they are made anew, where they lie meanwhile."""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ def inverse_root(V: Tensor, eps: float, dtype: torch.dtype) -> linalg.Inverse:
 def _precise_root(W: Tensor) -> tuple[Tensor, Tensor]:
     """``W^-½`` of eigenvalues in [``_FLOOR_DOUBLE²``, 1], and where there is none.
 
-    With Cholesky ``W = L Lᵀ`` and polar decomposition ``Lᵀ = U H``: ``H = W^½`` and ``W^-½ = L⁻ᵀU``, which loses half as
-    many digits as an iteration on ``W`` does.
+    With Cholesky ``W = L Lᵀ`` and polar decomposition ``Lᵀ = U H``: ``H = W^½`` and ``W^-½ = L⁻ᵀU``, which loses half
+    as many digits as an iteration on ``W`` does.
     """
     L, L_inverse, failed = linalg.cholesky(W)
     return linalg.symmetric(L_inverse.mT @ polar_factor(L.mT, _FLOOR_DOUBLE)), failed
@@ -137,9 +137,9 @@ def _coupled(
         Z = Q if Z is None else Q @ Z
         if not (inverse_alone and i == len(steps) - 1):
             Y = Y @ Q
-    return Y.view(shape), (
-        torch.eye(shape[-1], dtype=P.dtype, device=P.device).expand(shape) if Z is None else Z.view(shape)
-    )
+    if Z is None:  # no steps
+        Z = torch.eye(shape[-1], dtype=P.dtype, device=P.device).expand_as(Y)
+    return Y.view(shape), Z.reshape(shape)
 
 
 def polar_factor(X: Tensor, floor: float) -> Tensor:
@@ -158,7 +158,7 @@ def polar_factor(X: Tensor, floor: float) -> Tensor:
 
 @cache
 def quintic_steps(floor: float, precision: float) -> tuple[tuple[float, float, float], ...]:
-    """``(a, b, c)`` of polynomials ``σ(a + bσ² + cσ⁴)`` that one after the other bring [floor, 1] to [1 − precision, 1].
+    """``(a, b, c)`` of polynomials ``σ(a + bσ² + cσ⁴)`` that one by one bring [floor, 1] to [1 − precision, 1].
 
     Each is the one that brings the interval that the last one left closest to 1: composed, no others do better (Polar
     Express, arXiv 2505.16932). What is below ``floor`` grows by the first coefficients, and is nowhere turned negative.
