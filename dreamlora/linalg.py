@@ -123,7 +123,7 @@ def rounding_level(dtype: torch.dtype, gram: torch.dtype) -> float:
     return level if gram == torch.float64 else max(level, _ROUNDING_SINGLE_GRAM)
 
 
-class Coordinates(NamedTuple):
+class Orthonormal(NamedTuple):
     """A batch of orthonormal coordinates ``(..., r, r)``.
 
     Attributes:
@@ -137,7 +137,7 @@ class Coordinates(NamedTuple):
     failed: Tensor
 
 
-def orthonormal_coordinates(K: Tensor, damping: float) -> Coordinates:
+def orthonormal_coordinates(K: Tensor, damping: float) -> Orthonormal:
     """``E`` with ``E K Eᵀ = I``: for ``K = BᵀB`` the columns of ``B Eᵀ`` are an orthonormal basis of B's columns.
 
     ``E`` is the inverse Cholesky factor of ``K + δτI``; a direction with eigenvalue ``λ`` is so only ``λ/(λ + δτ)``
@@ -154,7 +154,7 @@ def orthonormal_coordinates(K: Tensor, damping: float) -> Coordinates:
     E = torch.where(dead, 0.0, E)
     # not E K Eᵀ: where E is largest, that is the rounding of K
     share = identity - damping * (E @ E.mT)
-    return Coordinates(torch.where(dead, 0.0, E * tau.rsqrt()), share, failed)
+    return Orthonormal(torch.where(dead, 0.0, E * tau.rsqrt()), share, failed)
 
 
 def symmetric(M: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ def eigenvalues(M: Tensor) -> Tensor:
 
 __all__ = [
     "TAU_MIN",
-    "Coordinates",
     "Inverse",
+    "Orthonormal",
     "absolute_inverse",
     "cholesky",
     "decomposable",
