@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from _inputs import inputs_of
 from _unets import config_of, random_unet
-from optimizer_step import FUSED, OPTIMIZERS, ratios
+from optimizer_step import FUSED, OPTIMIZERS, ratios, settle
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,8 +89,10 @@ def measure(case: str, device: str, rounds: int) -> dict[str, Any]:
     optimizers[PLAIN] = optimizers[FUSED]
     times: dict[str, list[float]] = defaultdict(list)
     peaks: dict[str, list[float]] = defaultdict(list)
-    for _ in range(WARM_UP + rounds):
+    for number in range(WARM_UP + rounds):
         for name, optimizer in optimizers.items():
+            if number == WARM_UP:
+                settle(optimizer)
             step.use(Linear if name == PLAIN else FusedLinear)
             ms, mib = _cost(lambda optimizer=optimizer: (step.gradients(), optimizer.step()), device)
             times[name].append(ms)

@@ -5,8 +5,6 @@ Notation: ``A`` is ``(..., r, n)``, ``B`` is ``(..., m, r)``, ``K`` is a Gram ma
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -109,9 +107,9 @@ def wide(x: Tensor) -> Tensor:
     return decomposable(x).double()
 
 
-_ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-8}
+_ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-8}
 _ROUNDING_LOW = 1e-4
-_ROUNDING_SINGLE_GRAM = 1e-6
+_ROUNDING_SINGLE_GRAM = 1e-5
 
 
 def gram_dtype(device: torch.device) -> torch.dtype:
@@ -125,12 +123,21 @@ def rounding_level(dtype: torch.dtype, gram: torch.dtype) -> float:
     return level if gram == torch.float64 else max(level, _ROUNDING_SINGLE_GRAM)
 
 
-def root_damping(dtype: torch.dtype) -> float:
-    """Relative damping of ``inverse_root``, for matrices that were made of data of ``dtype``."""
-    return 1e-12 if dtype == torch.float64 else 1e-9
+class Orthonormal(NamedTuple):
+    """A batch of orthonormal coordinates ``(..., r, r)``.
+
+    Attributes:
+        E: lower triangular; zero where ``failed``.
+        share: ``E K Eᵀ``: the identity, but for directions that the damping shortens.
+        failed: ``(...)`` bool; ``K`` was not positive definite in this precision, or not finite.
+    """
+
+    E: Tensor
+    share: Tensor
+    failed: Tensor
 
 
-def orthonormal_coordinates(K: Tensor, damping: float) -> Inverse:
+def orthonormal_coordinates(K: Tensor, damping: float) -> Orthonormal:
     """``E`` with ``E K Eᵀ = I``: for ``K = BᵀB`` the columns of ``B Eᵀ`` are an orthonormal basis of B's columns.
 
     ``E`` is the inverse Cholesky factor of ``K + δτI``; a direction with eigenvalue ``λ`` is so only ``λ/(λ + δτ)``
@@ -139,79 +146,15 @@ def orthonormal_coordinates(K: Tensor, damping: float) -> Inverse:
     Args:
         K: Gram matrices ``(..., r, r)``.
         damping: ``δ > 0``, a fraction of the mean eigenvalue.
-
-    Returns:
-        ``P``: ``E``, lower triangular; zero where ``failed``.
     """
-    tau = mean_eigenvalue(K)
-    zero = tau <= TAU_MIN
+    M, tau = relative(K, damping)
     identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    _, E, failed = cholesky(torch.where(zero, identity, K / torch.where(zero, 1.0, tau) + damping * identity))
-    dead = zero | failed[..., None, None]
-    return Inverse(torch.where(dead, 0.0, E * torch.where(zero, 1.0, tau).rsqrt()), failed)
-
-
-def range_projection(E: Tensor, K: Tensor) -> Tensor:
-    """``(E K Eᵀ)⁴``: the identity where ``orthonormal_coordinates`` damped nothing, and as good as zero below ``δτ``.
-
-    The power makes up for ``E``, which is ``1/sqrt(δτ)`` large just where ``K`` is mere rounding.
-    """
-    F = E @ K @ E.mT
-    F = F @ F
-    return F @ F
-
-
-def inverse_root(V: Tensor, eps: Tensor | float, dtype: torch.dtype) -> Inverse:
-    """``(V^½ + εI)⁻¹`` of positive semi-definite ``V`` ``(..., r, r)`` without eigenvalues.
-
-    A fraction of V's mean eigenvalue (``root_damping``) is added first: where V has fewer directions than rows, the
-    others are rounding, and are not to be enlarged to the size of the rest.
-
-    With Cholesky ``V = L Lᵀ`` and polar decomposition ``Lᵀ = U H``: ``H = V^½`` and ``V^-½ = L⁻ᵀU``. All steps are
-    matrix products and Cholesky factors, which run batched and need no synchronisation on a GPU.
-
-    Args:
-        V: in float64 where the device has it.
-        eps: ``ε >= 0``, broadcast to ``(..., 1, 1)``.
-        dtype: precision of the data that ``V`` was made of.
-    """
-    tau = mean_eigenvalue(V)
-    zero = tau <= TAU_MIN
-    identity = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
-    scale = torch.where(zero, 1.0, tau)
-    rank, level = V.shape[-1], root_damping(dtype)
-    W = torch.where(zero, identity, V / scale + level * identity)
-    L, L_inverse, failed = cholesky(W)
-    U = polar_factor(L.mT / math.sqrt(rank + level), math.sqrt(level / (2 * rank)))
-    root = symmetric(L_inverse.mT @ U) * scale.rsqrt()
-    damped = root @ spd_inverse(identity + eps * root).P
-    # A zero V has the root 1/eps; what it multiplies is zero, so it may as well be zero (eps may be too).
-    return Inverse(torch.where(zero | failed[..., None, None], 0.0, symmetric(damped)), failed)
-
-
-def polar_factor(X: Tensor, floor: float) -> Tensor:
-    """The orthogonal factor ``U`` of ``X = U H`` by scaled Newton-Schulz iterations (Chen and Chow 2014).
-
-    Args:
-        X: square ``(..., r, r)``, of spectral norm at most 1.
-        floor: singular values from here to 1 become 1 up to rounding; smaller ones keep an order below.
-    """
-    identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    for a in _polar_schedule(floor, torch.finfo(X.dtype).eps):
-        X = X @ torch.add(1.5 * a * identity, X.mT @ X, alpha=-0.5 * a**3)
-    return X
-
-
-@cache
-def _polar_schedule(floor: float, precision: float) -> tuple[float, ...]:
-    """Scales of ``σ -> ½ aσ (3 − a²σ²)``, each the one that raises the smallest of ``[l, 1]`` most."""
-    scales: list[float] = []
-    low = floor
-    while 1 - low > precision:
-        a = math.sqrt(3 / (1 + low + low * low))
-        low = min(1.0, 0.5 * a * low * (3 - a * a * low * low))
-        scales.append(a)
-    return (*scales, 1.0)
+    _, E, failed = cholesky(M)
+    dead = (mean_eigenvalue(K) <= TAU_MIN) | failed[..., None, None]
+    E = torch.where(dead, 0.0, E)
+    # not E K Eᵀ: where E is largest, that is the rounding of K
+    share = identity - damping * (E @ E.mT)
+    return Orthonormal(torch.where(dead, 0.0, E * tau.rsqrt()), share, failed)
 
 
 def symmetric(M: Tensor) -> Tensor:
@@ -239,6 +182,7 @@ def eigenvalues(M: Tensor) -> Tensor:
 __all__ = [
     "TAU_MIN",
     "Inverse",
+    "Orthonormal",
     "absolute_inverse",
     "cholesky",
     "decomposable",
@@ -246,14 +190,10 @@ __all__ = [
     "gram_columns",
     "gram_dtype",
     "gram_rows",
-    "inverse_root",
     "mean_eigenvalue",
     "natural_inverse",
     "orthonormal_coordinates",
-    "polar_factor",
-    "range_projection",
     "relative",
-    "root_damping",
     "rounding_level",
     "spd_inverse",
     "symmetric",

@@ -64,56 +64,17 @@ def test_an_item_that_fails_becomes_the_identity_and_leaves_the_others_alone(bad
     torch.testing.assert_close(P[1], linalg.spd_inverse(good[None]).P[0])
 
 
-def root_inverse(V: torch.Tensor, eps: float) -> torch.Tensor:
-    e, Q = torch.linalg.eigh(V)
-    return Q @ torch.diag_embed(1 / (e.clamp(min=0).sqrt() + eps)) @ Q.mT
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-3, 10.0])
-@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e6])
-def test_inverse_root_without_eigenvalues(eps, scale):
-    V = scale * spd(5, 6)
-    found, failed = linalg.inverse_root(V, eps, torch.float64)
-    torch.testing.assert_close(found, root_inverse(V, eps), rtol=1e-9, atol=1e-9 * float(found.abs().max()))
-    assert not failed.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_inverse_root_takes_directions_below_rounding_for_none(dtype):
-    Q = torch.linalg.qr(spd(1, 4)).Q
-    sizes = torch.tensor([1.0, 1e-4, 1e-8, 0.0], dtype=torch.float64)
-    V = Q @ torch.diag(sizes) @ Q.mT
-    found, failed = linalg.inverse_root(V, 0.0, dtype)
-    expected = (sizes + linalg.root_damping(dtype) * sizes.mean()).rsqrt()
-    torch.testing.assert_close((Q.mT @ found @ Q).diagonal(dim1=-2, dim2=-1)[0], expected, rtol=1e-3, atol=0)
-    assert not failed.any()
-
-
-def test_inverse_root_of_zero_and_of_what_is_not_finite():
-    V = torch.stack([torch.zeros(3, 3), torch.full((3, 3), float("nan")), torch.eye(3)]).double()
-    found, failed = linalg.inverse_root(V, 0.0, torch.float64)
-    assert failed.tolist() == [False, True, False]
-    assert found[:2].abs().max() == 0
-    torch.testing.assert_close(found[2], torch.eye(3, dtype=torch.float64))
-
-
-def test_polar_factor_is_that_of_the_singular_vectors():
-    X = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    U, S, Vh = torch.linalg.svd(X)
-    X = U @ torch.diag_embed(S / S[:, :1]) @ Vh
-    torch.testing.assert_close(linalg.polar_factor(X, 1e-7), U @ Vh, rtol=0, atol=1e-11)
-
-
 def test_orthonormal_coordinates():
     B = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     B[1, :, 3] = B[1, :, 0]  # three directions only
     B[2] = 0
     K = B.mT @ B
-    E, failed = linalg.orthonormal_coordinates(K, 1e-14)
-    basis = B @ (linalg.range_projection(E, K) @ E).mT
+    E, share, failed = linalg.orthonormal_coordinates(K, 1e-14)
+    torch.testing.assert_close(share[0], (E @ K @ E.mT)[0])
+    basis = B @ (torch.linalg.matrix_power(share, 4) @ E).mT
     torch.testing.assert_close(basis[0].mT @ basis[0], torch.eye(4, dtype=torch.float64))
     lengths = torch.linalg.svdvals(basis[1])
     torch.testing.assert_close(lengths[:3], torch.ones(3, dtype=torch.float64), rtol=1e-9, atol=0)
     assert lengths[3] < 1e-2 and basis[2].abs().max() == 0 and not failed.any()
-    bad, failed = linalg.orthonormal_coordinates(torch.full((1, 2, 2), float("nan"), dtype=torch.float64), 1e-14)
+    bad, _, failed = linalg.orthonormal_coordinates(torch.full((1, 2, 2), float("nan"), dtype=torch.float64), 1e-14)
     assert failed.all() and bad.abs().max() == 0

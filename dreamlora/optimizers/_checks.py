@@ -41,7 +41,7 @@ def all_finite(name: str, values: Any) -> None:
 
 def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> None:
     """Raise ValueError unless ``value`` is an integer from ``least`` to ``most``."""
-    if not (isinstance(value, int) and least <= value <= most):
+    if isinstance(value, bool) or not (isinstance(value, int) and least <= value <= most):
         upwards = f">= {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name}: got {value!r}, must be a whole number {upwards}")
 

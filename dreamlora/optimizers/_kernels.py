@@ -6,6 +6,8 @@ those of ``torch.optim.AdamW`` and ``torch.optim.SGD`` by construction.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,25 @@ class SGDHyper:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of states and arithmetic: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 matrices on CUDA in float32, even where the program allows TF32 for its model.
+
+    In TF32 weak directions of a Gram matrix are lost, and iterations for its root may diverge.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    setting: tuple[str, Any] = ("allow_tf32", False)
+    try:
+        before = matmul.allow_tf32
+    except RuntimeError:  # the program has set fp32_precision, and torch takes no mix of the two
+        setting, before = ("fp32_precision", "ieee"), matmul.fp32_precision
+    setattr(matmul, *setting)
+    try:
+        yield
+    finally:
+        setattr(matmul, setting[0], before)
 
 
 @dataclass

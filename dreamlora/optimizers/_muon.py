@@ -5,7 +5,10 @@
     X ← c X + δX/c,  c = √(1 − η·wd)
 
 ``msign(Z) = Z (ZᵀZ)^-½`` has all singular values 1. In place of ``K^-½`` stands the inverse Cholesky factor: the two
-differ by a rotation, which ``msign`` passes through. ``c`` makes the product ``BA`` decay by exactly ``1 − η·wd``.
+differ by a rotation, which ``msign`` passes through. That of a K of some steps ago does as well, as it changes with the
+factorisation in the same way; so it is made in float64, but only every few steps. ``msign`` is made in float32, by few
+multiplications: any function of ``ZZᵀ`` in its place is the same in every factorisation. ``c`` makes the product ``BA``
+decay by exactly ``1 − η·wd``.
 """
 
 from __future__ import annotations
@@ -16,20 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamlora import linalg
 from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM
-from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
-from dreamlora.optimizers._rank_space import RankSpace, count, rank_spaces
+from dreamlora.optimizers._pairs import Group
+from dreamlora.optimizers._rank_space import BACK, WHITENING, RankSpace, count, rank_spaces
+from dreamlora.optimizers._refresh import RefreshingOptimizer
+from dreamlora.optimizers._roots import inverse_root
 
 
-class LoRAMuon(LoraPairOptimizer):
+class LoRAMuon(RefreshingOptimizer):
     """LoRA-Muon (arXiv 2606.12921), for starts at ``B = 0`` too.
 
     To first order a step changes the weight ``BA`` by at most ``lr`` (times ``r^-rank_power``) in spectral norm,
     whatever the width and the factors' scale. The path of ``BA`` is the same for every factorisation of the start.
-    State: one momentum.
+    State: one momentum and, per factor, two ``r × r`` matrices. Nothing else may change the factors between two steps
+    (an average of weights must put them back), unless ``refresh`` is 1.
 
     Where B has hardly any length, the paper's step of A is many times A itself (its runs start with both factors at
     random). Here ``trust`` bounds it, and a direction of B that is mere rounding has no step. With ``trust=0`` and
@@ -47,6 +52,9 @@ class LoRAMuon(LoraPairOptimizer):
         damping: added to the partners' Gram matrices, a fraction of their mean eigenvalue: shortens steps that a nearly
             singular partner would magnify, at the price of exact invariance.
         trust: by how much of its length a step may change a direction of A; 0 is without bound. Exactly invariant.
+        refresh: the matrices of the partners serve for so many steps, after the first 20, which make them anew each;
+            1 always does. The path stays independent of the factorisation, and to first order the bound may be passed
+            by what the partner has changed meanwhile.
         scale_correction: divide steps by ``s``, so that lr bounds the change of the effective weight ``s·BA``.
         betas, eps: of the AdamW for groups without pairs.
         maximize: ascend.
@@ -66,13 +74,14 @@ class LoRAMuon(LoraPairOptimizer):
         rank_power: float = 0.25,
         scale_correction: bool = True,
         trust: float = 0.1,
+        refresh: int = 4,
         maximize: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         own = {"momentum": momentum, "damping": damping, "scale_correction": scale_correction}
-        super().__init__(params, {**defaults, **own, "rank_power": rank_power, "trust": trust})
+        super().__init__(params, {**defaults, **own, "rank_power": rank_power, "trust": trust, "refresh": refresh})
 
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
@@ -84,7 +93,7 @@ class LoRAMuon(LoraPairOptimizer):
             raise ValueError(f"weight_decay: got lr × weight_decay = {decay:g}, must be below 1")
 
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
-        return {MOMENTUM: tuple(p.shape)}
+        return {MOMENTUM: tuple(p.shape), WHITENING: (rank, rank), BACK: (rank, rank)}
 
     @property
     def stats(self) -> dict[str, int]:
@@ -92,34 +101,38 @@ class LoRAMuon(LoraPairOptimizer):
         return {"fallbacks": sum(int(n) for n in self._fallbacks.values())}
 
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
-        for space in rank_spaces([(group, batches)]):
-            count(self._fallbacks, space.failed)
-            whitened, moment = space.whitened(self._momenta(space))
-            root, failed = linalg.inverse_root(moment, 0.0, space.dtype)
+        due, _ = self.begin_step(group, batches)
+        for space in rank_spaces(group, batches):
+            size = space.rank ** -group["rank_power"] / 2
+            if due:
+                self._refresh(space, size)
+            whitened, moment = space.whitened(self._momenta(space), space.matrix(self, WHITENING))
+            root, failed = inverse_root(moment, 0.0, space.dtype)
             count(self._fallbacks, failed)
-            # moment is Z Zᵀ / n, and a row of msign has length 1
-            size = root.shape[-1] ** -group["rank_power"]
-            back = space.back([size / 2] * len(space.sides))
-            self._descend(space, whitened, back @ root * (size * space.lengths().rsqrt()))
+            self._descend(space, whitened, space.matrix(self, BACK) @ root.to(space.dtype), size)
+
+    def _refresh(self, space: RankSpace, size: float) -> None:
+        """Make the matrices of the partners anew."""
+        at = space.coordinates()
+        count(self._fallbacks, at.failed)
+        space.keep(self, WHITENING, at.whitening)
+        space.keep(self, BACK, space.back(at, [size] * len(space.sides)))
 
     def _momenta(self, space: RankSpace) -> list[Tensor]:
         """The running means of the gradients, by side."""
-        beta, momenta = space.group["momentum"], []
+        momenta = []
         for side in space.sides:
-            m = side.gradients()
-            if beta:
-                m = torch.lerp(side.momenta(self, MOMENTUM), m, 1 - beta)
-                side.keep_momenta(self, MOMENTUM, m)
-            momenta.append(m)
+            m = side.state(self, MOMENTUM)
+            torch._foreach_lerp_(list(m.unbind()), side.gradients(), 1 - space.group["momentum"])
+            momenta.append(m.flatten(2))
         return momenta
 
-    def _descend(self, space: RankSpace, whitened: list[Tensor], matrices: Tensor) -> None:
+    def _descend(self, space: RankSpace, whitened: list[Tensor], matrices: Tensor, size: float) -> None:
         sign = -1.0 if space.group["maximize"] else 1.0
-        for side, T, z in zip(space.sides, space.split(matrices.to(space.dtype)), whitened, strict=True):
+        for side, T, z in zip(space.sides, space.split(matrices), whitened, strict=True):
             lr, decay = space.rates(side)
-            c = math.sqrt(1 - lr * decay)
-            old = side.stack(side.params)
-            side.write(old, side.combine(old, T, z, keep=c, factor=-sign * lr / (2 * c)))
+            c = math.sqrt(1 - decay)
+            side.move(T, z, keep=c, factor=-sign * lr * size / c)
 
     def _reset(self) -> None:
         super()._reset()

@@ -14,7 +14,7 @@ from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import Moves, PairBatch
 from dreamlora.optimizers._clipping import clip_lora_grad_norm_
 from dreamlora.optimizers._groups import pair_problem
-from dreamlora.optimizers._kernels import EXP_AVG, EXP_AVG_SQ, STEP, AdamWHyper, adamw_, compute_dtype
+from dreamlora.optimizers._kernels import EXP_AVG, EXP_AVG_SQ, STEP, AdamWHyper, adamw_, compute_dtype, without_tf32
 from dreamlora.optimizers._states import own_state, sign
 from dreamlora.optimizers._units import UNIT_SCALES, problem_of_units, scaled_for_step, scaling_in_units
 
@@ -192,6 +192,8 @@ class LoraPairOptimizer(Optimizer):
             # A step inside an autocast region would otherwise multiply in half precision.
             for device in sorted({p.device.type for _, group in groups for p in group["params"]}):
                 stack.enter_context(torch.autocast(device, enabled=False))
+                if device == "cuda":
+                    stack.enter_context(without_tf32())
             stack.enter_context(scaled_for_step(self))
             self.update_all_pairs(pairs)
             for _, group in groups:

@@ -13,11 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dreamlora import linalg
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import compute_dtype
-from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
+from dreamlora.optimizers._pairs import Group
+from dreamlora.optimizers._refresh import keep_state, stacked_state
+
+# Factors that are worked on together, in elements. CPU: what stays in the cache. GPU: few launches.
+_TOGETHER = {"cpu": 2**20}
+_TOGETHER_DEFAULT = 2**27
+WHITENING, BACK = "whitening", "back"
+"""What the matrices to and from partner coordinates are called in the state of a factor."""
 
 
 @dataclass(frozen=True)
@@ -27,47 +35,31 @@ class Side:
     Attributes:
         params: the A, ``(r, n)`` each, or the B, ``(m, r)`` each (kernels flattened when stacked).
         wide: whether these are the A.
-        scalings: ``s`` of every pair.
+        scaling: ``s`` of the pairs.
     """
 
     params: list[Tensor]
     wide: bool
-    scalings: list[float]
+    scaling: float
 
-    def stack(self, tensors: list[Tensor]) -> Tensor:
-        """``(b, r, n)`` or ``(b, m, r)`` in at least float32; always a copy."""
-        stacked = torch.stack(tensors).flatten(2)
-        return stacked.to(compute_dtype(stacked.dtype))
+    def stack(self, dtype: torch.dtype | None = None) -> Tensor:
+        """``(b, r, n)`` or ``(b, m, r)`` in at least float32 (or ``dtype``); always a copy."""
+        stacked = torch.stack(self.params).flatten(2)
+        return stacked.to(dtype or compute_dtype(stacked.dtype))
 
-    def momenta(self, optimizer: LoraPairOptimizer, key: str) -> Tensor:
-        """A state of the factors' shape, stacked; zero where there is none yet. Not to be changed."""
-        states = [optimizer.state[p] for p in self.params]
-        for p, state in zip(self.params, states, strict=True):
-            if key not in state:
-                state[key] = torch.zeros_like(p, dtype=compute_dtype(p.dtype))
-        first = None if torch.compiler.is_compiling() else states[0][key]._base  # a view's base is no traced tensor
-        whole = first is not None and len(first) == len(states) and all(s[key]._base is first for s in states)
-        if first is not None and whole and states[0][key].data_ptr() == first.data_ptr():
-            return first  # as keep_momenta left them
-        return self.stack([state[key] for state in states])
+    def gradients(self) -> list[Tensor]:
+        """In the shape of the parameters and at least float32; a missing one is zero."""
+        dtype = compute_dtype(self.params[0].dtype)
+        return [torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype) for p in self.params]
 
-    def keep_momenta(self, optimizer: LoraPairOptimizer, key: str, stacked: Tensor) -> None:
-        """Make the parts of ``stacked`` the states of the parameters, in order and without a copy."""
-        for p, part in zip(self.params, stacked.unbind(), strict=True):
-            optimizer.state[p][key] = part.view(p.shape)
-
-    def gradients(self) -> Tensor:
-        """Stacked gradients; a missing one counts as zero."""
-        return self.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
+    def state(self, optimizer: Optimizer, key: str) -> Tensor:
+        """A state of the parameters' shape ``(b, *shape)``; it changes with what is returned."""
+        p = self.params[0]
+        return stacked_state(optimizer, self.params, key, tuple(p.shape), compute_dtype(p.dtype))
 
     def product(self, T: Tensor, X: Tensor) -> Tensor:
         """``T X`` for A and ``X Tᵀ`` for B: ``T`` ``(b, r, r)`` on the rank dimension of ``X``."""
         return T @ X if self.wide else X @ T.mT
-
-    def combine(self, onto: Tensor, T: Tensor, X: Tensor, keep: float = 1.0, factor: float = 1.0) -> Tensor:
-        """``keep·onto + factor·product(T, X)``, without a temporary for the product."""
-        left, right = (T, X) if self.wide else (X, T.mT)
-        return torch.baddbmm(onto, left, right, beta=keep, alpha=factor)
 
     def gram(self, X: Tensor, Y: Tensor) -> Tensor:
         """``X Yᵀ`` for A and ``Xᵀ Y`` for B: ``(b, r, r)``."""
@@ -77,80 +69,102 @@ class Side:
         """``n`` or ``m``: entries per rank direction."""
         return self.params[0].numel() // self.params[0].shape[0 if self.wide else 1]
 
-    def write(self, old: Tensor, new: Tensor) -> Tensor:
-        """Set the parameters that have a gradient to ``new``; the Gram matrix ``(b, r, r)`` of change and ``old``.
+    def move(self, T: Tensor, X: Tensor, keep: float, factor: float) -> None:
+        """``p ← keep·p + factor·product(T, X)``, for the parameters that have a gradient.
 
-        The change is what the parameters, which may be of low precision, really did.
+        On the CPU one by one and in place, as copying them together takes longer than the products do.
         """
-        still = [i for i, p in enumerate(self.params) if p.grad is None]
-        for i in still:
-            new[i] = old[i]
-        moved = [(p, x) for i, (p, x) in enumerate(zip(self.params, new.unbind(), strict=True)) if i not in still]
-        if moved:
-            torch._foreach_copy_([p for p, _ in moved], [x.view(p.shape) for p, x in moved])
-        dtype = self.params[0].dtype
-        rounded = new if dtype == new.dtype else new.to(dtype).to(new.dtype)
-        # in full precision: coordinates of weak directions magnify what is lost here by the root of rounding_level
-        wide = linalg.gram_dtype(new.device)
-        return self.gram((rounded - old).to(wide), old.to(wide))
+        p, dtype = self.params[0], X.dtype
+        if p.device.type == "cpu" and p.dtype == dtype and all(p.is_contiguous() for p in self.params):
+            for p, t, x in zip(self.params, T.unbind(), X.unbind(), strict=True):
+                if p.grad is not None:
+                    left, right = (t, x) if self.wide else (x, t.mT)
+                    p.flatten(1).addmm_(left, right, beta=keep, alpha=factor)
+            return
+        left, right = (T, X) if self.wide else (X, T.mT)
+        moved = torch.baddbmm(self.stack(), left, right, beta=keep, alpha=factor)
+        parts = [(p, x.view(p.shape)) for p, x in zip(self.params, moved.unbind(), strict=True) if p.grad is not None]
+        if parts:
+            torch._foreach_copy_([p for p, _ in parts], [x for _, x in parts])
 
 
-class RankSpace:
-    """All factors of one group that share rank, device and dtype, with their partners' coordinates in one batch.
+@dataclass(frozen=True)
+class Coordinates:
+    """Where the partners stand ``(k, r, r)``, in ``linalg.gram_dtype``.
 
     Attributes:
-        group: the parameter group.
-        sides: A and B of every batch in turn; the partner of ``sides[i]`` is ``sides[i ^ 1]``.
-        K: partners' Gram matrices ``(k, r, r)`` in ``linalg.gram_dtype``.
-        E: ``linalg.orthonormal_coordinates`` of ``K``.
+        K: the partners' Gram matrices.
+        whitening: ``E`` with ``E K Eᵀ = I``, which makes gradients to those in partner coordinates. It is zero in
+            directions in which the partner has no length: there the gradient is rounding.
+        back: ``Eᵀ``, from steps in partner coordinates to steps of the factors; zero there, too.
         failed: ``(k,)``: the partner's Gram matrix could not be factored; ``E`` is zero there.
     """
 
-    def __init__(self, group: Group, batches: list[PairBatch], damping: float) -> None:
+    K: Tensor
+    whitening: Tensor
+    back: Tensor
+    failed: Tensor
+
+
+class RankSpace:
+    """Pairs of one group that share rank, device and dtype, with their partners' coordinates in one batch.
+
+    Attributes:
+        group: the parameter group.
+        sides: the A of every batch, then the B of every batch: ``k`` factors, and those at ``i ± k/2`` are partners.
+    """
+
+    def __init__(self, group: Group, batches: list[PairBatch]) -> None:
         self.group = group
-        self.sides = [side for b in batches for side in (Side(b.A, True, b.scalings), Side(b.B, False, b.scalings))]
-        p = self.sides[0].params[0]
-        self.device, self.dtype = p.device, compute_dtype(p.dtype)
+        self.sides = [Side(batch.A, True, batch.scalings[0]) for batch in batches]
+        self.sides += [Side(batch.B, False, batch.scalings[0]) for batch in batches]
+        self.params = [p for side in self.sides for p in side.params]
+        p = self.params[0]
+        self.rank, self.device, self.dtype = p.shape[0], p.device, compute_dtype(p.dtype)
         self.gram_dtype = linalg.gram_dtype(p.device)
-        grams = []
-        for side in self.sides:
-            factor = side.stack(side.params).to(self.gram_dtype)
-            grams.append(side.gram(factor, factor))
-        self.K = torch.cat([grams[i ^ 1] for i in range(len(grams))])
-        level = linalg.rounding_level(p.dtype, self.gram_dtype)
-        self.E, self.failed = linalg.orthonormal_coordinates(self.K, max(damping, level))
-        self.ready = linalg.range_projection(self.E, self.K)
 
-    def whitened(self, stacked: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Gradient-like matrices in partner coordinates (``E g``), by side, and the mean of their outer products.
+    def coordinates(self) -> Coordinates:
+        """Of the partners as they are now."""
+        factors = (side.stack(self.gram_dtype) for side in self.sides)
+        K = torch.cat([side.gram(x, x) for side, x in zip(self.sides, factors, strict=True)])
+        broken = ~torch.isfinite(linalg.mean_eigenvalue(K))
+        K_A, K_B = torch.where(broken, 0.0, K).chunk(2)
+        damping = max(self.group["damping"], linalg.rounding_level(self.params[0].dtype, self.gram_dtype))
+        of_A = linalg.orthonormal_coordinates(K_A, damping)
+        # The coordinates of B are found where the rows of A are orthonormal: what is damped there is a direction of the
+        # product, while the short directions of B alone are others in every factorisation.
+        identity = torch.eye(self.rank, dtype=K_A.dtype, device=self.device)
+        F = torch.where(linalg.mean_eigenvalue(K_A) <= linalg.TAU_MIN, identity, of_A.E @ K_A)
+        of_B = linalg.orthonormal_coordinates(linalg.symmetric(F @ K_B @ F.mT), damping)
+        E, failed = torch.cat([of_B.E @ F, of_A.E]), torch.cat([of_B.failed | of_A.failed, of_A.failed])
+        failed = failed | self.of_partners(broken)[:, 0, 0]
+        # the power makes up for ``E``, which is largest just where K is mere rounding
+        share = torch.linalg.matrix_power(torch.cat([of_B.share, of_A.share]), 4)
+        return Coordinates(torch.cat([K_B, K_A]), share @ E, E.mT @ share, failed)
 
-        Returns:
-            by side ``(b, r, n)`` or ``(b, m, r)``; and ``(k, r, r)`` in ``gram_dtype``: ``U Uᵀ / n``.
+    def whitened(self, stacked: list[Tensor], whitening: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Gradient-like matrices in partner coordinates, by side, and their Gram matrices ``(k, r, r)``.
+
+        Args:
+            stacked: by side, ``(b, r, n)`` or ``(b, m, r)``.
+            whitening: ``(k, r, r)``.
         """
-        parts, moments = [], []
-        for side, E, x in zip(self.sides, self.split(self.E), stacked, strict=True):
-            u = side.product(E.to(self.dtype), x)
-            parts.append(u)
-            # in full precision, else a Gram matrix of fewer gradient directions than ranks is not even semi-definite
-            full = u.to(self.gram_dtype)
-            moments.append(side.gram(full, full) / side.length())
-        return parts, torch.cat(moments)
+        parts = [side.product(T, x) for side, T, x in zip(self.sides, self.split(whitening), stacked, strict=True)]
+        return parts, torch.cat([side.gram(u, u) for side, u in zip(self.sides, parts, strict=True)])
 
-    def back(self, row_norms: list[float]) -> Tensor:
-        """``(k, r, r)``: from whitened directions to steps of the factors, ``Eᵀ D`` with damped directions left out.
+    def back(self, at: Coordinates, row_norms: list[float]) -> Tensor:
+        """``(k, r, r)``: from whitened directions to steps of the factors, ``Eᵀ D``.
 
         Args:
             row_norms: by side, how long a rank direction of the whitened step is; ``_trusted`` makes ``D`` of it.
         """
-        back = self.E.mT @ self.ready
-        if self.group["trust"]:
-            back = back @ self._trusted(row_norms)
-        if self.group["scale_correction"]:
-            back = back / self.per_factor([abs(s) for side in self.sides for s in side.scalings])
-        return back
+        if not self.group["trust"]:
+            return at.back
+        for_A, for_B = at.back.chunk(2)
+        return torch.cat([for_A @ self._trusted(at, row_norms), for_B])
 
-    def _trusted(self, row_norms: list[float]) -> Tensor:
-        """``D = W(W + c²I)⁻¹`` ``(k, r, r)`` for A, with ``c = η·row_norm/(2·trust)``; the identity for B.
+    def _trusted(self, at: Coordinates, row_norms: list[float]) -> Tensor:
+        """``D = W(W + c²I)⁻¹`` ``(k/2, r, r)`` for A, with ``c = η·row_norm/(2·trust)``.
 
         ``W = SSᵀ``, where ``S`` is ``BA`` in orthonormal bases (``r × r``): D shortens A's step where the singular
         values of ``BA`` are below ``c``. There B has hardly any length, so that the step of A that moves ``BA`` by
@@ -158,14 +172,11 @@ class RankSpace:
         and not the factors', this is the same for every factorisation. B needs no bound: A starts with length in every
         direction. Where A is zero, D is the identity.
         """
-        own = torch.cat([K for A, B in _by_two(self.split(self.K)) for K in (B, A)])
-        identity = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
-        reach = []
-        for side, norm in zip(self.sides, row_norms, strict=True):
-            step = self.rates(side)[0] * norm if side.wide else 0.0
-            reach += [step / (abs(s) if self.group["scale_correction"] else 1.0) for s in side.scalings]
-        c2 = (self.per_factor(reach) / (2 * self.group["trust"])).square()
-        F = self.E @ self.K
+        (K, own), E = at.K.chunk(2), at.whitening.chunk(2)[0]
+        identity = torch.eye(self.rank, dtype=own.dtype, device=own.device)
+        steps = [self.rates(side)[0] * norm for side, norm in zip(self.sides, row_norms, strict=True) if side.wide]
+        c2 = self.per_factor([step / (2 * self.group["trust"]) for step in steps]).square()
+        F = E @ K
         W = linalg.symmetric(F @ own @ F.mT)
         free = (c2 == 0) | (linalg.mean_eigenvalue(own) <= linalg.TAU_MIN)
         scale = torch.where(free, 1.0, linalg.mean_eigenvalue(W) + c2)
@@ -173,47 +184,58 @@ class RankSpace:
         W = torch.where(free, identity, W / scale)
         return W @ linalg.spd_inverse(W + level * identity).P
 
+    def of_partners(self, stacked: Tensor) -> Tensor:
+        """``(k, ...)`` by factor, in the order of their partners."""
+        return torch.cat(stacked.chunk(2)[::-1])
+
     def split(self, stacked: Tensor) -> tuple[Tensor, ...]:
         """``(k, ...)`` by side."""
         return stacked.split([len(side.params) for side in self.sides])
 
-    def lengths(self) -> Tensor:
-        """``(k, 1, 1)``: ``n`` of every A, ``m`` of every B."""
-        return self.per_factor([float(side.length()) for side in self.sides for _ in side.params])
-
     def per_factor(self, numbers: list[float]) -> Tensor:
-        """``(k, 1, 1)``, without waiting for the device."""
-        return torch.tensor(numbers, dtype=self.gram_dtype).to(self.device, non_blocking=True)[:, None, None]
+        """``(k, 1, 1)`` of one number by side (``(k/2, 1, 1)`` if for A alone), made on the device itself."""
+        sides = zip(self.sides, numbers, strict=False)
+        filled = [torch.full((len(s.params), 1, 1), x, dtype=self.gram_dtype, device=self.device) for s, x in sides]
+        return torch.cat(filled)
 
-    def state(self, optimizer: LoraPairOptimizer, key: str) -> Tensor:
-        """``(k, ...)``: a small state of all parameters."""
-        return torch.stack([optimizer.state[p][key] for side in self.sides for p in side.params])
+    def state(self, optimizer: Optimizer, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """``(k, *shape)``: a small state of all factors; it changes with what is returned."""
+        return stacked_state(optimizer, self.params, key, shape, dtype)
 
-    def keep(self, optimizer: LoraPairOptimizer, key: str, stacked: Tensor) -> None:
-        """The opposite of ``state``."""
-        params = [p for side in self.sides for p in side.params]
-        for p, value in zip(params, stacked.unbind(), strict=True):
-            optimizer.state[p][key] = value
+    def matrix(self, optimizer: Optimizer, key: str) -> Tensor:
+        """``(k, r, r)``: a matrix of every factor, in the precision of the data."""
+        return self.state(optimizer, key, (self.rank, self.rank), self.dtype)
+
+    def keep(self, optimizer: Optimizer, key: str, stacked: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Make ``stacked`` ``(k, ...)`` the state of the factors, in the precision of the data (or ``dtype``)."""
+        return keep_state(optimizer, self.params, key, stacked.to(dtype or self.dtype).contiguous())
 
     def rates(self, side: Side) -> tuple[float, float]:
-        """Learning rate and weight decay of a side."""
+        """Learning rate of a side (divided by ``s`` where that is wanted) and what of a factor a step leaves."""
         lr = float(self.group["lr"]) * (1.0 if side.wide else self.group["lr_ratio_B"])
-        return lr, self.group["weight_decay"]
+        scale = abs(side.scaling) if self.group["scale_correction"] else 1.0
+        return lr / scale, lr * self.group["weight_decay"]
 
 
-def _by_two(items: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(items[0::2], items[1::2], strict=True)
+def rank_spaces(group: Group, batches: list[PairBatch]) -> Iterator[RankSpace]:
+    """The pairs of a group by rank, device and dtype, in portions of a bounded size."""
+    alike: dict[Any, list[PairBatch]] = {}
+    for batch in batches:
+        p = batch.A[0]
+        alike.setdefault((p.shape[0], p.device, p.dtype), []).append(batch)
+    for members in alike.values():
+        room = _TOGETHER.get(members[0].A[0].device.type, _TOGETHER_DEFAULT)
+        portion: list[PairBatch] = []
+        for batch in members:
+            if portion and sum(map(_elements, portion)) + _elements(batch) > room:
+                yield RankSpace(group, portion)
+                portion = []
+            portion.append(batch)
+        yield RankSpace(group, portion)
 
 
-def rank_spaces(work: list[tuple[Group, list[PairBatch]]]) -> Iterator[RankSpace]:
-    """The pairs of all groups by group, rank, device and dtype."""
-    for group, batches in work:
-        alike: dict[Any, list[PairBatch]] = {}
-        for batch in batches:
-            p = batch.A[0]
-            alike.setdefault((p.shape[0], p.device, p.dtype), []).append(batch)
-        for members in alike.values():
-            yield RankSpace(group, members, group["damping"])
+def _elements(batch: PairBatch) -> int:
+    return len(batch.A) * (batch.A[0].numel() + batch.B[0].numel())
 
 
 def count(total: dict[torch.device, Tensor], flags: Tensor) -> None:

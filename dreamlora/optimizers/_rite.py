@@ -13,8 +13,8 @@ the original in JAX was not found):
 
 * no basis is stored, so the state is half of AdamW's: what ``P`` needs is formed while the factors before and after
   the step are both at hand;
-* the basis comes from a Cholesky factor instead of QR and pseudo-inverse, the root from Newton-Schulz instead of
-  eigenvalues; all pairs of a rank at once;
+* the basis comes from a Cholesky factor instead of QR and pseudo-inverse, and is kept for several steps (``refresh``);
+  the root comes from Newton-Schulz iterations instead of eigenvalues; all pairs of a rank at once;
 * by default the step of A is bounded where B has hardly any length (``trust``), without which runs from B = 0 with
   more ranks than gradient directions learn little; ``trust=0`` is their step;
 * convolutions, bfloat16 parameters, AdamW for parameters outside of pairs, and counters of what was clipped.
@@ -35,8 +35,10 @@ from dreamlora import linalg
 from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import EXP_AVG, STEP
-from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
-from dreamlora.optimizers._rank_space import RankSpace, count, rank_spaces
+from dreamlora.optimizers._pairs import Group
+from dreamlora.optimizers._rank_space import BACK, WHITENING, Coordinates, RankSpace, count, rank_spaces
+from dreamlora.optimizers._refresh import RefreshingOptimizer
+from dreamlora.optimizers._roots import inverse_root
 
 SECOND_MOMENT, BASIS, ESCAPED = "second_moment", "basis", "escaped"
 
@@ -47,18 +49,22 @@ class _FactorStep:
 
     Attributes:
         space: the factors.
+        at: where the partners stand, if that is looked at in this step.
+        again: whether it is in the next.
         unmagnified: ``Ū`` by side.
         moment: ``Ū Ūᵀ / n`` ``(k, r, r)``.
-        kept: ``(k,)``: what ``Ū`` is multiplied by: 0 where the update is skipped, below 1 where it is clipped.
+        kept: ``(k, 1, 1)``: what ``Ū`` is multiplied by: 0 where the update is skipped, below 1 where it is clipped.
     """
 
     space: RankSpace
+    at: Coordinates | None
+    again: bool
     unmagnified: list[Tensor]
     moment: Tensor
     kept: Tensor
 
 
-class LoRARITE(LoraPairOptimizer):
+class LoRARITE(RefreshingOptimizer):
     """LoRA-RITE (arXiv 2410.20625).
 
     The path of ``BA`` is the same for every factorisation ``(BR, R⁻¹A)`` of the start, momentum, weight decay and
@@ -81,6 +87,8 @@ class LoRARITE(LoraPairOptimizer):
         apply_escape: keep second moment that leaves the basis as a multiple of the identity.
         scale_correction: divide steps by ``s``, so that lr does not depend on alpha.
         trust: by how much of its length a step may change a direction of A; 0, as theirs, is without bound.
+        refresh: the basis of the partners serves for so many steps, after the first 20, which make it anew each; 1, as
+            theirs, always does.
         maximize: ascend.
 
     Raises:
@@ -101,12 +109,13 @@ class LoRARITE(LoraPairOptimizer):
         apply_escape: bool = False,
         scale_correction: bool = True,
         trust: float = 0.1,
+        refresh: int = 4,
         maximize: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         bounds = {"clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping}
         own = {"update_capping": update_capping, "apply_escape": apply_escape, "scale_correction": scale_correction}
-        super().__init__(params, {**defaults, **bounds, **own, "trust": trust, "damping": 0.0})
+        super().__init__(params, {**defaults, **bounds, **own, "trust": trust, "refresh": refresh, "damping": 0.0})
 
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
@@ -116,7 +125,8 @@ class LoRARITE(LoraPairOptimizer):
 
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         square = (rank, rank)
-        return {STEP: (), EXP_AVG: tuple(p.shape), SECOND_MOMENT: square, BASIS: square, ESCAPED: ()}
+        made = dict.fromkeys((SECOND_MOMENT, BASIS, WHITENING, BACK), square)
+        return {STEP: (), EXP_AVG: tuple(p.shape), **made, ESCAPED: ()}
 
     def state_dtype(self, key: str, p: Tensor) -> torch.dtype:
         small = key in (SECOND_MOMENT, BASIS, ESCAPED)
@@ -133,99 +143,121 @@ class LoRARITE(LoraPairOptimizer):
 
     def update_all_pairs(self, work: list[tuple[Group, list[PairBatch]]]) -> None:
         """Whiten all gradients, clip them together, then update."""
-        works = [self._begin(space) for space in rank_spaces(work)]
+        works = []
+        for group, batches in work:
+            due, again = self.begin_step(group, batches)
+            works += [self._begin(space, due, again) for space in rank_spaces(group, batches)]
         self._clip(works)
         for each in works:
             self._update(each)
 
-    def _begin(self, space: RankSpace) -> _FactorStep:
+    def _begin(self, space: RankSpace, due: bool, again: bool) -> _FactorStep:
         """``Ū``, and which factors are skipped."""
-        count(self._counts["fallbacks"], space.failed)
-        unmagnified, moment = space.whitened([side.gradients() for side in space.sides])
+        at = self._turn(space) if due else None
+        gradients = [torch.stack(side.gradients()).flatten(2) for side in space.sides]
+        unmagnified, moment = space.whitened(gradients, space.matrix(self, WHITENING))
+        moment = moment / space.per_factor([float(side.length()) for side in space.sides]).to(space.dtype)
         limit = space.group["update_skipping"]
-        kept = torch.ones(len(moment), dtype=moment.dtype, device=moment.device)
+        kept = torch.ones(len(moment), 1, 1, dtype=moment.dtype, device=moment.device)
         if limit:
-            mean_square = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-            kept = (mean_square <= limit**2).to(moment.dtype)
+            kept = (linalg.mean_eigenvalue(moment) <= limit**2).to(moment.dtype)
             count(self._counts["skipped"], kept == 0)
-        return _FactorStep(space, unmagnified, moment, kept)
+        return _FactorStep(space, at, again, unmagnified, moment, kept)
+
+    def _turn(self, space: RankSpace) -> Coordinates:
+        """Look where the partners stand, and carry the moments to their coordinates."""
+        at = space.coordinates()
+        count(self._counts["fallbacks"], at.failed)
+        basis, old = self._small(space, BASIS), self._small(space, SECOND_MOMENT)
+        P = at.whitening @ basis
+        carried = linalg.symmetric(P @ old @ P.mT)
+        if space.group["apply_escape"]:
+            escaped = self._small(space, ESCAPED, ())
+            escaped += escaping(carried, old)[:, 0, 0]
+        space.keep(self, SECOND_MOMENT, carried, space.gram_dtype)
+        space.keep(self, WHITENING, at.whitening)
+        for side, T in zip(space.sides, space.split(P.to(space.dtype)), strict=True):
+            M = side.state(self, EXP_AVG)
+            M.copy_(side.product(T, M.flatten(2)).view(M.shape))
+        return at
 
     def _clip(self, works: list[_FactorStep]) -> None:
         """Scale ``Ū`` by the one norm of all pairs of all groups."""
-        if not works:
+        limits = {work.space.group["clip_unmagnified_grad"] for work in works} - {0.0}
+        if not limits:
             return
         device = works[0].space.device
         squares = []
         for work in works:
-            square = work.moment.diagonal(dim1=-2, dim2=-1).sum(-1) * work.space.lengths()[:, 0, 0]
+            lengths = work.space.per_factor([float(side.length()) for side in work.space.sides])
+            square = linalg.mean_eigenvalue(work.moment) * work.space.rank * lengths
             squares.append(torch.where(work.kept > 0, square, 0.0).sum().to(device))
         norm = torch.stack(squares).sum().sqrt()
-        limits = {work.space.group["clip_unmagnified_grad"] for work in works} - {0.0}
-        if limits:
-            count(self._counts["clipped"], norm > min(limits))
+        count(self._counts["clipped"], norm > min(limits))
         for work in works:
             limit = work.space.group["clip_unmagnified_grad"]
             if limit:
-                work.kept = work.kept * (limit / norm).clamp(max=1.0).to(work.kept.device)
+                work.kept = work.kept * (limit / norm).clamp(max=1.0).to(work.kept.device, work.kept.dtype)
 
     def _update(self, work: _FactorStep) -> None:
         space, group = work.space, work.space.group
-        self._make_states(space)
-        steps = space.state(self, STEP).to(space.gram_dtype) + 1
-        beta1, beta2 = (corrected_decay(beta, steps)[:, None, None] for beta in group["betas"])
-        kept = work.kept[:, None, None]
-        P = space.E @ space.state(self, BASIS)
-        old = space.state(self, SECOND_MOMENT)
-        carried = P @ old @ P.mT
-        V = beta2 * carried + (1 - beta2) * kept**2 * work.moment
-        escaped = torch.zeros_like(beta2)
+        steps = space.state(self, STEP, (), torch.float32)
+        steps += 1
+        t = steps.to(space.gram_dtype)
+        beta1, beta2 = (corrected_decay(beta, t)[:, None, None] for beta in group["betas"])
+        V = self._small(space, SECOND_MOMENT)
+        V.mul_(beta2).add_((work.kept**2 * work.moment).to(V.dtype) * (1 - beta2))
+        escaped = self._small(space, ESCAPED, ())
         if group["apply_escape"]:
-            escaped = beta2 * (space.state(self, ESCAPED)[:, None, None] + escaping(carried, old))
-            space.keep(self, ESCAPED, escaped[:, 0, 0])
-        identity = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
-        eps = group["eps"]
-        root, failed = linalg.inverse_root(V + (escaped + eps**2) * identity, eps, space.dtype)
+            escaped *= beta2[:, 0, 0]
+        if work.at is not None:
+            space.keep(self, BACK, space.back(work.at, [math.sqrt(side.length()) for side in space.sides]))
+        # not kept for several steps: a direction that is new in V would be enlarged without bound
+        identity = torch.eye(space.rank, dtype=V.dtype, device=V.device)
+        mean = V + (escaped[:, None, None] + group["eps"] ** 2) * identity
+        root, failed = inverse_root(mean, group["eps"], space.dtype)
         count(self._counts["fallbacks"], failed)
         sign = -1.0 if group["maximize"] else 1.0
-        directions = self._momentum(work, beta1 * P, sign * (1 - beta1) * kept * root)
-        space.keep(self, SECOND_MOMENT, linalg.symmetric(V))
-        space.keep(self, BASIS, self._descend(space, directions))
-        space.keep(self, STEP, steps.float())
+        precondition = sign * (1 - beta1).to(space.dtype) * work.kept * root.to(space.dtype)
+        self._descend(work, self._momentum(work, beta1.to(space.dtype), precondition))
 
     def _momentum(self, work: _FactorStep, carry: Tensor, precondition: Tensor) -> list[Tensor]:
         """``M ← carry·M + precondition·Ū`` by side."""
         space, cap = work.space, work.space.group["update_capping"]
-        matrices = zip(space.split(carry.to(space.dtype)), space.split(precondition.to(space.dtype)), strict=True)
+        matrices = zip(space.split(carry), space.split(precondition), strict=True)
         momenta = []
         for side, (old, new), u in zip(space.sides, matrices, work.unmagnified, strict=True):
-            M = side.combine(side.product(new, u), old, side.momenta(self, EXP_AVG))
+            M = side.state(self, EXP_AVG).flatten(2)
+            left, right = (new, u) if side.wide else (u, new.mT)
+            M.mul_(old).baddbmm_(left, right)
             if cap:
-                M = M / (M.square().mean((1, 2), keepdim=True).sqrt() / cap).clamp(min=1.0)
-            side.keep_momenta(self, EXP_AVG, M)
+                M.div_((M.square().mean((1, 2), keepdim=True).sqrt() / cap).clamp(min=1.0))
             momenta.append(M)
         return momenta
 
-    def _descend(self, space: RankSpace, momenta: list[Tensor]) -> Tensor:
-        """Move the factors; ``(k, r, r)``: the partners after the step times their basis before it."""
-        crosses: list[Tensor] = []
-        norms = [math.sqrt(side.length()) for side in space.sides]
-        for side, back, M in zip(space.sides, space.split(space.back(norms).to(space.dtype)), momenta, strict=True):
+    def _descend(self, work: _FactorStep, momenta: list[Tensor]) -> None:
+        """Move the factors; note the basis that the moments are in, for the step that carries them to another."""
+        space, at = work.space, work.at
+        follow = at is not None and work.again
+        before = [side.stack(space.gram_dtype) for side in space.sides] if follow else []
+        for side, back, M in zip(space.sides, space.split(space.matrix(self, BACK)), momenta, strict=True):
             lr, decay = space.rates(side)
-            old = side.stack(side.params)
-            new = side.combine(old, back, M, keep=1 - lr * decay, factor=-lr)
-            crosses.append(side.write(old, new).to(space.gram_dtype))
-        moved = torch.cat([crosses[i ^ 1] for i in range(len(crosses))])
-        return (space.K + moved) @ space.E.mT
+            side.move(back, M, keep=1 - decay, factor=-lr)
+        if at is None:
+            return
+        partners = at.K
+        if follow:
+            # in full precision: coordinates of weak directions magnify what is lost here by the root of rounding_level
+            now = (side.stack(space.gram_dtype) for side in space.sides)
+            crosses = [side.gram(x, y) for side, x, y in zip(space.sides, now, before, strict=True)]
+            partners = torch.where(at.failed[:, None, None], 0.0, space.of_partners(torch.cat(crosses)))
+        # Several steps later, the partners of this step stand for those of the last: directions that grew meanwhile
+        # shorten the moments, and never lengthen them.
+        space.keep(self, BASIS, partners @ at.whitening.mT, space.gram_dtype)
 
-    def _make_states(self, space: RankSpace) -> None:
-        for side in space.sides:
-            for p in side.params:
-                if STEP in self.state[p]:
-                    continue
-                small = torch.zeros(space.E.shape[1:], dtype=space.gram_dtype, device=space.device)
-                self.state[p][STEP] = torch.zeros((), dtype=torch.float32, device=space.device)
-                self.state[p][SECOND_MOMENT], self.state[p][BASIS] = small, small.clone()
-                self.state[p][ESCAPED] = small[0, 0].clone()
+    def _small(self, space: RankSpace, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A state in the precision of Gram matrices: an ``r × r`` matrix of every factor, or of another shape."""
+        return space.state(self, key, (space.rank, space.rank) if shape is None else shape, space.gram_dtype)
 
     def _reset(self) -> None:
         super()._reset()

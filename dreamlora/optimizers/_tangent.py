@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dreamlora import linalg
+from dreamlora.optimizers._roots import polar_factor
 
 _LEVEL = 1e-8
 """Relative damping, at least: the square root of float64's precision. Products with two inverse roots of something that
@@ -106,7 +107,7 @@ def flattened(T: Tensor, projections: int) -> Tensor:
     norm = torch.linalg.matrix_norm(T, keepdim=True)
     X = T / torch.where(norm == 0, 1.0, norm)
     for t in range(projections):
-        X = linalg.polar_factor(X / math.sqrt(2) if t else X, _FLOOR)
+        X = polar_factor(X / math.sqrt(2) if t else X, _FLOOR)
         X = X @ (X.mT @ X)
         X[:, r:, r:] = 0.0
     return X

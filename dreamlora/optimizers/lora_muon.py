@@ -39,10 +39,13 @@ class Options:
     """eps of the AdamW that trains what is not in a LoRA pair."""
     trust: float = 0.1
     """By how much of its length a step may change a direction of A; 0 (the paper's) is without bound."""
+    refresh: int = 4
+    """The matrices that whiten gradients serve for so many steps (after the first 20); 1 makes them anew in each."""
     fallback_lr: float = 1e-4
     """Learning rate of the AdamW that trains what is not in a LoRA pair."""
 
     def __post_init__(self) -> None:
+        _checks.whole_number("refresh", self.refresh, 1)
         _checks.fraction("momentum", self.momentum)
         _checks.two_fractions("betas", self.betas)
         for name in ("damping", "rank_power", "trust", "eps", "fallback_lr"):
@@ -63,6 +66,7 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
         rank_power=options.rank_power,
         scale_correction=options.scale_correction,
         trust=options.trust,
+        refresh=options.refresh,
         betas=options.betas,
         eps=options.eps,
     )

@@ -41,10 +41,13 @@ class Options:
     """Divide steps by alpha/rank, so that the learning rate does not depend on alpha."""
     trust: float = 0.1
     """By how much of its length a step may change a direction of A; 0 (the authors' code) is without bound."""
+    refresh: int = 4
+    """The matrices that whiten gradients serve for so many steps (after the first 20); 1 makes them anew in each."""
     fallback_lr: float = 1e-4
     """Learning rate of the AdamW that trains what is not in a LoRA pair."""
 
     def __post_init__(self) -> None:
+        _checks.whole_number("refresh", self.refresh, 1)
         _checks.two_fractions("betas", self.betas)
         for name in ("eps", "clip_unmagnified_grad", "update_skipping", "update_capping", "trust", "fallback_lr"):
             _checks.at_least_zero(name, getattr(self, name))
@@ -68,4 +71,5 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
         apply_escape=options.apply_escape,
         scale_correction=options.scale_correction,
         trust=options.trust,
+        refresh=options.refresh,
     )

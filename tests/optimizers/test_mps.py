@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamlora import registry
+from dreamlora import linalg, registry
 from dreamlora.errors import UserError
 from dreamlora.optimizers import check_compatibility, lora_param_groups, scaled_gd
 from tests.fakemps import FakeMps
@@ -72,3 +72,13 @@ def test_the_check_of_gradients() -> None:
     there = on_device(problem())
     there.probe.loss(0).backward()
     assert max(check_compatibility(there.net).values()) < 1e-5
+
+
+def test_gram_matrices_of_few_directions_can_be_factored_in_float32() -> None:
+    """The device has no float64: the level must be above what rounding makes of eigenvalues that are zero."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(100, 320, 4, generator=generator) @ torch.randn(100, 4, 16, generator=generator)
+    K = few.mT @ few
+    level = linalg.rounding_level(torch.float32, linalg.gram_dtype(torch.device("mps")))
+    assert not linalg.orthonormal_coordinates(K, level).failed.any()
+    assert linalg.orthonormal_coordinates(K, level / 30).failed.any()  # so much is needed

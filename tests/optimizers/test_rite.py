@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamlora import linalg
 from dreamlora.optimizers import LoRARITE
+from dreamlora.optimizers._batch import PairBatch
+from dreamlora.optimizers._rank_space import RankSpace
 from dreamlora.optimizers._rite import corrected_decay, escaping
 from tests.optimizers.lora_problems import (
     descend,
@@ -87,12 +88,12 @@ def test_does_not_see_the_factorisation(settings):
     assert relative_distance(start, expected) > 0.1
 
 
-def test_state_is_half_of_adamws():
+def test_state_is_half_of_adamws_and_four_small_matrices():
     pairs = make_pairs(((64, 48, 4),), dtype=torch.float32)
     optimizer = LoRARITE([pair_group(pairs)])
     descend(pairs, optimizer, 2)
     numbers = sum(value.numel() for state in optimizer.state.values() for value in state.values())
-    assert numbers == (64 + 48) * 4 + 2 * (2 * 4 * 4 + 2)
+    assert numbers == (64 + 48) * 4 + 2 * (4 * 4 * 4 + 2)
 
 
 def test_clipping_scales_all_pairs_of_all_groups_by_one_norm_and_counts():
@@ -168,7 +169,7 @@ def test_trust_keeps_a_start_from_zero_finite(trust, stable):
         G = U * 10.0 ** -torch.arange(8.0) @ V.T + 1e-4 * torch.randn(30, 20, generator=generator)
         A.grad, B.grad = B.detach().T @ G, G @ A.detach().T
         optimizer.step()
-    assert (bool(A.isfinite().all()) and float(A.detach().abs().max()) < 3) == stable
+    assert (bool(A.isfinite().all()) and float(A.detach().abs().max()) < 5) == stable
 
 
 def test_trust_is_what_a_step_changes_where_the_product_is_as_short_as_c():
@@ -237,7 +238,7 @@ def test_the_basis_follows_what_the_factors_really_did(dtype):
     B.data = (torch.linalg.qr(B.detach().double()).Q * torch.tensor([1.0, 0.1, 0.01])).to(dtype)
     old = B.detach().double()
     optimizer = LoRARITE([pair_group([(A, B)])], lr=1e-4)
+    at = RankSpace(optimizer.param_groups[0], [PairBatch([A], [B], [1.0])]).coordinates()
     descend([(A, B)], optimizer, 1)
-    E = linalg.orthonormal_coordinates(old.T @ old, linalg.rounding_level(dtype, torch.float64)).P
-    expected = B.detach().double().T @ old @ E.T
+    expected = B.detach().double().T @ old @ at.whitening[0].T
     torch.testing.assert_close(optimizer.state[A]["basis"], expected, rtol=1e-10, atol=1e-12)
