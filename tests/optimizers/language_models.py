@@ -18,7 +18,7 @@ CLASSES = [
     for cls in (getattr(optimizers, name) for name in optimizers.__all__)
     if isinstance(cls, type) and issubclass(cls, LoraPairOptimizer) and cls is not LoraPairOptimizer
 ]
-RATES = {"ScaledGD": 0.2, "LoRAMuon": 0.1}
+RATES = {"ScaledGD": 0.2, "LoRAMuon": 0.1, "LoRATSD": 0.1}
 """At which a class learns in a few steps; others do with 1e-2."""
 TOKENS = torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(1))
 
