@@ -4,9 +4,10 @@
         --prompts "a photo of sks dog" "a photo of sks cat" "a photo of sks mug"
     python benchmarks/real_robustness.py --model tiny
 
-(SDXL: --model stabilityai/stable-diffusion-xl-base-1.0 --resolution 1024, four hours) trains LoRAs on the attention layers: --steps steps, batches of --batch, bf16. Each subject is a folder of at least 8
-images of one thing; 4 are held out and measured on (64 frozen items of image, time and noise). The embedded models take
-their built-in subjects instead, with fewer and smaller steps; what that says about claims is about them.
+trains LoRAs on the attention layers: --steps steps, batches of --batch, bf16. (SDXL takes four hours: --model
+stabilityai/stable-diffusion-xl-base-1.0 --resolution 1024.) Each subject is a folder of at least 8 images of one thing;
+4 are held out and measured on (64 frozen items of image, time and noise). The embedded models take their built-in
+subjects instead, with fewer and smaller steps; what that says about claims is about them.
 
 1. Tuning, on the first subject, one seed: every method with three rates a factor of sqrt(10) apart in three cells. A
    method's one rate is the one with the best worst cell, in units of the gain that AdamW's best rate has there.

@@ -93,8 +93,8 @@ CELLS = (
 have all their combinations, each equally often. Steps (8 cells of 100, 4 of 300, which are three times as dear) and the
 three subjects (4 cells each) are laid upon it so that they, too, meet every level of everything else at least once.
 Whatever two settings together make a rate wrong, there is a cell that has them; and a mean over cells of one level
-differs from that of another by nothing else. What three settings do only together could be missed: rank 64 in all layers
-for 300 steps is left out for its price."""
+differs from that of another by nothing else. What three settings do only together could be missed: rank 64 in all
+layers for 300 steps is left out for its price."""
 
 EMBEDDED = ("tiny", "tiny-flow")
 BATCH = 2
@@ -103,13 +103,9 @@ QUICK = Effort(points=1, grows=False, seeds=(1, 2))
 QUICK_METHODS = ("adamw", "lora_muon")
 TIMED_STEPS = 8
 """Of a training whose only purpose is its time."""
-GROWTH = {
-    "rates a grid grows by": 1.5,
-    "rates beyond the frozen one in a cell": 2.5,
-    "leaders that were not frozen": 1.0,
-}
-"""What --plan reckons with: rates that a grid grows by; rates tried besides the frozen one in a cell; leaders of a cell
-that were not frozen."""
+GROWTH = {"grown": 1.5, "searched": 2.5, "leaders": 1.0}
+"""What --plan reckons with: rates that a grid grows by; rates tried besides the frozen one in a cell; leaders of a
+cell that were not frozen."""
 
 
 def cells_of(steps: int | None = None) -> tuple[list[Cell], list[Cell]]:

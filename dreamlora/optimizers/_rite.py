@@ -80,6 +80,7 @@ class LoRARITE(LoraPairOptimizer):
         apply_escape: keep second moment that leaves the basis as a multiple of the identity.
         scale_correction: divide steps by ``s``, so that lr does not depend on alpha.
         trust: by how much of its length a step may change a direction of A; 0, as published, is without bound.
+        rank_power: ``p`` of ``r^-p``, by which steps get shorter as the rank grows; 0, as published, is not at all.
         maximize: ascend.
 
     Raises:
@@ -100,16 +101,19 @@ class LoRARITE(LoraPairOptimizer):
         apply_escape: bool = False,
         scale_correction: bool = True,
         trust: float = 0.1,
+        rank_power: float = 0.0,
         maximize: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         bounds = {"clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping}
         own = {"update_capping": update_capping, "apply_escape": apply_escape, "scale_correction": scale_correction}
-        super().__init__(params, {**defaults, **bounds, **own, "trust": trust, "damping": 0.0})
+        super().__init__(
+            params, {**defaults, **bounds, **own, "trust": trust, "rank_power": rank_power, "damping": 0.0}
+        )
 
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
-        for name in ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust"):
+        for name in ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust", "rank_power"):
             _checks.at_least_zero(name, group[name])
 
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
@@ -206,11 +210,12 @@ class LoRARITE(LoraPairOptimizer):
     def _descend(self, space: RankSpace, momenta: list[Tensor]) -> Tensor:
         """Move the factors; ``(k, r, r)``: the partners after the step times their basis before it."""
         crosses: list[Tensor] = []
-        norms = [math.sqrt(side.length()) for side in space.sides]
+        size = space.E.shape[-1] ** -space.group["rank_power"]
+        norms = [size * math.sqrt(side.length()) for side in space.sides]
         for side, back, M in zip(space.sides, space.split(space.back(norms).to(space.dtype)), momenta, strict=True):
             lr, decay = space.rates(side)
             old = side.stack(side.params)
-            new = side.combine(old, back, M, keep=1 - lr * decay, factor=-lr)
+            new = side.combine(old, back, M, keep=1 - lr * decay, factor=-lr * size)
             crosses.append(side.write(old, new).to(space.gram_dtype))
         moved = torch.cat([crosses[i ^ 1] for i in range(len(crosses))])
         return (space.K + moved) @ space.E.mT

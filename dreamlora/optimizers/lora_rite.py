@@ -40,12 +40,15 @@ class Options:
     """Divide steps by alpha/rank, so that the learning rate does not depend on alpha."""
     trust: float = 0.1
     """By how much of its length a step may change a direction of A; 0 (published) is without bound."""
+    rank_power: float = 0.0
+    """Steps shrink with the rank to the power of minus this; 0 (published) is not at all."""
     fallback_lr: float = 1e-4
     """Learning rate of the AdamW that trains what is not in a LoRA pair."""
 
     def __post_init__(self) -> None:
         _checks.two_fractions("betas", self.betas)
-        for name in ("eps", "clip_unmagnified_grad", "update_skipping", "update_capping", "trust", "fallback_lr"):
+        bounds = ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust")
+        for name in ("eps", *bounds, "rank_power", "fallback_lr"):
             _checks.at_least_zero(name, getattr(self, name))
 
 
@@ -65,4 +68,5 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
         apply_escape=options.apply_escape,
         scale_correction=options.scale_correction,
         trust=options.trust,
+        rank_power=options.rank_power,
     )
