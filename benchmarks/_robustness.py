@@ -171,13 +171,15 @@ class Bench:
         self._file = file
         self._workers = workers
         self._train = train or make_training
+        self._words: dict[str, tuple[str, ...]] = {}
         self.rows = {row["key"]: row for row in read_jsonl(file, OBJECT)}
 
     def task(self, cell: Cell, config: Config, seed: int) -> Task:
         """A training; its flags were checked by ``usable``."""
         rate = "auto" if config.rate is None else f"{config.rate:g}"
         own = ["--learning_rate", rate, "--seed", str(seed), *cell.words, *self._subjects[cell.subject]]
-        return Task(cell, config, seed, (*self.training, *self._method_words(config), *own))
+        words = self._method_words(config.method.entry_with(config.setting))
+        return Task(cell, config, seed, (*self.training, *words, *own))
 
     def run(self, tasks: Iterable[Task], what: str) -> dict[Task, Row]:
         """The rows of all these, made where they are missing."""
@@ -207,16 +209,18 @@ class Bench:
 
         rate = "auto" if method.middle is None else f"{method.middle:g}"
         for setting in method.settings:
-            words = self._method_words(Config(method, setting, method.middle))
+            words = self._method_words(method.entry_with(setting))
             config, _ = parse_run([*self.training, *words, "--learning_rate", rate], PROGRAMS[PROGRAM])
         needs = getattr(registry.load("optimizers", config.optim.optimizer), "NEEDS", None)
         if needs:
             registry.check_installed(*needs)
 
-    def _method_words(self, config: Config) -> tuple[str, ...]:
+    def _method_words(self, entry: str) -> tuple[str, ...]:
         from dreamlora.sweep.plan import parse_entry
 
-        return parse_entry(config.method.entry_with(config.setting), self.training, PROGRAMS[PROGRAM]).words
+        if entry not in self._words:
+            self._words[entry] = parse_entry(entry, self.training, PROGRAMS[PROGRAM]).words
+        return self._words[entry]
 
     def _made(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Row]]:
         if self._workers == 1:

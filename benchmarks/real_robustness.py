@@ -14,10 +14,11 @@ subjects instead, with fewer and smaller steps; what that says about claims is a
 2. Test, on the other two subjects, another seed: every method with its one rate in the three cells of each.
 
 The score of a cell is (L_base - L) / (L_base - L_best), L_best the lowest loss of any method there. A claim says that
-one method's worst cell is above another's. It *holds* if the difference is above two standard errors against each that
-it names; it *does not hold* if it is clearly below 0.02 against one of them; else it is *not decided*. The standard
-error is over the images: they are drawn anew, and all is computed from them, L_best and which cell is the worst too.
-One seed is one measurement, so it contains nothing of what other seeds would change.
+one method's worst cell is above another's. It *holds* if the difference is above two standard errors, against each that
+it names. Else it *does not hold* if the difference to one of them is below 0.02 by two standard errors, and is *not
+decided* if not even that can be said. The standard error is over the images: they are drawn anew, and all is computed
+from them, L_best and which cell is the worst too. One seed is one measurement: what other seeds would change is not in
+it.
 
 Finished trainings are kept in --runs: the same command goes on.
 """
