@@ -173,6 +173,7 @@ class Bench:
         self._train = train or make_training
         self._words: dict[str, tuple[str, ...]] = {}
         self.rows = {row["key"]: row for row in read_jsonl(file, OBJECT)}
+        self.asked: set[Task] = set()
 
     def task(self, cell: Cell, config: Config, seed: int) -> Task:
         """A training; its flags were checked by ``usable``."""
@@ -184,6 +185,7 @@ class Bench:
     def run(self, tasks: Iterable[Task], what: str) -> dict[Task, Row]:
         """The rows of all these, made where they are missing."""
         tasks = list(dict.fromkeys(tasks))
+        self.asked |= set(tasks)
         missing = [task for task in tasks if task.key not in self.rows]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         done = self._made(missing)
@@ -234,8 +236,12 @@ class Bench:
             max_tasks_per_child=TRAININGS_PER_PROCESS,
         ) as pool:
             futures = {pool.submit(self._train, task): task for task in tasks}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool would make all the others first
+                raise
 
 
 def make_training(task: Task) -> Row:

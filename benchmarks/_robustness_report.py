@@ -26,7 +26,7 @@ from dreamlora.compare.stats import TInterval
 AIM = {"worst": 0.95, "low": 0.9}
 """Of the worst cell and of the lower end of its interval."""
 RANKS = (4, 64)
-"""Whose best rates are divided by each other."""
+"""Whose best rates are divided by each other; the interval is two standard errors over the cells."""
 
 
 def result(chosen: Mapping[Method, Choice], test: Test) -> dict[str, Any]:
@@ -89,11 +89,18 @@ def _by_rank(method: Method, test: Test) -> dict[str, Any] | None:
     for (one, cell), rows in test.searched.items():
         losses = {rate: loss(row) for rate, row in rows.items() if rate is not None}
         if one == method and losses:
-            best.setdefault(cell.rank, []).append(vertex(losses))
-    means = {str(rank): _three(statistics.geometric_mean(rates)) for rank, rates in sorted(best.items())}
-    low, high = (best.get(rank) for rank in RANKS)
-    ratio = _three(statistics.geometric_mean(low) / statistics.geometric_mean(high)) if low and high else None
-    return {"by_rank": means, "ratio": ratio} if means else None
+            best.setdefault(cell.rank, []).append(math.log(vertex(losses)))
+    if not best.keys() >= set(RANKS):
+        return None
+    low, high = (best[rank] for rank in RANKS)
+    apart = statistics.fmean(low) - statistics.fmean(high)
+    enough = min(len(low), len(high)) > 1
+    se = math.sqrt(sum(statistics.variance(each) / len(each) for each in (low, high))) if enough else math.nan
+    ratio = {"mean": apart, "low": apart - 2 * se, "high": apart + 2 * se}
+    return {
+        "by_rank": {str(rank): _three(math.exp(statistics.fmean(each))) for rank, each in sorted(best.items())},
+        "ratio": {name: _three(math.exp(value)) for name, value in ratio.items()},
+    }
 
 
 def _reaches_aim(of: Mapping[str, Any]) -> bool:
@@ -151,7 +158,7 @@ def _cells(label: str, of: Mapping[str, Any], baseline: str) -> Sequence[str]:
         _score(of["tuned"]["worst"]),
         _score(of["same_seconds"]["worst"]),
         figures.NONE if of["step_ratio"] is None else f"{of['step_ratio']:.2f} ×",
-        _score((of["best_rates"] or {}).get("ratio")),
+        figures.interval(of["best_rates"]["ratio"], _score) if of["best_rates"] else figures.NONE,
         "baseline" if itself else f"{figures.interval(loss_['pct'])}: {loss_['verdict']}",
         "baseline" if itself else f"{figures.interval(worst['difference'], _score)}: {worst['verdict']}",
     )

@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": {"tuning_subject": options.tuning_subject, "seeds": effort.seeds, "batch": BATCH, "layers": LAYERS},
         "left_out": [method.label for method in wanted if method not in methods],
         **result(chosen, test(bench, chosen, tested, effort)),
-        "trainings": len(bench.rows),
+        "trainings": len(bench.asked),
         "machine": _machine.describe(1),
     }
     file = options.results / f"{RESULT}.json"
