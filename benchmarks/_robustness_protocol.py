@@ -14,7 +14,7 @@ from _robustness_scores import Tested
 
 MOST_RATES = 12
 """Of a grid; it would have to grow by a factor of 1000 on one side."""
-SAME_SPEED = 0.03
+SAME_SPEED = 0.1
 """Steps that cost so little more or less than the baseline's get no other number of them."""
 
 

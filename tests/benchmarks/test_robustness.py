@@ -57,10 +57,10 @@ def test_any_two_settings_meet_in_a_cell(benchmark: ModuleType) -> None:
     assert Counter(cell.subject for cell in cells) == dict.fromkeys(benchmark.HELD_OUT, 4)
 
 
-def test_the_tuning_sees_both_levels_of_everything_and_no_held_out_subject(benchmark: ModuleType) -> None:
+def test_the_tuning_sees_both_ends_of_everything_and_no_held_out_subject(benchmark: ModuleType) -> None:
     tuning, cells = benchmark.cells_of()
     for name in FACTORS[1:]:
-        assert {getattr(cell, name) for cell in tuning} == {getattr(cell, name) for cell in cells}, name
+        assert {getattr(cell, name) for cell in tuning} == {getattr(cell, name) for cell in cells} - {16}, name
     with pytest.raises(SystemExit):
         benchmark.main(["--tuning_subject", "twinhouse"])
 
@@ -258,10 +258,13 @@ def test_the_luck_of_one_seed_makes_no_best(benchmark: ModuleType, tmp_path: Pat
         return {**parabola(lambda *_: 1.0, bend=0)(task), "final": 0.4 + 0.01 * noise(task.key)}
 
     _, test = found_with(benchmark, tmp_path, train)
+    lowest, best = [], []
     for cell, losses in test.tested.losses.items():
-        assert all(len(values) == 5 for values in losses.values())
-        lowest = min(row["final"] for (_, at), rows in test.searched.items() if at == cell for row in rows.values())
-        assert min(map(np.mean, losses.values())) >= lowest
+        assert all(len(values) == 5 for values in losses.values()), "nothing of one seed alone is called the best"
+        searched = [rows for (_, at), rows in test.searched.items() if at == cell]
+        lowest.append(min(row["final"] for rows in searched for row in rows.values()))
+        best.append(min(map(np.mean, losses.values())))
+    assert np.mean(lowest) < 0.39 < np.mean(best), "0.4 is the truth, 0.01 the spread of one training"
 
 
 def test_a_slow_step_gets_fewer_of_them(benchmark: ModuleType, tmp_path: Path) -> None:
@@ -335,14 +338,19 @@ def test_a_parabola_between_the_rates(scoring: ModuleType) -> None:
 def test_the_plan_says_how_many_trainings_and_hours(benchmark: ModuleType, tmp_path: Path) -> None:
     def train(task: Any) -> Row:
         assert task.cell.steps == benchmark.TIMED_STEPS
-        return {**parabola(lambda *_: 1.0)(task), "step_s": 0.1, "other_s": 2.0}
+        slow = task.config.method.entry == "lora_muon"
+        return {**parabola(lambda *_: 1.0)(task), "step_s": 0.2 if slow else 0.1, "other_s": 2.0}
 
     bench = bench_of(benchmark, tmp_path, train)
     tuning, cells = tuning_cells(benchmark), benchmark.cells_of()[1]
     text = benchmark.plan(bench, methods_of(benchmark), tuning, cells, benchmark.FULL)
-    (test,) = [line for line in text.splitlines() if line.startswith("test ")]
-    seconds = 2 * 5 * sum(2 + 0.1 * cell.steps for cell in cells)
-    assert " 120 trainings" in test and f"{seconds / 3600:.2f} hours" in test
+    told = {line[:17].strip(): line[17:] for line in text.splitlines()}
+    seconds = sum(2 + 0.1 * cell.steps for cell in cells)
+    steps = sum(cell.steps for cell in cells)
+    assert " 120 trainings" in told["test"] and f"{5 * (2 * seconds + 0.1 * steps) / 3600:.2f} hours" in told["test"]
+    same = told["in the same time"]
+    assert " 12 trainings" in same and f"{seconds / 3600:.2f} hours" in same, "LoRA-Muon in AdamW's seconds"
+    assert " 66 trainings" in told["tuning"], "2 methods, 3 cells: 2 settings of 3 rates and 1.5 more, and 2 beside"
 
 
 def test_from_the_command_line_to_the_table(
