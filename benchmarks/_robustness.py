@@ -202,7 +202,7 @@ class Bench:
                 self._check(method)
                 found.append(method)
             except UserError as error:
-                print(f"left out: {method.label}: {error}")
+                print(f"left out: {method.label}: {str(error).splitlines()[0]}")
         return found
 
     def _check(self, method: Method) -> None:
