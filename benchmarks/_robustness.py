@@ -28,17 +28,10 @@ from dreamlora.jsonl import append_jsonl, read_jsonl
 from dreamlora.schemas import OBJECT
 
 PROGRAM = "dreambooth"
-MEASURED = [
-    "--no_train_text_encoder",
-    "--no_with_prior_preservation",
-    "--sample_steps",
-    "0",
-    "--checkpointing_steps",
-    "0",
-    "--final_eval_items",
-    "0",
-    "--no_save_best",
-]
+MEASURED = (
+    *("--no_train_text_encoder", "--no_with_prior_preservation", "--sample_steps", "0", "--checkpointing_steps", "0"),
+    *("--final_eval_items", "0", "--no_save_best", "--no_parity_check"),
+)
 """Of every training: the denoiser's LoRA alone, measured by the evaluation loss at both ends and by nothing else."""
 LAYERS = {"attention": "attn", "all": "all"}
 """What ``--lora_layers`` is given. "all" has the convolutions of a UNet; a flow transformer has none, so that there it
