@@ -1,27 +1,31 @@
-"""Does one learning rate do for every rank, alpha and initialisation? Scores of optimizers over cells of settings.
+"""Does one learning rate do for every rank, alpha and start? Optimizers with the same budget of tuning, held out.
 
-    python benchmarks/robustness.py --workers 2
+    python benchmarks/robustness.py --model tiny --plan
+    python benchmarks/robustness.py --model tiny
+    python benchmarks/robustness.py --model tiny-flow
 
-A cell is a subject of the embedded model with a rank (1, 8, 64), an alpha (1, or the rank) and an initialisation
-(kaiming, gaussian): six combinations, from the largest to the smallest start of lora_B's gradient. The score of a
-method that reaches the loss L (eval/loss on held-out images, mean over the seeds) in a cell is
+A cell is a subject of the embedded model with settings that a person may choose without thinking of the learning rate:
+rank, alpha, start, layers, steps, weight decay. Twelve cells stand for the 3 · 2^5 = 96 combinations (``CELLS``).
 
-    (L_base - L) / (L_base - L_best),
+1. Tuning, on --tuning_subject with one seed, in the cells of ``TUNING``: every method with grids of rates a factor of
+   two apart, each with two settings of its momentum or betas. Grids grow until no optimum lies at an edge, neither that
+   of a single cell nor that of the worst cell; then come the two rates half a step beside the best. A method's one
+   setting and rate are those with the best worst cell, counted in the gain that AdamW's best has there.
+2. Test, on three other subjects with five other seeds: every method with its one setting and rate.
+3. In every cell by itself: every method with rates around its own, on until the best is inside; one seed. What leads
+   in a cell is trained with all seeds. So L_best of a cell is the lowest mean loss of any method, frozen or tuned
+   there.
+4. In the same time: what costs more (or less) time per step than AdamW gets the steps that fit into AdamW's seconds,
+   one seed. A step's cost here is that of a very small model, in which optimizers weigh more than in a large one.
 
-1 for the best method with the best of its rates in that cell, 0 for nothing learnt.
+The score of a cell is (L_base - L) / (L_base - L_best), L the mean over the seeds; a method's result is its worst cell,
+with the interval of a bootstrap over the seeds, which are paired between methods and drawn together for all cells.
+Verdicts against AdamW are in the words of ``dreamlora compare``.
 
-Tuning, on --tuning_subject with one seed: every method runs in all cells with a grid of rates a factor of two apart,
-which is made longer until the best rate is not at its end, and then with the two rates half a step beside the best. A
-method's one rate is the one with the best worst cell. The method with the best worst cell is the one to judge ("best").
+What the word "all" of layers means: a UNet's linear layers and convolutions; all linear layers of a flow transformer,
+which has no convolutions.
 
-Test, on --test_subject with --seeds that were not used before: every method runs with its one rate, and with the rates
-around it, so that L_best is known there: the lowest mean over the seeds that any method reached with any rate. The
-result is the worst and the median cell of each method with its one rate.
-
-A method is an optimizer's name, with options of its own after a colon: scaled_adamw:variant=split,damping=0.01. Runs
-are short: --steps steps with batches of --batch, LoRA on the denoiser's attention layers, no class images, and else the
-preset of the embedded model. Finished runs are kept in --runs, so that the command can be stopped and given again; more
-methods only cost their own runs.
+Finished trainings are kept in --runs: the same command goes on, and more methods cost their own trainings alone.
 """
 
 from __future__ import annotations
@@ -29,300 +33,172 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
-import multiprocessing
-import os
-import statistics
-import tempfile
-import threading
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import _machine
-from tqdm import tqdm
+from _robustness import LAYERS, Bench, Cell, Config, Method
+from _robustness_protocol import SAME_SPEED, Effort, test, tune
+from _robustness_report import result, table
 
-SETTINGS = (
-    (1, 1, "gaussian"),
-    (1, 1, "kaiming"),
-    (8, 8, "gaussian"),
-    (8, 1, "kaiming"),
-    (64, 64, "kaiming"),
-    (64, 1, "gaussian"),
+RESULT = "robustness_fair"
+ADAM = ("betas=0.9,0.999", "betas=0.7,0.9")
+START = "+lora_units=start"
+METHODS = (
+    Method("adamw", ADAM, 4e-3),
+    Method(f"adamw{START}", ADAM, 1.6e-2),
+    Method(f"adamw{START}", ADAM, None),
+    Method("adamw8bit", ADAM, 4e-3),
+    Method("lion", ("betas=0.9,0.99", "betas=0.7,0.9"), 1e-3),
+    Method("prodigy", ADAM, 1.0),
+    Method(f"prodigy{START}", ADAM, 1.0),
+    Method("lora_plus", ADAM, 1e-3),
+    Method("scaled_adamw", ADAM, 8e-3),
+    Method(f"scaled_adamw{START}", ADAM, 1.6e-2),
+    Method("scaled_adamw:variant=split,scale_correction=true", ADAM, 4e-3),
+    Method("peft_riemannian", ADAM, 8e-3),
+    Method("lora_rite:rank_power=0.25", ADAM, 1.1e-2),
+    Method("lora_muon:rank_power=0,trust=0", ("momentum=0.95", "momentum=0.9"), 0.1),
+    Method("lora_muon", ("momentum=0.9", "momentum=0.7"), 0.18),
+    Method("lora_tsd", ("momentum=0.9", "momentum=0.7"), 0.1),
 )
-"""Rank, alpha, init. B's first gradient goes with (alpha / rank) * |lora_A|: 1 in the first, 1/4096 in the last."""
-TARGET = 0.95
-TUNING_SEED = 0
-METHODS = {
-    "adamw": 4e-3,
-    "scaled_adamw": 8e-3,
-    "scaled_adamw:variant=split,scale_correction=true": 8e-3,
-    "lora_rite": 4e-3,
-    "lora_muon": 0.18,
-}
-"""Method -> the middle of its first rates."""
-STEP = 2.0
-"""Between neighbours of a grid."""
+"""The baseline first. Middles are where grids begin; they grow. Two settings for everybody: the usual memory, and a
+shorter one."""
+
+HELD_OUT = ("bannerfish", "twinhouse", "facebloom")
+TUNING = (
+    (4, None, "gaussian", "all", 100, None),
+    (64, 1, "gaussian", "attention", 100, 0.0),
+    (64, None, "kaiming", "attention", 300, None),
+)
+"""Rank, alpha, start, layers, steps, weight decay. Both ends of everything, and of what alpha and the start do to B's
+first gradient, which goes with alpha / rank * |A|: the second and the third."""
+CELLS = (
+    ("facebloom", 4, 1, "gaussian", "attention", 100, 0.0),
+    ("bannerfish", 4, 1, "kaiming", "attention", 300, None),
+    ("twinhouse", 4, None, "kaiming", "all", 300, 0.0),
+    ("bannerfish", 4, None, "gaussian", "all", 100, None),
+    ("facebloom", 16, 1, "gaussian", "all", 300, None),
+    ("bannerfish", 16, 1, "kaiming", "all", 100, 0.0),
+    ("twinhouse", 16, None, "gaussian", "attention", 100, None),
+    ("facebloom", 16, None, "kaiming", "attention", 100, 0.0),
+    ("twinhouse", 64, 1, "kaiming", "attention", 100, None),
+    ("bannerfish", 64, None, "gaussian", "attention", 300, 0.0),
+    ("twinhouse", 64, 1, "gaussian", "all", 100, 0.0),
+    ("facebloom", 64, None, "kaiming", "all", 100, None),
+)
+"""An orthogonal array of strength 2, OA(12, 3·2^4), over rank, alpha, start, layers and decay: any two of these five
+have all their combinations, each equally often. Steps (8 cells of 100, 4 of 300, which are three times as dear) and the
+three subjects (4 cells each) are laid upon it so that they, too, meet every level of everything else at least once.
+Whatever two settings together make a rate wrong, there is a cell that has them; and a mean over cells of one level
+differs from that of another by nothing else. What three settings do only together could be missed: rank 64 in all
+layers for 300 steps is left out for its price."""
+
+EMBEDDED = ("tiny", "tiny-flow")
+BATCH = 2
+FULL = Effort(points=3, grows=True, seeds=(1, 2, 3, 4, 5))
+QUICK = Effort(points=1, grows=False, seeds=(1, 2))
+QUICK_METHODS = ("adamw", "lora_muon")
+TIMED_STEPS = 8
+"""Of a training whose only purpose is its time."""
+GROWTH = {"grown": 1.5, "searched": 2.5, "leaders": 1.0}
+"""What --plan reckons with: rates that a grid grows by; rates tried besides the frozen one in a cell; leaders of a
+cell that were not frozen."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Settings that a person may choose without thinking of the learning rate."""
-
-    subject: str
-    rank: int
-    alpha: int
-    init: str
-
-    def __str__(self) -> str:
-        return f"{self.subject} r{self.rank} alpha{self.alpha} {self.init}"
+def cells_of(steps: int | None = None) -> tuple[list[Cell], list[Cell]]:
+    """Of the tuning (without a subject yet) and of the test; with ``steps``, two small ones."""
+    tuning, tested = [Cell("", *one) for one in TUNING], [Cell(*one) for one in CELLS]
+    return (tuning, tested) if steps is None else ([replace(tuning[2], steps=steps)], [replace(tested[0], steps=steps)])
 
 
-@dataclass(frozen=True)
-class Task:
-    """One run to make."""
-
-    cell: Cell
-    method: str
-    learning_rate: float
-    seed: int
-    steps: int
-    batch: int
-
-    @property
-    def key(self) -> str:
-        """Its name in the file of finished runs."""
-        return f"{self.cell} {self.method} {self.learning_rate:.3g} seed{self.seed} {self.steps}x{self.batch}"
+def bench_of(options: argparse.Namespace) -> Bench:
+    """For a model, with its subjects."""
+    training = f"--pretrained_model_name_or_path {options.model} --train_batch_size {BATCH}".split()
+    subjects = {subject: ("--subject", subject) for subject in (options.tuning_subject, *HELD_OUT)}
+    file = options.runs or Path("outputs") / "robustness" / f"{options.model}.jsonl"
+    return Bench(training, subjects, file, options.workers)
 
 
-def cells(subject: str) -> list[Cell]:
-    """All cells of a subject."""
-    return [Cell(subject, *settings) for settings in SETTINGS]
+def plan(
+    bench: Bench, methods: Sequence[Method], tuning: Sequence[Cell], tested: Sequence[Cell], effort: Effort
+) -> str:
+    """How many trainings and hours of one core, by stage, from the time that a few steps of each method take here."""
+    tasks = {}
+    for method, cell in itertools.product(methods, (*tuning, *tested)):
+        short = replace(tuning[0], rank=cell.rank, layers=cell.layers, steps=TIMED_STEPS)
+        rate = method.middle and min(method.middle, 1e-3)
+        tasks[method, cell] = bench.task(short, Config(method, method.settings[0], rate), effort.tuning_seed)
+    rows = bench.run(tasks.values(), "timing")
+
+    def times(method: Method, cell: Cell) -> tuple[float, float]:
+        row = rows[tasks[method, cell]]
+        return row["step_s"], row["other_s"] + cell.steps * row["step_s"]
+
+    stages: dict[str, list[tuple[float, float]]] = {}  # trainings and the seconds of each
+    for method in methods:
+        grown, searched = (GROWTH["grown"], GROWTH["searched"]) if method.middle else (0.0, 0.0)
+        tuned = len(method.settings) * (len(method.first_rates(effort.points, effort.factor)) + grown)
+        stages.setdefault("tuning", []).extend((tuned + (2 if grown else 0), times(method, cell)[1]) for cell in tuning)
+        for cell in tested:
+            step, whole = times(method, cell)
+            usual = times(methods[0], cell)[0]
+            led = GROWTH["leaders"] * (len(effort.seeds) - 1) / len(methods)
+            of_cell = {"test": float(len(effort.seeds)), "in every cell": searched, "the best": led}
+            for stage, count in of_cell.items():
+                stages.setdefault(stage, []).append((count, whole))
+            if abs(step / usual - 1) > SAME_SPEED:
+                stages.setdefault("in the same time", []).append((1.0, whole + (usual - step) * cell.steps))
+    told = [(stage, sum(n for n, _ in each), sum(n * s for n, s in each) / 3600) for stage, each in stages.items()]
+    told.append(("all", sum(count for _, count, _ in told), sum(hours for *_, hours in told)))
+    lines = [f"{stage:17s} {count:6.0f} trainings {hours:7.2f} hours of one core" for stage, count, hours in told]
+    return "\n".join([f"{len(methods)} methods, {len(tested)} cells, {len(effort.seeds)} seeds", *lines])
 
 
-def grid(middle: float, points: int) -> list[float]:
-    """``points`` rates around ``middle``, a factor of two apart, of three digits."""
-    return [three_digits(middle * STEP ** (k - points // 2)) for k in range(points)]
-
-
-def longer(rates: list[float], best: float) -> float | None:
-    """The next rate of a grid whose best is at an end; None if it is not."""
-    ordered = sorted(rates)
-    beyond = {ordered[0]: ordered[0] / STEP, ordered[-1]: ordered[-1] * STEP}.get(best)
-    return None if beyond is None else three_digits(beyond)
-
-
-def beside(rate: float) -> list[float]:
-    """The two rates half a step of the grid away."""
-    return [three_digits(rate * STEP**power) for power in (-0.5, 0.5)]
-
-
-def three_digits(rate: float) -> float:
-    """As runs are named by it."""
-    return float(f"{rate:.3g}")
-
-
-def flags(task: Task, folder: Path) -> list[str]:
-    """The command line of ``dreamlora dreambooth`` for a run."""
-    optimizer, _, options = task.method.partition(":")
-    words = (
-        f"--optimizer {optimizer} --learning_rate {task.learning_rate} --seed {task.seed} --output_dir {folder} "
-        f"--subject {task.cell.subject} --rank {task.cell.rank} --lora_alpha {task.cell.alpha} --init {task.cell.init} "
-        f"--max_train_steps {task.steps} --train_batch_size {task.batch} --eval_steps {task.steps} "
-        "--lora_layers to_q,to_k,to_v,to_out.0 --no_train_text_encoder --no_with_prior_preservation --sample_steps 0 "
-        "--checkpointing_steps 0 --final_eval_items 0 --no_save_best"
-    ).split()
-    pairs = [part for pair in options.split(",") if pair for part in pair.split("=")]
-    return [*words, *(["--optimizer_args", *pairs] if pairs else [])]
-
-
-def work(task: Task) -> dict[str, Any]:
-    """Make a run; its row: first and last eval/loss, infinite if it broke off because a value was not finite."""
-    import torch
-
-    from dreamlora.cli.parse import parse_run
-    from dreamlora.errors import UserError
-    from dreamlora.metric_names import EVAL_LOSS
-    from dreamlora.run import assemble
-    from dreamlora.training import loop
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        run = assemble.prepare(*parse_run(flags(task, Path(scratch) / "run")))
-        try:
-            loop.train(run)
-        except UserError:
-            if not any(row["name"] == EVAL_LOSS for row in run.folder.metrics()):
-                raise
-        values = {row["step"]: row["value"] for row in run.folder.metrics() if row["name"] == EVAL_LOSS}
-        run.folder.release()
-    last = values.get(task.steps)
-    return {"key": task.key, **asdict(task), "base": values[0], "final": math.inf if last is None else last}
-
-
-def end_with_parent() -> None:
-    """Called in a worker: whoever kills the program that started it means the runs too."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def make(tasks: Iterable[Task], file: Path, workers: int) -> dict[str, dict[str, Any]]:
-    """Rows of all tasks by key: those that ``file`` has, and the others newly made and added to it."""
-    tasks = list(tasks)
-    rows = (
-        {row["key"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
-        if file.exists()
-        else {}
-    )
-    missing = [task for task in tasks if task.key not in rows]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool,
-        file.open("a", encoding="utf-8") as output,
-    ):
-        futures = [pool.submit(work, task) for task in missing]
-        for future in tqdm(as_completed(futures), total=len(tasks), initial=len(tasks) - len(missing), unit="run"):
-            row = future.result()
-            rows[row["key"]] = row
-            output.write(json.dumps(row) + "\n")
-            output.flush()
-    return {task.key: rows[task.key] for task in tasks}
-
-
-def mean_losses(rows: Iterable[dict[str, Any]]) -> dict[Cell, dict[tuple[str, float], float]]:
-    """Loss at the end, mean over the seeds, by cell and (method, rate); infinite if a run broke off."""
-    found: dict[Cell, dict[tuple[str, float], list[float]]] = {}
-    for row in rows:
-        key = (row["method"], row["learning_rate"])
-        found.setdefault(Cell(**row["cell"]), {}).setdefault(key, []).append(row["final"])
-    return {cell: {key: statistics.fmean(values) for key, values in each.items()} for cell, each in found.items()}
-
-
-def scores(rows: list[dict[str, Any]]) -> dict[tuple[str, float], dict[Cell, float]]:
-    """(L_base - L) / (L_base - L_best) by (method, rate) and cell; L_best is the lowest loss in the cell.
-
-    Minus infinity for a run that broke off.
-    """
-    base = {Cell(**row["cell"]): row["base"] for row in rows}
-    table: dict[tuple[str, float], dict[Cell, float]] = {}
-    for cell, losses in mean_losses(rows).items():
-        gain = base[cell] - min(losses.values())
-        for key, loss in losses.items():
-            table.setdefault(key, {})[cell] = (base[cell] - loss) / gain
-    return table
-
-
-def of_method(table: dict[tuple[str, float], dict[Cell, float]], method: str) -> dict[float, dict[Cell, float]]:
-    """The scores of a method by rate."""
-    return {rate: cells for (name, rate), cells in sorted(table.items()) if name == method}
-
-
-def choose_rate(by_rate: dict[float, dict[Cell, float]]) -> float:
-    """The rate with the best worst cell."""
-    return max(by_rate, key=lambda rate: min(by_rate[rate].values()))
-
-
-def result(tuning: list[dict[str, Any]], test: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per method: its rate; worst, median and all cells on the test subject; worst and median cell by rate on both
-    subjects; and of the best rate of every single cell ("tuned"), which is what tuning cell by cell would give."""
-    tuned, tested = scores(tuning), scores(test)
-    methods = {}
-    for method in dict.fromkeys(row["method"] for row in test):
-        by_rate, on_test = of_method(tuned, method), of_method(tested, method)
-        rate = choose_rate(by_rate)
-        final = on_test[rate]
-        cell_by_cell = [max(each[cell] for each in on_test.values()) for cell in final]
-        methods[method] = {
-            "learning_rate": rate,
-            "worst": round(min(final.values()), 4),
-            "worst_cell": str(min(final, key=lambda cell: final[cell])),
-            "median": round(statistics.median(final.values()), 4),
-            "cells": {str(cell): round(value, 4) for cell, value in final.items()},
-            "tuned_worst": round(min(cell_by_cell), 4),
-            "tuned_median": round(statistics.median(cell_by_cell), 4),
-            "tuning_worst_by_rate": {rate: round(min(each.values()), 4) for rate, each in by_rate.items()},
-            "tuning_median_by_rate": {
-                rate: round(statistics.median(each.values()), 4) for rate, each in by_rate.items()
-            },
-            "test_worst_by_rate": {rate: round(min(each.values()), 4) for rate, each in on_test.items()},
-        }
-    best = max(methods, key=lambda method: max(methods[method]["tuning_worst_by_rate"].values()))
-    return {"best": best, "passed": methods[best]["worst"] >= TARGET, "target": TARGET, "methods": methods}
-
-
-def main() -> None:
-    """Parse the flags, make the runs, print and write."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags, make the trainings, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--methods", nargs="+", default=[f"{name}@{rate:g}" for name, rate in METHODS.items()],
-        help="optimizer[:option=value,...][@middle of its first rates]",
-    )  # fmt: skip
+    parser.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0])
+    parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, by label; adamw is always there")
     parser.add_argument("--tuning_subject", default="checkerling")
-    parser.add_argument("--test_subject", default="bannerfish")
-    parser.add_argument("--points", type=int, default=3, help="rates in a tuning grid at first")
-    parser.add_argument("--test_points", type=int, default=3, help="rates tried around the chosen one")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the test runs")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=_machine.usable_cores())
-    parser.add_argument("--runs", type=Path, default=Path("outputs/robustness/runs.jsonl"), help="finished runs")
-    parser.add_argument("--results", type=Path, default=_machine.RESULTS, help="folder of robustness.json")
-    options = parser.parse_args()
-    if TUNING_SEED in options.seeds:
-        parser.error(f"--seeds must not hold {TUNING_SEED}, the seed of the tuning runs")
-    middles = dict(read_method(word) for word in options.methods)
-
-    def made(subject: str, rates: dict[str, list[float]], seeds: list[int]) -> list[dict[str, Any]]:
-        tasks = [
-            Task(cell, method, rate, seed, options.steps, options.batch)
-            for cell, method in itertools.product(cells(subject), rates)
-            for rate in rates[method]
-            for seed in seeds
-        ]
-        return list(make(tasks, options.runs, options.workers).values())
-
-    grids = {method: grid(middle, options.points) for method, middle in middles.items()}
-    while True:
-        tuning = made(options.tuning_subject, grids, [TUNING_SEED])
-        chosen = {method: choose_rate(of_method(scores(tuning), method)) for method in middles}
-        more = {method: longer(grids[method], rate) for method, rate in chosen.items()}
-        if not any(more.values()):
-            break
-        grids = {method: [*rates, *filter(None, [more[method]])] for method, rates in grids.items()}
-    tuning += made(options.tuning_subject, {m: beside(rate) for m, rate in chosen.items()}, [TUNING_SEED])
-    chosen = {method: choose_rate(of_method(scores(tuning), method)) for method in middles}
-    around = {method: grid(rate, options.test_points) for method, rate in chosen.items()}
-    test = made(options.test_subject, around, options.seeds)
+    parser.add_argument("--workers", type=int, default=_machine.usable_cores(), help="processes of one thread")
+    parser.add_argument("--runs", type=Path, help="finished trainings; default: outputs/robustness/<model>.jsonl")
+    parser.add_argument("--results", type=Path, default=_machine.RESULTS, help=f"folder of {RESULT}.json")
+    parser.add_argument("--plan", action="store_true", help="time a few steps and say what all of it would take")
+    parser.add_argument("--quick", action="store_true", help="two methods, two cells, a few steps: does it run?")
+    options = parser.parse_args(argv)
+    if options.tuning_subject in HELD_OUT:
+        parser.error(f"--tuning_subject must be none of those that are held out: {', '.join(HELD_OUT)}")
+    wanted = METHODS if not options.quick else [one for one in METHODS if one.label in QUICK_METHODS]
+    if options.methods:
+        unknown = set(options.methods) - {method.label for method in METHODS}
+        if unknown:
+            parser.error(f"--methods {' '.join(sorted(unknown))}: there are {' '.join(m.label for m in METHODS)}")
+        wanted = [method for method in METHODS if method is METHODS[0] or method.label in options.methods]
+    bench = bench_of(options)
+    methods = bench.usable(wanted)
+    effort = QUICK if options.quick else FULL
+    tuning, tested = cells_of(4 if options.quick else None)
+    tuning = [replace(cell, subject=options.tuning_subject) for cell in tuning]
+    if options.plan:
+        print(plan(bench, methods, tuning, tested, effort))
+        return
+    chosen = tune(bench, methods, tuning, effort)
+    for method, choice in chosen.items():
+        print(f"{method.label}: {choice.config.setting}, learning rate {choice.config.rate}")
     found = {
         "command": _machine.command("robustness.py"),
-        "settings": {
-            name: getattr(options, name)
-            for name in ("tuning_subject", "test_subject", "points", "test_points", "seeds", "steps", "batch")
-        },
-        "runs": len(tuning) + len(test),
-        **result(tuning, test),
+        "settings": {"tuning_subject": options.tuning_subject, "seeds": effort.seeds, "batch": BATCH, "layers": LAYERS},
+        "left_out": [method.label for method in wanted if method not in methods],
+        **result(chosen, test(bench, chosen, tested, effort)),
+        "trainings": len(bench.asked),
         "machine": _machine.describe(1),
     }
-    for method, row in sorted(found["methods"].items(), key=lambda item: -item[1]["worst"]):
-        print(f"{method:60s} lr {row['learning_rate']:<8g} worst {row['worst']:7.3f}  median {row['median']:6.3f}")
-    print(f"wrote {_machine.write('robustness', found, options.results)}")
-
-
-def read_method(word: str) -> tuple[str, float]:
-    """``name:options@rate`` -> method and the middle of its grid; without a rate, that of METHODS."""
-    method, _, rate = word.partition("@")
-    if not rate and method not in METHODS:
-        raise SystemExit(f"--methods {word}: give the middle of its grid of learning rates, as in {word}@1e-3")
-    return method, float(rate) if rate else METHODS[method]
+    file = options.results / f"{RESULT}.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    print(table(found))
+    print(f"wrote {_machine.write(RESULT, {**before, options.model: found}, options.results)}")
 
 
 if __name__ == "__main__":

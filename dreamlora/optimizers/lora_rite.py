@@ -43,13 +43,23 @@ class Options:
     """By how much of its length a step may change a direction of A; 0 (the authors' code) is without bound."""
     refresh: int = 4
     """The matrices that whiten gradients serve for so many steps (after the first 20); 1 makes them anew in each."""
+    rank_power: float = 0.0
+    """Steps shrink with the rank to the power of minus this; 0 (the authors' code) is not at all."""
     fallback_lr: float = 1e-4
     """Learning rate of the AdamW that trains what is not in a LoRA pair."""
 
     def __post_init__(self) -> None:
         _checks.whole_number("refresh", self.refresh, 1)
         _checks.two_fractions("betas", self.betas)
-        for name in ("eps", "clip_unmagnified_grad", "update_skipping", "update_capping", "trust", "fallback_lr"):
+        for name in (
+            "eps",
+            "clip_unmagnified_grad",
+            "update_skipping",
+            "update_capping",
+            "trust",
+            "rank_power",
+            "fallback_lr",
+        ):
             _checks.at_least_zero(name, getattr(self, name))
         _checks.switch("apply_escape", self.apply_escape)
         _checks.switch("scale_correction", self.scale_correction)
@@ -71,5 +81,6 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
         apply_escape=options.apply_escape,
         scale_correction=options.scale_correction,
         trust=options.trust,
+        rank_power=options.rank_power,
         refresh=options.refresh,
     )

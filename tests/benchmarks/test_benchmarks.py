@@ -224,60 +224,6 @@ def test_calibration_on_made_up_runs(tmp_path: Path) -> None:
     assert found["paired_sd_pct"] < found["sd_pct"]
 
 
-def robustness_rows(
-    subject: str, method: str, losses: dict[float, list[float]], seed: int = 0
-) -> list[dict[str, object]]:
-    """Rows of made-up runs: ``losses`` of two cells by rate, from a base loss of 1."""
-    return [
-        {
-            "cell": {"subject": subject, "rank": rank, "alpha": 1, "init": "kaiming"},
-            **{"method": method, "learning_rate": rate, "seed": seed, "base": 1.0, "final": loss},
-        }
-        for rate, values in losses.items()
-        for rank, loss in zip((1, 8), values, strict=True)
-    ]
-
-
-def test_robustness_is_the_worst_cell_of_the_rate_that_was_best_elsewhere() -> None:
-    robustness = load("robustness")
-    tuning = robustness_rows("a", "x", {0.1: [0.6, 0.8], 0.2: [0.55, 0.7], 0.4: [0.5, float("inf")]})
-    tuning += robustness_rows("a", "y", {1.0: [0.9, 0.9]})
-    test = [
-        row
-        for seed, loss in ((1, 0.7), (2, 0.5))
-        for row in robustness_rows("b", "x", {0.2: [loss, 0.7], 0.4: [loss - 0.05, 0.8]}, seed)
-        + robustness_rows("b", "y", {1.0: [1.1 - loss, 0.6]}, seed)
-    ]
-    found = robustness.result(tuning, test)
-    x = found["methods"]["x"]
-    assert x["learning_rate"] == 0.2, "worst cells: 0.67, 0.9 and a run that broke off"
-    # the lowest means over the seeds are 0.5 (y, though x had 0.45 in one seed; x at 0.4 has 0.55) and 0.6
-    assert x["cells"] == {"b r1 alpha1 kaiming": 0.8, "b r8 alpha1 kaiming": 0.75}
-    assert (x["worst"], x["median"]) == (0.75, 0.775)
-    assert x["tuned_worst"] == 0.75 and x["tuned_median"] == 0.825
-    assert found["best"] == "x" and not found["passed"], "y is better on the test subject, which does not choose"
-
-
-def test_robustness_goes_on_beyond_the_end_of_a_grid() -> None:
-    robustness = load("robustness")
-    assert robustness.longer([0.05, 0.1, 0.2], 0.1) is None
-    assert robustness.longer([0.05, 0.1, 0.2], 0.2) == 0.4
-    assert robustness.longer([0.05, 0.1, 0.2, 0.025], 0.025) == 0.0125
-
-
-def test_robustness_asks_for_rates_and_commands_that_exist(tmp_path: Path) -> None:
-    from dreamlora.cli.parse import parse_run
-
-    robustness = load("robustness")
-    assert robustness.grid(0.1, 3) == [0.05, 0.1, 0.2] and robustness.beside(0.1) == [0.0707, 0.141]
-    for method in robustness.METHODS:
-        for cell in robustness.cells("checkerling"):
-            config, _ = parse_run(robustness.flags(robustness.Task(cell, method, 0.1, 3, 100, 2), tmp_path / "run"))
-            assert (config.lora.rank, config.optim.learning_rate, config.train.seed) == (cell.rank, 0.1, 3)
-    with pytest.raises(SystemExit, match="give the middle of its grid"):
-        robustness.read_method("lion")
-
-
 def test_the_best_rate_that_a_proposal_is_compared_with_lies_between_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,16 @@ def test_robustness() -> None:
             assert_told(cell, value)
 
 
+FAIR = RESULTS / "robustness_fair.json"
+
+
+@pytest.mark.parametrize("model", list(results(FAIR.stem)) if FAIR.exists() else [])
+def test_robustness_with_the_same_tuning_for_all(model: str) -> None:
+    assert load("robustness").table(results(FAIR.stem)[model]) in (ROOT / "docs/optimizers.md").read_text(
+        encoding="utf-8"
+    )
+
+
 @pytest.mark.parametrize("file", ["README.md", "docs/optimizers.md"])
 def test_who_was_tuned_on_the_benchmark_of_robustness_is_said_beside_it(file: str) -> None:
     text = " ".join((ROOT / file).read_text(encoding="utf-8").split())

@@ -242,3 +242,19 @@ def test_the_basis_follows_what_the_factors_really_did(dtype):
     descend([(A, B)], optimizer, 1)
     expected = B.detach().double().T @ old @ at.whitening[0].T
     torch.testing.assert_close(optimizer.state[A]["basis"], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.01])
+def test_a_power_of_the_rank_is_a_rate_of_its_own_for_every_rank(trust):
+    """The bound of a step included."""
+    rank, shapes = 4, ((12, 9, 4), (7, 10, 4))
+    pairs, same = make_pairs(shapes), make_pairs(shapes)
+    wanted = targets(pairs)
+    powered = LoRARITE([pair_group(pairs)], lr=0.1, rank_power=0.5, trust=trust)
+    plain = LoRARITE([pair_group(same)], lr=0.1 * rank**-0.5, trust=trust)
+    for _ in range(5):
+        for each, optimizer in ((pairs, powered), (same, plain)):
+            quadratic_gradients(each, wanted)
+            optimizer.step()
+    for found, expected in zip(values(pairs), values(same), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

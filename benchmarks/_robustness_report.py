@@ -1,0 +1,171 @@
+"""What a test of robustness says: numbers for the result file, and tables of it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from _robustness import Cell, Method, loss
+from _robustness_protocol import Choice, Test, step_ratio
+from _robustness_scores import (
+    against,
+    point_scores,
+    vertex,
+    worst_difference,
+    worst_interval,
+    worst_word,
+)
+
+from dreamlora import figures
+from dreamlora.compare.numbers import number
+from dreamlora.compare.schema import Number
+from dreamlora.compare.stats import TInterval
+
+AIM = {"worst": 0.95, "low": 0.9}
+"""Of the worst cell and of the lower end of its interval."""
+RANKS = (4, 64)
+"""Whose best rates are divided by each other; the interval is two standard errors over the cells."""
+
+
+def result(chosen: Mapping[Method, Choice], test: Test) -> dict[str, Any]:
+    """Everything about every method, by its label; the baseline is the first."""
+    methods = {method.label: _about(method, choice, test) for method, choice in chosen.items()}
+    reached = [label for label, of in methods.items() if _reaches_aim(of)]
+    return {"baseline": next(iter(methods)), "aim": AIM, "aim_reached_by": reached, "methods": methods}
+
+
+def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
+    tested, baseline = test.tested, next(iter(test.tested.frozen))
+    scores, others = point_scores(tested, method), point_scores(tested, method, others_only=True)
+    tuned = {cell: _tuned(method, cell, score, test) for cell, score in scores.items()}
+    timed = {cell: scores[cell] - _in_score(method, cell, test) for cell in scores}
+    ratios = [step_ratio(test.frozen, method, baseline, cell) for cell in scores]
+    compared, difference = against(tested, method, baseline), worst_difference(tested, method, baseline)
+    return {
+        "setting": choice.config.setting,
+        "learning_rate": choice.config.rate,
+        "tried": [
+            {"setting": config.setting, "learning_rate": config.rate, "merit": _three(merit)}
+            for config, merit in choice.tried.items()
+        ],
+        "worst": _spread(scores, worst_interval(tested, method)),
+        "worst_of_others": _spread(others, worst_interval(tested, method, others_only=True)),
+        "median": _three(statistics.median(scores.values())),
+        "cells": {str(cell): _three(score) for cell, score in scores.items()},
+        "tuned": {"worst": _three(min(tuned.values())), "median": _three(statistics.median(tuned.values()))},
+        "same_seconds": {"worst": _three(min(timed.values())), "median": _three(statistics.median(timed.values()))},
+        "step_ratio": _three(statistics.geometric_mean(ratios)) if all(ratios) else None,
+        "best_rates": _by_rank(method, test),
+        "loss_against_baseline": {"pct": _interval(compared.pct), "verdict": compared.word, "cells": compared.cells},
+        "worst_against_baseline": {"difference": _interval(difference), "verdict": worst_word(difference)},
+    }
+
+
+def _tuned(method: Method, cell: Cell, score: float, test: Test) -> float:
+    """The score with the rate that is best in this very cell, by one seed."""
+    rows = test.searched[method, cell]
+    frozen = loss(rows[test.tested.frozen[method].rate])
+    best = min(loss(row) for row in rows.values())
+    if math.isfinite(score) and math.isfinite(frozen):
+        return score + (frozen - best) / _scale(cell, test)
+    return (test.tested.base[cell] - best) / _scale(cell, test)
+
+
+def _in_score(method: Method, cell: Cell, test: Test) -> float:
+    """By how much the score is lower after the seconds of the baseline."""
+    return test.shorter.get((method, cell), 0.0) / _scale(cell, test)
+
+
+def _scale(cell: Cell, test: Test) -> float:
+    losses = test.tested.losses[cell].values()
+    return test.tested.base[cell] - min(statistics.fmean(values) for values in losses)
+
+
+def _by_rank(method: Method, test: Test) -> dict[str, Any] | None:
+    """Geometric means, over the cells of a rank, of the best rate, between the rates that were tried."""
+    best: dict[int, list[float]] = {}
+    for (one, cell), rows in test.searched.items():
+        losses = {rate: loss(row) for rate, row in rows.items() if rate is not None}
+        if one == method and losses:
+            best.setdefault(cell.rank, []).append(math.log(vertex(losses)))
+    if not best.keys() >= set(RANKS):
+        return None
+    low, high = (best[rank] for rank in RANKS)
+    apart = statistics.fmean(low) - statistics.fmean(high)
+    enough = min(len(low), len(high)) > 1
+    se = math.sqrt(sum(statistics.variance(each) / len(each) for each in (low, high))) if enough else math.nan
+    ratio = {"mean": apart, "low": apart - 2 * se, "high": apart + 2 * se}
+    return {
+        "by_rank": {str(rank): _three(math.exp(statistics.fmean(each))) for rank, each in sorted(best.items())},
+        "ratio": {name: _three(math.exp(value)) for name, value in ratio.items()},
+    }
+
+
+def _reaches_aim(of: Mapping[str, Any]) -> bool:
+    worst, low = (figures.value_of(of["worst"][name]) for name in ("score", "low"))
+    return worst is not None and low is not None and worst >= AIM["worst"] and low >= AIM["low"]
+
+
+def _spread(scores: Mapping[Cell, float], interval: tuple[float, float]) -> dict[str, Any]:
+    cell = min(scores, key=lambda cell: scores[cell])
+    low, high = map(_three, interval)
+    return {"score": _three(scores[cell]), "low": low, "high": high, "cell": str(cell)}
+
+
+def _interval(of: TInterval) -> dict[str, Any]:
+    return {"mean": _three(of.mean), "low": _three(of.low), "high": _three(of.high), "n": of.n}
+
+
+def _three(value: float) -> Number:
+    """As results are written: finite numbers to four digits."""
+    return number(float(f"{value:.4g}"))
+
+
+HEADS = (
+    "One rate for all",
+    "Setting, rate",
+    "Worst cell, 95 %",
+    "without its own best",
+    "Median",
+    "Worst, tuned in every cell",
+    "Worst, same seconds",
+    "Step",
+    "Best rates r4 : r64",
+    "Loss against the baseline",
+    "Worst cell against the baseline",
+)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """A result as a Markdown table, the best worst cell first."""
+    methods = sorted(found["methods"].items(), key=lambda item: -(figures.value_of(item[1]["worst"]["score"]) or 0.0))
+    rows = [HEADS, ("---",) * len(HEADS), *(_cells(label, of, found["baseline"]) for label, of in methods)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _cells(label: str, of: Mapping[str, Any], baseline: str) -> Sequence[str]:
+    rate = "finds its own" if of["learning_rate"] is None else figures.rate(of["learning_rate"])
+    loss_, worst = of["loss_against_baseline"], of["worst_against_baseline"]
+    itself = label == baseline
+    return (
+        f"`{label}`",
+        f"`{of['setting']}`, {rate}",
+        f"{_score(of['worst']['score'])} [{_score(of['worst']['low'])}, {_score(of['worst']['high'])}]",
+        _score(of["worst_of_others"]["score"]),
+        _score(of["median"]),
+        _score(of["tuned"]["worst"]),
+        _score(of["same_seconds"]["worst"]),
+        figures.NONE if of["step_ratio"] is None else f"{of['step_ratio']:.2f} ×",
+        figures.interval(of["best_rates"]["ratio"], _score) if of["best_rates"] else figures.NONE,
+        "baseline" if itself else f"{figures.interval(loss_['pct'])}: {loss_['verdict']}",
+        "baseline" if itself else f"{figures.interval(worst['difference'], _score)}: {worst['verdict']}",
+    )
+
+
+def _score(value: Number) -> str:
+    score = figures.value_of(value)
+    if score is None:
+        return figures.NONE
+    return f"{score:.2f}".replace("-", figures.MINUS).replace("inf", "∞")
