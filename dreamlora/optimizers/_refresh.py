@@ -32,9 +32,6 @@ class RefreshingOptimizer(LoraPairOptimizer):
         super().validate_group(group)
         _checks.whole_number("refresh", group["refresh"], 1)
 
-    def added_settings(self, saved: Group) -> Group:
-        return {**super().added_settings(saved), "refresh": 1, _STEPS: 0, _PRESENT: ""}
-
     def begin_step(self, group: Group, batches: list[PairBatch]) -> tuple[bool, bool]:
         """Count a step of the group; whether its matrices are made anew in this one, and in the next."""
         present = _pairs_with_gradient(group, batches)

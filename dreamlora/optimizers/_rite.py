@@ -120,9 +120,6 @@ class LoRARITE(RefreshingOptimizer):
         own |= {"rank_power": rank_power}
         super().__init__(params, {**defaults, **bounds, **own, "trust": trust, "refresh": refresh, "damping": 0.0})
 
-    def added_settings(self, saved: Group) -> Group:
-        return {**super().added_settings(saved), "rank_power": 0.0}
-
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
         for name in ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust", "rank_power"):
