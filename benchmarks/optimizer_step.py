@@ -25,7 +25,7 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from dreamlora.optimizers import LoRAMuon, LoRARITE, LoRATSD, ScaledAdamW, ScaledGD, lora_param_groups
+from dreamlora.optimizers import LoRAMuon, LoRARITE, LoRATSD, ScaledAdamW, ScaledGD, in_units, lora_param_groups
 from dreamlora.optimizers._refresh import REFRESHED_EACH
 
 
@@ -45,6 +45,7 @@ FUSED, PEFT = "adamw (torch, fused)", "riemannian (peft)"
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     FUSED: lambda m: AdamW(m.parameters(), lr=1e-4, fused=True),
     "adamw (torch, foreach)": lambda m: AdamW(m.parameters(), lr=1e-4, foreach=True),
+    "adamw, units of the start": lambda m: in_units(AdamW(lora_param_groups(m, units="start"), lr=1e-4, fused=True)),
     "scaled_gd": lambda m: ScaledGD(lora_param_groups(m), lr=1e-4),
     "scaled_adamw": lambda m: ScaledAdamW(lora_param_groups(m), lr=1e-4),
     "scaled_adamw, split": lambda m: ScaledAdamW(lora_param_groups(m), lr=1e-4, variant="split"),
