@@ -25,7 +25,9 @@ BATCH = 32
 MUON_LR, ADAMW_LR = 3e-3, 1.5e-3
 GUIDANCE_MUON_LR, GUIDANCE_ADAMW_LR = 1e-3, 5e-4
 GUIDANCE = (1.0, 5.0)  # the scales that `guidance` teaches
-PAIRS_AFTER = 0.1  # of the time: first single things, then two
+PAIRS_AFTER = 0.1  # of the time: first single things alone, then
+PAIRS = 0.6  # of the pictures with two: which colour belongs to which thing is learnt last
+HOLD = 0.7  # share of the time before the learning rate falls
 TIME_SPREAD = 1.2  # of the logits of the times
 # Muon is meant for hidden matrices only; a modulation's are many small ones side by side.
 NOT_FOR_MUON = ("embed", "norm", "shared", "relative", "transformer.proj_out")
@@ -131,14 +133,21 @@ class Examples:
 
     def __init__(self, folder: Path, device: torch.device, seed: int) -> None:
         self.latents, self.scenes = torch.load(folder / "flow_latents.pt", weights_only=True), data.load_scenes(folder)
-        self.singles = torch.tensor([i for i, scene in enumerate(self.scenes) if scene.relation is None])
+        paired = torch.tensor([scene.relation is not None for scene in self.scenes])
+        self.pairs, self.singles = paired.nonzero()[:, 0], (~paired).nonzero()[:, 0]
         self.summaries, self.device = Summaries(device), device
         self.texts, self.words = Captions(self.scenes, self.summaries.words, seed), flow_tokenizer.build()
 
-    def batch(self, singles_alone: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (n, 64, 16), T5's tokens (n, 32) and CLIP's summaries (n, CLIP_WIDTH)."""
-        among = self.singles if singles_alone else torch.arange(len(self.latents))
-        chosen = among[torch.randint(len(among), (BATCH,))]
+    def batch(self, pairs: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (n, 64, 16), T5's tokens (n, 32) and CLIP's summaries (n, CLIP_WIDTH).
+
+        Args:
+            pairs: share of the pictures that hold two things.
+        """
+        of_two = round(pairs * BATCH)
+        drawn = ((self.pairs, of_two), (self.singles, BATCH - of_two))
+        chosen = torch.cat([among[torch.randint(len(among), (count,))] for among, count in drawn])
+        chosen = chosen[torch.randperm(BATCH)]  # the strata of the times go by place
         texts = self.texts.words_of(chosen.tolist())
         return self.latents[chosen].to(self.device).float(), *self.read(texts)
 
@@ -166,11 +175,11 @@ def noised(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def train(folder: Path, minutes: float, device: torch.device) -> None:
     """Stage `flow`: train for `minutes`; checkpoint (and resume) as flow.pt in `folder`."""
     torch.manual_seed(0)
-    recipe = PretrainingRecipe("flow", minutes, MUON_LR, ADAMW_LR, decay=0.999, not_for_muon=NOT_FOR_MUON)
+    recipe = PretrainingRecipe("flow", minutes, MUON_LR, ADAMW_LR, decay=0.999, hold=HOLD, not_for_muon=NOT_FOR_MUON)
     run = PretrainingRun(FlowDenoiser(), recipe, folder, device, working=working_copy)
     examples, ones = Examples(folder, device, run.step), torch.ones(BATCH, device=device)
     while run.unfinished:
-        latents, tokens, pooled = examples.batch(singles_alone=run.budget.progress < PAIRS_AFTER)
+        latents, tokens, pooled = examples.batch(PAIRS if run.budget.progress > PAIRS_AFTER else 0.0)
         noisy, times, velocity = noised(latents)
         run.update(F.mse_loss(run.working(noisy, times, tokens, pooled, ones), velocity))
 
@@ -187,7 +196,7 @@ def distil(folder: Path, minutes: float, device: torch.device) -> None:
     empty = [part.expand(BATCH, -1) for part in examples.read([""])]
     low, high = GUIDANCE
     while run.unfinished:
-        latents, tokens, pooled = examples.batch(singles_alone=False)
+        latents, tokens, pooled = examples.batch(PAIRS)
         noisy, times, _ = noised(latents)
         scales = (low + (high - low) * torch.rand(BATCH, device=device)).bfloat16().float()
         with torch.no_grad():
