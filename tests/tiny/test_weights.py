@@ -103,7 +103,8 @@ def test_the_flow_transformers_guidance_is_distilled(flow_pipeline: FluxPipeline
     noisy = (1 - t) * latents + t * noise
     plain, without = velocity(captions, 1.0), velocity([""] * len(captions), 1.0)
     effect = (scale - 1) * (plain - without)
-    assert (velocity(captions, scale) - (plain + effect)).norm() < 0.6 * effect.norm()
+    # 1.12 before the stage that teaches it
+    assert (velocity(captions, scale) - (plain + effect)).norm() < 0.8 * effect.norm()
 
 
 def psnr(pipeline: StableDiffusionPipeline, images: list[Image.Image]) -> float:
