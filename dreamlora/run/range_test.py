@@ -99,10 +99,7 @@ def _short_run(context: RunContext, run: Run, items: EvalSet, options: Any, step
         prepared = AcceleratedOptimizer(optimizer, scaler=accelerator.scaler)
         alone = replace(run, optimizer=prepared, lr_scheduler=schedule, average=None, config=context.config)
         return _losses_after(alone, items, steps)
-    except (
-        DivergedError,
-        torch.linalg.LinAlgError,
-    ):  # the second from optimizers that factorise what has grown too far
+    except DivergedError:
         return None
     finally:
         accelerator.scaler = scaler
