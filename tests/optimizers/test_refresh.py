@@ -215,12 +215,16 @@ def test_no_step_waits_for_a_gpu(kind):
 
 
 @pytest.mark.parametrize("setting", ["allow_tf32", "fp32_precision"])
-def test_no_product_is_of_tf32_whatever_the_program_allows(setting, monkeypatch):
+def test_no_product_is_of_tf32_whatever_the_program_allows(setting):
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, setting):
         pytest.skip("this torch has no such setting")
     allowed, full = (True, False) if setting == "allow_tf32" else ("tf32", "ieee")
-    monkeypatch.setattr(matmul, setting, allowed)
-    with without_tf32():
-        assert getattr(matmul, setting) == full
-    assert getattr(matmul, setting) == allowed
+    before = getattr(matmul, setting)
+    try:  # monkeypatch would delete it afterwards: torch answers for it without having it
+        setattr(matmul, setting, allowed)
+        with without_tf32():
+            assert getattr(matmul, setting) == full
+        assert getattr(matmul, setting) == allowed
+    finally:
+        setattr(matmul, setting, before)
