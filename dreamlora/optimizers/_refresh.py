@@ -15,7 +15,7 @@ from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
 REFRESHED_EACH = 20
 """In the first steps B grows from zero by much of its length, so matrices are made anew in each of them."""
 RISE = 1.25
-"""Matrices bound the step of A (``trust``) for the learning rate at which they were made, and for one so much higher."""
+"""Matrices bound the step of A (``trust``) for the learning rate at which they were made, and one so much higher."""
 _STEPS, _PRESENT, _RATE = "steps", "pairs_with_gradient", "lr_of_matrices"
 
 
