@@ -90,7 +90,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_stops_the_run(
 def test_matrices_that_cannot_be_factorised_any_more_end_the_run_as_diverged(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Optimizers that factorise (PEFT's Riemannian one does) meet factors that have grown too far before the loss does."""
+    """As PEFT's Riemannian optimizer meets them, before the loss is infinite."""
 
     def fail() -> None:
         raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
