@@ -13,7 +13,7 @@ import numpy as np
 
 from dreamlora.compare.records import Record
 from dreamlora.compare.schema import Dropped, Edge
-from dreamlora.config import RunConfig, as_flat_dict
+from dreamlora.config import as_flat_dict
 from dreamlora.config.measuring import Encoders, Eval, Sample
 from dreamlora.config.programs import program_of
 from dreamlora.config.publishing import Label
@@ -221,7 +221,7 @@ def _option(record: Record, name: str) -> Any:
 
 
 @cache
-def _defaults(program: type[RunConfig]) -> dict[str, Any]:
+def _defaults(program: Any) -> dict[str, Any]:
     return as_flat_dict(program())
 
 
