@@ -6,7 +6,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -217,12 +216,8 @@ def _most_common(records: Sequence[Record], name: str) -> Any:
 
 def _option(record: Record, name: str) -> Any:
     """An option's value; of a run that is older than the option, its default."""
-    return record.config[name] if name in record.config else _defaults(program_of(record.config)).get(name)
-
-
-@cache
-def _defaults(program: Any) -> dict[str, Any]:
-    return as_flat_dict(program())
+    known = record.config
+    return known[name] if name in known else as_flat_dict(program_of(known)()).get(name)
 
 
 def _value_text(value: Any) -> str:
