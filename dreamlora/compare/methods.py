@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from dreamlora.compare.records import Record
 from dreamlora.compare.schema import Dropped, Edge
 from dreamlora.config import as_flat_dict
 from dreamlora.config.measuring import Encoders, Eval, Sample
-from dreamlora.config.programs import program_of
+from dreamlora.config.programs import PROGRAMS, program_of
 from dreamlora.config.publishing import Label
 from dreamlora.errors import UserError
 
@@ -217,7 +218,12 @@ def _most_common(records: Sequence[Record], name: str) -> Any:
 def _option(record: Record, name: str) -> Any:
     """An option's value; of a run that is older than the option, its default."""
     known = record.config
-    return known[name] if name in known else as_flat_dict(program_of(known)()).get(name)
+    return known[name] if name in known else _defaults(program_of(known).COMMAND).get(name)
+
+
+@cache
+def _defaults(command: str) -> dict[str, Any]:
+    return as_flat_dict(PROGRAMS[command]())
 
 
 def _value_text(value: Any) -> str:
