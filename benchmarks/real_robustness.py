@@ -38,7 +38,7 @@ import numpy as np
 from _robustness import PROGRAM, Bench, Cell, Method, Row
 from _robustness_protocol import Choice, Effort, run_frozen, tune
 
-from dreamlora import figures
+from dreamlora import figures, tiny
 from dreamlora.compare.numbers import EDGE_TEXT, number
 from dreamlora.compare.schema import Number
 from dreamlora.config import PROGRAMS
@@ -84,7 +84,6 @@ MATTERS = 0.02
 """A smaller difference of scores is none."""
 DRAWS = 2000
 HELD_OUT, FEWEST_IMAGES = 4, 8
-EMBEDDED = {"tiny", "tiny-flow"}
 EMBEDDED_SUBJECTS = ("checkerling", "bannerfish", "twinhouse")
 
 
@@ -201,7 +200,7 @@ def methods(embedded: bool) -> list[Method]:
 def bench_of(options: argparse.Namespace) -> Bench:
     """For a model, with its subjects."""
     training = f"--pretrained_model_name_or_path {options.model} --train_batch_size {options.batch}".split()
-    if options.model in EMBEDDED:
+    if options.model in tiny.MODELS:
         subjects = {subject: ("--subject", subject) for subject in EMBEDDED_SUBJECTS}
     else:
         training += f"--mixed_precision bf16 --resolution {options.resolution} --holdout {HELD_OUT}".split()
@@ -245,7 +244,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=_machine.RESULTS, help="folder of real_robustness_<model>.json")
     parser.add_argument("--quick", action="store_true", help="one rate for each method: does it run?")
     options = parser.parse_args(argv)
-    embedded = options.model in EMBEDDED
+    embedded = options.model in tiny.MODELS
     if not embedded and not (options.subjects and options.prompts):
         parser.error("give three --subjects and their --prompts, or --model tiny")
     if embedded and (options.subjects or options.prompts):
@@ -264,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_images(bench, options.subjects)
     effort = QUICK if options.quick else EFFORT
     subjects = [folder.name for folder in options.subjects] if options.subjects else list(EMBEDDED_SUBJECTS)
-    usable = bench.usable(methods(options.model in EMBEDDED))
+    usable = bench.usable(methods(options.model in tiny.MODELS))
     chosen = tune(bench, usable, cells(subjects[0], options.steps), effort)
     tested = [cell for subject in subjects[1:] for cell in cells(subject, options.steps)]
     rows = run_frozen(bench, {method: choice.config for method, choice in chosen.items()}, tested, effort)

@@ -42,6 +42,8 @@ from _robustness import LAYERS, Bench, Cell, Config, Method
 from _robustness_protocol import SAME_SPEED, Effort, test, tune
 from _robustness_report import result, table
 
+from dreamlora import tiny
+
 RESULT = "robustness_fair"
 ADAM = ("betas=0.9,0.999", "betas=0.7,0.9")
 START = "+lora_units=start"
@@ -95,7 +97,6 @@ Whatever two settings together make a rate wrong, there is a cell that has them;
 differs from that of another by nothing else. What three settings do only together could be missed: rank 64 in all
 layers for 300 steps is left out for its price."""
 
-EMBEDDED = ("tiny", "tiny-flow")
 BATCH = 2
 FULL = Effort(points=3, grows=True, seeds=(1, 2, 3, 4, 5))
 QUICK = Effort(points=1, grows=False, seeds=(1, 2))
@@ -159,7 +160,7 @@ def plan(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, make the trainings, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=EMBEDDED, default=EMBEDDED[0])
+    parser.add_argument("--model", choices=tiny.MODELS, default="tiny")
     parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, by label; adamw is always there")
     parser.add_argument("--tuning_subject", default="checkerling")
     parser.add_argument("--workers", type=int, default=_machine.usable_cores(), help="processes of one thread")

@@ -64,8 +64,8 @@ def embedded(given: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 def _in_units(of_optimizer: dict[str, Any], units: str | None) -> dict[str, Any]:
     """What is set for one optimizer, with the learning rate of the units that were chosen."""
-    in_start_units = of_optimizer.pop("start_lr", None)
-    return {**of_optimizer, "learning_rate": in_start_units} if units == "start" and in_start_units else of_optimizer
+    start_lr = of_optimizer.pop("start_lr", None)
+    return {**of_optimizer, "learning_rate": start_lr} if units == "start" and start_lr else of_optimizer
 
 
 def _read(file: str | None) -> dict[str, Any]:

@@ -6,13 +6,16 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from dreamlora.compare.records import Record
 from dreamlora.compare.schema import Dropped, Edge
+from dreamlora.config import as_flat_dict
 from dreamlora.config.measuring import Encoders, Eval, Sample
+from dreamlora.config.programs import PROGRAMS, program_of
 from dreamlora.config.publishing import Label
 from dreamlora.errors import UserError
 
@@ -122,9 +125,7 @@ def labelled(records: Sequence[Record]) -> dict[str, list[Record]]:
         alike = by_optimizer[label]
         usual = {name: _most_common(alike, name) for name in _varying(alike)}
         own = [
-            f"+{name}={_value_text(record.config.get(name))}"
-            for name in usual
-            if record.config.get(name) != usual[name]
+            f"+{name}={_value_text(_option(record, name))}" for name in usual if _option(record, name) != usual[name]
         ]
         methods[record.method or label + "".join(own)].append(record)
     return dict(methods)
@@ -134,7 +135,7 @@ def differing_options(methods: Mapping[str, Sequence[Record]]) -> dict[str, dict
     """By method, the options that are not the same in all methods (besides the optimizer and its rate)."""
     names = _varying([record for records in methods.values() for record in records])
     return {
-        label: {name: _value_text(records[0].config.get(name)) for name in names} for label, records in methods.items()
+        label: {name: _value_text(_option(records[0], name)) for name in names} for label, records in methods.items()
     }
 
 
@@ -205,13 +206,24 @@ def _optimizer_label(record: Record) -> str:
 
 def _varying(records: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(name for record in records for name in record.config if name not in OWN_OF_A_RUN)
-    return [name for name in names if len({repr(record.config.get(name)) for record in records}) > 1]
+    return [name for name in names if len({repr(_option(record, name)) for record in records}) > 1]
 
 
 def _most_common(records: Sequence[Record], name: str) -> Any:
-    counts = Counter(repr(record.config.get(name)) for record in records)
+    counts = Counter(repr(_option(record, name)) for record in records)
     usual = counts.most_common(1)[0][0]
-    return next(value for record in records if repr(value := record.config.get(name)) == usual)
+    return next(value for record in records if repr(value := _option(record, name)) == usual)
+
+
+def _option(record: Record, name: str) -> Any:
+    """An option's value; of a run that is older than the option, its default."""
+    known = record.config
+    return known[name] if name in known else _defaults(program_of(known).COMMAND).get(name)
+
+
+@cache
+def _defaults(command: str) -> dict[str, Any]:
+    return as_flat_dict(PROGRAMS[command]())
 
 
 def _value_text(value: Any) -> str:

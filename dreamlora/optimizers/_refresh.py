@@ -14,7 +14,9 @@ from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
 
 REFRESHED_EACH = 20
 """In the first steps B grows from zero by much of its length, so matrices are made anew in each of them."""
-_STEPS, _PRESENT = "steps", "pairs_with_gradient"
+RISE = 1.25
+"""Matrices bound the step of A (``trust``) for the learning rate at which they were made, and one so much higher."""
+_STEPS, _PRESENT, _RATE = "steps", "pairs_with_gradient", "lr_of_matrices"
 
 
 class RefreshingOptimizer(LoraPairOptimizer):
@@ -22,11 +24,12 @@ class RefreshingOptimizer(LoraPairOptimizer):
 
     The groups count the steps ("steps") on the host, so that no step waits for a GPU, and a resumed run goes on with
     the same matrices. The count starts again when other pairs than in the step before have a gradient: some of these
-    may have no matrices, or very old ones.
+    may have no matrices, or very old ones. Where the learning rate rises by much (a schedule that starts again), they
+    are made anew as well.
     """
 
     def __init__(self, params: list[Group], defaults: dict[str, Any]) -> None:
-        super().__init__(params, {**defaults, _STEPS: 0, _PRESENT: ""})
+        super().__init__(params, {**defaults, _STEPS: 0, _PRESENT: "", _RATE: 0.0})
 
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
@@ -37,7 +40,11 @@ class RefreshingOptimizer(LoraPairOptimizer):
         present = _pairs_with_gradient(group, batches)
         step = group[_STEPS] if present == group[_PRESENT] else 0
         group[_STEPS], group[_PRESENT] = step + 1, present
-        return _is_due(step, group["refresh"]), _is_due(step + 1, group["refresh"])
+        rate = float(group["lr"])
+        due = _is_due(step, group["refresh"]) or rate > RISE * group[_RATE]
+        if due:
+            group[_RATE] = rate
+        return due, _is_due(step + 1, group["refresh"])
 
 
 def _is_due(step: int, refresh: int) -> bool:

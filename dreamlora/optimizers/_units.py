@@ -112,14 +112,28 @@ def in_units(optimizer: _Optimizer) -> _Optimizer:
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"in_units: {cls.__name__} evaluates the model within its step, which sees other parameters")
+    optimizer.__class__ = _class_in_units(cls)
+    optimizer._patch_step_function()
+    return optimizer
+
+
+@functools.cache
+def _class_in_units(cls: Any) -> Any:
     members: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": cls.__module__, "knows_units": True}
     # without the step hooks that torch puts around it, so that they come outside and see the usual parameters
     members["step"] = _scaled_step(cls.step.__wrapped__)
     members |= {name: _scaled_switch(getattr(cls, name)) for name in _SWITCHES if hasattr(cls, name)}
-    optimizer.__class__ = type(cls.__name__, (cls,), members)
-    optimizer._patch_step_function()
-    optimizer.register_load_state_dict_pre_hook(_refuse_other_units)
-    return optimizer
+    # no hook, which copies would not have
+    members["load_state_dict"] = _checked_load(cls.load_state_dict)
+    # it has the name of its base class, under which pickle would find that
+    members["__reduce_ex__"] = lambda self, protocol: (_empty_in_units, (cls,), self.__getstate__())
+    return type(cls.__name__, (cls,), members)
+
+
+def _empty_in_units(cls: Any) -> Any:
+    """What a copy begins with."""
+    made = _class_in_units(cls)
+    return made.__new__(made)
 
 
 @contextmanager
@@ -176,10 +190,15 @@ def problem_of_units(group: Mapping[str, Any], saved: Mapping[str, Any]) -> str 
     return None
 
 
-def _refuse_other_units(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        if problem := problem_of_units(group, saved):
-            raise ValueError(f"this state does not belong to this {type(optimizer).__name__}: {problem}")
+def _checked_load(method: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(method)
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if problem := problem_of_units(group, saved):
+                raise ValueError(f"this state does not belong to this {type(self).__name__}: {problem}")
+        method(self, state_dict)
+
+    return load_state_dict
 
 
 def _scaled_step(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from dreamlora import figures, registry
+from dreamlora.config import Optim
+from dreamlora.config.rates import in_start_units
 from dreamlora.eval_loss.items import paired_difference
 from dreamlora.eval_loss.selection import difference_text
 from dreamlora.figures import loss, score
@@ -248,13 +251,19 @@ def setup(facts: RunFacts) -> str:
     kind = registry.load("adapters", adapter).NAME if adapter in registry.names("adapters") else "LoRA"
     parts = [f"{kind} of rank {config.get('rank', '?')} on {facts.model}", str(config.get("optimizer", "?"))]
     if config.get("learning_rate") is not None:
-        units = " in units of the start" if config.get("lora_units") == "start" else ""
-        parts.append(f"learning rate {config['learning_rate']:g}{units}")
+        parts.append(f"learning rate {config['learning_rate']:g}{_units(config)}")
     of = "" if facts.total_steps in (None, facts.steps) else f" of {facts.total_steps}"
     parts.append(f"{facts.steps}{of} steps")
     if facts.summary.get("device"):
         parts.append(str(facts.summary["device"]))
     return " · ".join(parts)
+
+
+def _units(config: Mapping[str, Any]) -> str:
+    optimizer, start = config.get("optimizer"), config.get("lora_units") == "start"
+    if start and optimizer in registry.names("optimizers"):
+        start = in_start_units(Optim(optimizer=optimizer, lora_units="start"))
+    return " in units of the start" if start else ""
 
 
 def numbers(facts: RunFacts) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamlora.config.rates import in_start_units
 from dreamlora.credentials import masked_options
 from dreamlora.data.images import ImageRecord
 from dreamlora.lora.metadata import DATE, IMPLEMENTATION, SPEC, SPEC_VERSION, hashes_of, now
@@ -129,7 +130,7 @@ def _own(context: RunContext) -> dict[str, Any]:
             "dreamlora.text_encoder_precision": context.source.text_encoder_precision,
             "dreamlora.optimizer": optim.optimizer,
             "dreamlora.optimizer_args": list(optim.optimizer_args),
-            "dreamlora.lora_units": optim.lora_units,
+            "dreamlora.lora_units": "start" if in_start_units(optim) else None,
             "dreamlora.adapter": lora.adapter,
             "dreamlora.adapter_args": list(lora.adapter_args),
             "dreamlora.rank_pattern": list(lora.rank_pattern),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,13 +59,14 @@ def settle(context: RunContext, run: Run, items: EvalSet, metric: str, options: 
         f"--learning_rate auto: a test finds it, by some {USUAL} runs of {steps} steps and {metric} on {measured} "
         f"items after each: {share(USUAL):.1%} of what the training costs"
     )
-    with context.timed("learning rate test"), _untouched(run):
+    with context.timed("learning rate test"), _untouched(run), _told_before():
         tested = _tested(context, run, items, options, steps)
     cost = {"share": round(share(len(tested.items)), 4), "seconds": round(time.perf_counter() - started, 2)}
     found = tell_everyone({**tested.facts(metric, items.id), **cost})
     context.config = run.config = defaults.with_rate(context.config, context.open_rates, found["learning_rate"])
     context.open_rates = ()
-    run.optimizer, run.lr_scheduler = optimizer_of(context, context.accelerator.unwrap_model(run.model), options)
+    with _told_before():
+        run.optimizer, run.lr_scheduler = optimizer_of(context, context.accelerator.unwrap_model(run.model), options)
     if context.accelerator.is_main_process:
         write_atomically(run.folder.range_test_file, json.dumps(found, indent=1))
     context.tell(f"{found['reason']} The test took {found['seconds']:.0f} s")
@@ -99,10 +101,7 @@ def _short_run(context: RunContext, run: Run, items: EvalSet, options: Any, step
         prepared = AcceleratedOptimizer(optimizer, scaler=accelerator.scaler)
         alone = replace(run, optimizer=prepared, lr_scheduler=schedule, average=None, config=context.config)
         return _losses_after(alone, items, steps)
-    except (
-        DivergedError,
-        torch.linalg.LinAlgError,
-    ):  # the second from optimizers that factorise what has grown too far
+    except DivergedError:
         return None
     finally:
         accelerator.scaler = scaler
@@ -132,6 +131,18 @@ def _whole_steps(run: Run) -> float:
     """Steps of the run, as if each had the highest rate of its schedule."""
     factor = run.lr_scheduler.lr_lambdas[0]
     return float(sum(factor(step) for step in range(run.total_steps)))
+
+
+@contextlib.contextmanager
+def _told_before() -> Iterator[None]:
+    """What optimizers warn of when they are made was told of the first one."""
+    logger = logging.getLogger("dreamlora.optimizers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -326,7 +326,7 @@ def read(*numbers: Tensor) -> list[float]:
 
 
 def _update(run: Run, grad_norm: float, names: list[str]) -> None:
-    """Step and schedule; refuses gradients that are not finite.
+    """Step and schedule; refuses gradients that are not finite, and what an optimizer can no longer factorise.
 
     In fp16 such a step is skipped, and the scale of the loss lowered. The optimizer is not called through the scaler:
     ``GradScaler.step`` would wait for the GPU to learn what ``grad_norm`` says already, and with a fused optimizer
@@ -338,7 +338,12 @@ def _update(run: Run, grad_norm: float, names: list[str]) -> None:
     if scaler is None or run.skipped_steps > MAX_SKIPPED_STEPS:
         _check_finite(run, "norm of the gradients", grad_norm, names)
     if finite:
-        run.optimizer.optimizer.step()
+        try:
+            run.optimizer.optimizer.step()
+        except torch.linalg.LinAlgError as error:
+            raise DivergedError(
+                f"the optimizer met matrices at step {run.step + 1} that have grown too far ({error}). {_way_out(run)}"
+            ) from None
         run.settle()
         run.lr_scheduler.step()
         if run.average:

@@ -53,6 +53,23 @@ def test_what_an_automatic_rate_is_worth() -> None:
         assert_told(cells[3], 100 * row["reached"])
 
 
+def test_how_exact_a_step_is() -> None:
+    taken = {name: ways["taken"] for name, ways in results("step_accuracy")["cases"].items()}
+    hard = {"condition of B 1e7", "B of rank 4 and 1e-5"}
+    text = " ".join((ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8").split())
+    (within,) = re.findall(r"it is within ([\d.]+) % of the step by eigenvalues", text)
+    (beyond,) = re.findall(r"the step is ([\d.]+) % off", text)
+    assert_told(within, 100 * max(row["error"] for name, row in taken.items() if name not in hard))
+    assert_told(beyond, 100 * max(taken[name]["error"] for name in hard))
+    ((least, usual, most),) = re.findall(
+        r"differ by (\S+) from `B = 0` and by up to (\S+), but by up to (\S+) where", text
+    )
+    few = {name for name in taken if "rank 4" in name}
+    assert float(least) == pytest.approx(taken["B = 0"]["gauge"], rel=0.2)
+    assert float(usual) == pytest.approx(max(taken[name]["gauge"] for name in taken.keys() - few), rel=0.2)
+    assert float(most) == pytest.approx(max(taken[name]["gauge"] for name in few), rel=0.2)
+
+
 def test_the_time_of_a_step() -> None:
     found = results("optimizer_step_cpu")["cases"]
     names = {

@@ -331,6 +331,16 @@ def test_units_make_methods_of_one_optimizer(tmp_path: Path) -> None:
     assert any("differ in lora_units (adamw: plain, " in text for text in found["warnings"])
 
 
+def test_an_option_that_a_run_is_too_old_to_know_makes_no_method(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        make_run(tmp_path, "adamw", 2e-3, seed)
+        old = make_run(tmp_path, "sgd", 2.0, seed)
+        config = yaml.safe_load(old.config_file.read_text(encoding="utf-8"))
+        del config["lora_units"]
+        old.config_file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert not any("lora_units" in text for text in compared(tmp_path)["warnings"])
+
+
 def test_what_is_measured_makes_no_method(tmp_path: Path) -> None:
     """Runs that choose a rate draw and keep less than those that are compared."""
     for seed, options in ((0, {"save_best": False, "eval_metrics": []}), (1, {"eval_metrics": ["dino"]})):

@@ -99,7 +99,7 @@ def test_every_plug_in_trains_a_language_model(name):
         pytest.skip(str(error))
     plugin = registry.load("optimizers", name)
     model = gpt2(layers=1)
-    rates = {"lora_muon": 0.1, "prodigy": 1.0, "sgd": 1.0, "adafactor": 1.0, "scaled_gd": 0.2}
+    rates = {"lora_muon": 0.1, "lora_tsd": 0.1, "prodigy": 1.0, "sgd": 1.0, "adafactor": 1.0, "scaled_gd": 0.2}
     optimizer = plugin.build(
         lora_param_groups(model, lr=rates.get(name, 1e-2)),
         plugin.Options(**({"d0": 1e-2} if name == "prodigy" else {})),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -348,15 +349,23 @@ def test_a_state_in_units_is_refused_by_plain_optimizers(name: str) -> None:
         plain.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("name", ["adafactor", "adamw", "scaled_adamw", "sgd"])
-def test_copies_work_in_units_too(name: str) -> None:
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "scaled_adamw", "schedulefree_adamw", "sgd"])
+def test_copies_work_in_units_too(name: str, copied: Callable[..., Any]) -> None:
     net = Net(16.0)
     optimizer = built(name, net)
     trained(net, optimizer, 2)
-    net, optimizer = copy.deepcopy((net, optimizer))
+    net, optimizer = copied((net, optimizer))
     path = trained(net, optimizer, 2)
     usual = Net()
     assert distance(path, trained(usual, built(name, usual), 4)[-len(path) :]) < 1e-9
+    plain = copy.deepcopy(optimizer.state_dict())
+    for group in plain["param_groups"]:
+        group.pop("unit_scales", None)
+    with pytest.raises(ValueError, match="written in plain units"):
+        optimizer.load_state_dict(plain)
 
 
 def test_schedule_free_switches_in_units() -> None:

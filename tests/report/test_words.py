@@ -241,3 +241,12 @@ def test_the_kind_of_adapter_is_told(adapter: str | None, told: str, make_run: C
     if adapter:
         facts.config["adapter"] = adapter
     assert words.setup(facts).startswith(f"{told} of rank ")
+
+
+@pytest.mark.parametrize(("optimizer", "told"), [("adamw", True), ("lora_muon", False), ("a stranger's", True)])
+def test_units_of_the_start_are_told_where_the_rate_is_in_them(
+    optimizer: str, told: bool, make_run: Callable[..., RunFolder]
+) -> None:
+    facts = RunFacts(make_run())
+    facts.config |= {"optimizer": optimizer, "lora_units": "start"}
+    assert ("in units of the start" in words.setup(facts)) == told

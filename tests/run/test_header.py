@@ -18,6 +18,7 @@ from tests.training.conftest import cache, flags, no_report, photos, train
 
 __all__ = ["cache", "flags", "no_report", "photos", "train"]
 
+UNITS = ["--lora_units", "start", "--learning_rate", "0.01"]
 SHORT = ["--max_train_steps", "2", "--sample_steps", "0", "--eval_steps", "0", "--no_parity_check"]
 
 
@@ -29,7 +30,7 @@ def metadata_of(file: Path) -> dict[str, str]:
 def test_a_file_says_how_it_was_trained(train: Callable[..., RunFolder], tmp_path: Path, no_report: None) -> None:
     about = ["--metadata_author", "Ada", "--metadata_license", "CC0-1.0", "--metadata_tags", "dog, photo"]
     lora = ["--use_rslora", "--lora_alpha", "2", "--rank_pattern", "attn2", "4", "--new_tokens", "<new>=d"]
-    run = train(*SHORT, *about, *lora, "--optimizer", "sgd", "--optimizer_args", "momentum", "0.5")
+    run = train(*SHORT, *about, *lora, "--optimizer", "sgd", "--optimizer_args", "momentum", "0.5", *UNITS)
     found = metadata_of(run.lora_file)
     expected = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -55,6 +56,7 @@ def test_a_file_says_how_it_was_trained(train: Callable[..., RunFolder], tmp_pat
         "ss_text_encoder_lr": "None",
         "ss_seed": "0",
         "dreamlora.optimizer": "sgd",
+        "dreamlora.lora_units": "start",
         "dreamlora.rank_pattern": '["attn2", "4"]',
         "dreamlora.step": "2",
     }

@@ -87,6 +87,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_stops_the_run(
     torch.testing.assert_close(run.optimizer.state_dict()["state"], state, rtol=0, atol=0)
 
 
+def test_matrices_that_cannot_be_factorised_any_more_end_the_run_as_diverged(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT's Riemannian optimizer meets them, before the loss is infinite."""
+
+    def fail() -> None:
+        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+
+    run = with_optimizer(run, "sgd")
+    monkeypatch.setattr(run.optimizer.optimizer, "step", fail)
+    with pytest.raises(DivergedError, match=r"optimizer .*step 1 .*failed to converge.*lower --learning_rate"):
+        step(run)
+
+
 def test_the_norm_of_the_gradients_is_known_without_clipping(run: Run) -> None:
     start, norms = copies(run), []
     for limit in (0.0, 1e-4):

@@ -54,10 +54,11 @@ def last_state(run: RunFolder) -> dict[str, Any]:
         "--optimizer scaled_adamw --lora_dropout 0.2 --lr_scheduler cosine --lr_warmup_steps 2 --ema_decay 0.9",
         "--optimizer lora_muon --gradient_accumulation_steps 2 --train_text_encoder --text_encoder_lr 1e-3",
         "--optimizer schedulefree_adamw --train_text_encoder",
+        "--optimizer scaled_adamw --lora_units start --init pissa --ema_decay 0.9",
         "--optimizer sgd --init pissa --eval_steps 0 --sample_steps 0 --checkpointing_steps 6",
         "--optimizer lion --new_tokens sks --holdout 0",
     ],
-    ids=lambda words: words.split()[1] if words else "adamw",
+    ids=lambda words: "-".join(words.split()[1:4:2]) or "adamw",
 )
 def test_the_run_is_that_of_the_rate_it_found(more: str, train: Train, tmp_path: Path) -> None:
     own = more.split()
@@ -94,6 +95,11 @@ def test_the_record_tells_what_was_tried(train: Train, caplog: pytest.LogCapture
     assert record["reason"] in caplog.text and "learning rate auto" in caplog.text
     assert f"learning rate {record['learning_rate']:g}" in run.outline()["optimizer"]
     assert run.summary()["timings"]["learning rate test"] > 0
+
+
+def test_what_an_optimizer_warns_of_is_told_once(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    train(*AUTO, "--optimizer", "peft_riemannian", "--lora_layers", "to_q,conv1", "--max_train_steps", "2")
+    assert caplog.text.count("peft_riemannian passes over convolutions") == 1
 
 
 def test_a_resumed_run_has_the_rate_and_makes_no_second_test(

@@ -32,6 +32,7 @@ _SAID: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("learning rate", ("ss_learning_rate",)),
     ("of the denoiser", ("ss_unet_lr",)),
     ("of text encoders", ("ss_text_encoder_lr",)),
+    ("units of the learning rates", ("dreamlora.lora_units",)),
     ("optimizer", ("ss_optimizer", "dreamlora.optimizer")),
     ("schedule", ("ss_lr_scheduler",)),
     ("start", ("dreamlora.init",)),
