@@ -111,8 +111,17 @@ def _precise_root(W: Tensor) -> tuple[Tensor, Tensor]:
 
 def _quick_root(W: Tensor) -> tuple[Tensor, Tensor]:
     """``W^-½`` of eigenvalues in [``FLOOR²``, 1] by the fewest multiplications in float32; it fails nowhere."""
-    _, X = _coupled(W.float(), quintic_steps(FLOOR, _FLOOR_PRECISION), inverse_alone=True)
+    X = bounded_inverse_root(W.float(), FLOOR, _FLOOR_PRECISION)
     return X, torch.zeros(W.shape[:-2], dtype=torch.bool, device=W.device)
+
+
+def bounded_inverse_root(W: Tensor, floor: float, precision: float) -> Tensor:
+    """``W^-½`` of symmetric ``W`` with eigenvalues in [floor², 1], short by up to ``precision`` of it; it never fails.
+
+    Args:
+        W: ``(..., r, r)``.
+    """
+    return _coupled(W, quintic_steps(floor, precision), inverse_alone=True)[1]
 
 
 def _coupled(
@@ -142,17 +151,19 @@ def _coupled(
     return Y.view(shape), Z.reshape(shape)
 
 
-def polar_factor(X: Tensor, floor: float) -> Tensor:
+def polar_factor(X: Tensor, floor: float, precision: float | None = None) -> Tensor:
     """The orthogonal factor ``U`` of ``X = U H``.
 
     Args:
-        X: square ``(..., r, r)``, of spectral norm at most 1.
-        floor: singular values from here to 1 become 1 up to rounding; smaller ones keep an order below.
+        X: square ``(k, r, r)``, of spectral norm at most 1.
+        floor: singular values from here to 1 become 1 up to ``precision``; smaller ones keep an order below.
+        precision: without, that of the data.
     """
-    identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    for a, b, c in quintic_steps(floor, torch.finfo(X.dtype).eps):
+    for a, b, c in quintic_steps(floor, precision or torch.finfo(X.dtype).eps):
         M = X.mT @ X
-        X = X @ (a * identity + b * M + c * (M @ M))
+        Q = torch.baddbmm(M, M, M, beta=b, alpha=c)
+        Q.diagonal(dim1=-2, dim2=-1).add_(a)
+        X = X @ Q
     return X
 
 
