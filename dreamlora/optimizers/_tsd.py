@@ -142,12 +142,16 @@ def _is_square(batch: PairBatch) -> bool:
 
 
 def _read(space: RankSpace, momenta: list[Tensor]) -> tuple[list[Tensor], Grams]:
-    """``[A; mA]`` ``(b, 2r, n)`` and ``[B, mB]`` ``(b, m, 2r)`` by side, and the Gram matrices of all."""
+    """``[A; mA]`` ``(b, 2r, n)`` and ``[B, mB]`` ``(b, m, 2r)`` by side, and the Gram matrices of all.
+
+    On the CPU pair by pair: large arrays in float64 are mostly waiting for memory.
+    """
     stacks, grams = [], []
     for side, m in zip(space.sides, momenta, strict=True):
         both = torch.cat([side.stack(), m], 1 if side.wide else 2)
-        exact = both.to(space.gram_dtype)
-        X, M = exact.chunk(2, 1 if side.wide else 2)
         stacks.append(both)
-        grams.append((*side.gram(exact, X).chunk(2, 1), side.gram(M, M)))
+        for part in both.split(1 if both.device.type == "cpu" else len(both)):
+            exact = part.to(space.gram_dtype)
+            X, M = exact.chunk(2, 1 if side.wide else 2)
+            grams.append((*side.gram(exact, X).chunk(2, 1), side.gram(M, M)))
     return stacks, Grams(*(torch.cat(blocks) for blocks in zip(*grams, strict=True)))
