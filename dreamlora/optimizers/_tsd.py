@@ -13,6 +13,8 @@ long matrices are read twice: for the Gram matrix of ``[X, mX]``, and for the st
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +24,11 @@ from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM
 from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
-from dreamlora.optimizers._rank_space import RankSpace, count, rank_spaces
+from dreamlora.optimizers._rank_space import RankSpace, Side, count, rank_spaces
 from dreamlora.optimizers._tangent import Grams, flattened, frames, steps_of, tangent
+
+_PIECE = 2**16
+"""Elements of factors that are copied together on the CPU."""
 
 
 class LoRATSD(LoraPairOptimizer):
@@ -32,6 +37,11 @@ class LoRATSD(LoraPairOptimizer):
     To first order a step moves the weight ``BA`` by a matrix of the tangent space whose singular values are all about
     ``lr`` (times ``r^-rank_power``), and at most ``√2·lr``. LoRA-Muon makes ``δB A`` and ``B δA`` flat one by one, this
     their sum. The path of ``BA`` is the same for every factorisation of the start. State: one momentum.
+
+    Singular values below 1/800 of the gradient's length (Frobenius) fade out of the direction; those above are made
+    equal exactly in float64, and up to 1e-4 in float32. There, rounds after the first are made by what they come to
+    where gradients have as many directions as the LoRA has ranks, or the momentum is zero. Otherwise that
+    is another direction of the tangent space, up to a quarter longer and as far from the published as half its length.
 
     Where B has hardly any length, the published step of A is many times A itself (without end at ``B = 0``; the paper
     starts elsewhere). Here ``trust`` bounds it as in ``LoRAMuon``, and a direction of B that is mere rounding has no
@@ -93,7 +103,8 @@ class LoRATSD(LoraPairOptimizer):
         return {"fallbacks": sum(int(n) for n in self._fallbacks.values())}
 
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
-        square, other = [], []
+        square: list[PairBatch] = []
+        other: list[PairBatch] = []
         for batch in batches:
             (square if _is_square(batch) else other).append(batch)
         for alike in (square, other):
@@ -101,13 +112,16 @@ class LoRATSD(LoraPairOptimizer):
                 self._update(space, alike is square)
 
     def _update(self, space: RankSpace, square: bool) -> None:
-        stacks, grams = _read(space, space.momenta(self))
-        steps = self._steps(space, grams, square).to(space.dtype)
+        pieces = list(_pieces(space, space.momenta(self)))
+        blocks = [_grams(side, _both(side, m).to(space.gram_dtype)) for side, m in pieces]
+        grams = Grams(*(torch.cat(block) for block in zip(*blocks, strict=True)))
+        steps = self._steps(space, grams, square).to(space.dtype).split([len(m) for _, m in pieces])
         sign = 1.0 if space.group["maximize"] else -1.0
-        for side, x, step in zip(space.sides, stacks, space.split(steps), strict=True):
+        for (side, m), step in zip(pieces, steps, strict=True):
             lr, decay = space.rates(side)
             c = math.sqrt(1 - decay)
-            side.move(step, x, keep=c, factor=sign * lr * space.rank ** -space.group["rank_power"] / c)
+            factor = sign * lr * space.rank ** -space.group["rank_power"] / c
+            side.move(step, _both(side, m), keep=c, factor=factor)
 
     def _steps(self, space: RankSpace, grams: Grams, square: bool) -> Tensor:
         """``(k, r, 2r)``: what the ``[X, mX]`` of the factors are to be multiplied with."""
@@ -141,17 +155,21 @@ def _is_square(batch: PairBatch) -> bool:
     return min(r, batch.A[0].numel() // r - r) == min(r, batch.B[0].shape[0] - r)
 
 
-def _read(space: RankSpace, momenta: list[Tensor]) -> tuple[list[Tensor], Grams]:
-    """``[A; mA]`` ``(b, 2r, n)`` and ``[B, mB]`` ``(b, m, 2r)`` by side, and the Gram matrices of all.
-
-    On the CPU pair by pair: large arrays in float64 are mostly waiting for memory.
-    """
-    stacks, grams = [], []
+def _pieces(space: RankSpace, momenta: list[Tensor]) -> Iterator[tuple[Side, Tensor]]:
+    """The factors and momenta by side; on the CPU in pieces whose copies are small, as fresh memory is slow."""
     for side, m in zip(space.sides, momenta, strict=True):
-        both = torch.cat([side.stack(), m], 1 if side.wide else 2)
-        stacks.append(both)
-        for part in both.split(1 if both.device.type == "cpu" else len(both)):
-            exact = part.to(space.gram_dtype)
-            X, M = exact.chunk(2, 1 if side.wide else 2)
-            grams.append((*side.gram(exact, X).chunk(2, 1), side.gram(M, M)))
-    return stacks, Grams(*(torch.cat(blocks) for blocks in zip(*grams, strict=True)))
+        size = max(1, _PIECE // m[0].numel()) if m.device.type == "cpu" else len(m)
+        for i in range(0, len(m), size):
+            yield replace(side, params=side.params[i : i + size]), m[i : i + size]
+
+
+def _both(side: Side, m: Tensor) -> Tensor:
+    """``[A; mA]`` ``(b, 2r, n)`` or ``[B, mB]`` ``(b, m, 2r)``."""
+    return torch.cat([side.stack(), m], 1 if side.wide else 2)
+
+
+def _grams(side: Side, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks of ``Grams``, of ``_both`` in their precision."""
+    X, M = both.chunk(2, 1 if side.wide else 2)
+    own, cross = side.gram(both, X).chunk(2, 1)
+    return own, cross, side.gram(M, M)
