@@ -101,13 +101,14 @@ def test_a_step_moves_the_product_along_the_dense_direction(dtype, m, n, r, dire
 def test_rounds_in_float32_come_to_those_in_float64(projections, zero):
     """``N`` or ``P`` is zero where only one factor is trained."""
     T = torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    T += 4 * torch.eye(16, dtype=torch.float64).roll(8, 0)  # no singular value near the floor
     T[:, 8:, 8:] = 0.0
     if zero == "N":
         T[:, :8, 8:] = 0.0
     if zero == "P":
         T[:, 8:, :8] = 0.0
     exact, found = (flattened(x, projections, square=True) for x in (T, T.float()))
-    assert relative_distance([found.double()], [exact]) < 2e-4
+    assert relative_distance([found.double()], [exact]) < 1e-4
 
 
 def test_one_projection_is_the_direction_of_riemannion():
