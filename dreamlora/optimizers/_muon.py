@@ -106,7 +106,7 @@ class LoRAMuon(RefreshingOptimizer):
             size = space.rank ** -group["rank_power"] / 2
             if due:
                 self._refresh(space, size)
-            whitened, moment = space.whitened(self._momenta(space), space.matrix(self, WHITENING))
+            whitened, moment = space.whitened(space.momenta(self), space.matrix(self, WHITENING))
             root, failed = inverse_root(moment, 0.0, space.dtype)
             count(self._fallbacks, failed)
             self._descend(space, whitened, space.matrix(self, BACK) @ root.to(space.dtype), size)
@@ -117,15 +117,6 @@ class LoRAMuon(RefreshingOptimizer):
         count(self._fallbacks, at.failed)
         space.keep(self, WHITENING, at.whitening)
         space.keep(self, BACK, space.back(at, [size] * len(space.sides)))
-
-    def _momenta(self, space: RankSpace) -> list[Tensor]:
-        """The running means of the gradients, by side."""
-        momenta = []
-        for side in space.sides:
-            m = side.state(self, MOMENTUM)
-            torch._foreach_lerp_(list(m.unbind()), side.gradients(), 1 - space.group["momentum"])
-            momenta.append(m.flatten(2))
-        return momenta
 
     def _descend(self, space: RankSpace, whitened: list[Tensor], matrices: Tensor, size: float) -> None:
         sign = -1.0 if space.group["maximize"] else 1.0

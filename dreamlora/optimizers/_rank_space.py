@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from dreamlora import linalg
 from dreamlora.optimizers._batch import PairBatch
-from dreamlora.optimizers._kernels import compute_dtype
+from dreamlora.optimizers._kernels import MOMENTUM, compute_dtype
 from dreamlora.optimizers._pairs import Group
 from dreamlora.optimizers._refresh import keep_state, stacked_state
 
@@ -123,6 +123,15 @@ class RankSpace:
         self.rank, self.device, self.dtype = p.shape[0], p.device, compute_dtype(p.dtype)
         self.gram_dtype = linalg.gram_dtype(p.device)
 
+    def momenta(self, optimizer: Optimizer) -> list[Tensor]:
+        """The running means of the gradients with this step's in them, by side: ``(b, r, n)`` or ``(b, m, r)``."""
+        means = []
+        for side in self.sides:
+            mean = side.state(optimizer, MOMENTUM)
+            torch._foreach_lerp_(list(mean.unbind()), side.gradients(), 1 - self.group["momentum"])
+            means.append(mean.flatten(2))
+        return means
+
     def coordinates(self) -> Coordinates:
         """Of the partners as they are now."""
         factors = (side.stack(self.gram_dtype) for side in self.sides)
@@ -156,14 +165,15 @@ class RankSpace:
         """``(k, r, r)``: from whitened directions to steps of the factors, ``Eᵀ D``.
 
         Args:
-            row_norms: by side, how long a rank direction of the whitened step is; ``_trusted`` makes ``D`` of it.
+            row_norms: by side, how long a rank direction of the whitened step is; ``trusted`` makes ``D`` of it.
         """
         if not self.group["trust"]:
             return at.back
         for_A, for_B = at.back.chunk(2)
-        return torch.cat([for_A @ self._trusted(at, row_norms), for_B])
+        (K, own), E = at.K.chunk(2), at.whitening.chunk(2)[0]
+        return torch.cat([for_A @ self.trusted(E, K, own, row_norms), for_B])
 
-    def _trusted(self, at: Coordinates, row_norms: list[float]) -> Tensor:
+    def trusted(self, E: Tensor, K: Tensor, own: Tensor, row_norms: list[float]) -> Tensor:
         """``D = W(W + c²I)⁻¹`` ``(k/2, r, r)`` for A, with ``c = η·row_norm/(2·trust)``.
 
         ``W = SSᵀ``, where ``S`` is ``BA`` in orthonormal bases (``r × r``): D shortens A's step where the singular
@@ -171,8 +181,12 @@ class RankSpace:
         ``η`` is many times A itself. With D, ``‖K_A^-½ δA‖ <= trust``. As the singular values of the product decide
         and not the factors', this is the same for every factorisation. B needs no bound: A starts with length in every
         direction. Where A is zero, D is the identity.
+
+        Args:
+            E, K: whitening and Gram matrices of B ``(k/2, r, r)``.
+            own: Gram matrices of A.
+            row_norms: by side, how long a rank direction of the whitened step is.
         """
-        (K, own), E = at.K.chunk(2), at.whitening.chunk(2)[0]
         identity = torch.eye(self.rank, dtype=own.dtype, device=own.device)
         steps = [self.rates(side)[0] * norm for side, norm in zip(self.sides, row_norms, strict=True) if side.wide]
         c2 = self.per_factor([step / (2 * self.group["trust"]) for step in steps]).square()

@@ -142,17 +142,19 @@ def _coupled(
     return Y.view(shape), Z.reshape(shape)
 
 
-def polar_factor(X: Tensor, floor: float) -> Tensor:
+def polar_factor(X: Tensor, floor: float, precision: float | None = None) -> Tensor:
     """The orthogonal factor ``U`` of ``X = U H``.
 
     Args:
-        X: square ``(..., r, r)``, of spectral norm at most 1.
-        floor: singular values from here to 1 become 1 up to rounding; smaller ones keep an order below.
+        X: square ``(k, r, r)``, of spectral norm at most 1.
+        floor: singular values from here to 1 become 1 up to ``precision``; smaller ones keep an order below.
+        precision: without, that of the data.
     """
-    identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    for a, b, c in quintic_steps(floor, torch.finfo(X.dtype).eps):
+    for a, b, c in quintic_steps(floor, precision or torch.finfo(X.dtype).eps):
         M = X.mT @ X
-        X = X @ (a * identity + b * M + c * (M @ M))
+        Q = torch.baddbmm(M, M, M, beta=b, alpha=c)
+        Q.diagonal(dim1=-2, dim2=-1).add_(a)
+        X = X @ Q
     return X
 
 

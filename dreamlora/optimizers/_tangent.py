@@ -12,6 +12,7 @@ transpose, so that both factors are alike: ``X`` is A or Bᵀ, ``M`` its gradien
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,14 @@ from dreamlora.optimizers._roots import polar_factor
 _LEVEL = 1e-8
 """Relative damping, at least: the square root of float64's precision. Products with two inverse roots of something that
 was damped by it are as exact."""
-_FLOOR = 1e-3
+_FLOOR = 1.25e-3
 """Least singular value of a direction that becomes 1, as a share of its Frobenius norm."""
+_BEFORE_LAST = 1e-3
+"""How far from 1 singular values in float32 may be before the last step; after it they are at most a tenth of that."""
 
 
 class TangentFrame(NamedTuple):
-    """One factor ``X`` of ``k`` pairs and its gradient ``M``; all are ``(k, r, r)``.
+    """``k`` factors ``X`` and their gradients ``M``; all are ``(k, r, r)``.
 
     Attributes:
         own: ``E``: the rows of ``E X`` are orthonormal.
@@ -47,26 +50,27 @@ class TangentFrame(NamedTuple):
     failed: Tensor
 
 
-def frames(of_A: Tensor, of_B: Tensor, dtype: torch.dtype) -> tuple[TangentFrame, TangentFrame]:
-    """Both factors' frames.
+class Grams(NamedTuple):
+    """``X Xᵀ``, ``M Xᵀ`` and ``M Mᵀ`` ``(k, r, r)``, in ``linalg.gram_dtype``."""
+
+    own: Tensor
+    cross: Tensor
+    gradient: Tensor
+
+
+def frames(of: Grams, of_partners: Callable[[Tensor], Tensor], dtype: torch.dtype) -> TangentFrame:
+    """The frames of all factors.
 
     Args:
-        of_A: Gram matrices ``(k, 2r, 2r)`` of ``[A; mA]``, in ``linalg.gram_dtype``.
-        of_B: of ``[B, mB]``.
+        of: their Gram matrices.
+        of_partners: brings what is stacked by factor in the order of their partners.
         dtype: precision of the factors.
     """
-    r, level = of_A.shape[-1] // 2, max(linalg.rounding_level(dtype, of_A.dtype), _LEVEL)
-    (E_A, failed_A), (E_B, failed_B) = (
-        _coordinates(K, linalg.mean_eigenvalue(K), level) for K in (of_A[:, :r, :r], of_B[:, :r, :r])
-    )
-    failed = failed_A | failed_B
-    return _frame(E_A, E_B, of_A, level, failed), _frame(E_B, E_A, of_B, level, failed)
-
-
-def _frame(own: Tensor, partner: Tensor, H: Tensor, level: float, failed: Tensor) -> TangentFrame:
-    r = own.shape[-1]
-    core = partner @ H[:, r:, :r] @ own.mT
-    whole = linalg.symmetric(partner @ H[:, r:, r:] @ partner.mT)
+    level = max(linalg.rounding_level(dtype, of.own.dtype), _LEVEL)
+    own, failed = _coordinates(of.own, linalg.mean_eigenvalue(of.own), level)
+    partner, failed = of_partners(own), failed | of_partners(failed)
+    core = partner @ of.cross @ own.mT
+    whole = linalg.symmetric(partner @ of.gradient @ partner.mT)
     rest = whole - core @ core.mT
     # Rounding is a share of the whole, not of the rest, which may be nothing else.
     outer, unfactored = _coordinates(rest, linalg.mean_eigenvalue(whole), level)
@@ -84,7 +88,9 @@ def _coordinates(K: Tensor, tau: Tensor, level: float) -> tuple[Tensor, Tensor]:
     identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     _, E, failed = linalg.cholesky(torch.where(zero, identity, K / tau) + level * identity)
     X = level * E @ E.mT
-    E = torch.linalg.matrix_power(identity - X, 4) @ (identity + X @ (4.5 * identity + 12.375 * X)) @ E * tau.rsqrt()
+    X2 = X @ X
+    fade = torch.add(X2, X, alpha=-2.0).add_(identity)  # (I − X)²
+    E = fade @ (fade @ (X2.mul_(12.375).add_(X, alpha=4.5).add_(identity) @ (E * tau.rsqrt())))
     return torch.where(zero | failed[:, None, None], 0.0, E), failed
 
 
@@ -97,44 +103,35 @@ def flattened(T: Tensor, projections: int) -> Tensor:
     """``X_τ`` of ``X_{t+1} = P_T(msign(X_t))``, ``X₀ = T``: all singular values about 1, and ``√2`` at most.
 
     Those of ``X_t`` below ``_FLOOR`` fade out with their third power: a plain matrix sign in every round would make
-    rounding as large as the rest.
+    rounding as large as the rest. Above, ``msign`` is exact in float64, and 1e-4 from it in float32.
 
     Args:
         T: ``(k, 2r, 2r)``, tangent.
         projections: ``τ >= 1``.
     """
-    r = T.shape[-1] // 2
     norm = torch.linalg.matrix_norm(T, keepdim=True)
-    X = T / torch.where(norm == 0, 1.0, norm)
-    for t in range(projections):
-        X = polar_factor(X / math.sqrt(2) if t else X, _FLOOR)
-        X = X @ (X.mT @ X)
-        X[:, r:, r:] = 0.0
+    X = _flat(T / torch.where(norm == 0, 1.0, norm))
+    for _ in range(projections - 1):
+        X = _flat(X / math.sqrt(2))
     return X
 
 
-def step_of(frame: TangentFrame, core: Tensor, edge: Tensor, shorten: Tensor | None = None) -> Tensor:
-    """``(k, r, 2r)``: the matrix whose product with ``[X; M]`` moves the factor along a tangent direction.
+def _flat(X: Tensor) -> Tensor:
+    """``P_T(msign(X))``, with ``σ³(5 − 3σ²)/2`` for the last step of the sign: that squares its error, too."""
+    r = X.shape[-1] // 2
+    X = polar_factor(X, _FLOOR, None if X.dtype == torch.float64 else _BEFORE_LAST)
+    M = X.mT @ X
+    X = X @ torch.baddbmm(M, M, M, beta=2.5, alpha=-1.5)
+    X[:, r:, r:] = 0.0
+    return X
+
+
+def steps_of(frame: TangentFrame, core: Tensor, edge: Tensor) -> Tensor:
+    """``(k, r, 2r)``: whose product with ``[X; M]`` is a tangent direction, with rows in the partner's basis.
 
     Args:
-        frame: of the factor.
-        core, edge: blocks of the direction that the factor is to follow, with rows in the partner's basis.
-        shorten: applied to the rows of the direction.
+        frame: of the factors.
+        core, edge: blocks of the direction, ``(k, r, r)``.
     """
     along = edge @ frame.outer
-    step = torch.cat([(core - along @ frame.core) @ frame.own, along @ frame.partner], -1)
-    return frame.partner.mT @ (step if shorten is None else shorten @ step)
-
-
-def bounded(S: Tensor, c: Tensor) -> Tensor:
-    """``D = W (W + c²I)⁻¹`` with ``W = S Sᵀ``: ``‖S⁻¹D‖ <= 1/(2c)``, and the identity where S is longer than c.
-
-    Args:
-        S: ``(k, r, r)``.
-        c: ``(k, 1, 1)``, >= 0.
-    """
-    W, c2 = linalg.symmetric(S @ S.mT), c.square()
-    scale = linalg.mean_eigenvalue(W) + c2
-    scale = torch.where(scale <= linalg.TAU_MIN, 1.0, scale)
-    W = W / scale
-    return W @ linalg.spd_inverse(W + c2 / scale * torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)).P
+    return torch.cat([(core - along @ frame.core) @ frame.own, along @ frame.partner], -1)

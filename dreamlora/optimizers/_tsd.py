@@ -13,47 +13,22 @@ long matrices are read twice: for the Gram matrix of ``[X, mX]``, and for the st
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamlora import linalg
 from dreamlora.optimizers import _checks
-from dreamlora.optimizers._batch import PairBatch, moves_of, stack
-from dreamlora.optimizers._kernels import MOMENTUM, compute_dtype
+from dreamlora.optimizers._batch import PairBatch
+from dreamlora.optimizers._kernels import MOMENTUM
 from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
-from dreamlora.optimizers._rank_space import count
-from dreamlora.optimizers._tangent import TangentFrame, bounded, flattened, frames, step_of, tangent
+from dreamlora.optimizers._rank_space import RankSpace, Side, count, rank_spaces
+from dreamlora.optimizers._tangent import Grams, flattened, frames, steps_of, tangent
 
-
-class _Stack:
-    """A factor of ``b`` pairs beside its gradients: ``[A; mA]`` ``(b, 2r, n)`` or ``[B, mB]`` ``(b, m, 2r)``.
-
-    Attributes:
-        params: the factors.
-        wide: whether these are the A.
-    """
-
-    def __init__(self, params: list[Tensor], wide: bool, gradients: list[Tensor]) -> None:
-        self.params, self.wide = params, wide
-        self._both = torch.cat([stack(params), stack(gradients)], 1 if wide else 2)
-
-    def gram(self) -> Tensor:
-        """``(b, 2r, 2r)`` in ``linalg.gram_dtype``."""
-        x = self._both.to(linalg.gram_dtype(self._both.device))
-        return x @ x.mT if self.wide else x.mT @ x
-
-    def move(self, step: Tensor, keep: float, factor: float) -> None:
-        """``X ← keep·X + factor·step·[X; mX]`` for what has a gradient; ``step`` ``(b, r, 2r)``."""
-        x, r, step = self._both, step.shape[1], step.to(self._both.dtype)
-        if self.wide:
-            new = torch.baddbmm(x[:, :r], step, x, beta=keep, alpha=factor)
-        else:
-            new = torch.baddbmm(x[:, :, :r], x, step.mT, beta=keep, alpha=factor)
-        moves = moves_of(self.params, new)
-        if moves:
-            torch._foreach_copy_([p for p, _ in moves], [after for _, after in moves])
+_PIECE = 2**16
+"""Elements of factors that are copied together on the CPU."""
 
 
 class LoRATSD(LoraPairOptimizer):
@@ -62,6 +37,9 @@ class LoRATSD(LoraPairOptimizer):
     To first order a step moves the weight ``BA`` by a matrix of the tangent space whose singular values are all about
     ``lr`` (times ``r^-rank_power``), and at most ``√2·lr``. LoRA-Muon makes ``δB A`` and ``B δA`` flat one by one, this
     their sum. The path of ``BA`` is the same for every factorisation of the start. State: one momentum.
+
+    Singular values below 1/800 of the gradient's length (Frobenius) fade out of the direction; those above are made
+    equal exactly in float64, and up to 1e-4 in float32.
 
     Where B has hardly any length, the published step of A is many times A itself (without end at ``B = 0``; the paper
     starts elsewhere). Here ``trust`` bounds it as in ``LoRAMuon``, and a direction of B that is mere rounding has no
@@ -123,74 +101,62 @@ class LoRATSD(LoraPairOptimizer):
         return {"fallbacks": sum(int(n) for n in self._fallbacks.values())}
 
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
-        alike: dict[Any, list[PairBatch]] = {}
-        for batch in batches:
-            p = batch.A[0]
-            alike.setdefault((p.shape[0], p.device, p.dtype), []).append(batch)
-        for members in alike.values():
-            self._update(group, members)
+        for space in rank_spaces(group, batches):
+            self._update(space)
 
-    def _update(self, group: Group, batches: list[PairBatch]) -> None:
-        """Pairs of one rank, device and dtype."""
-        sides = [
-            [_Stack(b.A, True, self._gradients(group, b.A)) for b in batches],
-            [_Stack(b.B, False, self._gradients(group, b.B)) for b in batches],
-        ]
-        of_A, of_B = (torch.cat([one.gram() for one in side]) for side in sides)
-        for side, steps in zip(sides, self._steps(group, batches, of_A, of_B), strict=True):
-            for one, step in zip(side, steps.split([len(one.params) for one in side]), strict=True):
-                lr = float(group["lr"]) * (1.0 if one.wide else group["lr_ratio_B"])
-                c = math.sqrt(1 - lr * group["weight_decay"])
-                one.move(step, keep=c, factor=(lr if group["maximize"] else -lr) / c)
+    def _update(self, space: RankSpace) -> None:
+        pieces = list(_pieces(space, space.momenta(self)))
+        blocks = [_grams(side, _both(side, m).to(space.gram_dtype)) for side, m in pieces]
+        grams = Grams(*(torch.cat(block) for block in zip(*blocks, strict=True)))
+        steps = self._steps(space, grams).to(space.dtype).split([len(m) for _, m in pieces])
+        sign = 1.0 if space.group["maximize"] else -1.0
+        for (side, m), step in zip(pieces, steps, strict=True):
+            lr, decay = space.rates(side)
+            c = math.sqrt(1 - decay)
+            factor = sign * lr * space.rank ** -space.group["rank_power"] / c
+            side.move(step, _both(side, m), keep=c, factor=factor)
 
-    def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
-        """The running means, with this step's gradients in them; a missing one counts as zero."""
-        dtype, beta = compute_dtype(params[0].dtype), group["momentum"]
-        gradients = [torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype) for p in params]
-        if not beta:
-            return gradients
-        for p in params:
-            if MOMENTUM not in self.state[p]:
-                self.state[p][MOMENTUM] = torch.zeros_like(p, dtype=dtype)
-        momenta = [self.state[p][MOMENTUM] for p in params]
-        torch._foreach_lerp_(momenta, gradients, 1 - beta)
-        return momenta
-
-    def _steps(self, group: Group, batches: list[PairBatch], of_A: Tensor, of_B: Tensor) -> tuple[Tensor, Tensor]:
-        """``(k, r, 2r)`` for all A and all B: what their ``[X, mX]`` are to be multiplied with."""
-        p = batches[0].A[0]
-        frame_A, frame_B = frames(of_A, of_B, p.dtype)
-        count(self._fallbacks, frame_A.failed | frame_B.failed)
+    def _steps(self, space: RankSpace, grams: Grams) -> Tensor:
+        """``(k, r, 2r)``: what the ``[X, mX]`` of the factors are to be multiplied with."""
+        group, r = space.group, space.rank
+        frame = frames(grams, space.of_partners, space.params[0].dtype)
+        count(self._fallbacks, frame.failed.chunk(2)[0])
+        core_A, core_B = frame.core.chunk(2)
+        edge_A, edge_B = frame.edge.chunk(2)
         # What both factors could follow is B's, as published, unless B is not trained.
-        theirs = _column([float(q.grad is not None) for b in batches for q in b.B], of_A)
-        T = tangent(torch.lerp(frame_A.core, frame_B.core.mT, theirs), frame_A.edge, frame_B.edge.mT)
-        T = flattened(T.to(compute_dtype(p.dtype)), group["projections"]).to(of_A.dtype)
-        r = p.shape[0]
+        trained = [float(p.grad is not None) for side in space.sides if not side.wide for p in side.params]
+        theirs = torch.tensor(trained, dtype=space.gram_dtype).to(space.device, non_blocking=True)[:, None, None]
+        T = tangent(torch.lerp(core_A, core_B.mT, theirs), edge_A, edge_B.mT)
+        T = flattened(T.to(space.dtype), group["projections"]).to(space.gram_dtype)
         C, N, P = T[:, :r, :r], T[:, :r, r:], T[:, r:, :r]
-        per_scaling = [1 / abs(s) if group["scale_correction"] else 1.0 for b in batches for s in b.scalings]
-        length = _column(per_scaling, of_A) * r ** -group["rank_power"]
-        shorten = _trusted(group, frame_A, of_A, of_B, length) if group["trust"] else None
-        return (
-            step_of(frame_A, (1 - theirs) * C, N, shorten) * length,
-            step_of(frame_B, theirs * C.mT, P.mT) * length,
-        )
+        steps = steps_of(frame, torch.cat([(1 - theirs) * C, theirs * C.mT]), torch.cat([N, P.mT]))
+        back = frame.partner.mT
+        if group["trust"]:
+            (K_A, K_B), (for_A, for_B) = grams.own.chunk(2), back.chunk(2)
+            norms = [r ** -group["rank_power"]] * len(space.sides)
+            back = torch.cat([for_A @ space.trusted(for_A.mT, K_B, K_A, norms), for_B])
+        return back @ steps
 
     def _reset(self) -> None:
         super()._reset()
         self._fallbacks: dict[torch.device, Any] = {}
 
 
-def _trusted(group: Group, A: TangentFrame, of_A: Tensor, of_B: Tensor, length: Tensor) -> Tensor:
-    """``D`` ``(k, r, r)``, which shortens steps of A where ``BA`` is shorter than a step; see ``RankSpace``.
-
-    The identity where A is zero: there ``BA`` is as well, and A has no length that could be changed too much.
-    """
-    K_A, K_B = (H[:, : H.shape[-1] // 2, : H.shape[-1] // 2] for H in (of_A, of_B))
-    D = bounded(A.partner @ K_B @ K_A @ A.own.mT, float(group["lr"]) / (2 * group["trust"]) * length)
-    identity = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
-    return torch.where(linalg.mean_eigenvalue(K_A) <= linalg.TAU_MIN, identity, D)
+def _pieces(space: RankSpace, momenta: list[Tensor]) -> Iterator[tuple[Side, Tensor]]:
+    """The factors and momenta by side; on the CPU in pieces whose copies are small, as fresh memory is slow."""
+    for side, m in zip(space.sides, momenta, strict=True):
+        size = max(1, _PIECE // m[0].numel()) if m.device.type == "cpu" else len(m)
+        for i in range(0, len(m), size):
+            yield replace(side, params=side.params[i : i + size]), m[i : i + size]
 
 
-def _column(numbers: list[float], like: Tensor) -> Tensor:
-    """``(k, 1, 1)``, without waiting for the device."""
-    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
+def _both(side: Side, m: Tensor) -> Tensor:
+    """``[A; mA]`` ``(b, 2r, n)`` or ``[B, mB]`` ``(b, m, 2r)``."""
+    return torch.cat([side.stack(), m], 1 if side.wide else 2)
+
+
+def _grams(side: Side, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks of ``Grams``, of ``_both`` in their precision."""
+    X, M = both.chunk(2, 1 if side.wide else 2)
+    own, cross = side.gram(both, X).chunk(2, 1)
+    return own, cross, side.gram(M, M)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamlora.optimizers import LoRATSD
+from dreamlora.optimizers._tangent import flattened
 from tests.optimizers.lora_problems import (
     Pairs,
     descend,
@@ -93,6 +94,21 @@ def test_a_step_moves_the_product_along_the_dense_direction(dtype, m, n, r, dire
     LoRATSD([pair_group([pair])], lr=0.1, momentum=0.0, trust=0.0, rank_power=0.0).step()
     dA, dB = pair[0].detach().double() - a, pair[1].detach().double() - b
     assert relative_distance([dB @ a + b @ dA], [-0.1 * X]) < (1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("projections", [2, 3, 6, 7])
+@pytest.mark.parametrize("zero", [None, "N", "P"])
+def test_rounds_in_float32_come_to_those_in_float64(projections, zero):
+    """``N`` or ``P`` is zero where only one factor is trained."""
+    T = torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    T += 4 * torch.eye(16, dtype=torch.float64).roll(8, 0)  # no singular value near the floor
+    T[:, 8:, 8:] = 0.0
+    if zero == "N":
+        T[:, :8, 8:] = 0.0
+    if zero == "P":
+        T[:, 8:, :8] = 0.0
+    exact, found = (flattened(x, projections) for x in (T, T.float()))
+    assert relative_distance([found.double()], [exact]) < 1e-4
 
 
 def test_one_projection_is_the_direction_of_riemannion():
