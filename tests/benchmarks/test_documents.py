@@ -75,7 +75,7 @@ def test_the_time_of_a_step() -> None:
     names = {
         "torch's AdamW, fused": "adamw (torch, fused)",
         "torch's AdamW, foreach": "adamw (torch, foreach)",
-        "the same with `--lora_units start`": "adamw, units of the start",
+        "fused, `--lora_units start`": "adamw, units of the start",
         "`scaled_adamw`, `variant split`": "scaled_adamw, split",
         "PEFT's Riemannian": "riemannian (peft)",
     }
