@@ -112,13 +112,8 @@ def in_units(optimizer: _Optimizer) -> _Optimizer:
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"in_units: {cls.__name__} evaluates the model within its step, which sees other parameters")
-    members: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": cls.__module__, "knows_units": True}
-    # without the step hooks that torch puts around it, so that they come outside and see the usual parameters
-    members["step"] = _scaled_step(cls.step.__wrapped__)
-    members |= {name: _scaled_switch(getattr(cls, name)) for name in _SWITCHES if hasattr(cls, name)}
-    optimizer.__class__ = type(cls.__name__, (cls,), members)
+    optimizer.__class__ = _class_in_units(cls)
     optimizer._patch_step_function()
-    optimizer.register_load_state_dict_pre_hook(_refuse_other_units)
     return optimizer
 
 
@@ -176,10 +171,31 @@ def problem_of_units(group: Mapping[str, Any], saved: Mapping[str, Any]) -> str 
     return None
 
 
-def _refuse_other_units(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        if problem := problem_of_units(group, saved):
-            raise ValueError(f"this state does not belong to this {type(optimizer).__name__}: {problem}")
+@functools.cache
+def _class_in_units(cls: Any) -> Any:
+    members: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": cls.__module__, "knows_units": True}
+    # without the step hooks that torch puts around it, so that they come outside and see the usual parameters
+    members["step"] = _scaled_step(cls.step.__wrapped__)
+    members |= {name: _scaled_switch(getattr(cls, name)) for name in _SWITCHES if hasattr(cls, name)}
+    members["load_state_dict"] = _careful_load(cls.load_state_dict)  # a hook would be lost in copies
+    members["__reduce__"] = lambda self: (_blank_in_units, (cls,), self.__getstate__())  # has no name of its own
+    return type(cls.__name__, (cls,), members)
+
+
+def _blank_in_units(cls: Any) -> Any:
+    """For copies and pickles: without state yet."""
+    return object.__new__(_class_in_units(cls))
+
+
+def _careful_load(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> Any:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if problem := problem_of_units(group, saved):
+                raise ValueError(f"this state does not belong to this {type(self).__name__}: {problem}")
+        return method(self, state_dict)
+
+    return load_state_dict
 
 
 def _scaled_step(method: Callable[..., Any]) -> Callable[..., Any]:
