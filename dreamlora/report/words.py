@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from dreamlora import figures, registry
+from dreamlora.config.rates import in_start_units
+from dreamlora.config.run import Optim
 from dreamlora.eval_loss.items import paired_difference
 from dreamlora.eval_loss.selection import difference_text
 from dreamlora.figures import loss, score
@@ -248,13 +251,21 @@ def setup(facts: RunFacts) -> str:
     kind = registry.load("adapters", adapter).NAME if adapter in registry.names("adapters") else "LoRA"
     parts = [f"{kind} of rank {config.get('rank', '?')} on {facts.model}", str(config.get("optimizer", "?"))]
     if config.get("learning_rate") is not None:
-        units = " in units of the start" if config.get("lora_units") == "start" else ""
+        units = " in units of the start" if _in_start_units(config) else ""
         parts.append(f"learning rate {config['learning_rate']:g}{units}")
     of = "" if facts.total_steps in (None, facts.steps) else f" of {facts.total_steps}"
     parts.append(f"{facts.steps}{of} steps")
     if facts.summary.get("device"):
         parts.append(str(facts.summary["device"]))
     return " · ".join(parts)
+
+
+def _in_start_units(config: Mapping[str, Any]) -> bool:
+    """Of a run's config, whose optimizer may be unknown here."""
+    name, units = config.get("optimizer"), config.get("lora_units")
+    if units != "start" or name not in registry.names("optimizers"):
+        return units == "start"
+    return in_start_units(Optim(optimizer=name, lora_units=units))
 
 
 def numbers(facts: RunFacts) -> list[tuple[str, str]]:

@@ -241,3 +241,16 @@ def test_the_kind_of_adapter_is_told(adapter: str | None, told: str, make_run: C
     if adapter:
         facts.config["adapter"] = adapter
     assert words.setup(facts).startswith(f"{told} of rank ")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"), [("adamw", True), ("a stranger's", True), ("lora_muon", False), ("lora_tsd", False)]
+)
+def test_units_of_the_start_are_told_where_they_have_an_effect(
+    optimizer: str, told: bool, make_run: Callable[..., RunFolder]
+) -> None:
+    facts = RunFacts(make_run())
+    facts.config |= {"optimizer": optimizer, "learning_rate": 0.06, "lora_units": "start"}
+    assert ("learning rate 0.06 in units of the start" in words.setup(facts)) == told
+    facts.config["lora_units"] = "plain"
+    assert "units" not in words.setup(facts)
