@@ -173,7 +173,7 @@ def result(rows: Sequence[Row]) -> Row:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, make the runs, print and write."""
     import torch
 
@@ -184,14 +184,17 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help=f"ascending multiples of {EVERY}")
     parser.add_argument("--runs", type=Path, default=Path("outputs/auto_rate/runs.jsonl"), help="finished runs")
     parser.add_argument("--results", type=Path, default=_machine.RESULTS, help="folder of auto_rate.json")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    lengths = list(options.lengths)
+    if lengths != sorted(set(lengths)) or any(length < 1 or length % EVERY for length in lengths):
+        parser.error(f"--lengths must be ascending multiples of {EVERY} (got {' '.join(map(str, lengths))})")
     torch.set_num_threads(1)
     runs, file = Runs(options.runs), options.results / "auto_rate.json"
     before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     rows = {named(row): row for row in before}
     for subject, rank, method in itertools.product(options.subjects, options.ranks, options.methods):
         cell = {"method": method, "subject": subject, "rank": rank}
-        for row in of_cell(cell, options.lengths, runs):
+        for row in of_cell(cell, lengths, runs):
             rows[named(row)] = row
             print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         about = {"command": _machine.command("auto_rate.py"), **result(list(rows.values()))}

@@ -171,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.tuning_subject in HELD_OUT:
         parser.error(f"--tuning_subject must be none of those that are held out: {', '.join(HELD_OUT)}")
+    if options.workers < 1:
+        parser.error(f"--workers must be at least 1 (got {options.workers})")
     wanted = METHODS if not options.quick else [one for one in METHODS if one.label in QUICK_METHODS]
     if options.methods:
         unknown = set(options.methods) - {method.label for method in METHODS}

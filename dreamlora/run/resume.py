@@ -161,9 +161,15 @@ def complete(config: RunConfig, folder: RunFolder, settings: dict[str, Any], pic
     same = before["wanted"] == wanted and {**kept, _CLASSES: None} == {**settings, _CLASSES: None}
     unchecked = summary.get("parity") == {"reason": UNCHECKED} and before["steps"] in folder.checkpoint_steps()
     if same and folder.lora_file.exists() and not unchecked:
+        further = "give a larger --max_train_steps"
+        if "max_train_steps" in settings:
+            further = (
+                f"begin another with --init_lora {folder.path} and another --output_dir (--lr_scheduler "
+                f"{config.optim.lr_scheduler} has ended; with constant ones a larger --max_train_steps does)"
+            )
         return (
-            f"the run in {folder.path} is complete ({before['steps']} steps). To train it further give a larger "
-            "--max_train_steps, to begin anew --overwrite_output_dir without --resume_from_checkpoint"
+            f"the run in {folder.path} is complete ({before['steps']} steps). To train it further {further}, to begin "
+            "anew --overwrite_output_dir without --resume_from_checkpoint"
         )
     if folder.holds_result() and not folder.checkpoint_steps():
         raise UserError(

@@ -267,3 +267,12 @@ def test_the_estimate_of_a_command_is_told_by_stage(tmp_path: Path) -> None:
         *("encoding images", "encoding prompts", "training", "drawing samples", "check at the end"),
     ]
     assert 0 < one["training"] < two["training"]
+
+
+@pytest.mark.parametrize("lengths", [["75"], ["0"], ["-50"], ["100", "50"], ["50", "50"]])
+def test_lengths_of_auto_rate_are_looked_at_before_anything_is_trained(
+    lengths: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load("auto_rate").main(["--lengths", *lengths])
+    assert "--lengths must be ascending multiples of 50" in capsys.readouterr().err

@@ -65,6 +65,14 @@ def test_the_tuning_sees_both_ends_of_everything_and_no_held_out_subject(benchma
         benchmark.main(["--tuning_subject", "twinhouse"])
 
 
+def test_no_workers_are_refused_before_anything_is_trained(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--workers", "0"])
+    assert "--workers must be at least 1 (got 0)" in capsys.readouterr().err
+
+
 def test_all_have_two_settings_and_labels_of_their_own(benchmark: ModuleType) -> None:
     assert all(len(set(method.settings)) == 2 for method in benchmark.METHODS)
     assert len({method.label for method in benchmark.METHODS}) == len(benchmark.METHODS)

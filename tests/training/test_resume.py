@@ -187,11 +187,24 @@ def test_a_complete_run_has_nothing_to_resume(
     with monkeypatch.context() as patch:
         patch.setattr(assemble, "_build", lambda *_: pytest.fail("a model was loaded"))
         assert train(*quick, "--resume_from_checkpoint", "latest").path == run.path
-    assert "is complete (2 steps)" in caplog.text
+    assert "is complete (2 steps)" in caplog.text and "give a larger --max_train_steps" in caplog.text
     for more in (["--rank", "4"], ["--max_train_steps", "3"]):
         with pytest.raises(UserError, match="no checkpoint to go on from"):
             train(*quick, *more, "--resume_from_checkpoint", "latest")
     assert (run.metrics_file.read_bytes(), run.lora_file.read_bytes()) == before
+
+
+def test_a_complete_run_whose_schedule_has_ended_is_trained_further_as_another(
+    train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With more steps the rates of its steps would have been others, so that is refused."""
+    caplog.set_level(logging.INFO)
+    cosine = ["--lr_scheduler", "cosine", "--resume_from_checkpoint", "latest"]
+    run = train(*cosine, "--max_train_steps", "2")
+    train(*cosine, "--max_train_steps", "2")
+    assert "is complete (2 steps)" in caplog.text and f"--init_lora {run.path}" in caplog.text
+    with pytest.raises(UserError, match="max_train_steps: 2 then, 3 now"):
+        train(*cosine, "--max_train_steps", "3")
 
 
 def test_damaged_side_files_are_made_anew(train: Train) -> None:
