@@ -368,24 +368,6 @@ def test_copies_work_in_units_too(name: str, copied: Callable[..., Any]) -> None
         optimizer.load_state_dict(plain)
 
 
-@pytest.mark.parametrize(
-    "make", [foreign, lambda net: in_units(torch.optim.SGD(lora_param_groups(net, units="start")))]
-)
-def test_pickles_and_copies_are_optimizers_in_units(make: Callable[[Net], Any]) -> None:
-    net = Net(16.0)
-    optimizer = make(net)
-    trained(net, optimizer, 2)
-    pairs = [copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((net, optimizer)))]
-    path = trained(net, optimizer, 2)
-    for other, its in pairs:
-        assert type(its) is type(optimizer)
-        assert all(map(torch.equal, trained(other, its, 2), path))
-        plain = copy.deepcopy(its.state_dict())
-        del plain["param_groups"][0]["unit_scales"]
-        with pytest.raises(ValueError, match="written in plain units, and this is in units of the start"):
-            its.load_state_dict(plain)
-
-
 def test_schedule_free_switches_in_units() -> None:
     averages = []
     for alpha, start in ((2.0, 1.0), (16.0, 10.0)):
