@@ -54,7 +54,7 @@ class FakePool:
             if len(self.made) == self.stop_after:
                 raise KeyboardInterrupt
             self.made.append(job)
-            folder = make_run(job.folder.parents[3], job.method, job.lr, job.seed, self.curves[job.method])
+            folder = make_run(job.folder.parents[3], job.method, float(job.rate), job.seed, self.curves[job.method])
             assert folder.path == job.folder
             status = "failed" if job.method in self.broken else "finished"
             write_outcome(folder, job.method, status, "it broke" if status == "failed" else "")
@@ -83,9 +83,9 @@ def compare(fake: type[FakePool], tmp_path: Path) -> Callable[..., Any]:
 def test_tuning_comes_first_then_fresh_seeds_at_the_best_rates(compare: Any) -> None:
     made, found = compare()
     tuning, headline = made[:42], made[42:]
-    assert {job.seed for job in tuning} == {0, 1, 2} and len({(job.method, job.lr) for job in tuning}) == 14
+    assert {job.seed for job in tuning} == {0, 1, 2} and len({(job.method, float(job.rate)) for job in tuning}) == 14
     assert [job.seed for job in tuning] == sorted(job.seed for job in tuning)
-    assert {(job.method, job.lr) for job in headline} == {("adamw", 2e-3), ("scaled_adamw", 6.32e-3)}
+    assert {(job.method, float(job.rate)) for job in headline} == {("adamw", 2e-3), ("scaled_adamw", 6.32e-3)}
     assert sorted(job.seed for job in headline) == [3, 3, 4, 4, 5, 5, 6, 6, 7, 7]
     assert found["fresh_seeds"] and found["complete"]
     assert found["methods"][1]["delta"]["word"] == "better"
@@ -95,12 +95,12 @@ def test_tuning_comes_first_then_fresh_seeds_at_the_best_rates(compare: Any) -> 
 def test_the_grid_grows_where_the_best_lies_at_its_edge(compare: Any, fake: type[FakePool]) -> None:
     fake.curves["adamw"] = Curve(0.2)
     made, found = compare()
-    rates = sorted({job.lr for job in made if job.method == "adamw"})
+    rates = sorted({float(job.rate) for job in made if job.method == "adamw"})
     assert len(rates) == 9 and rates[-2:] == [0.2, 0.632]
     adamw = found["methods"][0]
     assert adamw["best_lr"] == 0.2 and adamw["at_grid_edge"] is None
     assert [rate["added"] for rate in adamw["rates"]] == [False] * 7 + [True] * 2
-    assert len({job.lr for job in made if job.method == "scaled_adamw"}) == 7
+    assert len({float(job.rate) for job in made if job.method == "scaled_adamw"}) == 7
 
 
 def test_the_grid_does_not_grow_for_ever(compare: Any, fake: type[FakePool]) -> None:
@@ -112,7 +112,7 @@ def test_the_grid_does_not_grow_for_ever(compare: Any, fake: type[FakePool]) -> 
 
 def test_given_rates_are_left_as_they_are(compare: Any) -> None:
     made, found = compare("--learning_rates", "1e-4", "1e-3", "--headline_seeds", "0")
-    assert {job.lr for job in made} == {1e-4, 1e-3} and len(made) == 12
+    assert {float(job.rate) for job in made} == {1e-4, 1e-3} and len(made) == 12
     assert not found["fresh_seeds"] and found["methods"][0]["at_grid_edge"] == "high"
 
 
