@@ -13,7 +13,6 @@ decay by exactly ``1 − η·wd``.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM
 from dreamlora.optimizers._pairs import Group
-from dreamlora.optimizers._rank_space import BACK, WHITENING, RankSpace, count, rank_spaces
+from dreamlora.optimizers._rank_space import BACK, WHITENING, RankSpace, check_product_decay, count, rank_spaces
 from dreamlora.optimizers._refresh import RefreshingOptimizer
 from dreamlora.optimizers._roots import inverse_root
 
@@ -88,9 +87,7 @@ class LoRAMuon(RefreshingOptimizer):
         _checks.fraction("momentum", group["momentum"])
         for name in ("damping", "rank_power", "trust"):
             _checks.at_least_zero(name, group[name])
-        decay = float(group["lr"]) * max(1.0, group["lr_ratio_B"]) * group["weight_decay"]
-        if group["lora_pairs"] and decay >= 1:
-            raise ValueError(f"weight_decay: got lr × weight_decay = {decay:g}, must be below 1")
+        check_product_decay(group)
 
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         return {MOMENTUM: tuple(p.shape), WHITENING: (rank, rank), BACK: (rank, rank)}
@@ -109,7 +106,9 @@ class LoRAMuon(RefreshingOptimizer):
             whitened, moment = space.whitened(space.momenta(self), space.matrix(self, WHITENING))
             root, failed = inverse_root(moment, 0.0, space.dtype)
             count(self._fallbacks, failed)
-            self._descend(space, whitened, space.matrix(self, BACK) @ root.to(space.dtype), size)
+            matrices = space.split(space.matrix(self, BACK) @ root.to(space.dtype))
+            for side, T, z in zip(space.sides, matrices, whitened, strict=True):
+                space.move(side, T, z, size)
 
     def _refresh(self, space: RankSpace, size: float) -> None:
         """Make the matrices of the partners anew."""
@@ -117,13 +116,6 @@ class LoRAMuon(RefreshingOptimizer):
         count(self._fallbacks, at.failed)
         space.keep(self, WHITENING, at.whitening)
         space.keep(self, BACK, space.back(at, [size] * len(space.sides)))
-
-    def _descend(self, space: RankSpace, whitened: list[Tensor], matrices: Tensor, size: float) -> None:
-        sign = -1.0 if space.group["maximize"] else 1.0
-        for side, T, z in zip(space.sides, space.split(matrices), whitened, strict=True):
-            lr, decay = space.rates(side)
-            c = math.sqrt(1 - decay)
-            side.move(T, z, keep=c, factor=-sign * lr * size / c)
 
     def _reset(self) -> None:
         super()._reset()

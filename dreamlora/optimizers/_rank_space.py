@@ -7,6 +7,7 @@ serves; here it comes from the Cholesky factor of the Gram matrix, so the only w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -229,6 +230,19 @@ class RankSpace:
         lr = float(self.group["lr"]) * (1.0 if side.wide else self.group["lr_ratio_B"])
         scale = abs(side.scaling) if self.group["scale_correction"] else 1.0
         return lr / scale, lr * self.group["weight_decay"]
+
+    def move(self, side: Side, T: Tensor, X: Tensor, size: float) -> None:
+        """``X ← c X − η·size·product(T, X)/c``, ``c = √(1 − η·wd)``: the product ``BA`` decays by ``1 − η·wd``."""
+        lr, decay = self.rates(side)
+        c = math.sqrt(1 - decay)
+        side.move(T, X, keep=c, factor=(1.0 if self.group["maximize"] else -1.0) * lr * size / c)
+
+
+def check_product_decay(group: Group) -> None:
+    """Raise ValueError if a step of ``RankSpace.move`` would leave nothing of a factor."""
+    decay = float(group["lr"]) * max(1.0, group["lr_ratio_B"]) * group["weight_decay"]
+    if group["lora_pairs"] and decay >= 1:
+        raise ValueError(f"weight_decay: got lr × weight_decay = {decay:g}, must be below 1")
 
 
 def rank_spaces(group: Group, batches: list[PairBatch]) -> Iterator[RankSpace]:

@@ -12,7 +12,6 @@ long matrices are read twice: for the Gram matrix of ``[X, mX]``, and for the st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,7 +23,7 @@ from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM
 from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
-from dreamlora.optimizers._rank_space import RankSpace, Side, count, rank_spaces
+from dreamlora.optimizers._rank_space import RankSpace, Side, check_product_decay, count, rank_spaces
 from dreamlora.optimizers._tangent import Grams, flattened, frames, steps_of, tangent
 
 _PIECE = 2**16
@@ -88,9 +87,7 @@ class LoRATSD(LoraPairOptimizer):
         _checks.whole_number("projections", group["projections"], 1)
         for name in ("rank_power", "trust"):
             _checks.at_least_zero(name, group[name])
-        decay = float(group["lr"]) * max(1.0, group["lr_ratio_B"]) * group["weight_decay"]
-        if group["lora_pairs"] and decay >= 1:
-            raise ValueError(f"weight_decay: got lr × weight_decay = {decay:g}, must be below 1")
+        check_product_decay(group)
 
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         return {MOMENTUM: tuple(p.shape)}
@@ -109,12 +106,9 @@ class LoRATSD(LoraPairOptimizer):
         blocks = [_grams(side, _both(side, m).to(space.gram_dtype)) for side, m in pieces]
         grams = Grams(*(torch.cat(block) for block in zip(*blocks, strict=True)))
         steps = self._steps(space, grams).to(space.dtype).split([len(m) for _, m in pieces])
-        sign = 1.0 if space.group["maximize"] else -1.0
+        size = space.rank ** -space.group["rank_power"]
         for (side, m), step in zip(pieces, steps, strict=True):
-            lr, decay = space.rates(side)
-            c = math.sqrt(1 - decay)
-            factor = sign * lr * space.rank ** -space.group["rank_power"] / c
-            side.move(step, _both(side, m), keep=c, factor=factor)
+            space.move(side, step, _both(side, m), size)
 
     def _steps(self, space: RankSpace, grams: Grams) -> Tensor:
         """``(k, r, 2r)``: what the ``[X, mX]`` of the factors are to be multiplied with."""

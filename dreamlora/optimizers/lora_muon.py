@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,15 +59,5 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     from dreamlora.optimizers._groups import with_fallback_lr
     from dreamlora.optimizers._muon import LoRAMuon
 
-    return LoRAMuon(
-        with_fallback_lr(param_groups, options.fallback_lr),
-        DEFAULT_LR,
-        momentum=options.momentum,
-        damping=options.damping,
-        rank_power=options.rank_power,
-        scale_correction=options.scale_correction,
-        trust=options.trust,
-        refresh=options.refresh,
-        betas=options.betas,
-        eps=options.eps,
-    )
+    settings = dataclasses.asdict(options)
+    return LoRAMuon(with_fallback_lr(param_groups, settings.pop("fallback_lr")), DEFAULT_LR, **settings)

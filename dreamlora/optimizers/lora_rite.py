@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,17 +71,5 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     from dreamlora.optimizers._groups import with_fallback_lr
     from dreamlora.optimizers._rite import LoRARITE
 
-    return LoRARITE(
-        with_fallback_lr(param_groups, options.fallback_lr),
-        DEFAULT_LR,
-        betas=options.betas,
-        eps=options.eps,
-        clip_unmagnified_grad=options.clip_unmagnified_grad,
-        update_skipping=options.update_skipping,
-        update_capping=options.update_capping,
-        apply_escape=options.apply_escape,
-        scale_correction=options.scale_correction,
-        trust=options.trust,
-        rank_power=options.rank_power,
-        refresh=options.refresh,
-    )
+    settings = dataclasses.asdict(options)
+    return LoRARITE(with_fallback_lr(param_groups, settings.pop("fallback_lr")), DEFAULT_LR, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +57,5 @@ def build(param_groups: list[dict[str, Any]], options: Options) -> Optimizer:
     from dreamlora.optimizers._groups import with_fallback_lr
     from dreamlora.optimizers._tsd import LoRATSD
 
-    return LoRATSD(
-        with_fallback_lr(param_groups, options.fallback_lr),
-        DEFAULT_LR,
-        momentum=options.momentum,
-        projections=options.projections,
-        rank_power=options.rank_power,
-        scale_correction=options.scale_correction,
-        trust=options.trust,
-        betas=options.betas,
-        eps=options.eps,
-    )
+    settings = dataclasses.asdict(options)
+    return LoRATSD(with_fallback_lr(param_groups, settings.pop("fallback_lr")), DEFAULT_LR, **settings)

@@ -64,6 +64,14 @@ def regauge(pairs: Pairs, make_R: Callable[[int], Tensor]) -> Pairs:
     return changed
 
 
+def values(pairs: Pairs) -> list[Tensor]:
+    return [p.detach().clone() for pair in pairs for p in pair]
+
+
+def cast(pairs: Pairs, dtype: torch.dtype) -> Pairs:
+    return [(nn.Parameter(A.detach().to(dtype)), nn.Parameter(B.detach().to(dtype))) for A, B in pairs]
+
+
 def relative_distance(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((x - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True))
 

@@ -16,11 +16,8 @@ from tests.optimizers.lora_problems import (
     regauge,
     relative_distance,
     targets,
+    values,
 )
-
-
-def values(pairs) -> list[Tensor]:
-    return [p.detach().clone() for pair in pairs for p in pair]
 
 
 def power(K: Tensor, exponent: float) -> Tensor:

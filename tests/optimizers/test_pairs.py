@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dreamlora.optimizers import LoRAMuon, LoRARITE, LoRATSD, ScaledAdamW, ScaledGD
-from tests.optimizers.lora_problems import descend, make_pairs, pair_group, quadratic_gradients, targets
+from tests.optimizers.lora_problems import descend, make_pairs, pair_group, quadratic_gradients, targets, values
 
 KINDS = [
     (ScaledAdamW, {"lr": 0.01}),
@@ -21,10 +21,6 @@ KINDS = [
     (LoRATSD, {"lr": 0.05}),
 ]
 kinds = pytest.mark.parametrize(("cls", "settings"), KINDS, ids=["adamw", "gd", "rite", "muon", "tsd"])
-
-
-def values(pairs) -> list[torch.Tensor]:
-    return [p.detach().clone() for pair in pairs for p in pair]
 
 
 def same(found, expected) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamlora.optimizers import LoRAMuon, LoRARITE, ScaledAdamW
@@ -16,6 +16,7 @@ from dreamlora.optimizers._kernels import without_tf32
 from dreamlora.optimizers._rank_space import RankSpace
 from tests.optimizers.lora_problems import (
     Pairs,
+    cast,
     descend,
     general,
     make_pairs,
@@ -45,10 +46,6 @@ def fit(pairs: Pairs, optimizer: torch.optim.Optimizer, directions: int) -> list
         optimizer.step()
         products.append([(B.detach().double() @ A.detach().double()) for A, B in pairs])
     return products
-
-
-def cast(pairs: Pairs, dtype: torch.dtype) -> Pairs:
-    return [(nn.Parameter(A.detach().to(dtype)), nn.Parameter(B.detach().to(dtype))) for A, B in pairs]
 
 
 @methods

@@ -20,12 +20,8 @@ from tests.optimizers.lora_problems import (
     regauge,
     relative_distance,
     targets,
+    values,
 )
-
-
-def values(pairs) -> list[Tensor]:
-    return [p.detach().clone() for pair in pairs for p in pair]
-
 
 LIBRARY = [
     {},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dreamlora.optimizers import LoRATSD
 from dreamlora.optimizers._tangent import flattened
 from tests.optimizers.lora_problems import (
-    Pairs,
+    cast,
     descend,
     general,
     make_pairs,
@@ -20,11 +20,8 @@ from tests.optimizers.lora_problems import (
     regauge,
     relative_distance,
     targets,
+    values,
 )
-
-
-def values(pairs: Pairs) -> list[Tensor]:
-    return [p.detach().clone() for pair in pairs for p in pair]
 
 
 def msign(Z: Tensor) -> Tensor:
@@ -153,8 +150,7 @@ def test_a_step_has_the_size_that_lr_says(scaling, power):
 def test_does_not_see_the_factorisation(dtype, tolerance, trust):
     results = []
     for change in (None, general):
-        pairs = make_pairs() if change is None else regauge(make_pairs(), change)
-        pairs = [(nn.Parameter(A.detach().to(dtype)), nn.Parameter(B.detach().to(dtype))) for A, B in pairs]
+        pairs = cast(make_pairs() if change is None else regauge(make_pairs(), change), dtype)
         optimizer = LoRATSD([pair_group(pairs)], lr=0.2, momentum=0.9, weight_decay=0.3, trust=trust)
         results.append([x.double() for x in descend(pairs, optimizer, 9)])
         assert optimizer.stats == {"fallbacks": 0}
