@@ -5,7 +5,7 @@
     ...
 
 The stages of `tiny`, in order: render, autoencoder, latents, refine, unet, clip, export (`--stage all` runs them all).
-`tiny-flow` is made of the finished `tiny`: render, flow_latents, flow, guidance, flow_export (`--stage all_flow`). A
+`tiny-flow` is made of the finished `tiny`: render, flow_latents, t5, flow, guidance, flow_export (`--stage all_flow`). A
 training stage ends its learning-rate decay after `--minutes` of wall time, checkpoints into `--folder` and resumes from
 there. Every stage uses a GPU if there is one.
 """
@@ -15,7 +15,7 @@ import logging
 from pathlib import Path
 
 import torch
-from pretraining import autoencoder, clip, data, denoiser, export, flow, flow_export
+from pretraining import autoencoder, clip, data, denoiser, export, flow, flow_export, t5
 
 from dreamlora.tiny import clip_path, pipeline_path
 
@@ -24,14 +24,15 @@ TRAINERS = {
     "refine": autoencoder.refine,
     "unet": denoiser.train,
     "clip": clip.train,
+    "t5": t5.train,
     "flow": flow.train,
     "guidance": flow.distil,
 }
 # on one core of a 2026 server
-MINUTES = {"autoencoder": 20.0, "refine": 20.0, "unet": 75.0, "clip": 20.0, "flow": 75.0, "guidance": 15.0}
+MINUTES = {"autoencoder": 20.0, "refine": 20.0, "unet": 75.0, "clip": 20.0, "t5": 3.0, "flow": 75.0, "guidance": 20.0}
 STAGES = {
     "all": ("render", "autoencoder", "latents", "refine", "unet", "clip", "export"),
-    "all_flow": ("render", "flow_latents", "flow", "guidance", "flow_export"),
+    "all_flow": ("render", "flow_latents", "t5", "flow", "guidance", "flow_export"),
 }
 
 

@@ -1,6 +1,6 @@
 """Stages `flow` and `guidance`: the transformer of `tiny-flow` and its T5, on latents of the embedded autoencoder.
 
-`flow` trains rectified flow with dropped captions. `guidance` then teaches the transformer to do in one pass what
+`flow` trains rectified flow with dropped captions, while T5 goes on with what stage `t5` taught it. `guidance` then teaches the transformer to do in one pass what
 classifier-free guidance does in two, with the scale as an input, as FLUX.1-dev was made.
 """
 
@@ -11,16 +11,14 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 from dreamlora.families import _packed
 from dreamlora.tiny import pipeline_path
-from pretraining import data, flow_tokenizer
+from pretraining import data, flow_tokenizer, t5
 from pretraining.denoiser import Captions
 from pretraining.optim import PretrainingRecipe, PretrainingRun
 
 HEADS, HEAD_WIDTH, DOUBLE, SINGLE = 5, 32, 2, 6
-T5_WIDTH, T5_LAYERS, CLIP_WIDTH = 128, 2, 96
 BATCH = 32
 MUON_LR, ADAMW_LR = 3e-3, 1.5e-3
 GUIDANCE_MUON_LR, GUIDANCE_ADAMW_LR = 1e-3, 5e-4
@@ -30,24 +28,8 @@ PAIRS = 0.6  # of the pictures with two: which colour belongs to which thing is 
 HOLD = 0.7  # share of the time before the learning rate falls
 TIME_SPREAD = 1.2  # of the logits of the times
 # Muon is meant for hidden matrices only; a modulation's are many small ones side by side.
-NOT_FOR_MUON = ("embed", "norm", "shared", "relative", "transformer.proj_out")
-
-
-def build_t5(vocabulary: int) -> T5EncoderModel:
-    """An untrained text encoder for the tokenizer's number of tokens."""
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=T5_WIDTH,
-        d_kv=32,
-        d_ff=2 * T5_WIDTH,
-        num_layers=T5_LAYERS,
-        num_heads=4,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=32,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-    )
-    return T5EncoderModel(config)
+NOT_FOR_MUON = ("embed", "norm", "transformer.proj_out", "t5.", "to_clip")
+IMITATION = 0.2  # weight of the distance from CLIP's states of the words
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -59,8 +41,8 @@ def build_transformer() -> FluxTransformer2DModel:
         num_single_layers=SINGLE,
         attention_head_dim=HEAD_WIDTH,
         num_attention_heads=HEADS,
-        joint_attention_dim=T5_WIDTH,
-        pooled_projection_dim=CLIP_WIDTH,
+        joint_attention_dim=t5.WIDTH,
+        pooled_projection_dim=t5.CLIP_WIDTH,
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
@@ -71,27 +53,28 @@ def build_transformer() -> FluxTransformer2DModel:
     return model
 
 
-class FlowDenoiser(nn.Module):
+class FlowDenoiser(t5.Reader):
     """T5 and transformer as one module, so that they share an optimizer, an average and a checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.t5 = build_t5(len(flow_tokenizer.build()))
         self.transformer = build_transformer()
 
-    def forward(self, noisy: Tensor, times: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor) -> Tensor:
-        """The predicted velocity, packed: (n, 64, 16).
+    def forward(
+        self, noisy: Tensor, times: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The predicted velocity, packed, (n, 64, 16), and CLIP's states of the words as guessed from T5's.
 
         Args:
             noisy: packed latents (n, 64, 16).
             times: (n,), 1 is noise.
             tokens: of the captions, (n, MAX_LENGTH).
-            pooled: CLIP's summaries of them, (n, CLIP_WIDTH).
+            pooled: CLIP's summaries of them, (n, t5.CLIP_WIDTH).
             guidance: scales (n,).
         """
         dtype = self.transformer.dtype
-        prompts = self.t5(tokens)[0]
-        return self.transformer(
+        prompts, guessed = super().forward(tokens)
+        velocity = self.transformer(
             noisy.to(dtype),
             encoder_hidden_states=prompts,
             pooled_projections=pooled.to(dtype),
@@ -100,7 +83,8 @@ class FlowDenoiser(nn.Module):
             img_ids=_packed.image_ids(8, 8, noisy.device, dtype),
             txt_ids=torch.zeros(tokens.shape[1], 3, device=noisy.device, dtype=dtype),
             return_dict=False,
-        )[0].float()
+        )[0]
+        return velocity.float(), guessed
 
 
 @torch.no_grad()
@@ -115,19 +99,6 @@ def encode_dataset(folder: Path, device: torch.device, batch: int = 64) -> None:
     torch.save(latents, folder / "flow_latents.pt")
 
 
-class Summaries:
-    """CLIP's pooled embeddings, by the embedded model's own text encoder, which stays as it is."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.words = CLIPTokenizer.from_pretrained(pipeline_path(), subfolder="tokenizer")
-        self._clip = CLIPTextModel.from_pretrained(pipeline_path(), subfolder="text_encoder").to(device).eval()
-
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """(n, CLIP_WIDTH) of token ids (n, 32)."""
-        return self._clip(tokens.to(self._clip.device)).pooler_output
-
-
 class Examples:
     """Batches without end: packed latents, and what `FlowDenoiser` takes for their captions."""
 
@@ -135,11 +106,11 @@ class Examples:
         self.latents, self.scenes = torch.load(folder / "flow_latents.pt", weights_only=True), data.load_scenes(folder)
         paired = torch.tensor([scene.relation is not None for scene in self.scenes])
         self.pairs, self.singles = paired.nonzero()[:, 0], (~paired).nonzero()[:, 0]
-        self.summaries, self.device = Summaries(device), device
-        self.texts, self.words = Captions(self.scenes, self.summaries.words, seed), flow_tokenizer.build()
+        self.captions, self.texts = Captions(self.scenes, flow_tokenizer.build(), seed), t5.Texts(device)
+        self.device = device
 
-    def batch(self, pairs: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (n, 64, 16), T5's tokens (n, 32) and CLIP's summaries (n, CLIP_WIDTH).
+    def batch(self, pairs: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents (n, 64, 16), and what `t5.Texts` reads from their captions.
 
         Args:
             pairs: share of the pictures that hold two things.
@@ -148,14 +119,8 @@ class Examples:
         drawn = ((self.pairs, of_two), (self.singles, BATCH - of_two))
         chosen = torch.cat([among[torch.randint(len(among), (count,))] for among, count in drawn])
         chosen = chosen[torch.randperm(BATCH)]  # the strata of the times go by place
-        texts = self.texts.words_of(chosen.tolist())
-        return self.latents[chosen].to(self.device).float(), *self.read(texts)
-
-    def read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """T5's tokens and CLIP's summaries of texts."""
-        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        summaries = self.summaries(self.summaries.words(texts, **padded).input_ids)
-        return self.words(texts, **padded).input_ids.to(self.device), summaries
+        read = self.texts.read(self.captions.words_of(chosen.tolist()))
+        return self.latents[chosen].to(self.device).float(), *read
 
 
 def draw_times(count: int, device: torch.device) -> Tensor:
@@ -176,12 +141,19 @@ def train(folder: Path, minutes: float, device: torch.device) -> None:
     """Stage `flow`: train for `minutes`; checkpoint (and resume) as flow.pt in `folder`."""
     torch.manual_seed(0)
     recipe = PretrainingRecipe("flow", minutes, MUON_LR, ADAMW_LR, decay=0.999, hold=HOLD, not_for_muon=NOT_FOR_MUON)
-    run = PretrainingRun(FlowDenoiser(), recipe, folder, device, working=working_copy)
+    model = FlowDenoiser()
+    if (folder / "t5.pt").exists():
+        taught = torch.load(folder / "t5.pt", map_location="cpu", weights_only=True)["average"]
+        model.load_state_dict(taught, strict=False)  # all but the transformer's
+    run = PretrainingRun(model, recipe, folder, device, working=working_copy)
     examples, ones = Examples(folder, device, run.step), torch.ones(BATCH, device=device)
     while run.unfinished:
-        latents, tokens, pooled = examples.batch(PAIRS if run.budget.progress > PAIRS_AFTER else 0.0)
+        latents, tokens, pooled, states = examples.batch(PAIRS if run.budget.progress > PAIRS_AFTER else 0.0)
         noisy, times, velocity = noised(latents)
-        run.update(F.mse_loss(run.working(noisy, times, tokens, pooled, ones), velocity))
+        predicted, guessed = run.working(noisy, times, tokens, pooled, ones)
+        imitation = t5.distance(guessed, states, tokens)
+        loss = F.mse_loss(predicted, velocity) + IMITATION * imitation
+        run.update(loss, lambda: f"of which words {IMITATION * imitation.item():.4f}")
 
 
 def distil(folder: Path, minutes: float, device: torch.device) -> None:
@@ -193,16 +165,16 @@ def distil(folder: Path, minutes: float, device: torch.device) -> None:
     recipe = PretrainingRecipe("guidance", minutes, muon, adamw, decay=0.999, hold=0.2, not_for_muon=NOT_FOR_MUON)
     run = PretrainingRun(model, recipe, folder, device, working=working_copy)
     examples, ones = Examples(folder, device, run.step), torch.ones(BATCH, device=device)
-    empty = [part.expand(BATCH, -1) for part in examples.read([""])]
+    empty = [part.expand(BATCH, -1) for part in examples.texts.read([""])[:2]]
     low, high = GUIDANCE
     while run.unfinished:
-        latents, tokens, pooled = examples.batch(PAIRS)
+        latents, tokens, pooled, _ = examples.batch(PAIRS)
         noisy, times, _ = noised(latents)
         scales = (low + (high - low) * torch.rand(BATCH, device=device)).bfloat16().float()
         with torch.no_grad():
-            without = teacher(noisy, times, *empty, ones)
-            target = without + scales.view(-1, 1, 1) * (teacher(noisy, times, tokens, pooled, ones) - without)
-        run.update(F.mse_loss(run.working(noisy, times, tokens, pooled, scales), target))
+            without, _ = teacher(noisy, times, *empty, ones)
+            target = without + scales.view(-1, 1, 1) * (teacher(noisy, times, tokens, pooled, ones)[0] - without)
+        run.update(F.mse_loss(run.working(noisy, times, tokens, pooled, scales)[0], target))
 
 
 def working_copy(model: FlowDenoiser) -> FlowDenoiser:
