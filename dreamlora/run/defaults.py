@@ -57,7 +57,7 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
     method = registry.load("optimizers", config.optim.optimizer)
     start = registry.load("inits", config.lora.init)
     given = config.optim.learning_rate
-    learning_rate = given if isinstance(given, int | float) else default_rate(config.optim)
+    learning_rate = given if isinstance(given, int | float) else default_rate(config)
     # Decay pulls B A to zero; where it is counted from another start, that is no way back to the base model.
     default_decay = 0.0 if start.OFFSET else method.DEFAULT_WEIGHT_DECAY
     weight_decay = _first(config.optim.adam_weight_decay, default_decay)

@@ -233,7 +233,9 @@ def test_the_scaler_of_fp16_is_as_it_was(train: Train, monkeypatch: pytest.Monke
     assert len(values[0]) == len(values[1]) and None not in values[1]
 
 
-def test_where_nothing_holds_the_optimizers_own_rate_stays(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_holds_the_rate_is_that_of_a_run_without_a_test(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = loop.optimizer_step
 
     def breaks(run: loop.Run, batches: Any) -> Any:
