@@ -13,6 +13,17 @@ def in_start_units(optim: Optim) -> bool:
     return optim.lora_units == "start" and not free
 
 
+def finds_rate(optimizer: str) -> bool:
+    """Whether it finds its rate as it trains, so that a learning rate is a factor on that. Unknown ones do not."""
+    known = optimizer in registry.names("optimizers")
+    return known and getattr(registry.load("optimizers", optimizer), "FINDS_RATE", False)
+
+
+def told_rate(optimizer: str, rate: str) -> str:
+    """A learning rate as it is told of a run with this optimizer."""
+    return f"{rate} × what it finds" if finds_rate(optimizer) else rate
+
+
 def own_rate(optim: Optim) -> float | None:
     """The optimizer's own learning rate in the units that were chosen; None: it names none in units of the start."""
     method = registry.load("optimizers", optim.optimizer)

@@ -308,6 +308,32 @@ def test_charts_are_whole_inside_and_outside_the_page(written: Path) -> None:
     assert "sgd best at 20" in charts["rates"].label
 
 
+def test_rates_that_runs_found_are_told_as_such(make_comparison: Callable[..., Path]) -> None:
+    methods = method("sgd")
+    methods[2] |= {"best_lr": None, "found_lrs": [1.6e-3, 2e-3, 2.4e-3], "rates": [], "lr_basin": []}
+    methods[2] |= {"at_grid_edge": None, "suggested_lrs": []}
+    methods[1] |= {"optimizer": "prodigy", "best_lr": 1.0}
+    comparison = ComparisonFile(make_comparison(methods=methods, same_lr=[]))
+    tables, charts = comparison_tables.all_of(comparison), comparison_charts.all_of(comparison)
+    assert texts(tables["results"])["sgd"][-1] == "found by each run, 0.0016 to 0.0024"
+    assert texts(tables["results"])["scaled_adamw:variant=split"][-1].startswith("1 × what it finds")
+    assert "sgd" not in texts(tables["basins"]) and "sgd" not in texts(tables["rates"])
+    assert "sgd" not in charts["rates"].label
+    page = write_compare_report(comparison.folder)
+    for file in (page, page.with_suffix(".md")):
+        assert "found by each run, 0.0016 to 0.0024" in file.read_text(encoding="utf-8")
+
+
+def test_where_all_runs_found_their_rates_nothing_is_said_of_basins(make_comparison: Callable[..., Path]) -> None:
+    methods = compare_example()["methods"]
+    for one in methods:
+        one |= {"best_lr": None, "found_lrs": [2e-3, 2e-3], "rates": [], "lr_basin": [], "at_grid_edge": None}
+    page = write_compare_report(make_comparison(methods=methods, same_lr=[]))
+    assert "Every learning rate that was tried" not in page.read_text(encoding="utf-8")
+    text = page.with_suffix(".md").read_text(encoding="utf-8")
+    assert "Decades of learning rates" not in text and text.count("found by each run, 0.002 |") == len(methods)
+
+
 def test_a_comparison_that_goes_on_says_how_far_it_is(make_comparison: Callable[..., Path]) -> None:
     runs = compare_example()["runs"]
     for run in runs[:20]:
