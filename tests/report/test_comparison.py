@@ -105,6 +105,37 @@ def test_both_figures_of_a_method_that_failed_in_a_seed_stand_side_by_side(
     assert chart is not None and "sgd (without 1 of 5 seeds that failed)" in chart.inline
 
 
+LONG = "scaled_adamw:variant=split,scale_correction=true,betas=0.9,0.999+lora_units=start"
+
+
+@pytest.mark.parametrize("label", ["sgd", LONG, LONG[:13] + "x" * 300], ids=["short", "long", "longest"])
+def test_nothing_is_drawn_through_a_methods_name(
+    label: str, make_comparison: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names have rows of their own, within the picture; and the axes keep their width beside long ones."""
+    seen: list[bool] = []
+
+    def looked_at(figure: Any) -> None:
+        axes = figure.axes[0]
+        figure.draw_without_rendering()
+        renderer = figure._get_renderer()
+        names = [text.get_window_extent(renderer) for text in axes.texts]
+        drawn = [artist.get_window_extent(renderer) for artist in (*axes.lines, *axes.collections)]
+        assert len(names) == 2
+        for name in names:
+            assert not any(name.y0 < other.y1 and other.y0 < name.y1 for other in drawn if other.y0 != other.y1)
+            assert name.x0 >= 0 and name.x1 <= figure.bbox.width and name.y1 <= figure.bbox.height
+        assert axes.get_window_extent(renderer).width > 0.9 * figure.bbox.width
+        seen.append(True)
+
+    original = svg._bound
+    monkeypatch.setattr(svg, "_bound", lambda figure: (original(figure), looked_at(figure)))
+    methods = compare_example()["methods"]
+    methods[2]["label"] = label
+    chart = comparison_charts.deltas(ComparisonFile(make_comparison(methods=methods)))
+    assert chart is not None and seen
+
+
 def test_losses_far_above_the_base_models_do_not_squeeze_the_picture() -> None:
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0.4, 1e6])
