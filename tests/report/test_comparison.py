@@ -136,6 +136,15 @@ def test_nothing_is_drawn_through_a_methods_name(
     assert chart is not None and seen
 
 
+def test_long_names_are_broken_on_the_page_too(make_comparison: Callable[..., Path]) -> None:
+    methods = compare_example()["methods"]
+    methods[1]["label"], methods[1]["delta"]["sentence"] = LONG, f"{LONG}: loss +2.1 % against adamw"
+    page = write_compare_report(make_comparison(methods=methods)).read_text(encoding="utf-8")
+    broken = "scaled_adamw:<wbr>variant=split,<wbr>scale_correction=true,<wbr>betas=0.9,0.999+<wbr>lora_units=start"
+    assert f"{broken}:<wbr> loss +2.1" in page, "in the verdict"
+    assert re.search(rf"<th[^>]*>.*{re.escape(broken)}</", page), "in the tables"
+
+
 def test_losses_far_above_the_base_models_do_not_squeeze_the_picture() -> None:
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0.4, 1e6])
