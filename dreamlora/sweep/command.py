@@ -160,8 +160,10 @@ class Sweeper:
             if state is None or state.best is None:
                 bar.write(f"{entry.label}: no learning rate worked")
                 continue
-            found = found_text(state.found) if state.found else f"best {state.best.lr:g}"
-            bar.write(f"{entry.label}: learning rate {found}")
+            found = (
+                f"learning rate {found_text(state.found)}" if state.found else f"best learning rate {state.best.lr:g}"
+            )
+            bar.write(f"{entry.label}: {found}")
             jobs += self._sweep.headline(entry, state.best.lr)
         return sorted(jobs, key=lambda job: job.seed)
 
