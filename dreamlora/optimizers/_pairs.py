@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
@@ -56,6 +56,7 @@ class LoraPairOptimizer(Optimizer):
     """What ``stats`` counts; ``fallbacks``: updates left out, or left unscaled, as a matrix could not be factored."""
 
     def __init__(self, params: list[Group], defaults: dict[str, Any]) -> None:
+        _checks.of_kind(type(self).__name__, params, Iterable, "parameter groups: pass lora_param_groups(model)")
         groups = [dict(group) if isinstance(group, dict) else group for group in params]
         defaults = {"lora_pairs": None, "lr_ratio_B": 1.0, **defaults}
         self.validate_group(defaults)  # also where every group has values of its own
