@@ -26,16 +26,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _cli
 import _machine
 import numpy as np
 
-METHODS = ("adamw", "scaled_adamw", "lora_muon")
+METHODS = ("adamw", "adamw+lora_units=start", "scaled_adamw", "lora_muon")
 SUBJECTS = ("bannerfish", "twinhouse")
 RANKS = (4, 32)
 LENGTHS = (100, 300)
 EVERY = 50
 """Steps between measurements; all lengths are multiples."""
-FIRST = {"adamw": 2e-3, "scaled_adamw": 6e-3, "lora_muon": 0.09}
+FIRST = {"adamw": 2e-3, "adamw+lora_units=start": 8e-3, "scaled_adamw": 6e-3, "lora_muon": 0.09}
 """Where the search for the best rate begins; of other methods at the proposal."""
 MOST = 9
 """Rates in a cell."""
@@ -203,4 +204,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _cli
 import _machine
 import torch
 from PIL import Image
@@ -148,4 +149,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

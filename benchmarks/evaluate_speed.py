@@ -20,9 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _cli
 import _machine
 from PIL import Image
 
+from dreamlora.errors import UserError
 from dreamlora.tiny import world
 
 TARGET_S = 60.0
@@ -46,13 +48,13 @@ def timed(command: list[str], threads: int) -> float:
     """Seconds of a command by the clock.
 
     Raises:
-        RuntimeError: it failed; the message is what it wrote.
+        UserError: it failed; the message is what it wrote.
     """
     started = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
+        raise UserError(done.stderr[-2000:])
     return time.perf_counter() - started
 
 
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

@@ -15,6 +15,7 @@ import statistics
 import warnings
 from typing import Any
 
+import _cli
 import _machine
 import torch
 
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

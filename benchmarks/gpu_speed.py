@@ -31,6 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import _cli
 import _gpu_cases as plan
 import _machine
 import torch
@@ -302,4 +303,4 @@ def _words(measured: Measured) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

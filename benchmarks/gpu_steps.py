@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import _bare_step
+import _cli
 import _machine
 import torch
 from _inputs import inputs_of
@@ -233,4 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

@@ -15,6 +15,7 @@ import statistics
 import time
 from typing import Any
 
+import _cli
 import _machine
 import torch
 from peft.tuners.lora import Linear
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

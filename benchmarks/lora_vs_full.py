@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _cli
 import _machine
 import torch
 from diffusers.optimization import get_scheduler
@@ -50,14 +51,12 @@ def gain_ratio(lora: dict[int, float], full: list[dict[int, float]]) -> float:
     """(base - LoRA's last) / (base - full's best), from losses by step that begin at step 0.
 
     Raises:
-        ValueError: full fine-tuning gained nothing.
+        UserError: full fine-tuning gained nothing.
     """
     base = lora[0]
     best = min(value for run in full for value in run.values())
     if best >= base:
-        raise ValueError(
-            f"full fine-tuning did not lower the loss ({base=}, {best=}): give other --full_learning_rates"
-        )
+        raise UserError(f"full fine-tuning did not lower the loss ({base=}, {best=}): give other --full_learning_rates")
     return (base - lora[max(lora)]) / (base - best)
 
 
@@ -195,4 +194,4 @@ def _course(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

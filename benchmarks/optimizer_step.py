@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import _cli
 import _machine
 import torch
 from peft.optimizers import create_riemannian_optimizer
@@ -187,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

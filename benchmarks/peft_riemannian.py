@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import _cli
 import _machine
 import _unets
 import optimizer_step
@@ -290,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _cli
 import _machine
 import diffusers
 import torch
@@ -339,8 +340,8 @@ def problems(findings: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 if all is as it should be."""
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, check, print and write; the exit status is 0 if all is as it should be."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -361,7 +362,6 @@ def main(argv: list[str] | None = None) -> int:
     flags += ["--mixed_precision", "bf16" if device.type == "cuda" else "no", "--validation_prompt", options.prompt]
     flags += ["--eval_steps", "0", "--checkpointing_steps", "0", "--gradient_checkpointing"]
     flags += ["--no_parity_check"] if options.cpu_offload else []
-    config, optimizer = parse_run([*flags, *more])
     hidden = {str(Path(options.model).resolve()): Path(options.model).name, str(options.images.resolve()): "images"}
     hidden |= {str(options.images): "images", str(work): "work", str(Path.home()): "~"}
     if Path(options.model).exists():
@@ -369,6 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     check = Check(device, dict(sorted(hidden.items(), key=lambda pair: -len(pair[0]))))
     result = {"command": _machine.command("real_model.py"), **_machine.describe(torch.get_num_threads())}
     try:
+        config, optimizer = parse_run([*flags, *more])
         with check.stage("recognising the model") as found:
             subject = subject_of(options, config, device, config.model.mixed_precision or "no")
             found |= about(subject)
@@ -384,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{taken['seconds']:8.1f} s {taken['peak_gib']:8.2f} GiB  {name}")
     print("\n".join(wrong) or "all is as it should be")
     print(f"{file}: add it to an issue")
-    return 1 if wrong else 0
+    sys.exit(1 if wrong else 0)
 
 
 def about(subject: Subject) -> dict[str, Any]:
@@ -403,4 +404,4 @@ def about(subject: Subject) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _cli.start(main)

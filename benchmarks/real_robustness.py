@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import _cli
 import _machine
 import numpy as np
 from _robustness import PROGRAM, Bench, Cell, Method, Row
@@ -42,6 +43,7 @@ from dreamlora import figures, tiny
 from dreamlora.compare.numbers import EDGE_TEXT, number
 from dreamlora.compare.schema import Number
 from dreamlora.config import PROGRAMS
+from dreamlora.errors import UserError
 
 START = "+lora_units=start"
 
@@ -217,7 +219,7 @@ def check_images(bench: Bench, folders: Sequence[Path]) -> None:
     """Enough of them, before the first hour.
 
     Raises:
-        SystemExit: a folder has too few.
+        UserError: a folder has too few.
     """
     from dreamlora.cli.parse import parse_run
     from dreamlora.data.dataset import list_images
@@ -226,7 +228,7 @@ def check_images(bench: Bench, folders: Sequence[Path]) -> None:
         words = [*bench.training, "--instance_data_dir", str(folder), "--instance_prompt", "a photo"]
         count = len(list_images(parse_run(words, PROGRAMS[PROGRAM])[0].data).records)
         if count < FEWEST_IMAGES:
-            raise SystemExit(
+            raise UserError(
                 f"--subjects {folder}: {count} images; give at least {FEWEST_IMAGES}, {HELD_OUT} are held out"
             )
 
@@ -281,4 +283,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import _cli
 import _machine
 from _robustness import LAYERS, Bench, Cell, Config, Method
 from _robustness_protocol import SAME_SPEED, Effort, test, tune
@@ -205,4 +206,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

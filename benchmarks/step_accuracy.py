@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import _cli
 import _machine
 import torch
 from torch import Tensor
@@ -151,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

@@ -28,10 +28,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+import _cli
 import _machine
 from _children import diffusers_script, environment, has_package, python
 
 from dreamlora import tiny
+from dreamlora.errors import UserError
 from dreamlora.tiny.subjects import write_instance_images
 
 HERE = Path(__file__).parent
@@ -87,11 +89,11 @@ def rates(marks: list[Mark], warmup: int) -> tuple[float, float]:
     """Steps per second and processor milliseconds per step, from the first mark at or after ``warmup`` to the last.
 
     Raises:
-        ValueError: the bar was seen less than twice after the warm-up.
+        UserError: the bar was seen less than twice after the warm-up.
     """
     timed = [mark for mark in marks if mark.step >= warmup]
     if not timed or timed[-1].step == timed[0].step:
-        raise ValueError(f"the progress bar was seen too seldom after step {warmup}: more --steps are needed")
+        raise UserError(f"the progress bar was seen too seldom after step {warmup}: more --steps are needed")
     first, last = timed[0], timed[-1]
     steps = last.step - first.step
     return steps / (last.clock_s - first.clock_s), 1e3 * (last.cpu_s - first.cpu_s) / steps
@@ -101,7 +103,7 @@ def measure(command: list[str], variables: dict[str, str], total: int, warmup: i
     """Run a command to its end, watching its progress bar.
 
     Raises:
-        RuntimeError: it failed; the message ends with what it said.
+        UserError: it failed; the message ends with what it said.
     """
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -113,7 +115,7 @@ def measure(command: list[str], variables: dict[str, str], total: int, warmup: i
     wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command[:3])} ... failed ({process.returncode}):\n{said[-3000:]}")
+        raise UserError(f"{' '.join(command[:3])} ... failed ({process.returncode}):\n{said[-3000:]}")
     rate, cpu_ms = rates(marks, warmup)
     kib = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return Measured(rate, cpu_ms, wall, usage.ru_utime + usage.ru_stime, kib / 1024)
@@ -247,4 +249,4 @@ def _wanted(name: str, found: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.start(main)

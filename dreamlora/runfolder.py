@@ -220,6 +220,11 @@ class RunFolder:
         """Whether a run was started here before."""
         return self.config_file.exists()
 
+    def holds_remains(self) -> bool:
+        """Whether a run was made ready here that did not come to its first step: what it left belongs to no run."""
+        trained = self.holds_run() or self.checkpoint_steps() or self.holds_result()
+        return not trained and "model" in self.outline()
+
     def holds_result(self) -> bool:
         """Whether a training ended here, or had begun to write what it made."""
         return self.summary_file.exists() or self.lora_file.exists()
@@ -301,8 +306,12 @@ class RunFolder:
                 )
 
     def clear(self) -> None:
-        """Remove what an earlier run wrote here (and nothing else that lies in the folder)."""
-        for entry in self.entries():
+        """Remove what an earlier run wrote here (and nothing else that lies in the folder).
+
+        What tells that there is something to remove goes last, so that a kill leaves it.
+        """
+        last = (self.config_file, self.outline_file)
+        for entry in (*(entry for entry in self.entries() if entry not in last), *last):
             remove(entry)
 
     def log_all(self, step: int, values: Mapping[str, float], **more: Any) -> None:

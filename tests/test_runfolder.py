@@ -248,6 +248,29 @@ def test_the_lock_ends_with_its_process(folder: RunFolder) -> None:
     folder.release()
 
 
+def test_remains_are_of_a_run_that_did_not_begin(folder: RunFolder) -> None:
+    assert not folder.holds_remains()
+    folder.outline_file.write_text('{"place": "of somebody else"}', encoding="utf-8")
+    assert not folder.holds_remains()
+    folder.outline_file.write_text('{"model": "tiny"}', encoding="utf-8")
+    assert folder.holds_remains()
+    for made in (folder.config_file, folder.lora_file, folder.checkpoint_dir(4)):
+        made.mkdir(parents=True)
+        assert not folder.holds_remains(), "it can be resumed, or is to be kept"
+        made.rmdir()
+    assert folder.holds_remains()
+
+
+def test_a_kill_leaves_what_tells_that_there_is_something_to_clear(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[Path] = []
+    monkeypatch.setattr("dreamlora.runfolder.remove", removed.append)
+    folder.clear()
+    assert removed[-2:] == [folder.config_file, folder.outline_file] and len(removed) == len(set(removed))
+    assert set(removed) == set(folder.entries())
+
+
 def test_clearing_leaves_what_is_not_the_runs(folder: RunFolder) -> None:
     (folder.path / "notes.txt").write_text("mine", encoding="utf-8")
     folder.config_file.write_text("rank: 4", encoding="utf-8")

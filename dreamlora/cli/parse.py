@@ -64,15 +64,22 @@ def parse(config_class: type[Config], argv: Sequence[str], program: Program = Pr
         told = _told_of_preset(config_class, program)
         sys.stdout.write(page(config_class, program.name, program.positional, elsewhere=told))
         raise SystemExit(0)
-    given, files = from_argv(argv, config_class, program.name, program.positional)
-    for file in reversed(files):
-        given = {**from_yaml(file, config_class), **given}
-    preset, names = program.preset(given), frozenset(name for name, value in given.items() if value is not None)
-    given = {**{name: value_of(options[name], value, "the preset") for name, value in preset.items()}, **given}
+    flags, files = from_argv(argv, config_class, program.name, program.positional)
+    sources = [flags, *(from_yaml(file, config_class) for file in reversed(files))]
+    given = _first_of(sources)
+    preset = {name: value_of(options[name], value, "the preset") for name, value in program.preset(given).items()}
+    sources.append(preset)
+    values = {name: value for name, value in _first_of(sources).items() if value is not None}
     for name, option in options.items():
-        if option.default is MISSING and given.get(name) is None:
+        if option.default is MISSING and name not in values:
             raise UserError(f"--{name} is needed: {option.help}")
-    return _built(config_class, {"given": names, **{name: v for name, v in given.items() if v is not None}})
+    names = frozenset(name for name, value in given.items() if value is not None)
+    return _built(config_class, {"given": names, "sources": tuple(sources), **values})
+
+
+def _first_of(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Every option that one of them names, as the first has it."""
+    return {name: value for source in reversed(sources) for name, value in source.items()}
 
 
 def _told_of_preset(config_class: type[Any], program: Program) -> dict[str, str]:
@@ -101,7 +108,7 @@ def _told_of_preset(config_class: type[Any], program: Program) -> dict[str, str]
 def _built(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """The dataclass with its groups; a field without a value has its default. Every check runs once.
 
-    A field ``given`` gets the names of the options that a person gave.
+    A field ``given`` gets the names of the options that a person gave, ``sources`` what was said where.
     """
     groups: dict[str, Any] = {name: _built(group, values) for name, group in subgroups_of(config_class).items()}
     own_names: list[str] = [each.name for each in fields(config_class)]  # type: ignore[arg-type]

@@ -89,6 +89,11 @@ class Group:
         return bool(self.records) and all(record.tested for record in self.records)
 
     @property
+    def found(self) -> list[float]:
+        """The rates that its runs found, ascending; none where they were given."""
+        return sorted(record.lr for record in self.records) if self.tests else []
+
+    @property
     def edge(self) -> Edge | None:
         """Whether the best rate is the lowest or the highest that was tried, so that a better one may lie beyond."""
         if self.best is None or len(self.rates) < 2:

@@ -102,6 +102,7 @@ def target_of(baseline: Group) -> float:
 def method(group: Group, against: Against) -> Method:
     """All numbers of one method."""
     is_baseline = group.label == against.baseline.label
+    tried = _tried(group)
     config = group.records[0].config
     args = [str(word) for word in config.get("optimizer_args") or ()]
     sound, every = list(group.sound.values()), list(group.headline.values())
@@ -114,8 +115,9 @@ def method(group: Group, against: Against) -> Method:
         options=dict(group.options),
         is_baseline=is_baseline,
         tuned=group.tuned,
-        rates=[_rate_point(rate, (group.label, rate.lr) in against.added) for rate in group.rates],
-        best_lr=group.best.lr if group.best else None,
+        rates=[_rate_point(rate, (group.label, rate.lr) in against.added) for rate in tried],
+        best_lr=group.best.lr if group.best and tried else None,
+        found_lrs=group.found,
         at_grid_edge=group.edge,
         suggested_lrs=group.suggested,
         n_runs=len(group.records),
@@ -131,12 +133,17 @@ def method(group: Group, against: Against) -> Method:
         seconds_per_step=spread(record.seconds_per_step for record in every),
         peak_memory_gib=spread(float(record.summary.get("peak_memory_gib") or math.nan) for record in every),
         log_auc=spread(record.log_auc for record in every),
-        lr_basin=[basin(group.rates, against.best, tolerance) for tolerance in TOLERANCES],
+        lr_basin=[basin(tried, against.best, tolerance) for tolerance in TOLERANCES if tried],
         octiles=[] if is_baseline else octiles(group, against.baseline),
         images=image_metrics(sound),
         curve=band(sound),
         samples=samples(every, against.root),
     )
+
+
+def _tried(group: Group) -> Sequence[Rates]:
+    """The rates that a method was run at; none where every run found one of its own."""
+    return () if group.tests else group.rates
 
 
 def delta(group: Group, baseline: Group, judge: Judge) -> Delta:
@@ -230,10 +237,10 @@ def band(records: Sequence[Record]) -> Band:
 
 def same_rates(groups: Sequence[Group], baseline: Group) -> list[SameRate]:
     """Every method against the baseline at the rates that both tried, over the tuning seeds they share."""
-    theirs = {rate.lr: rate for rate in baseline.rates}
+    theirs = {rate.lr: rate for rate in _tried(baseline)}
     rows = []
     for group in groups:
-        for rate in group.rates if group is not baseline else ():
+        for rate in _tried(group) if group is not baseline else ():
             if rate.lr in theirs:
                 rows.append(_same_rate(group.label, rate, theirs[rate.lr]))
     return rows

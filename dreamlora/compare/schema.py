@@ -8,7 +8,7 @@ since a loss is compared. Folders and files are relative to the folder of compar
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NotRequired, TypeVar
 
 from annotated_types import Ge, Le, MaxLen
 from typing_extensions import TypedDict
@@ -218,7 +218,8 @@ class Method(TypedDict):
         options: flags that this method has besides those that all share.
         tuned: whether more than one learning rate was tried.
         rates: ascending.
-        best_lr: the lowest ``score``; null if that is infinite at every rate.
+        best_lr: the lowest ``score``; null if that is infinite at every rate, and where ``rates`` is empty.
+        found_lrs: where every run found a rate of its own, these, ascending. There is no rate that was tried then.
         at_grid_edge: the best rate is the lowest ("low") or the highest ("high") that was tried.
         suggested_lrs: rates to try next, if it is.
         n_diverged: of all runs, tuning and headline, those that diverged or failed.
@@ -239,6 +240,7 @@ class Method(TypedDict):
     tuned: bool
     rates: Few[RatePoint]
     best_lr: Rate | None
+    found_lrs: NotRequired[Few[Rate]]
     at_grid_edge: Edge | None
     suggested_lrs: Few[Rate]
     n_runs: Count

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from dreamlora import figures
 from dreamlora.compare.methods import Group
 from dreamlora.compare.schema import Comparison, Edge, Task, Word
 from dreamlora.compare.stats import EQUIVALENT_PCT, MIN_SEEDS, PairedDelta, TInterval
+from dreamlora.config.rates import told_rate
 from dreamlora.escapes import one_line
 
 EDGES: Mapping[Edge, str] = {"low": "lowest", "high": "highest"}
@@ -23,7 +25,7 @@ def table(comparison: Comparison) -> str:
         rows.append(
             (
                 one_line(method["label"]),
-                figures.rate(method["best_lr"]),
+                rate_text(method),
                 figures.spread(method["final"]),
                 "baseline" if delta is None else figures.interval(delta["pct"]),
                 figures.spread(method["steps_to_target"]["spread"], figures.amount),
@@ -32,6 +34,18 @@ def table(comparison: Comparison) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def rate_text(method: Mapping[str, Any]) -> str:
+    """The learning rate that a method's numbers are of: the best that was tried, or what its runs found."""
+    found = method.get("found_lrs")
+    return found_text(found) if found else told_rate(method["optimizer"], figures.rate(method["best_lr"]))
+
+
+def found_text(rates: Sequence[float]) -> str:
+    """``found by each run, 0.0016 to 0.0024``."""
+    ends = dict.fromkeys(map(figures.rate, (min(rates), max(rates))))
+    return f"found by each run, {' to '.join(ends)}"
 
 
 def delta_sentence(label: str, baseline: str, delta: PairedDelta, broke: int, word: Word) -> str:
@@ -76,10 +90,9 @@ def budget(groups: Sequence[Group], baseline: Group, metric: str, task: Task) ->
     lines = []
     for group in groups:
         if group.tests:
-            found = sorted(record.lr for record in group.records)
             lines.append(
                 f"{group.label}: {len(group.records)} runs, each at the rate that its own range test found "
-                f"({found[0]:g} to {found[-1]:g}), {len(group.headline)} of them headline runs."
+                f"({group.found[0]:g} to {group.found[-1]:g}), {len(group.headline)} of them headline runs."
             )
             continue
         rates = ", ".join(f"{rate.lr:g}" for rate in group.rates)

@@ -7,6 +7,7 @@ length of the run, as the text says. Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -235,6 +236,8 @@ class RunConfig:
     about: Label = field(default_factory=Label)
     given: frozenset[str] = field(default=frozenset(), compare=False, metadata={"option": False})
     """Options that have their value from a person's flag or file, not from a preset or a default."""
+    sources: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False, metadata={"option": False})
+    """What the flags, the files and the preset say, by option; of an option the first that says it counts."""
 
     def __post_init__(self) -> None:
         data = self.data

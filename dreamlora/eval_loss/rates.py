@@ -96,7 +96,7 @@ class RangeTest:
     """The short runs of a test.
 
     Attributes:
-        own: the optimizer's own rate. The search begins where it would be the best of a run of ``total`` steps.
+        own: the rate of a run without a test. The search begins where it would be the best of a run of ``total`` steps.
         steps: of each of them.
         total: of the run itself, as if all of its steps had the highest rate of its schedule.
         start: ``[items]`` losses before the first step.
@@ -141,7 +141,7 @@ class RangeTest:
         return "lowest" if best == min(self.items) else "highest" if best == max(self.items) else ""
 
     def proposal(self) -> float:
-        """The rate to train with; where nothing was learnt, the optimizer's own."""
+        """The rate to train with; where nothing was learnt, that of a run without a test."""
         return self.rate(vertex(self.losses) - math.log(self.shortening, RATIO)) if self.learns else self.own
 
     def reason(self, metric: str) -> str:
@@ -157,7 +157,7 @@ class RangeTest:
         if apart is None or not self.learns:
             return (
                 f"The test cannot tell: none of {tried} has clearly lowered {metric} ({loss(self.start.mean())} before "
-                f"the first step), so the optimizer's own {rate(self.own)} stays."
+                f"the first step), so the run has {rate(self.own)}, which it would have without a test."
             )
         broke = [self.rate(power) for power in sorted(losses) if not math.isfinite(losses[power])]
         sentences = [

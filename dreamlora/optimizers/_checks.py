@@ -1,12 +1,15 @@
-"""Range checks of options; without torch, so that wrong flags fail at once."""
+"""Checks of ranges and types; without torch, so that wrong flags fail at once."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 MOST_NS_STEPS = 99
 """Newton-Schulz iterations that torch's Muon takes; it refuses more, though at the first step only."""
+
+Kind = TypeVar("Kind")
 
 
 def at_least_zero(name: str, value: Any) -> None:
@@ -56,6 +59,23 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is among ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, must be one of {', '.join(choices)}")
+
+
+def of_kind(where: str, value: Any, kind: type, expected: str) -> None:
+    """Raise TypeError unless ``value`` is of a type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{where}: got {type(value).__name__}, must be {expected}")
+
+
+def all_of_kind(where: str, values: Any, kind: type[Kind], expected: str) -> list[Kind]:
+    """Values of a type, from several or from one alone; TypeError for what is neither."""
+    if isinstance(values, kind):
+        return [values]
+    of_kind(where, values, Iterable, expected)
+    found = list(values)
+    for other in (value for value in found if not isinstance(value, kind)):
+        raise TypeError(f"{where}: got {type(values).__name__} of {type(other).__name__}, must be {expected}")
+    return found
 
 
 def _is_finite(value: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamlora.optimizers import _checks
 from dreamlora.optimizers._units import UNIT_SCALES, Units, check_units, unit_scales
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Names of the two factors where there is no PEFT layer: (A, B). "down"/"up" alone are also names of UNet blocks, hence
 # the check for "lora" in the owner's name.
 _NAME_PAIRS = ((".lora_A.", ".lora_B."), (".lora_a.", ".lora_b."), (".lora_down.", ".lora_up."), (".down.", ".up."))
+_MODULES = "a module, or several"
 _ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.([^.]+)(?=\.|$)")
 
 
@@ -59,7 +61,11 @@ def find_lora_pairs(module: nn.Module, adapter_names: Collection[str] | None = N
 
     Args:
         adapter_names: only these adapters; None is all that train.
+
+    Raises:
+        TypeError: it is no module.
     """
+    _checks.of_kind("find_lora_pairs", module, nn.Module, "a module")
     if any(_is_peft_layer(layer) for layer in module.modules()):
         candidates = list(_peft_candidates(module))
     else:
@@ -100,10 +106,11 @@ def lora_param_groups(  # noqa: PLR0913 - keywords, each a setting of the groups
         ``{"params": [...], "names": [...], "lora_pairs": False}``.
 
     Raises:
+        TypeError: ``model`` is neither a module nor several.
         ValueError: there is no trainable pair, or no such units.
     """
     check_units(units)
-    modules = [model] if isinstance(model, nn.Module) else list(model)
+    modules = _checks.all_of_kind("lora_param_groups", model, nn.Module, _MODULES)
     adapter_names = None if adapter_names is None else _as_set(adapter_names)
     pairs = _accept([(pair, None) for module in modules for pair in find_lora_pairs(module, adapter_names)])
     if not pairs:
@@ -142,9 +149,10 @@ def group_without_pairs(
     """As ``lora_param_groups`` for adapters without pairs (LoHa, LoKr): the second group alone, of all that trains.
 
     Raises:
+        TypeError: ``model`` is neither a module nor several.
         ValueError: nothing trains.
     """
-    modules = [model] if isinstance(model, nn.Module) else list(model)
+    modules = _checks.all_of_kind("group_without_pairs", model, nn.Module, _MODULES)
     found = _other_trainables(modules, set(), None)
     if not found:
         raise ValueError("nothing requires gradients: add an adapter before building the optimizer")
@@ -226,9 +234,11 @@ def check_compatibility(model: nn.Module | Iterable[LoraPair]) -> dict[str, floa
     global-norm clipping included. Clipping per tensor breaks it. Pairs without gradients, or with B at zero, give 0.
 
     Raises:
+        TypeError: ``model`` is neither a module nor pairs.
         ValueError: no pair has gradients.
     """
-    pairs = find_lora_pairs(model) if isinstance(model, nn.Module) else list(model)
+    given = find_lora_pairs(model) if isinstance(model, nn.Module) else model
+    pairs = _checks.all_of_kind("check_compatibility", given, LoraPair, "a module, or pairs of find_lora_pairs")
     errors: dict[str, float] = {}
     for pair in pairs:
         if pair.A.grad is None or pair.B.grad is None:

@@ -13,16 +13,13 @@ decay by exactly ``1 − η·wd``.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM
 from dreamlora.optimizers._pairs import Group
-from dreamlora.optimizers._rank_space import BACK, WHITENING, RankSpace, check_product_decay, count, rank_spaces
+from dreamlora.optimizers._rank_space import BACK, WHITENING, RankSpace, check_product_decay, rank_spaces
 from dreamlora.optimizers._refresh import RefreshingOptimizer
 from dreamlora.optimizers._roots import inverse_root
 
@@ -92,11 +89,6 @@ class LoRAMuon(RefreshingOptimizer):
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         return {MOMENTUM: tuple(p.shape), WHITENING: (rank, rank), BACK: (rank, rank)}
 
-    @property
-    def stats(self) -> dict[str, int]:
-        """``fallbacks``: factor updates left out because a matrix could not be factored. Reading it waits for a GPU."""
-        return {"fallbacks": sum(int(n) for n in self._fallbacks.values())}
-
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
         due, _ = self.begin_step(group, batches)
         for space in rank_spaces(group, batches):
@@ -105,7 +97,7 @@ class LoRAMuon(RefreshingOptimizer):
                 self._refresh(space, size)
             whitened, moment = space.whitened(space.momenta(self), space.matrix(self, WHITENING))
             root, failed = inverse_root(moment, 0.0, space.dtype)
-            count(self._fallbacks, failed)
+            self.count("fallbacks", failed)
             matrices = space.split(space.matrix(self, BACK) @ root.to(space.dtype))
             for side, T, z in zip(space.sides, matrices, whitened, strict=True):
                 space.move(side, T, z, size)
@@ -113,10 +105,6 @@ class LoRAMuon(RefreshingOptimizer):
     def _refresh(self, space: RankSpace, size: float) -> None:
         """Make the matrices of the partners anew."""
         at = space.coordinates()
-        count(self._fallbacks, at.failed)
+        self.count("fallbacks", at.failed)
         space.keep(self, WHITENING, at.whitening)
         space.keep(self, BACK, space.back(at, [size] * len(space.sides)))
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._fallbacks: dict[torch.device, Any] = {}

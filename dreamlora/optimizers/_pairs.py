@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
@@ -52,8 +52,11 @@ class LoraPairOptimizer(Optimizer):
     """
 
     knows_units = True
+    COUNTERS: tuple[str, ...] = ("fallbacks",)
+    """What ``stats`` counts; ``fallbacks``: updates left out, or left unscaled, as a matrix could not be factored."""
 
     def __init__(self, params: list[Group], defaults: dict[str, Any]) -> None:
+        _checks.of_kind(type(self).__name__, params, Iterable, "parameter groups: pass lora_param_groups(model)")
         groups = [dict(group) if isinstance(group, dict) else group for group in params]
         defaults = {"lora_pairs": None, "lr_ratio_B": 1.0, **defaults}
         self.validate_group(defaults)  # also where every group has values of its own
@@ -224,6 +227,16 @@ class LoraPairOptimizer(Optimizer):
         batches = [batch for i, group in groups for batch in self._batches_with_gradients(i, group)]
         return clip_lora_grad_norm_(batches, max_norm, damping)
 
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, by the names in ``COUNTERS``. Reading them waits for a GPU."""
+        return {name: sum(int(count) for count in each.values()) for name, each in self._counts.items()}
+
+    def count(self, name: str, flags: Tensor) -> None:
+        """Add the number of true flags to one of ``COUNTERS``, without waiting for their device."""
+        each, number = self._counts[name], flags.sum()
+        each[number.device] = each[number.device] + number if number.device in each else number
+
     def adamw_update(self, group: Group, moves: Moves) -> None:
         """torch's AdamW along given directions instead of gradients, with the group's hyper-parameters."""
         hyper = AdamWHyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["maximize"])
@@ -244,7 +257,8 @@ class LoraPairOptimizer(Optimizer):
         return list(_batches(present))
 
     def _reset(self) -> None:
-        """Forget what is derived from the parameters."""
+        """Forget what is derived from the parameters, and begin to count."""
+        self._counts: dict[str, dict[torch.device, Tensor]] = {name: {} for name in self.COUNTERS}
         self._batches: dict[int, tuple[Any, list[PairBatch]]] = {}
 
 

@@ -264,9 +264,3 @@ def rank_spaces(group: Group, batches: list[PairBatch]) -> Iterator[RankSpace]:
 
 def _elements(batch: PairBatch) -> int:
     return len(batch.A) * (batch.A[0].numel() + batch.B[0].numel())
-
-
-def count(total: dict[torch.device, Tensor], flags: Tensor) -> None:
-    """Add the number of true flags to the device's total, without waiting for the device."""
-    number = flags.sum()
-    total[number.device] = total[number.device] + number if number.device in total else number

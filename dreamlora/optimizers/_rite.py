@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import EXP_AVG, STEP
 from dreamlora.optimizers._pairs import Group
-from dreamlora.optimizers._rank_space import BACK, WHITENING, Coordinates, RankSpace, count, rank_spaces
+from dreamlora.optimizers._rank_space import BACK, WHITENING, Coordinates, RankSpace, rank_spaces
 from dreamlora.optimizers._refresh import RefreshingOptimizer
 from dreamlora.optimizers._roots import inverse_root
 
@@ -96,6 +95,9 @@ class LoRARITE(RefreshingOptimizer):
         ValueError: see ``LoraPairOptimizer``.
     """
 
+    COUNTERS = ("clipped", "skipped", "fallbacks")
+    """Steps in which the unmagnified gradients were clipped; factors' updates skipped as too large, and left out."""
+
     def __init__(  # noqa: PLR0913 - the keywords of the published optimizer
         self,
         params: list[Group],
@@ -135,15 +137,6 @@ class LoRARITE(RefreshingOptimizer):
         small = key in (SECOND_MOMENT, BASIS, ESCAPED)
         return linalg.gram_dtype(p.device) if small else super().state_dtype(key, p)
 
-    @property
-    def stats(self) -> dict[str, int]:
-        """Counters since the start; reading them waits for a GPU.
-
-        ``clipped``: steps in which the unmagnified gradients were clipped; ``skipped``: factor updates skipped as too
-        large; ``fallbacks``: factor updates left out because a matrix could not be factored (not finite).
-        """
-        return {name: sum(int(n) for n in total.values()) for name, total in self._counts.items()}
-
     def update_all_pairs(self, work: list[tuple[Group, list[PairBatch]]]) -> None:
         """Whiten all gradients, clip them together, then update."""
         works = []
@@ -164,13 +157,13 @@ class LoRARITE(RefreshingOptimizer):
         kept = torch.ones(len(moment), 1, 1, dtype=moment.dtype, device=moment.device)
         if limit:
             kept = (linalg.mean_eigenvalue(moment) <= limit**2).to(moment.dtype)
-            count(self._counts["skipped"], kept == 0)
+            self.count("skipped", kept == 0)
         return _FactorStep(space, at, again, unmagnified, moment, kept)
 
     def _turn(self, space: RankSpace) -> Coordinates:
         """Look where the partners stand, and carry the moments to their coordinates."""
         at = space.coordinates()
-        count(self._counts["fallbacks"], at.failed)
+        self.count("fallbacks", at.failed)
         basis, old = self._small(space, BASIS), self._small(space, SECOND_MOMENT)
         P = at.whitening @ basis
         carried = linalg.symmetric(P @ old @ P.mT)
@@ -196,7 +189,7 @@ class LoRARITE(RefreshingOptimizer):
             square = linalg.mean_eigenvalue(work.moment) * work.space.rank * lengths
             squares.append(torch.where(work.kept > 0, square, 0.0).sum().to(device))
         norm = torch.stack(squares).sum().sqrt()
-        count(self._counts["clipped"], norm > min(limits))
+        self.count("clipped", norm > min(limits))
         for work in works:
             limit = work.space.group["clip_unmagnified_grad"]
             if limit:
@@ -221,7 +214,7 @@ class LoRARITE(RefreshingOptimizer):
         identity = torch.eye(space.rank, dtype=V.dtype, device=V.device)
         mean = V + (escaped[:, None, None] + group["eps"] ** 2) * identity
         root, failed = inverse_root(mean, group["eps"], space.dtype)
-        count(self._counts["fallbacks"], failed)
+        self.count("fallbacks", failed)
         sign = -1.0 if group["maximize"] else 1.0
         precondition = sign * (1 - beta1).to(space.dtype) * work.kept * root.to(space.dtype)
         self._descend(work, self._momentum(work, beta1.to(space.dtype), precondition))
@@ -263,10 +256,6 @@ class LoRARITE(RefreshingOptimizer):
     def _small(self, space: RankSpace, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A state in the precision of Gram matrices: an ``r × r`` matrix of every factor, or of another shape."""
         return space.state(self, key, (space.rank, space.rank) if shape is None else shape, space.gram_dtype)
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._counts: dict[str, dict[torch.device, Any]] = {"clipped": {}, "skipped": {}, "fallbacks": {}}
 
 
 def corrected_decay(beta: float, steps: Tensor) -> Tensor:

@@ -82,11 +82,6 @@ class ScaledBase(LoraPairOptimizer):
     def added_settings(self, saved: Group) -> Group:
         return {**super().added_settings(saved), "unscaled_below": 0.0}
 
-    @property
-    def stats(self) -> dict[str, int]:
-        """``fallbacks``: inversions so far that failed and left a gradient unscaled. Reading it waits for a GPU."""
-        return {"fallbacks": sum(int(count) for count in self._fallbacks.values())}
-
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
         recipe = PreconditionerRecipe.of(group, self._NORMALISES)
         for sides in ("AB",) if group["order"] == "jacobi" else ("A", "B"):
@@ -128,7 +123,7 @@ class ScaledBase(LoraPairOptimizer):
         for members in grams.values():
             KB, KA = torch.cat([K for _, K, _ in members]), torch.cat([K for _, _, K in members])
             for_A, for_B, failed = scalings(KB, KA, recipe)
-            self._fallbacks[failed.device] = self._fallbacks.get(failed.device, 0) + failed
+            self.count("fallbacks", failed)
             sizes = [len(K) for _, K, _ in members]
             for (i, _, _), of_A, of_B in zip(members, for_A.split(sizes), for_B.split(sizes), strict=True):
                 frames[i] = _Frame(batches[i], kept[i], of_A, of_B)
@@ -190,10 +185,6 @@ class ScaledBase(LoraPairOptimizer):
         T = (T if len(members) == len(params) else torch.stack([T[i] for i in members])).to(stacked.dtype)
         carried = T @ stacked if from_left else stacked @ T.mT
         torch._foreach_copy_(momenta, [m.view(old.shape) for m, old in zip(carried, momenta, strict=True)])
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._fallbacks: dict[torch.device, Any] = {}
 
 
 def _portions(frames: list[_Frame]) -> Iterator[list[_Frame]]:

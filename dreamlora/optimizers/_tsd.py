@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from dreamlora.optimizers import _checks
 from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM
 from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
-from dreamlora.optimizers._rank_space import RankSpace, Side, check_product_decay, count, rank_spaces
+from dreamlora.optimizers._rank_space import RankSpace, Side, check_product_decay, rank_spaces
 from dreamlora.optimizers._tangent import Grams, flattened, frames, steps_of, tangent
 
 _PIECE = 2**16
@@ -92,11 +91,6 @@ class LoRATSD(LoraPairOptimizer):
     def pair_state_shapes(self, p: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         return {MOMENTUM: tuple(p.shape)}
 
-    @property
-    def stats(self) -> dict[str, int]:
-        """``fallbacks``: steps left out because a matrix could not be factored. Reading it waits for a GPU."""
-        return {"fallbacks": sum(int(n) for n in self._fallbacks.values())}
-
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
         for space in rank_spaces(group, batches):
             self._update(space)
@@ -114,7 +108,7 @@ class LoRATSD(LoraPairOptimizer):
         """``(k, r, 2r)``: what the ``[X, mX]`` of the factors are to be multiplied with."""
         group, r = space.group, space.rank
         frame = frames(grams, space.of_partners, space.params[0].dtype)
-        count(self._fallbacks, frame.failed.chunk(2)[0])
+        self.count("fallbacks", frame.failed.chunk(2)[0])
         core_A, core_B = frame.core.chunk(2)
         edge_A, edge_B = frame.edge.chunk(2)
         # What both factors could follow is B's, as published, unless B is not trained.
@@ -130,10 +124,6 @@ class LoRATSD(LoraPairOptimizer):
             norms = [r ** -group["rank_power"]] * len(space.sides)
             back = torch.cat([for_A @ space.trusted(for_A.mT, K_B, K_A, norms), for_B])
         return back @ steps
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._fallbacks: dict[torch.device, Any] = {}
 
 
 def _pieces(space: RankSpace, momenta: list[Tensor]) -> Iterator[tuple[Side, Tensor]]:

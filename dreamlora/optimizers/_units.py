@@ -97,8 +97,10 @@ def in_units(optimizer: _Optimizer) -> _Optimizer:
         The same.
 
     Raises:
+        TypeError: it is no optimizer.
         ValueError: no group has units, a scheduler was made already, or a step cannot do without a closure.
     """
+    _checks.of_kind("in_units", optimizer, Optimizer, 'an optimizer over lora_param_groups(model, units="start")')
     if getattr(optimizer, "knows_units", False):
         return optimizer
     if not has_units(optimizer):
@@ -163,11 +165,17 @@ def scales_of(optimizer: Any) -> dict[Tensor, float]:
     return {p: c for group in groups for p, c in zip(group["params"], group[UNIT_SCALES], strict=True)}
 
 
-def grad_norm(parameters: Iterable[Tensor], optimizer: Any) -> Tensor:
+def grad_norm(parameters: Tensor | Iterable[Tensor], optimizer: Any) -> Tensor:
     """Norm ``()`` of all gradients together as an optimizer sees them: in its units, where it has any. With
     ``torch.nn.utils.clip_grads_with_norm_`` it clips them by a norm that does not depend on alpha and the start.
+
+    Raises:
+        TypeError: there is something else than tensors, or no optimizer (nor what has its ``param_groups``).
     """
-    present = [p for p in parameters if p.grad is not None]
+    if not hasattr(optimizer, "param_groups"):
+        _checks.of_kind("grad_norm: optimizer", optimizer, Optimizer, "the optimizer of these parameters")
+    several = _checks.all_of_kind("grad_norm: parameters", parameters, Tensor, "tensors, as of model.parameters()")
+    present = [p for p in several if p.grad is not None]
     gradients = [p.grad for p in present if p.grad is not None]
     scales = scales_of(optimizer)
     if not scales or not gradients:

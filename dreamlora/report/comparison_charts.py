@@ -9,7 +9,7 @@ import numpy as np
 
 from dreamlora.figures import value_of
 from dreamlora.report.comparison import ComparisonFile
-from dreamlora.report.svg import INK, WIDTH, Chart, by_step, chart, legend, level
+from dreamlora.report.svg import INK, LINE, WIDTH, Chart, by_step, chart, legend, level, lines_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,8 @@ _LEAST_SPAN = 0.02
 _POINTS = 2000
 """Of a curve with its band; what else there is lies between them, and would not be seen."""
 _TALL = (WIDTH, 3.0)
+_ROW, _GAP = 0.42, 0.05
+"""Inches: of an interval with its seeds, below the name of the method; below the last one."""
 JsonObject = dict[str, Any]
 
 
@@ -52,25 +54,29 @@ def deltas(comparison: ComparisonFile) -> Chart | None:
     if not compared:
         return None
 
+    names = [_with_failures(method) for _, method in compared]
+    ends = np.cumsum([_ROW + LINE * len(lines_of(name)) for name in names])
+    axis = f"final loss against {comparison.baseline}, % (left is better)"
+
     def draw(axes: Axes) -> None:
-        axes.axvspan(-_EQUIVALENT, _EQUIVALENT, color=INK, alpha=0.08, linewidth=0)
-        axes.axvline(0, color=INK, alpha=0.5, linewidth=1)
-        for height, (number, method) in enumerate(compared):
-            axes.text(
-                0, height - 0.27, _with_failures(method), transform=axes.get_yaxis_transform(), va="center", color=INK
-            )
-            _interval(axes, method["delta"]["ended"], (height, number))
+        for name, end, (number, method) in zip(names, ends, compared, strict=True):
+            top, middle = end - _ROW, end - 0.6 * _ROW  # of what is drawn below the name
+            text = axes.text(0, top, name, transform=axes.get_yaxis_transform(), va="bottom", color=INK)
+            text.set_in_layout(False)  # beside a wide one there would be no room for the axes
+            axes.fill_betweenx([top, end], -_EQUIVALENT, _EQUIVALENT, color=INK, alpha=0.08, linewidth=0)
+            axes.plot([0, 0], [top, end], color=INK, alpha=0.5, linewidth=1)
+            _interval(axes, method["delta"]["ended"], (middle, number))
             for pair in method["delta"]["pairs"]:
                 if (pct := value_of(pair["pct"])) is not None and np.isfinite(pct):
-                    axes.plot([pct], [height + 0.22], marker="|", markersize=6, color=colour(number), alpha=0.7)
+                    axes.plot([pct], [end - 0.2 * _ROW], marker="|", markersize=6, color=colour(number), alpha=0.7)
         low_end, high_end = axes.get_xlim()
         axes.set_xlim(max(low_end, -_FARTHEST), min(high_end, _FARTHEST))
         axes.set_yticks([])
-        axes.set_ylim(len(compared) - 0.4, -0.7)
-        axes.set_xlabel(f"final loss against {comparison.baseline}, % (left is better)")
+        axes.set_ylim(ends[-1] + _GAP, 0)
+        axes.set_xlabel(axis)
 
     label = "; ".join(method["delta"]["sentence"] for _, method in compared)
-    return chart("delta", label, draw, (WIDTH, 0.75 + 0.6 * len(compared)))
+    return chart("delta", label, draw, (WIDTH, ends[-1] + _GAP + 0.5 + LINE * len(lines_of(axis))))
 
 
 def _with_failures(method: JsonObject) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dreamlora.compare.verdict import rate_text
 from dreamlora.escapes import inner_link
 from dreamlora.figures import NONE, amount, interval, loss, percent, rate, size_in_percent, spread, value_of
 from dreamlora.metric_names import short
@@ -63,13 +65,13 @@ def results(comparison: ComparisonFile) -> Table:
         Head("seeds won"),
         Head("final loss [min, max]"),
         Head("against base model"),
-        Head("best learning rate"),
+        Head("learning rate"),
     ]
     return Table(
         "results",
-        "Every method at its own best learning rate. A negative percentage is a lower loss, which is better. The "
-        "interval is over the seeds; a run that diverged or failed has an infinite loss. “± images” is the standard "
-        "error that the choice of the images adds.",
+        "Every method at its own best learning rate, or at those that its runs found. A negative percentage is a lower "
+        "loss, which is better. The interval is over the seeds; a run that diverged or failed has an infinite loss. "
+        "“± images” is the standard error that the choice of the images adds.",
         tuple(heads),
         tuple(_result(comparison, method) for method in comparison.methods),
     )
@@ -90,10 +92,13 @@ def _result(comparison: ComparisonFile, method: JsonObject) -> tuple[TableCell, 
         _wins(delta),
         TableCell(spread(method["final"]), _key(method["final"]["median"]), notes=_of_seeds(method)),
         _entry(method["vs_base_pct"], percent),
-        TableCell(
-            rate(method["best_lr"]), _key(method["best_lr"]), notes=(*edge, *tried) if method["at_grid_edge"] else ()
-        ),
+        TableCell(rate_text(method), _rate_key(method), notes=(*edge, *tried) if method["at_grid_edge"] else ()),
     )
+
+
+def _rate_key(method: JsonObject) -> float | None:
+    found = method.get("found_lrs")
+    return statistics.median(found) if found else _key(method["best_lr"])
 
 
 def _wins(delta: JsonObject | None) -> TableCell:
@@ -145,19 +150,20 @@ def _speed(comparison: ComparisonFile, method: JsonObject) -> tuple[TableCell, .
     )
 
 
-def basins(comparison: ComparisonFile) -> Table:
-    """How wide the range of good learning rates is, in decades, by tolerance."""
-    tolerances = sorted({basin["tolerance"] for method in comparison.methods for basin in method["lr_basin"]})
+def basins(comparison: ComparisonFile) -> Table | None:
+    """How wide the range of good learning rates is, in decades, by tolerance; None if all runs found their rates."""
+    methods = [method for method in comparison.methods if method["lr_basin"]]
+    tolerances = sorted({basin["tolerance"] for method in methods for basin in method["lr_basin"]})
     heads = [Head("method", False), *(Head(f"within {100 * tolerance:g} %") for tolerance in tolerances)]
     rows = []
-    for method in comparison.methods:
+    for method in methods:
         by_tolerance = {basin["tolerance"]: basin for basin in method["lr_basin"]}
         rows.append((_name(comparison, method), *(_basin(by_tolerance.get(tolerance)) for tolerance in tolerances)))
     caption = (
         "Decades of learning rates whose median loss lies within so much of the best of all methods; ≥ where the "
         "range goes on beyond the rates that were tried."
     )
-    return Table("basins", caption, tuple(heads), tuple(rows))
+    return Table("basins", caption, tuple(heads), tuple(rows)) if rows else None
 
 
 def _basin(basin: JsonObject | None) -> TableCell:
@@ -169,8 +175,8 @@ def _basin(basin: JsonObject | None) -> TableCell:
     return TableCell(f"{'≥ ' if censored else ''}{decades:.2f} ({ends})", decades)
 
 
-def rates(comparison: ComparisonFile) -> Table:
-    """Every learning rate that was tried."""
+def rates(comparison: ComparisonFile) -> Table | None:
+    """Every learning rate that was tried; None if all runs found theirs."""
     same = {(row["method"], row["lr"]): row for row in comparison["same_lr"] or []}
     heads = [Head("method", False), Head("learning rate"), Head("final loss [min, max]"), Head("diverged or failed")]
     heads += [Head(f"against {comparison.baseline} at this rate"), Head("‖ΔW‖"), Head("update RMS")]
@@ -183,7 +189,7 @@ def rates(comparison: ComparisonFile) -> Table:
         "Tuning runs. The same rate means another step length to another optimizer, so the differences at one rate "
         "are no verdict: ‖ΔW‖, the norm of all that was learned, and the root mean square of an update tell why."
     )
-    return Table("rates", caption, tuple(heads), tuple(rows))
+    return Table("rates", caption, tuple(heads), tuple(rows)) if rows else None
 
 
 def _rate(

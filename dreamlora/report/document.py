@@ -100,4 +100,4 @@ def _flags(text: str) -> Markup:
 
 def _breakable(text: str) -> Markup:
     """Text that may be broken where a name such as "scaled_adamw:variant=split" has a joint."""
-    return html_around(text, r"([:+/])", r"\1<wbr>")
+    return html_around(text, r"([:/]|[+,](?=[A-Za-z]))", r"\1<wbr>")

@@ -21,10 +21,14 @@ INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 WIDTH = 4.5
 """Inches: few enough that a chart as wide as a telephone has text of 10 pixels."""
-_LEGEND_LETTERS = 52
 _LEGEND_ROW = 0.21  # inches
-_LONGEST = 100
+LINE = 0.17  # inches
+_LETTERS, _UPRIGHT_LETTERS = 52, 32
+"""In a line of a text, which may run upwards beside an axis."""
+_LONGEST = 150
 """Letters of a text in a chart."""
+_BREAKS = re.compile(r"(?<=,)(?=[A-Za-z])|(?<=[: ])|(?=\+[A-Za-z])")
+"""Where a line may end: between the parts of a method's name, or words."""
 _MARKERS = 500
 """On a line: each is an element of the page, while a line with ever so many points is simplified."""
 _PAGE_INK, _PAGE_PAPER = "#1b2230", "#ffffff"
@@ -111,25 +115,34 @@ def _bound(figure: Figure) -> None:
     artists: list[Any] = figure.findobj()
     for artist in artists:
         if isinstance(artist, Text) and artist.get_text():  # not of ticks, whose texts come later
-            artist.set_text(_label(artist.get_text()))
+            upright = 45 < artist.get_rotation() % 180 < 135
+            artist.set_text("\n".join(lines_of(artist.get_text(), _UPRIGHT_LETTERS if upright else _LETTERS)))
             artist.set_parse_math(False)
         elif isinstance(artist, Line2D) and (count := np.size(artist.get_xdata())) > _MARKERS:
             artist.set_markevery(1 + count // _MARKERS)
 
 
-def _label(text: str) -> str:
-    """A text of a chart, which may be a method's name, as it is drawn: on one line, and no wider than the chart."""
+def lines_of(text: str, letters: int = _LETTERS) -> list[str]:
+    """A text of a chart, which may be a method's name, as it is drawn: in lines that are no wider than the chart."""
     flat = one_line(text)
-    return flat if len(flat) <= _LONGEST else f"{flat[: _LONGEST - 1]}…"
+    flat = flat if len(flat) <= _LONGEST else f"{flat[: _LONGEST - 1]}…"
+    lines = [""]
+    for part in _BREAKS.split(flat):
+        for piece in (part[start : start + letters] for start in range(0, len(part), letters)):
+            if len(lines[-1]) + len(piece.rstrip()) > letters:
+                lines.append("")
+            lines[-1] += piece
+    return lines
 
 
 def legend(axes: Axes) -> None:
     """The names of the lines above the chart, in as many columns as there is room for; more rows make it higher."""
     handles, names = axes.get_legend_handles_labels()
-    columns = max(1, _LEGEND_LETTERS // (max(map(len, names), default=0) + 7))
+    lines = [line for name in names for line in lines_of(name)]
+    columns = max(1, _LETTERS // (max(map(len, lines), default=0) + 7))
     figure: Any = axes.figure
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK)
-    rows = -(-len(names) // columns)
+    rows = -(-len(lines) // columns)
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * max(0, rows - 2))
 
 

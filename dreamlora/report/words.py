@@ -8,7 +8,7 @@ from typing import Any
 
 from dreamlora import figures, registry
 from dreamlora.config import Optim
-from dreamlora.config.rates import in_start_units
+from dreamlora.config.rates import in_start_units, told_rate
 from dreamlora.eval_loss.items import paired_difference
 from dreamlora.eval_loss.selection import difference_text
 from dreamlora.figures import loss, score
@@ -251,7 +251,9 @@ def setup(facts: RunFacts) -> str:
     kind = registry.load("adapters", adapter).NAME if adapter in registry.names("adapters") else "LoRA"
     parts = [f"{kind} of rank {config.get('rank', '?')} on {facts.model}", str(config.get("optimizer", "?"))]
     if config.get("learning_rate") is not None:
-        parts.append(f"learning rate {config['learning_rate']:g}{_units(config)}")
+        rate = told_rate(str(config.get("optimizer")), f"{config['learning_rate']:g}")
+        found = " (found by a range test)" if facts.range_test else ""
+        parts.append(f"learning rate {rate}{_units(config)}{found}")
     of = "" if facts.total_steps in (None, facts.steps) else f" of {facts.total_steps}"
     parts.append(f"{facts.steps}{of} steps")
     if facts.summary.get("device"):

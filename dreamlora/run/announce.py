@@ -10,7 +10,7 @@ from dreamlora import registry
 from dreamlora.compare.records import model_name
 from dreamlora.config import Data, as_flat_dict
 from dreamlora.config.new_tokens import NewToken
-from dreamlora.config.rates import in_start_units
+from dreamlora.config.rates import in_start_units, told_rate
 from dreamlora.data.caption_text import tidy
 from dreamlora.data.images import ImageRecord
 from dreamlora.data.sets import epoch_length
@@ -170,7 +170,8 @@ def _size(context: RunContext) -> str:
 def _optimizer(context: RunContext) -> str:
     optim = context.config.optim
     open_rates = context.open_rates
-    text = f"{optim.optimizer}, learning rate {'auto' if open_rates else format(optim.learning_rate, 'g')}"
+    rate = "auto" if open_rates else told_rate(optim.optimizer, f"{optim.learning_rate:g}")
+    text = f"{optim.optimizer}, learning rate {rate}"
     text += " in units of the start" if in_start_units(optim) else ""
     if context.config.lora.train_text_encoder and "text_encoder_lr" not in open_rates:
         text += f" (text encoder {optim.text_encoder_lr:g})"

@@ -190,8 +190,8 @@ def _claim_folder(context: RunContext) -> RunFolder:
         if which == "latest" and not folder.checkpoint_steps() and not folder.holds_result():
             context.tell(f"there is no checkpoint in {folder.path} to go on from yet: the training begins")
             folder.clear()
-        elif folder.holds_run() and not which:
-            folder.clear()  # defaults.run_folder has made sure that this was asked for
+        elif folder.holds_remains() or (folder.holds_run() and not which):
+            folder.clear()  # of a run, defaults.run_folder has made sure that this was asked for
         return folder.path
 
     path = decided(context, claim)

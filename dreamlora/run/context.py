@@ -51,7 +51,7 @@ class RunContext:
         trackers: on the main process, once they have started.
         limits: what a call of the pipeline may take.
         chosen: options that ``--vram`` decided.
-        open_rates: options whose value is only the optimizer's own, until a range test gives them another.
+        open_rates: options that have the rate of a run without a range test, until that gives them another.
         timings: seconds by stage, for the report.
         memory: that the stages take.
         warnings: what the person should know, for the report.

@@ -17,7 +17,7 @@ from dreamlora.cli.places import DEFAULT_OUTPUTS, check_folders, image_folders, 
 from dreamlora.config import Data, Lora, RunConfig
 from dreamlora.config.adapting import check_adapter
 from dreamlora.config.plausible import Facts
-from dreamlora.config.rates import default_rate
+from dreamlora.config.rates import default_rate, finds_rate
 from dreamlora.config.run import AUTO
 from dreamlora.data.buckets import default_step
 from dreamlora.errors import UserError
@@ -57,7 +57,7 @@ def by_model(config: RunConfig, resolution: int, sampling: SampleDefaults, world
     method = registry.load("optimizers", config.optim.optimizer)
     start = registry.load("inits", config.lora.init)
     given = config.optim.learning_rate
-    learning_rate = given if isinstance(given, int | float) else default_rate(config.optim)
+    learning_rate = given if isinstance(given, int | float) else default_rate(config)
     # Decay pulls B A to zero; where it is counted from another start, that is no way back to the base model.
     default_decay = 0.0 if start.OFFSET else method.DEFAULT_WEIGHT_DECAY
     weight_decay = _first(config.optim.adam_weight_decay, default_decay)
@@ -115,7 +115,7 @@ def check_rate(config: RunConfig) -> None:
         UserError: it finds one by itself.
     """
     optim = config.optim
-    if optim.learning_rate == AUTO and getattr(registry.load("optimizers", optim.optimizer), "FINDS_RATE", False):
+    if optim.learning_rate == AUTO and finds_rate(optim.optimizer):
         raise UserError(
             f"--learning_rate auto: --optimizer {optim.optimizer} finds its rate by itself as it trains, and "
             "--learning_rate is a factor on what it finds: leave it out, or take another optimizer"

@@ -40,7 +40,7 @@ def settle(context: RunContext, run: Run, items: EvalSet, metric: str, options: 
 
     Args:
         context: whose ``open_rates`` say which options get it, and are none afterwards. Until then they have the rate
-            that is the optimizer's own.
+            of a run without a test.
         run: with the LoRA as it starts. Its optimizer and its schedule are made anew.
         items: of the evaluation, of which some are measured.
         metric: what that is called.

@@ -16,7 +16,7 @@ from dreamlora.compare.comparison import ComparisonPlan
 from dreamlora.compare.methods import Group, group
 from dreamlora.compare.records import Record, read_record
 from dreamlora.compare.schema import Comparison
-from dreamlora.compare.verdict import EDGES, table
+from dreamlora.compare.verdict import EDGES, found_text, table
 from dreamlora.config import PROGRAMS
 from dreamlora.credentials import command_line
 from dreamlora.errors import UserError
@@ -160,7 +160,10 @@ class Sweeper:
             if state is None or state.best is None:
                 bar.write(f"{entry.label}: no learning rate worked")
                 continue
-            bar.write(f"{entry.label}: best learning rate {state.best.lr:g}")
+            found = (
+                f"learning rate {found_text(state.found)}" if state.found else f"best learning rate {state.best.lr:g}"
+            )
+            bar.write(f"{entry.label}: {found}")
             jobs += self._sweep.headline(entry, state.best.lr)
         return sorted(jobs, key=lambda job: job.seed)
 

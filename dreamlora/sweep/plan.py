@@ -231,8 +231,8 @@ def parse_entry(text: str, training: Sequence[str], trained: type[RunConfig]) ->
     label += "".join(f"+{flag}" for flag in flags)
     rate = config.optim.learning_rate
     if rate == AUTO:
-        return SweepMethod(label, tuple(words), default_rate(config.optim), tests=True)
-    return SweepMethod(label, tuple(words), rate or default_rate(config.optim))
+        return SweepMethod(label, tuple(words), default_rate(config), tests=True)
+    return SweepMethod(label, tuple(words), rate or default_rate(config))
 
 
 def check_settings(sweep: Sweep) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dreamlora.compare.records import read_record
+from dreamlora.errors import UserError
 from tests.compare.synthetic import Curve, make_run
 from tests.tinymodels import save_sd
 
@@ -73,7 +74,7 @@ def test_rates_leave_the_warm_up_out(speed: ModuleType) -> None:
 
 
 def test_a_bar_seen_once_is_no_rate(speed: ModuleType) -> None:
-    with pytest.raises(ValueError, match="more --steps"):
+    with pytest.raises(UserError, match="more --steps"):
         speed.rates([speed.Mark(3, 0.0, 0.0), speed.Mark(20, 1.0, 1.0)], 20)
 
 
@@ -90,7 +91,7 @@ def test_a_command_is_watched_and_measured(speed: ModuleType) -> None:
 
 
 def test_a_command_that_fails_says_why(speed: ModuleType) -> None:
-    with pytest.raises(RuntimeError, match="no such thing"):
+    with pytest.raises(UserError, match="no such thing"):
         speed.measure([sys.executable, "-c", "raise SystemExit('no such thing')"], {}, 4, 1)
 
 
@@ -144,7 +145,7 @@ def test_gain_ratio(full: ModuleType) -> None:
 
 
 def test_no_gain_of_full_fine_tuning_is_an_error(full: ModuleType) -> None:
-    with pytest.raises(ValueError, match="full_learning_rates"):
+    with pytest.raises(UserError, match="full_learning_rates"):
         full.gain_ratio({0: 1.0, 25: 0.9}, [{0: 1.0, 25: 1.2}])
 
 

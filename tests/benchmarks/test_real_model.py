@@ -63,7 +63,9 @@ def test_all_of_it(real, family: str, photos: Path, tmp_path: Path, monkeypatch)
     model = tinymodels.of(family).save(tmp_path / "private" / "model")
     words = ["--model", str(model), "--images", str(photos), "--steps", "2", "--inference_steps", "1"]
     monkeypatch.setattr("sys.argv", ["real_model.py", *words])
-    assert real.main([*words, "--resolution", "16", "--output", str(tmp_path / "result.json")]) == 0
+    with pytest.raises(SystemExit) as ended:
+        real.main([*words, "--resolution", "16", "--output", str(tmp_path / "result.json")])
+    assert ended.value.code == 0
     text = (tmp_path / "result.json").read_text(encoding="utf-8")
     assert "private" not in text and str(tmp_path) not in text, "folders of this machine are nobody's business"
     result = json.loads(text)
@@ -86,7 +88,9 @@ def test_a_failure_is_written_down_and_the_rest_goes_on(real, photos: Path, tmp_
     save_file(weights, file, {"format": "pt"})
     words = ["--model", str(model), "--images", str(photos), "--steps", "2", "--inference_steps", "1"]
     monkeypatch.setattr("sys.argv", ["real_model.py", *words])
-    assert real.main([*words, "--resolution", "16", "--output", str(tmp_path / "result.json")]) == 1
+    with pytest.raises(SystemExit) as ended:
+        real.main([*words, "--resolution", "16", "--output", str(tmp_path / "result.json")])
+    assert ended.value.code == 1
     text = (tmp_path / "result.json").read_text(encoding="utf-8")
     assert "not finite" in " ".join(json.loads(text)["problems"]) and "private" not in text
 

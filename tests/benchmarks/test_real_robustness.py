@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamlora.errors import UserError
 from tests.benchmarks.test_benchmarks import load
 
 
@@ -138,7 +139,7 @@ def test_real_models_take_folders_with_enough_images(benchmark: ModuleType, tmp_
     assert (given["--instance_data_dir"], given["--instance_prompt"]) == (str(tmp_path / "b"), "y")
     assert (given["--mixed_precision"], given["--holdout"], given["--max_train_steps"]) == ("bf16", "4", "400")
     benchmark.check_images(bench, folders[:2])
-    with pytest.raises(SystemExit, match=r"c: 7 images; give at least 8, 4 are held out"):
+    with pytest.raises(UserError, match=r"c: 7 images; give at least 8, 4 are held out"):
         benchmark.check_images(bench, folders)
 
 

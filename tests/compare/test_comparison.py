@@ -555,7 +555,12 @@ def test_runs_that_find_their_rates_are_one_method_and_nothing_was_chosen_for_th
             run.outcome_file.unlink()  # who made them is not known
     comparison = compared(tmp_path)
     method = by_label(comparison)["adamw+learning_rate=auto"]
-    assert method["best_lr"] == 1.95e-3 and method["headline_seeds"] == [0, 1, 2, 3]
+    assert method["headline_seeds"] == [0, 1, 2, 3]
+    assert method["found_lrs"] == [1.6e-3, 1.8e-3, 2.1e-3, 2.4e-3]
+    assert method["best_lr"] is None and not method["rates"] and not method["lr_basin"], "none was tried"
+    assert not comparison["same_lr"] and not by_label(comparison)["adamw"]["found_lrs"]
+    row = next(line for line in table(comparison).splitlines() if line.startswith("adamw+learning_rate=auto"))
+    assert "found by each run, 0.0016 to 0.0024" in row
     assert (method["tuned"], method["at_grid_edge"], method["n_runs"]) == (True, None, 4)
     (line,) = [line for line in comparison["budget"] if line.startswith("adamw+learning_rate=auto")]
     assert "the rate that its own range test found (0.0016 to 0.0024)" in line

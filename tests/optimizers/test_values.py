@@ -119,3 +119,46 @@ def test_bad_options_of_plugins_are_named(plugin):
     Options = registry.load("optimizers", plugin).Options
     cases = [(f.name, bad) for f in dataclasses.fields(Options) for bad in bad_values(f.name, type(f.default))]
     assert [(name, bad) for name, bad in cases if not refused(name, lambda: Options(**{name: bad}))] == []  # noqa: B023
+
+
+WRONG = {
+    "a model": nn.Sequential(nn.Linear(2, 2)),
+    "another": nn.Linear(2, 2),
+    "nothing": None,
+    "a number": 3,
+    "parameters": [nn.Parameter(torch.zeros(2, 2))],
+    "groups": [{"params": [nn.Parameter(torch.zeros(2, 2))]}],
+    "a text": "unet",
+    "an optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0),
+}
+
+
+def takers() -> dict[str, tuple[Callable[[object], object], set[str]]]:
+    """Public functions, by what is said of a wrong argument, and the right ones among ``WRONG``."""
+    optimizer, models = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0), {"a model", "another"}
+    modules = ("lora_param_groups", "group_without_pairs", "find_lora_pairs", "check_compatibility")
+    found = {f"{name}: got": (getattr(optimizers, name), models) for name in modules}
+    found["in_units: got"] = (optimizers.in_units, {"an optimizer"})
+    found["grad_norm: parameters: got"] = (lambda wrong: optimizers.grad_norm(wrong, optimizer), {"parameters"})
+    found["grad_norm: optimizer: got"] = (lambda wrong: optimizers.grad_norm([], wrong), {"an optimizer"})
+    listed = {"a model", "parameters", "groups", "a text"}  # of what can be gone through, the pairs are asked for
+    found |= {f"{cls.__name__}: got": (lambda wrong, cls=cls: cls(wrong, lr=1.0), listed) for cls in classes()}
+    return found
+
+
+@pytest.mark.parametrize("told", takers())
+def test_wrong_types_are_told_by_every_public_function(told: str) -> None:
+    take, right = takers()[told]
+    for wrong in WRONG.keys() - right:
+        with pytest.raises(TypeError, match=rf"^{told} .*{type(WRONG[wrong]).__name__}.*, must be ") as caught:
+            take(WRONG[wrong])
+        assert "\n" not in str(caught.value)
+
+
+def test_several_modules_may_come_one_by_one() -> None:
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    assert len(optimizers.group_without_pairs(iter(layers))[0]["params"]) == 4
+    layers[0].weight.grad = torch.full((2, 2), 2.0)
+    optimizer = torch.optim.SGD(layers[0].parameters(), lr=1.0)
+    assert optimizers.grad_norm(layers[0].weight, optimizer) == 4.0
+    assert optimizers.grad_norm(layers[0].parameters(), optimizer) == 4.0

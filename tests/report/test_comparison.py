@@ -105,6 +105,46 @@ def test_both_figures_of_a_method_that_failed_in_a_seed_stand_side_by_side(
     assert chart is not None and "sgd (without 1 of 5 seeds that failed)" in chart.inline
 
 
+LONG = "scaled_adamw:variant=split,scale_correction=true,betas=0.9,0.999+lora_units=start"
+
+
+@pytest.mark.parametrize("label", ["sgd", LONG, LONG[:13] + "x" * 300], ids=["short", "long", "longest"])
+def test_nothing_is_drawn_through_a_methods_name(
+    label: str, make_comparison: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names have rows of their own, within the picture; and the axes keep their width beside long ones."""
+    seen: list[bool] = []
+
+    def looked_at(figure: Any) -> None:
+        axes = figure.axes[0]
+        figure.draw_without_rendering()
+        renderer = figure._get_renderer()
+        names = [text.get_window_extent(renderer) for text in axes.texts]
+        drawn = [artist.get_window_extent(renderer) for artist in (*axes.lines, *axes.collections)]
+        assert len(names) == 2
+        for name in names:
+            assert not any(name.y0 < other.y1 and other.y0 < name.y1 for other in drawn if other.y0 != other.y1)
+            assert name.x0 >= 0 and name.x1 <= figure.bbox.width and name.y1 <= figure.bbox.height
+        assert axes.get_window_extent(renderer).width > 0.9 * figure.bbox.width
+        seen.append(True)
+
+    original = svg._bound
+    monkeypatch.setattr(svg, "_bound", lambda figure: (original(figure), looked_at(figure)))
+    methods = compare_example()["methods"]
+    methods[2]["label"] = label
+    chart = comparison_charts.deltas(ComparisonFile(make_comparison(methods=methods)))
+    assert chart is not None and seen
+
+
+def test_long_names_are_broken_on_the_page_too(make_comparison: Callable[..., Path]) -> None:
+    methods = compare_example()["methods"]
+    methods[1]["label"], methods[1]["delta"]["sentence"] = LONG, f"{LONG}: loss +2.1 % against adamw"
+    page = write_compare_report(make_comparison(methods=methods)).read_text(encoding="utf-8")
+    broken = "scaled_adamw:<wbr>variant=split,<wbr>scale_correction=true,<wbr>betas=0.9,0.999+<wbr>lora_units=start"
+    assert f"{broken}:<wbr> loss +2.1" in page, "in the verdict"
+    assert re.search(rf"<th[^>]*>.*{re.escape(broken)}</", page), "in the tables"
+
+
 def test_losses_far_above_the_base_models_do_not_squeeze_the_picture() -> None:
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0.4, 1e6])
@@ -306,6 +346,32 @@ def test_charts_are_whole_inside_and_outside_the_page(written: Path) -> None:
     assert "scaled_adamw:variant=split: loss −3.6\u202f% [−4.0, −3.2] against adamw" in charts["delta"].label
     assert "adamw 0.46" in charts["curves"].label
     assert "sgd best at 20" in charts["rates"].label
+
+
+def test_rates_that_runs_found_are_told_as_such(make_comparison: Callable[..., Path]) -> None:
+    methods = method("sgd")
+    methods[2] |= {"best_lr": None, "found_lrs": [1.6e-3, 2e-3, 2.4e-3], "rates": [], "lr_basin": []}
+    methods[2] |= {"at_grid_edge": None, "suggested_lrs": []}
+    methods[1] |= {"optimizer": "prodigy", "best_lr": 1.0}
+    comparison = ComparisonFile(make_comparison(methods=methods, same_lr=[]))
+    tables, charts = comparison_tables.all_of(comparison), comparison_charts.all_of(comparison)
+    assert texts(tables["results"])["sgd"][-1] == "found by each run, 0.0016 to 0.0024"
+    assert texts(tables["results"])["scaled_adamw:variant=split"][-1].startswith("1 × what it finds")
+    assert "sgd" not in texts(tables["basins"]) and "sgd" not in texts(tables["rates"])
+    assert "sgd" not in charts["rates"].label
+    page = write_compare_report(comparison.folder)
+    for file in (page, page.with_suffix(".md")):
+        assert "found by each run, 0.0016 to 0.0024" in file.read_text(encoding="utf-8")
+
+
+def test_where_all_runs_found_their_rates_nothing_is_said_of_basins(make_comparison: Callable[..., Path]) -> None:
+    methods = compare_example()["methods"]
+    for one in methods:
+        one |= {"best_lr": None, "found_lrs": [2e-3, 2e-3], "rates": [], "lr_basin": [], "at_grid_edge": None}
+    page = write_compare_report(make_comparison(methods=methods, same_lr=[]))
+    assert "Every learning rate that was tried" not in page.read_text(encoding="utf-8")
+    text = page.with_suffix(".md").read_text(encoding="utf-8")
+    assert "Decades of learning rates" not in text and text.count("found by each run, 0.002 |") == len(methods)
 
 
 def test_a_comparison_that_goes_on_says_how_far_it_is(make_comparison: Callable[..., Path]) -> None:

@@ -60,6 +60,26 @@ def test_a_name_is_drawn_as_it_is(text: str) -> None:
     assert text in shown or ascii(text)[1:-1] in shown
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("adamw", ["adamw"]),
+        ("", [""]),
+        (
+            "scaled_adamw:variant=split,scale_correction=true,betas=0.9,0.999+lora_units=start",
+            ["scaled_adamw:variant=split,scale_correction=true,", "betas=0.9,0.999+lora_units=start"],
+        ),
+        ("sgd (without 1 of 5 seeds that failed) and so on, at some length", None),
+        ("x" * 120, ["x" * 52, "x" * 52, "x" * 16]),
+        ("+".join(f"a{n}=1e+{n}" for n in range(12)), None),
+    ],
+)
+def test_long_names_are_broken_between_their_parts(name: str, lines: list[str] | None) -> None:
+    found = svg.lines_of(name)
+    assert lines in (None, found) and "".join(found) == name
+    assert all(len(line.rstrip()) <= 52 for line in found)
+
+
 def test_a_long_name_is_cut() -> None:
     began = time.process_time()
     chart = drawn("x" * 100_000)

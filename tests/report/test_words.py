@@ -250,3 +250,12 @@ def test_units_of_the_start_are_told_where_the_rate_is_in_them(
     facts = RunFacts(make_run())
     facts.config |= {"optimizer": optimizer, "lora_units": "start"}
     assert ("in units of the start" in words.setup(facts)) == told
+
+
+def test_a_rate_that_was_found_is_told_as_such(make_run: Callable[..., RunFolder]) -> None:
+    folder = make_run()
+    facts = RunFacts(folder)
+    facts.config |= {"optimizer": "prodigy", "learning_rate": 1.0}
+    assert "learning rate 1 × what it finds ·" in words.setup(facts)
+    folder.range_test_file.write_text('{"learning_rate": 2e-3}', encoding="utf-8")
+    assert "(found by a range test)" in words.setup(RunFacts(folder))

@@ -59,6 +59,16 @@ def test_the_units_decide_the_learning_rate(name: str, monkeypatch: pytest.Monke
         assert rate_outside_pairs(decided, own) == pytest.approx(plugin.DEFAULT_LR)
 
 
+@pytest.mark.parametrize("units", ["plain", "start"])
+def test_until_a_test_finds_a_rate_it_is_that_of_a_run_without_the_flag(units: str) -> None:
+    flags = ["--pretrained_model_name_or_path", "tiny-flow", "--optimizer", "adamw", "--lora_units", units]
+    with_auto, without = (
+        defaults.by_model(parse_run([*flags, *more])[0], 64, SampleDefaults(20, 3.0), world=1).optim
+        for more in (["--learning_rate", "auto"], [])
+    )
+    assert with_auto == without
+
+
 def test_a_plug_in_without_a_rate_in_these_units_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(registry.load("optimizers", "sgd"), "START_LR")
     flags = ["--pretrained_model_name_or_path", "some/model", "--optimizer", "sgd", "--lora_units", "start"]

@@ -17,7 +17,7 @@ from dreamlora.errors import DivergedError, UserError
 from dreamlora.eval_loss import rates
 from dreamlora.eval_loss.evalset import EvalSet
 from dreamlora.eval_loss.items import ItemLosses
-from dreamlora.run import range_test
+from dreamlora.run import provenance, range_test
 from dreamlora.run.opening import begin
 from dreamlora.runfolder import RunFolder
 from dreamlora.training import loop, state
@@ -146,6 +146,40 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_is_tested_anew(train
     assert found(again)["learning_rate"] == config["learning_rate"] == options(again)["learning_rate"]
 
 
+def killed_before_it_began(train: Train, patch: pytest.MonkeyPatch, *more: str) -> None:
+    """A run that ends when all is ready for its first step, and nothing says yet that there is a run."""
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with patch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(provenance, "write_config", killed)
+        train(*more)
+
+
+@pytest.mark.parametrize("more", ["", "--resume_from_checkpoint latest"], ids=["anew", "resumed"])
+def test_nothing_is_left_of_a_test_whose_run_did_not_begin(
+    more: str, train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place, short = ("--output_dir", str(tmp_path / "place")), ("--max_train_steps", "2", "--sample_steps", "0")
+    killed_before_it_began(train, monkeypatch, *AUTO, *place, *short)
+    assert (tmp_path / "place" / "learning_rate_test.json").exists()
+    run = train("--learning_rate", "1e-3", *place, *short, *more.split())
+    assert not run.range_test() and options(run)["learning_rate"] == 1e-3
+
+
+def test_nothing_is_left_of_a_run_that_was_to_go_on_elsewhere(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = train("--max_train_steps", "4", "--sample_steps", "0")
+    place = ("--output_dir", str(tmp_path / "place"))
+    killed_before_it_began(train, monkeypatch, *place, "--resume_from_checkpoint", str(first.checkpoint_dir(4)))
+    assert RunFolder(tmp_path / "place").metrics()
+    run = train("--max_train_steps", "4", "--sample_steps", "0", "--learning_rate", "1e-3", *place)
+    rows = [row for row in run.metrics() if row["name"] == "eval/loss" and row["step"] == 0]
+    assert len(rows) == 1
+
+
 def test_two_processes_agree(flags: list[str], tmp_path: Path) -> None:
     quick = [*flags, *AUTO, "--sample_steps", "0", "--checkpointing_steps", "0", "--final_eval_items", "0"]
     one = train_with([*quick, "--train_batch_size", "2", "--output_dir", str(tmp_path / "one")])
@@ -199,7 +233,9 @@ def test_the_scaler_of_fp16_is_as_it_was(train: Train, monkeypatch: pytest.Monke
     assert len(values[0]) == len(values[1]) and None not in values[1]
 
 
-def test_where_nothing_holds_the_optimizers_own_rate_stays(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_holds_the_rate_is_that_of_a_run_without_a_test(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = loop.optimizer_step
 
     def breaks(run: loop.Run, batches: Any) -> Any:
