@@ -186,7 +186,7 @@ def test_the_quality_of_the_embedded_models() -> None:
     benchmark = load("tiny_quality")
     found = {model: results(benchmark.file_name(model)) for model in tiny.MODELS}
     assert benchmark.table(found) in (ROOT / "docs/embedded-model.md").read_text(encoding="utf-8")
-    for model, of in found.items():
+    for of in found.values():
         assert of["targets"] == benchmark.TARGETS
         assert all(of["passed"].values())
         assert all(of["results"][name] >= target for name, target in benchmark.TARGETS.items())

@@ -57,6 +57,11 @@ def test_everything_fits_the_size_budget_and_is_safetensors() -> None:
         assert {path.suffix for path, size in sizes.items() if size > 200_000} == {".safetensors"}
 
 
+def test_no_file_names_a_place_on_the_machine_that_made_it() -> None:
+    for path in pipeline_path().parent.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
+
+
 def test_the_package_has_all_of_it() -> None:
     root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
@@ -103,8 +108,8 @@ def test_the_flow_transformers_guidance_is_distilled(flow_pipeline: FluxPipeline
     noisy = (1 - t) * latents + t * noise
     plain, without = velocity(captions, 1.0), velocity([""] * len(captions), 1.0)
     effect = (scale - 1) * (plain - without)
-    # 1.12 before the stage that teaches it
-    assert (velocity(captions, scale) - (plain + effect)).norm() < 0.8 * effect.norm()
+    # 1 with a scale that is not heeded
+    assert (velocity(captions, scale) - (plain + effect)).norm() < 0.75 * effect.norm()
 
 
 def test_the_flow_transformer_knows_which_colour_is_whose(flow_pipeline: FluxPipeline) -> None:

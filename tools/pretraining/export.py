@@ -79,6 +79,13 @@ def declare_float32(config: Path) -> None:
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def forget_origin(config: Path) -> None:
+    """Take out where the part was loaded from: a place on this machine."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    del settings["_name_or_path"]
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def replace(fresh: Path, target: Path) -> None:
     """Put `fresh` where `target` is."""
     old = target.with_name(target.name + ".old")

@@ -1,10 +1,12 @@
 """Stages `flow` and `guidance`: the transformer of `tiny-flow` and its T5, on latents of the embedded autoencoder.
 
-`flow` trains rectified flow with dropped captions, while T5 goes on with what stage `t5` taught it. `guidance` then teaches the transformer to do in one pass what
-classifier-free guidance does in two, with the scale as an input, as FLUX.1-dev was made.
+`flow` trains rectified flow with dropped captions, while T5 goes on with what stage `t5` taught it. `guidance` then
+teaches the transformer to do in one pass what classifier-free guidance does in two, with the scale as an input, as
+FLUX.1-dev was made.
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ PAIRS_AFTER = 0.1  # of the time: first single things alone, then
 PAIRS = 0.6  # of the pictures with two: which colour belongs to which thing is learnt last
 HOLD = 0.7  # share of the time before the learning rate falls
 TIME_SPREAD = 1.2  # of the logits of the times
-# Muon is meant for hidden matrices only; a modulation's are many small ones side by side.
+# Muon is meant for hidden matrices only; a modulation's are many small ones side by side; T5's attention it saturates.
 NOT_FOR_MUON = ("embed", "norm", "transformer.proj_out", "t5.", "to_clip")
 IMITATION = 0.2  # weight of the distance from CLIP's states of the words
 
@@ -153,7 +155,7 @@ def train(folder: Path, minutes: float, device: torch.device) -> None:
         predicted, guessed = run.working(noisy, times, tokens, pooled, ones)
         imitation = t5.distance(guessed, states, tokens)
         loss = F.mse_loss(predicted, velocity) + IMITATION * imitation
-        run.update(loss, lambda: f"of which words {IMITATION * imitation.item():.4f}")
+        run.update(loss, partial("of which words {:.4f}".format, IMITATION * imitation.item()))
 
 
 def distil(folder: Path, minutes: float, device: torch.device) -> None:

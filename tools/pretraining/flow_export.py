@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreamlora.tiny import pipeline_path
 from pretraining import flow, flow_tokenizer
-from pretraining.export import declare_float32, load_average, replace
+from pretraining.export import declare_float32, forget_origin, load_average, replace
 
 
 def build_pipeline(folder: Path) -> FluxPipeline:
@@ -40,4 +40,5 @@ def export_pipeline(folder: Path, target: Path) -> None:
         pipeline.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
         for encoder in ("text_encoder", "text_encoder_2"):
             declare_float32(fresh / encoder / "config.json")
+        forget_origin(fresh / "vae" / "config.json")
         replace(fresh, target)

@@ -53,7 +53,7 @@ class Reader(nn.Module):
 
 
 class Texts:
-    """Reads captions: T5's token ids, and what the embedded model's text encoder, which stays as it is, says of them."""
+    """Reads captions: as token ids of T5, and as what the embedded model's text encoder, which stays as it is, says."""
 
     def __init__(self, device: torch.device) -> None:
         embedded = pipeline_path()
