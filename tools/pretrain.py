@@ -6,8 +6,8 @@
 
 The stages of `tiny`, in order: render, autoencoder, latents, refine, unet, clip, export (`--stage all` runs them all).
 `tiny-flow` is made of the finished `tiny`: render, flow_latents, t5, flow, guidance, flow_export (`--stage all_flow`).
-A training stage ends its learning-rate decay after `--minutes` of wall time, checkpoints into `--folder` and resumes from
-there. Every stage uses a GPU if there is one.
+A training stage ends its learning-rate decay after `--minutes` of wall time, checkpoints into `--folder` and resumes
+from there. Every stage uses a GPU if there is one.
 """
 
 import argparse
