@@ -164,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=tiny.MODELS, default="tiny")
     parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, by label; adamw is always there")
     parser.add_argument("--tuning_subject", default="checkerling")
+    parser.add_argument(
+        "--seeds", type=int, default=len(FULL.seeds), help="of the test; more cost their own runs alone"
+    )
     parser.add_argument("--workers", type=int, default=_machine.usable_cores(), help="processes of one thread")
     parser.add_argument("--runs", type=Path, help="finished trainings; default: outputs/robustness/<model>.jsonl")
     parser.add_argument("--results", type=Path, default=_machine.RESULTS, help=f"folder of {RESULT}.json")
@@ -172,8 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.tuning_subject in HELD_OUT:
         parser.error(f"--tuning_subject must be none of those that are held out: {', '.join(HELD_OUT)}")
-    if options.workers < 1:
-        parser.error(f"--workers must be at least 1 (got {options.workers})")
+    for name in ("workers", "seeds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1 (got {getattr(options, name)})")
     wanted = METHODS if not options.quick else [one for one in METHODS if one.label in QUICK_METHODS]
     if options.methods:
         unknown = set(options.methods) - {method.label for method in METHODS}
@@ -182,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = [method for method in METHODS if method is METHODS[0] or method.label in options.methods]
     bench = bench_of(options)
     methods = bench.usable(wanted)
-    effort = QUICK if options.quick else FULL
+    effort = QUICK if options.quick else replace(FULL, seeds=tuple(range(1, options.seeds + 1)))
     tuning, tested = cells_of(4 if options.quick else None)
     tuning = [replace(cell, subject=options.tuning_subject) for cell in tuning]
     if options.plan:

@@ -65,12 +65,13 @@ def test_the_tuning_sees_both_ends_of_everything_and_no_held_out_subject(benchma
         benchmark.main(["--tuning_subject", "twinhouse"])
 
 
-def test_no_workers_are_refused_before_anything_is_trained(
-    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("flag", ["--workers", "--seeds"])
+def test_none_of_either_is_refused_before_anything_is_trained(
+    benchmark: ModuleType, flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        benchmark.main(["--workers", "0"])
-    assert "--workers must be at least 1 (got 0)" in capsys.readouterr().err
+        benchmark.main([flag, "0"])
+    assert f"{flag} must be at least 1 (got 0)" in capsys.readouterr().err
 
 
 def test_all_have_two_settings_and_labels_of_their_own(benchmark: ModuleType) -> None:
@@ -232,6 +233,23 @@ def found_with(
     bench = bench_of(benchmark, folder, train)
     chosen = benchmark.tune(bench, methods or methods_of(benchmark), tuning_cells(benchmark), benchmark.FULL)
     return chosen, benchmark.test(bench, chosen, benchmark.cells_of()[1], benchmark.FULL)
+
+
+def test_more_seeds_cost_their_own_runs_alone(benchmark: ModuleType, tmp_path: Path) -> None:
+    """And what fewer of them need is made before any run of the others."""
+    made: list[Any] = []
+
+    def train(task: Any) -> Row:
+        made.append(task)
+        return parabola(lambda *_: 4e-3)(task)
+
+    bench, cells = bench_of(benchmark, tmp_path, train), benchmark.cells_of()[1]
+    chosen = benchmark.tune(bench, methods_of(benchmark), tuning_cells(benchmark), benchmark.FULL)
+    for seeds, more in ((3, 3 * 24), (5, 2 * 24)):
+        made.clear()
+        benchmark.test(bench, chosen, cells, replace(benchmark.FULL, seeds=tuple(range(1, seeds + 1))))
+        assert [task.seed for task in made[:more]] == sorted(task.seed for task in made[:more])
+    assert {task.seed for task in made} == {4, 5}
 
 
 def test_the_best_that_is_known_contains_every_method_tuned_in_the_cell(benchmark: ModuleType, tmp_path: Path) -> None:
