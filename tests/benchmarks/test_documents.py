@@ -53,6 +53,22 @@ def test_what_an_automatic_rate_is_worth() -> None:
         assert_told(cells[3], 100 * row["reached"])
 
 
+def test_how_far_the_best_rates_of_ranks_lie_apart_in_both_units() -> None:
+    best = {
+        (row["method"], row["subject"], row["steps"], row["rank"]): row["best"] for row in results("auto_rate")["rows"]
+    }
+    text = " ".join((ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8").split())
+    (told,) = re.findall(
+        r"best rate at rank 4 is ([\d.]+ to [\d.]+) times .* and ([\d.]+ to [\d.]+) times in these", text
+    )
+    for method, words in zip(("adamw", "adamw+lora_units=start"), told, strict=True):
+        ratios = [
+            best[method, *cell, 4] / best[method, *cell, 32] for one, *cell, rank in best if (one, rank) == (method, 4)
+        ]
+        assert len(ratios) == 4
+        assert_told(words, min(ratios), max(ratios))
+
+
 def test_how_exact_a_step_is() -> None:
     taken = {name: ways["taken"] for name, ways in results("step_accuracy")["cases"].items()}
     hard = {"condition of B 1e7", "B of rank 4 and 1e-5"}
