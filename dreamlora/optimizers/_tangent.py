@@ -6,7 +6,8 @@ outside of these. A tangent direction is ``[U, Q_B] T [V, Q_A]ᵀ`` with
     T = [[C, N], [P, 0]]        (2r × 2r)
 
 and to project a matrix in these bases on the tangent space is to set the last block to zero. B is taken as its
-transpose, so that both factors are alike: ``X`` is A or Bᵀ, ``M`` its gradient, ``r`` rows each.
+transpose, so that both factors are alike: ``X`` is A or Bᵀ, ``M`` its gradient, ``Y`` that in the partner's basis; all
+have ``r`` rows.
 """
 
 from __future__ import annotations
@@ -24,57 +25,78 @@ from dreamlora.optimizers._roots import polar_factor
 _LEVEL = 1e-8
 """Relative damping, at least: the square root of float64's precision. Products with two inverse roots of something that
 was damped by it are as exact."""
+_SHORTEST = 1.25
+"""A matrix with an eigenvalue below ``-level/5`` counts as not factored."""
 _FLOOR = 1.25e-3
 """Least singular value of a direction that becomes 1, as a share of its Frobenius norm."""
 _BEFORE_LAST = 1e-3
 """How far from 1 singular values in float32 may be before the last step; after it they are at most a tenth of that."""
 
 
-class TangentFrame(NamedTuple):
-    """``k`` factors ``X`` and their gradients ``M``; all are ``(k, r, r)``.
+class Bases(NamedTuple):
+    """``k`` factors ``X``; all are ``(k, r, r)``.
 
     Attributes:
         own: ``E``: the rows of ``E X`` are orthonormal.
         partner: ``E`` of the other factor: ``partner·M`` is the gradient of the product along U or V.
-        core: its part within the rows of ``E X``.
-        outer: the rows of ``outer·(partner·M − core·E X)`` are orthonormal.
-        edge: ``partner·M − core·E X`` in those rows.
         failed: ``(k,)`` bool: a matrix could not be factored; what comes from it is zero.
     """
 
     own: Tensor
     partner: Tensor
+    failed: Tensor
+
+
+def bases(grams: Tensor, of_partners: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Bases:
+    """Those of all factors.
+
+    Args:
+        grams: ``X Xᵀ`` ``(k, r, r)``, in ``linalg.gram_dtype``.
+        of_partners: brings what is stacked by factor in the order of their partners.
+        dtype: precision of the factors.
+    """
+    own, failed = _coordinates(grams, linalg.mean_eigenvalue(grams), _level(dtype, grams.dtype))
+    return Bases(own, of_partners(own), failed | of_partners(failed))
+
+
+class TangentFrame(NamedTuple):
+    """Gradients ``Y = partner·M`` beside their factors; all are ``(k, r, r)``.
+
+    Attributes:
+        bases: of the factors.
+        core: the part of ``Y`` within the rows of ``E X``.
+        outer: the rows of ``outer·(Y − core·E X)`` are orthonormal.
+        edge: ``Y − core·E X`` in those rows.
+        failed: ``(k,)`` bool: as of ``bases``, or what is outside could not be factored.
+    """
+
+    bases: Bases
     core: Tensor
     outer: Tensor
     edge: Tensor
     failed: Tensor
 
 
-class Grams(NamedTuple):
-    """``X Xᵀ``, ``M Xᵀ`` and ``M Mᵀ`` ``(k, r, r)``, in ``linalg.gram_dtype``."""
-
-    own: Tensor
-    cross: Tensor
-    gradient: Tensor
-
-
-def frames(of: Grams, of_partners: Callable[[Tensor], Tensor], dtype: torch.dtype) -> TangentFrame:
+def frames(of: Bases, cross: Tensor, whole: Tensor, dtype: torch.dtype) -> TangentFrame:
     """The frames of all factors.
 
+    ``partner`` can be so large that the Gram matrix of ``M``, multiplied by it from both sides, would be rounding: that
+    of ``Y`` itself is taken.
+
     Args:
-        of: their Gram matrices.
-        of_partners: brings what is stacked by factor in the order of their partners.
+        of: their bases.
+        cross, whole: ``Y Xᵀ`` and ``Y Yᵀ`` ``(k, r, r)``, in ``linalg.gram_dtype``.
         dtype: precision of the factors.
     """
-    level = max(linalg.rounding_level(dtype, of.own.dtype), _LEVEL)
-    own, failed = _coordinates(of.own, linalg.mean_eigenvalue(of.own), level)
-    partner, failed = of_partners(own), failed | of_partners(failed)
-    core = partner @ of.cross @ own.mT
-    whole = linalg.symmetric(partner @ of.gradient @ partner.mT)
-    rest = whole - core @ core.mT
+    core = cross @ of.own.mT
+    rest = linalg.symmetric(whole - core @ core.mT)
     # Rounding is a share of the whole, not of the rest, which may be nothing else.
-    outer, unfactored = _coordinates(rest, linalg.mean_eigenvalue(whole), level)
-    return TangentFrame(own, partner, core, outer, rest @ outer.mT, failed | unfactored)
+    outer, unfactored = _coordinates(rest, linalg.mean_eigenvalue(whole), _level(dtype, whole.dtype))
+    return TangentFrame(of, core, outer, rest @ outer.mT, of.failed | unfactored)
+
+
+def _level(dtype: torch.dtype, gram: torch.dtype) -> float:
+    return max(linalg.rounding_level(dtype, gram), _LEVEL)
 
 
 def _coordinates(K: Tensor, tau: Tensor, level: float) -> tuple[Tensor, Tensor]:
@@ -88,6 +110,8 @@ def _coordinates(K: Tensor, tau: Tensor, level: float) -> tuple[Tensor, Tensor]:
     identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     _, E, failed = linalg.cholesky(torch.where(zero, identity, K / tau) + level * identity)
     X = level * E @ E.mT
+    # A direction of no length has 1. One whose square is negative, by rounding, would come out longer than any.
+    failed = failed | (X.diagonal(dim1=-2, dim2=-1).amax(-1) > _SHORTEST)
     X2 = X @ X
     fade = torch.add(X2, X, alpha=-2.0).add_(identity)  # (I − X)²
     E = fade @ (fade @ (X2.mul_(12.375).add_(X, alpha=4.5).add_(identity) @ (E * tau.rsqrt())))
@@ -127,11 +151,11 @@ def _flat(X: Tensor) -> Tensor:
 
 
 def steps_of(frame: TangentFrame, core: Tensor, edge: Tensor) -> Tensor:
-    """``(k, r, 2r)``: whose product with ``[X; M]`` is a tangent direction, with rows in the partner's basis.
+    """``(k, r, 2r)``: whose product with ``[X; Y]`` is a tangent direction, with rows in the partner's basis.
 
     Args:
-        frame: of the factors.
+        frame: of the factors and ``Y``.
         core, edge: blocks of the direction, ``(k, r, r)``.
     """
     along = edge @ frame.outer
-    return torch.cat([(core - along @ frame.core) @ frame.own, along @ frame.partner], -1)
+    return torch.cat([(core - along @ frame.core) @ frame.bases.own, along], -1)

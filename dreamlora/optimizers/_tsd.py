@@ -7,7 +7,8 @@
 
 ``P_T(G)`` needs no more of ``G`` than ``mA = BᵀG`` and ``mB = G Aᵀ``. In orthonormal coordinates (``_tangent``) every
 ``X_t`` is a ``2r × 2r`` matrix, and ``P_T`` sets a quarter of it to zero. So however many projections there are, the
-long matrices are read twice: for the Gram matrix of ``[X, mX]``, and for the step, which is a combination of these two.
+long matrices are multiplied four times: for the Gram matrices of ``X`` and of ``Y``, for ``Y``, which is ``mX`` in the
+partner's basis, and for the step, which is a combination of ``X`` and ``Y``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dreamlora.optimizers._batch import PairBatch
 from dreamlora.optimizers._kernels import MOMENTUM
 from dreamlora.optimizers._pairs import Group, LoraPairOptimizer
 from dreamlora.optimizers._rank_space import RankSpace, Side, check_product_decay, rank_spaces
-from dreamlora.optimizers._tangent import Grams, flattened, frames, steps_of, tangent
+from dreamlora.optimizers._tangent import TangentFrame, bases, flattened, frames, steps_of, tangent
 
 _PIECE = 2**16
 """Elements of factors that are copied together on the CPU."""
@@ -97,17 +98,28 @@ class LoRATSD(LoraPairOptimizer):
 
     def _update(self, space: RankSpace) -> None:
         pieces = list(_pieces(space, space.momenta(self)))
-        blocks = [_grams(side, _both(side, m).to(space.gram_dtype)) for side, m in pieces]
-        grams = Grams(*(torch.cat(block) for block in zip(*blocks, strict=True)))
-        steps = self._steps(space, grams).to(space.dtype).split([len(m) for _, m in pieces])
+        own = torch.cat([side.gram(x, x) for side, _ in pieces for x in [side.stack(space.gram_dtype)]])
+        found = bases(own, space.of_partners, space.params[0].dtype)
+        sizes = [len(m) for _, m in pieces]
+        partners = found.partner.to(space.dtype).split(sizes)
+        seen = [side.product(T, m) for T, (side, m) in zip(partners, pieces, strict=True)]
+        grams = [
+            _grams(side, y.to(space.gram_dtype), space.gram_dtype) for (side, _), y in zip(pieces, seen, strict=True)
+        ]
+        cross, whole = (torch.cat(blocks) for blocks in zip(*grams, strict=True))
+        frame = frames(found, cross, whole, space.params[0].dtype)
         size = space.rank ** -space.group["rank_power"]
-        for (side, m), step in zip(pieces, steps, strict=True):
-            space.move(side, step, _both(side, m), size)
+        steps = self._steps(space, own, frame).to(space.dtype).split(sizes)
+        for (side, _), y, step in zip(pieces, seen, steps, strict=True):
+            space.move(side, step, torch.cat([side.stack(), y], 1 if side.wide else 2), size)
 
-    def _steps(self, space: RankSpace, grams: Grams) -> Tensor:
-        """``(k, r, 2r)``: what the ``[X, mX]`` of the factors are to be multiplied with."""
+    def _steps(self, space: RankSpace, own: Tensor, frame: TangentFrame) -> Tensor:
+        """``(k, r, 2r)``: what the ``[X, Y]`` of the factors are to be multiplied with.
+
+        Args:
+            own: Gram matrices of the factors ``(k, r, r)``.
+        """
         group, r = space.group, space.rank
-        frame = frames(grams, space.of_partners, space.params[0].dtype)
         self.count("fallbacks", frame.failed.chunk(2)[0])
         core_A, core_B = frame.core.chunk(2)
         edge_A, edge_B = frame.edge.chunk(2)
@@ -118,9 +130,9 @@ class LoRATSD(LoraPairOptimizer):
         T = flattened(T.to(space.dtype), group["projections"]).to(space.gram_dtype)
         C, N, P = T[:, :r, :r], T[:, :r, r:], T[:, r:, :r]
         steps = steps_of(frame, torch.cat([(1 - theirs) * C, theirs * C.mT]), torch.cat([N, P.mT]))
-        back = frame.partner.mT
+        back = frame.bases.partner.mT
         if group["trust"]:
-            (K_A, K_B), (for_A, for_B) = grams.own.chunk(2), back.chunk(2)
+            (K_A, K_B), (for_A, for_B) = own.chunk(2), back.chunk(2)
             norms = [r ** -group["rank_power"]] * len(space.sides)
             back = torch.cat([for_A @ space.trusted(for_A.mT, K_B, K_A, norms), for_B])
         return back @ steps
@@ -134,13 +146,6 @@ def _pieces(space: RankSpace, momenta: list[Tensor]) -> Iterator[tuple[Side, Ten
             yield replace(side, params=side.params[i : i + size]), m[i : i + size]
 
 
-def _both(side: Side, m: Tensor) -> Tensor:
-    """``[A; mA]`` ``(b, 2r, n)`` or ``[B, mB]`` ``(b, m, 2r)``."""
-    return torch.cat([side.stack(), m], 1 if side.wide else 2)
-
-
-def _grams(side: Side, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks of ``Grams``, of ``_both`` in their precision."""
-    X, M = both.chunk(2, 1 if side.wide else 2)
-    own, cross = side.gram(both, X).chunk(2, 1)
-    return own, cross, side.gram(M, M)
+def _grams(side: Side, Y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``Y Xᵀ`` and ``Y Yᵀ``."""
+    return side.gram(Y, side.stack(dtype)), side.gram(Y, Y)
