@@ -255,7 +255,9 @@ def test_the_runs_of_a_proposal_are_commands_that_exist(tmp_path: Path) -> None:
     for method, rank in itertools.product(auto_rate.METHODS, auto_rate.RANKS):
         cell = {"method": method, "subject": auto_rate.SUBJECTS[0], "rank": rank}
         config, _ = parse_run(auto_rate.flags(cell, 300, "auto", tmp_path / "run"))
-        assert (config.optim.optimizer, config.lora.rank, config.optim.learning_rate) == (method, rank, "auto")
+        optimizer, _, units = method.partition("+lora_units=")
+        assert (config.optim.optimizer, config.optim.lora_units) == (optimizer, units or "plain")
+        assert (config.lora.rank, config.optim.learning_rate) == (rank, "auto")
 
 
 def test_the_estimate_of_a_command_is_told_by_stage(tmp_path: Path) -> None:
