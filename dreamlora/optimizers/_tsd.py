@@ -98,7 +98,7 @@ class LoRATSD(LoraPairOptimizer):
 
     def _update(self, space: RankSpace) -> None:
         pieces = list(_pieces(space, space.momenta(self)))
-        own = torch.cat([side.gram(x, x) for side, _ in pieces for x in [side.stack(space.gram_dtype)]])
+        own = torch.cat([_gram(side, space.gram_dtype) for side, _ in pieces])
         found = bases(own, space.of_partners, space.params[0].dtype)
         sizes = [len(m) for _, m in pieces]
         partners = found.partner.to(space.dtype).split(sizes)
@@ -144,6 +144,12 @@ def _pieces(space: RankSpace, momenta: list[Tensor]) -> Iterator[tuple[Side, Ten
         size = max(1, _PIECE // m[0].numel()) if m.device.type == "cpu" else len(m)
         for i in range(0, len(m), size):
             yield replace(side, params=side.params[i : i + size]), m[i : i + size]
+
+
+def _gram(side: Side, dtype: torch.dtype) -> Tensor:
+    """``X Xᵀ``."""
+    X = side.stack(dtype)
+    return side.gram(X, X)
 
 
 def _grams(side: Side, Y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

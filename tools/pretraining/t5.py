@@ -1,7 +1,7 @@
 """Stage `t5`: the T5 of `tiny-flow` learns what the embedded CLIP's text encoder says of each word.
 
-Which colour belongs to which of two things is a matter of word order. The transformer's loss alone teaches it to a T5,
-which knows places only relative to each other, too slowly; CLIP's states of the words have it already.
+Which colour belongs to which of two things is a matter of word order. A T5 that learnt from the loss of the transformer
+alone did not come to know it (weights/README.md); the states that CLIP has of the words hold it already.
 """
 
 from pathlib import Path
