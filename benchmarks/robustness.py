@@ -25,7 +25,8 @@ Verdicts against AdamW are in the words of ``dreamlora compare``.
 What the word "all" of layers means: a UNet's linear layers and convolutions; all linear layers of a flow transformer,
 which has no convolutions.
 
-Finished trainings are kept in --runs: the same command goes on, and more methods cost their own trainings alone.
+Finished trainings are kept in --runs, which are committed: the same command goes on, or makes the committed result from
+them in seconds, and more methods cost their own trainings alone. After a change of a method's step, delete its rows.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from _robustness_report import result, table
 
 from dreamlora import tiny
 
-RESULT = "robustness_fair"
+RESULT, RUNS = "robustness_fair", "robustness_runs"
 ADAM = ("betas=0.9,0.999", "betas=0.7,0.9")
 START = "+lora_units=start"
 METHODS = (
@@ -119,7 +120,9 @@ def bench_of(options: argparse.Namespace) -> Bench:
     """For a model, with its subjects."""
     training = f"--pretrained_model_name_or_path {options.model} --train_batch_size {BATCH}".split()
     subjects = {subject: ("--subject", subject) for subject in (options.tuning_subject, *HELD_OUT)}
-    file = options.runs or Path("outputs") / "robustness" / f"{options.model}.jsonl"
+    trial = options.plan or options.quick  # whose few steps belong to no result
+    folder = Path("outputs") / "robustness" if trial else options.results / RUNS
+    file = options.runs or folder / f"{options.model}.jsonl"
     return Bench(training, subjects, file, options.workers)
 
 
@@ -168,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seeds", type=int, default=len(FULL.seeds), help="of the test; more cost their own runs alone"
     )
     parser.add_argument("--workers", type=int, default=_machine.usable_cores(), help="processes of one thread")
-    parser.add_argument("--runs", type=Path, help="finished trainings; default: outputs/robustness/<model>.jsonl")
-    parser.add_argument("--results", type=Path, default=_machine.RESULTS, help=f"folder of {RESULT}.json")
+    parser.add_argument("--runs", type=Path, help=f"finished trainings; default: {RUNS}/<model>.jsonl in --results")
+    parser.add_argument("--results", type=Path, default=_machine.RESULTS, help=f"folder of {RESULT}.json and {RUNS}")
     parser.add_argument("--plan", action="store_true", help="time a few steps and say what all of it would take")
     parser.add_argument("--quick", action="store_true", help="two methods, two cells, a few steps: does it run?")
     options = parser.parse_args(argv)

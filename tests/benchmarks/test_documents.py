@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,28 @@ def test_robustness_with_the_same_tuning_for_all(model: str) -> None:
     assert load("robustness").table(results(FAIR.stem)[model]) in (ROOT / "docs/optimizers.md").read_text(
         encoding="utf-8"
     )
+
+
+@pytest.mark.parametrize("model", list(results(FAIR.stem)) if FAIR.exists() else [])
+def test_robustness_comes_from_the_committed_trainings(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command of the result, which finds every training made."""
+    found, benchmark = results(FAIR.stem)[model], load("robustness")
+    runs = RESULTS / benchmark.RUNS / f"{model}.jsonl"
+
+    def none_made(bench: Any, tasks: list[Any]) -> tuple[()]:
+        assert not tasks, f"{len(tasks)} trainings are not in {runs.name}"
+        return ()
+
+    monkeypatch.setattr(benchmark.Bench, "_made", none_made)
+    monkeypatch.setattr(
+        benchmark.Bench, "usable", lambda bench, methods: [m for m in methods if m.label in found["methods"]]
+    )
+    benchmark.main([*shlex.split(found["command"])[2:], "--runs", str(runs), "--results", str(tmp_path)])
+    again = json.loads((tmp_path / FAIR.name).read_text(encoding="utf-8"))[model]
+    of_the_machine = ("command", "left_out", "machine")
+    assert again == {**found, **{name: again[name] for name in of_the_machine}}
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/optimizers.md"])

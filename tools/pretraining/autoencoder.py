@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from pretraining import data
-from pretraining.optim import PretrainingRecipe, PretrainingRun
+from pretraining.optim import PretrainingRecipe, PretrainingRun, load_average
 
 CHANNELS = (32, 32, 32)  # equal widths and few layers beat the usual pyramid at this size
 BATCH = 32
@@ -121,8 +121,7 @@ def load_standardised(folder: Path) -> AutoencoderKL:
 
     Latents then have mean 0 and deviation 1 with a scaling factor of 1.
     """
-    model = build().eval().requires_grad_(False)
-    model.load_state_dict(torch.load(folder / "autoencoder.pt", map_location="cpu", weights_only=True)["average"])
+    model = load_average(build(), folder, "autoencoder")
     pictures = data.load_pictures(folder, "captioned")[:2000]
     latents = torch.cat([encode(model, data.to_tensor(pictures[i : i + 50])) for i in range(0, len(pictures), 50)])
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))

@@ -7,20 +7,13 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import nn
 from transformers import CLIPImageProcessorPil
 
 from dreamlora.tiny import world
 from pretraining import autoencoder, clip, denoiser, tokenizer
+from pretraining.optim import load_average
 
 PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)  # the small CLIP reads the range [-1, 1]
-
-
-def load_average(module: nn.Module, folder: Path, name: str) -> nn.Module:
-    """`module` with the averaged weights of a stage's checkpoint, ready for inference."""
-    state = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
-    module.load_state_dict(state["average"])
-    return module.eval().requires_grad_(False)
 
 
 def build_pipeline(folder: Path) -> StableDiffusionPipeline:

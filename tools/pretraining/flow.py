@@ -18,7 +18,7 @@ from dreamlora.families import _packed
 from dreamlora.tiny import pipeline_path
 from pretraining import data, flow_tokenizer, t5
 from pretraining.denoiser import Captions
-from pretraining.optim import PretrainingRecipe, PretrainingRun
+from pretraining.optim import PretrainingRecipe, PretrainingRun, read_average
 
 HEADS, HEAD_WIDTH, DOUBLE, SINGLE = 5, 32, 2, 6
 BATCH = 32
@@ -145,8 +145,7 @@ def train(folder: Path, minutes: float, device: torch.device) -> None:
     recipe = PretrainingRecipe("flow", minutes, MUON_LR, ADAMW_LR, decay=0.999, hold=HOLD, not_for_muon=NOT_FOR_MUON)
     model = FlowDenoiser()
     if (folder / "t5.pt").exists():
-        taught = torch.load(folder / "t5.pt", map_location="cpu", weights_only=True)["average"]
-        model.load_state_dict(taught, strict=False)  # all but the transformer's
+        model.load_state_dict(read_average(folder, "t5"), strict=False)  # all but the transformer's
     run = PretrainingRun(model, recipe, folder, device, working=working_copy)
     examples, ones = Examples(folder, device, run.step), torch.ones(BATCH, device=device)
     while run.unfinished:
@@ -161,7 +160,7 @@ def train(folder: Path, minutes: float, device: torch.device) -> None:
 def distil(folder: Path, minutes: float, device: torch.device) -> None:
     """Stage `guidance`: train for `minutes` from flow.pt; checkpoint (and resume) as guidance.pt in `folder`."""
     model = FlowDenoiser()
-    model.load_state_dict(torch.load(folder / "flow.pt", map_location="cpu", weights_only=True)["average"])
+    model.load_state_dict(read_average(folder, "flow"))
     teacher = working_copy(model.to(device)).requires_grad_(False)
     muon, adamw = GUIDANCE_MUON_LR, GUIDANCE_ADAMW_LR
     recipe = PretrainingRecipe("guidance", minutes, muon, adamw, decay=0.999, hold=0.2, not_for_muon=NOT_FOR_MUON)

@@ -9,7 +9,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreamlora.tiny import pipeline_path
 from pretraining import flow, flow_tokenizer
-from pretraining.export import declare_float32, forget_origin, load_average, replace
+from pretraining.export import declare_float32, forget_origin, replace
+from pretraining.optim import load_average
 
 
 def build_pipeline(folder: Path) -> FluxPipeline:

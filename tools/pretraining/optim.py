@@ -140,6 +140,19 @@ class PretrainingRecipe:
     not_for_muon: tuple[str, ...] = FIRST_AND_LAST  # parts of parameters' names
 
 
+def read_average(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    """The averaged weights of a stage's checkpoint."""
+    average: dict[str, torch.Tensor]
+    average = torch.load(folder / f"{stage}.pt", map_location="cpu", weights_only=True)["average"]
+    return average
+
+
+def load_average(module: nn.Module, folder: Path, stage: str) -> nn.Module:
+    """`module` with those weights, ready for inference."""
+    module.load_state_dict(read_average(folder, stage))
+    return module.eval().requires_grad_(False)
+
+
 class PretrainingRun:
     """One training run: optimizer, average, budget, log lines, and a checkpoint to resume from.
 
