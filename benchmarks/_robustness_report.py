@@ -40,6 +40,7 @@ def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
     tested, baseline = test.tested, next(iter(test.tested.frozen))
     scores, others = point_scores(tested, method), point_scores(tested, method, others_only=True)
     tuned = {cell: _tuned(method, cell, score, test) for cell, score in scores.items()}
+    beside = [{cell: _beside(method, cell, score, by, test) for cell, score in scores.items()} for by in (-1, 1)]
     timed = {cell: scores[cell] - _in_score(method, cell, test) for cell in scores}
     ratios = [step_ratio(test.frozen, method, baseline, cell) for cell in scores]
     compared, difference = against(tested, method, baseline), worst_difference(tested, method, baseline)
@@ -55,6 +56,7 @@ def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
         "median": _three(statistics.median(scores.values())),
         "cells": {str(cell): _three(score) for cell, score in scores.items()},
         "tuned": {"worst": _three(min(tuned.values())), "median": _three(statistics.median(tuned.values()))},
+        "worst_beside": dict(zip(("lower", "higher"), (_worst(of_rate) for of_rate in beside), strict=True)),
         "same_seconds": {"worst": _three(min(timed.values())), "median": _three(statistics.median(timed.values()))},
         "step_ratio": _three(statistics.geometric_mean(ratios)) if all(ratios) else None,
         "best_rates": _by_rank(method, test),
@@ -65,12 +67,30 @@ def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
 
 def _tuned(method: Method, cell: Cell, score: float, test: Test) -> float:
     """The score with the rate that is best in this very cell, by one seed."""
-    rows = test.searched[method, cell]
-    frozen = loss(rows[test.tested.frozen[method].rate])
-    best = min(loss(row) for row in rows.values())
+    return _moved(method, cell, score, min(loss(row) for row in test.searched[method, cell].values()), test)
+
+
+def _beside(method: Method, cell: Cell, score: float, by: int, test: Test) -> float | None:
+    """The score with the next lower or higher rate of the cell's grid, by one seed; None if there is none."""
+    rows = {rate: row for rate, row in test.searched[method, cell].items() if rate is not None}
+    rates = sorted(rows)
+    rate = test.tested.frozen[method].rate
+    at = rates.index(rate) + by if rate in rows else -1
+    return _moved(method, cell, score, loss(rows[rates[at]]), test) if 0 <= at < len(rates) else None
+
+
+def _moved(method: Method, cell: Cell, score: float, value: float, test: Test) -> float:
+    """The score after another loss with the first seed than the frozen rate's."""
+    frozen = loss(test.searched[method, cell][test.tested.frozen[method].rate])
     if math.isfinite(score) and math.isfinite(frozen):
-        return score + (frozen - best) / _scale(cell, test)
-    return (test.tested.base[cell] - best) / _scale(cell, test)
+        return score + (frozen - value) / _scale(cell, test)
+    return (test.tested.base[cell] - value) / _scale(cell, test)
+
+
+def _worst(scores: Mapping[Cell, float | None]) -> Number:
+    """None if a cell has none."""
+    known = [score for score in scores.values() if score is not None]
+    return _three(min(known)) if len(known) == len(scores) else None
 
 
 def _in_score(method: Method, cell: Cell, test: Test) -> float:
@@ -129,6 +149,7 @@ HEADS = (
     "Worst cell, 95 %",
     "without its own best",
     "Median",
+    "Worst, half and twice the rate",
     "Worst, tuned in every cell",
     "Worst, same seconds",
     "Step",
@@ -155,6 +176,7 @@ def _cells(label: str, of: Mapping[str, Any], baseline: str) -> Sequence[str]:
         f"{_score(of['worst']['score'])} [{_score(of['worst']['low'])}, {_score(of['worst']['high'])}]",
         _score(of["worst_of_others"]["score"]),
         _score(of["median"]),
+        " · ".join(map(_score, of["worst_beside"].values())),
         _score(of["tuned"]["worst"]),
         _score(of["same_seconds"]["worst"]),
         figures.NONE if of["step_ratio"] is None else f"{of['step_ratio']:.2f} ×",

@@ -266,6 +266,9 @@ def test_the_best_that_is_known_contains_every_method_tuned_in_the_cell(benchmar
     assert muon["worst"]["score"] == pytest.approx(0.9, abs=0.02), "of AdamW's own best, which is not its frozen rate"
     assert adamw["worst"]["score"] == pytest.approx(1 - 0.1 * math.log(4) ** 2, abs=0.02)
     assert adamw["tuned"]["worst"] == pytest.approx(1, abs=0.02)
+    assert muon["worst_beside"]["lower"] == pytest.approx(0.9 - 0.1 * math.log(2) ** 2, abs=0.02)
+    assert muon["worst_beside"]["higher"] == pytest.approx(0.9 - 0.1 * math.log(2) ** 2, abs=0.02)
+    assert adamw["worst_beside"]["lower"] == pytest.approx(1 - 0.1 * math.log(8) ** 2, abs=0.03)
     assert muon["worst_of_others"]["score"] == muon["worst"]["score"]
     assert adamw["worst_of_others"]["score"] == pytest.approx((1 - 0.1 * math.log(4) ** 2) / 0.9, abs=0.02)
     assert muon["worst_against_baseline"]["verdict"] == "better"
@@ -328,6 +331,7 @@ def test_a_method_that_finds_its_own_rate_has_none_tuned(benchmark: ModuleType, 
     chosen, test = found_with(benchmark, tmp_path, parabola(lambda cell, entry: 4e-3), [methods_of(benchmark)[0], own])
     about = benchmark.result(chosen, test)["methods"][own.label]
     assert own.label == "prodigy+learning_rate=auto" and about["learning_rate"] is None
+    assert about["worst_beside"] == {"lower": None, "higher": None}
     assert about["best_rates"] is None and len(about["tried"]) == 2
     assert about["loss_against_baseline"]["verdict"] == "equivalent"
 
