@@ -38,7 +38,9 @@ LAYERS = {"attention": "attn", "all": "all"}
 is all linear layers of its blocks."""
 UNTIMED = 2
 """First steps, in which memory is taken and kernels are chosen."""
-TRAININGS_PER_PROCESS = 100
+MOST_PER_POOL = 200
+"""Trainings, whose leftovers ``gc.freeze`` keeps, before processes are new ones. A pool's own ``max_tasks_per_child``
+waits for ever once all its processes have made theirs (python/cpython#115634)."""
 
 Row = dict[str, Any]
 
@@ -222,12 +224,12 @@ class Bench:
             for task in tasks:
                 yield task, self._train(task)
             return
-        with ProcessPoolExecutor(
-            self._workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin_worker,
-            max_tasks_per_child=TRAININGS_PER_PROCESS,
-        ) as pool:
+        for batch in (tasks[at : at + MOST_PER_POOL] for at in range(0, len(tasks), MOST_PER_POOL)):
+            yield from self._made_by_others(batch)
+
+    def _made_by_others(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Row]]:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self._workers, mp_context=spawn, initializer=_begin_worker) as pool:
             futures = {pool.submit(self._train, task): task for task in tasks}
             try:
                 for future in as_completed(futures):

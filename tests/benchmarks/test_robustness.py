@@ -9,6 +9,7 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -225,6 +226,30 @@ def test_a_stopped_benchmark_goes_on(benchmark: ModuleType, tmp_path: Path) -> N
     benchmark.tune(bench, [adamw], tuning_cells(benchmark), benchmark.FULL)
     assert len(made) == len(set(made)) == len(bench.rows) + 1
     assert bench_of(benchmark, tmp_path, train).rows.keys() == bench.rows.keys()
+
+
+def test_several_processes_are_new_ones_now_and_then(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pools of their own; threads stand for the processes."""
+    pools: list[int] = []
+
+    def pool(workers: int, mp_context: Any, initializer: Any) -> ThreadPoolExecutor:
+        pools.append(workers)
+        return ThreadPoolExecutor(workers)
+
+    names = benchmark.Bench.run.__globals__
+    monkeypatch.setitem(names, "ProcessPoolExecutor", pool)
+    monkeypatch.setitem(names, "MOST_PER_POOL", 4)
+    train = parabola(lambda cell, entry: 4e-3)
+    bench = benchmark.Bench([], {"checkerling": ()}, tmp_path / "runs.jsonl", 2, train)
+    adamw = methods_of(benchmark)[0]
+    tasks = [
+        bench.task(tuning_cells(benchmark)[0], benchmark.Config(adamw, adamw.settings[0], 4e-3), n) for n in range(9)
+    ]
+    rows = bench.run(tasks, "test")
+    assert pools == [2, 2, 2]
+    assert [rows[task]["final"] for task in tasks] == [train(task)["final"] for task in tasks]
 
 
 def found_with(
