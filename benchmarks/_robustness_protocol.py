@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -249,18 +250,26 @@ def _leaders(
     cell: Cell,
 ) -> list[Config]:
     """The best of the two best methods, where it is not what was frozen: by the first seed, whose luck is taken off."""
-    luck = [loss(rows[0]) - sum(map(loss, rows)) / len(rows) for (_, at), rows in frozen.items() if at == cell]
-    finite = [value for value in luck if math.isfinite(value)]
-    shift = sum(finite) / len(finite) if finite else 0.0
+    off = luck(frozen, cell)
     candidates = []
     for method, config in configs.items():
         rows = frozen[method, cell]
-        known = {rate: loss(row) - shift for rate, row in searched[method, cell].items()}
+        known = {rate: loss(row) - off for rate, row in searched[method, cell].items()}
         known[config.rate] = sum(map(loss, rows)) / len(rows)
         rate = min(known, key=lambda rate: known[rate])
         candidates.append((known[rate], replace(config, rate=rate)))
     candidates.sort(key=lambda candidate: candidate[0])
     return [config for _, config in candidates[:2] if config != configs[config.method]]
+
+
+def luck(frozen: Mapping[tuple[Method, Cell], Sequence[Row]], cell: Cell) -> float:
+    """By how much the first seed's loss is above the mean over the seeds.
+
+    The median over the methods: one of them that goes wrong with one seed says nothing about the others.
+    """
+    above = (loss(rows[0]) - sum(map(loss, rows)) / len(rows) for (_, at), rows in frozen.items() if at == cell)
+    finite = [value for value in above if math.isfinite(value)]
+    return statistics.median(finite) if finite else 0.0
 
 
 def step_ratio(

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from _robustness import Cell, Method, loss
-from _robustness_protocol import Choice, Test, step_ratio
+from _robustness import Cell, Method, Row, loss
+from _robustness_protocol import Choice, Test, luck, step_ratio
 from _robustness_scores import (
     against,
     point_scores,
@@ -40,7 +40,7 @@ def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
     tested, baseline = test.tested, next(iter(test.tested.frozen))
     scores, others = point_scores(tested, method), point_scores(tested, method, others_only=True)
     tuned = {cell: _tuned(method, cell, score, test) for cell, score in scores.items()}
-    beside = [{cell: _beside(method, cell, score, by, test) for cell, score in scores.items()} for by in (-1, 1)]
+    beside = [{cell: _beside(method, cell, by, test) for cell in scores} for by in (-1, 1)]
     timed = {cell: scores[cell] - _in_score(method, cell, test) for cell in scores}
     ratios = [step_ratio(test.frozen, method, baseline, cell) for cell in scores]
     compared, difference = against(tested, method, baseline), worst_difference(tested, method, baseline)
@@ -67,24 +67,23 @@ def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
 
 def _tuned(method: Method, cell: Cell, score: float, test: Test) -> float:
     """The score with the rate that is best in this very cell, by one seed."""
-    return _moved(method, cell, score, min(loss(row) for row in test.searched[method, cell].values()), test)
+    frozen = test.tested.frozen[method].rate
+    others = (row for rate, row in test.searched[method, cell].items() if rate != frozen)
+    return max([score, *(_by_one_seed(row, cell, test) for row in others)])
 
 
-def _beside(method: Method, cell: Cell, score: float, by: int, test: Test) -> float | None:
+def _beside(method: Method, cell: Cell, by: int, test: Test) -> float | None:
     """The score with the next lower or higher rate of the cell's grid, by one seed; None if there is none."""
     rows = {rate: row for rate, row in test.searched[method, cell].items() if rate is not None}
     rates = sorted(rows)
     rate = test.tested.frozen[method].rate
     at = rates.index(rate) + by if rate in rows else -1
-    return _moved(method, cell, score, loss(rows[rates[at]]), test) if 0 <= at < len(rates) else None
+    return _by_one_seed(rows[rates[at]], cell, test) if 0 <= at < len(rates) else None
 
 
-def _moved(method: Method, cell: Cell, score: float, value: float, test: Test) -> float:
-    """The score after another loss with the first seed than the frozen rate's."""
-    frozen = loss(test.searched[method, cell][test.tested.frozen[method].rate])
-    if math.isfinite(score) and math.isfinite(frozen):
-        return score + (frozen - value) / _scale(cell, test)
-    return (test.tested.base[cell] - value) / _scale(cell, test)
+def _by_one_seed(row: Row, cell: Cell, test: Test) -> float:
+    """The score of a training with the first seed, whose luck is taken off."""
+    return (test.tested.base[cell] - loss(row) + luck(test.frozen, cell)) / _scale(cell, test)
 
 
 def _worst(scores: Mapping[Cell, float | None]) -> Number:

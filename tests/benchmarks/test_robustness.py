@@ -321,6 +321,14 @@ def test_the_luck_of_one_seed_makes_no_best(benchmark: ModuleType, tmp_path: Pat
     assert np.mean(lowest) < 0.39 < np.mean(best), "0.4 is the truth, 0.01 the spread of one training"
 
 
+def test_a_method_that_goes_wrong_with_one_seed_is_not_its_luck(benchmark: ModuleType, protocol: ModuleType) -> None:
+    cell = benchmark.cells_of()[1][0]
+    losses = {"adamw": (0.4, 0.5), "lora_rite": (0.3, 0.4), "lora_muon": (0.4, 9.0), "lion": (None, 0.5)}
+    methods = {name: benchmark.Method(name, benchmark.ADAM, 1e-3) for name in losses}
+    frozen = {(methods[name], cell): [{"final": value} for value in of] for name, of in losses.items()}
+    assert protocol.luck(frozen, cell) == pytest.approx(-0.05)
+
+
 def test_a_slow_step_gets_fewer_of_them(benchmark: ModuleType, tmp_path: Path) -> None:
     def train(task: Any) -> Row:
         muon = task.config.method.entry == "lora_muon"
