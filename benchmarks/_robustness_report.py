@@ -25,7 +25,7 @@ from dreamlora.compare.stats import TInterval
 
 AIM = {"worst": 0.95, "low": 0.9}
 """Of the worst cell and of the lower end of its interval."""
-RANKS = (4, 64)
+LEVELS: dict[str, tuple[Any, Any]] = {"rank": (4, 64), "layers": ("attention", "all")}
 """Whose best rates are divided by each other; the interval is two standard errors over the cells."""
 
 
@@ -59,7 +59,7 @@ def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
         "worst_beside": dict(zip(("lower", "higher"), (_worst(of_rate) for of_rate in beside), strict=True)),
         "same_seconds": {"worst": _three(min(timed.values())), "median": _three(statistics.median(timed.values()))},
         "step_ratio": _three(statistics.geometric_mean(ratios)) if all(ratios) else None,
-        "best_rates": _by_rank(method, test),
+        "best_rates": _best_rates(method, test),
         "loss_against_baseline": {"pct": _interval(compared.pct), "verdict": compared.word, "cells": compared.cells},
         "worst_against_baseline": {"difference": _interval(difference), "verdict": worst_word(difference)},
     }
@@ -102,24 +102,33 @@ def _scale(cell: Cell, test: Test) -> float:
     return test.tested.base[cell] - min(statistics.fmean(values) for values in losses)
 
 
-def _by_rank(method: Method, test: Test) -> dict[str, Any] | None:
-    """Geometric means, over the cells of a rank, of the best rate, between the rates that were tried."""
-    best: dict[int, list[float]] = {}
+def _best_rates(method: Method, test: Test) -> dict[str, Any] | None:
+    """Geometric means of the best rates, between those tried, over the cells of a rank and of a choice of layers; and
+    the ratio of two."""
+    best = {}
     for (one, cell), rows in test.searched.items():
         losses = {rate: loss(row) for rate, row in rows.items() if rate is not None}
         if one == method and losses:
-            best.setdefault(cell.rank, []).append(math.log(vertex(losses)))
-    if not best.keys() >= set(RANKS):
-        return None
-    low, high = (best[rank] for rank in RANKS)
-    apart = statistics.fmean(low) - statistics.fmean(high)
-    enough = min(len(low), len(high)) > 1
-    se = math.sqrt(sum(statistics.variance(each) / len(each) for each in (low, high))) if enough else math.nan
-    ratio = {"mean": apart, "low": apart - 2 * se, "high": apart + 2 * se}
-    return {
-        "by_rank": {str(rank): _three(math.exp(statistics.fmean(each))) for rank, each in sorted(best.items())},
-        "ratio": {name: _three(math.exp(value)) for name, value in ratio.items()},
-    }
+            best[cell] = math.log(vertex(losses))
+    found = {}
+    for name, ends in LEVELS.items():
+        by_level: dict[Any, list[float]] = {}
+        for cell, rate in best.items():
+            by_level.setdefault(getattr(cell, name), []).append(rate)
+        if not by_level.keys() >= set(ends):
+            return None
+        means = {str(level): _three(math.exp(statistics.fmean(each))) for level, each in sorted(by_level.items())}
+        found[name] = {"mean": means, "ratio": _ratio(*(by_level[end] for end in ends))}
+    return found
+
+
+def _ratio(some: Sequence[float], others: Sequence[float]) -> dict[str, Number]:
+    """Of geometric means, from logarithms."""
+    apart = statistics.fmean(some) - statistics.fmean(others)
+    enough = min(len(some), len(others)) > 1
+    se = math.sqrt(sum(statistics.variance(each) / len(each) for each in (some, others))) if enough else math.nan
+    ends = {"mean": apart, "low": apart - 2 * se, "high": apart + 2 * se}
+    return {name: _three(math.exp(value)) for name, value in ends.items()}
 
 
 def _reaches_aim(of: Mapping[str, Any]) -> bool:
@@ -152,7 +161,8 @@ HEADS = (
     "Worst, tuned in every cell",
     "Worst, same seconds",
     "Step",
-    "Best rates r4 : r64",
+    "Best rates, rank 4 : 64",
+    "attention : all layers",
     "Loss against the baseline",
     "Worst cell against the baseline",
 )
@@ -179,7 +189,10 @@ def _cells(label: str, of: Mapping[str, Any], baseline: str) -> Sequence[str]:
         _score(of["tuned"]["worst"]),
         _score(of["same_seconds"]["worst"]),
         figures.NONE if of["step_ratio"] is None else f"{of['step_ratio']:.2f} ×",
-        figures.interval(of["best_rates"]["ratio"], _score) if of["best_rates"] else figures.NONE,
+        *(
+            figures.interval(of["best_rates"][name]["ratio"], _score) if of["best_rates"] else figures.NONE
+            for name in LEVELS
+        ),
         "baseline" if itself else f"{figures.interval(loss_['pct'])}: {loss_['verdict']}",
         "baseline" if itself else f"{figures.interval(worst['difference'], _score)}: {worst['verdict']}",
     )
