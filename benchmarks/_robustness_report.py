@@ -40,7 +40,6 @@ def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
     tested, baseline = test.tested, next(iter(test.tested.frozen))
     scores, others = point_scores(tested, method), point_scores(tested, method, others_only=True)
     tuned = {cell: _tuned(method, cell, score, test) for cell, score in scores.items()}
-    beside = [{cell: _beside(method, cell, by, test) for cell in scores} for by in (-1, 1)]
     timed = {cell: scores[cell] - _in_score(method, cell, test) for cell in scores}
     ratios = [step_ratio(test.frozen, method, baseline, cell) for cell in scores]
     compared, difference = against(tested, method, baseline), worst_difference(tested, method, baseline)
@@ -56,7 +55,7 @@ def _about(method: Method, choice: Choice, test: Test) -> dict[str, Any]:
         "median": _three(statistics.median(scores.values())),
         "cells": {str(cell): _three(score) for cell, score in scores.items()},
         "tuned": {"worst": _three(min(tuned.values())), "median": _three(statistics.median(tuned.values()))},
-        "worst_beside": dict(zip(("lower", "higher"), (_worst(of_rate) for of_rate in beside), strict=True)),
+        "worst_beside": {"lower": _worst_beside(method, -1, test), "higher": _worst_beside(method, 1, test)},
         "same_seconds": {"worst": _three(min(timed.values())), "median": _three(statistics.median(timed.values()))},
         "step_ratio": _three(statistics.geometric_mean(ratios)) if all(ratios) else None,
         "best_rates": _best_rates(method, test),
@@ -72,6 +71,13 @@ def _tuned(method: Method, cell: Cell, score: float, test: Test) -> float:
     return max([score, *(_by_one_seed(row, cell, test) for row in others)])
 
 
+def _worst_beside(method: Method, by: int, test: Test) -> Number:
+    """With the next lower or higher rate; None if a cell was not trained with it."""
+    scores = [_beside(method, cell, by, test) for cell in test.tested.losses]
+    known = [score for score in scores if score is not None]
+    return _three(min(known)) if len(known) == len(scores) else None
+
+
 def _beside(method: Method, cell: Cell, by: int, test: Test) -> float | None:
     """The score with the next lower or higher rate of the cell's grid, by one seed; None if there is none."""
     rows = {rate: row for rate, row in test.searched[method, cell].items() if rate is not None}
@@ -84,12 +90,6 @@ def _beside(method: Method, cell: Cell, by: int, test: Test) -> float | None:
 def _by_one_seed(row: Row, cell: Cell, test: Test) -> float:
     """The score of a training with the first seed, whose luck is taken off."""
     return (test.tested.base[cell] - loss(row) + luck(test.frozen, cell)) / _scale(cell, test)
-
-
-def _worst(scores: Mapping[Cell, float | None]) -> Number:
-    """None if a cell has none."""
-    known = [score for score in scores.values() if score is not None]
-    return _three(min(known)) if len(known) == len(scores) else None
 
 
 def _in_score(method: Method, cell: Cell, test: Test) -> float:
