@@ -355,6 +355,8 @@ def test_what_breaks_off_in_a_cell_is_the_worst_of_all(benchmark: ModuleType, tm
     muon = found["methods"]["lora_muon"]
     assert muon["worst"]["score"] == muon["worst"]["low"] == "-inf" and "facebloom r64" in muon["worst"]["cell"]
     assert muon["tuned"]["worst"] == pytest.approx(1 - 0.1 * math.log(2) ** 2, abs=0.02)
+    assert muon["worst_beside"]["lower"] == pytest.approx(1 - 0.1 * math.log(2) ** 2, abs=0.02)
+    assert muon["worst_beside"]["higher"] == "-inf"
     assert muon["worst_against_baseline"]["verdict"] == muon["loss_against_baseline"]["verdict"] == "worse"
     json.dumps(found, allow_nan=False)
     assert "−∞" in benchmark.table(found)
