@@ -99,7 +99,7 @@ def test_a_good_file_passes_and_a_wrong_one_is_seen(
     good = json.loads(run.summary_file.read_text(encoding="utf-8"))["parity"]
     call = good["call"]
     assert good["kind"] == kind and verdict_on(run, good)[0] == "good"
-    assert call["error"] <= 0.7 * call["rounding"] and call["scale"] == pytest.approx(1, abs=0.02)
+    assert call["error"] <= call["rounding"] and call["scale"] == pytest.approx(1, abs=0.02)
     assert (call["rounding"] * call["effect"] > 1e-4) == (precision != "no")
     for name, (_, least) in FAULTS.items():
         assert found[name]["call"]["error"] > least, name

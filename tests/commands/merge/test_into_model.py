@@ -179,9 +179,13 @@ def test_several_files_stay_several(case, two, tmp_path: Path, variant: str | No
     sizes = [tensor.nbytes for file in (out / denoiser).glob("*.safetensors") for tensor in load_file(file).values()]
     assert index["metadata"]["total_size"] == sum(sizes)
     one, other = (_stock(case.tiny, folder) for folder in (out, whole))
-    for name, tensor in getattr(one, denoiser).state_dict().items():
-        assert torch.equal(tensor, getattr(other, denoiser).state_dict()[name]), name
-    assert torch.equal(image(case, one), image(case, other))
+    for part in (denoiser, *two.names.text_encoders):
+        expected = getattr(other, part).state_dict()
+        for name, tensor in getattr(one, part).state_dict().items():
+            assert torch.equal(tensor, expected.pop(name)), f"{part}.{name}"
+        assert not expected, part
+    # Some processors round by where in memory a weight begins, and that depends on the file that it came in: 3e-7.
+    torch.testing.assert_close(image(case, one), image(case, other), rtol=0, atol=1e-5)
 
 
 class Single(SimpleNamespace):
