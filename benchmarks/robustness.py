@@ -63,7 +63,8 @@ METHODS = (
     Method("scaled_adamw:variant=split,scale_correction=true", ADAM, 4e-3),
     Method("peft_riemannian", ADAM, 8e-3),
     Method("lora_rite:rank_power=0.25", ADAM, 1.1e-2),
-    Method("lora_muon:rank_power=0,trust=0", ("momentum=0.95", "momentum=0.9"), 0.1),
+    Method("lora_muon:layer_power=0,rank_power=0,trust=0", ("momentum=0.95", "momentum=0.9"), 0.1),
+    Method("lora_muon:layer_power=0", ("momentum=0.9", "momentum=0.7"), 0.18),
     Method("lora_muon", ("momentum=0.9", "momentum=0.7"), 0.18),
     Method("lora_tsd", ("momentum=0.9", "momentum=0.7"), 0.1),
 )

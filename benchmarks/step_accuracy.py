@@ -35,7 +35,7 @@ def taken(factors: Factors, gA: Tensor, gB: Tensor) -> Factors:
     A, B = (torch.nn.Parameter(p.clone()) for p in factors)
     A.grad, B.grad = gA, gB
     group = {"params": [A, B], "lora_pairs": True}
-    LoRAMuon([group], LR, momentum=0.0, rank_power=0.0, trust=TRUST).step()
+    LoRAMuon([group], LR, momentum=0.0, rank_power=0.0, layer_power=0.0, trust=TRUST).step()
     return A.detach(), B.detach()
 
 

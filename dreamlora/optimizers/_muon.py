@@ -27,22 +27,26 @@ from dreamlora.optimizers._roots import inverse_root
 class LoRAMuon(RefreshingOptimizer):
     """LoRA-Muon (arXiv 2606.12921), for starts at ``B = 0`` too.
 
-    To first order a step changes the weight ``BA`` by at most ``lr`` (times ``r^-rank_power``) in spectral norm,
-    whatever the width and the factors' scale. The path of ``BA`` is the same for every factorisation of the start.
-    State: one momentum and, per factor, two ``r × r`` matrices. Nothing else may change the factors between two steps
-    (an average of weights must put them back), unless ``refresh`` is 1.
+    To first order a step changes the weight ``BA`` by at most ``lr`` (times ``r^-rank_power`` and
+    ``(pairs/64)^-layer_power``) in spectral norm, whatever the width and the factors' scale. The path of ``BA`` is the
+    same for every factorisation of the start. State: one momentum and, per factor, two ``r × r`` matrices. Nothing else
+    may change the factors between two steps (an average of weights must put them back), unless ``refresh`` is 1.
 
     Where B has hardly any length, the paper's step of A is many times A itself (its runs start with both factors at
-    random). Here ``trust`` bounds it, and a direction of B that is mere rounding has no step. With ``trust=0`` and
-    ``rank_power=0`` the step is that of its algorithm 1, up to the whitening: there ``1e-5·‖K‖_F`` is added to ``K``.
+    random). Here ``trust`` bounds it, and a direction of B that is mere rounding has no step. With ``trust=0``,
+    ``rank_power=0`` and ``layer_power=0`` the step is that of its algorithm 1, up to the whitening: there
+    ``1e-5·‖K‖_F`` is added to ``K``.
 
     Args:
         params: groups of ``lora_param_groups``. Groups without pairs train by AdamW with their own lr: give them one
             (``lora_param_groups(..., fallback_lr=1e-4)``).
-        lr: bound of the spectral norm of the change of ``BA`` per step, at rank 1.
+        lr: bound of the spectral norm of the change of ``BA`` per step, at rank 1 and with 64 pairs.
         rank_power: ``p`` of ``r^-p``, by which steps get shorter as the rank grows. With 0 (the paper's) all singular
             values of a factor's step are ``lr/2``, so that its Frobenius norm grows with ``√r`` and the best rate
             falls with the rank; with ½ the Frobenius norm would be the same. See ``benchmarks/robustness.py``.
+        layer_power: ``q`` of ``(pairs/64)^-q``, by which steps get shorter the more pairs the optimizer has: they all
+            change the model's output in the same step. If they do so independently of each other, the sum grows with
+            the root of their number, and ½ keeps it; 0 is the paper's. See ``benchmarks/robustness.py``.
         momentum: share of the running mean of gradients that is kept.
         weight_decay: of the product.
         damping: added to the partners' Gram matrices, a fraction of their mean eigenvalue: shortens steps that a nearly
@@ -68,6 +72,7 @@ class LoRAMuon(RefreshingOptimizer):
         weight_decay: float = 0.0,
         damping: float = 0.0,
         rank_power: float = 0.25,
+        layer_power: float = 0.5,
         scale_correction: bool = True,
         trust: float = 0.1,
         refresh: int = 4,
@@ -77,12 +82,13 @@ class LoRAMuon(RefreshingOptimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         own = {"momentum": momentum, "damping": damping, "scale_correction": scale_correction}
-        super().__init__(params, {**defaults, **own, "rank_power": rank_power, "trust": trust, "refresh": refresh})
+        own |= {"rank_power": rank_power, "layer_power": layer_power, "trust": trust, "refresh": refresh}
+        super().__init__(params, {**defaults, **own})
 
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
         _checks.fraction("momentum", group["momentum"])
-        for name in ("damping", "rank_power", "trust"):
+        for name in ("damping", "rank_power", "layer_power", "trust"):
             _checks.at_least_zero(name, group[name])
         check_product_decay(group)
 
@@ -91,20 +97,19 @@ class LoRAMuon(RefreshingOptimizer):
 
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
         due, _ = self.begin_step(group, batches)
-        for space in rank_spaces(group, batches):
-            size = space.rank ** -group["rank_power"] / 2
+        for space in rank_spaces(group, batches, self.pair_count):
             if due:
-                self._refresh(space, size)
+                self._refresh(space)
             whitened, moment = space.whitened(space.momenta(self), space.matrix(self, WHITENING))
             root, failed = inverse_root(moment, 0.0, space.dtype)
             self.count("fallbacks", failed)
             matrices = space.split(space.matrix(self, BACK) @ root.to(space.dtype))
             for side, T, z in zip(space.sides, matrices, whitened, strict=True):
-                space.move(side, T, z, size)
+                space.move(side, T, z, space.size / 2)
 
-    def _refresh(self, space: RankSpace, size: float) -> None:
+    def _refresh(self, space: RankSpace) -> None:
         """Make the matrices of the partners anew."""
         at = space.coordinates()
         self.count("fallbacks", at.failed)
         space.keep(self, WHITENING, at.whitening)
-        space.keep(self, BACK, space.back(at, [size] * len(space.sides)))
+        space.keep(self, BACK, space.back(at, [space.size / 2] * len(space.sides)))

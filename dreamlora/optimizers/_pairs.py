@@ -100,7 +100,7 @@ class LoraPairOptimizer(Optimizer):
         Args:
             saved: a group of a state that may be such a version's.
         """
-        return {}
+        return {"layer_power": 0.0} if "layer_power" in self.defaults else {}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, checked; see the class for its keys.
@@ -226,6 +226,11 @@ class LoraPairOptimizer(Optimizer):
         groups = [(i, g) for i, g in enumerate(self.param_groups) if g["lora_pairs"] and g["params"]]
         batches = [batch for i, group in groups for batch in self._batches_with_gradients(i, group)]
         return clip_lora_grad_norm_(batches, max_norm, damping)
+
+    @property
+    def pair_count(self) -> int:
+        """Pairs of all groups."""
+        return sum(len(group["params"]) // 2 for group in self.param_groups if group["lora_pairs"])
 
     @property
     def stats(self) -> dict[str, int]:

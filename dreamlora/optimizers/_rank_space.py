@@ -27,6 +27,8 @@ _TOGETHER = {"cpu": 2**20}
 _TOGETHER_DEFAULT = 2**27
 WHITENING, BACK = "whitening", "back"
 """What the matrices to and from partner coordinates are called in the state of a factor."""
+PAIRS_OF_THE_RATE = 64
+"""Pairs that train together where ``layer_power`` leaves a step as it is."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ class RankSpace:
     Attributes:
         group: the parameter group.
         sides: the A of every batch, then the B of every batch: ``k`` factors, and those at ``i ± k/2`` are partners.
+        size: what rank and number of pairs make of a step's length: ``r^-rank_power · (pairs/64)^-layer_power``.
     """
 
-    def __init__(self, group: Group, batches: list[PairBatch]) -> None:
+    def __init__(self, group: Group, batches: list[PairBatch], pairs: int) -> None:
         self.group = group
         self.sides = [Side(batch.A, True, batch.scalings[0]) for batch in batches]
         self.sides += [Side(batch.B, False, batch.scalings[0]) for batch in batches]
@@ -123,6 +126,7 @@ class RankSpace:
         p = self.params[0]
         self.rank, self.device, self.dtype = p.shape[0], p.device, compute_dtype(p.dtype)
         self.gram_dtype = linalg.gram_dtype(p.device)
+        self.size = self.rank ** -group["rank_power"] * (pairs / PAIRS_OF_THE_RATE) ** -group["layer_power"]
 
     def momenta(self, optimizer: Optimizer) -> list[Tensor]:
         """The running means of the gradients with this step's in them, by side: ``(b, r, n)`` or ``(b, m, r)``."""
@@ -245,8 +249,12 @@ def check_product_decay(group: Group) -> None:
         raise ValueError(f"weight_decay: got lr × weight_decay = {decay:g}, must be below 1")
 
 
-def rank_spaces(group: Group, batches: list[PairBatch]) -> Iterator[RankSpace]:
-    """The pairs of a group by rank, device and dtype, in portions of a bounded size."""
+def rank_spaces(group: Group, batches: list[PairBatch], pairs: int) -> Iterator[RankSpace]:
+    """The pairs of a group by rank, device and dtype, in portions of a bounded size.
+
+    Args:
+        pairs: of the whole optimizer.
+    """
     alike: dict[Any, list[PairBatch]] = {}
     for batch in batches:
         p = batch.A[0]
@@ -256,10 +264,10 @@ def rank_spaces(group: Group, batches: list[PairBatch]) -> Iterator[RankSpace]:
         portion: list[PairBatch] = []
         for batch in members:
             if portion and sum(map(_elements, portion)) + _elements(batch) > room:
-                yield RankSpace(group, portion)
+                yield RankSpace(group, portion, pairs)
                 portion = []
             portion.append(batch)
-        yield RankSpace(group, portion)
+        yield RankSpace(group, portion, pairs)
 
 
 def _elements(batch: PairBatch) -> int:

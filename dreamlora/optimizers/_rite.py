@@ -88,7 +88,8 @@ class LoRARITE(RefreshingOptimizer):
         trust: by how much of its length a step may change a direction of A; 0, as theirs, is without bound.
         refresh: the basis of the partners serves for so many steps, after the first 20, which make it anew each; 1, as
             theirs, always does.
-        rank_power: ``p`` of ``r^-p``, by which steps get shorter as the rank grows; 0, as theirs, is not at all.
+        rank_power, layer_power: by which steps get shorter the larger the rank is, and the more pairs there are, as in
+            ``LoRAMuon``; 0, as theirs, is not at all.
         maximize: ascend.
 
     Raises:
@@ -114,17 +115,25 @@ class LoRARITE(RefreshingOptimizer):
         trust: float = 0.1,
         refresh: int = 4,
         rank_power: float = 0.0,
+        layer_power: float = 0.0,
         maximize: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         bounds = {"clip_unmagnified_grad": clip_unmagnified_grad, "update_skipping": update_skipping}
         own = {"update_capping": update_capping, "apply_escape": apply_escape, "scale_correction": scale_correction}
-        own |= {"rank_power": rank_power}
-        super().__init__(params, {**defaults, **bounds, **own, "trust": trust, "refresh": refresh, "damping": 0.0})
+        own |= {
+            "rank_power": rank_power,
+            "layer_power": layer_power,
+            "trust": trust,
+            "refresh": refresh,
+            "damping": 0.0,
+        }
+        super().__init__(params, {**defaults, **bounds, **own})
 
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
-        for name in ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust", "rank_power"):
+        bounds = ("clip_unmagnified_grad", "update_skipping", "update_capping", "trust")
+        for name in (*bounds, "rank_power", "layer_power"):
             _checks.at_least_zero(name, group[name])
         _checks.switch("apply_escape", group["apply_escape"])
 
@@ -142,7 +151,7 @@ class LoRARITE(RefreshingOptimizer):
         works = []
         for group, batches in work:
             due, again = self.begin_step(group, batches)
-            works += [self._begin(space, due, again) for space in rank_spaces(group, batches)]
+            works += [self._begin(space, due, again) for space in rank_spaces(group, batches, self.pair_count)]
         self._clip(works)
         for each in works:
             self._update(each)
@@ -207,9 +216,8 @@ class LoRARITE(RefreshingOptimizer):
         if group["apply_escape"]:
             escaped *= beta2[:, 0, 0]
         if work.at is not None:
-            size = space.rank ** -group["rank_power"]
-            norms = [size * math.sqrt(side.length()) for side in space.sides]
-            space.keep(self, BACK, size * space.back(work.at, norms))
+            norms = [space.size * math.sqrt(side.length()) for side in space.sides]
+            space.keep(self, BACK, space.size * space.back(work.at, norms))
         # not kept for several steps: a direction that is new in V would be enlarged without bound
         identity = torch.eye(space.rank, dtype=V.dtype, device=V.device)
         mean = V + (escaped[:, None, None] + group["eps"] ** 2) * identity

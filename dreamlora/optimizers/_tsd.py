@@ -34,8 +34,9 @@ class LoRATSD(LoraPairOptimizer):
     """LoRA-TSD (arXiv 2609.02734), for starts at ``B = 0`` too.
 
     To first order a step moves the weight ``BA`` by a matrix of the tangent space whose singular values are all about
-    ``lr`` (times ``r^-rank_power``), and at most ``√2·lr``. LoRA-Muon makes ``δB A`` and ``B δA`` flat one by one, this
-    their sum. The path of ``BA`` is the same for every factorisation of the start. State: one momentum.
+    ``lr`` (times ``r^-rank_power`` and ``(pairs/64)^-layer_power``), and at most ``√2·lr``. LoRA-Muon makes ``δB A``
+    and ``B δA`` flat one by one, this their sum. The path of ``BA`` is the same for every factorisation of the start.
+    State: one momentum.
 
     Singular values below 1/800 of the gradient's length (Frobenius) fade out of the direction; those above are made
     equal exactly in float64, and up to 1e-4 in float32.
@@ -47,12 +48,13 @@ class LoRATSD(LoraPairOptimizer):
     Args:
         params: groups of ``lora_param_groups``. Groups without pairs train by AdamW with their own lr: give them one
             (``lora_param_groups(..., fallback_lr=1e-4)``).
-        lr: spectral norm of the change of ``BA`` per step, at rank 1.
+        lr: spectral norm of the change of ``BA`` per step, at rank 1 and with 64 pairs.
         momentum: share of the running mean of gradients that is kept. The paper names none.
         projections: ``τ``, how often the direction is made flat and projected. With 1 it is that of Riemannion (arXiv
             2507.12142); the paper takes 3 to 5.
         weight_decay: of the product.
-        rank_power: ``p`` of ``r^-p``, by which steps get shorter as the rank grows, as in ``LoRAMuon``; published: 0.
+        rank_power, layer_power: by which steps get shorter the larger the rank is, and the more pairs there are, as in
+            ``LoRAMuon``; published: 0.
         scale_correction: divide steps by ``s``, so that lr is the change of the effective weight ``s·BA``.
         trust: by how much of its length a step may change a direction of A; 0, published, is without bound.
         betas, eps: of the AdamW for groups without pairs.
@@ -71,6 +73,7 @@ class LoRATSD(LoraPairOptimizer):
         projections: int = 3,
         weight_decay: float = 0.0,
         rank_power: float = 0.25,
+        layer_power: float = 0.5,
         scale_correction: bool = True,
         trust: float = 0.1,
         maximize: bool = False,
@@ -79,13 +82,15 @@ class LoRATSD(LoraPairOptimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         own = {"momentum": momentum, "projections": projections, "scale_correction": scale_correction}
-        super().__init__(params, {**defaults, **own, "rank_power": rank_power, "trust": trust})
+        super().__init__(
+            params, {**defaults, **own, "rank_power": rank_power, "layer_power": layer_power, "trust": trust}
+        )
 
     def validate_group(self, group: Group) -> None:
         super().validate_group(group)
         _checks.fraction("momentum", group["momentum"])
         _checks.whole_number("projections", group["projections"], 1)
-        for name in ("rank_power", "trust"):
+        for name in ("rank_power", "layer_power", "trust"):
             _checks.at_least_zero(name, group[name])
         check_product_decay(group)
 
@@ -93,7 +98,7 @@ class LoRATSD(LoraPairOptimizer):
         return {MOMENTUM: tuple(p.shape)}
 
     def update_pairs(self, group: Group, batches: list[PairBatch]) -> None:
-        for space in rank_spaces(group, batches):
+        for space in rank_spaces(group, batches, self.pair_count):
             self._update(space)
 
     def _update(self, space: RankSpace) -> None:
@@ -108,10 +113,9 @@ class LoRATSD(LoraPairOptimizer):
         ]
         cross, whole = (torch.cat(blocks) for blocks in zip(*grams, strict=True))
         frame = frames(found, cross, whole, space.params[0].dtype)
-        size = space.rank ** -space.group["rank_power"]
         steps = self._steps(space, own, frame).to(space.dtype).split(sizes)
         for (side, _), y, step in zip(pieces, seen, steps, strict=True):
-            space.move(side, step, torch.cat([side.stack(), y], 1 if side.wide else 2), size)
+            space.move(side, step, torch.cat([side.stack(), y], 1 if side.wide else 2), space.size)
 
     def _steps(self, space: RankSpace, own: Tensor, frame: TangentFrame) -> Tensor:
         """``(k, r, 2r)``: what the ``[X, Y]`` of the factors are to be multiplied with.
@@ -133,7 +137,7 @@ class LoRATSD(LoraPairOptimizer):
         back = frame.bases.partner.mT
         if group["trust"]:
             (K_A, K_B), (for_A, for_B) = own.chunk(2), back.chunk(2)
-            norms = [r ** -group["rank_power"]] * len(space.sides)
+            norms = [space.size] * len(space.sides)
             back = torch.cat([for_A @ space.trusted(for_A.mT, K_B, K_A, norms), for_B])
         return back @ steps
 

@@ -32,6 +32,8 @@ class Options:
     """Added to the Gram matrices, a fraction of their mean eigenvalue: shortens steps in weak directions."""
     rank_power: float = 0.25
     """Steps shrink with the rank to the power of minus this, as the best rate does; 0 (the paper's) is not at all."""
+    layer_power: float = 0.5
+    """Steps shrink with the number of pairs over 64, to the power of minus this; 0 (the paper's) is not at all."""
     scale_correction: bool = True
     """Divide steps by alpha/rank, so that the learning rate does not depend on alpha."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -49,7 +51,7 @@ class Options:
         _checks.whole_number("refresh", self.refresh, 1)
         _checks.fraction("momentum", self.momentum)
         _checks.two_fractions("betas", self.betas)
-        for name in ("damping", "rank_power", "trust", "eps", "fallback_lr"):
+        for name in ("damping", "rank_power", "layer_power", "trust", "eps", "fallback_lr"):
             _checks.at_least_zero(name, getattr(self, name))
         _checks.switch("scale_correction", self.scale_correction)
 

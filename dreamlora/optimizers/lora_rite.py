@@ -46,6 +46,8 @@ class Options:
     """The matrices that whiten gradients serve for so many steps (after the first 20); 1 makes them anew in each."""
     rank_power: float = 0.0
     """Steps shrink with the rank to the power of minus this; 0 (the authors' code) is not at all."""
+    layer_power: float = 0.0
+    """Steps shrink with the number of pairs over 64, to the power of minus this; 0 (the authors' code): not at all."""
     fallback_lr: float = 1e-4
     """Learning rate of the AdamW that trains what is not in a LoRA pair."""
 
@@ -59,6 +61,7 @@ class Options:
             "update_capping",
             "trust",
             "rank_power",
+            "layer_power",
             "fallback_lr",
         ):
             _checks.at_least_zero(name, getattr(self, name))

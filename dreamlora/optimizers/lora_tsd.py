@@ -32,6 +32,8 @@ class Options:
     """How often the step is made flat and projected on the tangent space (tau; 1 is Riemannion's step)."""
     rank_power: float = 0.25
     """Steps shrink with the rank to the power of minus this; 0 (published) is not at all."""
+    layer_power: float = 0.5
+    """Steps shrink with the number of pairs over 64, to the power of minus this; 0 (published) is not at all."""
     scale_correction: bool = True
     """Divide steps by alpha/rank, so that the learning rate does not depend on alpha."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -47,7 +49,7 @@ class Options:
         _checks.fraction("momentum", self.momentum)
         _checks.whole_number("projections", self.projections, 1)
         _checks.two_fractions("betas", self.betas)
-        for name in ("rank_power", "trust", "eps", "fallback_lr"):
+        for name in ("rank_power", "layer_power", "trust", "eps", "fallback_lr"):
             _checks.at_least_zero(name, getattr(self, name))
         _checks.switch("scale_correction", self.scale_correction)
 

@@ -44,7 +44,9 @@ def test_equals_the_papers_equations():
             dA, dB = -lr / 2 * KB @ msign(KB @ mA), -lr / 2 * msign(mB @ KA) @ KA
             a, b = c * a + dA / c, c * b + dB / c
         expected += [a, b]
-    optimizer = LoRAMuon([pair_group(pairs)], lr=lr, momentum=beta, weight_decay=wd, trust=0.0, rank_power=0.0)
+    optimizer = LoRAMuon(
+        [pair_group(pairs)], lr=lr, momentum=beta, weight_decay=wd, trust=0.0, rank_power=0.0, layer_power=0.0
+    )
     descend(pairs, optimizer, 8)
     for found, reference in zip(values(pairs), expected, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-8, atol=1e-9)
@@ -56,7 +58,7 @@ def test_a_step_has_the_size_that_lr_says(scaling, power):
     pairs, lr = make_pairs(), 1e-3
     before = values(pairs)
     quadratic_gradients(pairs, targets(pairs))
-    LoRAMuon([pair_group(pairs, scalings=[scaling] * 4)], lr=lr, trust=0.0, rank_power=power).step()
+    LoRAMuon([pair_group(pairs, scalings=[scaling] * 4)], lr=lr, trust=0.0, rank_power=power, layer_power=0.0).step()
     for i, (A, B) in enumerate(pairs):
         a, b = before[2 * i], before[2 * i + 1]
         from_B, from_A = scaling * (B.detach() - b) @ a, scaling * b @ (A.detach() - a)
@@ -86,7 +88,7 @@ def test_damping_shortens_steps_in_weak_directions_of_the_partner():
         B.data = torch.linalg.qr(B.detach()).Q * torch.tensor([1.0, 1e-3], dtype=B.dtype)
         before = A.detach().clone()
         quadratic_gradients(pairs, targets(pairs))
-        LoRAMuon([pair_group(pairs)], lr=0.1, damping=damping, trust=0.0, rank_power=0.0).step()
+        LoRAMuon([pair_group(pairs)], lr=0.1, damping=damping, trust=0.0, rank_power=0.0, layer_power=0.0).step()
         lengths.append((A.detach() - before).norm(dim=1))
     assert lengths[0][1] > 45 and lengths[1][1] < 0.1
 
@@ -103,7 +105,7 @@ def test_trust_bounds_the_change_of_A_and_leaves_B_alone(size, scaling):
             B.data *= size
         quadratic_gradients(pairs, targets(pairs))
         group = pair_group(pairs, scalings=[scaling] * 4)
-        optimizer = LoRAMuon([group], lr=lr, momentum=0.0, trust=bound, rank_power=0.5)
+        optimizer = LoRAMuon([group], lr=lr, momentum=0.0, trust=bound, rank_power=0.5, layer_power=0.0)
         before = values(pairs)
         optimizer.step()
         moved.append([after - x for after, x in zip(values(pairs), before, strict=True)])

@@ -234,7 +234,7 @@ def test_the_basis_follows_what_the_factors_really_did(dtype):
     B.data = (torch.linalg.qr(B.detach().double()).Q * torch.tensor([1.0, 0.1, 0.01])).to(dtype)
     old = B.detach().double()
     optimizer = LoRARITE([pair_group([(A, B)])], lr=1e-4)
-    at = RankSpace(optimizer.param_groups[0], [PairBatch([A], [B], [1.0])]).coordinates()
+    at = RankSpace(optimizer.param_groups[0], [PairBatch([A], [B], [1.0])], 1).coordinates()
     descend([(A, B)], optimizer, 1)
     expected = B.detach().double().T @ old @ at.whitening[0].T
     torch.testing.assert_close(optimizer.state[A]["basis"], expected, rtol=1e-10, atol=1e-12)

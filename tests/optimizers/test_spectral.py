@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
 from dreamlora.optimizers import LoRAMuon, LoRARITE, LoRATSD
 from tests.optimizers.lora_problems import (
@@ -59,7 +60,7 @@ def test_a_decay_that_would_turn_the_weights_round_is_refused(cls):
 def test_a_start_at_zero_moves_B_then_both(method, dtype):
     pairs = make_pairs(dtype=dtype, zero_B=True)
     start = values(pairs)
-    optimizer = method.cls([pair_group(pairs)], lr=0.05, rank_power=0.0)
+    optimizer = method.cls([pair_group(pairs)], lr=0.05, rank_power=0.0, layer_power=0.0)
     descend(pairs, optimizer, 1)
     moved = [not torch.equal(x, y) for x, y in zip(values(pairs), start, strict=True)]
     assert moved == [False, True] * len(pairs)
@@ -75,7 +76,7 @@ def test_a_zero_A_is_free_to_move(method):
     for A, _ in pairs:
         A.data.zero_()
     quadratic_gradients(pairs, targets(pairs))
-    method.cls([pair_group(pairs)], lr=0.1, momentum=0.0, rank_power=0.0).step()
+    method.cls([pair_group(pairs)], lr=0.1, momentum=0.0, rank_power=0.0, layer_power=0.0).step()
     assert_flat(pairs, 0.1 * method.part, 1e-5)
 
 
@@ -89,6 +90,41 @@ def test_a_negative_scaling_goes_downhill_too(cls):
         optimizer.step()
         after = sum(float(G.norm()) for G in quadratic_gradients(pairs, wanted, -2.0))
     assert after < before
+
+
+@pytest.mark.parametrize("cls", [LoRAMuon, LoRATSD, LoRARITE])
+@pytest.mark.parametrize("trust", [0.0, 0.02])
+def test_steps_get_shorter_with_the_number_of_pairs(cls, trust):
+    """``(pairs/64)^-layer_power``, with the pairs of all groups; the bound of the step of A goes by it as well."""
+
+    def step_of_the_first(groups: int, lr: float, power: float) -> list[Tensor]:
+        each = [make_pairs() for _ in range(groups)]
+        for pairs in each:
+            quadratic_gradients(pairs, targets(pairs))
+        # the norm by which RITE clips is of all pairs
+        bound = {"clip_unmagnified_grad": 0.0} if cls is LoRARITE else {"momentum": 0.0}
+        cls([pair_group(pairs) for pairs in each], lr=lr, layer_power=power, trust=trust, **bound).step()
+        return [x - y for x, y in zip(values(each[0]), values(make_pairs()), strict=True)]
+
+    count = len(make_pairs())
+    for groups, power in ((1, 0.5), (3, 0.5), (3, 1.0)):
+        found = step_of_the_first(groups, 0.1, power)
+        expected = step_of_the_first(1, 0.1 * (64 / (count * groups)) ** power, 0.0)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [LoRAMuon, LoRATSD, LoRARITE])
+def test_a_state_from_before_steps_knew_the_number_of_pairs_goes_on_as_it_was(cls):
+    pairs = make_pairs()
+    optimizer = cls([pair_group(pairs)], lr=1e-2, layer_power=0.0)
+    descend(pairs, optimizer, 1)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["layer_power"]
+    later = cls([pair_group(pairs)], lr=1e-2, layer_power=0.5)
+    later.load_state_dict(saved)
+    assert [group["layer_power"] for group in later.param_groups] == [0.0]
 
 
 @METHODS

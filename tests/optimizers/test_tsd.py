@@ -64,7 +64,15 @@ def test_equals_the_papers_equations(tau):
             _, dA, dB = dense_step(tangent_gradient(mA, mB, a, b), a, b, tau)
             a, b = c * a + lr * dA / c, c * b + lr * dB / c
         expected += [a, b]
-    settings = {"lr": lr, "momentum": beta, "weight_decay": wd, "trust": 0.0, "rank_power": 0.0, "projections": tau}
+    settings = {
+        "lr": lr,
+        "momentum": beta,
+        "weight_decay": wd,
+        "trust": 0.0,
+        "rank_power": 0.0,
+        "layer_power": 0.0,
+        "projections": tau,
+    }
     optimizer = LoRATSD([pair_group(pairs)], **settings)
     descend(pairs, optimizer, 8)
     for found, reference in zip(values(pairs), expected, strict=True):
@@ -88,7 +96,7 @@ def test_a_step_moves_the_product_along_the_dense_direction(dtype, m, n, r, dire
     a, b = (p.detach().double().clone() for p in pair)
     pair[0].grad, pair[1].grad = (b.T @ G).to(dtype), (G @ a.T).to(dtype)
     X, _, _ = dense_step(projected(G, a, b), a, b, tau=3)
-    LoRATSD([pair_group([pair])], lr=0.1, momentum=0.0, trust=0.0, rank_power=0.0).step()
+    LoRATSD([pair_group([pair])], lr=0.1, momentum=0.0, trust=0.0, rank_power=0.0, layer_power=0.0).step()
     dA, dB = pair[0].detach().double() - a, pair[1].detach().double() - b
     assert relative_distance([dB @ a + b @ dA], [-0.1 * X]) < (1e-9 if dtype == torch.float64 else 1e-4)
 
@@ -113,7 +121,7 @@ def test_one_projection_is_the_direction_of_riemannion():
     pairs, lr = make_pairs(), 1e-2
     before = values(pairs)
     full = quadratic_gradients(pairs, targets(pairs))
-    settings = {"momentum": 0.0, "trust": 0.0, "rank_power": 0.0}
+    settings = {"momentum": 0.0, "trust": 0.0, "rank_power": 0.0, "layer_power": 0.0}
     LoRATSD([pair_group(pairs)], lr=lr, projections=1, **settings).step()
     for i, ((A, B), G) in enumerate(zip(pairs, full, strict=True)):
         a, b = before[2 * i], before[2 * i + 1]
@@ -134,7 +142,7 @@ def test_a_step_has_the_size_that_lr_says(scaling, power):
         for (A, B), G in zip(pairs, targets(pairs), strict=True):
             A.grad, B.grad = scaling * B.detach().T @ G, scaling * G @ A.detach().T
         group = pair_group(pairs, scalings=[scaling] * 4)
-        LoRATSD([group], lr=lr, trust=0.0, rank_power=power, projections=projections).step()
+        LoRATSD([group], lr=lr, trust=0.0, rank_power=power, layer_power=0.0, projections=projections).step()
         for i, (A, B) in enumerate(pairs):
             a, b = before[2 * i], before[2 * i + 1]
             moved = scaling * ((B.detach() - b) @ a + b @ (A.detach() - a)) * len(a) ** power
@@ -170,7 +178,7 @@ def test_trust_bounds_the_change_of_A_and_leaves_B_alone(size, scaling):
         quadratic_gradients(pairs, targets(pairs))
         group = pair_group(pairs, scalings=[scaling] * 4)
         before = values(pairs)
-        LoRATSD([group], lr=lr, momentum=0.0, trust=bound, rank_power=0.5).step()
+        LoRATSD([group], lr=lr, momentum=0.0, trust=bound, rank_power=0.5, layer_power=0.0).step()
         moved.append([after - x for after, x in zip(values(pairs), before, strict=True)])
     step, published = moved
     for i in range(len(pairs)):
@@ -193,7 +201,7 @@ def test_a_factor_alone_takes_all_that_it_can_follow(still):
     full = quadratic_gradients(pairs, targets(pairs))
     for pair in pairs:
         pair[still].grad = None
-    optimizer = LoRATSD([pair_group(pairs)], lr=lr, momentum=0.0, trust=0.0, rank_power=0.0)
+    optimizer = LoRATSD([pair_group(pairs)], lr=lr, momentum=0.0, trust=0.0, rank_power=0.0, layer_power=0.0)
     optimizer.step()
     for i, ((A, B), G) in enumerate(zip(pairs, full, strict=True)):
         a, b = before[2 * i], before[2 * i + 1]
