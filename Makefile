@@ -15,7 +15,7 @@ install: $(READY)
 demo: $(READY)
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) \
-		train_scripts/dreambooth_lora.py --optimizer lora_muon --text_encoder_lr 0.015 --output_dir outputs/demo \
+		train_scripts/dreambooth_lora.py --optimizer lora_muon --text_encoder_lr 0.02 --output_dir outputs/demo \
 		--overwrite_output_dir
 	$(BIN)/dreamlora compare --quick --optimizers adamw scaled_adamw --max_train_steps 120 --sample_steps 60 \
 		--no_with_prior_preservation --output_dir outputs/demo-compare

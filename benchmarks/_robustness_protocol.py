@@ -255,7 +255,7 @@ def _leaders(
     for method, config in configs.items():
         rows = frozen[method, cell]
         known = {rate: loss(row) - off for rate, row in searched[method, cell].items()}
-        known[config.rate] = sum(map(loss, rows)) / len(rows)
+        known[config.rate] = _mean_loss(rows)
         rate = min(known, key=lambda rate: known[rate])
         candidates.append((known[rate], replace(config, rate=rate)))
     candidates.sort(key=lambda candidate: candidate[0])
@@ -267,9 +267,13 @@ def luck(frozen: Mapping[tuple[Method, Cell], Sequence[Row]], cell: Cell) -> flo
 
     The median over the methods: one of them that goes wrong with one seed says nothing about the others.
     """
-    above = (loss(rows[0]) - sum(map(loss, rows)) / len(rows) for (_, at), rows in frozen.items() if at == cell)
+    above = (loss(rows[0]) - _mean_loss(rows) for (_, at), rows in frozen.items() if at == cell)
     finite = [value for value in above if math.isfinite(value)]
     return statistics.median(finite) if finite else 0.0
+
+
+def _mean_loss(rows: Sequence[Row]) -> float:
+    return statistics.fmean(map(loss, rows))
 
 
 def step_ratio(

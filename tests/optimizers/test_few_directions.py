@@ -14,8 +14,8 @@ from tests.optimizers.lora_problems import Pairs, general, pair_group, regauge, 
 
 METHODS = {
     "lora_rite": (LoRARITE, 1e-2),
-    "lora_muon": (LoRAMuon, 3e-2),
-    "lora_tsd": (partial(LoRATSD, momentum=0.7), 6e-2),
+    "lora_muon": (partial(LoRAMuon, layer_power=0.0), 3e-2),
+    "lora_tsd": (partial(LoRATSD, momentum=0.7, layer_power=0.0), 6e-2),
 }
 RANK = 8
 

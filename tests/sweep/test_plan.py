@@ -71,7 +71,7 @@ def test_other_models_start_from_the_optimizers_own_rate() -> None:
     assert found.grid(found.entries[0])[3] == 1e-4
 
 
-@pytest.mark.parametrize(("model", "rates"), [("tiny", (2e-3, 6e-3, 6e-2)), ("some/model", (1e-4, 4e-4, 1e-2))])
+@pytest.mark.parametrize(("model", "rates"), [("tiny", (2e-3, 6e-3, 9e-2)), ("some/model", (1e-4, 4e-4, 1e-2))])
 def test_units_belong_to_a_method_and_so_does_their_rate(model: str, rates: tuple[float, ...]) -> None:
     methods = ("adamw", "adamw+lora_units=start", "lora_muon+lora_units=start")
     found = sweep("--optimizers", *methods, "--pretrained_model_name_or_path", model)
